@@ -1,0 +1,80 @@
+"""Factorized Video Generation for diffusers: an LLM describes the first frame, a text-to-image model draws it, a video
+model animates it. Importing the package makes `DiffusionPipeline.from_pretrained` know its classes.
+"""
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+
+
+__version__ = "0.1.0"
+
+# Public name -> module. Loaded when first used: torch, diffusers and transformers take seconds to import.
+_MODULES = {
+    "Anchor": "anchor",
+    "AnchorComposer": "composer",
+    "AnchorConditionedTransformer3D": "transformer_anchor",
+    "AnchorLora": "anchor_lora",
+    "FactorizedVideoPipeline": "pipeline_factorized_video",
+    "FactorizedVideoPipelineOutput": "pipeline_output",
+    "FirstFrameRewriter": "rewriter",
+    "SchedulerPreset": "schedules",
+    "SchedulerPresets": "schedules",
+    "load_embedded": "embedded",
+}
+__all__ = ["__version__", "register", *sorted(_MODULES)]
+
+# What a `model_index.json` may name. The loader looks a class up in diffusers and, unless it is a `ModelMixin` or a
+# pipeline, its save and load methods in a table.
+_LOADABLE = ("AnchorComposer", "AnchorLora", "FirstFrameRewriter", "SchedulerPresets")
+_REGISTERED = ("AnchorConditionedTransformer3D", "FactorizedVideoPipeline", *_LOADABLE)
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+def register() -> None:
+    """Makes our classes attributes of `diffusers` and loadable components. Runs by itself once diffusers is imported."""
+    import diffusers
+    from diffusers.pipelines import pipeline_loading_utils as loader
+
+    for name in _REGISTERED:
+        setattr(diffusers, name, __getattr__(name))
+    methods = {name: ["save_pretrained", "from_pretrained"] for name in _LOADABLE}
+    loader.LOADABLE_CLASSES["diffusers"].update(methods)
+    loader.ALL_IMPORTABLE_CLASSES.update(methods)
+
+
+class _RegisterAfterDiffusers(importlib.abc.MetaPathFinder):
+    """Calls `register` as soon as somebody has imported diffusers, so that importing this package alone costs nothing."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != "diffusers":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec("diffusers")
+        if spec is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module) -> None:
+                run(module)
+                register()
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+if "diffusers" in sys.modules:
+    register()
+else:
+    sys.meta_path.insert(0, _RegisterAfterDiffusers())

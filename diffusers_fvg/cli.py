@@ -1,0 +1,216 @@
+"""The `fvg` command. Each subcommand parses, calls the library and prints; flags mirror argument names."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="folder or Hub repository; the embedded shapes model when left out")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of every stage")
+    parser.add_argument("--device", help="cuda, mps or cpu; the fastest there is when left out")
+    parser.add_argument("--seed", type=int, help="makes the run repeatable; drawn and printed when left out")
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_video(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, default=Path("video.mp4"), help="mp4 to write (default: %(default)s)")
+    parser.add_argument("--preset", help="sampling preset, such as anchored-15 or full-50")
+    parser.add_argument("--num-inference-steps", "--steps", type=int, help="steps of the video model")
+    parser.add_argument("--guidance-scale", type=float)
+    parser.add_argument("--num-frames", type=int)
+    parser.add_argument("--negative-prompt")
+    parser.add_argument("--strip", type=Path, help="also write a PNG with prompt, anchor and some frames")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, without anything heavy imported."""
+    top = argparse.ArgumentParser(prog="fvg", description="Factorized Video Generation with diffusers.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="a prompt becomes a video, through all three stages")
+    generate.add_argument("prompt")
+    _add_model(generate)
+    _add_video(generate)
+    generate.add_argument("--mode", choices=("factorized", "direct"), default="factorized")
+    generate.add_argument("--first-frame-prompt", help="skips stage 1")
+    generate.add_argument("--image", type=Path, help="anchor image; skips stages 1 and 2")
+    generate.add_argument("--save-stages", type=Path, metavar="DIR", help="also write caption, anchor and frames there")
+
+    rewrite = commands.add_parser("rewrite", help="stage 1: prompt to first-frame prompt")
+    rewrite.add_argument("prompt", nargs="+")
+    _add_model(rewrite)
+
+    compose = commands.add_parser("compose", help="stage 2: first-frame prompt to anchor image")
+    compose.add_argument("first_frame_prompt")
+    _add_model(compose)
+    compose.add_argument("--output", type=Path, default=Path("anchor.png"), help="PNG to write (default: %(default)s)")
+    compose.add_argument("--num-inference-steps", "--steps", type=int, help="steps of the text-to-image model")
+
+    animate = commands.add_parser("animate", help="stage 3: prompt and anchor image to video")
+    animate.add_argument("prompt")
+    animate.add_argument("--image", type=Path, required=True)
+    animate.add_argument("--frame-index", type=int, default=0, help="frame that the image is (default: %(default)s)")
+    animate.add_argument("--strength", type=float, default=1.0, help="in (0, 1] (default: %(default)s)")
+    _add_model(animate)
+    _add_video(animate)
+    return top
+
+
+def _load(arguments: argparse.Namespace):
+    import torch
+
+    from . import FactorizedVideoPipeline, load_embedded
+
+    if arguments.model is not None and Path(arguments.model).exists() and not Path(arguments.model).is_dir():
+        raise ValueError(f"--model {arguments.model} is a file; give a folder or a Hub repository.")
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    if arguments.model is None:
+        pipe = load_embedded(dtype)
+    else:
+        pipe = FactorizedVideoPipeline.from_pretrained(arguments.model, dtype=dtype or torch.bfloat16)
+    device = arguments.device
+    if device is None and torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator().type
+    pipe.set_progress_bar_config(disable=arguments.quiet)
+    return pipe.to(device) if device else pipe
+
+
+def _open_image(path: Path):
+    import PIL.Image
+
+    try:
+        image = PIL.Image.open(path)
+        image.load()
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"--image {path} cannot be read ({error}); give a PNG or JPEG file.") from error
+    return image
+
+
+def _seed(arguments: argparse.Namespace) -> int:
+    import secrets
+
+    return secrets.randbelow(2**31) if arguments.seed is None else arguments.seed
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("diffusers-fvg", "diffusers", "torch", "transformers")}
+
+
+def _write(arguments: argparse.Namespace, pipe, frames, prompt: str, caption: str | None, anchor, seeds: dict) -> None:
+    from .media import write_strip, write_video
+
+    frame_rate = pipe.call_defaults["frame_rate"]
+    metadata = {
+        "prompt": prompt,
+        "first_frame_prompt": caption or "",
+        "seeds": json.dumps(seeds),
+        "preset": arguments.preset or next(iter(pipe.presets)),
+        "versions": json.dumps(_versions()),
+    }
+    # A player shows the embedded model's 64 pixels as a stamp: enlarged by whole factors, which keeps edges sharp.
+    scale = max(1, 384 // frames.shape[1])
+    write_video(arguments.output, frames, frame_rate, metadata=metadata, scale=scale)
+    print(f"video:              {arguments.output}")
+    if arguments.strip:
+        write_strip(arguments.strip, prompt, caption, anchor, frames)
+        print(f"strip:              {arguments.strip}")
+
+
+def _video_options(arguments: argparse.Namespace, seed: int) -> dict:
+    import torch
+
+    names = ("height", "width", "num_frames", "preset", "num_inference_steps", "guidance_scale", "negative_prompt")
+    options = {name: getattr(arguments, name) for name in names}
+    return options | {"generator": torch.Generator().manual_seed(seed), "output_type": "np"}
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    image = _open_image(arguments.image) if arguments.image else None
+    pipe, seed = _load(arguments), _seed(arguments)
+    output = pipe(
+        arguments.prompt,
+        mode=arguments.mode,
+        first_frame_prompt=arguments.first_frame_prompt,
+        image=image,
+        **_video_options(arguments, seed),
+    )
+    caption = output.first_frame_prompts[0] if output.first_frame_prompts else None
+    anchor = output.anchor_images[0] if output.anchor_images else image
+    print(f"prompt:             {arguments.prompt}")
+    if caption:
+        print(f"first-frame prompt: {caption}")
+    print(f"seeds:              {output.seeds[0]}")
+    print("seconds:            " + ", ".join(f"{name} {value:.1f}" for name, value in output.timings.items()))
+    _write(arguments, pipe, output.frames[0], arguments.prompt, caption, anchor, output.seeds[0])
+    if arguments.save_stages:
+        _save_stages(arguments.save_stages, arguments.prompt, caption, anchor, output)
+        print(f"stages:             {arguments.save_stages}")
+
+
+def _save_stages(folder: Path, prompt: str, caption: str | None, anchor, output) -> None:
+    import numpy as np
+    import PIL.Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"prompt": prompt, "first_frame_prompt": caption, "seeds": output.seeds[0], "timings": output.timings}
+    (folder / "stages.json").write_text(json.dumps(record, indent=2) + "\n")
+    if anchor is not None:
+        anchor.save(folder / "anchor.png")
+    for index, frame in enumerate(output.frames[0]):
+        PIL.Image.fromarray(np.round(frame * 255).astype(np.uint8)).save(folder / f"frame_{index:04d}.png")
+
+
+def _rewrite(arguments: argparse.Namespace) -> None:
+    for caption in _load(arguments).rewrite(arguments.prompt):
+        print(caption)
+
+
+def _compose(arguments: argparse.Namespace) -> None:
+    import torch
+
+    pipe, seed = _load(arguments), _seed(arguments)
+    image = pipe.compose(
+        arguments.first_frame_prompt,
+        arguments.height,
+        arguments.width,
+        num_inference_steps=arguments.num_inference_steps,
+        generator=torch.Generator().manual_seed(seed),
+    )[0]
+    image.save(arguments.output)
+    print(f"seed {seed}\nanchor {arguments.output}")
+
+
+def _animate(arguments: argparse.Namespace) -> None:
+    from . import Anchor
+
+    image = _open_image(arguments.image)
+    pipe, seed = _load(arguments), _seed(arguments)
+    anchor = Anchor(image, arguments.frame_index, arguments.strength)
+    frames = pipe.animate(arguments.prompt, anchors=anchor, **_video_options(arguments, seed))[0]
+    _write(arguments, pipe, frames, arguments.prompt, None, image, {"video": seed})
+
+
+COMMANDS = {"generate": _generate, "rewrite": _rewrite, "compose": _compose, "animate": _animate}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; bad input is one line on standard error and exit status 2."""
+    arguments = parser().parse_args(argv)
+    try:
+        COMMANDS[arguments.command](arguments)
+    except (ValueError, OSError) as error:
+        print(f"fvg {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

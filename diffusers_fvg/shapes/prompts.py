@@ -1,0 +1,266 @@
+"""The prompt grammar of the world of coloured shapes: seven benchmark categories, their clips and first-frame captions.
+
+The categories, their names and the fields of `meta` follow T2V-CompBench V2 (arXiv 2407.14505). `placement` is an extra
+one with a single object, used in training and for smoke tests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+
+from .world import COLOURS, SHAPES, Change, Scene, ShapeObject
+
+
+# A caption opens with these words, as the captions of real first-frame rewriters open with the kind of picture.
+CAPTION_START = "A still picture on a plain grey background:"
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
+# Actions of the action-binding category, as written in a prompt.
+ACTIONS = ("grows", "shrinks", "blinks", "bounces", "stays still")
+DIRECTIONS = {
+    "left": ("to the left", -1, 0),
+    "right": ("to the right", 1, 0),
+    "up": ("upwards", 0, -1),
+    "down": ("downwards", 0, 1),
+}
+OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
+RELATIONS = ("on the left of", "on the right of", "above", "below", "in front of", "behind")
+EFFECTS = ("knocking it away to the right", "making it disappear", "turning it")
+_ROWS = ("top", "middle", "bottom")
+_COLUMNS = ("left", "centre", "right")
+
+
+def place_name(x: float, y: float) -> str:
+    """Names the third of the frame that holds a point: `"top left"`, `"middle right"`, `"centre"`, ..."""
+    row, column = _ROWS[min(int(y * 3), 2)], _COLUMNS[min(int(x * 3), 2)]
+    return "centre" if (row, column) == ("middle", "centre") else f"{row} {column}"
+
+
+def place_centre(name: str) -> tuple[float, float]:
+    """Centre of the third that `place_name` names, as fractions of width and height."""
+    row, column = ("middle", "centre") if name == "centre" else name.split()
+    return (_COLUMNS.index(column) + 0.5) / 3, (_ROWS.index(row) + 0.5) / 3
+
+
+def first_frame_caption(objects: tuple[ShapeObject, ...]) -> str:
+    """The true caption of the first frame: every object with its colour, shape and place, and no word of what follows."""
+    parts = [f"a {item.colour} {item.shape} at the {place_name(item.x, item.y)}" for item in objects]
+    return f"{CAPTION_START} {', '.join(parts)}"
+
+
+def is_held_out(prompt: str) -> bool:
+    """Whether a prompt belongs to the held-out eighth that no part of the shapes model sees in training."""
+    return hashlib.sha256(prompt.lower().encode()).digest()[0] % 8 == 0
+
+
+def _pick(rng: np.random.Generator, values, count: int | None = None):
+    index = rng.permutation(len(values))[: count or 1]
+    return values[index[0]] if count is None else [values[i] for i in index]
+
+
+def _radius(rng: np.random.Generator, low: float = 0.11, high: float = 0.15) -> float:
+    return float(rng.uniform(low, high))
+
+
+def _scattered(rng: np.random.Generator, radii: list[float]) -> list[tuple[float, float]]:
+    """Places for discs of these radii, inside the frame and apart from each other."""
+    while True:
+        places: list[tuple[float, float]] = []
+        for radius in radii:
+            for _ in range(60):
+                x, y = rng.uniform(radius + 0.03, 0.97 - radius, size=2)
+                if all(np.hypot(x - u, y - v) > 1.25 * (radius + r) + 0.05 for (u, v), r in zip(places, radii)):
+                    places.append((float(x), float(y)))
+                    break
+        if len(places) == len(radii):
+            return places
+
+
+def _consistent(rng: np.random.Generator) -> Scene:
+    (c1, c2), (s1, s2) = _pick(rng, COLOURS, 2), _pick(rng, SHAPES, 2)
+    r1, r2 = _radius(rng), _radius(rng)
+    side = _pick(rng, (-1, 1))
+    x2, x1 = 0.5 + side * rng.uniform(0.2, 0.3), 0.5 - side * rng.uniform(0.2, 0.3)
+    y1, y2 = rng.uniform(0.25, 0.75, size=2)
+    reach = rng.uniform(0.15, 0.2)
+    objects = (
+        ShapeObject(c1, s1, x1, y1, r1, (Change("move", (side * reach, reach * 0.5 * np.sign(y2 - y1))),)),
+        ShapeObject(c2, s2, x2, y2, r2),
+    )
+    prompt = f"A {c1} {s1} drifts slowly towards a {c2} {s2}"
+    return Scene("consistent_attr", prompt, first_frame_caption(objects), objects, {"phrases": f"{c1} {s1}; {c2} {s2}"})
+
+
+def _dynamic(rng: np.random.Generator) -> Scene:
+    x, y, radius = *rng.uniform(0.3, 0.7, size=2), _radius(rng, 0.14, 0.2)
+    if rng.random() < 0.5:
+        start = int(rng.integers(6))
+        # Hues at most 120 degrees apart: a cross-fade of complementary colours passes through the grey background.
+        c0, c1 = COLOURS[start], COLOURS[(start + _pick(rng, (-2, -1, 1, 2))) % 6]
+        shape = _pick(rng, SHAPES)
+        change, prompt = Change("recolour", c1, 0.2, 0.8), f"A {shape} gradually turns from {c0} to {c1}"
+        states = (f"a {c0} {shape}", f"a {c1} {shape}")
+        objects = (ShapeObject(c0, shape, x, y, radius, (change,)),)
+    else:
+        colour, (s0, s1) = _pick(rng, COLOURS), _pick(rng, SHAPES, 2)
+        change, prompt = Change("reshape", s1, 0.2, 0.8), f"A {colour} {s0} transforms into a {colour} {s1}"
+        states = (f"a {colour} {s0}", f"a {colour} {s1}")
+        objects = (ShapeObject(colour, s0, x, y, radius, (change,)),)
+    meta = {"state 0": states[0], "state 1": states[1]}
+    return Scene("dynamic_attr", prompt, first_frame_caption(objects), objects, meta)
+
+
+def _spatial(rng: np.random.Generator) -> Scene:
+    (c1, c2), (s1, s2) = _pick(rng, COLOURS, 2), _pick(rng, SHAPES, 2)
+    relation = _pick(rng, RELATIONS)
+    r1, r2 = _radius(rng), _radius(rng)
+    if relation in ("in front of", "behind"):
+        r1, r2 = r1 + 0.03, r2 + 0.03
+        x2, y2 = rng.uniform(0.42, 0.58, size=2)
+        angle = rng.uniform(0, 2 * np.pi)
+        x1, y1 = x2 + 0.85 * max(r1, r2) * np.cos(angle), y2 + 0.85 * max(r1, r2) * np.sin(angle)
+        first, second = ShapeObject(c1, s1, x1, y1, r1), ShapeObject(c2, s2, x2, y2, r2)
+        objects = (second, first) if relation == "in front of" else (first, second)
+        caption = f"{CAPTION_START} a {c1} {s1} {relation} a {c2} {s2} at the centre"
+    else:
+        axis, sign = {"on the left of": (0, -1), "on the right of": (0, 1), "above": (1, -1), "below": (1, 1)}[relation]
+        gap, across = rng.uniform(0.22, 0.28), rng.uniform(-0.06, 0.06, size=2)
+        middle = rng.uniform(0.45, 0.55)
+        ends = [(0.5 + sign * gap, middle + across[0]), (0.5 - sign * gap, middle + across[1])]
+        (x1, y1), (x2, y2) = [end if axis == 0 else end[::-1] for end in ends]
+        objects = (ShapeObject(c1, s1, x1, y1, r1), ShapeObject(c2, s2, x2, y2, r2))
+        caption = first_frame_caption(objects)
+    words = {"on the left of": "left", "on the right of": "right"}
+    meta = {"spatial": words.get(relation, relation), "object_1": f"{c1} {s1}", "object_2": f"{c2} {s2}"}
+    return Scene("spatial_relationships", f"A {c1} {s1} {relation} a {c2} {s2}", caption, objects, meta)
+
+
+def _mover(rng: np.random.Generator, colour: str, shape: str, direction: str, lane: float, radius: float) -> ShapeObject:
+    """An object that travels two fifths of the frame along `direction`, in a lane across it."""
+    _, dx, dy = DIRECTIONS[direction]
+    travel, start = rng.uniform(0.4, 0.48), rng.uniform(0.22, 0.27)
+    along = start if dx + dy > 0 else 1 - start
+    x, y = (along, lane) if dx else (lane, along)
+    return ShapeObject(colour, shape, x, y, radius, (Change("move", (dx * travel, dy * travel)),))
+
+
+def _motion(rng: np.random.Generator) -> Scene:
+    c1, c2 = _pick(rng, COLOURS, 2)
+    s1, s2 = _pick(rng, SHAPES, 2)
+    d1 = _pick(rng, tuple(DIRECTIONS))
+    meta = {"object_1": f"{c1} {s1}", "d_1": d1, "object_2": "", "d_2": ""}
+    prompt = f"A {c1} {s1} moves {DIRECTIONS[d1][0]}"
+    if rng.random() < 0.7:
+        objects = (_mover(rng, c1, s1, d1, rng.uniform(0.25, 0.75), _radius(rng, 0.13, 0.18)),)
+    else:
+        d2 = OPPOSITE[d1]
+        lanes = _pick(rng, (rng.uniform(0.22, 0.28), rng.uniform(0.72, 0.78)), 2)
+        objects = (_mover(rng, c1, s1, d1, lanes[0], _radius(rng)), _mover(rng, c2, s2, d2, lanes[1], _radius(rng)))
+        prompt += f" while a {c2} {s2} moves {DIRECTIONS[d2][0]}"
+        meta |= {"object_2": f"{c2} {s2}", "d_2": d2}
+    return Scene("motion_binding", prompt, first_frame_caption(objects), objects, meta)
+
+
+def _actor(rng: np.random.Generator, colour: str, shape: str, action: str, x: float) -> ShapeObject:
+    y, radius = rng.uniform(0.45, 0.6), _radius(rng, 0.12, 0.14)
+    if action == "grows":
+        radius, changes = 0.1, (Change("scale", 1.8),)
+    elif action == "shrinks":
+        radius, changes = 0.18, (Change("scale", 0.55),)
+    elif action == "blinks":
+        changes = (Change("blink", 2),)
+    elif action == "bounces":
+        y, changes = rng.uniform(0.65, 0.75), (Change("bounce", (0.28, 2)),)
+    else:
+        changes = ()
+    return ShapeObject(colour, shape, x, y, radius, changes)
+
+
+def _action(rng: np.random.Generator) -> Scene:
+    (c1, c2), (s1, s2), (a1, a2) = _pick(rng, COLOURS, 2), _pick(rng, SHAPES, 2), _pick(rng, ACTIONS, 2)
+    x1, x2 = _pick(rng, (rng.uniform(0.24, 0.28), rng.uniform(0.72, 0.76)), 2)
+    objects = (_actor(rng, c1, s1, a1, x1), _actor(rng, c2, s2, a2, x2))
+    prompt = f"A {c1} {s1} {a1} while a {c2} {s2} {a2}"
+    meta = {f"phrase_{k}": [f"{c} {s}", a] for k, (c, s, a) in enumerate(((c1, s1, a1), (c2, s2, a2)))}
+    return Scene("action_binding", prompt, first_frame_caption(objects), objects, meta)
+
+
+def _interaction(rng: np.random.Generator) -> Scene:
+    (c1, c2), (s1, s2) = _pick(rng, COLOURS, 2), _pick(rng, SHAPES, 2)
+    effect = _pick(rng, EFFECTS)
+    r1, r2 = _radius(rng, 0.11, 0.14), _radius(rng, 0.11, 0.14)
+    y, x1, x2 = rng.uniform(0.35, 0.65), rng.uniform(0.17, 0.2), rng.uniform(0.58, 0.62)
+    # Squares are drawn at 0.9 of the radius and triangles narrow upwards: overlap a little, so that contact is seen.
+    reach = x2 - x1 - 0.9 * (r1 + r2)
+    after = {
+        "knocking it away to the right": Change("move", (0.97 - r2 - x2, 0.0), 0.5, 0.9),
+        "making it disappear": Change("vanish", None, 0.55, 0.7),
+        "turning it": Change("recolour", c1, 0.55, 0.75),
+    }[effect]
+    objects = (
+        ShapeObject(c1, s1, x1, y, r1, (Change("move", (reach, 0.0), 0.0, 0.5),)),
+        ShapeObject(c2, s2, x2, y, r2, (after,)),
+    )
+    prompt = f"A {c1} {s1} slides into a {c2} {s2}, {effect}" + (f" {c1}" if effect == "turning it" else "")
+    meta = {"cause": f"{c1} {s1}", "effect": f"{c2} {s2}", "verb": effect}
+    return Scene("interaction", prompt, first_frame_caption(objects), objects, meta)
+
+
+def _numeracy(rng: np.random.Generator) -> Scene:
+    (c1, c2), (s1, s2) = _pick(rng, COLOURS, 2), _pick(rng, SHAPES, 2)
+    n, m = int(rng.integers(1, 7)), int(rng.integers(1, 4)) if rng.random() < 0.35 else 0
+    radius = 0.12 if n + m <= 3 else 0.1 if n + m <= 6 else 0.085
+    radii = [radius * float(rng.uniform(0.95, 1.08)) for _ in range(n + m)]
+    kinds = [(c1, s1)] * n + [(c2, s2)] * m
+    objects = tuple(ShapeObject(c, s, x, y, r) for (c, s), (x, y), r in zip(kinds, _scattered(rng, radii), radii))
+    groups = [(n, c1, s1)] + ([(m, c2, s2)] if m else [])
+    names = " and ".join(f"{NUMBERS[k]} {c} {s}{'s' * (k > 1)}" for k, c, s in groups)
+    verb = "rests" if n + m == 1 else "rest"
+    meta = {
+        "objects": ", ".join(f"{c} {s}" for _, c, s in groups),
+        "numbers": ", ".join(str(k) for k, _, _ in groups),
+    }
+    prompt = f"{names.capitalize()} {verb} on a plain background"
+    return Scene("generative_numeracy", prompt, f"{CAPTION_START} {names}", objects, meta)
+
+
+def _placement(rng: np.random.Generator) -> Scene:
+    colour, shape, radius = _pick(rng, COLOURS), _pick(rng, SHAPES), _radius(rng, 0.12, 0.16)
+    name = place_name(*rng.uniform(0, 1, size=2))
+    centre = np.array(place_centre(name)) + rng.uniform(-0.05, 0.05, size=2)
+    x, y = np.clip(centre, radius + 0.02, 0.98 - radius)
+    objects = (ShapeObject(colour, shape, float(x), float(y), radius),)
+    prompt = f"A {colour} {shape} rests at the {name}"
+    return Scene("placement", prompt, first_frame_caption(objects), objects, {"object": f"{colour} {shape}", "place": name})
+
+
+_MAKERS: dict[str, Callable[[np.random.Generator], Scene]] = {
+    "consistent_attr": _consistent,
+    "dynamic_attr": _dynamic,
+    "spatial_relationships": _spatial,
+    "motion_binding": _motion,
+    "action_binding": _action,
+    "interaction": _interaction,
+    "generative_numeracy": _numeracy,
+    "placement": _placement,
+}
+# The seven categories of the benchmark, in T2V-CompBench's order.
+CATEGORIES = tuple(name for name in _MAKERS if name != "placement")
+
+
+def make_scene(category: str, rng: np.random.Generator, held_out: bool | None = None) -> Scene:
+    """Draws a scene of a category.
+
+    Args:
+        category (`str`): one of `CATEGORIES`, or `"placement"`.
+        rng (`np.random.Generator`): source of all choices.
+        held_out (`bool`, *optional*): draw only prompts of the held-out eighth (`True`) or only the others (`False`).
+    """
+    if category not in _MAKERS:
+        raise ValueError(f"Unknown category {category!r}; use one of {(*CATEGORIES, 'placement')}.")
+    while True:
+        scene = _MAKERS[category](rng)
+        if held_out is None or is_held_out(scene.prompt) == held_out:
+            return scene

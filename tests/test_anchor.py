@@ -1,0 +1,140 @@
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from diffusers import UniPCMultistepScheduler
+
+from diffusers_fvg.anchor import (
+    Anchor,
+    AnchorLatents,
+    anchored_model_input,
+    crop_and_resize,
+    denormalize_latents,
+    encode_anchor,
+    latent_index,
+    normalize_latents,
+    resolve_anchors,
+)
+
+
+PICTURE = PIL.Image.new("RGB", (32, 32))
+
+
+@pytest.mark.parametrize(("frame", "latent"), [(0, 0), (1, 1), (4, 1), (5, 2), (8, 2), (9, 3), (80, 20), (120, 30)])
+def test_latent_index_is_one_frame_then_four(frame, latent):
+    assert latent_index(frame) == latent
+
+
+def test_latent_index_covers_every_frame_of_a_clip():
+    counts = np.bincount([latent_index(frame) for frame in range(17)])
+    assert counts.tolist() == [1, 4, 4, 4, 4]
+
+
+def test_resolve_anchors_counts_from_the_end_and_sorts():
+    last, first = Anchor(PICTURE, -1), Anchor(PICTURE, 0)
+    assert resolve_anchors([last, first], 17) == [(0, first), (4, last)]
+
+
+@pytest.mark.parametrize(
+    ("anchors", "message"),
+    [
+        ([Anchor(PICTURE, 17)], "frame_index=17.*-17 to 16"),
+        ([Anchor(PICTURE, -18)], "frame_index=-18"),
+        ([Anchor(PICTURE, 0, 0.0)], r"strength=0.0.*\(0, 1\]"),
+        ([Anchor(PICTURE, 0, 1.5)], "strength=1.5"),
+        ([Anchor(PICTURE, 13), Anchor(PICTURE, -1)], "frames 13 and 16.*latent frame 4"),
+    ],
+)
+def test_resolve_anchors_refuses(anchors, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_anchors(anchors, 17)
+
+
+def test_crop_and_resize_keeps_an_exact_fit_bit_for_bit():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    expected = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255 * 2 - 1
+    for image in (pixels, PIL.Image.fromarray(pixels), torch.from_numpy(pixels).permute(2, 0, 1).float() / 255):
+        torch.testing.assert_close(crop_and_resize(image, 32, 48), expected, atol=1e-6, rtol=0)
+
+
+def test_crop_and_resize_never_stretches():
+    # A disc in a wide picture stays a disc: equal extents up and across.
+    rows, columns = np.mgrid[0:120, 0:300]
+    disc = (np.hypot(rows - 60, columns - 150) < 40).astype(np.float32)
+    out = crop_and_resize(np.repeat(disc[..., None], 3, axis=2), 64, 64)[0] > 0
+    assert abs(int(out.any(0).sum()) - int(out.any(1).sum())) <= 1
+    assert abs(int(out.any(0).sum()) - round(80 * 64 / 120)) <= 1
+
+
+def test_crop_and_resize_refuses(tmp_path):
+    (tmp_path / "cut.png").write_bytes(b"")
+    noisy = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    noisy.save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:4000])
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        crop_and_resize(PIL.Image.open(tmp_path / "cut.png"), 32, 32)
+    with pytest.raises(ValueError, match=r"\(H, W, 3\).*\(32, 32\)"):
+        crop_and_resize(np.zeros((32, 32)), 32, 32)
+    with pytest.raises(ValueError, match="-1 to 1"):
+        crop_and_resize(torch.linspace(-1, 1, 3 * 4).view(3, 2, 2), 32, 32)
+    with pytest.raises(ValueError, match="str"):
+        crop_and_resize("picture.png", 32, 32)
+
+
+def test_normalize_latents_is_inverted(tiny_vae):
+    tiny_vae.register_to_config(latents_mean=[0.5] * 16, latents_std=[2.0] * 16)
+    latents = torch.randn(2, 16, 3, 4, 4)
+    torch.testing.assert_close(normalize_latents(latents, tiny_vae), (latents - 0.5) / 2)
+    torch.testing.assert_close(denormalize_latents(normalize_latents(latents, tiny_vae), tiny_vae), latents)
+
+
+def test_encode_anchor_is_in_the_phase_of_its_position(tiny_vae):
+    picture = torch.rand(1, 3, 32, 32) * 2 - 1
+    still = picture[:, :, None].expand(-1, -1, 17, -1, -1)
+    with torch.no_grad():
+        truth = normalize_latents(tiny_vae.encode(still).latent_dist.mode(), tiny_vae)
+        single = encode_anchor(tiny_vae, picture, 0)
+        errors = [(encode_anchor(tiny_vae, picture, index) - truth[:, :, index : index + 1]).abs().max() for index in range(5)]
+        pasted = (single - truth[:, :, 4:5]).abs().max()
+    # Latents 0 to 3 are those of the still clip itself; latent 4 from its steady state.
+    assert max(errors[:4]) < 1e-5
+    assert errors[4] < 0.02 * pasted
+
+
+def test_model_input_without_anchors_is_untouched():
+    latents, timestep = torch.randn(2, 4, 3, 2, 2), torch.tensor([900.0, 100.0])
+    hidden_states, time = anchored_model_input(latents, 0.9, timestep, None)
+    assert hidden_states is latents and time is timestep
+
+
+def test_model_input_holds_clean_frames_at_time_zero():
+    clean, noise = torch.randn(2, 4, 3, 2, 2), torch.randn(2, 4, 3, 2, 2)
+    strength = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.75]])
+    anchors = AnchorLatents(clean, strength, noise)
+    latents, sigma = torch.randn_like(clean), torch.tensor([0.8, 0.4])
+    hidden_states, timestep = anchored_model_input(latents, sigma, sigma * 1000, anchors)
+    torch.testing.assert_close(timestep, torch.tensor([[0.0, 800.0, 800.0], [400.0, 400.0, 100.0]]))
+    assert torch.equal(hidden_states[0, :, 0], clean[0, :, 0])
+    torch.testing.assert_close(hidden_states[1, :, 2], 0.9 * clean[1, :, 2] + 0.1 * noise[1, :, 2])
+    free = strength[:, None, :, None, None].expand_as(latents) == 0
+    assert torch.equal(hidden_states[free], latents[free])
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_multistep_history_of_an_anchored_frame_is_the_anchor(strength):
+    torch.manual_seed(0)
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    scheduler.set_timesteps(5)
+    clean = torch.randn(1, 4, 3, 2, 2)
+    anchors = AnchorLatents(clean, torch.tensor([[strength, 0.0, 0.0]]), torch.randn_like(clean))
+    latents = anchors.impose(torch.randn_like(clean), float(scheduler.sigmas[0]))
+    for index, t in enumerate(scheduler.timesteps):
+        sigma = float(scheduler.sigmas[index])
+        noise_pred = anchors.hold(torch.randn_like(latents), latents, sigma)
+        latents = scheduler.step(noise_pred, t, latents, return_dict=False)[0]
+        latents = anchors.impose(latents, float(scheduler.sigmas[index + 1]))
+        for output in scheduler.model_outputs:
+            if output is not None:
+                torch.testing.assert_close(output[:, :, 0], clean[:, :, 0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(latents[:, :, 0], clean[:, :, 0], atol=1e-6, rtol=0)
+    assert (latents[:, :, 1:] - clean[:, :, 1:]).abs().max() > 0.1
