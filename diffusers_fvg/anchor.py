@@ -16,9 +16,9 @@ import torch
 from .schedules import add_noise
 
 
-# A causal VAE's latent depends on frames before it. A still picture held over this many latents reaches the steady
-# state that a later latent of a resting scene has.
-STILL_LATENTS = 3
+# A causal VAE's latent depends on frames before it. A still picture held over this many latents has all but reached the
+# steady state of a resting scene: with the embedded VAE 1.3 % (rms) is left after 5, and half of it after each further one.
+STILL_LATENTS = 5
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def crop_and_resize(image: PIL.Image.Image | np.ndarray | torch.Tensor, height: 
         if image.ndim != 3 or image.shape[-1] != 3:
             raise ValueError(f"An anchor array must have shape (H, W, 3), but has {image.shape}.")
         scale = 255.0 if image.dtype == np.uint8 else 1.0
-        image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float() / scale
+        image = torch.tensor(image).permute(2, 0, 1).float() / scale
     if not isinstance(image, torch.Tensor):
         raise ValueError(f"An anchor image must be a PIL image, an array or a tensor, but is {type(image).__name__}.")
     if image.ndim != 3 or image.shape[0] != 3:

@@ -31,7 +31,8 @@ class AnchorLora:
         if not path.is_file():
             raise ValueError(f"No {WEIGHT_NAME} in {path.parent}.")
         with safe_open(path, framework="pt") as file:
-            return cls({key: file.get_tensor(key) for key in file.keys()}, file.metadata())
+            keys = list(file.keys())
+            return cls({key: file.get_tensor(key) for key in keys}, file.metadata())
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         Path(save_directory).mkdir(parents=True, exist_ok=True)

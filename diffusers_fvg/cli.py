@@ -40,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--mode", choices=("factorized", "direct"), default="factorized")
     generate.add_argument("--first-frame-prompt", help="skips stage 1")
     generate.add_argument("--image", type=Path, help="anchor image; skips stages 1 and 2")
-    generate.add_argument("--save-stages", type=Path, metavar="DIR", help="also write caption, anchor and frames there")
+    generate.add_argument(
+        "--save-stages", type=Path, metavar="DIR", help="also write caption, anchor and frames there"
+    )
 
     rewrite = commands.add_parser("rewrite", help="stage 1: prompt to first-frame prompt")
     rewrite.add_argument("prompt", nargs="+")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -27,54 +25,38 @@ from .anchor import (
     resolve_anchors,
 )
 from .anchor_lora import ADAPTER_NAME, AnchorLora
+from .checks import (
+    check_at_least_one,
+    check_generators,
+    check_num_frames,
+    check_size,
+    check_texts,
+    pair_anchors,
+)
 from .composer import AnchorComposer
+from .memory import decoder_bytes, free_bytes
 from .pipeline_output import FactorizedVideoPipelineOutput
+from .progress import StageProgress
 from .rewriter import FirstFrameRewriter
 from .schedules import WAN_PRESETS, SchedulerPreset, SchedulerPresets
 from .transformer_anchor import AnchorConditionedTransformer3D
 
 
 MODES = ("factorized", "direct")
-# Text encoders read 512 tokens; a prompt longer than this many characters is a mistake (a file, a log), not a prompt.
-MAX_PROMPT_CHARACTERS = 10_000
 # Used where neither the call nor the repository says: Wan2.2-TI2V-5B's own size and length.
 WAN_CALL_DEFAULTS = {"height": 704, "width": 1280, "num_frames": 121, "frame_rate": 24, "max_sequence_length": 512}
-# Live copies of the decoder's largest activation at the peak of a chunk, and the frames of a chunk. An estimate: it only
-# decides whether tiles are switched on.
-DECODER_ACTIVATION_COPIES, DECODER_CHUNK_FRAMES = 6, 4
+
+NO_REWRITER = (
+    "This pipeline has no `rewriter`, which writes the first-frame prompt: pass `first_frame_prompt=` or `image=`, use "
+    '`mode="direct"`, or load a rewriter.'
+)
+NO_COMPOSER = (
+    "This pipeline has no `composer`, which draws the anchor: pass `image=` or `anchors=`, use "
+    '`mode="direct"`, or load a composer.'
+)
 
 Image = PIL.Image.Image | np.ndarray | torch.Tensor
-
-
-class _Progress:
-    """One display, one callback and one clock for all stages of a run."""
-
-    def __init__(self, pipeline: FactorizedVideoPipeline, callback: Callable | None):
-        self.pipeline, self.callback = pipeline, callback
-        self.timings: dict[str, float] = {}
-        self.bar = pipeline.progress_bar(total=0)
-
-    @contextmanager
-    def stage(self, name: str, steps: int = 1) -> Iterator[Callable[[int, int], None]]:
-        """Times a stage. Yields `report(step, steps)`, to be called after each step."""
-        self.bar.set_description(name)
-        self.bar.total += steps
-        done, planned, started = 0, steps, time.perf_counter()
-
-        def report(step: int, steps: int) -> None:
-            nonlocal done, planned
-            self.bar.total += steps - planned
-            self.bar.update(step - done)
-            done, planned = step, steps
-            if self.callback is not None:
-                self.callback(self.pipeline, name, step, steps)
-
-        try:
-            yield report
-        finally:
-            self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - started
-        if done < planned and not self.pipeline.interrupt:
-            report(planned, planned)
+StepCallback = Callable | PipelineCallback | MultiPipelineCallbacks
 
 
 class FactorizedVideoPipeline(WanPipeline):
@@ -142,15 +124,13 @@ class FactorizedVideoPipeline(WanPipeline):
             boundary_ratio=boundary_ratio,
             expand_timesteps=expand_timesteps,
         )
-        self.register_modules(
-            rewriter=rewriter, composer=composer, anchor_lora=anchor_lora, schedulers=schedulers
-        )
+        self.register_modules(rewriter=rewriter, composer=composer, anchor_lora=anchor_lora, schedulers=schedulers)
         self.register_to_config(call_defaults=call_defaults)
         if anchor_lora is not None:
             for name, expert in experts.items():
                 if ADAPTER_NAME not in getattr(expert, "peft_config", {}):
                     anchor_lora.load_into(expert, prefix=name)
-        self._progress: _Progress | None = None
+        self._progress: StageProgress | None = None
         self._interrupt = False
 
     # -- loading ------------------------------------------------------------------------------------------------------
@@ -201,12 +181,12 @@ class FactorizedVideoPipeline(WanPipeline):
         return self.presets[preset] if preset is not None else self.presets.matching(self.scheduler)
 
     @contextmanager
-    def _running(self, callback: Callable | None = None) -> Iterator[_Progress]:
+    def _running(self, callback: Callable | None = None) -> Iterator[StageProgress]:
         """Starts a run, or joins the one under way: `__call__` and a stage called by hand share their code."""
         if self._progress is not None:
             yield self._progress
             return
-        self._progress = _Progress(self, callback)
+        self._progress = StageProgress(self, callback)
         self._interrupt = False
         try:
             yield self._progress
@@ -236,103 +216,52 @@ class FactorizedVideoPipeline(WanPipeline):
 
     # -- checks -------------------------------------------------------------------------------------------------------
 
-    def _check_texts(self, name: str, texts: list[str]) -> None:
-        if not texts:
-            raise ValueError(f"`{name}` is an empty list; give at least one text.")
-        for text in texts:
-            if not isinstance(text, str):
-                raise ValueError(f"`{name}` must be a string or a list of strings, but holds {type(text).__name__}.")
-            if not text.strip():
-                raise ValueError(f"`{name}` is empty: {text!r}; describe what should be seen.")
-            if len(text) > MAX_PROMPT_CHARACTERS:
-                raise ValueError(
-                    f"`{name}` has {len(text)} characters, starting {text[:40]!r}; keep it under {MAX_PROMPT_CHARACTERS}."
-                )
-
-    def _check_size(self, height: int, width: int, num_frames: int | None = None) -> None:
+    def _check_size(self, height: int, width: int) -> None:
         _, patch_height, patch_width = self.transformer.config.patch_size
-        for name, value, multiple in (
-            ("height", height, self.vae_scale_factor_spatial * patch_height),
-            ("width", width, self.vae_scale_factor_spatial * patch_width),
-        ):
-            if not isinstance(value, int) or value < multiple or value % multiple:
-                below = max(multiple, int(value) // multiple * multiple)
-                raise ValueError(
-                    f"`{name}={value}` must be a positive multiple of {multiple}; nearest: {below} and {below + multiple}."
-                )
-        step = self.vae_scale_factor_temporal
-        if num_frames is not None and (not isinstance(num_frames, int) or num_frames < 1 or num_frames % step != 1):
-            below = max(1, (int(num_frames) - 1) // step * step + 1)
-            raise ValueError(
-                f"`num_frames={num_frames}` must be {step}k + 1; nearest: {below} and {below + step}."
-            )
+        check_size("height", height, self.vae_scale_factor_spatial * patch_height)
+        check_size("width", width, self.vae_scale_factor_spatial * patch_width)
 
-    def _anchors_per_video(self, anchors, num_prompts: int, num_videos_per_prompt: int) -> list[list[Anchor]]:
-        """Pairs anchors with videos: one anchor or a list of them serves all, a list of lists is per prompt or per video."""
-        if isinstance(anchors, Anchor):
-            anchors = [anchors]
-        for item in anchors:
-            if not isinstance(item, (Anchor, list, tuple)):
-                raise ValueError(f"`anchors` must hold `Anchor`s or lists of them, but holds {type(item).__name__}.")
-        num_videos = num_prompts * num_videos_per_prompt
-        if all(isinstance(item, Anchor) for item in anchors):
-            return [list(anchors)] * num_videos
-        if len(anchors) == num_videos:
-            return [list(item) for item in anchors]
-        if len(anchors) == num_prompts:
-            return [list(item) for item in anchors for _ in range(num_videos_per_prompt)]
-        raise ValueError(
-            f"`anchors` has {len(anchors)} lists for {num_prompts} prompts and {num_videos} videos; give one list for all, "
-            "one per prompt or one per video."
-        )
+    def _video_inputs(self, prompts: list[str] | None, anchors, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Fills in the model's defaults and checks everything that stage 3 takes. Returns the arguments of [`animate`]."""
+        inputs = dict(inputs)
+        for name in ("height", "width", "num_frames", "max_sequence_length"):
+            inputs[name] = self._default(name, inputs[name])
+        if inputs["negative_prompt_embeds"] is None:
+            inputs["negative_prompt"] = self._default("negative_prompt", inputs["negative_prompt"])
+        callback = inputs["callback_on_step_end"]
+        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+            inputs["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
+        height, width, num_frames = inputs["height"], inputs["width"], inputs["num_frames"]
 
-    def check_inputs(
-        self,
-        prompts: list[str] | None,
-        height: int,
-        width: int,
-        num_frames: int,
-        negative_prompt: str | list[str] | None = None,
-        prompt_embeds: torch.Tensor | None = None,
-        negative_prompt_embeds: torch.Tensor | None = None,
-        callback_on_step_end_tensor_inputs: list[str] | None = None,
-        guidance_scale_2: float | None = None,
-        num_inference_steps: int | None = None,
-        num_videos_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        anchors: list[list[Anchor]] | None = None,
-    ) -> None:
-        """Checks everything that stage 3 takes, before any model runs. Raises `ValueError` naming value and fix."""
-        self._check_size(height, width, num_frames)
+        self._check_size(height, width)
+        check_num_frames(num_frames, self.vae_scale_factor_temporal)
         if prompts is not None:
-            self._check_texts("prompt", prompts)
+            check_texts("prompt", prompts)
         # The stock checks: embeddings against prompts, tensor names of the callback, the second guidance scale.
-        super().check_inputs(
+        self.check_inputs(
             prompts,
-            None if isinstance(negative_prompt, tuple) else negative_prompt,
+            inputs["negative_prompt"],
             height,
             width,
-            prompt_embeds,
-            negative_prompt_embeds,
-            callback_on_step_end_tensor_inputs,
-            guidance_scale_2,
+            inputs["prompt_embeds"],
+            inputs["negative_prompt_embeds"],
+            inputs["callback_on_step_end_tensor_inputs"],
+            inputs["guidance_scale_2"],
         )
-        num_prompts = len(prompts) if prompts is not None else prompt_embeds.shape[0]
+        num_prompts = len(prompts) if prompts is not None else inputs["prompt_embeds"].shape[0]
+        negative_prompt = inputs["negative_prompt"]
         if isinstance(negative_prompt, list) and len(negative_prompt) != num_prompts:
             raise ValueError(
-                f"`negative_prompt` has {len(negative_prompt)} texts for {num_prompts} prompts; give one or as many."
+                f"`negative_prompt` has {len(negative_prompt)} texts for {num_prompts} prompts; give one or {num_prompts}."
             )
-        if num_inference_steps is not None and num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps={num_inference_steps}` must be at least 1.")
-        if num_videos_per_prompt < 1:
-            raise ValueError(f"`num_videos_per_prompt={num_videos_per_prompt}` must be at least 1.")
-        num_videos = num_prompts * num_videos_per_prompt
-        if isinstance(generator, list) and len(generator) != num_videos:
-            raise ValueError(
-                f"`generator` is a list of {len(generator)} for {num_videos} videos; give one generator or as many."
-            )
-        if latents is not None:
+        if isinstance(negative_prompt, str):
+            inputs["negative_prompt"] = [negative_prompt] * num_prompts
+        check_at_least_one("num_inference_steps", inputs["num_inference_steps"])
+        check_at_least_one("num_videos_per_prompt", inputs["num_videos_per_prompt"])
+        num_videos = num_prompts * inputs["num_videos_per_prompt"]
+        check_generators(inputs["generator"], num_videos, "videos")
+        self._sampling(inputs["preset"])
+        if inputs["latents"] is not None:
             expected = (
                 num_videos,
                 self.transformer.config.in_channels,
@@ -340,13 +269,18 @@ class FactorizedVideoPipeline(WanPipeline):
                 height // self.vae_scale_factor_spatial,
                 width // self.vae_scale_factor_spatial,
             )
-            if tuple(latents.shape) != expected:
-                raise ValueError(f"`latents` has shape {tuple(latents.shape)}, but this call needs {expected}.")
-        for video_anchors in anchors or []:
-            for _, anchor in resolve_anchors(video_anchors, num_frames, self.vae_scale_factor_temporal):
-                crop_and_resize(anchor.image, height, width)
+            if tuple(inputs["latents"].shape) != expected:
+                raise ValueError(
+                    f"`latents` has shape {tuple(inputs['latents'].shape)}, but this call needs {expected}."
+                )
+        if anchors is not None:
+            anchors = pair_anchors(anchors, num_prompts, inputs["num_videos_per_prompt"])
+            for video_anchors in anchors:
+                for _, anchor in resolve_anchors(video_anchors, num_frames, self.vae_scale_factor_temporal):
+                    crop_and_resize(anchor.image, height, width)
+        return {"prompts": prompts, "anchors": anchors, **inputs}
 
-    # -- stage 1 and 2 ------------------------------------------------------------------------------------------------
+    # -- stages 1 and 2 -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def rewrite(self, prompts: str | list[str], max_new_tokens: int | None = None) -> list[str]:
@@ -359,15 +293,13 @@ class FactorizedVideoPipeline(WanPipeline):
         Returns:
             `list[str]`: one caption per prompt.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        self._check_texts("prompts", prompts)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        check_texts("prompts", prompts)
         if self.rewriter is None:
-            raise ValueError(
-                "This pipeline has no `rewriter`: pass `first_frame_prompt=` or `image=`, or load one into the pipeline."
-            )
+            raise ValueError(NO_REWRITER)
         with self._running() as progress, progress.stage("rewrite") as report:
             return self.rewriter.rewrite(
-                prompts, max_new_tokens=max_new_tokens, on_progress=report, should_stop=lambda: self.interrupt
+                list(prompts), max_new_tokens=max_new_tokens, on_progress=report, should_stop=lambda: self.interrupt
             )
 
     @torch.no_grad()
@@ -393,19 +325,16 @@ class FactorizedVideoPipeline(WanPipeline):
         Returns:
             `list[PIL.Image.Image]`: one picture of `height` x `width` per caption.
         """
-        captions = [first_frame_prompts] if isinstance(first_frame_prompts, str) else list(first_frame_prompts)
+        captions = [first_frame_prompts] if isinstance(first_frame_prompts, str) else first_frame_prompts
         height, width = self._default("height", height), self._default("width", width)
-        self._check_texts("first_frame_prompts", captions)
+        check_texts("first_frame_prompts", captions)
         self._check_size(height, width)
+        check_generators(generator, len(captions), "captions")
         if self.composer is None:
-            raise ValueError(
-                "This pipeline has no `composer`: pass `image=` or `anchors=`, or load one into the pipeline."
-            )
-        if isinstance(generator, list) and len(generator) != len(captions):
-            raise ValueError(f"`generator` is a list of {len(generator)} for {len(captions)} captions.")
+            raise ValueError(NO_COMPOSER)
         with self._running() as progress, progress.stage("compose") as report:
             return self.composer.compose(
-                captions,
+                list(captions),
                 height=height,
                 width=width,
                 num_inference_steps=num_inference_steps,
@@ -426,18 +355,18 @@ class FactorizedVideoPipeline(WanPipeline):
         width: int,
         num_frames: int,
         generator: torch.Generator | list[torch.Generator] | None = None,
-    ) -> AnchorLatents | None:
-        """Encodes the anchors of each video; `None` when there is none at all.
+    ) -> AnchorLatents:
+        """Encodes the anchors of each video.
 
         Args:
             anchors (`list[list[Anchor]]`): one list per video.
             latents (`torch.Tensor` of shape `(B, C, f, h, w)`): gives shape, device and dtype.
+            height, width, num_frames (`int`): of the video, in pixels and frames.
             generator (*optional*): draws the noise of anchors whose strength is below 1.
         """
-        if not any(anchors):
-            return None
         clean = torch.zeros_like(latents)
         strength = latents.new_zeros(latents.shape[0], latents.shape[2])
+        # Videos of one prompt share their picture: each is encoded once for each position.
         encoded: dict[tuple[int, int], torch.Tensor] = {}
         for video, video_anchors in enumerate(anchors):
             for index, anchor in resolve_anchors(video_anchors, num_frames, self.vae_scale_factor_temporal):
@@ -461,7 +390,6 @@ class FactorizedVideoPipeline(WanPipeline):
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
-        preset: str | None = None,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_scale_2: float | None = None,
@@ -472,9 +400,10 @@ class FactorizedVideoPipeline(WanPipeline):
         negative_prompt_embeds: torch.Tensor | None = None,
         output_type: str = "np",
         attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
-        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int | None = None,
+        preset: str | None = None,
     ):
         """Stage 3: makes a video of each prompt that passes through its anchors; plain text-to-video without any.
 
@@ -486,37 +415,52 @@ class FactorizedVideoPipeline(WanPipeline):
         The other arguments are those of `__call__`. Returns the frames alone.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        height, width = self._default("height", height), self._default("width", width)
-        num_frames = self._default("num_frames", num_frames)
-        max_sequence_length = self._default("max_sequence_length", max_sequence_length)
-        if negative_prompt_embeds is None:
-            negative_prompt = self._default("negative_prompt", negative_prompt)
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        inputs = {
+            "negative_prompt": negative_prompt,
+            "height": height,
+            "width": width,
+            "num_frames": num_frames,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "guidance_scale_2": guidance_scale_2,
+            "num_videos_per_prompt": num_videos_per_prompt,
+            "generator": generator,
+            "latents": latents,
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "output_type": output_type,
+            "attention_kwargs": attention_kwargs,
+            "callback_on_step_end": callback_on_step_end,
+            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+            "max_sequence_length": max_sequence_length,
+            "preset": preset,
+        }
+        return self._animate(**self._video_inputs(prompts, anchors, inputs))
 
-        # 1. Check inputs and settle what to sample with
-        num_prompts = len(prompts) if prompts is not None else 0 if prompt_embeds is None else prompt_embeds.shape[0]
-        if anchors is not None:
-            anchors = self._anchors_per_video(anchors, num_prompts, num_videos_per_prompt)
-        self.check_inputs(
-            prompts,
-            height,
-            width,
-            num_frames,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            callback_on_step_end_tensor_inputs,
-            guidance_scale_2,
-            num_inference_steps,
-            num_videos_per_prompt,
-            generator,
-            latents,
-            anchors,
-        )
+    def _animate(
+        self,
+        prompts: list[str] | None,
+        anchors: list[list[Anchor]] | None,
+        negative_prompt: list[str] | None,
+        height: int,
+        width: int,
+        num_frames: int,
+        num_inference_steps: int | None,
+        guidance_scale: float | None,
+        guidance_scale_2: float | None,
+        num_videos_per_prompt: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+        output_type: str,
+        attention_kwargs: dict[str, Any] | None,
+        callback_on_step_end: StepCallback | None,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+        max_sequence_length: int,
+        preset: str | None,
+    ):
         sampling = self._sampling(preset)
-        # A fresh scheduler for a preset: the pipeline's own is shared and keeps its state.
-        scheduler = self.scheduler if sampling is None else sampling.make_scheduler()
         if guidance_scale is None:
             guidance_scale = 5.0 if sampling is None else sampling.guidance_scale
         low, high = (0.0, 1.0) if sampling is None else sampling.guidance_interval
@@ -526,9 +470,9 @@ class FactorizedVideoPipeline(WanPipeline):
         self._current_timestep = None
 
         with self._running() as progress:
-            device = self._execution_device
+            device, dtype = self._execution_device, self.transformer.dtype
 
-            # 2. Encode the prompt
+            # 1. Encode prompts, then draw noise, then encode anchors: a seed means the same clip with and without them
             with progress.stage("encode"):
                 prompt_embeds, negative_prompt_embeds = self.encode_prompt(
                     prompts,
@@ -540,14 +484,12 @@ class FactorizedVideoPipeline(WanPipeline):
                     max_sequence_length=max_sequence_length,
                     device=device,
                 )
-                dtype = self.transformer.dtype
                 prompt_embeds = prompt_embeds.to(dtype)
                 if negative_prompt_embeds is not None:
                     negative_prompt_embeds = negative_prompt_embeds.to(dtype)
-
-                # 3. Prepare latents, then anchors: noise comes first, so that a seed means the same clip with and without
+                batch_size = len(prompts) * num_videos_per_prompt if prompts is not None else prompt_embeds.shape[0]
                 latents = self.prepare_latents(
-                    num_prompts * num_videos_per_prompt,
+                    batch_size,
                     self.transformer.config.in_channels,
                     height,
                     width,
@@ -557,27 +499,24 @@ class FactorizedVideoPipeline(WanPipeline):
                     generator,
                     latents,
                 )
-                anchor_latents = self.encode_anchors(anchors or [], latents, height, width, num_frames, generator)
+                anchor_latents = None
+                if anchors is not None and any(anchors):
+                    anchor_latents = self.encode_anchors(anchors, latents, height, width, num_frames, generator)
 
-            # 4. Prepare timesteps
+            # 2. Prepare timesteps
             if sampling is None:
+                scheduler = self.scheduler
                 scheduler.set_timesteps(num_inference_steps or 50, device=device)
             else:
-                sigmas = sampling.steps(num_inference_steps)
-                scheduler.set_timesteps(num_inference_steps=len(sigmas), sigmas=list(sigmas), device=device)
-            timesteps = scheduler.timesteps
+                # A fresh one: the pipeline's own is shared and keeps its state.
+                scheduler = sampling.make_scheduler(num_inference_steps, device)
+            timesteps, sigmas = scheduler.timesteps, _sigmas(scheduler)
             self._num_timesteps = len(timesteps)
-            num_train_timesteps = scheduler.config.num_train_timesteps
-            sigmas = getattr(scheduler, "sigmas", None)
-            if sigmas is None:
-                # Schedulers without sigmas (LCM): time is sigma * num_train_timesteps for every flow model.
-                sigmas = torch.cat([timesteps.float().cpu() / num_train_timesteps, torch.zeros(1)])
-            sigmas = [float(sigma) for sigma in sigmas]
+            boundary = (self.config.boundary_ratio or 0.0) * scheduler.config.num_train_timesteps
             if hasattr(scheduler, "set_begin_index"):
                 scheduler.set_begin_index(0)
-            boundary = (self.config.boundary_ratio or 0.0) * num_train_timesteps
 
-            # 5. Denoising loop
+            # 3. Denoising loop
             with (
                 progress.stage("denoise", len(timesteps)) as report,
                 nullcontext() if anchor_latents is not None else self._without_anchor_lora(),
@@ -591,6 +530,7 @@ class FactorizedVideoPipeline(WanPipeline):
                     first_expert = self.transformer_2 is None or t >= boundary
                     expert = self.transformer if first_expert else self.transformer_2
                     scale = self._guidance_scale if first_expert else self._guidance_scale_2
+
                     hidden_states, timestep = anchored_model_input(
                         latents, sigmas[i], t.expand(latents.shape[0]), anchor_latents
                     )
@@ -600,17 +540,17 @@ class FactorizedVideoPipeline(WanPipeline):
                         "attention_kwargs": attention_kwargs,
                         "return_dict": False,
                     }
-                    context = {"step_index": i, "sigma": sigmas[i], "num_inference_steps": self._num_timesteps}
+                    context = {"step_index": i, "sigma": sigmas[i], "num_inference_steps": len(timesteps)}
                     with expert.cache_context("cond", **context):
                         noise_pred = expert(encoder_hidden_states=prompt_embeds, **inputs)[0]
                     if self.do_classifier_free_guidance and low <= sigmas[i] <= high:
                         with expert.cache_context("uncond", **context):
                             noise_uncond = expert(encoder_hidden_states=negative_prompt_embeds, **inputs)[0]
                         noise_pred = noise_uncond + scale * (noise_pred - noise_uncond)
+
                     if anchor_latents is not None:
                         # What a multistep solver remembers of an anchored frame is then the anchor itself.
                         noise_pred = anchor_latents.hold(noise_pred, latents, sigmas[i])
-
                     latents = scheduler.step(noise_pred, t, latents, return_dict=False)[0]
                     if anchor_latents is not None:
                         latents = anchor_latents.impose(latents, sigmas[i + 1])
@@ -626,16 +566,19 @@ class FactorizedVideoPipeline(WanPipeline):
                     report(i + 1, len(timesteps))
             self._current_timestep = None
 
-            # 6. Decode
+            # 4. Decode
             if output_type == "latent":
                 return latents
             with progress.stage("decode"):
                 return self.decode(latents, output_type)
 
+    @torch.no_grad()
     def decode(self, latents: torch.Tensor, output_type: str = "np"):
-        """Latents `(B, C, f, h, w)` to frames. Tiles are switched on for the call when the decoder would not fit."""
-        latents = denormalize_latents(latents.to(get_module_execution_device(self.vae), dtype=self.vae.dtype), self.vae)
-        tile = not self.vae.use_tiling and _decoder_bytes(self.vae, latents) > _free_bytes(latents.device)
+        """Normalised latents `(B, C, f, h, w)` to frames. The VAE works in tiles when it would not fit otherwise."""
+        latents = denormalize_latents(
+            latents.to(get_module_execution_device(self.vae), dtype=self.vae.dtype), self.vae
+        )
+        tile = not self.vae.use_tiling and decoder_bytes(self.vae, latents) > free_bytes(latents.device)
         if tile:
             self.vae.enable_tiling()
         try:
@@ -666,8 +609,8 @@ class FactorizedVideoPipeline(WanPipeline):
         output_type: str = "np",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
-        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
-        callback_on_step_end_tensor_inputs: list[str] = ["latents"],
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int | None = None,
         preset: str | None = None,
         mode: str = "factorized",
@@ -683,8 +626,7 @@ class FactorizedVideoPipeline(WanPipeline):
         r"""Generates videos.
 
         Args:
-            prompt (`str` or `list[str]`, *optional*): what should happen. May be left out with `prompt_embeds` and an
-                anchor.
+            prompt (`str` or `list[str]`, *optional*): what should happen. May be left out with `prompt_embeds`.
             negative_prompt (`str` or `list[str]`, *optional*): for the video model; the model's own when left out.
             height, width (`int`, *optional*): pixels, multiples of VAE stride times patch size.
             num_frames (`int`, *optional*): 4k + 1.
@@ -692,12 +634,12 @@ class FactorizedVideoPipeline(WanPipeline):
             guidance_scale (`float`, *optional*): 1 is off; the preset's when left out.
             guidance_scale_2 (`float`, *optional*): of the low-noise expert.
             num_videos_per_prompt (`int`, *optional*): each video gets an anchor of its own.
-            generator (`torch.Generator` or one per video, *optional*): the anchor's seed is derived from its state without
-                using it up, so that a seed draws the same video noise in every mode.
+            generator (`torch.Generator` or one per video, *optional*): the anchor's seed is derived from its state
+                without using it up, so that a seed draws the same video noise in every mode.
             latents (`torch.Tensor` of shape `(B, C, f, h, w)`, *optional*): unit Gaussian start of the video.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(B, L, D)`, *optional*): instead of texts.
             output_type (`str`, *optional*): `"np"`, `"pt"`, `"pil"` or `"latent"`.
-            return_dict (`bool`, *optional*): a tuple in the order of the output's fields otherwise.
+            return_dict (`bool`, *optional*): `False` gives a tuple in the order of the output's fields.
             attention_kwargs (`dict`, *optional*): passed on to the transformer.
             callback_on_step_end (`Callable`, *optional*): as in every diffusers pipeline, after each video step.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*): of `latents`, `prompt_embeds`,
@@ -707,13 +649,13 @@ class FactorizedVideoPipeline(WanPipeline):
                 a scheduler of your own runs as it is, with 50 steps and guidance 5 unless given.
             mode (`str`, *optional*): `"factorized"`, or `"direct"` for plain text-to-video by the base model.
             first_frame_prompt (`str` or `list[str]`, *optional*): skips stage 1.
-            image (PIL image, array or tensor, or a list with one per prompt, *optional*): skips stages 1 and 2; the same as
-                `anchors=[Anchor(image)]`.
+            image (PIL image, array or tensor, or a list with one per prompt, *optional*): skips stages 1 and 2; the same
+                as `anchors=[Anchor(image)]`.
             anchors (`Anchor` or lists of them, *optional*): skips stages 1 and 2; see [`animate`].
             rewriter_max_new_tokens (`int`, *optional*): stage 1.
             composer_num_inference_steps, composer_guidance_scale, composer_negative_prompt (*optional*): stage 2.
             callback_on_stage_step (`Callable`, *optional*): `callback(pipe, stage, step, steps)` after each step of each
-                stage. Setting `pipe._interrupt = True` in it stops the run.
+                stage. Setting `pipe._interrupt = True` in it, or in the other callback, stops the run.
 
         Returns:
             [`FactorizedVideoPipelineOutput`] or `tuple`.
@@ -726,64 +668,59 @@ class FactorizedVideoPipeline(WanPipeline):
             raise ValueError(f"Unknown mode {mode!r}; use one of {MODES}.")
         prompts = [prompt] if isinstance(prompt, str) else prompt
         captions = [first_frame_prompt] if isinstance(first_frame_prompt, str) else first_frame_prompt
-        given = {"first_frame_prompt": captions, "image": image, "anchors": anchors}
-        given = [name for name, value in given.items() if value is not None]
-        if mode == "direct" and given:
-            raise ValueError(f'`mode="direct"` uses no first frame, but `{given[0]}` was given; leave one of them out.')
-        if len(given) > 1:
-            raise ValueError(f"Only one of `first_frame_prompt`, `image` and `anchors` can be used, but got {given}.")
         if prompts is None and prompt_embeds is None:
             raise ValueError("Provide `prompt` or `prompt_embeds`: the video model follows it in every mode.")
         num_prompts = len(prompts) if prompts is not None else prompt_embeds.shape[0]
+        first_frames = {"first_frame_prompt": captions, "image": image, "anchors": anchors}
+        given = [name for name, value in first_frames.items() if value is not None]
+        if mode == "direct" and given:
+            raise ValueError(
+                f'`mode="direct"` uses no first frame, but `{given[0]}` was given; leave one of them out.'
+            )
+        if len(given) > 1:
+            raise ValueError(f"Only one of `first_frame_prompt`, `image` and `anchors` can be used, but got {given}.")
         if image is not None:
-            images = list(image) if isinstance(image, (list, tuple)) else [image] * num_prompts
-            if len(images) != num_prompts:
-                raise ValueError(f"`image` has {len(images)} pictures for {num_prompts} prompts; give one or as many.")
-            anchors = [[Anchor(item)] for item in images]
+            pictures = list(image) if isinstance(image, (list, tuple)) else [image] * num_prompts
+            if len(pictures) != num_prompts:
+                raise ValueError(
+                    f"`image` has {len(pictures)} pictures for {num_prompts} prompts; give one or {num_prompts}."
+                )
+            anchors = [[Anchor(picture)] for picture in pictures]
         compose = mode == "factorized" and anchors is None
         if compose:
-            if captions is None and prompts is None:
-                raise ValueError("`prompt_embeds` cannot be rewritten: pass `prompt`, `first_frame_prompt` or `image`.")
-            if captions is None and self.rewriter is None:
-                raise ValueError(
-                    "This pipeline has no `rewriter`, which writes the first-frame prompt: pass `first_frame_prompt=` or "
-                    '`image=`, use `mode="direct"`, or load a rewriter.'
-                )
-            if self.composer is None:
-                raise ValueError(
-                    "This pipeline has no `composer`, which draws the anchor: pass `image=` or `anchors=`, use "
-                    '`mode="direct"`, or load a composer.'
-                )
-            if captions is not None:
-                self._check_texts("first_frame_prompt", captions)
-                if len(captions) != num_prompts:
-                    raise ValueError(f"`first_frame_prompt` has {len(captions)} texts for {num_prompts} prompts.")
-        height, width = self._default("height", height), self._default("width", width)
-        num_frames = self._default("num_frames", num_frames)
-        sampling = self._sampling(preset)
-        self.check_inputs(
+            self._check_stages(prompts, captions, num_prompts)
+        inputs = self._video_inputs(
             prompts,
-            height,
-            width,
-            num_frames,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            callback_on_step_end_tensor_inputs,
-            guidance_scale_2,
-            num_inference_steps,
-            num_videos_per_prompt,
-            generator,
-            latents,
-            None if anchors is None else self._anchors_per_video(anchors, num_prompts, num_videos_per_prompt),
+            anchors,
+            {
+                "negative_prompt": negative_prompt,
+                "height": height,
+                "width": width,
+                "num_frames": num_frames,
+                "num_inference_steps": num_inference_steps,
+                "guidance_scale": guidance_scale,
+                "guidance_scale_2": guidance_scale_2,
+                "num_videos_per_prompt": num_videos_per_prompt,
+                "generator": generator,
+                "latents": latents,
+                "prompt_embeds": prompt_embeds,
+                "negative_prompt_embeds": negative_prompt_embeds,
+                "output_type": output_type,
+                "attention_kwargs": attention_kwargs,
+                "callback_on_step_end": callback_on_step_end,
+                "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+                "max_sequence_length": max_sequence_length,
+                "preset": preset,
+            },
         )
 
         # 2. Settle the seeds
         num_videos = num_prompts * num_videos_per_prompt
-        if generator is None and latents is None:
-            generator = [torch.Generator().manual_seed(_draw_seed(None)) for _ in range(num_videos)]
-        video_generators = generator if isinstance(generator, list) else [generator] * num_videos
-        seeds = [{} if item is None else {"video": item.initial_seed()} for item in video_generators]
+        if generator is None:
+            generator = [torch.Generator().manual_seed(_draw_seed()) for _ in range(num_videos)]
+            inputs["generator"] = generator
+        generators = generator if isinstance(generator, list) else [generator] * num_videos
+        seeds = [{"video": item.initial_seed()} for item in generators]
 
         images = None
         with self._running(callback_on_stage_step) as progress:
@@ -792,80 +729,56 @@ class FactorizedVideoPipeline(WanPipeline):
                 if captions is None:
                     captions = self.rewrite(prompts, max_new_tokens=rewriter_max_new_tokens)
                 if not self.interrupt:
-                    anchor_seeds = _anchor_seeds(generator, num_videos)
-                    for seed, anchor_seed in zip(seeds, anchor_seeds):
+                    for seed, anchor_seed in zip(seeds, _anchor_seeds(generator, num_videos)):
                         seed["anchor"] = anchor_seed
                     images = self.compose(
                         [caption for caption in captions for _ in range(num_videos_per_prompt)],
-                        height,
-                        width,
+                        inputs["height"],
+                        inputs["width"],
                         num_inference_steps=composer_num_inference_steps,
                         guidance_scale=composer_guidance_scale,
                         negative_prompt=composer_negative_prompt,
-                        generator=[torch.Generator().manual_seed(seed) for seed in anchor_seeds],
+                        generator=[torch.Generator().manual_seed(seed["anchor"]) for seed in seeds],
                     )
-                    anchors = [[Anchor(item)] for item in images]
+                    inputs["anchors"] = [[Anchor(picture)] for picture in images]
 
             # 4. Stage 3
-            frames = []
-            if not self.interrupt:
-                frames = self.animate(
-                    prompts,
-                    anchors,
-                    negative_prompt=negative_prompt,
-                    height=height,
-                    width=width,
-                    num_frames=num_frames,
-                    preset=None if sampling is None else sampling.name,
-                    num_inference_steps=num_inference_steps,
-                    guidance_scale=guidance_scale,
-                    guidance_scale_2=guidance_scale_2,
-                    num_videos_per_prompt=num_videos_per_prompt,
-                    generator=generator,
-                    latents=latents,
-                    prompt_embeds=prompt_embeds,
-                    negative_prompt_embeds=negative_prompt_embeds,
-                    output_type=output_type,
-                    attention_kwargs=attention_kwargs,
-                    callback_on_step_end=callback_on_step_end,
-                    callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-                    max_sequence_length=max_sequence_length,
-                )
+            frames = [] if self.interrupt else self._animate(**inputs)
 
         output = FactorizedVideoPipelineOutput(
             frames=frames, first_frame_prompts=captions, anchor_images=images, seeds=seeds, timings=progress.timings
         )
         return output if return_dict else tuple(getattr(output, name) for name in output.__dataclass_fields__)
 
+    def _check_stages(self, prompts: list[str] | None, captions: list[str] | None, num_prompts: int) -> None:
+        """Stages 1 and 2 can run: their models are there, and there is one caption or prompt for each video prompt."""
+        if captions is None and prompts is None:
+            raise ValueError("`prompt_embeds` cannot be rewritten: pass `prompt`, `first_frame_prompt` or `image`.")
+        if captions is None and self.rewriter is None:
+            raise ValueError(NO_REWRITER)
+        if self.composer is None:
+            raise ValueError(NO_COMPOSER)
+        if captions is not None:
+            check_texts("first_frame_prompt", captions)
+            if len(captions) != num_prompts:
+                raise ValueError(f"`first_frame_prompt` has {len(captions)} texts for {num_prompts} prompts.")
 
-def _draw_seed(generator: torch.Generator | None) -> int:
+
+def _sigmas(scheduler) -> list[float]:
+    """Noise levels of the steps and the final one. Time is `sigma * num_train_timesteps` where there are none (LCM)."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is None:
+        sigmas = [*(scheduler.timesteps / scheduler.config.num_train_timesteps), 0.0]
+    return [float(sigma) for sigma in sigmas]
+
+
+def _draw_seed(generator: torch.Generator | None = None) -> int:
     return int(torch.randint(2**31, (1,), generator=generator, device=generator.device if generator else None))
 
 
-def _anchor_seeds(generator: torch.Generator | list[torch.Generator] | None, num_videos: int) -> list[int]:
+def _anchor_seeds(generator: torch.Generator | list[torch.Generator], num_videos: int) -> list[int]:
     """Seeds for the anchors from copies of the generators, whose own state stays for the video's noise."""
-    if generator is None:
-        return [_draw_seed(None) for _ in range(num_videos)]
     if isinstance(generator, list):
         return [_draw_seed(item.clone_state()) for item in generator]
     copy = generator.clone_state()
     return [_draw_seed(copy) for _ in range(num_videos)]
-
-
-def _decoder_bytes(vae, latents: torch.Tensor) -> int:
-    """Rough peak of decoding: the widest activation of one chunk, and the video itself in and out."""
-    batch_size, _, num_latent_frames, height, width = latents.shape
-    scale, patch = vae.config.scale_factor_spatial, vae.config.patch_size or 1
-    pixels = batch_size * height * width * scale**2
-    channels = vae.config.decoder_base_dim or vae.config.base_dim
-    activation = pixels // patch**2 * channels * DECODER_CHUNK_FRAMES * DECODER_ACTIVATION_COPIES
-    video = 2 * 3 * pixels * ((num_latent_frames - 1) * vae.config.scale_factor_temporal + 1)
-    return (activation + video) * latents.element_size()
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 1 << 62

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
 
@@ -83,9 +84,13 @@ class SchedulerPreset:
     def num_inference_steps(self) -> int:
         return len(self.sigmas)
 
-    def make_scheduler(self):
-        """A fresh scheduler of the preset's class and config."""
-        return getattr(importlib.import_module("diffusers"), self.scheduler_class)(**self.scheduler_config)
+    def make_scheduler(self, num_inference_steps: int | None = None, device: torch.device | str | None = None):
+        """A fresh scheduler of the preset's class and config, its timesteps set from the preset's sigmas."""
+        scheduler = getattr(importlib.import_module("diffusers"), self.scheduler_class)(**self.scheduler_config)
+        # An array: UniPC multiplies what it is given.
+        sigmas = np.array(self.steps(num_inference_steps))
+        scheduler.set_timesteps(num_inference_steps=len(sigmas), sigmas=sigmas, device=device)
+        return scheduler
 
     def steps(self, num_inference_steps: int | None) -> tuple[float, ...]:
         """The preset's sigmas, or as many as asked for from the same `flow_shift`."""
@@ -177,6 +182,8 @@ class SchedulerPresets(Mapping):
 # Wan2.2-TI2V-5B's own shift and guidance (Wan-Video/Wan2.2, wan/configs/wan_ti2v_5B.py): the default of a pipeline that
 # brings no presets. 15 steps against 50 is the step reduction of Factorized Video Generation, arXiv 2512.16371.
 WAN_PRESETS = SchedulerPresets.of(
-    unipc_preset("anchored-15", 15, 5.0, 5.0, source="arXiv 2512.16371: 15 steps; shift and guidance of Wan2.2-TI2V-5B"),
+    unipc_preset(
+        "anchored-15", 15, 5.0, 5.0, source="arXiv 2512.16371: 15 steps; shift and guidance of Wan2.2-TI2V-5B"
+    ),
     unipc_preset("full-50", 50, 5.0, 5.0, source="Wan-Video/Wan2.2, wan/configs/wan_ti2v_5B.py"),
 )

@@ -6,9 +6,11 @@ frame: (B, frames, 6, D) is 2 MB at the width of Wan2.2-5B and 31 latent frames,
 """
 
 import functools
+import os
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models._modeling_parallel import ContextParallelInput
@@ -99,6 +101,45 @@ class AnchorConditionedTransformer3D(WanTransformer3DModel):
             block.__class__ = AnchorConditionedTransformerBlock
         self.row_index = RowIndex()
 
+    @classmethod
+    def from_stock(cls, transformer: WanTransformer3DModel) -> "AnchorConditionedTransformer3D":
+        """The same model as this class, sharing its weights: no copy is made. One of this class is returned as it is.
+
+        Raises:
+            `ValueError`: anything but a [`WanTransformer3DModel`], or one with adapters (load them afterwards).
+        """
+        if isinstance(transformer, cls):
+            return transformer
+        if not isinstance(transformer, WanTransformer3DModel):
+            raise ValueError(f"`transformer` must be a WanTransformer3DModel, but is a {type(transformer).__name__}.")
+        if getattr(transformer, "peft_config", None):
+            raise ValueError(
+                f"The WanTransformer3DModel has adapters {sorted(transformer.peft_config)}; load them after the pipeline is made."
+            )
+        return cls._sharing(transformer.config, transformer.state_dict())
+
+    @classmethod
+    def _sharing(cls, config: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> "AnchorConditionedTransformer3D":
+        with init_empty_weights(include_buffers=False):
+            model = cls.from_config(config)
+        model.load_state_dict(state_dict, assign=True)
+        return model.eval()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """Saves the base weights in the stock format. Adapters are left out: they are files of their own.
+
+        Arguments are those of [`~diffusers.ModelMixin.save_pretrained`].
+        """
+        if not getattr(self, "peft_config", None):
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
+        base = {
+            name.replace(".base_layer.", "."): tensor
+            for name, tensor in self.state_dict().items()
+            if ".lora_" not in name
+        }
+        self._sharing(self.config, base).save_pretrained(save_directory, *args, **kwargs)
+
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,
@@ -177,11 +218,11 @@ class AnchorConditionedTransformer3D(WanTransformer3DModel):
 
     def _patch_grid(self, hidden_states: torch.Tensor) -> tuple[int, int, int]:
         size, patch_size = tuple(hidden_states.shape[2:]), tuple(self.config.patch_size)
-        if any(n % p for n, p in zip(size, patch_size)):
+        if any(n % p for n, p in zip(size, patch_size, strict=True)):
             raise ValueError(
                 f"hidden_states has {size} latent frames, height and width; pass multiples of the patch size {patch_size}."
             )
-        return tuple(n // p for n, p in zip(size, patch_size))
+        return tuple(n // p for n, p in zip(size, patch_size, strict=True))
 
     @staticmethod
     def _check_timestep(timestep: torch.Tensor, batch_size: int, grid: tuple[int, int, int]) -> torch.Tensor:

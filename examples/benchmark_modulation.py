@@ -30,16 +30,16 @@ from diffusers_fvg.transformer_anchor import AnchorConditionedTransformer3D
 
 
 # https://huggingface.co/Wan-AI/Wan2.2-TI2V-5B-Diffusers, transformer/config.json, with 2 layers of its 30.
-WAN22_5B = dict(
-    num_attention_heads=24,
-    attention_head_dim=128,
-    in_channels=48,
-    out_channels=48,
-    text_dim=4096,
-    freq_dim=256,
-    ffn_dim=14336,
-    num_layers=2,
-)
+WAN22_5B = {
+    "num_attention_heads": 24,
+    "attention_head_dim": 128,
+    "in_channels": 48,
+    "out_channels": 48,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "ffn_dim": 14336,
+    "num_layers": 2,
+}
 HEIGHT, WIDTH = 704 // 16, 1280 // 16  # latents
 TOKENS_PER_FRAME = HEIGHT // 2 * WIDTH // 2
 RATIO_BAR = 0.6

@@ -2,7 +2,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
+from tiny import tiny_vae
 
 from diffusers_fvg.anchor import (
     Anchor,
@@ -15,6 +16,12 @@ from diffusers_fvg.anchor import (
     normalize_latents,
     resolve_anchors,
 )
+from diffusers_fvg.embedded import EMBEDDED_FOLDER
+
+
+@pytest.fixture
+def vae():
+    return tiny_vae()
 
 
 PICTURE = PIL.Image.new("RGB", (32, 32))
@@ -81,24 +88,35 @@ def test_crop_and_resize_refuses(tmp_path):
         crop_and_resize("picture.png", 32, 32)
 
 
-def test_normalize_latents_is_inverted(tiny_vae):
-    tiny_vae.register_to_config(latents_mean=[0.5] * 16, latents_std=[2.0] * 16)
+def test_normalize_latents_is_inverted(vae):
+    vae.register_to_config(latents_mean=[0.5] * 16, latents_std=[2.0] * 16)
     latents = torch.randn(2, 16, 3, 4, 4)
-    torch.testing.assert_close(normalize_latents(latents, tiny_vae), (latents - 0.5) / 2)
-    torch.testing.assert_close(denormalize_latents(normalize_latents(latents, tiny_vae), tiny_vae), latents)
+    torch.testing.assert_close(normalize_latents(latents, vae), (latents - 0.5) / 2)
+    torch.testing.assert_close(denormalize_latents(normalize_latents(latents, vae), vae), latents)
 
 
-def test_encode_anchor_is_in_the_phase_of_its_position(tiny_vae):
+def test_encode_anchor_is_in_the_phase_of_its_position(vae):
     picture = torch.rand(1, 3, 32, 32) * 2 - 1
-    still = picture[:, :, None].expand(-1, -1, 17, -1, -1)
+    still = picture[:, :, None].expand(-1, -1, 21, -1, -1)
     with torch.no_grad():
-        truth = normalize_latents(tiny_vae.encode(still).latent_dist.mode(), tiny_vae)
-        single = encode_anchor(tiny_vae, picture, 0)
-        errors = [(encode_anchor(tiny_vae, picture, index) - truth[:, :, index : index + 1]).abs().max() for index in range(5)]
-        pasted = (single - truth[:, :, 4:5]).abs().max()
-    # Latents 0 to 3 are those of the still clip itself; latent 4 from its steady state.
-    assert max(errors[:4]) < 1e-5
-    assert errors[4] < 0.02 * pasted
+        truth = normalize_latents(vae.encode(still).latent_dist.mode(), vae)
+        for index in range(6):
+            latents = encode_anchor(vae, picture, index)
+            torch.testing.assert_close(latents, truth[:, :, index : index + 1], atol=1e-5, rtol=0)
+    # A single-image latent is another thing at a later place.
+    assert (encode_anchor(vae, picture, 0) - truth[:, :, 5:]).abs().max() > 0.1
+
+
+def test_encode_anchor_far_into_a_clip_is_the_steady_state():
+    vae = AutoencoderKLWan.from_pretrained(EMBEDDED_FOLDER / "vae")
+    pixels = torch.full((1, 3, 64, 64), 0.0)
+    pixels[:, :, 20:44, 16:40] = torch.tensor([0.8, -0.8, -0.8]).view(1, 3, 1, 1)
+    with torch.no_grad():
+        truth = normalize_latents(vae.encode(pixels[:, :, None].expand(-1, -1, 41, -1, -1)).latent_dist.mode(), vae)
+        steady, pasted = encode_anchor(vae, pixels, 10), encode_anchor(vae, pixels, 0)
+    error = (steady - truth[:, :, 10:]).square().mean().sqrt()
+    assert error < 0.03
+    assert (pasted - truth[:, :, 10:]).square().mean().sqrt() > 10 * error
 
 
 def test_model_input_without_anchors_is_untouched():

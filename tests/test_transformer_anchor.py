@@ -25,21 +25,21 @@ from torch.utils._pytree import tree_leaves
 from diffusers_fvg.transformer_anchor import AnchorConditionedTransformer3D
 
 
-CONFIG = dict(
-    num_attention_heads=2,
-    attention_head_dim=12,
-    in_channels=16,
-    out_channels=16,
-    text_dim=32,
-    ffn_dim=32,
-    num_layers=2,
-    freq_dim=32,
-    rope_max_seq_len=32,
-)
+CONFIG = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 32,
+    "ffn_dim": 32,
+    "num_layers": 2,
+    "freq_dim": 32,
+    "rope_max_seq_len": 32,
+}
 BATCH, FRAMES, HEIGHT, WIDTH = 2, 5, 4, 6
 TOKENS_PER_FRAME = (HEIGHT // 2) * (WIDTH // 2)
 FORMS = ("sample", "frame", "token")
-TOLERANCE = dict(rtol=0, atol=1e-5)
+TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 
 def make_model(cls, seed=0, **overrides):

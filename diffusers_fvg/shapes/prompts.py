@@ -90,7 +90,9 @@ def _consistent(rng: np.random.Generator) -> Scene:
         ShapeObject(c2, s2, x2, y2, r2),
     )
     prompt = f"A {c1} {s1} drifts slowly towards a {c2} {s2}"
-    return Scene("consistent_attr", prompt, first_frame_caption(objects), objects, {"phrases": f"{c1} {s1}; {c2} {s2}"})
+    return Scene(
+        "consistent_attr", prompt, first_frame_caption(objects), objects, {"phrases": f"{c1} {s1}; {c2} {s2}"}
+    )
 
 
 def _dynamic(rng: np.random.Generator) -> Scene:
@@ -125,7 +127,9 @@ def _spatial(rng: np.random.Generator) -> Scene:
         objects = (second, first) if relation == "in front of" else (first, second)
         caption = f"{CAPTION_START} a {c1} {s1} {relation} a {c2} {s2} at the centre"
     else:
-        axis, sign = {"on the left of": (0, -1), "on the right of": (0, 1), "above": (1, -1), "below": (1, 1)}[relation]
+        axis, sign = {"on the left of": (0, -1), "on the right of": (0, 1), "above": (1, -1), "below": (1, 1)}[
+            relation
+        ]
         gap, across = rng.uniform(0.22, 0.28), rng.uniform(-0.06, 0.06, size=2)
         middle = rng.uniform(0.45, 0.55)
         ends = [(0.5 + sign * gap, middle + across[0]), (0.5 - sign * gap, middle + across[1])]
@@ -137,7 +141,9 @@ def _spatial(rng: np.random.Generator) -> Scene:
     return Scene("spatial_relationships", f"A {c1} {s1} {relation} a {c2} {s2}", caption, objects, meta)
 
 
-def _mover(rng: np.random.Generator, colour: str, shape: str, direction: str, lane: float, radius: float) -> ShapeObject:
+def _mover(
+    rng: np.random.Generator, colour: str, shape: str, direction: str, lane: float, radius: float
+) -> ShapeObject:
     """An object that travels two fifths of the frame along `direction`, in a lane across it."""
     _, dx, dy = DIRECTIONS[direction]
     travel, start = rng.uniform(0.4, 0.48), rng.uniform(0.22, 0.27)
@@ -233,7 +239,9 @@ def _placement(rng: np.random.Generator) -> Scene:
     x, y = np.clip(centre, radius + 0.02, 0.98 - radius)
     objects = (ShapeObject(colour, shape, float(x), float(y), radius),)
     prompt = f"A {colour} {shape} rests at the {name}"
-    return Scene("placement", prompt, first_frame_caption(objects), objects, {"object": f"{colour} {shape}", "place": name})
+    return Scene(
+        "placement", prompt, first_frame_caption(objects), objects, {"object": f"{colour} {shape}", "place": name}
+    )
 
 
 _MAKERS: dict[str, Callable[[np.random.Generator], Scene]] = {

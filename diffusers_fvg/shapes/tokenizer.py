@@ -1,8 +1,8 @@
 """Word-level tokenizers of the world of coloured shapes, for its text encoder and for its rewriter.
 
 Both share one vocabulary: every word of the prompt grammar and of the first-frame captions. Other ways to say the same
-("ball", "box", "gray", "rolls leftwards") become the grammar's words before the text is cut into tokens, so that the tiny
-models need to learn each meaning once. A word that is neither is `<unk>`.
+("ball", "box", "gray", "rolls leftwards") become the grammar's words before the text is cut into tokens, so that the
+tiny models need to learn each meaning once. A word that is neither is `<unk>`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from .world import COLOURS, SHAPES
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
-# The rewriter answers in JSON. Its frame and the caption's opening are one token each: they hold capitals and quotes, which
-# the word-level vocabulary does not, and an answer is 9 tokens shorter.
+# The rewriter answers in JSON. Its frame and the caption's opening are one token each: they hold capitals and quotes,
+# which the word-level vocabulary does not, and an answer gets several tokens shorter.
 ANSWER_START, ANSWER_END = '{"first_frame": "', '"}'
 
 # (pattern, the grammar's words). Tried in this order, on lower-case text with single blanks.
@@ -106,9 +106,9 @@ REWORDINGS = (
 
 
 # Words that are in the grammar's templates but in none of its tables, and small words of looser prompts.
-_GRAMMAR_WORDS = """a and while drifts slowly towards gradually turns from to transforms into moves slides rests rest on
-plain background at the top middle bottom left centre right in of"""
-_LOOSE_WORDS = "an is are there it its one's some small big then of with . , : ; ! ? ' \" - ( )"
+_GRAMMAR_WORDS = """a and while drifts slowly towards gradually turns from to transforms into moves slides
+rests rest on plain background at the top middle bottom left centre right in of"""
+_LOOSE_WORDS = "an is are there it its some small big then of with . , : ; ! ? ' \" - ( )"
 
 
 def vocabulary() -> dict[str, int]:

@@ -71,7 +71,7 @@ def training_scene(rng: np.random.Generator):
     return make_scene(str(rng.choice(list(CATEGORY_WEIGHTS), p=list(CATEGORY_WEIGHTS.values()))), rng, held_out=False)
 
 
-def build_cache(folder: Path, num_clips: int = 12_000, seed: int = 7, batch_size: int = 8) -> None:
+def build_cache(folder: Path, num_clips: int = 10_000, seed: int = 7, batch_size: int = 8) -> None:
     """Encodes clips to `folder/latents.safetensors` (fp16) with their texts, and writes the statistics into the VAE."""
     from diffusers import AutoencoderKLWan
 
@@ -155,7 +155,9 @@ def train(
     log_every: int = 50,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """A plain training loop with a moving average, resumable from `folder/<name>.ckpt`. Returns the averaged weights."""
-    tuned = {f"{key}.{n}": p for key, module in modules.items() for n, p in module.named_parameters() if p.requires_grad}
+    tuned = {
+        f"{key}.{n}": p for key, module in modules.items() for n, p in module.named_parameters() if p.requires_grad
+    }
     average = {key: p.detach().clone() for key, p in tuned.items()}
     solvers, step, checkpoint = make_optimizers(), 0, folder / f"{name}.ckpt"
     if checkpoint.exists():
@@ -205,7 +207,9 @@ def _load_average(average: dict[str, torch.Tensor], modules: dict[str, torch.nn.
                 p.data.copy_(average[f"{key}.{name}"])
 
 
-def train_base(folder: Path, steps: int = 7500, clip_batch: int = 24, image_batch: int = 48, peak: float = 2e-3) -> None:
+def train_base(
+    folder: Path, steps: int = 7500, clip_batch: int = 24, image_batch: int = 48, peak: float = 2e-3
+) -> None:
     """Text encoder and video transformer, on two clip batches for one image batch."""
     from transformers import UMT5Config, UMT5EncoderModel
 

@@ -36,7 +36,7 @@ VAE_CONFIG = {
     "latents_std": [1.0] * 16,
 }
 # (frames of a clip, clips in a batch, optimiser steps)
-PHASES = ((1, 16, 2500), (5, 6, 1800), (9, 4, 1000), (17, 3, 1300))
+PHASES = ((1, 16, 2500), (5, 6, 1800), (9, 4, 1000), (17, 3, 900))
 PEAK_LEARNING_RATE = 2e-3
 WARMUP_STEPS = 100
 

@@ -1,0 +1,284 @@
+"""Stage 2: a text-to-image pipeline draws the anchor image."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers import DiffusionPipeline
+
+from .anchor import crop_and_resize
+from .checks import check_at_least_one, check_generators, check_texts
+
+
+CONFIG_NAME = "composer_config.json"
+# What `compose` itself passes to the pipeline.
+_OWN_ARGUMENTS = frozenset(
+    ("self", "prompt", "generator", "output_type", "return_dict", "callback_on_step_end", "latents", "prompt_embeds")
+)
+
+
+class AnchorComposer(torch.nn.Module):
+    """Any diffusers text-to-image pipeline as one component of another pipeline.
+
+    diffusers treats as components what is an `nn.Module`: those get the asked dtype, move with `.to()` and are offloaded. So
+    the inner pipeline's models are children of this module, and run within its `forward` only. A video pipeline draws
+    pictures as well, with `call_defaults={"num_frames": 1}`.
+
+    Args:
+        pipeline (`DiffusionPipeline`): makes `images` or `frames` of a `prompt`. Its own progress bar is switched off.
+        call_defaults (`dict`, *optional*): arguments of each of its calls, such as `num_inference_steps`, `guidance_scale` or
+            `max_sequence_length`. `height` and `width` are those that it draws best; the picture is then scaled and cropped to
+            what is asked for.
+        batch_size (`int`, *optional*): pictures drawn at once. A large model is not faster with more, and needs more memory.
+        reference (`dict`, *optional*): where the pipeline came from: the Hub `repository` and its `revision`. With it,
+            `save_pretrained` writes the reference and no weights; set it to `None` to bundle them.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        call_defaults: dict[str, Any] | None = None,
+        batch_size: int = 1,
+        reference: dict[str, str] | None = None,
+    ):
+        super().__init__()
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise ValueError(f"`pipeline` must be a diffusers pipeline, but is a {type(pipeline).__name__}.")
+        check_at_least_one("batch_size", batch_size)
+        self.pipeline = pipeline
+        self.models = torch.nn.ModuleDict(
+            {name: model for name, model in pipeline.components.items() if isinstance(model, torch.nn.Module)}
+        )
+        self.call_defaults = dict(call_defaults or {})
+        self.batch_size = batch_size
+        self.reference = reference
+        self._call_arguments = inspect.signature(type(pipeline).__call__).parameters.keys()
+        if "prompt" not in self._call_arguments:
+            raise ValueError(f"{type(pipeline).__name__} takes no `prompt`: choose a text-to-image pipeline.")
+        taken = sorted(self.call_defaults.keys() & _OWN_ARGUMENTS)
+        if taken:
+            raise ValueError(f"`call_defaults` holds {taken}, which are set for each call.")
+        self._check_arguments(self.call_defaults)
+        pipeline.set_progress_bar_config(disable=True)
+
+    # -- loading and saving -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        **kwargs,
+    ) -> AnchorComposer:
+        """Loads a composer from its folder, or makes one of a text-to-image repository on the Hub.
+
+        Args:
+            path (`str` or `os.PathLike`): a folder with a pipeline (`model_index.json`), with a `composer_config.json` that
+                names a Hub repository, or with both, the latter then holding the settings only; or a Hub repository.
+            torch_dtype, dtype (`torch.dtype`, *optional*): of the weights; both names mean the same, since diffusers passes
+                the first. Left out: float32.
+            revision (`str`, *optional*): of the Hub repository that `path` is; a folder names its own.
+            kwargs (*optional*): for `DiffusionPipeline.from_pretrained`, such as `token`, `cache_dir`, `local_files_only`.
+
+        Raises:
+            `ValueError`: a folder with neither file, or with a `composer_config.json` that is not valid.
+        """
+        if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
+            raise ValueError(f"`torch_dtype={torch_dtype}` and `dtype={dtype}` differ; give one of them.")
+        folder, config = Path(path), {}
+        if not folder.is_dir():
+            config = {"repository": str(path)} | ({} if revision is None else {"revision": revision})
+        elif revision is not None:
+            raise ValueError(f"`revision={revision!r}` is for a Hub repository, and {str(path)!r} is a folder.")
+        elif (folder / CONFIG_NAME).is_file():
+            config = _read_config(folder / CONFIG_NAME)
+        reference = {key: config.pop(key) for key in ("repository", "revision") if key in config}
+        if not reference and not (folder / DiffusionPipeline.config_name).is_file():
+            raise ValueError(
+                f"{str(path)!r} is no composer: it has no {DiffusionPipeline.config_name}, and no {CONFIG_NAME} that names "
+                "a repository."
+            )
+        pipeline = DiffusionPipeline.from_pretrained(
+            reference.get("repository", path),
+            dtype=dtype or torch_dtype,
+            revision=reference.get("revision"),
+            **kwargs,
+        )
+        return cls(pipeline, reference=reference or None, **config)
+
+    def save_pretrained(
+        self, path: str | os.PathLike, safe_serialization: bool = True, max_shard_size: int | str | None = None
+    ) -> None:
+        """Writes the folder that `from_pretrained` reads: settings, and the pipeline if the composer has its own.
+
+        Args:
+            path (`str` or `os.PathLike`): the folder, made if it is not there.
+            safe_serialization, max_shard_size (*optional*): of `DiffusionPipeline.save_pretrained`.
+        """
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = dict(self.reference or {}) | {"call_defaults": self.call_defaults, "batch_size": self.batch_size}
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if self.reference is None:
+            self.pipeline.save_pretrained(folder, safe_serialization=safe_serialization, max_shard_size=max_shard_size)
+
+    # -- placement ----------------------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pipeline.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipeline.device
+
+    # -- the stage ----------------------------------------------------------------------------------------------------
+
+    def compose(
+        self,
+        prompts: list[str],
+        height: int,
+        width: int,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[PIL.Image.Image]:
+        """Draws one picture per prompt.
+
+        Args:
+            prompts (`list[str]`): captions of first frames.
+            height, width (`int`): pixels of the pictures. Where `call_defaults` hold no size they are the pipeline's as well,
+                and must be what it accepts.
+            num_inference_steps, guidance_scale, negative_prompt (*optional*): of the pipeline. Left out: `call_defaults`, and
+                what they leave open is the pipeline's own.
+            generator (`torch.Generator` or one per prompt, *optional*): for reproducible pictures.
+            on_progress (`Callable`, *optional*): `on_progress(step, steps)`, counted over all prompts, after each step, or
+                after each picture where the pipeline has no `callback_on_step_end`.
+            should_stop (`Callable`, *optional*): asked at the same times. Once it returns `True`, the rest is left out.
+
+        Returns:
+            `list[PIL.Image.Image]`: RGB pictures of `height` x `width`, fewer than prompts if stopped.
+
+        Raises:
+            `ValueError`: an argument that the pipeline does not have, or a value that its own checks refuse.
+        """
+        check_texts("prompts", prompts)
+        check_at_least_one("num_inference_steps", num_inference_steps)
+        check_generators(generator, len(prompts), "prompts")
+        if isinstance(negative_prompt, list) and len(negative_prompt) != len(prompts):
+            raise ValueError(
+                f"`negative_prompt` is a list of {len(negative_prompt)} for {len(prompts)} prompts; give one text or "
+                f"{len(prompts)}."
+            )
+        asked = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "negative_prompt": negative_prompt,
+        }
+        asked = {name: value for name, value in asked.items() if value is not None}
+        self._check_arguments(asked)
+        arguments = {"height": height, "width": width} | self.call_defaults | asked
+        should_stop = should_stop or (lambda: False)
+        batches = range(0, len(prompts), self.batch_size)
+        pictures: list[PIL.Image.Image] = []
+        for number, begin in enumerate(batches):
+            if should_stop():
+                break
+            chunk = slice(begin, begin + self.batch_size)
+            call = arguments | {"prompt": list(prompts[chunk])}
+            call["generator"] = generator[chunk] if isinstance(generator, list) else generator
+            negative = call.get("negative_prompt")
+            if negative is not None:
+                call["negative_prompt"] = (
+                    [negative] * len(call["prompt"]) if isinstance(negative, str) else negative[chunk]
+                )
+            stopped = False
+
+            def after_step(pipeline, step: int, timestep, tensors: dict, done: int = number) -> dict:
+                nonlocal stopped
+                if on_progress is not None:
+                    on_progress(done * pipeline.num_timesteps + step + 1, len(batches) * pipeline.num_timesteps)
+                if should_stop():
+                    # The pipeline skips its other steps; a picture at its last step is finished.
+                    pipeline._interrupt = True
+                    stopped = step + 1 < pipeline.num_timesteps
+                return tensors
+
+            if "callback_on_step_end" in self._call_arguments:
+                call["callback_on_step_end"] = after_step
+            drawn = self(**call)
+            if stopped:
+                break
+            pictures += [_fit(picture, height, width) for picture in drawn]
+            if on_progress is not None and "callback_on_step_end" not in self._call_arguments:
+                on_progress(number + 1, len(batches))
+        return pictures
+
+    @torch.no_grad()
+    def forward(self, **arguments) -> list[PIL.Image.Image]:
+        """Calls the pipeline. Offloading moves a component when its `forward` is called, so all use of its models is in here.
+
+        Args:
+            arguments: of the pipeline's call.
+
+        Returns:
+            `list[PIL.Image.Image]`: the first frame of each result.
+        """
+        self._show_offload_hooks()
+        output = self.pipeline(**arguments, output_type="pil")
+        if hasattr(output, "images"):
+            return list(output.images)
+        return [frames[0] for frames in output.frames]
+
+    def _check_arguments(self, arguments: dict[str, Any]) -> None:
+        unknown = sorted(arguments.keys() - self._call_arguments)
+        if unknown:
+            raise ValueError(f"{type(self.pipeline).__name__} has no argument {', '.join(unknown)}; leave it out.")
+
+    def _show_offload_hooks(self) -> None:
+        """Lets the inner pipeline see that its models are offloaded layer by layer.
+
+        Sequential offload hooks the layers and the component, which is this module. A pipeline asks its own components for
+        their hook before it looks for the device of execution, and would else take that of their weights, which is meta.
+        """
+        if any(hasattr(module, "_hf_hook") for module in self.models.modules()):
+            for model in self.models.values():
+                if not hasattr(model, "_hf_hook"):
+                    add_hook_to_module(model, ModelHook())
+
+
+def _fit(picture: PIL.Image.Image, height: int, width: int) -> PIL.Image.Image:
+    """Scales a picture until it covers `height` x `width` and crops the centre."""
+    picture = picture.convert("RGB")
+    if picture.size == (width, height):
+        return picture
+    pixels = crop_and_resize(picture, height, width)
+    return PIL.Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Reads a `composer_config.json` and refuses what this version does not know."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(path)!r} is no valid JSON ({error}).") from error
+    known = {"repository", "revision", "call_defaults", "batch_size"}
+    if not isinstance(config, dict) or not config.keys() <= known:
+        unknown = sorted(config.keys() - known) if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{str(path)!r} must be an object with keys of {sorted(known)}, but has {unknown}.")
+    if "revision" in config and "repository" not in config:
+        raise ValueError(f"{str(path)!r} has a `revision` but names no `repository`.")
+    return config

@@ -1,0 +1,278 @@
+"""Videos and strips of frames on disk. The only module that knows about codecs and fonts.
+
+Shape legend: F frames, H and W height and width in pixels, C colour channels.
+"""
+
+import contextlib
+import json
+import math
+import uuid
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from PIL import Image, ImageDraw, ImageFont
+
+
+Frames = np.ndarray | torch.Tensor | list[Image.Image]
+
+# Visually lossless for photographs (x264's own scale, 0 to 51); flat coloured shapes come back within a few levels.
+CRF = 15
+
+TILE_SIZE = 192
+MARGIN, GAP, BORDER = 28, 14, 4
+BACKGROUND, INK, FAINT, EDGE, ACCENT = "#ffffff", "#1b1f24", "#6a737d", "#d0d7de", "#d9480f"
+
+
+def frames_to_uint8(frames: Frames) -> np.ndarray:
+    """Any of the forms in which frames travel, as one array.
+
+    Args:
+        frames (`np.ndarray` of shape `(F, H, W, 3)`, uint8 or float in [0, 1]; `torch.Tensor` of shape `(F, 3, H, W)`,
+            float in [0, 1]; or `list[PIL.Image.Image]` of one size): at least one frame.
+
+    Returns:
+        `np.ndarray` of shape `(F, H, W, 3)`, uint8.
+
+    Raises:
+        `ValueError`: another shape, values outside the range, pictures of different sizes.
+    """
+    if isinstance(frames, torch.Tensor):
+        if not frames.is_floating_point() or frames.ndim != 4:
+            raise ValueError(
+                f"a tensor of frames is float of shape (F, 3, H, W), not {frames.dtype} of shape {tuple(frames.shape)}"
+            )
+        frames = frames.detach().cpu().float().permute(0, 2, 3, 1).numpy()
+    elif not isinstance(frames, np.ndarray):
+        sizes = sorted({image.size for image in frames})
+        if len(sizes) != 1:
+            raise ValueError(f"frames are one size and at least one, got the sizes {sizes}: resize them first")
+        frames = np.stack([np.asarray(image.convert("RGB")) for image in frames])
+    if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+        raise ValueError(f"frames have the shape (F, H, W, 3) with no side 0 (a tensor (F, 3, H, W)): {frames.shape}")
+    if frames.dtype == np.uint8:
+        return frames
+    if not np.issubdtype(frames.dtype, np.floating):
+        raise ValueError(f"frames are uint8, or float in [0, 1], not {frames.dtype}")
+    low, high = float(frames.min()), float(frames.max())
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"float frames are in [0, 1], these are in [{low:.4g}, {high:.4g}]: rescale or clamp them")
+    return np.round(frames * 255).astype(np.uint8)
+
+
+def write_video(
+    path: str | Path, frames: Frames, frame_rate: float, metadata: dict[str, Any] | None = None, scale: int = 1
+) -> None:
+    """Writes an mp4 that plays everywhere: H.264, 4:2:0, BT.709, constant frame rate, index at the front.
+
+    The file appears whole or not at all; missing folders are made.
+
+    Args:
+        path (`str` or `Path`): the file, ending in `.mp4`.
+        frames (see [`frames_to_uint8`]): what to show.
+        frame_rate (`float`): frames per second.
+        metadata (`dict`, *optional*): anything JSON holds, kept as the file's comment; its `"prompt"` is also the title.
+            [`read_video_metadata`] gives it back.
+        scale (`int`, *optional*): each pixel becomes a square of `scale` x `scale`, as players blur tiny videos.
+
+    Raises:
+        `ValueError`: bad frames, an odd height or width, another file type, a frame rate or scale that is not positive.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".mp4":
+        raise ValueError(f"videos are written as .mp4, not {path.name!r}: use {path.with_suffix('.mp4').name!r}")
+    if not (math.isfinite(frame_rate) and frame_rate > 0):
+        raise ValueError(f"frame_rate={frame_rate} is not positive: pass frames per second, for example 24")
+    if scale != int(scale) or scale < 1:
+        raise ValueError(f"scale={scale} is not a whole number from 1 on")
+    frames = frames_to_uint8(frames)
+    frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(
+            f"H.264 needs an even height and width, not {height}x{width}: "
+            f"crop to {height - height % 2}x{width - width % 2} or pass scale={2 * scale}"
+        )
+
+    metadata = metadata or {}
+    tags = {"comment": json.dumps(metadata, ensure_ascii=False)}
+    if "prompt" in metadata:
+        tags["title"] = str(metadata["prompt"])
+    with _appearing_whole(path) as unfinished, av.open(unfinished, "w", options={"movflags": "faststart"}) as container:
+        container.metadata.update(tags)
+        stream = container.add_stream("libx264", rate=Fraction(frame_rate).limit_denominator(1001))
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.options = {"crf": str(CRF)}
+        # Without these players guess the colour space from the height, and reds and greens shift.
+        context = stream.codec_context
+        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            container.mux(
+                stream.encode(
+                    picture.reformat(
+                        format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+                    )
+                )
+            )
+        container.mux(stream.encode())
+
+
+def read_video(path: str | Path) -> tuple[np.ndarray, float]:
+    """All frames of a video, `(F, H, W, 3)` uint8, and its frame rate.
+
+    Raises:
+        `ValueError`: not a video.
+    """
+    with _opened(path) as container:
+        stream = container.streams.video[0]
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+        return np.stack(frames), float(stream.average_rate)
+
+
+def read_video_metadata(path: str | Path) -> dict[str, Any]:
+    """What [`write_video`] was given as `metadata`.
+
+    Raises:
+        `ValueError`: not a video, or one that another program wrote.
+    """
+    with _opened(path) as container:
+        comment = container.metadata.get("comment", "")
+    try:
+        metadata = json.loads(comment)
+    except json.JSONDecodeError:
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path} carries no generation metadata: its comment is {comment[:80]!r}")
+    return metadata
+
+
+def write_strip(
+    path: str | Path,
+    prompt: str,
+    first_frame_prompt: str | None,
+    anchor: Image.Image | None,
+    frames: Frames,
+    num_frames_shown: int = 6,
+) -> None:
+    """Writes a PNG that tells the story of one video: prompt, first-frame prompt, anchor, frames with their index.
+
+    Args:
+        path (`str` or `Path`): the file, ending in `.png`.
+        prompt (`str`): what was asked for.
+        first_frame_prompt (`str`, *optional*): what the rewriter made of it; left out where there was none.
+        anchor (`PIL.Image.Image`, *optional*): drawn at the left with a border of its own, cropped to nothing.
+        frames (see [`frames_to_uint8`]): the video.
+        num_frames_shown (`int`, *optional*): evenly spaced, the first and the last among them; all of a shorter video.
+
+    Raises:
+        `ValueError`: bad frames, another file type, no frame to show.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"strips are written as .png, not {path.name!r}: use {path.with_suffix('.png').name!r}")
+    if num_frames_shown < 1:
+        raise ValueError(f"num_frames_shown={num_frames_shown} leaves nothing to show: pass 1 or more")
+    frames = frames_to_uint8(frames)
+    shown = np.linspace(0, len(frames) - 1, min(num_frames_shown, len(frames))).round().astype(int)
+    tiles = [_tile(Image.fromarray(frames[index])) for index in shown]
+    anchor_tile = None if anchor is None else _tile(anchor.convert("RGB"))
+
+    # The arrow between anchor and video is as wide as two gaps.
+    left = MARGIN if anchor is None else MARGIN + anchor_tile.width + 4 * GAP
+    width = max(left + sum(tile.width + GAP for tile in tiles) - GAP + MARGIN, 4 * TILE_SIZE)
+    # Strips are shown some 900 pixels wide: text of 1/60 of the width is 15 pixels there.
+    font, small = (ImageFont.load_default(size=max(minimum, width // part)) for minimum, part in ((16, 60), (14, 72)))
+    line_height = round(font.size * 1.4)
+    captions = [("prompt", prompt)]
+    if first_frame_prompt is not None:
+        captions.append(("first frame", first_frame_prompt))
+    indent = MARGIN + math.ceil(max(font.getlength(label) for label, _ in captions)) + 2 * GAP
+    captions = [(label, _wrapped(text, font, width - indent - MARGIN)) for label, text in captions]
+
+    text_height = sum(len(lines) * line_height + GAP for _, lines in captions)
+    row_top = MARGIN + text_height + GAP
+    row_height = max(tile.height for tile in [*tiles, anchor_tile] if tile is not None)
+    height = row_top + row_height + GAP + line_height + MARGIN // 2
+    strip = Image.new("RGB", (width, height), BACKGROUND)
+    draw = ImageDraw.Draw(strip)
+
+    y = MARGIN
+    for label, lines in captions:
+        draw.text((MARGIN, y), label, fill=FAINT, font=font)
+        draw.multiline_text((indent, y), "\n".join(lines), fill=INK, font=font, spacing=line_height - font.size)
+        y += len(lines) * line_height + GAP
+
+    def place(tile: Image.Image, x: int, label: str, colour: str, border: int) -> None:
+        y = row_top + (row_height - tile.height) // 2
+        frame = (x - border, y - border, x + tile.width + border - 1, y + tile.height + border - 1)
+        draw.rectangle(frame, outline=colour, width=border)
+        strip.paste(tile, (x, y))
+        middle = (x + tile.width / 2, row_top + row_height + GAP)
+        draw.text(middle, label, fill=colour if colour == ACCENT else FAINT, font=small, anchor="ma")
+
+    if anchor_tile is not None:
+        place(anchor_tile, MARGIN, "anchor", ACCENT, BORDER)
+        tip, middle = left - GAP - GAP // 2, row_top + row_height // 2
+        draw.polygon([(tip - GAP, middle - GAP // 2), (tip - GAP, middle + GAP // 2), (tip, middle)], fill=ACCENT)
+    x = left
+    for index, tile in zip(shown, tiles, strict=True):
+        place(tile, x, f"frame {index}", EDGE, 1)
+        x += tile.width + GAP
+    with _appearing_whole(path) as unfinished:
+        strip.save(unfinished, format="PNG")
+
+
+def _tile(image: Image.Image) -> Image.Image:
+    """The picture with its longer side at or just above `TILE_SIZE`: enlarged in whole steps, or reduced smoothly."""
+    longer = max(image.size)
+    if longer > TILE_SIZE:
+        size = [max(1, round(side * TILE_SIZE / longer)) for side in image.size]
+        return image.resize(size, Image.Resampling.LANCZOS)
+    factor = math.ceil(TILE_SIZE / longer)
+    return image.resize([side * factor for side in image.size], Image.Resampling.NEAREST)
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines no wider than `width` pixels; a word wider than a line is broken."""
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines
+
+
+@contextlib.contextmanager
+def _appearing_whole(path: Path) -> Iterator[str]:
+    """A name beside `path` to write to, which becomes `path` if all goes well and is removed if not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    try:
+        yield str(unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[av.container.InputContainer]:
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(f"{path} holds no video")
+            yield container
+    except av.error.InvalidDataError as error:
+        raise ValueError(f"{path} is no video that can be read, or a damaged one") from error

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+class StageProgress:
+    """One display, one callback and one clock for all stages of a run.
+
+    Args:
+        pipeline: gives the progress bar and is handed to the callback.
+        callback (`Callable`, *optional*): `callback(pipeline, stage, step, steps)` after each step of each stage.
+    """
+
+    def __init__(self, pipeline, callback: Callable | None = None):
+        self.pipeline, self.callback = pipeline, callback
+        self.timings: dict[str, float] = {}
+        self.bar = pipeline.progress_bar(total=0)
+
+    @contextmanager
+    def stage(self, name: str, steps: int = 1) -> Iterator[Callable[[int, int], None]]:
+        """Times a stage. Yields `report(step, steps)`, to be called after each step; the end of the stage reports itself."""
+        self.bar.set_description(name)
+        self.bar.total += steps
+        done, planned, started = 0, steps, time.perf_counter()
+
+        def report(step: int, steps: int) -> None:
+            nonlocal done, planned
+            self.bar.total += steps - planned
+            self.bar.update(step - done)
+            done, planned = step, steps
+            if self.callback is not None:
+                self.callback(self.pipeline, name, step, steps)
+
+        try:
+            yield report
+        finally:
+            self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - started
+        if done < planned and not self.pipeline.interrupt:
+            report(planned, planned)

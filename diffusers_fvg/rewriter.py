@@ -1,0 +1,477 @@
+"""Stage 1: a language model describes the first frame of the video that a prompt asks for."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.utils import logging
+from diffusers.utils.torch_utils import get_module_execution_device
+from jinja2 import TemplateError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+)
+
+from .checks import check_at_least_one, check_texts
+from .rewriter_prompts import (
+    EXAMPLES,
+    INSTRUCTION,
+    build_messages,
+    build_retry,
+    caption_problem,
+    parse_answer,
+    without_system_role,
+)
+
+
+logger = logging.get_logger(__name__)
+
+CONFIG_NAME = "rewriter_config.json"
+# Prompts that are answered in one batch. A 7B model's cache of 8 chats with our examples is about half a gigabyte.
+BATCH_SIZE = 8
+# Greedy decoding would tend to repeat the answer that was just refused; a small model loses the thread when it is hotter.
+RETRY_SEED, RETRY_TEMPERATURE, RETRY_TOP_P = 0, 0.3, 0.9
+ENDPOINT_TIMEOUT_SECONDS, MAX_ERROR_BYTES = 120, 100_000
+
+
+class FirstFrameRewriter(torch.nn.Module):
+    """A chat model that turns the prompt of a video into the prompt of its first frame.
+
+    The answer is checked against the prompt. One that loses an object, a colour or a count, or that tells what happens
+    later, is asked for once more with the reason; after that the prompt itself stands in, with a warning. Greedy decoding:
+    equal prompts give equal captions, alone or in a batch.
+
+    It is either a transformers causal language model (`model` and `tokenizer`) or an `endpoint`. As a component of a
+    pipeline it gets the pipeline's dtype, moves with it and can be offloaded: a model runs within `forward` only.
+
+    Args:
+        model (`PreTrainedModel`, *optional*): a causal language model.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer, with a chat template.
+        endpoint (`ChatEndpoint`, *optional*): a server to ask in place of a model.
+        reference (`dict`, *optional*): where `model` came from: the Hub repository `model`, and `revision` and `gguf_file`
+            if they matter. With it, `save_pretrained` writes the reference and no weights; set it to `None` to bundle them.
+        instruction (`str`, *optional*): the system turn. Left out: `rewriter_prompts.INSTRUCTION`. A model that is trained
+            for nothing else needs none: `""`.
+        examples (`bool` or list of `[prompt, caption]`, *optional*): earlier turns of the chat; `True` for
+            `rewriter_prompts.EXAMPLES`.
+        answer_format (`str`, *optional*): `"json"`, an object with the caption under `first_frame`.
+        max_new_tokens (`int`, *optional*): longest answer when a call does not say.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        endpoint: ChatEndpoint | None = None,
+        reference: dict[str, str] | None = None,
+        instruction: str | None = None,
+        examples: bool | Sequence[Sequence[str]] = True,
+        answer_format: str = "json",
+        max_new_tokens: int = 256,
+    ):
+        super().__init__()
+        if (endpoint is None) == (model is None) or (model is None) != (tokenizer is None):
+            raise ValueError("A rewriter needs either `model` and `tokenizer`, or `endpoint`.")
+        if answer_format != "json":
+            raise ValueError(f"`answer_format={answer_format!r}` is not known; use 'json'.")
+        if not isinstance(examples, bool) and not all(
+            len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in examples
+        ):
+            raise ValueError(f"`examples` must be true, false or a list of [prompt, caption], but is {examples!r}.")
+        check_at_least_one("max_new_tokens", max_new_tokens)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.endpoint = endpoint
+        self.reference = reference
+        self.instruction = instruction
+        self.examples = examples
+        self.answer_format = answer_format
+        self.max_new_tokens = max_new_tokens
+        if model is None:
+            # Offloading asks every component for the device of its first parameter.
+            self.placement = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+        else:
+            if tokenizer.chat_template is None:
+                raise ValueError(f"{tokenizer.name_or_path!r} has no chat template; choose an instruct or chat model.")
+            self._has_system_role = _has_system_role(tokenizer)
+
+    # -- loading and saving -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        revision: str | None = None,
+        gguf_file: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        quantization_config=None,
+    ) -> FirstFrameRewriter:
+        """Loads a rewriter from its folder, or makes one of a chat model's repository on the Hub.
+
+        Args:
+            path (`str` or `os.PathLike`): a folder with a `rewriter_config.json`, which either names a Hub repository or
+                an endpoint, or else has the weights beside it in `model/` and `tokenizer/`; or a Hub repository of a
+                transformers chat model.
+            torch_dtype, dtype (`torch.dtype`, *optional*): of the weights; both names mean the same, since diffusers passes
+                the first. Left out: as stored.
+            revision, gguf_file (`str`, *optional*): of the Hub repository that `path` is; a folder names its own.
+            token, cache_dir, local_files_only (*optional*): for the Hub, whether `path` or the folder names the repository.
+            quantization_config (*optional*): of transformers.
+
+        Raises:
+            `ValueError`: a folder without a valid `rewriter_config.json`.
+        """
+        if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
+            raise ValueError(f"`torch_dtype={torch_dtype}` and `dtype={dtype}` differ; give one of them.")
+        folder = Path(path)
+        if folder.is_dir():
+            if revision is not None or gguf_file is not None:
+                raise ValueError(
+                    f"`revision` and `gguf_file` are for a Hub repository, and {str(path)!r} is a folder."
+                )
+            config = _read_config(folder / CONFIG_NAME)
+        else:
+            config = {"model": str(path), "revision": revision, "gguf_file": gguf_file}
+        if "endpoint" in config:
+            url, model, key = config.pop("endpoint"), config.pop("model", ""), config.pop("api_key_env", None)
+            return cls(endpoint=ChatEndpoint(url, model, key), **config)
+        reference = {key: config.pop(key, None) for key in ("model", "revision", "gguf_file")}
+        reference = {key: value for key, value in reference.items() if value is not None}
+        hub = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
+        if reference:
+            source = {key: value for key, value in reference.items() if key != "model"} | hub
+            model_path = tokenizer_path = reference["model"]
+        else:
+            source, model_path, tokenizer_path = {}, folder / "model", folder / "tokenizer"
+        model = AutoModelForCausalLM.from_pretrained(
+            model_path, dtype=dtype or torch_dtype or "auto", quantization_config=quantization_config, **source
+        )
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, **source)
+        return cls(model, tokenizer, reference=reference or None, **config)
+
+    def save_pretrained(self, path: str | os.PathLike, safe_serialization: bool = True) -> None:
+        """Writes the folder that `from_pretrained` reads: settings, and the weights if the rewriter has its own.
+
+        Weights lie one folder deeper: diffusers' download leaves everything but weights and `config.json` out of a
+        component's folder that holds weights itself.
+
+        Args:
+            path (`str` or `os.PathLike`): the folder, made if it is not there.
+            safe_serialization (`bool`, *optional*): as in diffusers; weights are safetensors files in any case.
+        """
+        if not safe_serialization:
+            logger.warning("The rewriter is saved as safetensors: transformers writes no other format.")
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = dict(self.reference or {})
+        if self.endpoint is not None:
+            config |= {"endpoint": self.endpoint.url, "model": self.endpoint.model}
+            config |= {} if self.endpoint.api_key_env is None else {"api_key_env": self.endpoint.api_key_env}
+        config |= {} if self.instruction is None else {"instruction": self.instruction}
+        examples = self.examples if isinstance(self.examples, bool) else [list(pair) for pair in self.examples]
+        config |= {"examples": examples, "answer_format": self.answer_format, "max_new_tokens": self.max_new_tokens}
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if self.model is not None and self.reference is None:
+            self.model.save_pretrained(folder / "model")
+            self.tokenizer.save_pretrained(folder / "tokenizer")
+
+    # -- placement ----------------------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.placement.dtype if self.model is None else self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.placement.device if self.model is None else self.model.device
+
+    # -- the stage ----------------------------------------------------------------------------------------------------
+
+    def rewrite(
+        self,
+        prompts: list[str],
+        max_new_tokens: int | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[str]:
+        """Writes a caption of the first frame for each prompt.
+
+        Args:
+            prompts (`list[str]`): what should happen in the videos.
+            max_new_tokens (`int`, *optional*): longest answer in tokens; the rewriter's own when left out.
+            on_progress (`Callable`, *optional*): `on_progress(done, total)` with numbers of prompts.
+            should_stop (`Callable`, *optional*): asked before every token. Once it returns `True`, the prompts that have no
+                caption yet stand in for theirs.
+
+        Returns:
+            `list[str]`: one caption per prompt.
+
+        Raises:
+            `ValueError`: empty prompts, or one that does not fit into the model's context together with the answer.
+        """
+        check_texts("prompts", prompts)
+        check_at_least_one("max_new_tokens", max_new_tokens)
+        limit = max_new_tokens or self.max_new_tokens
+        chats = [self.messages(prompt) for prompt in prompts]
+        for prompt, chat in zip(prompts, chats):
+            excess = self._excess_tokens(chat, limit)
+            if excess > 0:
+                raise ValueError(
+                    f"The prompt {prompt[:60]!r} with instruction and an answer of {limit} tokens exceeds the context of "
+                    f"the rewriter by {excess} tokens; shorten it or lower `max_new_tokens`."
+                )
+        should_stop = should_stop or (lambda: False)
+        captions = list(prompts)
+        for begin in range(0, len(prompts), BATCH_SIZE):
+            answers = self(chats[begin : begin + BATCH_SIZE], limit, should_stop=should_stop)
+            for index, answer in enumerate(answers, start=begin):
+                if should_stop():
+                    return captions
+                captions[index] = self._checked(prompts[index], chats[index], answer, limit, should_stop)
+                if on_progress is not None:
+                    on_progress(index + 1, len(prompts))
+        return captions
+
+    def messages(self, prompt: str) -> list[dict[str, str]]:
+        """The chat that this rewriter answers for a prompt; a special-purpose model is trained on the same."""
+        instruction = INSTRUCTION if self.instruction is None else self.instruction
+        examples = (EXAMPLES if self.examples else ()) if isinstance(self.examples, bool) else self.examples
+        return build_messages(prompt, instruction, examples)
+
+    def chat_text(self, messages: list[dict[str, str]]) -> str:
+        """A chat as the text that the model continues with its answer."""
+        messages = messages if self._has_system_role else without_system_role(messages)
+        # Templates of reasoning models know the variable, others take no notice.
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+
+    def forward(
+        self,
+        chats: list[list[dict[str, str]]],
+        max_new_tokens: int,
+        seed: int | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[str]:
+        """Answers chats. Offloading moves a component when its `forward` is called, so all use of the model is in here.
+
+        Args:
+            chats (`list[list[dict[str, str]]]`): turns with a `role` and a `content`.
+            max_new_tokens (`int`): longest answer in tokens.
+            seed (`int`, *optional*): sample with this seed, leaving the global random state as it was; greedy without it.
+            should_stop (`Callable`, *optional*): ends all answers where they are once it returns `True`.
+
+        Returns:
+            `list[str]`: the answers as the model gave them.
+        """
+        if self.endpoint is not None:
+            stopped = should_stop or (lambda: False)
+            return ["" if stopped() else self.endpoint.answer(chat, max_new_tokens, seed) for chat in chats]
+        device = get_module_execution_device(self)
+        rows = [torch.tensor(self._token_ids(self.chat_text(chat))) for chat in chats]
+        # On the left, so that every answer begins in the same column. The padding is masked: its id does not matter.
+        input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left")
+        with nullcontext() if seed is None else _seeded(seed, device):
+            output = self.model.generate(
+                input_ids=input_ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=self._generation_config(max_new_tokens, do_sample=seed is not None),
+                stopping_criteria=[_Stop(should_stop)] if should_stop is not None else None,
+            )
+        return self.tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+
+    def _checked(self, prompt: str, chat: list[dict[str, str]], answer: str, limit: int, should_stop: Callable) -> str:
+        """The caption of an answer, of a second answer if the first is not valid, or the prompt itself."""
+        caption, reason = self._judge(prompt, answer)
+        if reason is None:
+            return caption
+        retry = build_retry(chat, reason)
+        if self._excess_tokens(retry, limit) <= 0:
+            # One by one, each from the same seed: what a prompt gets does not depend on its neighbours.
+            (answer,) = self([retry], limit, seed=RETRY_SEED, should_stop=should_stop)
+            if should_stop():
+                return prompt
+            caption, reason = self._judge(prompt, answer)
+        if reason is None:
+            return caption
+        logger.warning(f"No valid first-frame prompt for {prompt!r} ({reason}); the prompt itself is used.")
+        return prompt
+
+    def _judge(self, prompt: str, answer: str) -> tuple[str, str | None]:
+        """Caption of an answer and what is wrong with it."""
+        try:
+            caption = parse_answer(answer)
+        except ValueError as error:
+            return "", str(error)
+        return caption, caption_problem(prompt, caption, self._read)
+
+    def _read(self, word: str) -> str:
+        """A word as the model's tokenizer has it; one that maps words to its own vocabulary returns others."""
+        return word if self.tokenizer is None else self.tokenizer.decode(self._token_ids(word))
+
+    def _token_ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _excess_tokens(self, chat: list[dict[str, str]], max_new_tokens: int) -> int:
+        """By how many tokens a chat and its answer exceed the context; an endpoint is left to say so itself."""
+        context = None if self.model is None else getattr(self.model.config, "max_position_embeddings", None)
+        return 0 if context is None else len(self._token_ids(self.chat_text(chat))) + max_new_tokens - context
+
+    def _generation_config(self, max_new_tokens: int, do_sample: bool) -> GenerationConfig:
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        # A base model's end of text may be all that the model knows of, where the chat ends its turns with another token.
+        ends = sorted({end for end in (*ends, self.tokenizer.eos_token_id) if end is not None})
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            num_beams=1,
+            temperature=RETRY_TEMPERATURE if do_sample else 1.0,
+            top_p=RETRY_TOP_P if do_sample else 1.0,
+            top_k=50,
+            # Chat models come with a penalty on words that were there before; here they should be repeated.
+            repetition_penalty=1.0,
+            eos_token_id=ends,
+            pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else ends[0],
+        )
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    # urllib would send the key along to wherever a redirect points.
+    def redirect_request(self, *args, **kwargs):
+        return None
+
+
+@dataclass(frozen=True)
+class ChatEndpoint:
+    """An OpenAI-compatible server that answers chats.
+
+    Args:
+        url (`str`): base address, to which `/chat/completions` is added, as in `"http://127.0.0.1:8000/v1"`.
+        model (`str`): the server's name of the model.
+        api_key_env (`str`, *optional*): environment variable that holds the key. It is read at each call and kept nowhere.
+    """
+
+    url: str
+    model: str
+    api_key_env: str | None = None
+
+    def __post_init__(self) -> None:
+        parts = urllib.parse.urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"The endpoint {self.url!r} must be an address that begins with http:// or https://.")
+        if parts.username is not None or parts.query:
+            # The address is saved, so it must hold no secret; nor does this message.
+            raise ValueError(
+                f"The endpoint at {parts.hostname!r} must have no user, password or query in its address; name the "
+                "environment variable that holds the key in `api_key_env`."
+            )
+        if not self.model:
+            raise ValueError(f"The endpoint {self.url!r} needs the name of a `model`.")
+
+    def answer(self, messages: list[dict[str, str]], max_new_tokens: int, seed: int | None = None) -> str:
+        """Asks the server; without a `seed` at temperature 0.
+
+        Raises:
+            `ValueError`: the environment variable of the key is not set.
+            `RuntimeError`: the server cannot be reached, refuses, or answers something else than a chat completion.
+        """
+        body = {"model": self.model, "messages": messages, "max_tokens": max_new_tokens, "seed": seed or 0}
+        body |= {"temperature": 0} if seed is None else {"temperature": RETRY_TEMPERATURE, "top_p": RETRY_TOP_P}
+        headers = {"Content-Type": "application/json"}
+        key = None
+        if self.api_key_env is not None:
+            key = os.environ.get(self.api_key_env, "").strip()
+            if not key or not key.isascii() or not key.isprintable():
+                raise ValueError(
+                    f"The endpoint {self.url} needs a key of printable ASCII characters in the environment variable "
+                    f"{self.api_key_env}."
+                )
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(
+            f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers, method="POST"
+        )
+        opener = urllib.request.build_opener(_NoRedirect)
+        try:
+            with opener.open(request, timeout=ENDPOINT_TIMEOUT_SECONDS) as response:
+                content = json.load(response)["choices"][0]["message"]["content"]
+        except urllib.error.HTTPError as error:
+            problem = f"status {error.code}: {error.read(MAX_ERROR_BYTES).decode(errors='replace')}"
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        else:
+            if isinstance(content, str):
+                return content
+            problem = "the message has no text"
+        # Some servers repeat the key that they refuse. Raised outside of `except`: the cause would show it too.
+        problem = problem if key is None else problem.replace(key, "***")
+        raise RuntimeError(f"The rewriter's endpoint {self.url} failed ({problem[:500]}).")
+
+
+class _Stop(StoppingCriteria):
+    def __init__(self, should_stop: Callable[[], bool]):
+        self.should_stop = should_stop
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        return torch.full((input_ids.shape[0],), self.should_stop(), dtype=torch.bool, device=input_ids.device)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds torch's generators and puts their states back at the end; `generate` takes no generator of its own."""
+    # `fork_rng` keeps the CPU's state in any case, and cannot keep that of mps.
+    devices = [] if device.type in ("cpu", "mps") else [device]
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        torch.manual_seed(seed)
+        yield
+
+
+def _has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template shows a system turn: some refuse it, some leave it out."""
+    chat = [{"role": "system", "content": "probe"}, {"role": "user", "content": "question"}]
+    try:
+        return "probe" in tokenizer.apply_chat_template(chat, tokenize=False)
+    except TemplateError:
+        return False
+
+
+def _read_config(path: Path) -> dict:
+    """Reads a `rewriter_config.json` and refuses what this version does not know."""
+    if not path.is_file():
+        raise ValueError(f"{str(path.parent)!r} is no rewriter: it has no {CONFIG_NAME}.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(path)!r} is no valid JSON ({error}).") from error
+    known = {"model", "revision", "gguf_file", "endpoint", "api_key_env"}
+    known |= {"instruction", "examples", "answer_format", "max_new_tokens"}
+    if not isinstance(config, dict) or not config.keys() <= known:
+        unknown = sorted(config.keys() - known) if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{str(path)!r} must be an object with keys of {sorted(known)}, but has {unknown}.")
+    if "endpoint" in config and config.keys() & {"revision", "gguf_file"}:
+        raise ValueError(f"{str(path)!r} names an endpoint, which has no `revision` and no `gguf_file`.")
+    if "endpoint" not in config and "api_key_env" in config:
+        raise ValueError(f"{str(path)!r} has an `api_key_env` but no `endpoint`.")
+    if "model" not in config and config.keys() & {"revision", "gguf_file"}:
+        raise ValueError(f"{str(path)!r} has a `revision` or `gguf_file` but names no `model`.")
+    return config

@@ -1,0 +1,81 @@
+"""Puts the trained parts of the shapes model together into one repository, in float16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..schedules import SchedulerPresets, unipc_preset
+from .train_models import MAX_SEQUENCE_LENGTH
+
+
+SHAPES_SOURCE = "chosen on the shapes world's held-out prompts (synthetic)"
+# Guidance and shift for the tiny model; the steps are those of arXiv 2512.16371.
+SHAPES_PRESETS = SchedulerPresets.of(
+    unipc_preset("anchored-15", 15, 3.0, 3.0, source=SHAPES_SOURCE),
+    unipc_preset("full-50", 50, 3.0, 3.0, source=SHAPES_SOURCE),
+)
+COMPOSER_DEFAULTS = {
+    "num_frames": 1,
+    "num_inference_steps": 20,
+    "guidance_scale": 3.0,
+    "max_sequence_length": MAX_SEQUENCE_LENGTH,
+}
+CALL_DEFAULTS = {
+    "height": 64,
+    "width": 64,
+    "num_frames": 17,
+    "frame_rate": 8,
+    "max_sequence_length": MAX_SEQUENCE_LENGTH,
+}
+
+
+def build_pipeline(folder: Path):
+    """The pipeline of the parts in `folder`: `vae`, `text_encoder`, `tokenizer`, `transformer`, `composer_transformer`,
+    `anchor_lora` and `rewriter`."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    from ..anchor_lora import AnchorLora
+    from ..composer import AnchorComposer
+    from ..pipeline_factorized_video import FactorizedVideoPipeline
+    from ..rewriter import FirstFrameRewriter
+    from ..transformer_anchor import AnchorConditionedTransformer3D
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder")
+    vae = AutoencoderKLWan.from_pretrained(folder / "vae")
+    text_to_image = WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=vae,
+        transformer=WanTransformer3DModel.from_pretrained(folder / "composer_transformer"),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.5, final_sigmas_type="zero"
+        ),
+    )
+    return FactorizedVideoPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=vae,
+        scheduler=next(iter(SHAPES_PRESETS.values())).make_scheduler(),
+        transformer=AnchorConditionedTransformer3D.from_pretrained(folder / "transformer"),
+        transformer_2=None,
+        rewriter=FirstFrameRewriter.from_pretrained(folder / "rewriter"),
+        composer=AnchorComposer(text_to_image, COMPOSER_DEFAULTS, batch_size=16),
+        anchor_lora=AnchorLora.from_pretrained(folder / "anchor_lora"),
+        schedulers=SHAPES_PRESETS,
+        call_defaults=CALL_DEFAULTS,
+    )
+
+
+def assemble(folder: Path, output: Path) -> None:
+    """Writes the repository that the package ships."""
+    build_pipeline(folder).to(torch.float16).save_pretrained(output)
+
+
+if __name__ == "__main__":
+    import sys
+
+    assemble(Path(sys.argv[1]), Path(sys.argv[2]))

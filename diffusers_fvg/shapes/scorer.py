@@ -1,0 +1,583 @@
+"""Reads objects out of pixels and scores clips, images and captions of the world of coloured shapes.
+
+The scores follow the rules and scales of T2V-CompBench V2 (arXiv 2407.14505) with this world's own pixel reader in the
+place of the judging models: they say nothing about realism and are to be called synthetic wherever they are printed.
+Positions are fractions of the width and the height from the top left corner, as in `world.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from scipy import ndimage
+
+from .prompts import NUMBERS, place_name
+from .world import COLOURS, SHAPES, ShapeObject
+
+
+# Which channels are bright (bits of red, green, blue), per colour: the nearest of six hues 60 degrees apart.
+_COLOUR_BITS = {"red": 1, "yellow": 3, "green": 2, "cyan": 6, "blue": 4, "magenta": 5}
+_BITS_TO_LABEL = np.array([next((k + 1 for k, c in enumerate(COLOURS) if _COLOUR_BITS[c] == b), 0) for b in range(8)])
+_MIN_CHROMA = 40
+_MIN_AREA = 0.0015
+# Blurs (standard deviation in pixels) that the templates allow for: the median alone, and a soft decoder.
+_SOFTNESS = ((0.6, 0.0), (0.6, 0.5), (0.9, 0.0), (0.9, 0.5))
+# Templates fit a complete object at least this well.
+_COMPLETE = 0.85
+_IN_FRAME = np.zeros((3, 3, 3), dtype=bool)
+_IN_FRAME[1] = True
+
+
+@dataclass(frozen=True)
+class Blob:
+    """One connected region of one colour.
+
+    `area` is a fraction of the frame, `x` and `y` its centre of mass, `box` (left, top, right, bottom), and `fits` the IoU
+    with the template of each of `SHAPES`; `shape` is the best of them.
+    """
+
+    colour: str
+    shape: str
+    area: float
+    x: float
+    y: float
+    box: tuple[float, float, float, float]
+    fits: tuple[float, float, float]
+
+    @property
+    def template_iou(self) -> float:
+        return max(self.fits)
+
+    @property
+    def place(self) -> tuple[float, float]:
+        """Centre of the box, which is what a position means in `world.py`: the centre of mass of a triangle is lower."""
+        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
+
+
+def _check_frames(frames: np.ndarray) -> None:
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+        raise ValueError(
+            f"Frames have to be uint8 of shape (num_frames, height, width, 3), but are {frames.dtype} of shape "
+            f"{frames.shape}; pass one image as image[None]."
+        )
+
+
+def _median(frames: np.ndarray) -> np.ndarray:
+    """3x3 median of every frame and channel, by the minimal exchange network for nine values."""
+    padded = np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    height, width = frames.shape[1:3]
+    p = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    network = "12 45 78 01 34 67 12 45 78 03 58 47 36 14 25 47 42 64 42"
+    for a, b in (map(int, pair) for pair in network.split()):
+        p[a], p[b] = np.minimum(p[a], p[b]), np.maximum(p[a], p[b])
+    return p[4]
+
+
+def label_maps(frames: np.ndarray) -> np.ndarray:
+    """Colour of every pixel: 0 for the background, 1 + index into `COLOURS` otherwise.
+
+    A pixel is foreground when its chroma (largest minus smallest channel) is above 40 and above half of the chroma that
+    is common in its frame: a fixed threshold alone would count the halo that chroma subsampling or blur draws around a
+    shape.
+
+    Args:
+        frames (`np.ndarray` of shape `(num_frames, height, width, 3)`, `uint8`).
+
+    Returns:
+        `np.ndarray` of shape `(num_frames, height, width)`, `uint8`.
+    """
+    _check_frames(frames)
+    smooth = _median(frames)
+    low, high = smooth.min(axis=-1), smooth.max(axis=-1)
+    chroma = high - low
+    threshold = np.full((len(frames), 1, 1), _MIN_CHROMA, dtype=np.float64)
+    for k, values in enumerate(chroma):
+        coloured = values[values > _MIN_CHROMA]
+        if coloured.size:
+            threshold[k] = max(_MIN_CHROMA, 0.5 * np.percentile(coloured, 90))
+    bright = 2 * smooth.astype(np.int16) > (low.astype(np.int16) + high)[..., None]
+    bits = bright[..., 0] + 2 * bright[..., 1] + 4 * bright[..., 2]
+    return np.where(chroma > threshold, _BITS_TO_LABEL[bits], 0).astype(np.uint8)
+
+
+@lru_cache(maxsize=4096)
+def _softened(shape: str, size: int, softness: float, phase: float) -> np.ndarray:
+    """A shape `size` / 2 pixels high as `label_maps` sees it after a blur: without its thinnest corners. Cropped."""
+    oversampling, margin = 4, 4
+    points = np.arange(0, size / 2 + 2 * margin, 1 / oversampling) + 0.5 / oversampling - phase
+    u, v = (points - margin) / (size / 2) * 2 - 1, (points - margin)[:, None] / (size / 2)
+    inside = {
+        "circle": u**2 + (2 * v - 1) ** 2 <= 1,
+        "square": (np.abs(u) <= 1) & (v >= 0) & (v <= 1),
+        "triangle": (np.abs(u) <= v) & (v <= 1),
+    }[shape]
+    cells = len(points) // oversampling
+    coverage = inside[: cells * oversampling, : cells * oversampling].reshape(cells, oversampling, cells, oversampling)
+    mask = ndimage.gaussian_filter(coverage.mean(axis=(1, 3)), softness) > 0.5
+    return mask[np.ix_(mask.any(axis=1), mask.any(axis=0))]
+
+
+@lru_cache(maxsize=4096)
+def _templates(height: int, width: int) -> np.ndarray:
+    """Masks of complete shapes that fill a box: `(3, len(_SOFTNESS), height, width)`."""
+    templates = np.empty((len(SHAPES), len(_SOFTNESS), height, width), dtype=bool)
+    for index, shape in enumerate(SHAPES):
+        for level, (softness, phase) in enumerate(_SOFTNESS):
+            size = 2 * max(height, 3)
+            while _softened(shape, size, softness, phase).shape[0] < height:
+                size += 1
+            mask = _softened(shape, size, softness, phase)
+            rows = ((np.arange(height) + 0.5) * mask.shape[0] / height).astype(int)
+            columns = ((np.arange(width) + 0.5) * mask.shape[1] / width).astype(int)
+            templates[index, level] = mask[np.ix_(rows, columns)]
+    return templates
+
+
+def _fits(mask: np.ndarray) -> tuple[float, float, float]:
+    templates = _templates(*mask.shape)
+    both = (templates & mask).sum(axis=(2, 3))
+    return tuple((both / (templates.sum(axis=(2, 3)) + mask.sum() - both)).max(axis=1).tolist())
+
+
+def _visible_shape(labels: np.ndarray, mask: np.ndarray, rows: slice, columns: slice) -> str | None:
+    """Shape of a region that may be cut by a neighbour, from the part that shows. `None` if it touches no neighbour.
+
+    Complete shapes of several sizes are laid at the corners of the region's box and compared where no other object
+    lies: the sides that the neighbour does not cover are the true ones.
+    """
+    height, width = mask.shape
+    reach = int(0.7 * max(height, width)) + 2
+    padded = np.pad(labels, reach)
+    window = padded[rows.start : rows.stop + 2 * reach, columns.start : columns.stop + 2 * reach]
+    own = np.pad(mask, reach)
+    hidden = (window > 0) & ~own
+    if (ndimage.binary_dilation(own, np.ones((3, 3)), iterations=2) & hidden).sum() < 4:
+        return None
+    best, best_fit = SHAPES[0], 0.0
+    for shape in SHAPES:
+        for size in range(2 * max(height, width), 2 * (max(height, width) + reach), 2):
+            template = _softened(shape, size, *_SOFTNESS[0])
+            h, w = template.shape
+            if h > height + reach or w > width + reach:
+                break
+            for top in {reach, reach + height - h}:
+                for left in {reach, reach + width - w}:
+                    shown = template & ~hidden[top : top + h, left : left + w]
+                    both = (shown & own[top : top + h, left : left + w]).sum()
+                    fit = both / (shown.sum() + mask.sum() - both)
+                    if fit > best_fit:
+                        best, best_fit = shape, fit
+    return best
+
+
+def _blobs(labels: np.ndarray, complete_cut: bool = False) -> list[list[Blob]]:
+    """The blobs of every frame of label maps, `(num_frames, height, width)`, largest first.
+
+    With `complete_cut`, the shape of a blob that touches another one is read from the part that shows.
+    """
+    num_frames, height, width = labels.shape
+    found: list[list[Blob]] = [[] for _ in range(num_frames)]
+    for index, colour in enumerate(COLOURS):
+        regions, count = ndimage.label(labels == index + 1, structure=_IN_FRAME)
+        areas = np.bincount(regions.ravel(), minlength=count + 1)
+        for region, (frame, rows, columns) in enumerate(ndimage.find_objects(regions), start=1):
+            if areas[region] < _MIN_AREA * height * width:
+                continue
+            mask = regions[frame.start, rows, columns] == region
+            fits = _fits(mask)
+            shape = _visible_shape(labels[frame.start], mask, rows, columns) if complete_cut else None
+            blob = Blob(
+                colour=colour,
+                shape=shape or SHAPES[int(np.argmax(fits))],
+                area=float(areas[region]) / (height * width),
+                x=float((mask.sum(axis=0) @ (np.arange(columns.start, columns.stop) + 0.5)) / areas[region] / width),
+                y=float((mask.sum(axis=1) @ (np.arange(rows.start, rows.stop) + 0.5)) / areas[region] / height),
+                box=(columns.start / width, rows.start / height, columns.stop / width, rows.stop / height),
+                fits=fits,
+            )
+            found[frame.start].append(blob)
+    return [sorted(blobs, key=lambda blob: -blob.area) for blobs in found]
+
+
+def find_objects(frame: np.ndarray) -> list[Blob]:
+    """The objects of one image, largest first; the shape of a partly hidden one is read from the part that shows.
+
+    Args:
+        frame (`np.ndarray` of shape `(height, width, 3)`, `uint8`).
+    """
+    return _blobs(label_maps(frame[None]), complete_cut=True)[0]
+
+
+# --- rules of the categories -----------------------------------------------------------------------------------------
+
+
+def _kind(text: str) -> tuple[str, str]:
+    """`"a red circle"` or `"red circle"` as (colour, shape)."""
+    colour, shape = text.split()[-2:]
+    return colour, shape
+
+
+def _pick(blobs: list[Blob], kind: tuple[str, str]) -> Blob | None:
+    """Largest blob of a colour and a shape."""
+    return next((blob for blob in blobs if (blob.colour, blob.shape) == kind), None)
+
+
+def _track(frames: list[list[Blob]], kind: tuple[str, str]) -> list[Blob | None]:
+    """Per frame the largest blob of the colour, one of the right shape if there is any."""
+    by_colour = [next((blob for blob in blobs if blob.colour == kind[0]), None) for blobs in frames]
+    return [_pick(blobs, kind) or other for blobs, other in zip(frames, by_colour)]
+
+
+def _share(flags) -> float:
+    return float(np.mean([bool(flag) for flag in flags]))
+
+
+def _subset(frames: list, count: int) -> list:
+    """`count` of the frames at equal distances, first and last among them."""
+    return [frames[k] for k in np.round(np.linspace(0, len(frames) - 1, count)).astype(int)]
+
+
+_PAIR_POINTS = {"AA": 15, "AB": 14, "BB": 13, "AD": 10, "BD": 9, "AE": 8, "BE": 7, "DD": 4, "DE": 2, "EE": 1}
+
+
+def _score_consistent(frames: list[list[Blob]], meta: dict) -> float:
+    """Letters per object: A in all frames, B in some, D its colour or its shape on something else, E absent."""
+    frames = _subset(frames, 16)
+    kinds = [_kind(phrase) for phrase in meta["phrases"].split(";")]
+    letters = []
+    for kind in kinds:
+        seen = _share(_pick(blobs, kind) for blobs in frames)
+        others = [[blob for blob in blobs if (blob.colour, blob.shape) not in kinds] for blobs in frames]
+        mixed = _share(any(blob.colour == kind[0] or blob.shape == kind[1] for blob in blobs) for blobs in others)
+        letters.append("A" if seen >= 0.9 else "B" if seen >= 0.3 else "D" if mixed >= 0.5 else "E")
+    return (_PAIR_POINTS["".join(sorted(letters))] - 1) / 14
+
+
+def _score_dynamic(frames: list[list[Blob]], meta: dict) -> float:
+    """The first frame shows state 0 and not state 1, the last one the reverse, and the object is there in between."""
+    frames = _subset(frames, 8)
+    states = _kind(meta["state 0"]), _kind(meta["state 1"])
+
+    def match(blobs: list[Blob], state: tuple[str, str]) -> float:
+        total = sum(blob.area for blob in blobs)
+        return sum(blob.area for blob in blobs if (blob.colour, blob.shape) == state) / total if blobs else 0.0
+
+    # What stays: the shape while the colour changes, the colour while the shape changes.
+    same_shape = states[0][1] == states[1][1]
+    there = _share(
+        any(blob.shape == states[0][1] if same_shape else blob.colour == states[0][0] for blob in blobs)
+        for blobs in frames[1:-1]
+    )
+    first = match(frames[0], states[0]) * (1 - match(frames[0], states[1]))
+    last = (1 - match(frames[-1], states[0])) * match(frames[-1], states[1])
+    return first * last if there > 0.65 else 0.0
+
+
+def _box_iou(a: Blob, b: Blob) -> float:
+    width = min(a.box[2], b.box[2]) - max(a.box[0], b.box[0])
+    height = min(a.box[3], b.box[3]) - max(a.box[1], b.box[1])
+    both = max(width, 0.0) * max(height, 0.0)
+    areas = [(blob.box[2] - blob.box[0]) * (blob.box[3] - blob.box[1]) for blob in (a, b)]
+    return both / (sum(areas) - both)
+
+
+def _spatial_frame(blobs: list[Blob], kinds: list[tuple[str, str]], relation: str) -> float:
+    first, second = (_pick(blobs, kind) for kind in kinds)
+    if first is None or second is None:
+        return 0.2 if first or second else 0.0
+    overlap = _box_iou(first, second)
+    if relation in ("in front of", "behind"):
+        front, back = (first, second) if relation == "in front of" else (second, first)
+        complete, cut = (blob.fits[SHAPES.index(blob.shape)] for blob in (front, back))
+        return 1.0 if overlap > 0 and complete > _COMPLETE and complete > cut else 0.4
+    dx, dy = first.place[0] - second.place[0], first.place[1] - second.place[1]
+    seen = ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
+    return 0.4 + 0.6 * (1 - overlap) if seen == relation else 0.4
+
+
+def _score_spatial(frames: list[list[Blob]], meta: dict) -> float:
+    kinds = [_kind(meta["object_1"]), _kind(meta["object_2"])]
+    return float(np.mean([_spatial_frame(blobs, kinds, meta["spatial"]) for blobs in _subset(frames, 16)]))
+
+
+def _starts_with(frames: list[list[Blob]], kind: tuple[str, str]) -> bool:
+    return any(_pick(blobs, kind) for blobs in frames[:2])
+
+
+def _score_motion(frames: list[list[Blob]], meta: dict, full_travel: float = 0.25) -> float:
+    """0.2 for being there, up to 0.8 more for a travel of `full_travel` of the side in the right main direction."""
+    travels, found = [], False
+    for number in (1, 2):
+        if not meta[f"object_{number}"]:
+            continue
+        kind = _kind(meta[f"object_{number}"])
+        travel = 0.0
+        if _starts_with(frames, kind):
+            found = True
+            track = [blob for blob in _track(frames, kind) if blob]
+            dx, dy = track[-1].x - track[0].x, track[-1].y - track[0].y
+            seen = ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("up" if dy < 0 else "down")
+            distance = max(abs(dx), abs(dy))
+            if seen == meta[f"d_{number}"] and distance > 0.02:
+                travel = min(1.0, distance / full_travel)
+        travels.append(travel)
+    return 0.2 + 0.8 * float(np.mean(travels)) if found else 0.0
+
+
+def _reversals(values: np.ndarray, hysteresis: float) -> int:
+    """How often a sequence turns round, turns smaller than `hysteresis` left out."""
+    count, direction, extreme = 0, 0, values[0]
+    for value in values:
+        if direction == 0:
+            if abs(value - extreme) > hysteresis:
+                direction, extreme = np.sign(value - extreme), value
+        elif (value - extreme) * direction > 0:
+            extreme = value
+        elif (extreme - value) * direction > hysteresis:
+            count, direction, extreme = count + 1, -direction, value
+    return count
+
+
+def _seen_action(track: list[Blob | None]) -> str:
+    """Which of the grammar's actions a track shows, or `""`."""
+    visible = np.array([blob is not None for blob in track])
+    if np.abs(np.diff(visible.astype(int))).sum() >= 2:
+        return "blinks"
+    blobs = [blob for blob in track if blob]
+    growth = np.mean([blob.area for blob in blobs[-2:]]) / np.mean([blob.area for blob in blobs[:2]])
+    if growth >= 1.5 or growth <= 0.67:
+        return "grows" if growth > 1 else "shrinks"
+    x, y = np.array([blob.place for blob in blobs]).T
+    if _reversals(y, 0.05) >= 2:
+        return "bounces"
+    return "stays still" if max(np.ptp(x), np.ptp(y)) < 0.05 and growth >= 0.8 and growth <= 1.25 else ""
+
+
+def _score_action(frames: list[list[Blob]], meta: dict) -> float:
+    """Points 10, 8, 5 for both, one, no right action of two objects; 4, 2 if one object is missing; 1 if both are."""
+    found, right = 0, 0
+    for name, action in (meta["phrase_0"], meta["phrase_1"]):
+        kind = _kind(name)
+        if _share(_pick(blobs, kind) for blobs in frames) >= 0.3:
+            found += 1
+            right += _seen_action(_track(frames, kind)) == action
+    points = {2: (5, 8, 10), 1: (2, 4), 0: (1,)}[found][right]
+    return (points - 1) / 9
+
+
+def _gap(a: Blob | None, b: Blob | None) -> float:
+    """Distance of two boxes; infinite if one of the blobs is not there."""
+    if a is None or b is None:
+        return float("inf")
+    dx = max(a.box[0] - b.box[2], b.box[0] - a.box[2], 0.0)
+    dy = max(a.box[1] - b.box[3], b.box[1] - a.box[3], 0.0)
+    return float(np.hypot(dx, dy))
+
+
+def _score_interaction(frames: list[list[Blob]], labels: np.ndarray, meta: dict) -> float:
+    """Points 6 for both objects, +1 when they approach, +1 for contact, +2 for the effect after it; at most 7 when the
+    effect moves before; 2 and 1 for one and no object."""
+    cause, effect = _kind(meta["cause"]), _kind(meta["effect"])
+    present = sum(_starts_with(frames, kind) for kind in (cause, effect))
+    if present < 2:
+        return present / 9
+    causes, effects = _track(frames, cause), _track(frames, effect)
+    gaps = np.array([_gap(a, b) for a, b in zip(causes, effects)])
+    start = next(k for k, gap in enumerate(gaps) if np.isfinite(gap)) if np.isfinite(gaps).any() else None
+    if start is None:
+        return 5 / 9
+    points = 6 + int(gaps.min() <= 0.5 * gaps[start])
+    contact = next((k for k, gap in enumerate(gaps) if gap <= 0.03), None)
+    if contact is None:
+        return (points - 1) / 9
+    points += 1
+    before = [blob.place for blob in effects[: contact + 1] if blob]
+    after = [blob.place for blob in effects[contact:] if blob]
+    if meta["verb"] == "making it disappear":
+        tail = effects[-max(1, round(0.2 * len(effects))) :]
+        happened = contact < len(effects) - len(tail) and not any(tail)
+    elif meta["verb"] == "turning it":
+        # Both objects have one colour at the end and may touch: look at the pixels where the other one was.
+        spot = labels[contact] == 1 + COLOURS.index(effect[0])
+        happened = bool((labels[-1][spot] == 1 + COLOURS.index(cause[0])).mean() >= 0.6)
+    else:
+        happened = np.hypot(*(np.array(after[-1]) - after[0])) >= 0.08
+    points += 2 * int(happened)
+    if np.hypot(*(np.array(before[-1]) - before[0])) >= 0.05:
+        points = min(points, 7)
+    return (points - 1) / 9
+
+
+def _score_numeracy(frames: list[list[Blob]], meta: dict) -> float:
+    kinds = [_kind(name) for name in meta["objects"].split(",")]
+    numbers = [int(number) for number in meta["numbers"].split(",")]
+    exact = [
+        np.mean([sum((blob.colour, blob.shape) == kind for blob in blobs) == n for kind, n in zip(kinds, numbers)])
+        for blobs in _subset(frames, 16)
+    ]
+    return float(np.mean(exact))
+
+
+def _score_placement(frames: list[list[Blob]], meta: dict) -> float:
+    """0 unless the first frame has the object in its third; else the share of the frames that have it there."""
+    kind = _kind(meta["object"])
+    there = [
+        any((blob.colour, blob.shape) == kind and _lies_at(blob, meta["place"]) for blob in blobs) for blobs in frames
+    ]
+    return _share(there) if there[0] else 0.0
+
+
+def score_video(frames: np.ndarray, category: str, meta: dict) -> float:
+    """Scores a clip against its prompt's `meta` by the rules of one category.
+
+    Args:
+        frames (`np.ndarray` of shape `(num_frames, height, width, 3)`, `uint8`): the whole clip.
+        category (`str`): one of `prompts.CATEGORIES`, or `"placement"`.
+        meta (`dict`): `Scene.meta`.
+
+    Returns:
+        `float` in [0, 1].
+    """
+    rules = {
+        "consistent_attr": _score_consistent,
+        "dynamic_attr": _score_dynamic,
+        "spatial_relationships": _score_spatial,
+        "motion_binding": _score_motion,
+        "action_binding": _score_action,
+        "interaction": _score_interaction,
+        "generative_numeracy": _score_numeracy,
+        "placement": _score_placement,
+    }
+    if category not in rules:
+        raise ValueError(f"Unknown category {category!r}; use one of {tuple(rules)}.")
+    labels = label_maps(frames)
+    blobs = _blobs(labels, complete_cut=meta.get("spatial") in ("in front of", "behind"))
+    if category == "interaction":
+        return _score_interaction(blobs, labels, meta)
+    return rules[category](blobs, meta)
+
+
+def motion_amount(frames: np.ndarray) -> float:
+    """Mean length of the objects' paths through a clip, as a fraction of the frame: the dynamic degree.
+
+    Each object of the first frame is followed to the nearest blob of its colour; it stands still where there is none
+    within a quarter of the frame. 0 for a clip that begins empty.
+    """
+    blobs = _blobs(label_maps(frames))
+    paths = []
+    for item in blobs[0]:
+        position, length = np.array([item.x, item.y]), 0.0
+        for others in blobs[1:]:
+            places = np.array([(blob.x, blob.y) for blob in others if blob.colour == item.colour]).reshape(-1, 2)
+            steps = np.hypot(*(places - position).T)
+            if steps.size and steps.min() < 0.25:
+                length += steps.min()
+                position = places[steps.argmin()]
+        paths.append(length)
+    return float(np.mean(paths)) if paths else 0.0
+
+
+def label_iou(image: np.ndarray, other: np.ndarray) -> float:
+    """Share of the pixels coloured in either of two images that have the same colour in both: anchor fidelity.
+
+    Args:
+        image, other (`np.ndarray` of shape `(height, width, 3)`, `uint8`).
+    """
+    if image.shape != other.shape:
+        raise ValueError(f"The images differ in shape: {image.shape} and {other.shape}; resize one of them.")
+    a, b = label_maps(np.stack([image, other]))
+    union = ((a > 0) | (b > 0)).sum()
+    return float(((a == b) & (a > 0)).sum() / union) if union else 1.0
+
+
+# --- captions --------------------------------------------------------------------------------------------------------
+
+_PLACES = rf"(?:top|middle|bottom) (?:left|centre|right)|{'|'.join(('centre', 'left', 'right', 'top', 'bottom'))}"
+_ENTRY = re.compile(
+    rf"\b(?:(?P<count>a|an|the|\d+|{'|'.join(NUMBERS)}) )?(?:(?!{'|'.join(COLOURS)})\w+ )?"
+    rf"(?P<colour>{'|'.join(COLOURS)}) (?P<shape>{'|'.join(SHAPES)})s?\b(?: at the (?P<place>{_PLACES})\b)?"
+)
+# What a first frame cannot show. The stems cover "moves", "moving", "turned", "gradually", ...
+_LATER = re.compile(
+    r"\b(?:turn|becom|mov|grow|shrink|blink|bounc|drift|slid|transform|disappear|vanish|knock|chang|mak|roll|fall|rise"
+    r"|stay|still(?! picture)|slow|gradual|then|while|after|before|towards?|into|upwards?|downwards?|away|later|start"
+    r"|begin|end)\w*"
+)
+
+
+def parse_caption(text: str) -> list[tuple[int, str, str, str | None]]:
+    """The objects a caption names, in its order: (count, colour, shape, place or `None`)."""
+    words = {word: number for number, word in enumerate(NUMBERS)}
+    found = []
+    for match in _ENTRY.finditer(text.lower()):
+        count = match["count"] or "a"
+        number = int(count) if count.isdigit() else words.get(count, 1)
+        found.append((number, match["colour"], match["shape"], match["place"]))
+    return found
+
+
+def later_words(caption: str) -> list[str]:
+    """The words of a caption that tell of motion, change or time, which a first frame cannot show."""
+    return _LATER.findall(caption.lower())
+
+
+def _place_fits(place: str | None, wanted: str | None) -> bool:
+    """Whether a named place satisfies the wanted one: any for `None`, `"left"` for each of the three on the left."""
+    return wanted is None or place == wanted or (wanted != "centre" and place is not None and wanted in place.split())
+
+
+def _lies_at(blob: Blob, place: str, tolerance: float = 0.03) -> bool:
+    """Whether a blob lies in the third that a place names, with some room for the pixel grid at its borders."""
+    names = {
+        place_name(np.clip(blob.place[0] + dx, 0, 1), np.clip(blob.place[1] + dy, 0, 1))
+        for dx in (-tolerance, 0, tolerance)
+        for dy in (-tolerance, 0, tolerance)
+    }
+    return any(_place_fits(name, place) for name in names)
+
+
+def _f1(matches: int, named: int, wanted: int) -> float:
+    return 2 * matches / (named + wanted) if named + wanted else 1.0
+
+
+def score_caption(caption: str, true_caption: str) -> float:
+    """F1 over (count, colour, shape, place) of a caption's objects, minus 0.25 for each word that tells of later.
+
+    A place counts only where the true caption names one; `"left"` there accepts each of the three on the left.
+    """
+    named, wanted = parse_caption(caption), parse_caption(true_caption)
+    rest, matches = list(named), 0
+    for item in wanted:
+        hit = next((other for other in rest if other[:3] == item[:3] and _place_fits(other[3], item[3])), None)
+        if hit is not None:
+            rest.remove(hit)
+            matches += 1
+    return max(0.0, _f1(matches, len(named), len(wanted)) - 0.25 * len(later_words(caption)))
+
+
+def score_anchor(image: np.ndarray, caption: str | Sequence[ShapeObject]) -> float:
+    """F1 over the multiset of (colour, shape), times the share of the named places that hold their object.
+
+    Args:
+        image (`np.ndarray` of shape `(height, width, 3)`, `uint8`).
+        caption (`str` or `Sequence[ShapeObject]`): a first-frame caption, or the objects themselves.
+    """
+    if isinstance(caption, str):
+        wanted = [item[1:] for item in parse_caption(caption) for _ in range(item[0])]
+    else:
+        wanted = [(item.colour, item.shape, place_name(item.x, item.y)) for item in caption]
+    blobs = find_objects(image)
+    rest, matches, placed, places = list(blobs), 0, 0, 0
+    for colour, shape, place in sorted(wanted, key=lambda item: item[2] is None):
+        same = [blob for blob in rest if (blob.colour, blob.shape) == (colour, shape)]
+        right = [blob for blob in same if place is not None and _lies_at(blob, place)]
+        places += place is not None
+        placed += bool(right)
+        if same:
+            rest.remove((right or same)[0])
+            matches += 1
+    return _f1(matches, len(blobs), len(wanted)) * (placed / places if places else 1.0)

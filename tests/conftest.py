@@ -1,0 +1,65 @@
+"""Every test runs offline, with an empty Hub cache of its own session and two threads."""
+
+import atexit
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+
+# huggingface_hub reads these when it is imported, so they are set before anything imports it.
+SESSION_HOME = tempfile.mkdtemp(prefix="fvg-tests-")
+atexit.register(shutil.rmtree, SESSION_HOME, ignore_errors=True)
+for name in [
+    name for name in os.environ if name.startswith(("HF_", "HUGGINGFACE_", "HUGGING_FACE_", "TRANSFORMERS_"))
+]:
+    del os.environ[name]
+os.environ.update(HF_HOME=SESSION_HOME, HF_HUB_OFFLINE="1", HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest  # noqa: E402
+from hub_server import HubServer  # noqa: E402
+
+
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A running [`HubServer`]: the Hub of this process (with an empty cache) and, by `HF_ENDPOINT`, of subprocesses."""
+    from huggingface_hub import constants, hf_api
+
+    with HubServer(tmp_path / "hub_server") as server:
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        home = tmp_path / "hf_home"
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)
+        for name, value in {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}.items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture
+def run_python() -> Callable[..., str]:
+    """`run_python(code, **env)` runs code in a fresh process, which sees the tests' modules, and returns its stdout.
+
+    It inherits this process's environment, `hub`'s with it. A failure shows what the process printed.
+    """
+
+    def run(code: str, **env: str) -> str:
+        path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
+        command = [sys.executable, "-c", textwrap.dedent(code)]
+        environment = {**os.environ, "PYTHONPATH": path, **env}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    return run

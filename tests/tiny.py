@@ -1,0 +1,138 @@
+"""Real components of a Wan pipeline at tiny size, the same weights on every call."""
+
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from diffusers_fvg import AnchorComposer, FactorizedVideoPipeline, FirstFrameRewriter
+from diffusers_fvg.schedules import WAN_PRESETS
+from diffusers_fvg.transformer_anchor import AnchorConditionedTransformer3D
+
+
+WORDS = """a an and the is are of in on to from with at it its one two three four five red green blue yellow purple orange
+white black grey circle square triangle star leaf cat dog ball moves turns becomes grows shrinks slowly fast right left
+top bottom up down centre above below behind appears stays still picture video shows high low quality . ,""".split()
+
+TRANSFORMER_CONFIG = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 32,
+    "freq_dim": 32,
+    "ffn_dim": 32,
+    "num_layers": 2,
+    "rope_max_seq_len": 32,
+}
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer that ends a text with `</s>`, as T5's does; a word outside `WORDS` is `<unk>`."""
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **special)
+
+
+def tiny_text_encoder() -> UMT5EncoderModel:
+    torch.manual_seed(0)
+    config = UMT5Config(vocab_size=len(WORDS) + 3, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4)
+    return UMT5EncoderModel(config).eval()
+
+
+def tiny_vae() -> AutoencoderKLWan:
+    """8 times smaller in space, 4 times in time, 16 channels: the shape of Wan 2.1's."""
+    torch.manual_seed(0)
+    downsample = [False, True, True]
+    return AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=downsample
+    ).eval()
+
+
+def tiny_transformer(anchored: bool = False, seed: int = 0, **config) -> WanTransformer3DModel:
+    """The stock class or, with `anchored`, ours: the same seed gives both the same weights."""
+    torch.manual_seed(seed)
+    stock = WanTransformer3DModel(**(TRANSFORMER_CONFIG | config)).eval()
+    if not anchored:
+        return stock
+    ours = AnchorConditionedTransformer3D(**(TRANSFORMER_CONFIG | config)).eval()
+    ours.load_state_dict(stock.state_dict())
+    return ours
+
+
+def tiny_unipc() -> UniPCMultistepScheduler:
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+
+
+def tiny_euler() -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(shift=5.0)
+
+
+def tiny_wan_components(anchored: bool = False, **config) -> dict:
+    """What `WanPipeline(**components)` takes; `config` changes the transformer, `anchored` its class."""
+    return {
+        "tokenizer": tiny_tokenizer(),
+        "text_encoder": tiny_text_encoder(),
+        "transformer": tiny_transformer(anchored, **config),
+        "vae": tiny_vae(),
+        "scheduler": tiny_unipc(),
+    }
+
+
+def tiny_rewriter() -> FirstFrameRewriter:
+    """A Llama of random weights: its answers are never valid, so that prompts stand in for captions."""
+    torch.manual_seed(0)
+    vocabulary = {
+        word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", "<|user|>", "<|assistant|>", *WORDS])
+    }
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=512, **special)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    return FirstFrameRewriter(
+        LlamaForCausalLM(config).eval(), tokenizer, instruction="", examples=False, max_new_tokens=8
+    )
+
+
+def tiny_composer() -> AnchorComposer:
+    """`WanPipeline` run for one frame."""
+    pipeline = WanPipeline(**tiny_wan_components() | {"transformer": tiny_transformer(seed=2)})
+    return AnchorComposer(pipeline, {"num_frames": 1, "num_inference_steps": 2, "max_sequence_length": 16})
+
+
+def tiny_pipeline(**changes) -> FactorizedVideoPipeline:
+    """All three stages at tiny size; `changes` replace components and settings."""
+    parts = tiny_wan_components(anchored=True) | {
+        "scheduler": WAN_PRESETS["anchored-15"].make_scheduler(),
+        "transformer_2": None,
+        "rewriter": tiny_rewriter(),
+        "composer": tiny_composer(),
+        "anchor_lora": None,
+        "schedulers": WAN_PRESETS,
+    }
+    return FactorizedVideoPipeline(**parts | changes)
