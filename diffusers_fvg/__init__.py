@@ -48,8 +48,14 @@ def register() -> None:
     import diffusers
     from diffusers.pipelines import pipeline_loading_utils as loader
 
-    for name in _REGISTERED:
-        setattr(diffusers, name, __getattr__(name))
+    class DiffusersWithOurs(type(diffusers)):
+        # Looked up when asked for: our modules import diffusers themselves and may be what is being imported now.
+        def __getattr__(self, name: str):
+            if name in _REGISTERED:
+                return __getattr__(name)
+            return super().__getattr__(name)
+
+    diffusers.__class__ = DiffusersWithOurs
     methods = {name: ["save_pretrained", "from_pretrained"] for name in _LOADABLE}
     loader.LOADABLE_CLASSES["diffusers"].update(methods)
     loader.ALL_IMPORTABLE_CLASSES.update(methods)

@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 
 # The adapter's name in `pipe.set_adapters("anchor", 1.3)` and in `get_active_adapters`.
 ADAPTER_NAME = "anchor"
-WEIGHT_NAME = "pytorch_lora_weights.safetensors"
+# One folder deeper than the component: a Hub download takes a component's folder that holds a safetensors file of no
+# standard name for a sign that the repository has no safetensors weights at all.
+WEIGHT_NAME = "weights/pytorch_lora_weights.safetensors"
 
 
 class AnchorLora:
@@ -29,15 +31,16 @@ class AnchorLora:
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path) -> AnchorLora:
         path = Path(pretrained_model_name_or_path) / WEIGHT_NAME
         if not path.is_file():
-            raise ValueError(f"No {WEIGHT_NAME} in {path.parent}.")
+            raise ValueError(f"No {WEIGHT_NAME} in {pretrained_model_name_or_path}.")
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
             return cls({key: file.get_tensor(key) for key in keys}, file.metadata())
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        path = Path(save_directory) / WEIGHT_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {key: value.contiguous() for key, value in self.state_dict.items()}
-        save_file(tensors, Path(save_directory) / WEIGHT_NAME, metadata={"format": "pt", **self.metadata})
+        save_file(tensors, path, metadata={"format": "pt", **self.metadata})
 
     def load_into(self, transformer: torch.nn.Module, prefix: str) -> None:
         """Injects the tensors under `prefix` (`"transformer"` or `"transformer_2"`) as the adapter `"anchor"`.

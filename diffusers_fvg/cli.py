@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 
+# In the order of training: each part builds on those before it.
+SHAPES_PARTS = ("vae", "cache", "base", "composer", "lora", "rewriter")
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="folder or Hub repository; the embedded shapes model when left out")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of every stage")
@@ -61,6 +65,19 @@ def parser() -> argparse.ArgumentParser:
     animate.add_argument("--strength", type=float, default=1.0, help="in (0, 1] (default: %(default)s)")
     _add_model(animate)
     _add_video(animate)
+
+    shapes = commands.add_parser("shapes", help="the embedded model's world: train the model again, or score one")
+    actions = shapes.add_subparsers(dest="action", required=True, metavar="ACTION")
+    train = actions.add_parser("train", help="train all parts from nothing; continues where it stopped")
+    train.add_argument("folder", type=Path, help="for checkpoints, logs and the finished repository")
+    train.add_argument("--parts", nargs="+", choices=SHAPES_PARTS, default=SHAPES_PARTS)
+    report = actions.add_parser("report", help="score a model on held-out prompts (synthetic)")
+    report.add_argument("folder", type=Path, help="for report.json and report.txt")
+    _add_model(report)
+    report.add_argument("--preset")
+    report.add_argument("--num-inference-steps", "--steps", type=int)
+    report.add_argument("--per-category", type=int, default=12, help="prompts (default: %(default)s)")
+    report.add_argument("--seeds", type=int, default=1, help="how many (default: %(default)s)")
     return top
 
 
@@ -94,6 +111,14 @@ def _open_image(path: Path):
     return image
 
 
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Refuses before minutes of work what would be refused after them."""
+    for name, suffix in (("output", ".mp4"), ("strip", ".png")):
+        path = getattr(arguments, name)
+        if path is not None and path.suffix.lower() != suffix:
+            raise ValueError(f"--{name} {path} must end in {suffix}.")
+
+
 def _seed(arguments: argparse.Namespace) -> int:
     import secrets
 
@@ -112,10 +137,10 @@ def _write(arguments: argparse.Namespace, pipe, frames, prompt: str, caption: st
     frame_rate = pipe.call_defaults["frame_rate"]
     metadata = {
         "prompt": prompt,
-        "first_frame_prompt": caption or "",
-        "seeds": json.dumps(seeds),
+        "first_frame_prompt": caption,
+        "seeds": seeds,
         "preset": arguments.preset or next(iter(pipe.presets)),
-        "versions": json.dumps(_versions()),
+        "versions": _versions(),
     }
     # A player shows the embedded model's 64 pixels as a stamp: enlarged by whole factors, which keeps edges sharp.
     scale = max(1, 384 // frames.shape[1])
@@ -135,6 +160,7 @@ def _video_options(arguments: argparse.Namespace, seed: int) -> dict:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    _check_outputs(arguments)
     image = _open_image(arguments.image) if arguments.image else None
     pipe, seed = _load(arguments), _seed(arguments)
     output = pipe(
@@ -193,6 +219,7 @@ def _compose(arguments: argparse.Namespace) -> None:
 def _animate(arguments: argparse.Namespace) -> None:
     from . import Anchor
 
+    _check_outputs(arguments)
     image = _open_image(arguments.image)
     pipe, seed = _load(arguments), _seed(arguments)
     anchor = Anchor(image, arguments.frame_index, arguments.strength)
@@ -200,7 +227,30 @@ def _animate(arguments: argparse.Namespace) -> None:
     _write(arguments, pipe, frames, arguments.prompt, None, image, {"video": seed})
 
 
-COMMANDS = {"generate": _generate, "rewrite": _rewrite, "compose": _compose, "animate": _animate}
+def _shapes(arguments: argparse.Namespace) -> None:
+    if arguments.action == "report":
+        from .shapes.report import write_report
+
+        pipe = _load(arguments)
+        pipe.set_progress_bar_config(disable=True)
+        call = {"preset": arguments.preset, "num_inference_steps": arguments.num_inference_steps}
+        print(write_report(pipe, arguments.folder, arguments.per_category, range(arguments.seeds), **call))
+        return
+    from .shapes.assemble import assemble
+    from .shapes.train_models import PARTS
+    from .shapes.train_rewriter import train_rewriter
+    from .shapes.train_vae import train_vae
+
+    parts = {"vae": train_vae, **PARTS, "rewriter": train_rewriter}
+    for part in arguments.parts:
+        print(f"training {part}", flush=True)
+        parts[part](arguments.folder)
+    if set(arguments.parts) == set(SHAPES_PARTS):
+        assemble(arguments.folder, arguments.folder / "repository")
+        print(f"repository: {arguments.folder / 'repository'}")
+
+
+COMMANDS = {"shapes": _shapes, "generate": _generate, "rewrite": _rewrite, "compose": _compose, "animate": _animate}
 
 
 def main(argv: list[str] | None = None) -> int:

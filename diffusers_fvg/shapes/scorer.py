@@ -24,10 +24,12 @@ _COLOUR_BITS = {"red": 1, "yellow": 3, "green": 2, "cyan": 6, "blue": 4, "magent
 _BITS_TO_LABEL = np.array([next((k + 1 for k, c in enumerate(COLOURS) if _COLOUR_BITS[c] == b), 0) for b in range(8)])
 _MIN_CHROMA = 40
 _MIN_AREA = 0.0015
-# Blurs (standard deviation in pixels) that the templates allow for: the median alone, and a soft decoder.
-_SOFTNESS = ((0.6, 0.0), (0.6, 0.5), (0.9, 0.0), (0.9, 0.5))
+# (blur, offset) in pixels that the templates allow for: of the median alone and of a soft decoder, on and between pixels.
+_SOFTNESS = ((0.7, 0.0), (0.7, 0.5), (1.2, 0.0), (1.2, 0.5))
 # Templates fit a complete object at least this well.
 _COMPLETE = 0.85
+# Boxes this close touch: two pixels of 64, as much as blending colours take from an edge.
+_CONTACT = 2 / 64
 _IN_FRAME = np.zeros((3, 3, 3), dtype=bool)
 _IN_FRAME[1] = True
 
@@ -188,8 +190,13 @@ def _blobs(labels: np.ndarray, complete_cut: bool = False) -> list[list[Blob]]:
             if areas[region] < _MIN_AREA * height * width:
                 continue
             mask = regions[frame.start, rows, columns] == region
+            # Where two objects meet, their colours blend into a line of a third hue.
+            if not ndimage.binary_erosion(mask).any():
+                continue
             fits = _fits(mask)
-            shape = _visible_shape(labels[frame.start], mask, rows, columns) if complete_cut else None
+            shape = None
+            if complete_cut and max(fits) < 0.9:
+                shape = _visible_shape(labels[frame.start], mask, rows, columns)
             blob = Blob(
                 colour=colour,
                 shape=shape or SHAPES[int(np.argmax(fits))],
@@ -289,14 +296,13 @@ def _spatial_frame(blobs: list[Blob], kinds: list[tuple[str, str]], relation: st
     first, second = (_pick(blobs, kind) for kind in kinds)
     if first is None or second is None:
         return 0.2 if first or second else 0.0
-    overlap = _box_iou(first, second)
     if relation in ("in front of", "behind"):
         front, back = (first, second) if relation == "in front of" else (second, first)
         complete, cut = (blob.fits[SHAPES.index(blob.shape)] for blob in (front, back))
-        return 1.0 if overlap > 0 and complete > _COMPLETE and complete > cut else 0.4
+        return 1.0 if _gap(first, second) <= _CONTACT and complete > _COMPLETE and complete > cut else 0.4
     dx, dy = first.place[0] - second.place[0], first.place[1] - second.place[1]
     seen = ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")
-    return 0.4 + 0.6 * (1 - overlap) if seen == relation else 0.4
+    return 0.4 + 0.6 * (1 - _box_iou(first, second)) if seen == relation else 0.4
 
 
 def _score_spatial(frames: list[list[Blob]], meta: dict) -> float:
@@ -391,7 +397,7 @@ def _score_interaction(frames: list[list[Blob]], labels: np.ndarray, meta: dict)
     if start is None:
         return 5 / 9
     points = 6 + int(gaps.min() <= 0.5 * gaps[start])
-    contact = next((k for k, gap in enumerate(gaps) if gap <= 0.03), None)
+    contact = next((k for k, gap in enumerate(gaps) if gap <= _CONTACT), None)
     if contact is None:
         return (points - 1) / 9
     points += 1

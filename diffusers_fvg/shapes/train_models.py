@@ -105,14 +105,14 @@ class LatentData:
 
     def __init__(self, folder: Path):
         from diffusers import AutoencoderKLWan
-
-        from .tokenizer import text_tokenizer
+        from transformers import AutoTokenizer
 
         config = AutoencoderKLWan.load_config(folder / "vae")
         mean, std = (torch.tensor(config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
         self.latents = (load_file(folder / "latents.safetensors")["latents"].float() - mean) / std
         texts = json.loads((folder / "texts.json").read_text())
-        tokenizer = text_tokenizer()
+        # The saved one: parts that are trained later must read texts as the text encoder learnt them.
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
         self.prompts, self.captions, self.empty = (
             tokenizer(lines, padding="max_length", max_length=MAX_SEQUENCE_LENGTH, return_tensors="pt").input_ids
             for lines in ([text[0] for text in texts], [text[1] for text in texts], [""])
@@ -208,7 +208,7 @@ def _load_average(average: dict[str, torch.Tensor], modules: dict[str, torch.nn.
 
 
 def train_base(
-    folder: Path, steps: int = 7500, clip_batch: int = 24, image_batch: int = 48, peak: float = 2e-3
+    folder: Path, steps: int = 6000, clip_batch: int = 24, image_batch: int = 48, peak: float = 2e-3
 ) -> None:
     """Text encoder and video transformer, on two clip batches for one image batch."""
     from transformers import UMT5Config, UMT5EncoderModel
@@ -218,6 +218,7 @@ def train_base(
 
     torch.manual_seed(0)
     tokenizer = text_tokenizer()
+    tokenizer.save_pretrained(folder / "tokenizer")
     text_encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **TEXT_ENCODER_CONFIG))
     transformer = AnchorConditionedTransformer3D(**TRANSFORMER_CONFIG)
     # A zero output layer: the first prediction is zero, not noise of the untrained network's own.
@@ -238,12 +239,11 @@ def train_base(
         folder, "base", steps, modules, lambda: optimizers(list(modules.values()), peak), loss_of, peak=peak
     )
     _load_average(average, modules)
-    tokenizer.save_pretrained(folder / "tokenizer")
     text_encoder.save_pretrained(folder / "text_encoder")
     transformer.save_pretrained(folder / "transformer")
 
 
-def train_composer(folder: Path, steps: int = 1500, batch_size: int = 64, peak: float = 6e-4) -> None:
+def train_composer(folder: Path, steps: int = 1000, batch_size: int = 64, peak: float = 6e-4) -> None:
     """The base's transformer tuned on first frames with their captions; its text encoder is shared and stays as it is."""
     from transformers import UMT5EncoderModel
 
@@ -266,7 +266,7 @@ def train_composer(folder: Path, steps: int = 1500, batch_size: int = 64, peak: 
 
 
 def train_lora(
-    folder: Path, steps: int = 1500, batch_size: int = 24, peak: float = 1e-3, first_share: float = 0.7
+    folder: Path, steps: int = 1300, batch_size: int = 24, peak: float = 1e-3, first_share: float = 0.7
 ) -> None:
     """The anchor LoRA: a clean latent frame of the clip itself at a random position, time 0 there, no loss on it."""
     from peft import LoraConfig
@@ -301,9 +301,11 @@ def train_lora(
     average = train(folder, "lora", steps, modules, make_optimizers, loss_of, peak=peak)
     _load_average(average, modules)
     state = get_peft_model_state_dict(transformer, adapter_name="anchor")
-    (folder / "anchor_lora").mkdir(exist_ok=True)
+    (folder / "anchor_lora" / "weights").mkdir(parents=True, exist_ok=True)
     tensors = {f"transformer.{key}": value.half().contiguous() for key, value in state.items()}
-    save_file(tensors, folder / "anchor_lora" / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})
+    save_file(
+        tensors, folder / "anchor_lora" / "weights" / "pytorch_lora_weights.safetensors", metadata={"format": "pt"}
+    )
 
 
 PARTS = {"cache": build_cache, "base": train_base, "composer": train_composer, "lora": train_lora}

@@ -1,0 +1,90 @@
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from diffusers_fvg.cli import main, parser
+from diffusers_fvg.media import read_video, read_video_metadata
+
+
+PROMPT = "A red circle moves to the right"
+
+
+def test_generate_writes_video_strip_and_stages(tmp_path, capsys):
+    arguments = ["generate", PROMPT, "--seed", "3", "--steps", "4", "--quiet"]
+    arguments += ["--output", str(tmp_path / "out" / "video.mp4"), "--strip", str(tmp_path / "strip.png")]
+    assert main([*arguments, "--save-stages", str(tmp_path / "stages")]) == 0
+    frames, frame_rate = read_video(tmp_path / "out" / "video.mp4")
+    assert frames.shape == (17, 384, 384, 3) and frame_rate == 8
+    metadata = read_video_metadata(tmp_path / "out" / "video.mp4")
+    assert metadata["prompt"] == PROMPT and metadata["seeds"]["video"] == 3 and metadata["preset"] == "anchored-15"
+    assert "red circle" in metadata["first_frame_prompt"] and "moves" not in metadata["first_frame_prompt"]
+    assert metadata["versions"].keys() == {"diffusers-fvg", "diffusers", "torch", "transformers"}
+    printed = capsys.readouterr().out
+    for words in (metadata["first_frame_prompt"], "rewrite", "compose", "denoise", "decode", "video.mp4"):
+        assert words in printed
+    stages = json.loads((tmp_path / "stages" / "stages.json").read_text())
+    assert stages["first_frame_prompt"] == metadata["first_frame_prompt"]
+    assert PIL.Image.open(tmp_path / "stages" / "anchor.png").size == (64, 64)
+    assert len(list((tmp_path / "stages").glob("frame_*.png"))) == 17
+    assert PIL.Image.open(tmp_path / "strip.png").width > 500
+
+
+def test_a_seed_repeats_the_video_and_stages_chain(tmp_path, capsys):
+    options = ["--seed", "5", "--steps", "3", "--quiet"]
+    main(["rewrite", PROMPT, "--quiet"])
+    caption = capsys.readouterr().out.strip()
+    main(["generate", PROMPT, "--output", str(tmp_path / "a.mp4"), "--save-stages", str(tmp_path / "a"), *options])
+    stages = json.loads((tmp_path / "a" / "stages.json").read_text())
+    assert stages["first_frame_prompt"] == caption
+    seed = str(stages["seeds"]["anchor"])
+    main(["compose", caption, "--seed", seed, "--output", str(tmp_path / "anchor.png"), "--quiet"])
+    anchors = [np.asarray(PIL.Image.open(tmp_path / name)) for name in ("anchor.png", "a/anchor.png")]
+    assert np.array_equal(*anchors)
+    main(["animate", PROMPT, "--image", str(tmp_path / "anchor.png"), "--output", str(tmp_path / "b.mp4"), *options])
+    assert np.array_equal(read_video(tmp_path / "a.mp4")[0], read_video(tmp_path / "b.mp4")[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "", "--quiet"], "empty"),
+        (["generate", "a", "--height", "70", "--quiet"], "height=70.*64 and 80"),
+        (["generate", "a", "--preset", "none", "--quiet"], "Unknown preset 'none'"),
+        (["generate", "a", "--output", "video.avi"], "must end in .mp4"),
+        (["generate", "a", "--image", "missing.png"], "missing.png cannot be read"),
+        (["generate", "a", "--model", __file__], "is a file"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(message, error), error
+    assert not list(tmp_path.glob("*.mp4"))
+
+
+def test_help_is_quick_and_names_the_commands():
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "diffusers_fvg.cli", "--help"], capture_output=True, text=True)
+    seconds = time.perf_counter() - started
+    assert done.returncode == 0 and seconds < 2
+    for command in ("generate", "rewrite", "compose", "animate"):
+        assert command in done.stdout
+
+
+def test_flags_mirror_argument_names():
+    import inspect
+
+    from diffusers_fvg import FactorizedVideoPipeline
+
+    names = set(inspect.signature(FactorizedVideoPipeline.__call__).parameters)
+    own = {"command", "model", "dtype", "device", "seed", "quiet", "output", "strip", "save_stages"}
+    flags = set(vars(parser().parse_args(["generate", "a prompt"])))
+    assert flags - own <= names

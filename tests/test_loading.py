@@ -1,0 +1,202 @@
+"""Loading by `DiffusionPipeline.from_pretrained`, from a folder and from a Hub, with and without remote code."""
+
+import json
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, UniPCMultistepScheduler
+from tiny import tiny_pipeline, tiny_transformer
+
+from diffusers_fvg import FactorizedVideoPipeline, SchedulerPresets
+from diffusers_fvg.anchor_lora import AnchorLora
+
+
+STAGES = ("rewriter", "composer", "text_encoder", "vae", "transformer")
+CHECK = """
+import torch
+assert type(pipe).__name__ == "FactorizedVideoPipeline", type(pipe)
+assert pipe.transformer.dtype == pipe.composer.dtype == pipe.rewriter.dtype == torch.bfloat16
+print("loaded", pipe.composer.call_defaults["num_frames"])
+"""
+IMPORTED = """
+import diffusers_fvg, torch
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained({repo!r}, dtype=torch.bfloat16)
+"""
+NOT_IMPORTED = """
+import sys, torch
+from diffusers import DiffusionPipeline
+assert "diffusers_fvg" not in sys.modules
+pipe = DiffusionPipeline.from_pretrained({repo!r}, custom_pipeline={repo!r}, trust_remote_code=True, dtype=torch.bfloat16)
+"""
+
+
+def lora() -> AnchorLora:
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    donor = tiny_transformer()
+    donor.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    state = get_peft_model_state_dict(donor)
+    return AnchorLora({f"transformer.{key}": value for key, value in state.items()}, {"note": "tiny"})
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("repository") / "tiny-fvg"
+    tiny_pipeline(anchor_lora=lora()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pushed(hub, bundled):
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=hub.token)
+    api.create_repo("org/fvg")
+    api.upload_folder(folder_path=bundled, repo_id="org/fvg")
+    return "org/fvg"
+
+
+def assert_same(loaded, expected):
+    for name in STAGES:
+        state, truth = getattr(loaded, name).state_dict(), getattr(expected, name).state_dict()
+        assert state.keys() == truth.keys(), name
+        for key in truth:
+            assert torch.equal(state[key], truth[key]), f"{name}.{key}"
+    assert loaded.schedulers == expected.schedulers
+    assert loaded.anchor_lora.state_dict.keys() == expected.anchor_lora.state_dict.keys()
+
+
+def test_index_names_no_module_of_ours(bundled):
+    # Frozen: what a repository says about our classes must load with every later version.
+    index = json.loads((bundled / "model_index.json").read_text())
+    assert index["_class_name"] == "FactorizedVideoPipeline"
+    assert index["rewriter"] == ["diffusers", "FirstFrameRewriter"]
+    assert index["composer"] == ["diffusers", "AnchorComposer"]
+    assert index["transformer"] == ["diffusers", "AnchorConditionedTransformer3D"]
+    assert index["anchor_lora"] == ["diffusers", "AnchorLora"]
+    assert index["schedulers"] == ["diffusers", "SchedulerPresets"]
+    assert "diffusers_fvg" not in json.dumps(index)
+
+
+def test_folder_by_the_base_class_and_by_ours(bundled):
+    expected = tiny_pipeline(anchor_lora=lora())
+    for cls in (DiffusionPipeline, FactorizedVideoPipeline):
+        loaded = cls.from_pretrained(bundled)
+        assert type(loaded) is FactorizedVideoPipeline
+        assert_same(loaded, FactorizedVideoPipeline.from_pretrained(bundled))
+        base = loaded.transformer.state_dict()
+        for key, value in expected.transformer.state_dict().items():
+            if ".lora_" not in key:
+                assert torch.equal(base[key], value), key
+
+
+def test_saved_again_it_loads_again(bundled, tmp_path):
+    first = DiffusionPipeline.from_pretrained(bundled)
+    first.save_pretrained(tmp_path / "again")
+    assert_same(DiffusionPipeline.from_pretrained(tmp_path / "again"), first)
+    files = [
+        {str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()} for root in (bundled, tmp_path / "again")
+    ]
+    assert files[0] == files[1]
+
+
+def test_replaced_component_is_still_saved_under_its_public_name(bundled, tmp_path):
+    pipe = DiffusionPipeline.from_pretrained(bundled)
+    pipe.transformer = FactorizedVideoPipeline.from_pretrained(bundled).transformer
+    pipe.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["transformer"][0] == "diffusers"
+
+
+@pytest.mark.parametrize("cls", [DiffusionPipeline, FactorizedVideoPipeline])
+def test_a_stage_can_be_left_out_or_replaced(bundled, cls):
+    other = tiny_pipeline().composer
+    pipe = cls.from_pretrained(bundled, rewriter=None, anchor_lora=None, composer=other)
+    assert pipe.rewriter is None and pipe.anchor_lora is None and pipe.composer is other
+    assert not getattr(pipe.transformer, "peft_config", None)
+
+
+def test_stock_diffusers_reads_the_scheduler_configs(bundled):
+    scheduler = UniPCMultistepScheduler.from_pretrained(bundled, subfolder="schedulers/full-50")
+    assert scheduler.config.use_flow_sigmas
+    assert list(SchedulerPresets.from_pretrained(bundled / "schedulers")) == ["anchored-15", "full-50"]
+
+
+@pytest.mark.parametrize("code", [IMPORTED, NOT_IMPORTED], ids=["imported", "not imported"])
+def test_folder_in_a_fresh_process(bundled, run_python, code):
+    assert "loaded 1" in run_python(code.format(repo=str(bundled)) + CHECK)
+
+
+def test_hub_in_a_fresh_process_and_offline_afterwards(hub, pushed, bundled, run_python):
+    assert "loaded 1" in run_python(IMPORTED.format(repo=pushed) + CHECK)
+    named = {str(p.relative_to(bundled)) for p in bundled.rglob("*") if p.is_file()}
+    assert named - {"pipeline.py"} <= hub.downloaded(pushed) <= named
+    hub.stop()
+    assert "loaded 1" in run_python(IMPORTED.format(repo=pushed) + CHECK, HF_HUB_OFFLINE="1")
+
+
+def test_hub_in_a_fresh_process_without_import(pushed, run_python):
+    # Once only: offline, diffusers asks the Hub for the commit of a custom pipeline all the same.
+    assert "loaded 1" in run_python(NOT_IMPORTED.format(repo=pushed) + CHECK)
+
+
+def test_hub_without_import_needs_one_of_the_two_forms(pushed, run_python):
+    code = f"""
+    from diffusers import DiffusionPipeline
+    try:
+        DiffusionPipeline.from_pretrained({pushed!r}, trust_remote_code=True)
+    except AttributeError as error:
+        print(error)
+    """
+    assert "no attribute FactorizedVideoPipeline" in run_python(code)
+
+
+def test_push_to_hub_makes_a_repository_that_loads(hub, bundled, tmp_path):
+    pipe = FactorizedVideoPipeline.from_pretrained(bundled)
+    pipe.push_to_hub("org/pushed", token=hub.token)
+    loaded = DiffusionPipeline.from_pretrained("org/pushed", cache_dir=tmp_path / "cache")
+    assert_same(loaded, pipe)
+    assert "pipeline.py" in hub.files("org/pushed")
+
+
+def test_import_orders_and_cost(run_python):
+    code = """
+    import sys, diffusers_fvg
+    assert "torch" not in sys.modules and "diffusers" not in sys.modules
+    from diffusers import DiffusionPipeline
+    import diffusers
+    assert diffusers.FactorizedVideoPipeline is diffusers_fvg.FactorizedVideoPipeline
+    print("ok")
+    """
+    assert "ok" in run_python(code)
+    code = """
+    import diffusers, diffusers_fvg
+    assert diffusers.AnchorConditionedTransformer3D is diffusers_fvg.AnchorConditionedTransformer3D
+    print("ok")
+    """
+    assert "ok" in run_python(code)
+
+
+@pytest.mark.parametrize("module", ["rewriter", "composer", "transformer_anchor", "pipeline_factorized_video", "anchor"])
+def test_any_module_can_be_imported_first(run_python, module):
+    code = f"""
+    import diffusers_fvg.{module}, diffusers, diffusers_fvg
+    assert diffusers.FirstFrameRewriter is diffusers_fvg.FirstFrameRewriter
+    """
+    run_python(code)
+
+
+def test_a_repository_without_the_video_model_says_so(bundled, tmp_path):
+    import shutil
+
+    shutil.copytree(bundled, tmp_path / "broken")
+    index = json.loads((tmp_path / "broken" / "model_index.json").read_text())
+    index["transformer"] = [None, None]
+    (tmp_path / "broken" / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="transformer"):
+        DiffusionPipeline.from_pretrained(tmp_path / "broken")
+    shutil.copy(bundled / "model_index.json", tmp_path / "broken")
+    shutil.rmtree(tmp_path / "broken" / "transformer")
+    with pytest.raises(ValueError, match="transformer"):
+        DiffusionPipeline.from_pretrained(tmp_path / "broken")
