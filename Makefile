@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test lint test-lowest clean
 
 demo: $(STAMP)
-	$(BIN)/fvg generate "A red circle moves to the right" --output demo.mp4 --strip demo.png
+	$(BIN)/fvg generate "A red circle moves to the right" --seed 0 --output demo.mp4 --strip demo.png
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

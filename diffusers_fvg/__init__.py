@@ -19,9 +19,11 @@ _MODULES = {
     "FactorizedVideoPipeline": "pipeline_factorized_video",
     "FactorizedVideoPipelineOutput": "pipeline_output",
     "FirstFrameRewriter": "rewriter",
+    "LoraReport": "lora",
     "SchedulerPreset": "schedules",
     "SchedulerPresets": "schedules",
     "load_embedded": "embedded",
+    "load_lora": "lora",
 }
 __all__ = ["__version__", "register", *sorted(_MODULES)]
 

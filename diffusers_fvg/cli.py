@@ -66,6 +66,9 @@ def parser() -> argparse.ArgumentParser:
     _add_model(animate)
     _add_video(animate)
 
+    train = commands.add_parser("train", help="train an anchor LoRA on videos; continues where it stopped")
+    train.add_argument("config", type=Path, help="TOML file, see examples/training")
+
     shapes = commands.add_parser("shapes", help="the embedded model's world: train the model again, or score one")
     actions = shapes.add_subparsers(dest="action", required=True, metavar="ACTION")
     train = actions.add_parser("train", help="train all parts from nothing; continues where it stopped")
@@ -82,14 +85,21 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _load(arguments: argparse.Namespace):
+    import diffusers
     import torch
+    import transformers
 
     from . import FactorizedVideoPipeline, load_embedded
 
+    # One bar, that of the stages: loading would draw one for every component.
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     if arguments.model is not None and Path(arguments.model).exists() and not Path(arguments.model).is_dir():
         raise ValueError(f"--model {arguments.model} is a file; give a folder or a Hub repository.")
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     if arguments.model is None:
+        # Its operations are too small to be split: more threads gain nothing, and on a busy machine they wait for each other.
+        torch.set_num_threads(1)
         pipe = load_embedded(dtype)
     else:
         pipe = FactorizedVideoPipeline.from_pretrained(arguments.model, dtype=dtype or torch.bfloat16)
@@ -126,9 +136,14 @@ def _seed(arguments: argparse.Namespace) -> int:
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import version
+    import diffusers
+    import torch
+    import transformers
 
-    return {name: version(name) for name in ("diffusers-fvg", "diffusers", "torch", "transformers")}
+    from . import __version__
+
+    modules = {"diffusers": diffusers, "torch": torch, "transformers": transformers}
+    return {"diffusers-fvg": __version__} | {name: module.__version__ for name, module in modules.items()}
 
 
 def _write(arguments: argparse.Namespace, pipe, frames, prompt: str, caption: str | None, anchor, seeds: dict) -> None:
@@ -227,6 +242,12 @@ def _animate(arguments: argparse.Namespace) -> None:
     _write(arguments, pipe, frames, arguments.prompt, None, image, {"video": seed})
 
 
+def _train(arguments: argparse.Namespace) -> None:
+    from .training.trainer import main_train
+
+    print(f"LoRA: {main_train(arguments.config)}")
+
+
 def _shapes(arguments: argparse.Namespace) -> None:
     if arguments.action == "report":
         from .shapes.report import write_report
@@ -250,7 +271,14 @@ def _shapes(arguments: argparse.Namespace) -> None:
         print(f"repository: {arguments.folder / 'repository'}")
 
 
-COMMANDS = {"shapes": _shapes, "generate": _generate, "rewrite": _rewrite, "compose": _compose, "animate": _animate}
+COMMANDS = {
+    "shapes": _shapes,
+    "generate": _generate,
+    "rewrite": _rewrite,
+    "compose": _compose,
+    "animate": _animate,
+    "train": _train,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

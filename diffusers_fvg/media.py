@@ -103,7 +103,10 @@ def write_video(
     tags = {"comment": json.dumps(metadata, ensure_ascii=False)}
     if "prompt" in metadata:
         tags["title"] = str(metadata["prompt"])
-    with _appearing_whole(path) as unfinished, av.open(unfinished, "w", options={"movflags": "faststart"}) as container:
+    with (
+        _appearing_whole(path) as unfinished,
+        av.open(unfinished, "w", options={"movflags": "faststart"}) as container,
+    ):
         container.metadata.update(tags)
         stream = container.add_stream("libx264", rate=Fraction(frame_rate).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
@@ -167,7 +170,7 @@ def write_strip(
         path (`str` or `Path`): the file, ending in `.png`.
         prompt (`str`): what was asked for.
         first_frame_prompt (`str`, *optional*): what the rewriter made of it; left out where there was none.
-        anchor (`PIL.Image.Image`, *optional*): drawn at the left with a border of its own, cropped to nothing.
+        anchor (`PIL.Image.Image`, *optional*): drawn at the left, with a border and an arrow to the frames.
         frames (see [`frames_to_uint8`]): the video.
         num_frames_shown (`int`, *optional*): evenly spaced, the first and the last among them; all of a shorter video.
 

@@ -34,6 +34,7 @@ from .checks import (
     pair_anchors,
 )
 from .composer import AnchorComposer
+from .lora import FactorizedVideoLoraLoaderMixin
 from .memory import decoder_bytes, free_bytes
 from .pipeline_output import FactorizedVideoPipelineOutput
 from .progress import StageProgress
@@ -59,7 +60,7 @@ Image = PIL.Image.Image | np.ndarray | torch.Tensor
 StepCallback = Callable | PipelineCallback | MultiPipelineCallbacks
 
 
-class FactorizedVideoPipeline(WanPipeline):
+class FactorizedVideoPipeline(FactorizedVideoLoraLoaderMixin, WanPipeline):
     r"""Text to video in three stages: an LLM describes the first frame, a text-to-image model draws it, a video model
     animates it. Each stage is a public method that returns plain data: [`rewrite`], [`compose`], [`animate`].
 
@@ -191,7 +192,7 @@ class FactorizedVideoPipeline(WanPipeline):
         try:
             yield self._progress
         finally:
-            self._progress.bar.close()
+            self._progress.close()
             self._progress = None
             self.maybe_free_model_hooks()
 

@@ -16,13 +16,15 @@ class StageProgress:
     def __init__(self, pipeline, callback: Callable | None = None):
         self.pipeline, self.callback = pipeline, callback
         self.timings: dict[str, float] = {}
-        self.bar = pipeline.progress_bar(total=0)
+        self.bar = None
 
     @contextmanager
     def stage(self, name: str, steps: int = 1) -> Iterator[Callable[[int, int], None]]:
         """Times a stage. Yields `report(step, steps)`, to be called after each step; the end of the stage reports itself."""
-        self.bar.set_description(name)
+        if self.bar is None:
+            self.bar = self.pipeline.progress_bar(total=0)
         self.bar.total += steps
+        self.bar.set_description(name)
         done, planned, started = 0, steps, time.perf_counter()
 
         def report(step: int, steps: int) -> None:
@@ -39,3 +41,7 @@ class StageProgress:
             self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - started
         if done < planned and not self.pipeline.interrupt:
             report(planned, planned)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -139,6 +139,7 @@ class FirstFrameRewriter(torch.nn.Module):
 
         Raises:
             `ValueError`: a folder without a valid `rewriter_config.json`.
+            `OSError`: the model is not where it should be.
         """
         if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
             raise ValueError(f"`torch_dtype={torch_dtype}` and `dtype={dtype}` differ; give one of them.")
@@ -162,10 +163,14 @@ class FirstFrameRewriter(torch.nn.Module):
             model_path = tokenizer_path = reference["model"]
         else:
             source, model_path, tokenizer_path = {}, folder / "model", folder / "tokenizer"
-        model = AutoModelForCausalLM.from_pretrained(
-            model_path, dtype=dtype or torch_dtype or "auto", quantization_config=quantization_config, **source
-        )
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, **source)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                model_path, dtype=dtype or torch_dtype or "auto", quantization_config=quantization_config, **source
+            )
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, **source)
+        except OSError as error:
+            # transformers does not always say what it was looking for, and a user of the pipeline never named it.
+            raise OSError(f"The rewriter's model {str(model_path)!r} cannot be loaded: {error}") from error
         return cls(model, tokenizer, reference=reference or None, **config)
 
     def save_pretrained(self, path: str | os.PathLike, safe_serialization: bool = True) -> None:

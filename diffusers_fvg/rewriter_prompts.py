@@ -298,7 +298,7 @@ def _names(words: list[str], begin: int, singular: bool, counted: bool) -> tuple
         is_participle = word.endswith("ing") and word not in _ING_NAMES
         if is_participle and index == 0:
             continue
-        if word in _ARTICLES or word in _PHRASE_ENDS or not word.isalpha() or is_participle:
+        if word in _ARTICLES or word in _PHRASE_ENDS or word in NUMBERS or not word.isalpha() or is_participle:
             break
         if word.endswith("ly") and word not in _LY_NAMES:
             break
@@ -307,7 +307,7 @@ def _names(words: list[str], begin: int, singular: bool, counted: bool) -> tuple
         if word in _GROUPS:
             following = words[begin + index + 1 : begin + index + 2]
             return _names(words, begin + index + 2, False, False) if following == ["of"] else ()
-        if word not in _NOT_NAMES and word not in COLOURS and word not in NUMBERS:
+        if word not in _NOT_NAMES and word not in COLOURS:
             names.append(word)
             if counted and _is_plural(word):
                 break

@@ -14,12 +14,74 @@ from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models._modeling_parallel import ContextParallelInput
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from diffusers.models.transformers.transformer_wan import (
+    WanAttention,
+    WanAttnProcessor,
+    WanTransformerBlock,
+    _get_qkv_projections,
+)
 from diffusers.utils import apply_lora_scale
 from torch import nn
 
-from .kernels import gated_residual, modulated_layer_norm
+from .kernels import gated_residual, modulated_layer_norm, rms_norm_rope
+
+
+class AnchorConditionedAttnProcessor(WanAttnProcessor):
+    """Wan self-attention with the norm and the rotary embedding of query and key in one pass over them.
+
+    Weights and arithmetic are those of the stock processor; in a narrow dtype the normed query and key are not rounded
+    before they turn. Projections go through their modules (adapters, fused projections), attention through diffusers'
+    dispatcher (backends, context parallelism).
+    """
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            attn (`WanAttention`): the module that this computes.
+            hidden_states (`torch.Tensor` of shape `(B, L, D)`): video tokens.
+            encoder_hidden_states (`torch.Tensor`, *optional*): text tokens, in cross-attention.
+            attention_mask (`torch.Tensor`, *optional*): as the attention backend takes it.
+            rotary_emb (`tuple` of two `torch.Tensor` of shape `(1, L, 1, head_dim)`, *optional*): cosines and sines.
+
+        Returns:
+            `torch.Tensor` of shape `(B, L, D)`.
+        """
+        # The fused pass reads the norms' weights past their modules. Hooks on those (offloading fetches the weights when
+        # a module is called) need the call, so there, and in cross-attention, the stock processor computes the same.
+        hooked = _is_hooked(attn.norm_q) or _is_hooked(attn.norm_k)
+        if encoder_hidden_states is not None or rotary_emb is None or hooked:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+
+        query, key, value = _get_qkv_projections(attn, hidden_states, None)
+        query, key = rms_norm_rope(
+            query, key, attn.norm_q.weight, attn.norm_k.weight, *rotary_emb, attn.norm_q.eps
+        )  # (B, L, heads, head_dim)
+        hidden_states = dispatch_attention_fn(
+            query,
+            key,
+            value.unflatten(2, (attn.heads, -1)),
+            attn_mask=attention_mask,
+            dropout_p=0.0,
+            is_causal=False,
+            backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        )
+        hidden_states = hidden_states.flatten(2, 3).type_as(query)
+        return attn.to_out[1](attn.to_out[0](hidden_states))
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    # accelerate and diffusers hook a module by giving the instance a forward of its own.
+    return "forward" in module.__dict__ or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class AnchorConditionedTransformerBlock(WanTransformerBlock):
@@ -99,7 +161,26 @@ class AnchorConditionedTransformer3D(WanTransformer3DModel):
         # Building the blocks a second time would double the memory and time of construction, for the same weights.
         for block in self.blocks:
             block.__class__ = AnchorConditionedTransformerBlock
+            block.attn1.set_processor(AnchorConditionedAttnProcessor())
         self.row_index = RowIndex()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs
+    ) -> "AnchorConditionedTransformer3D":
+        """Loads the model; arguments are those of [`~diffusers.ModelMixin.from_pretrained`].
+
+        Raises:
+            `ValueError`: a pipeline's folder: diffusers passes it on where the component's own folder is missing.
+        """
+        if "subfolder" not in kwargs and os.path.isfile(
+            os.path.join(pretrained_model_name_or_path, "model_index.json")
+        ):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is a pipeline whose `transformer` folder is missing; download or copy it "
+                "again, or name the model's own folder."
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_stock(cls, transformer: WanTransformer3DModel) -> "AnchorConditionedTransformer3D":
@@ -138,6 +219,9 @@ class AnchorConditionedTransformer3D(WanTransformer3DModel):
             for name, tensor in self.state_dict().items()
             if ".lora_" not in name
         }
+        # Deltas of norms and modulation tables act on the weights themselves.
+        if hasattr(self, "parameter_deltas"):
+            base |= self.parameter_deltas.originals
         self._sharing(self.config, base).save_pretrained(save_directory, *args, **kwargs)
 
     @apply_lora_scale("attention_kwargs")

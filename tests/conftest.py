@@ -1,4 +1,4 @@
-"""Every test runs offline, with an empty Hub cache of its own session and two threads."""
+"""Every test runs offline, with an empty Hub cache of its own session and one thread."""
 
 import atexit
 import os
@@ -19,7 +19,8 @@ for name in [
 ]:
     del os.environ[name]
 os.environ.update(HF_HOME=SESSION_HOME, HF_HUB_OFFLINE="1", HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Models here are too small to be split; threads that wait for each other are slow on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest  # noqa: E402

@@ -1,8 +1,8 @@
 """A server on 127.0.0.1 that speaks the Hugging Face Hub's HTTP API to the real `huggingface_hub` client.
 
 It knows model repositories: create, info, tree, refs, branches, tags, pre-upload, LFS, commit and resolve, with
-private repositories and tokens. Small files are answered by `resolve` itself; LFS files by a redirect to a second port,
-as the Hub redirects to its storage, so that the client sees a foreign origin. Xet is not spoken: clients set
+private repositories and tokens. Small files are answered by `resolve` itself; LFS files by a redirect to
+"localhost", which the client takes for another host, as the Hub's storage is. Xet is not spoken: clients set
 `HF_HUB_DISABLE_XET=1`.
 
     with HubServer(folder) as hub:
@@ -93,17 +93,16 @@ class HubServer:
 
     def __enter__(self) -> "HubServer":
         handler = type("Handler", (Handler,), {"hub": self})
-        self.servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
-        self.endpoint, self.storage = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
-        for server in self.servers:
-            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.endpoint, self.storage = (
+            f"http://{host}:{self.server.server_port}" for host in ("127.0.0.1", "localhost")
+        )
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 
     def stop(self, *exc_info) -> None:
-        for server in self.servers:
-            server.shutdown()
-            server.server_close()
-        self.servers = []
+        self.server.shutdown()
+        self.server.server_close()
 
     __exit__ = stop
 

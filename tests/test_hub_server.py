@@ -5,7 +5,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, WanPipeline
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from tiny import tiny_transformer, tiny_wan_components
 
 
@@ -107,6 +112,7 @@ def test_revisions(hub):
     assert "a/b.txt" not in hub.files("org/model")
     tree = api.list_repo_tree("org/model", revision="dev/next", recursive=True)
     assert {"a", "a/b.txt", "config.json"} <= {entry.path for entry in tree}
+    assert {e.path for e in api.list_repo_tree("org/model", revision="dev/next")} & {"a", "a/b.txt"} == {"a"}
     assert [e.path for e in api.list_repo_tree("org/model", "a", revision="dev/next")] == ["a/b.txt"]
     api.delete_folder("a", "org/model", revision="dev/next")
     assert "a/b.txt" not in api.list_repo_files("org/model", revision="dev/next")
@@ -116,10 +122,21 @@ def test_revisions(hub):
 
     with pytest.raises(RevisionNotFoundError):
         hf_hub_download("org/model", "config.json", revision="v3")
-    with pytest.raises(EntryNotFoundError):
+    with pytest.raises(RemoteEntryNotFoundError):
         hf_hub_download("org/model", "missing.json")
     with pytest.raises(RepositoryNotFoundError):
         hf_hub_download("org/nothing", "config.json")
+
+
+def test_a_public_repository_is_read_by_all_and_written_by_its_owner(hub):
+    HfApi(token=hub.token).create_repo("org/open", private=False)
+    hf_hub_download("org/open", ".gitattributes")
+    upload = {"path_or_fileobj": b"x", "path_in_repo": "a.txt", "repo_id": "org/open"}
+    for token, status in {"hf_stranger": 403, False: 401}.items():
+        with pytest.raises(HfHubHTTPError) as error:
+            HfApi(token=token).upload_file(**upload)
+        assert error.value.response.status_code == status
+    assert hub.files("org/open") == {".gitattributes"}
 
 
 def test_sizes_and_hashes(hub):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.multiprocessing as mp
+from accelerate import cpu_offload
 from diffusers import WanTransformer3DModel
 from diffusers.hooks import (
     FasterCacheConfig,
@@ -22,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from diffusers_fvg import transformer_anchor
 from diffusers_fvg.transformer_anchor import AnchorConditionedTransformer3D
 
 
@@ -249,6 +251,29 @@ def test_group_offload(offload_type, tmp_path):
         with torch.no_grad():
             ours.blocks[0].ffn.net[2].weight.zero_()  # offloaded: what stands in memory does not count
         torch.testing.assert_close(run(ours, inputs), expected, **TOLERANCE)
+
+
+def test_sequential_offload():
+    stock, ours = make_pair()
+    inputs, stock_inputs = make_inputs("frame")
+    cpu_offload(ours, execution_device=torch.device("cpu"))
+    assert ours.blocks[0].attn1.norm_q.weight.device.type == "meta"
+    torch.testing.assert_close(run(ours, inputs), run(stock, stock_inputs), **TOLERANCE)
+
+
+def test_self_attention_takes_the_fused_norm_and_rotary_embedding(monkeypatch):
+    stock, ours = make_pair()
+    inputs, stock_inputs = make_inputs("frame")
+    calls = []
+    fused = transformer_anchor.rms_norm_rope
+    monkeypatch.setattr(transformer_anchor, "rms_norm_rope", lambda *args: calls.append(args) or fused(*args))
+    run(ours, inputs)
+    assert len(calls) == CONFIG["num_layers"]
+    # A hook on a norm sees its call, which the fused pass would go around.
+    seen = []
+    ours.blocks[1].attn1.norm_k.register_forward_hook(lambda *_: seen.append(None))
+    torch.testing.assert_close(run(ours, inputs), run(stock, stock_inputs), **TOLERANCE)
+    assert len(calls) == 2 * CONFIG["num_layers"] - 1 and len(seen) == 1
 
 
 def test_qkv_fusion():

@@ -1,8 +1,56 @@
-"""The functions that models call. They check the shapes once and choose the implementation."""
+"""The functions that models call. They check the shapes once and choose the implementation.
+
+`FVG_KERNELS`, read when the package is first used, or [`use_kernels`] says which:
+
+* `reference`, the default: always the definition in plain torch. The Triton kernels have passed their tests in Triton's
+  interpreter only; they become the default with their tests and benchmark run on a GPU.
+* `auto`: Triton on NVIDIA GPUs of compute capability 8.0 or higher, for the dtypes and widths the tests cover; the
+  definition everywhere else.
+* `triton`: always Triton. Where it cannot run, an error says why.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
 
 import torch
 
 from . import reference
+
+
+_CHOICES = ("auto", "reference", "triton")
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# A program holds a whole token in registers. Wan models have 1536, 3072 or 5120 channels.
+_MAX_DIM = 8192
+
+
+def _check_choice(kernels: str, source: str) -> str:
+    if kernels not in _CHOICES:
+        raise ValueError(f"{source} is {kernels!r}; set one of {', '.join(_CHOICES)}.")
+    return kernels
+
+
+_kernels = _check_choice(os.environ.get("FVG_KERNELS", "reference"), "The environment variable FVG_KERNELS")
+
+
+@contextlib.contextmanager
+def use_kernels(kernels: str) -> Iterator[None]:
+    """Choose the implementation inside a `with` block, for the whole process.
+
+    Args:
+        kernels (`str`): `"auto"`, `"reference"` or `"triton"`, as in the environment variable `FVG_KERNELS`.
+
+    Raises:
+        `ValueError`: any other name.
+    """
+    global _kernels
+    before, _kernels = _kernels, _check_choice(kernels, "kernels")
+    try:
+        yield
+    finally:
+        _kernels = before
 
 
 def modulated_layer_norm(
@@ -18,6 +66,10 @@ def modulated_layer_norm(
         `ValueError`: if the rows do not fit the tokens.
     """
     _check_rows(hidden_states, row_index, scale=scale, shift=shift)
+    if _takes_triton(hidden_states, scale, shift):
+        from . import triton_modulation
+
+        return triton_modulation.modulated_layer_norm(hidden_states, scale, shift, eps, row_index)
     return reference.modulated_layer_norm(hidden_states, scale, shift, eps, row_index)
 
 
@@ -33,11 +85,103 @@ def gated_residual(
         `ValueError`: if the rows do not fit the tokens.
     """
     _check_rows(hidden_states, row_index, gate=gate)
+    if residual.shape != hidden_states.shape:
+        raise ValueError(f"residual has shape {tuple(residual.shape)}; pass {tuple(hidden_states.shape)}.")
+    if _takes_triton(hidden_states, residual, gate):
+        from . import triton_modulation
+
+        return triton_modulation.gated_residual(hidden_states, residual, gate, row_index)
     return reference.gated_residual(hidden_states, residual, gate, row_index)
+
+
+def rms_norm_rope(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    query_weight: torch.Tensor,
+    key_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMS norm over all heads, then rotary embedding, of query and key; see [`reference.rms_norm_rope`].
+
+    Raises:
+        `ValueError`: if the weights or angles do not fit the tokens.
+    """
+    _, num_tokens, dim = query.shape
+    if key.shape != query.shape:
+        raise ValueError(f"key has shape {tuple(key.shape)}; pass that of query, {tuple(query.shape)}.")
+    for name, weight in (("query_weight", query_weight), ("key_weight", key_weight)):
+        if weight.shape != (dim,):
+            raise ValueError(f"{name} has shape {tuple(weight.shape)}; pass ({dim},).")
+    head_dim = cos.shape[-1]
+    for name, angles in (("cos", cos), ("sin", sin)):
+        if angles.shape != (1, num_tokens, 1, head_dim) or head_dim % 2 or dim % head_dim:
+            raise ValueError(
+                f"{name} has shape {tuple(angles.shape)}; pass (1, {num_tokens}, 1, head_dim), "
+                f"with an even head_dim that divides {dim}."
+            )
+        if angles.requires_grad:
+            raise ValueError(f"{name} requires a gradient; the angles are constants here: pass {name}.detach().")
+    if _takes_triton(query, key, query_weight, key_weight, cos, sin):
+        from . import triton_rope
+
+        return triton_rope.rms_norm_rope(query, key, query_weight, key_weight, cos, sin, eps)
+    return reference.rms_norm_rope(query, key, query_weight, key_weight, cos, sin, eps)
+
+
+def _takes_triton(*tensors: torch.Tensor) -> bool:
+    """Whether Triton computes this call.
+
+    Raises:
+        `ValueError`: if Triton is asked for and cannot.
+    """
+    if _kernels == "reference" or (_kernels == "auto" and tensors[0].device.type != "cuda"):
+        return False
+    problem = _device_problem(tensors[0].device) or _tensor_problem(tensors)
+    if problem is not None and _kernels == "triton":
+        raise ValueError(f"Triton kernels are asked for, but {problem}. Set FVG_KERNELS=auto to use what can run.")
+    return problem is None
+
+
+@torch.compiler.assume_constant_result
+def _device_problem(device: torch.device) -> str | None:
+    # torch.compile takes the answer as it is. It would trace through the cache of the function below.
+    return _probe(device)
+
+
+@functools.cache
+def _probe(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    from . import triton_modulation
+
+    if triton_modulation.INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return f"the tensors are on {device}: Triton runs on GPUs, or anywhere in its interpreter (TRITON_INTERPRET=1)"
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is not an NVIDIA GPU of compute capability 8.0 or higher"
+    return None
+
+
+def _tensor_problem(tensors: tuple[torch.Tensor, ...]) -> str | None:
+    dim = tensors[0].shape[-1]
+    if dim > _MAX_DIM:
+        return f"the tokens have {dim} channels, and the kernels take up to {_MAX_DIM}"
+    for tensor in tensors:
+        if tensor.dtype not in _DTYPES:
+            return f"a tensor is {tensor.dtype}, and the kernels take float32, float16 and bfloat16"
+        if tensor.device != tensors[0].device:
+            return f"the tensors are on {tensors[0].device} and {tensor.device}"
+    return None
 
 
 def _check_rows(hidden_states: torch.Tensor, row_index: torch.Tensor | None, **tables: torch.Tensor) -> None:
     batch_size, num_tokens, dim = hidden_states.shape
+    counts = {name: rows.shape[1] for name, rows in tables.items() if rows.ndim == 3}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"The tables have different numbers of rows, {counts}; pass equal ones.")
     for name, rows in tables.items():
         if rows.ndim != 3 or rows.shape[0] != batch_size or rows.shape[2] != dim:
             raise ValueError(f"{name} has shape {tuple(rows.shape)}; pass ({batch_size}, rows, {dim}).")

@@ -1,11 +1,13 @@
 """What every kernel of this package computes, in plain torch. A faster implementation is right when it agrees with this.
 
-Both operations read their modulation from *rows*, a `(B, R, D)` table with one row per distinct time. `R` divides the
+B batch, L tokens, D width, R rows, N heads, H channels of a head.
+
+`modulated_layer_norm` and `gated_residual` read their modulation from *rows*, a `(B, R, D)` table with one row per distinct time. `R` divides the
 number of tokens `L` into equal consecutive runs: `R = 1` is one time per sample, `R = frames` one per latent frame,
 `R = L` one per token. `row_index`, an integer `(L,)`, names the row of every token instead, for sequences that do not
 begin or end on a frame (a shard of a context-parallel run). A table the size of the tokens is built only then.
 
-Arithmetic is in float32, or in float64 when an input is; the result has the dtype of `hidden_states`.
+Arithmetic is in float32, or in float64 when the tokens are; the result has the dtype of the tokens.
 """
 
 import torch
@@ -58,6 +60,50 @@ def gated_residual(
     # addcmul promotes the tokens to the gate's dtype by itself: on a GPU that leaves no widened copy of them.
     out = torch.addcmul(_runs(hidden_states, gate), _runs(residual, gate), gate)
     return out.flatten(1, 2).to(hidden_states.dtype)
+
+
+def rms_norm_rope(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    query_weight: torch.Tensor,
+    key_weight: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMS norm of each token over the channels of all heads, then a turn of every pair of neighbouring channels.
+
+    `n = x / sqrt(mean_d(x * x) + eps) * weight`, then per pair `(n0 * cos - n1 * sin, n0 * sin + n1 * cos)`, for query
+    and key alike: what Wan's self-attention does to them. The three axes of a video share out the pairs of a head; which
+    angle belongs to which is in `cos` and `sin`.
+
+    Args:
+        query (`torch.Tensor` of shape `(B, L, N * H)`): projected tokens.
+        key (`torch.Tensor` of shape `(B, L, N * H)`): likewise.
+        query_weight (`torch.Tensor` of shape `(N * H,)`): factor of the query's norm.
+        key_weight (`torch.Tensor` of shape `(N * H,)`): factor of the key's norm.
+        cos (`torch.Tensor` of shape `(1, L, 1, H)`): cosines of the angles, every one twice in a row.
+        sin (`torch.Tensor` of shape `(1, L, 1, H)`): sines, likewise.
+        eps (`float`): added to the mean square.
+
+    Returns:
+        `tuple` of two `torch.Tensor` of shape `(B, L, N, H)`: query and key.
+    """
+    angle = cos[..., 0::2].contiguous(), sin[..., 1::2].contiguous()
+    return _norm_and_turn(query, query_weight, *angle, eps), _norm_and_turn(key, key_weight, *angle, eps)
+
+
+def _norm_and_turn(
+    tokens: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float
+) -> torch.Tensor:
+    dtype = _compute_dtype(tokens)
+    normed = F.rms_norm(tokens.to(dtype), tokens.shape[-1:], weight.to(dtype), eps)
+    first, second = normed.unflatten(2, (-1, cos.shape[3], 2)).unbind(-1)
+    turned = torch.empty(*first.shape, 2, dtype=tokens.dtype, device=tokens.device)
+    # Written half by half: a stack of the two would be one more pass over the tokens.
+    turned[..., 0] = torch.addcmul(first * cos, second, sin, value=-1)
+    turned[..., 1] = torch.addcmul(first * sin, second, cos)
+    return turned.flatten(3)
 
 
 def _compute_dtype(tokens: torch.Tensor) -> torch.dtype:

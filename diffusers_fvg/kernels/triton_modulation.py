@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 
 
-# Float32 values of one tile, over 8 warps 32 registers a thread.
-_TILE_ELEMENTS = 8192
+# Float32 values of one tile, and of each thread: 32 registers for every tensor that is held. The backward kernels hold
+# twice as many tensors.
+_TILE_ELEMENTS, _THREAD_ELEMENTS = 8192, 32
+_BACKWARD_TILE_ELEMENTS, _BACKWARD_THREAD_ELEMENTS = 4096, 16
 # Tokens one backward program sums the gradients of its row over: the partial sums are 1/32 the size of the tokens.
 _TOKENS_PER_SUM = 32
 # The elementwise kernel cuts the width as well: 512 divides that of every Wan model (1536, 3072, 5120).
@@ -105,9 +107,10 @@ def _layer_norm_bwd_kernel(
         rstd = tl.load(rstd_ptr + b * L + token, mask=token_mask, other=0.0)
         normed = tl.where(mask, (x - mean) * rstd, 0.0)
         dnormed = grad * (1.0 + scale)
-        dx = dnormed - (
-            tl.sum(dnormed, axis=1, keep_dims=True) + normed * tl.sum(dnormed * normed, axis=1, keep_dims=True)
-        ) / D
+        dx = (
+            dnormed
+            - (tl.sum(dnormed, axis=1, keep_dims=True) + normed * tl.sum(dnormed * normed, axis=1, keep_dims=True)) / D
+        )
         tl.store(dx_ptr + (b * L + token) * D + d, (dx * rstd).to(dx_ptr.dtype.element_ty), mask=mask)
         if ROW_GRADS:
             dscale += tl.sum(grad * normed, axis=0, keep_dims=True)
@@ -196,24 +199,29 @@ def _gated_residual_bwd_kernel(
 INTERPRETED = not isinstance(_layer_norm_fwd_kernel, triton.JITFunction)
 
 
+def _packed(row_index: torch.Tensor | None) -> torch.Tensor | None:
+    """The kernels read the index at consecutive addresses."""
+    return None if row_index is None else row_index.contiguous()
+
+
 def _runs(tokens: torch.Tensor, rows: torch.Tensor, row_index: torch.Tensor | None) -> tuple[int, int]:
     """Number and length of the runs the forward kernels walk along."""
     return (1, tokens.shape[1]) if row_index is not None else (rows.shape[1], tokens.shape[1] // rows.shape[1])
 
 
-def _num_warps(elements: int) -> int:
-    return max(1, min(16, elements // 1024))
-
-
 def _forward_tile(run: int, block_d: int) -> dict[str, int]:
-    tokens = min(triton.next_power_of_2(run), max(1, _TILE_ELEMENTS // block_d))
-    return {"T": tokens, "BLOCK_D": block_d, "num_warps": _num_warps(tokens * block_d)}
+    return _tile_sizes(run, block_d, _TILE_ELEMENTS, _THREAD_ELEMENTS)
 
 
 def _backward_tile(run: int, block_d: int) -> dict[str, int]:
     tokens = min(triton.next_power_of_2(run), _TOKENS_PER_SUM)
-    tile = _forward_tile(tokens, block_d)
-    return {**tile, "TOKENS": tokens}
+    return {"TOKENS": tokens, **_tile_sizes(tokens, block_d, _BACKWARD_TILE_ELEMENTS, _BACKWARD_THREAD_ELEMENTS)}
+
+
+def _tile_sizes(run: int, block_d: int, elements: int, thread_elements: int) -> dict[str, int]:
+    tokens = min(triton.next_power_of_2(run), max(1, elements // block_d))
+    num_warps = tokens * block_d // (32 * thread_elements)
+    return {"T": tokens, "BLOCK_D": block_d, "num_warps": max(1, min(16, num_warps))}
 
 
 def _elementwise_block_d(dim: int) -> int:
@@ -226,14 +234,17 @@ def _row_grads(rows: torch.Tensor, pieces: int, row_index: torch.Tensor | None, 
     if not needed:
         return torch.empty(0, dtype=torch.float32, device=rows.device)
     if row_index is not None:
-        return torch.zeros(batch_size, num_rows, dim, dtype=torch.float32, device=rows.device)
-    return torch.empty(batch_size, num_rows, pieces, dim, dtype=torch.float32, device=rows.device)
+        return torch.zeros((batch_size, num_rows, dim), dtype=torch.float32, device=rows.device)
+    return torch.empty((batch_size, num_rows, pieces, dim), dtype=torch.float32, device=rows.device)
 
 
-def _summed(parts: torch.Tensor, rows: torch.Tensor, row_index: torch.Tensor | None, needed: bool) -> torch.Tensor:
-    if needed and row_index is None:
-        parts = parts.sum(2)
-    return parts.to(rows.dtype)
+def _sum_like(rows: torch.Tensor, needed: bool) -> torch.Tensor:
+    """Shape and dtype of `_summed(_row_grads(...))`."""
+    return torch.empty(rows.shape if needed else (0,), dtype=torch.float32, device=rows.device)
+
+
+def _summed(parts: torch.Tensor) -> torch.Tensor:
+    return parts.sum(2) if parts.ndim == 4 else parts
 
 
 @torch.library.custom_op(
@@ -284,27 +295,29 @@ def _layer_norm_backward_op(grad, x, scale, mean, rstd, row_index, row_grads):
             *grad.stride(), *x.stride(), *scale.stride(),
             HAS_INDEX=row_index is not None, ROW_GRADS=row_grads, **tile,
         )  # fmt: skip
-    return dx, *(_summed(parts, scale, row_index, row_grads) for parts in (dscale, dshift))
+    return dx, *(_summed(parts) for parts in (dscale, dshift))
 
 
 @_layer_norm_backward_op.register_fake
 def _(grad, x, scale, mean, rstd, row_index, row_grads):
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dscale, dshift = (scale.new_empty(scale.shape if row_grads else (0,)) for _ in range(2))
-    return dx, dscale, dshift
+    return dx, *(_sum_like(scale, row_grads) for _ in range(2))
 
 
 def _layer_norm_setup(ctx, inputs, output):
-    x, scale, _, _, row_index = inputs
+    x, scale, shift, _, row_index = inputs
     _, mean, rstd = output
     ctx.save_for_backward(x, scale, mean, rstd, row_index)
+    ctx.shift_dtype = shift.dtype
 
 
 def _layer_norm_backward(ctx, grad, _grad_mean, _grad_rstd):
     x, scale, mean, rstd, row_index = ctx.saved_tensors
     row_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     dx, dscale, dshift = _layer_norm_backward_op(grad, x, scale, mean, rstd, row_index, row_grads)
-    return dx, dscale if row_grads else None, dshift if row_grads else None, None, None
+    if not row_grads:
+        return dx, None, None, None, None
+    return dx, dscale.to(scale.dtype), dshift.to(ctx.shift_dtype), None, None
 
 
 _layer_norm_op.register_autograd(_layer_norm_backward, setup_context=_layer_norm_setup)
@@ -355,13 +368,13 @@ def _gated_residual_backward_op(grad, residual, gate, row_index, dtype):
             *grad.stride(), *(residual.stride() if row_grads else (0, 0, 0)), *gate.stride(),
             HAS_INDEX=row_index is not None, ROW_GRADS=row_grads, **tile,
         )  # fmt: skip
-    return dresidual, _summed(dgate, gate, row_index, row_grads)
+    return dresidual, _summed(dgate)
 
 
 @_gated_residual_backward_op.register_fake
 def _(grad, residual, gate, row_index, dtype):
     dresidual = torch.empty(grad.shape, dtype=dtype, device=grad.device)
-    return dresidual, gate.new_empty((0,) if residual is None else gate.shape)
+    return dresidual, _sum_like(gate, residual is not None)
 
 
 def _gated_residual_setup(ctx, inputs, output):
@@ -374,7 +387,7 @@ def _gated_residual_setup(ctx, inputs, output):
 def _gated_residual_backward(ctx, grad):
     residual, gate, row_index = ctx.saved_tensors
     dresidual, dgate = _gated_residual_backward_op(grad, residual, gate, row_index, ctx.residual_dtype)
-    return grad, dresidual, dgate if ctx.needs_input_grad[2] else None, None
+    return grad, dresidual, None if residual is None else dgate.to(gate.dtype), None
 
 
 _gated_residual_op.register_autograd(_gated_residual_backward, setup_context=_gated_residual_setup)
@@ -391,7 +404,7 @@ def modulated_layer_norm(
 
     Kept for backward: `hidden_states`, `scale`, and a mean and inverse deviation per token.
     """
-    return _layer_norm_op(hidden_states, scale, shift, eps, row_index)[0]
+    return _layer_norm_op(hidden_states, scale, shift, eps, _packed(row_index))[0]
 
 
 def gated_residual(
@@ -404,4 +417,4 @@ def gated_residual(
 
     Kept for backward: `gate`, and `residual` if the gate needs a gradient.
     """
-    return _gated_residual_op(hidden_states, residual, gate, row_index)
+    return _gated_residual_op(hidden_states, residual, gate, _packed(row_index))

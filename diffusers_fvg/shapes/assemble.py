@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -13,8 +14,8 @@ from .train_models import MAX_SEQUENCE_LENGTH
 SHAPES_SOURCE = "chosen on the shapes world's held-out prompts (synthetic)"
 # Guidance and shift for the tiny model; the steps are those of arXiv 2512.16371.
 SHAPES_PRESETS = SchedulerPresets.of(
-    unipc_preset("anchored-15", 15, 3.0, 3.0, source=SHAPES_SOURCE),
-    unipc_preset("full-50", 50, 3.0, 3.0, source=SHAPES_SOURCE),
+    unipc_preset("anchored-15", 15, 3.0, 2.5, source=SHAPES_SOURCE),
+    unipc_preset("full-50", 50, 3.0, 2.5, source=SHAPES_SOURCE),
 )
 COMPOSER_DEFAULTS = {
     "num_frames": 1,
@@ -32,7 +33,8 @@ CALL_DEFAULTS = {
 
 
 def build_pipeline(folder: Path):
-    """The pipeline of the parts in `folder`: `vae`, `text_encoder`, `tokenizer`, `transformer`, `composer_transformer`,
+    """The pipeline of the parts in `folder`: `vae`, `text_encoder`, `tokenizer`, `transformer`, `composer_text_encoder`,
+    `composer_transformer`,
     `anchor_lora` and `rewriter`."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import AutoTokenizer, UMT5EncoderModel
@@ -48,7 +50,7 @@ def build_pipeline(folder: Path):
     vae = AutoencoderKLWan.from_pretrained(folder / "vae")
     text_to_image = WanPipeline(
         tokenizer=tokenizer,
-        text_encoder=text_encoder,
+        text_encoder=UMT5EncoderModel.from_pretrained(folder / "composer_text_encoder"),
         vae=vae,
         transformer=WanTransformer3DModel.from_pretrained(folder / "composer_transformer"),
         scheduler=UniPCMultistepScheduler(
@@ -73,6 +75,11 @@ def build_pipeline(folder: Path):
 def assemble(folder: Path, output: Path) -> None:
     """Writes the repository that the package ships."""
     build_pipeline(folder).to(torch.float16).save_pretrained(output)
+    # diffusers notes the folder that a part was loaded from: a path of this machine, of use to nobody else.
+    for path in Path(output).rglob("*.json"):
+        config = json.loads(path.read_text())
+        if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ class Blob:
     """One connected region of one colour.
 
     `area` is a fraction of the frame, `x` and `y` its centre of mass, `box` (left, top, right, bottom), and `fits` the IoU
-    with the template of each of `SHAPES`; `shape` is the best of them.
+    with the template of each of `SHAPES`, stretched to the box; `shape` is the best of them. `squareness` is the shorter
+    side of the box over the longer one, in pixels: 1 for every complete shape.
     """
 
     colour: str
@@ -49,6 +50,7 @@ class Blob:
     y: float
     box: tuple[float, float, float, float]
     fits: tuple[float, float, float]
+    squareness: float
 
     @property
     def template_iou(self) -> float:
@@ -205,6 +207,7 @@ def _blobs(labels: np.ndarray, complete_cut: bool = False) -> list[list[Blob]]:
                 y=float((mask.sum(axis=1) @ (np.arange(rows.start, rows.stop) + 0.5)) / areas[region] / height),
                 box=(columns.start / width, rows.start / height, columns.stop / width, rows.stop / height),
                 fits=fits,
+                squareness=min(mask.shape) / max(mask.shape),
             )
             found[frame.start].append(blob)
     return [sorted(blobs, key=lambda blob: -blob.area) for blobs in found]
@@ -298,7 +301,8 @@ def _spatial_frame(blobs: list[Blob], kinds: list[tuple[str, str]], relation: st
         return 0.2 if first or second else 0.0
     if relation in ("in front of", "behind"):
         front, back = (first, second) if relation == "in front of" else (second, first)
-        complete, cut = (blob.fits[SHAPES.index(blob.shape)] for blob in (front, back))
+        complete = front.fits[SHAPES.index(front.shape)]
+        cut = back.fits[SHAPES.index(back.shape)] * back.squareness
         return 1.0 if _gap(first, second) <= _CONTACT and complete > _COMPLETE and complete > cut else 0.4
     dx, dy = first.place[0] - second.place[0], first.place[1] - second.place[1]
     seen = ("left" if dx < 0 else "right") if abs(dx) > abs(dy) else ("above" if dy < 0 else "below")

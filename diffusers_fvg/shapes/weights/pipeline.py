@@ -1,0 +1,1 @@
+from diffusers_fvg import FactorizedVideoPipeline  # noqa: F401

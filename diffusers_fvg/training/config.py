@@ -1,0 +1,242 @@
+"""What a training run is: one frozen dataclass, read from TOML. Light to import."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import tomllib
+import types
+import typing
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+
+# Query, key, value, output and feed-forward of both attentions: what Pusa and DiffSynth-Studio train on Wan.
+WAN_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run of anchor-grounding training (Factorized Video Generation, arXiv 2512.16371). Beside each option stands what
+    speaks for its values. Pusa is arXiv 2507.16116; the first author's code is a public fork of VideoX-Fun.
+
+    Args:
+        model (`str`): folder or Hub repository of a Wan text-to-video pipeline in diffusers' layout.
+        data (`str`): folder with `metadata.jsonl` or `metadata.csv`, or the name of a Hugging Face data set.
+        cache_dir (`str`): folder for latents and text embeddings. It belongs to one set of encoders, buckets and frame
+            rate; another set of them needs another folder.
+        output_dir (`str`): folder for weights, checkpoints, log and the resolved config.
+        buckets (`tuple` of `(num_frames, height, width)`): sizes to train at. Of those that a video has the frames
+            for it goes to the nearest in aspect ratio, then to the longest; it is scaled and centre-cropped, never
+            stretched. Its beginning is what is trained on.
+        frame_rate (`float`): frames per second that the model knows: 24 for Wan2.2-TI2V-5B, 16 for the other Wan models.
+            Faster videos are thinned out; slower ones (below 9/10 of it) are rejected, not padded with copies.
+
+        revision (`str`, *optional*): of the model's repository.
+        video_column, caption_column (`str`, *optional*): in the metadata; `file_name` is the convention of Hugging Face
+            folders.
+        max_rejected_share (`float`, *optional*): share of videos in [0, 1) that may be missing, damaged or too short
+            before the run stops. Each is named in any case.
+        max_sequence_length (`int`, *optional*): text tokens, as at sampling; 512 for Wan.
+
+        experts (`tuple[str, ...]`, *optional*): `"transformer"`, `"transformer_2"` or both. Wan2.2-A14B has two, each with
+            its own range of noise levels, and gets one LoRA for each (the first author's code, Pusa). They are trained
+            one after the other, so that memory is that of one.
+        rank, alpha (`int`, `float`, *optional*): of the LoRA; its strength is `alpha / rank`. First author: 128/64 (5B),
+            16/8 (1.3B), 256/128 (14B) used at weight 0.55. Pusa: 512/512 used at 1.4, larger ranks better and small ones
+            slower to plateau. LTX-2, DiffSynth-Studio: 32.
+        targets (`tuple[str, ...]`, *optional*): ends of module names. Pusa finds that it is self-attention that learns
+            the anchor.
+
+        anchor_position (`str`, *optional*): which latent frame is given. `"first"` is what sampling uses nearly always;
+            `"start-middle-last"` draws one of three (first author); `"uniform"` draws any ("a randomly chosen position",
+            caption of the paper's Figure 2).
+        anchor_probability (`float`, *optional*): share of samples with an anchor; the rest is text-to-video. Paper: 1.
+            LTX-2: 0.5, so that text-to-video is not forgotten, which matters only where the LoRA stays on without an
+            anchor (this package's pipeline switches it off).
+        anchor_noise (`float`, *optional*): in [0, 1). Each anchor gets a share of the clip's noise and time drawn from
+            `[0, anchor_noise]`: `Anchor(strength=1 - share)`. Pusa advises 0.2 for Wan2.2, SkyReels-V2 0.02 to 0.05.
+        mask_anchor_loss (`bool`, *optional*): leaves anchored frames out of the loss and divides by what remains. A clean
+            frame does not hold the noise that it would have to predict; DiffSynth-Studio, ai-toolkit and LTX mask it.
+            Off in the first author's code: kept to compare.
+        frame_times (`str`, *optional*): `"shared"`: all free frames have one noise level, as at sampling (the paper).
+            `"independent"`: one each. Under Pusa's budget (batch 8, 900 steps, rank 512, learning rate 1e-5) independent
+            scored 87.7 and shared, loss mask unknown, 73.3 on VBench-I2V.
+        timestep_density (`str`, *optional*): `"logit-normal"` (arXiv 2403.03206, section 3.1, its best) or `"uniform"`.
+        timestep_std (`float`, *optional*): of the normal of `"logit-normal"`.
+        flow_shift (`float`, *optional*): moves noise levels up as at sampling: 5 for Wan2.2-TI2V-5B, 3 for Wan2.1 at
+            480p, 12 for A14B. An expert draws from the part of the density that lies in its own range.
+        prompt_dropout (`float`, *optional*): share of samples with the empty prompt, in [0, 1), for classifier-free
+            guidance (arXiv 2207.12598: 0.1 to 0.2).
+
+        steps (`int`, *optional*): optimizer steps for each expert. Pusa: best at 900 with batch 8; LTX-2: 2000.
+        batch_size (`int`, *optional*): clips per process and forward.
+        gradient_accumulation_steps (`int`, *optional*): forwards per optimizer step.
+        learning_rate (`float`, *optional*): first author, LTX-2, DiffSynth-Studio: 1e-4; Pusa at rank 512: 1e-5.
+        learning_rate_schedule (`str`, *optional*): after the warm-up `"constant"`, or `"cosine"` towards 0 at `steps`.
+        warmup_steps (`int`, *optional*): of linear rise from 0.
+        weight_decay (`float`, *optional*): AdamW; first author 0.03.
+        max_grad_norm (`float`, *optional*): clips the gradient's norm; first author 0.05.
+        ema_decay (`float`, *optional*): in [0, 1) of the moving average that is saved and validated; 0 saves the weights
+            themselves. It starts from `(1 + step) / (10 + step)`.
+
+        mixed_precision (`str`, *optional*): `"bf16"`: base model in bfloat16, LoRA and optimizer in float32. `"no"`:
+            everything in float32. float16 is not offered: Wan's activations leave its range.
+        gradient_checkpointing (`bool`, *optional*): keeps one activation per block and computes the rest again.
+        seed (`int`, *optional*): of everything drawn. A draw depends on seed, expert, step and place in the batch alone.
+        checkpoint_every, keep_checkpoints (`int`, *optional*): in optimizer steps; how many of the newest are kept. There
+            is always one at the end.
+        validation_every (`int`, *optional*): calls the `validate` that was passed to the trainer; 0 is never.
+        tracker (`str`, *optional*): `"none"` or `"tensorboard"`. `log_<expert>.jsonl` is written in any case.
+    """
+
+    model: str
+    data: str
+    cache_dir: str
+    output_dir: str
+    buckets: tuple[tuple[int, int, int], ...]
+    frame_rate: float
+
+    revision: str = ""
+    video_column: str = "file_name"
+    caption_column: str = "text"
+    max_rejected_share: float = 0.02
+    max_sequence_length: int = 512
+
+    experts: tuple[str, ...] = ("transformer",)
+    rank: int = 128
+    alpha: float = 64.0
+    targets: tuple[str, ...] = WAN_TARGETS
+
+    anchor_position: Literal["first", "start-middle-last", "uniform"] = "uniform"
+    anchor_probability: float = 1.0
+    anchor_noise: float = 0.0
+    mask_anchor_loss: bool = True
+    frame_times: Literal["shared", "independent"] = "shared"
+    timestep_density: Literal["logit-normal", "uniform"] = "logit-normal"
+    timestep_std: float = 1.0
+    flow_shift: float = 5.0
+    prompt_dropout: float = 0.1
+
+    steps: int = 2000
+    batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-4
+    learning_rate_schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 50
+    weight_decay: float = 0.03
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.99
+
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    gradient_checkpointing: bool = True
+    seed: int = 42
+    checkpoint_every: int = 250
+    keep_checkpoints: int = 2
+    validation_every: int = 0
+    tracker: Literal["none", "tensorboard"] = "none"
+
+    def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _converted(name, getattr(self, name), kind))
+        self.validate()
+
+    def validate(self) -> None:
+        """Checks ranges, and options against each other.
+
+        Raises:
+            `ValueError`: naming the option and the fix.
+        """
+        for name in ("model", "data", "cache_dir", "output_dir", "video_column", "caption_column"):
+            _require(getattr(self, name).strip(), name, self, "must not be empty")
+        at_least_one = "max_sequence_length rank steps batch_size gradient_accumulation_steps checkpoint_every"
+        for name in f"{at_least_one} keep_checkpoints".split():
+            _require(getattr(self, name) >= 1, name, self, "must be at least 1")
+        for name in ("frame_rate", "alpha", "timestep_std", "flow_shift", "learning_rate", "max_grad_norm"):
+            _require(0 < getattr(self, name) < float("inf"), name, self, "must be above 0")
+        for name in ("warmup_steps", "weight_decay", "seed", "validation_every"):
+            _require(getattr(self, name) >= 0, name, self, "must not be negative")
+        for name in ("max_rejected_share", "anchor_noise", "prompt_dropout", "ema_decay"):
+            _require(0 <= getattr(self, name) < 1, name, self, "must lie in [0, 1)")
+        _require(0 <= self.anchor_probability <= 1, "anchor_probability", self, "must lie in [0, 1]")
+
+        _require(self.buckets, "buckets", self, "needs at least one [num_frames, height, width]")
+        for bucket in self.buckets:
+            _require(min(bucket) >= 1, "buckets", self, f"holds {list(bucket)}: sizes are positive")
+            # With one latent frame the anchor would be all there is.
+            _require(bucket[0] > 1, "buckets", self, f"holds {list(bucket)}: a clip of one frame has no motion")
+        for name in ("buckets", "experts", "targets"):
+            values = getattr(self, name)
+            _require(values and len(set(values)) == len(values), name, self, "must name something, each thing once")
+        known = {"transformer", "transformer_2"}
+        _require(set(self.experts) <= known, "experts", self, f"may hold {sorted(known)}")
+
+        _require(self.warmup_steps < self.steps, "warmup_steps", self, f"must be below steps={self.steps}")
+        if self.anchor_probability == 0:
+            independent = self.frame_times == "independent"
+            _require(
+                independent, "anchor_probability", self, 'trains no anchor: raise it, or frame_times="independent"'
+            )
+            _require(
+                self.anchor_noise == 0, "anchor_noise", self, "has no effect with anchor_probability=0: remove it"
+            )
+        if self.timestep_density == "uniform":
+            _require(self.timestep_std == 1, "timestep_std", self, 'has no effect with "uniform": remove it')
+        if self.tracker == "tensorboard":
+            found = importlib.util.find_spec("tensorboard") is not None
+            _require(found, "tracker", self, 'needs `pip install tensorboard`, or tracker="none"')
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrainConfig:
+        """Reads a TOML file of flat keys.
+
+        Raises:
+            `ValueError`: no TOML, an unknown or missing key, a value of another type or out of range.
+        """
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path} is no valid TOML: {error}.") from error
+        names = [field.name for field in fields(cls)]
+        unknown = [name for name in values if name not in names]
+        if unknown:
+            raise ValueError(f"{path} has unknown keys {unknown}; known ones are {', '.join(names)}.")
+        missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in values]
+        if missing:
+            raise ValueError(f"{path} lacks the keys {missing}.")
+        return cls(**values)
+
+    def to_toml(self) -> str:
+        """All values, defaults included. A JSON string, number, boolean or list is the same in TOML."""
+        lines = (f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in asdict(self).items())
+        return "\n".join(lines) + "\n"
+
+
+def _require(condition: Any, name: str, config: TrainConfig, complaint: str) -> None:
+    if not condition:
+        raise ValueError(f"`{name}={getattr(config, name)!r}` {complaint}.")
+
+
+def _converted(name: str, value: Any, kind: Any) -> Any:
+    """`value` as `kind`, a type of [`TrainConfig`]'s fields: whole numbers pass for floats, lists for tuples."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"`{name}={value!r}` must be one of {', '.join(map(repr, arguments))}.")
+        return value
+    if origin is tuple and isinstance(value, (list, tuple)):
+        if arguments[-1] is ...:
+            return tuple(_converted(name, item, arguments[0]) for item in value)
+        if len(value) == len(arguments):
+            return tuple(_converted(name, item, wanted) for item, wanted in zip(value, arguments))
+    # A bool is an int to Python, but `rank = true` is a mistake.
+    elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif type(value) is kind:
+        return value
+    raise ValueError(f"`{name}={value!r}` must be of type {_type_name(kind)}.")
+
+
+def _type_name(kind: Any) -> str:
+    return str(kind) if isinstance(kind, types.GenericAlias) else kind.__name__

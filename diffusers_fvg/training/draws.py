@@ -1,0 +1,161 @@
+"""What is drawn at random for a training clip, and the loss of it: pure functions.
+
+Shapes: B batch, C latent channels, f/h/w latent frames, height and width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..anchor import AnchorLatents, anchored_model_input, latent_index
+from ..schedules import add_noise, velocity
+from .config import TrainConfig
+
+
+# The time of Wan's models is the noise level times this.
+NUM_TRAIN_TIMESTEPS = 1000
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A batch of clips made ready for one forward.
+
+    Args:
+        noise (`torch.Tensor` of shape `(B, C, f, h, w)`): unit Gaussian.
+        sigmas (`torch.Tensor` of shape `(B,)`): the clip's noise level in (0, 1): that of its noisiest free frame.
+        anchors (`AnchorLatents`): the given frames and, with independent frame times, every frame below `sigmas`: noise
+            level and time of a frame are `(1 - strength)` of the clip's, which is all that an anchor is to the model.
+        counted (`torch.Tensor` of shape `(B, f)`): 1 for a frame whose error counts.
+        drop_prompt (`torch.Tensor` of shape `(B,)`): whether the empty prompt stands in.
+    """
+
+    noise: torch.Tensor
+    sigmas: torch.Tensor
+    anchors: AnchorLatents
+    counted: torch.Tensor
+    drop_prompt: torch.Tensor
+
+
+def generator_for(*path: int | str) -> torch.Generator:
+    """A generator on the CPU whose seed depends on the arguments alone, so that a run can continue at any step."""
+    digest = hashlib.sha256(repr(path).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def noise_levels(
+    quantiles: torch.Tensor, config: TrainConfig, sigma_range: tuple[float, float] = (0.0, 1.0)
+) -> torch.Tensor:
+    """Quantiles of the density of noise levels, cut to `sigma_range` and renormalised there.
+
+    Before the cut a level is `shift * u / (1 + (shift - 1) * u)` with u uniform in (0, 1), or `u = sigmoid(std * normal)`.
+
+    Args:
+        quantiles (`torch.Tensor`, any shape): in [0, 1]; uniform ones give levels of that density.
+        config (`TrainConfig`): `timestep_density`, `timestep_std`, `flow_shift`.
+        sigma_range (`tuple[float, float]`, *optional*): the expert's range.
+
+    Returns:
+        `torch.Tensor` of the same shape, float32, in (0, 1).
+    """
+    shift, std = config.flow_shift, config.timestep_std
+    low, high = torch.tensor(sigma_range, dtype=torch.float64)
+    low, high = (sigma / (shift - (shift - 1) * sigma) for sigma in (low, high))
+    # The ends themselves have no logit. 2^-24 is where float32 stops telling a level from 1.
+    quantiles = quantiles.double().clamp(2**-24, 1 - 2**-24)
+    if config.timestep_density == "uniform":
+        even = low + quantiles * (high - low)
+    else:
+        low, high = (torch.special.ndtr(torch.logit(u) / std) for u in (low, high))
+        even = torch.sigmoid(std * torch.special.ndtri(low + quantiles * (high - low)))
+    return (shift * even / (1 + (shift - 1) * even)).float()
+
+
+def anchor_index(position: str, num_latent_frames: int, generator: torch.Generator, temporal: int = 4) -> int:
+    """Draws the latent frame that is given: see `TrainConfig.anchor_position`."""
+    if position == "first":
+        return 0
+    if position == "uniform":
+        return int(torch.randint(num_latent_frames, (), generator=generator))
+    last = (num_latent_frames - 1) * temporal
+    frame = (0, last // 2, last)[int(torch.randint(3, (), generator=generator))]
+    return latent_index(frame, temporal)
+
+
+def draw(
+    clean_latents: torch.Tensor,
+    generators: Sequence[torch.Generator],
+    config: TrainConfig,
+    sigma_range: tuple[float, float] = (0.0, 1.0),
+) -> Draw:
+    """Draws everything for a batch, each clip from a generator of its own.
+
+    Args:
+        clean_latents (`torch.Tensor` of shape `(B, C, f, h, w)`): normalised, on the CPU.
+        generators (`list[torch.Generator]`): one per clip.
+        config (`TrainConfig`): anchor and noise options.
+        sigma_range (`tuple[float, float]`, *optional*): noise levels of the expert that is trained.
+    """
+    num_frames = clean_latents.shape[2]
+    rows = [_draw_clip(clean_latents[0].shape, generator, config, sigma_range) for generator in generators]
+    noise, sigmas, strength, anchored, drop_prompt = (torch.stack(column) for column in zip(*rows))
+    counted = torch.ones(len(rows), num_frames)
+    if config.mask_anchor_loss:
+        counted = 1 - anchored
+    return Draw(noise, sigmas, AnchorLatents(clean_latents, strength, noise), counted, drop_prompt)
+
+
+def _draw_clip(
+    shape: torch.Size, generator: torch.Generator, config: TrainConfig, sigma_range: tuple[float, float]
+) -> tuple[torch.Tensor, ...]:
+    num_frames = shape[1]
+    # All are drawn whether they are used or not: changing one option leaves the other draws as they were.
+    anchor_draw, noise_draw, prompt_draw = torch.rand(3, generator=generator)
+    index = anchor_index(config.anchor_position, num_frames, generator)
+    frame_sigmas = noise_levels(torch.rand(num_frames, generator=generator), config, sigma_range)
+    noise = torch.randn(shape, generator=generator)
+
+    anchored = torch.zeros(num_frames)
+    if anchor_draw < config.anchor_probability:
+        anchored[index] = 1
+    if config.frame_times == "shared":
+        frame_sigmas = frame_sigmas[:1].expand(num_frames)
+    sigma = torch.where(anchored > 0, 0, frame_sigmas).max()
+    strength = torch.where(anchored > 0, 1 - noise_draw * config.anchor_noise, 1 - frame_sigmas / sigma)
+    return noise, sigma, strength, anchored, prompt_draw < config.prompt_dropout
+
+
+def draw_loss(
+    model: Callable[..., tuple[torch.Tensor, ...]],
+    clean_latents: torch.Tensor,
+    drawn: Draw,
+    prompt_embeds: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Mean squared error of the predicted velocity over the frames that count.
+
+    `loss = sum_k counted_k |v_k - (noise_k - clean_k)|^2 / sum_k counted_k`: what is masked is divided out too, so that an
+    anchor does not lower the loss.
+
+    Args:
+        model (`Callable`): called as the transformer, with `return_dict=False`.
+        clean_latents (`torch.Tensor` of shape `(B, C, f, h, w)`): normalised.
+        drawn ([`Draw`]): on the same device.
+        prompt_embeds (`torch.Tensor` of shape `(B, L, D)`): text embeddings.
+        dtype (`torch.dtype`, *optional*): of the model's weights.
+    """
+    noisy_latents = add_noise(clean_latents, drawn.noise, drawn.sigmas.view(-1, 1, 1, 1, 1))
+    hidden_states, timestep = anchored_model_input(
+        noisy_latents, drawn.sigmas, drawn.sigmas * NUM_TRAIN_TIMESTEPS, drawn.anchors
+    )
+    prediction = model(
+        hidden_states=hidden_states.to(dtype),
+        timestep=timestep,
+        encoder_hidden_states=prompt_embeds.to(dtype),
+        return_dict=False,
+    )[0]
+    error = (prediction.float() - velocity(clean_latents, drawn.noise)).square().mean(dim=(1, 3, 4))
+    return (error * drawn.counted).sum() / drawn.counted.sum()

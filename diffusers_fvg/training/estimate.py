@@ -1,0 +1,57 @@
+"""How much memory a training run needs: computed from shapes, not measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import WanTransformer3DModel
+
+from .config import TrainConfig
+
+
+# Tensors of the model's width and of the feed-forward's that backpropagation through one block holds at its peak, counted
+# in the source of the block with LoRA on every linear layer and the memory-efficient attention backends.
+BLOCK_WIDTHS, BLOCK_FEED_FORWARDS = 24, 4
+
+
+def estimated_memory(
+    config: TrainConfig, transformer_config: dict[str, Any], spatial: int, temporal: int = 4
+) -> dict[str, int]:
+    """Bytes on each device, by part; their sum is the need. Allocator and libraries take some 2 GiB more.
+
+    weights: the frozen base (2 bytes a parameter in bf16, else 4); one expert, also where two are trained.
+    lora: float32 weight, gradient and two moments of AdamW, 16 bytes a parameter; 4 for the average, 2 for the bfloat16
+        copy that mixed precision makes.
+    block_inputs: one activation per block with gradient checkpointing; without it each block's whole working set.
+    block: the working set of one block, `batch * tokens * (24 * width + 4 * feed_forward)` numbers.
+
+    Args:
+        config (`TrainConfig`): batch size, buckets, rank, targets.
+        transformer_config (`dict`): of the transformer, as in its `config.json`.
+        spatial, temporal (`int`): pixels per latent of the VAE in space, frames per latent in time.
+    """
+    with init_empty_weights():
+        transformer = WanTransformer3DModel.from_config(transformer_config)
+    linears = [
+        module
+        for name, module in transformer.named_modules()
+        if isinstance(module, torch.nn.Linear) and any(f".{name}".endswith(f".{end}") for end in config.targets)
+    ]
+    lora = sum(config.rank * (module.in_features + module.out_features) for module in linears)
+    shape = transformer.config
+    patch = shape.patch_size[1] * shape.patch_size[2] * spatial**2
+    tokens = max(
+        (1 + (num_frames - 1) // temporal) * (height * width // patch) for num_frames, height, width in config.buckets
+    )
+    width = shape.num_attention_heads * shape.attention_head_dim
+    number = 2 if config.mixed_precision == "bf16" else 4
+    block = config.batch_size * tokens * number * (BLOCK_WIDTHS * width + BLOCK_FEED_FORWARDS * shape.ffn_dim)
+    per_block = config.batch_size * tokens * number * width if config.gradient_checkpointing else block
+    return {
+        "weights": number * transformer.num_parameters(),
+        "lora": (16 + (4 if config.ema_decay else 0) + (2 if config.mixed_precision == "bf16" else 0)) * lora,
+        "block_inputs": shape.num_layers * per_block,
+        "block": block,
+    }

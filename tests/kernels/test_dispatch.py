@@ -1,0 +1,84 @@
+import importlib.util
+
+import pytest
+import torch
+
+from diffusers_fvg import kernels
+from diffusers_fvg.kernels import dispatch, reference
+
+
+TOKENS, GATE = torch.ones(1, 4, 6), torch.ones(1, 2, 6)
+
+
+@pytest.fixture
+def reference_calls(monkeypatch):
+    calls = []
+    definition = reference.gated_residual
+    monkeypatch.setattr(reference, "gated_residual", lambda *args: calls.append(args) or definition(*args))
+    return calls
+
+
+@pytest.mark.parametrize("choice", ["auto", "reference"])
+def test_a_cpu_takes_the_definition(choice, reference_calls):
+    with kernels.use_kernels(choice):
+        kernels.gated_residual(TOKENS, TOKENS, GATE)
+    assert len(reference_calls) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("choice", "dtype", "calls"), [
+    ("auto", torch.bfloat16, 0), ("auto", torch.float64, 1), ("reference", torch.bfloat16, 1), ("triton", torch.bfloat16, 0),
+])  # fmt: skip
+def test_a_gpu_takes_triton_where_it_was_tested(choice, dtype, calls, reference_calls):
+    tokens, gate = TOKENS.to("cuda", dtype), GATE.to("cuda", dtype)
+    with kernels.use_kernels(choice):
+        assert (kernels.gated_residual(tokens, tokens, gate) == 2).all()
+    assert len(reference_calls) == calls
+
+
+def test_triton_on_a_cpu_says_why_not():
+    pytest.importorskip("triton")
+    with kernels.use_kernels("triton"), pytest.raises(ValueError, match="the tensors are on cpu.*FVG_KERNELS=auto"):
+        kernels.gated_residual(TOKENS, TOKENS, GATE)
+
+
+def test_without_the_package_triton(monkeypatch, reference_calls):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(dispatch, "_probe", dispatch._probe.__wrapped__)
+    with kernels.use_kernels("triton"), pytest.raises(ValueError, match="the package triton is not installed"):
+        kernels.gated_residual(TOKENS, TOKENS, GATE)
+    kernels.gated_residual(TOKENS, TOKENS, GATE)
+    assert len(reference_calls) == 1
+
+
+def test_use_kernels_ends_with_its_block():
+    before = dispatch._kernels
+    with pytest.raises(RuntimeError), kernels.use_kernels("triton"), kernels.use_kernels("reference"):
+        raise RuntimeError
+    assert dispatch._kernels == before
+    with (
+        pytest.raises(ValueError, match="kernels is 'cuda'; set one of auto, reference, triton"),
+        kernels.use_kernels("cuda"),
+    ):
+        pass
+
+
+def test_environment_variable(run_python):
+    code = """
+        import torch
+        try:
+            from diffusers_fvg import kernels
+            kernels.gated_residual(torch.ones(1, 4, 6), torch.ones(1, 4, 6), torch.ones(1, 2, 6))
+        except ValueError as error:
+            print(error)
+    """
+    assert run_python(code, FVG_KERNELS="triton").startswith("Triton kernels are asked for, but ")
+    assert "FVG_KERNELS is 'fast'; set one of auto, reference, triton" in run_python(code, FVG_KERNELS="fast")
+
+
+def test_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"residual has shape \(1, 4, 5\); pass \(1, 4, 6\)"):
+        kernels.gated_residual(TOKENS, TOKENS[..., :5], GATE)
+    with pytest.raises(ValueError, match=r"different numbers of rows, {'scale': 2, 'shift': 1}"):
+        kernels.modulated_layer_norm(TOKENS, GATE, GATE[:, :1], 1e-6)

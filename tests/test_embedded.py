@@ -1,0 +1,69 @@
+"""The model that ships with the package: its size, its parts, and that it does what it is for."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from diffusers_fvg import load_embedded
+from diffusers_fvg.embedded import EMBEDDED_FOLDER
+from diffusers_fvg.shapes.report import evaluate, held_out_scenes
+from diffusers_fvg.shapes.train_rewriter import held_out_score
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = load_embedded()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_weights_are_small_and_safetensors_only():
+    files = [path for path in EMBEDDED_FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 25e6
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja", ".py"}
+
+
+def test_one_call_loads_it_in_the_asked_dtype():
+    pipe = DiffusionPipeline.from_pretrained(EMBEDDED_FOLDER, dtype=torch.bfloat16)
+    for name in ("rewriter", "composer", "text_encoder", "transformer", "vae"):
+        assert getattr(pipe, name).dtype == torch.bfloat16, name
+    assert load_embedded().transformer.dtype == torch.float32
+
+
+def test_a_video_takes_seconds_and_repeats(pipe):
+    started = time.perf_counter()
+    outputs = [pipe("A red circle moves to the right", generator=torch.Generator().manual_seed(0)) for _ in range(2)]
+    assert time.perf_counter() - started < 60
+    assert outputs[0].frames.shape == (1, 17, 64, 64, 3)
+    assert np.array_equal(outputs[0].frames, outputs[1].frames)
+    assert outputs[0].first_frame_prompts == [
+        "A still picture on a plain grey background: a red circle at the middle left"
+    ]
+
+
+def test_rewriter_on_held_out_prompts(pipe):
+    scores = held_out_score(pipe.rewriter, per_category=8)
+    assert min(scores.values()) >= 0.95, scores
+
+
+@pytest.mark.parametrize(
+    ("category", "word"), [("motion_binding", "moves"), ("dynamic_attr", "gradually"), ("placement", "rests")]
+)
+def test_single_object_prompts_come_out_right_more_often_than_not(pipe, category, word):
+    scenes = [s for s in held_out_scenes(40, categories=(category,)) if word in s.prompt and len(s.objects) == 1][:5]
+    records = [record for seed in range(3) for record in evaluate(pipe, scenes, arms=("factorized",), seed=seed)]
+    scores = [record["score"] for record in records]
+    assert len(scores) >= 9 and np.mean([score > 0.5 for score in scores]) > 0.5, scores
+
+
+def test_the_anchor_is_kept(pipe):
+    from diffusers_fvg.shapes.scorer import label_iou
+
+    scenes = held_out_scenes(4, categories=("placement",))
+    output = pipe([scene.prompt for scene in scenes], generator=torch.Generator().manual_seed(0))
+    for anchor, frames in zip(output.anchor_images, output.frames):
+        first = np.round(frames[0] * 255).astype(np.uint8)
+        assert label_iou(first, np.asarray(anchor)) > 0.85

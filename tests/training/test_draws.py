@@ -1,0 +1,151 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import tiny_pipeline
+from training_runs import OPTIONS, moving_square
+
+from diffusers_fvg import Anchor, SchedulerPreset, SchedulerPresets
+from diffusers_fvg.anchor import crop_and_resize
+from diffusers_fvg.schedules import add_noise
+from diffusers_fvg.training.config import TrainConfig
+from diffusers_fvg.training.data import encode_video
+from diffusers_fvg.training.draws import anchor_index, draw, draw_loss, generator_for, noise_levels
+from diffusers_fvg.training.objectives import anchored_flow_loss
+
+
+def config(**options) -> TrainConfig:
+    return TrainConfig(model="m", data="d", cache_dir="c", output_dir="o", **OPTIONS | options)
+
+
+def generators(count: int) -> list[torch.Generator]:
+    return [generator_for("test", index) for index in range(count)]
+
+
+class Recorder:
+    """Stands where the transformer does: keeps what it is given and predicts zero."""
+
+    def __call__(self, hidden_states, timestep, encoder_hidden_states, return_dict):
+        self.hidden_states, self.timestep = hidden_states, timestep
+        return (torch.zeros_like(hidden_states),)
+
+
+def test_noise_levels_closed_forms():
+    quantiles = torch.tensor([0.1, 0.5, 0.8413447])
+    uniform = config(timestep_density="uniform", flow_shift=1.0)
+    assert torch.allclose(noise_levels(quantiles, uniform), quantiles)
+    # A cut to [0.5, 1] of a uniform density is uniform there.
+    assert torch.allclose(noise_levels(quantiles, uniform, (0.5, 1.0)), 0.5 + quantiles / 2)
+    # The quantile of one standard deviation, 0.8413, is sigmoid(std); the median shifted by 5 is 5/6.
+    logit_normal = noise_levels(quantiles, config(flow_shift=1.0, timestep_std=1.3))
+    assert logit_normal[1:].tolist() == pytest.approx([0.5, 1 / (1 + 2.718281828**-1.3)], abs=1e-6)
+    assert noise_levels(quantiles, config(flow_shift=5.0))[1].item() == pytest.approx(5 / 6, abs=1e-6)
+
+
+@pytest.mark.parametrize("density", ["uniform", "logit-normal"])
+def test_noise_levels_of_an_expert_are_those_of_the_whole_that_lie_in_its_range(density):
+    train, boundary = config(timestep_density=density, flow_shift=3.0), 0.875
+    quantiles = (torch.arange(20_000) + 0.5) / 20_000
+    whole = noise_levels(quantiles, train)
+    for low, high in ((boundary, 1.0), (0.0, boundary)):
+        own = whole[(whole > low) & (whole < high)]
+        part = noise_levels((torch.arange(len(own)) + 0.5) / len(own), train, (low, high))
+        assert part.min() > low and part.max() < high
+        assert (part - own).abs().max() < 1e-3
+    ends = noise_levels(torch.tensor([0.0, 1.0]), train)
+    assert ends.isfinite().all() and ends[0] > 0 and ends[1] <= 1
+
+
+def test_anchor_index_follows_its_law():
+    # 81 frames: the middle one, 40, is in latent 10.
+    for law, expected in {"first": {0}, "start-middle-last": {0, 10, 20}, "uniform": set(range(21))}.items():
+        generator = torch.Generator().manual_seed(0)
+        assert {anchor_index(law, 21, generator) for _ in range(400)} == expected
+
+
+@pytest.mark.parametrize("frame_times", ["shared", "independent"])
+@pytest.mark.parametrize("anchor_noise", [0.0, 0.3])
+def test_draw_gives_each_frame_its_noise_level_and_time(frame_times, anchor_noise):
+    train = config(frame_times=frame_times, anchor_noise=anchor_noise, anchor_probability=0.5)
+    clean = torch.randn(64, 2, 5, 2, 2, generator=torch.Generator().manual_seed(1))
+    drawn, model = draw(clean, generators(64), train), Recorder()
+    draw_loss(model, clean, drawn, torch.zeros(64, 1, 1))
+
+    # The level in the time must be that in the latents.
+    level = (model.timestep / 1000)[:, None, :, None, None]
+    assert torch.allclose(model.hidden_states, (1 - level) * clean + level * drawn.noise, atol=1e-5)
+    anchored = drawn.counted == 0
+    assert 16 < anchored.any(1).sum() < 48 and anchored.sum(1).max() == 1
+    given, free = model.timestep[anchored], model.timestep[~anchored]
+    assert free.min() > 0
+    if anchor_noise == 0:
+        assert given.max() == 0 and torch.equal(
+            model.hidden_states.transpose(1, 2)[anchored], clean.transpose(1, 2)[anchored]
+        )
+    else:
+        clip = (drawn.sigmas * 1000)[:, None].expand(64, 5)[anchored]
+        assert given.min() > 0 and (given <= 0.3 * clip).all() and (given / clip).max() > 0.15
+    times = model.timestep.masked_fill(anchored, torch.nan)
+    spread = torch.stack([row[~row.isnan()].max() - row[~row.isnan()].min() for row in times])
+    assert (spread == 0).all() if frame_times == "shared" else (spread > 0).all()
+
+
+def test_draw_of_a_clip_does_not_depend_on_its_batch():
+    clean = torch.randn(3, 2, 5, 2, 2)
+    together, alone = draw(clean, generators(3), config()), draw(clean[:1], generators(1), config())
+    assert torch.equal(together.noise[:1], alone.noise) and torch.equal(together.sigmas[:1], alone.sigmas)
+
+
+def test_draw_drops_the_share_of_prompts():
+    clean = torch.zeros(400, 1, 2, 1, 1)
+    share = draw(clean, generators(400), config(prompt_dropout=0.2)).drop_prompt.float().mean()
+    # Three standard deviations of the binomial, 0.02 each.
+    assert abs(share - 0.2) < 0.06
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_draw_loss_is_masked_and_renormalised(masked):
+    """With a zero prediction and clean latents of zero, the error of frame k is the square of its noise, here (k + 1)^2."""
+    clean = torch.zeros(2, 3, 4, 2, 2)
+    drawn = draw(clean, generators(2), config(mask_anchor_loss=masked))
+    frames = torch.arange(1.0, 5.0).view(1, 1, 4, 1, 1).expand_as(clean)
+    drawn = replace(drawn, noise=frames)
+    errors = [1.0, 4.0, 9.0, 16.0]
+    given = (drawn.anchors.strength == 1).nonzero()[:, 1].tolist()
+    assert len(given) == 2
+    kept = [error for index in given for k, error in enumerate(errors) if k != index or not masked]
+    loss = draw_loss(Recorder(), clean, drawn, torch.zeros(2, 1, 1))
+    assert loss.item() == pytest.approx(sum(kept) / len(kept), rel=1e-6)
+
+
+def test_draw_loss_agrees_with_the_objective_where_that_is_defined():
+    clean = torch.randn(4, 2, 5, 2, 2)
+    drawn = draw(clean, generators(4), config())
+
+    def model(hidden_states, timestep, encoder_hidden_states, return_dict):
+        return (hidden_states * timestep[:, None, :, None, None] / 500,)
+
+    expected = anchored_flow_loss(model, clean, drawn.noise, drawn.sigmas, torch.zeros(4, 1, 1), drawn.anchors)
+    assert torch.equal(draw_loss(model, clean, drawn, torch.zeros(4, 1, 1)), expected)
+
+
+@pytest.mark.parametrize("sigma", [1.0, 0.7])
+def test_model_inputs_are_bit_equal_to_those_of_the_pipeline(sigma):
+    frames = moving_square(0)
+    preset = SchedulerPreset("one", "FlowMatchEulerDiscreteScheduler", {"shift": 1.0}, (sigma,), 1.0, 1.0)
+    pipe = tiny_pipeline(schedulers=SchedulerPresets.of(preset))
+    pipe.set_progress_bar_config(disable=True)
+    pixels = torch.stack([crop_and_resize(frame, 32, 32) for frame in frames], dim=1)
+    clean = encode_video(pipe.vae, pixels)[None]
+
+    drawn, model = draw(clean, generators(1), config(anchor_position="first")), Recorder()
+    drawn = replace(drawn, sigmas=torch.tensor([sigma]))
+    draw_loss(model, clean, drawn, torch.zeros(1, 1, 1))
+
+    seen = {}
+    pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    start = add_noise(clean, drawn.noise, torch.tensor(sigma))
+    options = {"num_frames": 9, "height": 32, "width": 32, "preset": "one", "max_sequence_length": 16}
+    pipe.animate("a red circle", anchors=Anchor(frames[0]), latents=start, output_type="latent", **options)
+    assert torch.equal(seen["timestep"], model.timestep) and seen["timestep"].shape == (1, 3)
+    assert torch.equal(seen["hidden_states"], model.hidden_states)

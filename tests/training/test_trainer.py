@@ -1,0 +1,268 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny import tiny_transformer, tiny_wan_components
+from training_runs import finish, kill_after, losses, save_config, save_model, save_videos, start, tiny_config
+
+from diffusers_fvg import AnchorLora
+from diffusers_fvg.anchor_lora import WEIGHT_NAME
+from diffusers_fvg.training import trainer
+from diffusers_fvg.training.config import WAN_TARGETS
+from diffusers_fvg.training.trainer import learning_rate, main_train, sigma_ranges
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    root = tmp_path_factory.mktemp("training")
+    return save_model(root / "model"), save_videos(root / "data")
+
+
+@pytest.fixture(scope="module")
+def finished(places, tmp_path_factory):
+    """A run of seven steps, never stopped: its config and its folder."""
+    output = tmp_path_factory.mktemp("finished")
+    config = tiny_config(*places, output)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        torch.set_num_threads(1)
+        assert run(config) == output / WEIGHT_NAME
+    return config, output
+
+
+def run(config, validate=None) -> Path:
+    return main_train(save_config(config, Path(config.output_dir) / "run.toml"), validate)
+
+
+def checkpoint(output: Path, step: int = 7, expert: str = "transformer") -> dict[str, torch.Tensor]:
+    return load_file(output / "checkpoints" / expert / f"step_{step:08d}.safetensors")
+
+
+def log_lines(output: Path) -> list[str]:
+    return (output / "log_transformer.jsonl").read_text().splitlines()
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Losses, weights, averages and optimizer states, bit for bit."""
+    assert losses(first) == losses(second) and len(losses(first)) == 7
+    tensors, others = checkpoint(first), checkpoint(second)
+    assert {name.split(".")[0] for name in tensors} == {"weights", "average", "optimizer"}
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
+    ours, theirs = load_file(first / WEIGHT_NAME), load_file(second / WEIGHT_NAME)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+# -- learning ---------------------------------------------------------------------------------------------------------
+
+
+def test_overfitting_one_clip_lowers_the_loss(places, tmp_path):
+    model, data = places
+    config = tiny_config(model, save_videos(tmp_path / "one", 1), tmp_path / "out", steps=60, batch_size=4)
+    # The random base cannot even pass on its input: the last layer is tuned too.
+    run(replace(config, rank=12, targets=[*WAN_TARGETS, "proj_out"], timestep_density="uniform", flow_shift=1.0))
+    values = [loss for _, loss in losses(tmp_path / "out")]
+    assert sum(values[-10:]) < 0.8 * sum(values[:10]), values
+
+
+def test_every_step_draws_anew(places, tmp_path):
+    """With one clip and weights that stand still, only the draws can change the loss."""
+    options = {"steps": 5, "learning_rate": 1e-12, "prompt_dropout": 0.0}
+    run(tiny_config(places[0], save_videos(tmp_path / "one", 1), tmp_path / "out", **options))
+    values = sorted(loss for _, loss in losses(tmp_path / "out"))
+    assert all(after - before > 1e-4 for before, after in zip(values, values[1:])), values
+
+
+def test_learning_rate_schedules(places, tmp_path):
+    constant = tiny_config(*places, tmp_path, steps=12, warmup_steps=2, learning_rate=3.0)
+    assert [learning_rate(constant, step) for step in (0, 1, 2, 11)] == pytest.approx([1.0, 2.0, 3.0, 3.0])
+    cosine = replace(constant, learning_rate_schedule="cosine")
+    # Half way from step 2 to step 12 the cosine is at a half.
+    assert [learning_rate(cosine, step) for step in (1, 2, 7, 12)] == pytest.approx([2.0, 3.0, 1.5, 0.0])
+
+
+def test_accumulated_forwards_are_one_larger_batch(places, tmp_path, monkeypatch):
+    """One step on a clip as 1 x 4 and 4 x 1 forwards of the same draws: the same gradient up to rounding."""
+    draws = lambda kind, seed, expert, number, place: torch.Generator().manual_seed(number + place)  # noqa: E731
+    monkeypatch.setattr(trainer, "generator_for", draws)
+    data, outcomes = save_videos(tmp_path / "one", 1), []
+    for batch_size, forwards in ((4, 1), (1, 4)):
+        output = tmp_path / f"out{batch_size}"
+        config = tiny_config(places[0], data, output, steps=1, warmup_steps=0, ema_decay=0.0)
+        run(replace(config, batch_size=batch_size, gradient_accumulation_steps=forwards))
+        outcomes.append((losses(output)[0][1], checkpoint(output, 1)))
+    (loss, tensors), (other_loss, others) = outcomes
+    assert loss == pytest.approx(other_loss, rel=1e-5)
+    # The first moments are a tenth of the gradient.
+    moments = [name for name in tensors if name.startswith("optimizer.exp_avg.") and ".lora_B." in name]
+    assert moments and all(tensors[name].abs().max() > 1e-5 for name in moments)
+    for name in moments:
+        torch.testing.assert_close(tensors[name], others[name], rtol=1e-3, atol=1e-6)
+
+
+# -- stopping and going on --------------------------------------------------------------------------------------------
+
+
+def test_a_killed_run_continues_to_the_same_bits(finished, places, tmp_path):
+    config, output = finished
+    config = replace(config, output_dir=str(tmp_path))
+    path = save_config(config, tmp_path / "run.toml")
+    processes = start(path, seconds_per_step=0.1)
+    kill_after(processes, tmp_path, step=5)
+    assert processes[0].exitcode == -9 and not (tmp_path / WEIGHT_NAME).exists()
+    before = log_lines(tmp_path)
+    main_train(path)
+    assert_same_run(output, tmp_path)
+    # From the checkpoint of step 3, not from the beginning: the same seconds stand there.
+    assert log_lines(tmp_path)[:3] == before[:3]
+
+
+def test_two_processes_killed_continue_to_the_same_bits(places, tmp_path):
+    outputs = []
+    for name in ("whole", "killed"):
+        output = tmp_path / name
+        path = save_config(tiny_config(*places, output), output / "run.toml")
+        if name == "killed":
+            processes = start(path, num_processes=2, seconds_per_step=0.1)
+            kill_after(processes, output, step=4)
+            assert not (output / WEIGHT_NAME).exists()
+        finish(start(path, num_processes=2))
+        outputs.append(output)
+    assert_same_run(*outputs)
+
+    # Two processes of one clip are one process of two: the same order and draws, sums in another order.
+    run(tiny_config(*places, tmp_path / "one", batch_size=2))
+    expected = [loss for _, loss in losses(tmp_path / "one")]
+    assert [loss for _, loss in losses(outputs[0])] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path):
+    config, output = finished
+    config = replace(config, output_dir=str(tmp_path), steps=6)
+    run(config)
+    newest = tmp_path / "checkpoints" / "transformer" / "step_00000006.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-5] ^= 1
+    newest.write_bytes(content)
+    before = log_lines(tmp_path)
+    # A constant rate does not know where it ends: the run may be made longer.
+    run(replace(config, steps=7))
+    assert_same_run(output, tmp_path)
+    after = log_lines(tmp_path)
+    assert after[:3] == before[:3] and after[3] != before[3]
+
+
+def test_keep_checkpoints(finished):
+    saved = sorted(path.name for path in (finished[1] / "checkpoints" / "transformer").iterdir())
+    assert saved == ["step_00000006.safetensors", "step_00000007.safetensors"]
+
+
+def test_a_checkpoint_of_other_settings_is_an_error(finished):
+    config, _ = finished
+    with pytest.raises(ValueError, match=r"changed: rank 4 to 8\); change them back, or choose another `output_dir`"):
+        run(replace(config, rank=8))
+
+
+# -- what comes out ---------------------------------------------------------------------------------------------------
+
+
+def inputs(seed: int = 0) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "hidden_states": torch.randn(1, 16, 3, 4, 4, generator=generator),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(1, 8, 32, generator=generator),
+        "return_dict": False,
+    }
+
+
+def merged(output: Path, expert: str = "transformer", seed: int = 0):
+    """The expert with the average merged by hand: `weight + alpha / rank * B @ A`, alpha 8 and rank 4."""
+    tensors, transformer = checkpoint(output, expert=expert), tiny_transformer(seed=seed)
+    with torch.no_grad():
+        for name, down in tensors.items():
+            if name.startswith("average.") and ".lora_A." in name:
+                up = tensors[name.replace(".lora_A.", ".lora_B.")]
+                transformer.get_submodule(name.removeprefix("average.").split(".lora_A.")[0]).weight += 2 * up @ down
+    return transformer
+
+
+def test_output_loads_in_stock_pipeline_and_as_a_component(finished):
+    _, output = finished
+    with torch.no_grad():
+        expected, base = merged(output)(**inputs())[0], tiny_transformer()(**inputs())[0]
+        assert (expected - base).abs().max() > 1e-2
+
+        pipe = WanPipeline(**tiny_wan_components())
+        pipe.load_lora_weights(output / "weights", weight_name="pytorch_lora_weights.safetensors")
+        torch.testing.assert_close(pipe.transformer(**inputs())[0], expected, rtol=1e-4, atol=1e-5)
+
+        transformer = tiny_transformer(anchored=True)
+        AnchorLora.from_pretrained(output).load_into(transformer, "transformer")
+        torch.testing.assert_close(transformer(**inputs())[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_output_carries_its_config(finished):
+    config, output = finished
+    with safe_open(output / WEIGHT_NAME, "pt") as file:
+        stored = json.loads(file.metadata()["training_config"])
+    assert type(config)(**stored) == config
+    assert type(config).load(output / "config.toml") == config
+
+
+def test_two_experts_train_on_their_own_noise_levels(tmp_path):
+    model, data = save_model(tmp_path / "model", experts=2), save_videos(tmp_path / "data")
+    config = tiny_config(model, data, tmp_path / "out", experts=["transformer", "transformer_2"])
+    assert sigma_ranges(config, 0.875) == {"transformer": (0.875, 1.0), "transformer_2": (0.0, 0.875)}
+    with pytest.raises(ValueError, match="has no `boundary_ratio`"):
+        sigma_ranges(config, None)
+    run(config)
+    keys = load_file(tmp_path / "out" / WEIGHT_NAME)
+    assert {key.split(".")[0] for key in keys} == {"transformer", "transformer_2"}
+
+    pipe = WanPipeline.from_pretrained(model)
+    folder = tmp_path / "out" / "weights"
+    pipe.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
+    name = "transformer_2.safetensors"
+    pipe.load_lora_weights(folder, weight_name=name, adapter_name="second", load_into_transformer_2=True)
+    with torch.no_grad():
+        for seed, expert in enumerate(("transformer", "transformer_2")):
+            expected = merged(tmp_path / "out", expert, seed)(**inputs())[0]
+            torch.testing.assert_close(getattr(pipe, expert)(**inputs())[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_target_that_matches_nothing_is_an_error(places, tmp_path):
+    with pytest.raises(ValueError, match=r"`targets` \['to_w', 'q'\] match no linear layer .* attn1.to_q"):
+        run(tiny_config(*places, tmp_path, targets=["to_q", "to_w", "q"]))
+
+
+def test_validate_sees_the_average_and_changes_nothing(finished, tmp_path):
+    config, output = finished
+    seen = []
+
+    def validate(validation):
+        assert not validation.transformer.training and not torch.is_grad_enabled()
+        torch.randn(3)
+        values = {name: p.clone() for name, p in validation.transformer.named_parameters() if "lora" in name}
+        seen.append((validation.expert, validation.step, validation.folder, values))
+
+    run(replace(config, output_dir=str(tmp_path), validation_every=3), validate)
+    assert [(expert, step) for expert, step, _, _ in seen] == [("transformer", 3), ("transformer", 6)]
+    _, _, folder, values = seen[-1]
+    assert folder == tmp_path / "validation" / "transformer_step_00000006"
+    assert all(torch.equal(p, checkpoint(output, 6)[f"average.{name}"]) for name, p in values.items())
+    assert_same_run(output, tmp_path)
+
+    with pytest.raises(ValueError, match="`validation_every=3` and `validate=None` go together"):
+        run(replace(config, output_dir=str(tmp_path), validation_every=3))
