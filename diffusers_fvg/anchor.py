@@ -121,8 +121,8 @@ def resolve_anchors(anchors: Sequence[Anchor], num_frames: int, temporal: int = 
     return [(index, placed[index][1]) for index in sorted(placed)]
 
 
-def crop_and_resize(image: PIL.Image.Image | np.ndarray | torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Scales a picture until it covers `height` x `width`, crops the centre, and returns `(3, H, W)` in [-1, 1].
+def picture_tensor(image: PIL.Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor:
+    """A picture as `(3, H, W)`, float32 in [0, 1].
 
     Raises:
         `ValueError`: a picture that cannot be decoded, of another layout, or with values outside its range.
@@ -146,7 +146,16 @@ def crop_and_resize(image: PIL.Image.Image | np.ndarray | torch.Tensor, height: 
         raise ValueError(
             f"Anchor values must be finite and lie in [0, 1], but range from {image.min():.3g} to {image.max():.3g}."
         )
-    image = image.float()
+    return image.float()
+
+
+def crop_and_resize(image: PIL.Image.Image | np.ndarray | torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Scales a picture until it covers `height` x `width`, crops the centre, and returns `(3, H, W)` in [-1, 1].
+
+    Raises:
+        `ValueError`: as in `picture_tensor`.
+    """
+    image = picture_tensor(image)
     source_height, source_width = image.shape[1:]
     if (source_height, source_width) != (height, width):
         factor = max(height / source_height, width / source_width)

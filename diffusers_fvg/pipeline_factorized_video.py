@@ -22,6 +22,7 @@ from .anchor import (
     crop_and_resize,
     denormalize_latents,
     encode_anchor,
+    picture_tensor,
     resolve_anchors,
 )
 from .anchor_lora import ADAPTER_NAME, AnchorLora
@@ -278,7 +279,7 @@ class FactorizedVideoPipeline(FactorizedVideoLoraLoaderMixin, WanPipeline):
             anchors = pair_anchors(anchors, num_prompts, inputs["num_videos_per_prompt"])
             for video_anchors in anchors:
                 for _, anchor in resolve_anchors(video_anchors, num_frames, self.vae_scale_factor_temporal):
-                    crop_and_resize(anchor.image, height, width)
+                    picture_tensor(anchor.image)
         return {"prompts": prompts, "anchors": anchors, **inputs}
 
     # -- stages 1 and 2 -----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 from ..anchor import AnchorLatents, anchored_model_input, latent_index
 from ..schedules import add_noise, velocity
 from .config import TrainConfig
+from .objectives import velocity_loss
 
 
 # The time of Wan's models is the noise level times this.
@@ -151,11 +152,5 @@ def draw_loss(
     hidden_states, timestep = anchored_model_input(
         noisy_latents, drawn.sigmas, drawn.sigmas * NUM_TRAIN_TIMESTEPS, drawn.anchors
     )
-    prediction = model(
-        hidden_states=hidden_states.to(dtype),
-        timestep=timestep,
-        encoder_hidden_states=prompt_embeds.to(dtype),
-        return_dict=False,
-    )[0]
-    error = (prediction.float() - velocity(clean_latents, drawn.noise)).square().mean(dim=(1, 3, 4))
-    return (error * drawn.counted).sum() / drawn.counted.sum()
+    target = velocity(clean_latents, drawn.noise)
+    return velocity_loss(model, hidden_states.to(dtype), timestep, prompt_embeds.to(dtype), target, drawn.counted)

@@ -21,6 +21,32 @@ def sample_sigmas(
     return flow_shift * even / (1 + (flow_shift - 1) * even)
 
 
+def velocity_loss(
+    model: Callable[..., tuple[torch.Tensor, ...]],
+    hidden_states: torch.Tensor,
+    timestep: torch.Tensor,
+    prompt_embeds: torch.Tensor,
+    target: torch.Tensor,
+    counted: torch.Tensor,
+) -> torch.Tensor:
+    """Mean squared error of the predicted velocity over the frames that count.
+
+    `loss = sum_k counted_k |v_k - target_k|^2 / sum_k counted_k`: what is masked is divided out too.
+
+    Args:
+        model (`Callable`): called as the transformer, with `return_dict=False`.
+        hidden_states, timestep (`torch.Tensor`): from [`anchored_model_input`].
+        prompt_embeds (`torch.Tensor` of shape `(B, L, D)`): text embeddings.
+        target (`torch.Tensor` of shape `(B, C, f, h, w)`): `noise - clean`.
+        counted (`torch.Tensor` of shape `(B, f)`): 1 where a frame counts, else 0.
+    """
+    prediction = model(
+        hidden_states=hidden_states, timestep=timestep, encoder_hidden_states=prompt_embeds, return_dict=False
+    )[0]
+    error = (prediction.float() - target).square().mean(dim=(1, 3, 4))
+    return (error * counted).sum() / counted.sum()
+
+
 def anchored_flow_loss(
     model: Callable[..., tuple[torch.Tensor, ...]],
     clean_latents: torch.Tensor,
@@ -44,9 +70,7 @@ def anchored_flow_loss(
     """
     noisy_latents = add_noise(clean_latents, noise, sigmas.view(-1, 1, 1, 1, 1))
     hidden_states, timestep = anchored_model_input(noisy_latents, sigmas, sigmas * num_train_timesteps, anchors)
-    prediction = model(
-        hidden_states=hidden_states, timestep=timestep, encoder_hidden_states=prompt_embeds, return_dict=False
-    )[0]
-    error = (prediction.float() - velocity(clean_latents, noise)).square().mean(dim=(1, 3, 4))
-    free = torch.ones_like(error) if anchors is None else (anchors.strength == 0).to(error.dtype)
-    return (error * free).sum() / free.sum()
+    free = (
+        noise.new_ones(noise.shape[0], noise.shape[2]) if anchors is None else (anchors.strength == 0).to(noise.dtype)
+    )
+    return velocity_loss(model, hidden_states, timestep, prompt_embeds, velocity(clean_latents, noise), free)

@@ -65,9 +65,8 @@ def test_read_examples_refuses(config, tmp_path, text, message):
         read_examples(config)
 
 
-def test_a_data_set_on_the_hub_needs_its_package(model, tmp_path):
-    if data.importlib.util.find_spec("datasets"):
-        pytest.skip("datasets is installed")
+def test_a_data_set_on_the_hub_needs_its_package(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
     config = tiny_config(model, tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(ValueError, match="is no folder; .* `pip install datasets`"):
         read_examples(config)
