@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint test-lowest clean
+.PHONY: demo test lint cards test-lowest clean
 
 demo: $(STAMP)
 	$(BIN)/fvg generate "A red circle moves to the right" --seed 0 --output demo.mp4 --strip demo.png
@@ -16,6 +16,10 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Writes the model cards again from facts and results.
+cards: $(STAMP)
+	$(BIN)/python -m diffusers_fvg.cards model_cards
 
 # The same tests on the oldest supported versions, in an environment of their own.
 test-lowest:

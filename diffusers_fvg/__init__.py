@@ -14,23 +14,38 @@ __version__ = "0.1.0"
 _MODULES = {
     "Anchor": "anchor",
     "AnchorComposer": "composer",
+    "AnchorConditionedCogVideoXTransformer3D": "transformer_anchor_cogvideox",
     "AnchorConditionedTransformer3D": "transformer_anchor",
     "AnchorLora": "anchor_lora",
+    "FactorizedCogVideoXPipeline": "pipeline_factorized_cogvideox",
+    "FactorizedVideoBlocks": "modular",
+    "FactorizedVideoModularPipeline": "modular",
     "FactorizedVideoPipeline": "pipeline_factorized_video",
     "FactorizedVideoPipelineOutput": "pipeline_output",
     "FirstFrameRewriter": "rewriter",
+    "HubReference": "hub",
     "LoraReport": "lora",
     "SchedulerPreset": "schedules",
     "SchedulerPresets": "schedules",
+    "assemble": "assembly",
     "load_embedded": "embedded",
     "load_lora": "lora",
+    "push": "hub",
 }
 __all__ = ["__version__", "register", *sorted(_MODULES)]
 
 # What a `model_index.json` may name. The loader looks a class up in diffusers and, unless it is a `ModelMixin` or a
 # pipeline, its save and load methods in a table.
-_LOADABLE = ("AnchorComposer", "AnchorLora", "FirstFrameRewriter", "SchedulerPresets")
-_REGISTERED = ("AnchorConditionedTransformer3D", "FactorizedVideoPipeline", *_LOADABLE)
+_LOADABLE = ("AnchorComposer", "AnchorLora", "FirstFrameRewriter", "HubReference", "SchedulerPresets")
+_REGISTERED = (
+    "AnchorConditionedCogVideoXTransformer3D",
+    "AnchorConditionedTransformer3D",
+    "FactorizedCogVideoXPipeline",
+    "FactorizedVideoBlocks",
+    "FactorizedVideoModularPipeline",
+    "FactorizedVideoPipeline",
+    *_LOADABLE,
+)
 
 
 def __getattr__(name: str):
@@ -50,9 +65,14 @@ def register() -> None:
     import diffusers
     from diffusers.pipelines import pipeline_loading_utils as loader
 
+    from .loading import remember_arguments
+
     class DiffusersWithOurs(type(diffusers)):
         # Looked up when asked for: our modules import diffusers themselves and may be what is being imported now.
         def __getattr__(self, name: str):
+            if name == "FactorizedVideoPipeline" and "diffusers.pipelines.auto_pipeline" in sys.modules:
+                # `ModularPipeline.from_pretrained` looks it up in tables, which this module enters it in.
+                importlib.import_module(".modular", __name__)
             if name in _REGISTERED:
                 return __getattr__(name)
             return super().__getattr__(name)
@@ -60,7 +80,11 @@ def register() -> None:
     diffusers.__class__ = DiffusersWithOurs
     methods = {name: ["save_pretrained", "from_pretrained"] for name in _LOADABLE}
     loader.LOADABLE_CLASSES["diffusers"].update(methods)
-    loader.ALL_IMPORTABLE_CLASSES.update(methods)
+    # In front: anything may be passed in place of a reference, so it must not be the last class that fits a component.
+    importable = {"HubReference": methods["HubReference"], **loader.ALL_IMPORTABLE_CLASSES, **methods}
+    loader.ALL_IMPORTABLE_CLASSES.clear()
+    loader.ALL_IMPORTABLE_CLASSES.update(importable)
+    remember_arguments()
 
 
 class _RegisterAfterDiffusers(importlib.abc.MetaPathFinder):

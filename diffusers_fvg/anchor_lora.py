@@ -8,6 +8,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from .lora import EXPERTS, load_lora
+from .safety import check_folder, refuse_pickles
+
 
 # The adapter's name in `pipe.set_adapters("anchor", 1.3)` and in `get_active_adapters`.
 ADAPTER_NAME = "anchor"
@@ -29,8 +32,10 @@ class AnchorLora:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path) -> AnchorLora:
+        check_folder(pretrained_model_name_or_path)
         path = Path(pretrained_model_name_or_path) / WEIGHT_NAME
         if not path.is_file():
+            refuse_pickles(str(file) for file in Path(pretrained_model_name_or_path).rglob("*"))
             raise ValueError(f"No {WEIGHT_NAME} in {pretrained_model_name_or_path}.")
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
@@ -43,14 +48,18 @@ class AnchorLora:
         save_file(tensors, path, metadata={"format": "pt", **self.metadata})
 
     def load_into(self, transformer: torch.nn.Module, prefix: str) -> None:
-        """Injects the tensors under `prefix` (`"transformer"` or `"transformer_2"`) as the adapter `"anchor"`.
+        """Loads the tensors under `prefix` (`"transformer"` or `"transformer_2"`) as the adapter `"anchor"`.
+
+        Alpha counts, whether it is among the tensors or in the metadata.
 
         Raises:
-            `ValueError`: no tensor carries the prefix.
+            `ValueError`: no tensor carries the prefix, or one that does fits no layer.
         """
-        if not any(key.startswith(prefix + ".") for key in self.state_dict):
+        own = {key: tensor for key, tensor in self.state_dict.items() if key.startswith(prefix + ".")}
+        if not own:
             raise ValueError(f"The anchor LoRA has no weights for `{prefix}`: its keys begin with {self._prefixes()}.")
-        transformer.load_lora_adapter(dict(self.state_dict), prefix=prefix, adapter_name=ADAPTER_NAME)
+        experts = [transformer if name == prefix else None for name in EXPERTS]
+        load_lora(experts, own, ADAPTER_NAME, strict=True, metadata=self.metadata)
 
     def _prefixes(self) -> list[str]:
         return sorted({key.split(".")[0] for key in self.state_dict})

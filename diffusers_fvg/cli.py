@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 # In the order of training: each part builds on those before it.
-SHAPES_PARTS = ("vae", "cache", "base", "composer", "lora", "rewriter")
+SHAPES_PARTS = ("vae", "rewriter", "cache", "text", "base", "composer", "lora")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -69,18 +69,47 @@ def parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train an anchor LoRA on videos; continues where it stopped")
     train.add_argument("config", type=Path, help="TOML file, see examples/training")
 
+    assemble = commands.add_parser("assemble", help="make a repository of parts given by name")
+    assemble.add_argument("output", type=Path, help="an empty or new folder")
+    assemble.add_argument("--base", required=True, help="Wan pipeline: folder, org/name or org/name@revision")
+    assemble.add_argument("--composer", help="text-to-image pipeline")
+    assemble.add_argument("--rewriter", help="chat model")
+    assemble.add_argument(
+        "--lora", nargs="+", help="anchor LoRA of any format, or one for each expert, high noise first"
+    )
+    assemble.add_argument("--presets", nargs="+", default=(), help="names, the default first, or a folder of them")
+    assemble.add_argument("--variant", help="of the weights, such as fp16")
+    for name in ("height", "width", "num-frames", "frame-rate"):
+        assemble.add_argument(f"--{name}", type=int, help="default of the repository")
+    kind = assemble.add_mutually_exclusive_group()
+    kind.add_argument("--light", action="store_true", help="refer to what is on the Hub (the default)")
+    kind.add_argument("--bundled", action="store_true", help="copy all weights")
+    assemble.add_argument("--dry-run", action="store_true", help="list parts, licences, files and sizes only")
+
+    push = commands.add_parser("push", help="upload a saved pipeline to the Hub, with its card")
+    push.add_argument("folder", type=Path)
+    push.add_argument("repository", help="org/name; made if it is not there")
+    push.add_argument("--commit-message")
+    push.add_argument("--private", action="store_true", help="if it is made now")
+    push.add_argument("--create-pr", action="store_true", help="as a pull request")
+
     shapes = commands.add_parser("shapes", help="the embedded model's world: train the model again, or score one")
     actions = shapes.add_subparsers(dest="action", required=True, metavar="ACTION")
     train = actions.add_parser("train", help="train all parts from nothing; continues where it stopped")
     train.add_argument("folder", type=Path, help="for checkpoints, logs and the finished repository")
     train.add_argument("--parts", nargs="+", choices=SHAPES_PARTS, default=SHAPES_PARTS)
-    report = actions.add_parser("report", help="score a model on held-out prompts (synthetic)")
-    report.add_argument("folder", type=Path, help="for report.json and report.txt")
+    report = actions.add_parser("report", help="score a model on held-out prompts, arm by arm (synthetic)")
+    report.add_argument("folder", type=Path, help="for records, JSON, tables and figures; continues what is there")
     _add_model(report)
-    report.add_argument("--preset")
-    report.add_argument("--num-inference-steps", "--steps", type=int)
-    report.add_argument("--per-category", type=int, default=12, help="prompts (default: %(default)s)")
-    report.add_argument("--seeds", type=int, default=1, help="how many (default: %(default)s)")
+    report.add_argument("--quick", action="store_true", help="one table: three arms, 15 steps, guidance as it is")
+    report.add_argument("--per-category", type=int, default=9, help="prompts (default: %(default)s)")
+    report.add_argument("--seeds", type=int, help="how many (default: 3, with --quick 1)")
+    report.add_argument(
+        "--ablation",
+        nargs="+",
+        metavar="NAME=DIR",
+        help="instead compare anchor LoRAs: folders with pytorch_lora_weights.safetensors, each at strengths 0.55, 1, 1.4",
+    )
     return top
 
 
@@ -243,32 +272,69 @@ def _animate(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    from .training.config import TrainConfig
     from .training.trainer import main_train
 
-    print(f"LoRA: {main_train(arguments.config)}")
+    config, validate = TrainConfig.load(arguments.config), None
+    if config.validation_every:
+        from .validation import make_validate
+
+        validate = make_validate(config)
+    print(f"LoRA: {main_train(arguments.config, validate)}")
+
+
+def _assemble(arguments: argparse.Namespace) -> None:
+    from . import assemble
+
+    names = ("height", "width", "num_frames", "frame_rate")
+    defaults = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    names = ("base", "composer", "rewriter", "lora", "presets", "variant", "dry_run")
+    parts = {name: getattr(arguments, name) for name in names}
+    print(assemble(arguments.output, light=not arguments.bundled, call_defaults=defaults or None, **parts))
+    if not arguments.dry_run:
+        print(f"repository: {arguments.output}")
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    from . import push
+
+    # Left out, an organization's own default decides.
+    private = True if arguments.private else None
+    print(push(arguments.folder, arguments.repository, arguments.commit_message, private, arguments.create_pr))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    loras = dict(pair.partition("=")[::2] for pair in arguments.ablation or ())
+    for name, path in loras.items():
+        if not name or not path:
+            raise ValueError(f"--ablation {name}{path}: give NAME=DIR.")
+    if arguments.quick and loras:
+        raise ValueError("--quick and --ablation are two different reports; give one of them.")
+    seeds = arguments.seeds if arguments.seeds is not None else 1 if arguments.quick else 3
+    if min(seeds, arguments.per_category) < 1:
+        raise ValueError(f"--seeds {seeds} and --per-category {arguments.per_category} must be at least 1.")
+    from .shapes.ablation import write_ablation
+    from .shapes.report import write_quick_report, write_study
+    from .shapes.study import StudySettings
+
+    pipe = _load(arguments)
+    pipe.set_progress_bar_config(disable=True)
+    size = {"per_category": arguments.per_category, "seeds": seeds}
+    if arguments.quick:
+        print(write_quick_report(pipe, arguments.folder, **size))
+    elif loras:
+        print(write_ablation(pipe, arguments.folder, {name: Path(path) for name, path in loras.items()}, **size))
+    else:
+        print(write_study(pipe, arguments.folder, StudySettings(**size)))
 
 
 def _shapes(arguments: argparse.Namespace) -> None:
     if arguments.action == "report":
-        from .shapes.report import write_report
-
-        pipe = _load(arguments)
-        pipe.set_progress_bar_config(disable=True)
-        call = {"preset": arguments.preset, "num_inference_steps": arguments.num_inference_steps}
-        print(write_report(pipe, arguments.folder, arguments.per_category, range(arguments.seeds), **call))
+        _report(arguments)
         return
-    from .shapes.assemble import assemble
-    from .shapes.train_models import PARTS
-    from .shapes.train_rewriter import train_rewriter
-    from .shapes.train_vae import train_vae
+    from .shapes.train import train_all
 
-    parts = {"vae": train_vae, **PARTS, "rewriter": train_rewriter}
-    for part in arguments.parts:
-        print(f"training {part}", flush=True)
-        parts[part](arguments.folder)
-    if set(arguments.parts) == set(SHAPES_PARTS):
-        assemble(arguments.folder, arguments.folder / "repository")
-        print(f"repository: {arguments.folder / 'repository'}")
+    train_all(arguments.folder, arguments.parts)
 
 
 COMMANDS = {
@@ -278,6 +344,8 @@ COMMANDS = {
     "compose": _compose,
     "animate": _animate,
     "train": _train,
+    "assemble": _assemble,
+    "push": _push,
 }
 
 

@@ -16,6 +16,8 @@ from diffusers import DiffusionPipeline
 
 from .anchor import crop_and_resize
 from .checks import check_at_least_one, check_generators, check_texts
+from .hub import load_pipeline
+from .loading import call_argument, nested_quantization
 
 
 CONFIG_NAME = "composer_config.json"
@@ -108,11 +110,11 @@ class AnchorComposer(torch.nn.Module):
                 f"{str(path)!r} is no composer: it has no {DiffusionPipeline.config_name}, and no {CONFIG_NAME} that names "
                 "a repository."
             )
-        pipeline = DiffusionPipeline.from_pretrained(
-            reference.get("repository", path),
-            dtype=dtype or torch_dtype,
-            revision=reference.get("revision"),
-            **kwargs,
+        arguments = {"dtype": dtype or torch_dtype, "device_map": call_argument("device_map")} | kwargs
+        if call_argument("quantization_config") is not None:
+            arguments["quantization_config"] = nested_quantization(folder.name)
+        pipeline = load_pipeline(
+            reference.get("repository", folder), reference.get("revision"), f"`{folder.name}`", **arguments
         )
         return cls(pipeline, reference=reference or None, **config)
 

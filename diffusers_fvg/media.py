@@ -1,4 +1,4 @@
-"""Videos and strips of frames on disk. The only module that knows about codecs and fonts.
+"""Videos and strips of frames on disk. The only module that knows about codecs and fonts, but for training data.
 
 Shape legend: F frames, H and W height and width in pixels, C colour channels.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from PIL import Image, ImageDraw, ImageFont
 
 
@@ -135,7 +135,9 @@ def read_video(path: str | Path) -> tuple[np.ndarray, float]:
     """
     with _opened(path) as container:
         stream = container.streams.video[0]
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+        # One for all frames: each would make one of its own.
+        reformatter = VideoReformatter()
+        frames = [reformatter.reformat(frame, format="rgb24").to_ndarray() for frame in container.decode(stream)]
         return np.stack(frames), float(stream.average_rate)
 
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
 from diffusers import AutoencoderKLWan, SchedulerMixin, WanPipeline
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import get_module_execution_device, randn_tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
@@ -22,46 +18,26 @@ from .anchor import (
     crop_and_resize,
     denormalize_latents,
     encode_anchor,
-    picture_tensor,
     resolve_anchors,
 )
-from .anchor_lora import ADAPTER_NAME, AnchorLora
-from .checks import (
-    check_at_least_one,
-    check_generators,
-    check_num_frames,
-    check_size,
-    check_texts,
-    pair_anchors,
-)
+from .anchor_lora import AnchorLora
+from .checks import check_size
 from .composer import AnchorComposer
+from .factorized_stages import FactorizedStages, Image, StepCallback
+from .hub import PIPELINE_SHIM
 from .lora import FactorizedVideoLoraLoaderMixin
 from .memory import decoder_bytes, free_bytes
 from .pipeline_output import FactorizedVideoPipelineOutput
-from .progress import StageProgress
 from .rewriter import FirstFrameRewriter
-from .schedules import WAN_PRESETS, SchedulerPreset, SchedulerPresets
+from .schedules import WAN_PRESETS, SchedulerPresets
 from .transformer_anchor import AnchorConditionedTransformer3D
 
 
-MODES = ("factorized", "direct")
 # Used where neither the call nor the repository says: Wan2.2-TI2V-5B's own size and length.
 WAN_CALL_DEFAULTS = {"height": 704, "width": 1280, "num_frames": 121, "frame_rate": 24, "max_sequence_length": 512}
 
-NO_REWRITER = (
-    "This pipeline has no `rewriter`, which writes the first-frame prompt: pass `first_frame_prompt=` or `image=`, use "
-    '`mode="direct"`, or load a rewriter.'
-)
-NO_COMPOSER = (
-    "This pipeline has no `composer`, which draws the anchor: pass `image=` or `anchors=`, use "
-    '`mode="direct"`, or load a composer.'
-)
 
-Image = PIL.Image.Image | np.ndarray | torch.Tensor
-StepCallback = Callable | PipelineCallback | MultiPipelineCallbacks
-
-
-class FactorizedVideoPipeline(FactorizedVideoLoraLoaderMixin, WanPipeline):
+class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, WanPipeline):
     r"""Text to video in three stages: an LLM describes the first frame, a text-to-image model draws it, a video model
     animates it. Each stage is a public method that returns plain data: [`rewrite`], [`compose`], [`animate`].
 
@@ -91,6 +67,9 @@ class FactorizedVideoPipeline(FactorizedVideoLoraLoaderMixin, WanPipeline):
 
     model_cpu_offload_seq = "rewriter->composer->text_encoder->transformer->transformer_2->vae"
     _optional_components = ["transformer_2", "rewriter", "composer", "anchor_lora", "schedulers"]
+    default_presets = WAN_PRESETS
+    default_call = WAN_CALL_DEFAULTS
+    pipeline_shim = PIPELINE_SHIM
 
     def __init__(
         self,
@@ -126,226 +105,42 @@ class FactorizedVideoPipeline(FactorizedVideoLoraLoaderMixin, WanPipeline):
             boundary_ratio=boundary_ratio,
             expand_timesteps=expand_timesteps,
         )
-        self.register_modules(rewriter=rewriter, composer=composer, anchor_lora=anchor_lora, schedulers=schedulers)
-        self.register_to_config(call_defaults=call_defaults)
-        if anchor_lora is not None:
-            for name, expert in experts.items():
-                if ADAPTER_NAME not in getattr(expert, "peft_config", {}):
-                    anchor_lora.load_into(expert, prefix=name)
-        self._progress: StageProgress | None = None
-        self._interrupt = False
+        self._add_stages(rewriter, composer, anchor_lora, schedulers, call_defaults)
 
-    # -- loading ------------------------------------------------------------------------------------------------------
-
-    def register_modules(self, **kwargs) -> None:
-        super().register_modules(**kwargs)
-        self._record_own_classes(kwargs)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in getattr(self, "_internal_dict", {}):
-            self._record_own_classes({name: value})
-
-    def _record_own_classes(self, components: dict[str, Any]) -> None:
-        # diffusers would record our module path, which makes a file's place a wire format and which a Hub download
-        # refuses. Our classes are attributes of diffusers (see `__init__.py`), so that name is recorded instead.
-        for name, component in components.items():
-            if type(component).__module__.split(".")[0] == __package__:
-                self.register_to_config(**{name: ("diffusers", type(component).__name__)})
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """Writes a bundled repository: every component with its weights, and a `pipeline.py` of one import.
-
-        With that file `DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)` works in a
-        process that has not imported this package. Arguments are those of [`~diffusers.DiffusionPipeline`].
-        """
-        os.makedirs(save_directory, exist_ok=True)
-        with open(os.path.join(save_directory, "pipeline.py"), "w") as file:
-            file.write(f"from {__package__} import {type(self).__name__}  # noqa: F401\n")
-        super().save_pretrained(save_directory, *args, **kwargs)
-
-    # -- what a call runs with ----------------------------------------------------------------------------------------
-
-    @property
-    def presets(self) -> SchedulerPresets:
-        """Presets of this pipeline, the default first."""
-        return self.schedulers if self.schedulers is not None else WAN_PRESETS
-
-    @property
-    def call_defaults(self) -> dict[str, Any]:
-        return WAN_CALL_DEFAULTS | (self.config.call_defaults or {})
-
-    def _default(self, name: str, value: Any) -> Any:
-        return self.call_defaults.get(name) if value is None else value
-
-    def _sampling(self, preset: str | None) -> SchedulerPreset | None:
-        """The preset of a call; `None` when `scheduler` is the user's own."""
-        return self.presets[preset] if preset is not None else self.presets.matching(self.scheduler)
-
-    @contextmanager
-    def _running(self, callback: Callable | None = None) -> Iterator[StageProgress]:
-        """Starts a run, or joins the one under way: `__call__` and a stage called by hand share their code."""
-        if self._progress is not None:
-            yield self._progress
-            return
-        self._progress = StageProgress(self, callback)
-        self._interrupt = False
-        try:
-            yield self._progress
-        finally:
-            self._progress.close()
-            self._progress = None
-            self.maybe_free_model_hooks()
-
-    @contextmanager
-    def _without_anchor_lora(self) -> Iterator[None]:
-        """Scales the anchor LoRA to zero: without an anchor the base model is what is asked for."""
-        scalings = [
-            module.scaling
-            for expert in (self.transformer, self.transformer_2)
-            if expert is not None
-            for module in expert.modules()
-            if ADAPTER_NAME in getattr(module, "scaling", {})
-        ]
-        values = [scaling[ADAPTER_NAME] for scaling in scalings]
-        for scaling in scalings:
-            scaling[ADAPTER_NAME] = 0.0
-        try:
-            yield
-        finally:
-            for scaling, value in zip(scalings, values):
-                scaling[ADAPTER_NAME] = value
-
-    # -- checks -------------------------------------------------------------------------------------------------------
+    # -- what FactorizedStages asks of a model ------------------------------------------------------------------------
 
     def _check_size(self, height: int, width: int) -> None:
         _, patch_height, patch_width = self.transformer.config.patch_size
         check_size("height", height, self.vae_scale_factor_spatial * patch_height)
         check_size("width", width, self.vae_scale_factor_spatial * patch_width)
 
-    def _video_inputs(self, prompts: list[str] | None, anchors, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Fills in the model's defaults and checks everything that stage 3 takes. Returns the arguments of [`animate`]."""
-        inputs = dict(inputs)
-        for name in ("height", "width", "num_frames", "max_sequence_length"):
-            inputs[name] = self._default(name, inputs[name])
-        if inputs["negative_prompt_embeds"] is None:
-            inputs["negative_prompt"] = self._default("negative_prompt", inputs["negative_prompt"])
-        callback = inputs["callback_on_step_end"]
-        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
-            inputs["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
-        height, width, num_frames = inputs["height"], inputs["width"], inputs["num_frames"]
+    def _frame_step(self) -> int:
+        return self.vae_scale_factor_temporal
 
-        self._check_size(height, width)
-        check_num_frames(num_frames, self.vae_scale_factor_temporal)
-        if prompts is not None:
-            check_texts("prompt", prompts)
-        # The stock checks: embeddings against prompts, tensor names of the callback, the second guidance scale.
+    def _check_stock_inputs(self, prompts: list[str] | None, inputs: dict[str, Any]) -> None:
+        # Embeddings against prompts, tensor names of the callback, the second guidance scale.
         self.check_inputs(
             prompts,
             inputs["negative_prompt"],
-            height,
-            width,
+            inputs["height"],
+            inputs["width"],
             inputs["prompt_embeds"],
             inputs["negative_prompt_embeds"],
             inputs["callback_on_step_end_tensor_inputs"],
             inputs["guidance_scale_2"],
         )
-        num_prompts = len(prompts) if prompts is not None else inputs["prompt_embeds"].shape[0]
-        negative_prompt = inputs["negative_prompt"]
-        if isinstance(negative_prompt, list) and len(negative_prompt) != num_prompts:
-            raise ValueError(
-                f"`negative_prompt` has {len(negative_prompt)} texts for {num_prompts} prompts; give one or {num_prompts}."
-            )
-        if isinstance(negative_prompt, str):
-            inputs["negative_prompt"] = [negative_prompt] * num_prompts
-        check_at_least_one("num_inference_steps", inputs["num_inference_steps"])
-        check_at_least_one("num_videos_per_prompt", inputs["num_videos_per_prompt"])
-        num_videos = num_prompts * inputs["num_videos_per_prompt"]
-        check_generators(inputs["generator"], num_videos, "videos")
-        self._sampling(inputs["preset"])
-        if inputs["latents"] is not None:
-            expected = (
-                num_videos,
-                self.transformer.config.in_channels,
-                (num_frames - 1) // self.vae_scale_factor_temporal + 1,
-                height // self.vae_scale_factor_spatial,
-                width // self.vae_scale_factor_spatial,
-            )
-            if tuple(inputs["latents"].shape) != expected:
-                raise ValueError(
-                    f"`latents` has shape {tuple(inputs['latents'].shape)}, but this call needs {expected}."
-                )
-        if anchors is not None:
-            anchors = pair_anchors(anchors, num_prompts, inputs["num_videos_per_prompt"])
-            for video_anchors in anchors:
-                for _, anchor in resolve_anchors(video_anchors, num_frames, self.vae_scale_factor_temporal):
-                    picture_tensor(anchor.image)
-        return {"prompts": prompts, "anchors": anchors, **inputs}
 
-    # -- stages 1 and 2 -----------------------------------------------------------------------------------------------
+    def _check_anchors(self, anchors: list[Anchor], num_frames: int) -> None:
+        resolve_anchors(anchors, num_frames, self.vae_scale_factor_temporal)
 
-    @torch.no_grad()
-    def rewrite(self, prompts: str | list[str], max_new_tokens: int | None = None) -> list[str]:
-        """Stage 1: writes a caption of the first frame for each prompt.
-
-        Args:
-            prompts (`str` or `list[str]`): what should happen in the videos.
-            max_new_tokens (`int`, *optional*): limit of the answer; the rewriter's own when left out.
-
-        Returns:
-            `list[str]`: one caption per prompt.
-        """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        check_texts("prompts", prompts)
-        if self.rewriter is None:
-            raise ValueError(NO_REWRITER)
-        with self._running() as progress, progress.stage("rewrite") as report:
-            return self.rewriter.rewrite(
-                list(prompts), max_new_tokens=max_new_tokens, on_progress=report, should_stop=lambda: self.interrupt
-            )
-
-    @torch.no_grad()
-    def compose(
-        self,
-        first_frame_prompts: str | list[str],
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        negative_prompt: str | list[str] | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-    ) -> list[PIL.Image.Image]:
-        """Stage 2: draws the anchor image of each caption.
-
-        Args:
-            first_frame_prompts (`str` or `list[str]`): captions of first frames.
-            height, width (`int`, *optional*): pixels of the video.
-            num_inference_steps, guidance_scale, negative_prompt (*optional*): of the text-to-image pipeline; its own
-                values when left out.
-            generator (`torch.Generator` or one per caption, *optional*): for reproducible pictures.
-
-        Returns:
-            `list[PIL.Image.Image]`: one picture of `height` x `width` per caption.
-        """
-        captions = [first_frame_prompts] if isinstance(first_frame_prompts, str) else first_frame_prompts
-        height, width = self._default("height", height), self._default("width", width)
-        check_texts("first_frame_prompts", captions)
-        self._check_size(height, width)
-        check_generators(generator, len(captions), "captions")
-        if self.composer is None:
-            raise ValueError(NO_COMPOSER)
-        with self._running() as progress, progress.stage("compose") as report:
-            return self.composer.compose(
-                list(captions),
-                height=height,
-                width=width,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                negative_prompt=negative_prompt,
-                generator=generator,
-                on_progress=report,
-                should_stop=lambda: self.interrupt,
-            )
+    def _latents_shape(self, num_videos: int, inputs: dict[str, Any]) -> tuple[int, ...]:
+        return (
+            num_videos,
+            self.transformer.config.in_channels,
+            (inputs["num_frames"] - 1) // self.vae_scale_factor_temporal + 1,
+            inputs["height"] // self.vae_scale_factor_spatial,
+            inputs["width"] // self.vae_scale_factor_spatial,
+        )
 
     # -- stage 3 ------------------------------------------------------------------------------------------------------
 
@@ -462,6 +257,8 @@ class FactorizedVideoPipeline(FactorizedVideoLoraLoaderMixin, WanPipeline):
         max_sequence_length: int,
         preset: str | None,
     ):
+        if self.safety_checker is not None and anchors is not None:
+            self._check_safety(anchors, num_videos_per_prompt)
         sampling = self._sampling(preset)
         if guidance_scale is None:
             guidance_scale = 5.0 if sampling is None else sampling.guidance_scale
@@ -476,7 +273,7 @@ class FactorizedVideoPipeline(FactorizedVideoLoraLoaderMixin, WanPipeline):
 
             # 1. Encode prompts, then draw noise, then encode anchors: a seed means the same clip with and without them
             with progress.stage("encode"):
-                prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+                embeds = self.encode_prompt(
                     prompts,
                     negative_prompt=negative_prompt,
                     do_classifier_free_guidance=self.do_classifier_free_guidance,
@@ -486,12 +283,15 @@ class FactorizedVideoPipeline(FactorizedVideoLoraLoaderMixin, WanPipeline):
                     max_sequence_length=max_sequence_length,
                     device=device,
                 )
-                prompt_embeds = prompt_embeds.to(dtype)
-                if negative_prompt_embeds is not None:
-                    negative_prompt_embeds = negative_prompt_embeds.to(dtype)
-                batch_size = len(prompts) * num_videos_per_prompt if prompts is not None else prompt_embeds.shape[0]
+                # Texts come back once per video, given embeddings as they are.
+                prompt_embeds, negative_prompt_embeds = (
+                    made
+                    if made is None
+                    else made.to(device, dtype).repeat_interleave(num_videos_per_prompt if given else 1, dim=0)
+                    for made, given in zip(embeds, (prompt_embeds is not None, negative_prompt_embeds is not None))
+                )
                 latents = self.prepare_latents(
-                    batch_size,
+                    prompt_embeds.shape[0],
                     self.transformer.config.in_channels,
                     height,
                     width,
@@ -665,105 +465,40 @@ class FactorizedVideoPipeline(FactorizedVideoLoraLoaderMixin, WanPipeline):
         Raises:
             `ValueError`: bad input, before any model runs.
         """
-        # 1. Check inputs
-        if mode not in MODES:
-            raise ValueError(f"Unknown mode {mode!r}; use one of {MODES}.")
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        captions = [first_frame_prompt] if isinstance(first_frame_prompt, str) else first_frame_prompt
-        if prompts is None and prompt_embeds is None:
-            raise ValueError("Provide `prompt` or `prompt_embeds`: the video model follows it in every mode.")
-        num_prompts = len(prompts) if prompts is not None else prompt_embeds.shape[0]
-        first_frames = {"first_frame_prompt": captions, "image": image, "anchors": anchors}
-        given = [name for name, value in first_frames.items() if value is not None]
-        if mode == "direct" and given:
-            raise ValueError(
-                f'`mode="direct"` uses no first frame, but `{given[0]}` was given; leave one of them out.'
-            )
-        if len(given) > 1:
-            raise ValueError(f"Only one of `first_frame_prompt`, `image` and `anchors` can be used, but got {given}.")
-        if image is not None:
-            pictures = list(image) if isinstance(image, (list, tuple)) else [image] * num_prompts
-            if len(pictures) != num_prompts:
-                raise ValueError(
-                    f"`image` has {len(pictures)} pictures for {num_prompts} prompts; give one or {num_prompts}."
-                )
-            anchors = [[Anchor(picture)] for picture in pictures]
-        compose = mode == "factorized" and anchors is None
-        if compose:
-            self._check_stages(prompts, captions, num_prompts)
-        inputs = self._video_inputs(
-            prompts,
-            anchors,
-            {
-                "negative_prompt": negative_prompt,
-                "height": height,
-                "width": width,
-                "num_frames": num_frames,
-                "num_inference_steps": num_inference_steps,
-                "guidance_scale": guidance_scale,
-                "guidance_scale_2": guidance_scale_2,
-                "num_videos_per_prompt": num_videos_per_prompt,
-                "generator": generator,
-                "latents": latents,
-                "prompt_embeds": prompt_embeds,
-                "negative_prompt_embeds": negative_prompt_embeds,
-                "output_type": output_type,
-                "attention_kwargs": attention_kwargs,
-                "callback_on_step_end": callback_on_step_end,
-                "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
-                "max_sequence_length": max_sequence_length,
-                "preset": preset,
-            },
+        inputs = {
+            "negative_prompt": negative_prompt,
+            "height": height,
+            "width": width,
+            "num_frames": num_frames,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "guidance_scale_2": guidance_scale_2,
+            "num_videos_per_prompt": num_videos_per_prompt,
+            "generator": generator,
+            "latents": latents,
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "output_type": output_type,
+            "attention_kwargs": attention_kwargs,
+            "callback_on_step_end": callback_on_step_end,
+            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+            "max_sequence_length": max_sequence_length,
+            "preset": preset,
+        }
+        return self._generate(
+            prompt,
+            inputs,
+            mode=mode,
+            first_frame_prompt=first_frame_prompt,
+            image=image,
+            anchors=anchors,
+            rewriter_max_new_tokens=rewriter_max_new_tokens,
+            composer_num_inference_steps=composer_num_inference_steps,
+            composer_guidance_scale=composer_guidance_scale,
+            composer_negative_prompt=composer_negative_prompt,
+            callback_on_stage_step=callback_on_stage_step,
+            return_dict=return_dict,
         )
-
-        # 2. Settle the seeds
-        num_videos = num_prompts * num_videos_per_prompt
-        if generator is None:
-            generator = [torch.Generator().manual_seed(_draw_seed()) for _ in range(num_videos)]
-            inputs["generator"] = generator
-        generators = generator if isinstance(generator, list) else [generator] * num_videos
-        seeds = [{"video": item.initial_seed()} for item in generators]
-
-        images = None
-        with self._running(callback_on_stage_step) as progress:
-            # 3. Stages 1 and 2
-            if compose:
-                if captions is None:
-                    captions = self.rewrite(prompts, max_new_tokens=rewriter_max_new_tokens)
-                if not self.interrupt:
-                    for seed, anchor_seed in zip(seeds, _anchor_seeds(generator, num_videos)):
-                        seed["anchor"] = anchor_seed
-                    images = self.compose(
-                        [caption for caption in captions for _ in range(num_videos_per_prompt)],
-                        inputs["height"],
-                        inputs["width"],
-                        num_inference_steps=composer_num_inference_steps,
-                        guidance_scale=composer_guidance_scale,
-                        negative_prompt=composer_negative_prompt,
-                        generator=[torch.Generator().manual_seed(seed["anchor"]) for seed in seeds],
-                    )
-                    inputs["anchors"] = [[Anchor(picture)] for picture in images]
-
-            # 4. Stage 3
-            frames = [] if self.interrupt else self._animate(**inputs)
-
-        output = FactorizedVideoPipelineOutput(
-            frames=frames, first_frame_prompts=captions, anchor_images=images, seeds=seeds, timings=progress.timings
-        )
-        return output if return_dict else tuple(getattr(output, name) for name in output.__dataclass_fields__)
-
-    def _check_stages(self, prompts: list[str] | None, captions: list[str] | None, num_prompts: int) -> None:
-        """Stages 1 and 2 can run: their models are there, and there is one caption or prompt for each video prompt."""
-        if captions is None and prompts is None:
-            raise ValueError("`prompt_embeds` cannot be rewritten: pass `prompt`, `first_frame_prompt` or `image`.")
-        if captions is None and self.rewriter is None:
-            raise ValueError(NO_REWRITER)
-        if self.composer is None:
-            raise ValueError(NO_COMPOSER)
-        if captions is not None:
-            check_texts("first_frame_prompt", captions)
-            if len(captions) != num_prompts:
-                raise ValueError(f"`first_frame_prompt` has {len(captions)} texts for {num_prompts} prompts.")
 
 
 def _sigmas(scheduler) -> list[float]:
@@ -772,15 +507,3 @@ def _sigmas(scheduler) -> list[float]:
     if sigmas is None:
         sigmas = [*(scheduler.timesteps / scheduler.config.num_train_timesteps), 0.0]
     return [float(sigma) for sigma in sigmas]
-
-
-def _draw_seed(generator: torch.Generator | None = None) -> int:
-    return int(torch.randint(2**31, (1,), generator=generator, device=generator.device if generator else None))
-
-
-def _anchor_seeds(generator: torch.Generator | list[torch.Generator], num_videos: int) -> list[int]:
-    """Seeds for the anchors from copies of the generators, whose own state stays for the video's noise."""
-    if isinstance(generator, list):
-        return [_draw_seed(item.clone_state()) for item in generator]
-    copy = generator.clone_state()
-    return [_draw_seed(copy) for _ in range(num_videos)]

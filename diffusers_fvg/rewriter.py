@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ from transformers import (
 )
 
 from .checks import check_at_least_one, check_texts
+from .hub import component_files, fetch
+from .loading import call_argument, hub_arguments
 from .rewriter_prompts import (
     EXAMPLES,
     INSTRUCTION,
@@ -35,6 +38,7 @@ from .rewriter_prompts import (
     parse_answer,
     without_system_role,
 )
+from .safety import check_folder, safetensors_only
 
 
 logger = logging.get_logger(__name__)
@@ -124,6 +128,7 @@ class FirstFrameRewriter(torch.nn.Module):
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
         quantization_config=None,
+        trust_remote_code: bool = False,
     ) -> FirstFrameRewriter:
         """Loads a rewriter from its folder, or makes one of a chat model's repository on the Hub.
 
@@ -136,9 +141,12 @@ class FirstFrameRewriter(torch.nn.Module):
             revision, gguf_file (`str`, *optional*): of the Hub repository that `path` is; a folder names its own.
             token, cache_dir, local_files_only (*optional*): for the Hub, whether `path` or the folder names the repository.
             quantization_config (*optional*): of transformers.
+            trust_remote_code (`bool`): run the code that a model brings with it. A pipeline that loads its rewriter never
+                does; pass it the rewriter.
 
         Raises:
-            `ValueError`: a folder without a valid `rewriter_config.json`.
+            `ValueError`: a folder without a valid `rewriter_config.json`, weights that are a pickle, or a model with code of
+                its own that is not trusted.
             `OSError`: the model is not where it should be.
         """
         if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
@@ -157,17 +165,29 @@ class FirstFrameRewriter(torch.nn.Module):
             return cls(endpoint=ChatEndpoint(url, model, key), **config)
         reference = {key: config.pop(key, None) for key in ("model", "revision", "gguf_file")}
         reference = {key: value for key, value in reference.items() if value is not None}
-        hub = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
+        source = {"gguf_file": reference["gguf_file"]} if "gguf_file" in reference else {}
+        model_path, tokenizer_path = folder / "model", folder / "tokenizer"
         if reference:
-            source = {key: value for key, value in reference.items() if key != "model"} | hub
-            model_path = tokenizer_path = reference["model"]
-        else:
-            source, model_path, tokenizer_path = {}, folder / "model", folder / "tokenizer"
+            hub = hub_arguments(cache_dir=cache_dir, local_files_only=local_files_only or None, token=token)
+            model_path = tokenizer_path = fetch(
+                reference["model"], reference.get("revision"), partial(_chat_files, **source), "The rewriter", **hub
+            )[0]
+        check_folder(model_path)
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                model_path, dtype=dtype or torch_dtype or "auto", quantization_config=quantization_config, **source
-            )
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, **source)
+            with safetensors_only(model_path):
+                model = AutoModelForCausalLM.from_pretrained(
+                    model_path,
+                    dtype=dtype or torch_dtype or "auto",
+                    quantization_config=quantization_config,
+                    device_map=call_argument("device_map"),
+                    use_safetensors=True,
+                    trust_remote_code=trust_remote_code,
+                    **source,
+                )
+                # Without a value transformers would ask at the terminal.
+                tokenizer = AutoTokenizer.from_pretrained(
+                    tokenizer_path, trust_remote_code=trust_remote_code, **source
+                )
         except OSError as error:
             # transformers does not always say what it was looking for, and a user of the pipeline never named it.
             raise OSError(f"The rewriter's model {str(model_path)!r} cannot be loaded: {error}") from error
@@ -426,7 +446,7 @@ class ChatEndpoint:
             problem = f"{type(error).__name__}: {error}"
         else:
             if isinstance(content, str):
-                return content
+                return content if key is None else content.replace(key, "***")
             problem = "the message has no text"
         # Some servers repeat the key that they refuse. Raised outside of `except`: the cause would show it too.
         problem = problem if key is None else problem.replace(key, "***")
@@ -458,6 +478,14 @@ def _has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
         return "probe" in tokenizer.apply_chat_template(chat, tokenize=False)
     except TemplateError:
         return False
+
+
+def _chat_files(names: list[str], gguf_file: str | None = None) -> list[str]:
+    """Of a repository's files those of its chat model and tokenizer."""
+    if gguf_file is not None and gguf_file not in names:
+        raise ValueError(f"no {gguf_file!r}; there are {sorted(name for name in names if name.endswith('.gguf'))}")
+    weights = [gguf_file] if gguf_file is not None else component_files(names)
+    return sorted({*weights, *component_files(names, weights=False)})
 
 
 def _read_config(path: Path) -> dict:

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .safety import check_name
+
 
 def add_noise(clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """`(1 - sigma) * clean + sigma * noise`; `sigma` in [0, 1] broadcasts against the latents."""
@@ -74,6 +76,7 @@ class SchedulerPreset:
     source: str = ""
 
     def __post_init__(self) -> None:
+        check_name(self.name, "A preset")
         object.__setattr__(self, "sigmas", tuple(self.sigmas))
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
         falling = all(a > b for a, b in zip(self.sigmas, self.sigmas[1:]))
@@ -86,7 +89,11 @@ class SchedulerPreset:
 
     def make_scheduler(self, num_inference_steps: int | None = None, device: torch.device | str | None = None):
         """A fresh scheduler of the preset's class and config, its timesteps set from the preset's sigmas."""
-        scheduler = getattr(importlib.import_module("diffusers"), self.scheduler_class)(**self.scheduler_config)
+        diffusers = importlib.import_module("diffusers")
+        scheduler_class = getattr(diffusers, self.scheduler_class, None)
+        if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, diffusers.SchedulerMixin):
+            raise ValueError(f"Preset {self.name!r}: {self.scheduler_class!r} is no scheduler class of diffusers.")
+        scheduler = scheduler_class(**self.scheduler_config)
         # An array: UniPC multiplies what it is given.
         sigmas = np.array(self.steps(num_inference_steps))
         scheduler.set_timesteps(num_inference_steps=len(sigmas), sigmas=sigmas, device=device)
@@ -173,7 +180,12 @@ class SchedulerPresets(Mapping):
             config = json.loads(path.read_text())
             values, scheduler_class = config.pop("_preset"), config.pop("_class_name")
             order = values.pop("order")
-            found.append((order, SchedulerPreset(scheduler_class=scheduler_class, scheduler_config=config, **values)))
+            if values["name"] != path.parent.name:
+                raise ValueError(f"{path} calls its preset {values['name']!r}; rename the folder or the preset.")
+            kind = SchedulerPreset
+            if "sigmas" not in values:
+                from .schedules_cogvideox import TimestepPreset as kind
+            found.append((order, kind(scheduler_class=scheduler_class, scheduler_config=config, **values)))
         if not found:
             raise ValueError(f"No `<preset>/scheduler_config.json` in {pretrained_model_name_or_path}.")
         return cls.of(*(preset for _, preset in sorted(found, key=lambda item: item[0])))

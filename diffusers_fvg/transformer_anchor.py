@@ -6,11 +6,9 @@ frame: (B, frames, 6, D) is 2 MB at the width of Wan2.2-5B and 31 latent frames,
 """
 
 import functools
-import os
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from diffusers import WanTransformer3DModel
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models._modeling_parallel import ContextParallelInput
@@ -26,6 +24,7 @@ from diffusers.utils import apply_lora_scale
 from torch import nn
 
 from .kernels import gated_residual, modulated_layer_norm, rms_norm_rope
+from .stock_weights import StockWeights
 
 
 class AnchorConditionedAttnProcessor(WanAttnProcessor):
@@ -134,7 +133,7 @@ class RowIndex(nn.Module):
         return torch.arange(num_rows, device=device).repeat_interleave(num_tokens // num_rows)
 
 
-class AnchorConditionedTransformer3D(WanTransformer3DModel):
+class AnchorConditionedTransformer3D(StockWeights, WanTransformer3DModel):
     """Wan video transformer with one time per latent frame.
 
     Configuration and state dict are those of [`WanTransformer3DModel`], so Wan checkpoints and Wan LoRAs load into it and
@@ -143,6 +142,7 @@ class AnchorConditionedTransformer3D(WanTransformer3DModel):
     (load with `from_pretrained(..., dtype=torch.bfloat16)`; `.to(torch.bfloat16)` casts those weights too).
     """
 
+    stock_class = WanTransformer3DModel
     _no_split_modules = ["AnchorConditionedTransformerBlock"]
     _repeated_blocks = ["AnchorConditionedTransformerBlock"]
     # time_proj is added to the stock list: its output is the modulation.
@@ -163,66 +163,6 @@ class AnchorConditionedTransformer3D(WanTransformer3DModel):
             block.__class__ = AnchorConditionedTransformerBlock
             block.attn1.set_processor(AnchorConditionedAttnProcessor())
         self.row_index = RowIndex()
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs
-    ) -> "AnchorConditionedTransformer3D":
-        """Loads the model; arguments are those of [`~diffusers.ModelMixin.from_pretrained`].
-
-        Raises:
-            `ValueError`: a pipeline's folder: diffusers passes it on where the component's own folder is missing.
-        """
-        if "subfolder" not in kwargs and os.path.isfile(
-            os.path.join(pretrained_model_name_or_path, "model_index.json")
-        ):
-            raise ValueError(
-                f"{pretrained_model_name_or_path} is a pipeline whose `transformer` folder is missing; download or copy it "
-                "again, or name the model's own folder."
-            )
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-
-    @classmethod
-    def from_stock(cls, transformer: WanTransformer3DModel) -> "AnchorConditionedTransformer3D":
-        """The same model as this class, sharing its weights: no copy is made. One of this class is returned as it is.
-
-        Raises:
-            `ValueError`: anything but a [`WanTransformer3DModel`], or one with adapters (load them afterwards).
-        """
-        if isinstance(transformer, cls):
-            return transformer
-        if not isinstance(transformer, WanTransformer3DModel):
-            raise ValueError(f"`transformer` must be a WanTransformer3DModel, but is a {type(transformer).__name__}.")
-        if getattr(transformer, "peft_config", None):
-            raise ValueError(
-                f"The WanTransformer3DModel has adapters {sorted(transformer.peft_config)}; load them after the pipeline is made."
-            )
-        return cls._sharing(transformer.config, transformer.state_dict())
-
-    @classmethod
-    def _sharing(cls, config: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> "AnchorConditionedTransformer3D":
-        with init_empty_weights(include_buffers=False):
-            model = cls.from_config(config)
-        model.load_state_dict(state_dict, assign=True)
-        return model.eval()
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """Saves the base weights in the stock format. Adapters are left out: they are files of their own.
-
-        Arguments are those of [`~diffusers.ModelMixin.save_pretrained`].
-        """
-        if not getattr(self, "peft_config", None):
-            super().save_pretrained(save_directory, *args, **kwargs)
-            return
-        base = {
-            name.replace(".base_layer.", "."): tensor
-            for name, tensor in self.state_dict().items()
-            if ".lora_" not in name
-        }
-        # Deltas of norms and modulation tables act on the weights themselves.
-        if hasattr(self, "parameter_deltas"):
-            base |= self.parameter_deltas.originals
-        self._sharing(self.config, base).save_pretrained(save_directory, *args, **kwargs)
 
     @apply_lora_scale("attention_kwargs")
     def forward(

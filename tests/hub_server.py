@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -79,6 +80,8 @@ class HubServer:
         users (`dict[str, str]`, *optional*): token to namespace; a token reads and writes its namespace alone.
 
     `requests` lists "METHOD /path" of every request, `downloads` (repository, file, had a token) of every file sent.
+    After `uploads_left` large files, if it is set, it takes no more. `damage` has a function of the content for files, by
+    their path in the repository, that are to arrive with another one.
     """
 
     def __init__(self, folder: Path, users: dict[str, str] | None = None):
@@ -89,6 +92,8 @@ class HubServer:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[str] = []
         self.downloads: list[tuple[str, str, bool]] = []
+        self.uploads_left: int | None = None
+        self.damage: dict[str, Callable[[bytes], bytes]] = {}
         self.lock = threading.Lock()
 
     def __enter__(self) -> "HubServer":
@@ -110,6 +115,16 @@ class HubServer:
         """What a repository holds, read from the store itself."""
         repository = self.repositories[repo]
         return set(repository.commits[self._sha(repository, revision)])
+
+    def add(self, repo: str, folder: Path, private: bool = False) -> str:
+        """Commits the files of a folder to `main` without a client; returns the commit."""
+        repository = self.repositories.setdefault(repo, Repository(private))
+        paths = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+        files = {
+            path.relative_to(folder).as_posix(): self._store(path.read_bytes(), path.name.endswith(LFS_SUFFIXES))
+            for path in paths
+        }
+        return repository.commit("refs/heads/main", files)
 
     def downloaded(self, repo: str) -> set[str]:
         return {path for name, path, _ in self.downloads if name == repo}
@@ -238,6 +253,9 @@ class HubServer:
         return 200, {"transfer": "basic", "objects": objects}, {}
 
     def lfs_upload(self, request):
+        if self.uploads_left == 0:
+            raise HubError(400, "the upload was interrupted")
+        self.uploads_left = self.uploads_left and self.uploads_left - 1
         if hashlib.sha256(request.body).hexdigest() != request.args["sha256"]:
             raise HubError(400, "the content does not match its sha256")
         self._store(request.body, lfs=True)
@@ -249,8 +267,12 @@ class HubServer:
     def commit(self, request):
         repository, files = self._repo(request, write=True), dict(self._tree(request, write=True))
         ref = self._ref(repository, request.args["revision"])
-        if ref is None or not ref.startswith("refs/heads/") or "create_pr" in request.query:
-            raise HubError(400, f"commits go to a branch, not to {request.args['revision']} or a pull request")
+        if ref is None or not ref.startswith("refs/heads/"):
+            raise HubError(400, f"commits go to a branch, not to {request.args['revision']}")
+        pull_request = None
+        if "create_pr" in request.query:
+            number = 1 + sum(name.startswith("refs/pr/") for name in repository.refs)
+            ref, pull_request = f"refs/pr/{number}", f"{self.endpoint}/{request.args['repo']}/discussions/{number}"
         for line in request.body.splitlines():
             key, value = (entry := json.loads(line))["key"], entry["value"]
             if key == "file":
@@ -263,7 +285,8 @@ class HubServer:
                 files = {path: f for path, f in files.items() if not path.startswith(value["path"].rstrip("/") + "/")}
         sha = repository.commit(ref, files)
         url = f"{self.endpoint}/{request.args['repo']}/commit/{sha}"
-        return 200, {"success": True, "commitUrl": url, "commitOid": sha, "hookOutput": ""}, {}
+        answer = {"success": True, "commitUrl": url, "commitOid": sha, "hookOutput": ""}
+        return 200, answer | ({"pullRequestUrl": pull_request} if pull_request else {}), {}
 
     def resolve(self, request):
         repository, path = self._repo(request), request.args["path"]
@@ -283,6 +306,7 @@ class HubServer:
         if request.command == "GET":
             has_token = "Authorization" in request.headers
             self.downloads.append((request.args["repo"], request.args["path"], has_token))
+            data = self.damage.get(request.args["path"], bytes)(data)
         if match := re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", "")):
             start, end = int(match[1]), min(int(match[2] or len(data) - 1), len(data) - 1)
             headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 
+import PIL.Image
 import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
@@ -12,9 +13,12 @@ from diffusers.utils.logging import get_logger
 from huggingface_hub import HfApi
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
-from tiny import tiny_transformer
+from tiny import tiny_pipeline, tiny_transformer
+from torch._dynamo.testing import CompileCounter
 
-from diffusers_fvg.lora import FactorizedVideoLoraLoaderMixin, LoraReport, load_lora, module_names
+from diffusers_fvg.anchor_lora import AnchorLora
+from diffusers_fvg.lora import FactorizedVideoLoraLoaderMixin, LoraReport, load_lora
+from diffusers_fvg.lora_formats import module_names
 
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
@@ -55,7 +59,7 @@ DELTAS = {
     "scale_shift_table": "head.diff_m",
 }
 # Those that PEFT has no layer for.
-IN_PARAMETERS = [name for name in DELTAS if "norm" in name or "table" in name]
+IN_PARAMETERS = [name for name in DELTAS if "norm" in name or "table" in name or name.endswith(".bias")]
 
 
 class Pipeline(FactorizedVideoLoraLoaderMixin, WanPipeline):
@@ -587,8 +591,8 @@ def test_half_dropped_file_is_reported(warnings):
         "diffusion_model.blocks.7.self_attn.q.lora_B.weight": "no such module",
         "diffusion_model.blocks.0.norm1.diff": "FP32LayerNorm",
         "diffusion_model.blocks.0.self_attn.q.diff": "beside a low-rank one",
-        "diffusion_model.blocks.0.self_attn.k.diff_m": "without modulation",
-        "diffusion_model.blocks.0.self_attn.k.diff_b": "(25,) is not the bias's (24,)",
+        "diffusion_model.blocks.0.self_attn.k.diff_m": "nothing that a `diff_m` could change",
+        "diffusion_model.blocks.0.self_attn.k.diff_b": "(25,) is not the parameter's (24,)",
         "step": "no known form",
     }
     transformer = tiny_transformer(anchored=True)
@@ -665,6 +669,97 @@ def test_repository_with_two_files_and_offline(hub, monkeypatch, tmp_path):
         pipe.load_lora_weights("org/pair", subfolder="v1", local_files_only=offline)
         check_experts(pipe, pairs, pairs_2)
     assert hub.downloaded("org/pair") == {"v1/high_noise_model.safetensors", "v1/low_noise_model.safetensors"}
+
+
+# -- the same video -----------------------------------------------------------------------------------------------------
+
+
+def as_full_deltas(pairs, scale=SCALE):
+    return {f"diffusion_model.{LAYERS[layer]}.diff": b @ a * scale for layer, (a, b) in pairs.items()}
+
+
+def split(write):
+    """A pair of files, one for each expert."""
+    return lambda pairs, pairs_2: (write(pairs), write(pairs_2))
+
+
+# One expert, and two from one file or from two: each made from the same adapter.
+VIDEO_TABLE = {(1, name): write for name, write in (FORMATS | {"lightx2v full": as_full_deltas}).items()}
+VIDEO_TABLE |= {
+    (2, f"{name}, one file"): lambda pairs, pairs_2, high=high, low=low: high(pairs) | low(pairs_2)
+    for name, (high, low) in EXPERT_FORMATS.items()
+}
+TWO_FILES = ("diffusers", "peft", "diffsynth", "comfyui with alpha", "musubi", "lightx2v")
+VIDEO_TABLE |= {(2, f"{name}, two files"): split(FORMATS[name]) for name in TWO_FILES}
+
+
+def video(pipe):
+    """Latents, and frames in [0, 1], of both experts where there are two."""
+    generator = torch.Generator().manual_seed(0)
+    size = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16, "num_inference_steps": 2}
+    picture = PIL.Image.new("RGB", (32, 32), "red")
+    call = {"image": picture, "generator": generator, "guidance_scale": 1, "output_type": "latent"}
+    latents = pipe("a red circle", **call, **size).frames
+    return latents, pipe.decode(latents, "pt")
+
+
+@pytest.fixture(scope="module")
+def native_videos():
+    """Pipelines of one and two experts, and the video of each with its adapters loaded by stock diffusers."""
+    videos = {}
+    for experts in (1, 2):
+        second = tiny_transformer(anchored=True, seed=1) if experts == 2 else None
+        pipe = tiny_pipeline(rewriter=None, composer=None, transformer_2=second, boundary_ratio=0.9)
+        pipe.set_progress_bar_config(disable=True)
+        base = expected = video(pipe)
+        for seed, name in enumerate(["transformer", "transformer_2"][:experts]):
+            tensors = DIFFUSERS(make_pairs(seed))
+            getattr(pipe, name).load_lora_adapter(tensors, prefix="transformer", adapter_name="native")
+            before, expected = expected, video(pipe)
+            assert (expected[0] - before[0]).abs().max() > 0.1, name
+        videos[experts] = pipe, expected
+        pipe.unload_lora_weights()
+        assert torch.equal(video(pipe)[0], base[0])
+    return videos
+
+
+@pytest.mark.parametrize(("experts", "name"), VIDEO_TABLE)
+def test_every_format_gives_the_video_of_the_native_one(native_videos, experts, name):
+    pipe, expected = native_videos[experts]
+    report = pipe.load_lora_weights(VIDEO_TABLE[experts, name](*(make_pairs(seed) for seed in range(experts))))
+    loaded = video(pipe)
+    pipe.unload_lora_weights()
+    assert report.unmatched == {} and len(report.adapters) == experts
+    torch.testing.assert_close(loaded, expected, **TOLERANCE)
+
+
+# -- the anchor LoRA as a component -------------------------------------------------------------------------------------
+
+
+def test_the_anchor_lora_honours_alpha():
+    pairs = make_pairs()
+    halves = {f"{layer}.lora_{x}.weight": pair[i] for layer, pair in pairs.items() for i, x in enumerate("AB")}
+    tensors = {f"transformer.{key}": tensor for key, tensor in halves.items()}
+    config = {"transformer.r": RANK, "transformer.lora_alpha": ALPHA}
+    loras = {
+        "header": AnchorLora(tensors, {"lora_adapter_metadata": json.dumps(config)}),
+        "tensors": AnchorLora(FORMATS["diffusers with alpha"](pairs)),
+        "none": AnchorLora(DIFFUSERS(pairs), {"format": "pt"}),
+    }
+    for name, lora in loras.items():
+        transformer = tiny_transformer(anchored=True)
+        lora.load_into(transformer, "transformer")
+        torch.testing.assert_close(run(transformer), run(merged((pairs, SCALE))), **TOLERANCE, msg=name)
+
+    # Of two experts each takes its own, in any order.
+    both = AnchorLora(tensors | {f"transformer_2.{key}": 2 * tensor for key, tensor in halves.items()})
+    second = tiny_transformer(anchored=True, seed=1)
+    both.load_into(second, "transformer_2")
+    torch.testing.assert_close(run(second), run(merged((pairs, 4), seed=1)), **TOLERANCE)
+
+    unfit = AnchorLora(tensors | {"transformer.blocks.9.attn1.to_q.lora_A.weight": torch.ones(1, 24)})
+    with pytest.raises(ValueError, match="blocks.9.*no such module"):
+        unfit.load_into(tiny_transformer(anchored=True), "transformer")
 
 
 # -- several adapters, state ------------------------------------------------------------------------------------------
@@ -784,7 +879,7 @@ def test_sequential_offload_works_or_says_why_not(accelerator):
     pairs, deltas = make_pairs(), make_deltas()
     pipe = make_pipeline()
     pipe.enable_sequential_cpu_offload()
-    with pytest.raises(ValueError, match="norms or modulation.*before `enable_sequential_cpu_offload"):
+    with pytest.raises(ValueError, match="norms, biases or modulation.*before `enable_sequential_cpu_offload"):
         pipe.load_lora_weights(lightx2v(pairs, deltas), "fast")
     with pytest.raises(ValueError, match="pass the pipeline"):
         load_lora(pipe.transformer, DIFFUSERS(pairs))
@@ -815,6 +910,22 @@ def test_load_into_a_compiled_model():
     run(wrapped)
     load_lora(wrapped, lightx2v(pairs, deltas))
     torch.testing.assert_close(run(wrapped), run(merged((pairs, SCALE), (deltas, 1))), **TOLERANCE)
+
+
+def test_compiling_is_not_repeated_for_steps_and_hotswaps():
+    counter = CompileCounter()
+    transformer = tiny_transformer(anchored=True)
+    transformer.compile_repeated_blocks(backend=counter)
+    load_lora(transformer, lightx2v(make_pairs(), make_deltas()), "a")
+    run(transformer)
+    compiled = counter.frame_count
+    assert compiled > 0
+    for seed in (1, 2):
+        pairs, deltas = make_pairs(seed), make_deltas(seed)
+        load_lora(transformer, lightx2v(pairs, deltas), "a", hotswap=True)
+        for _ in range(2):
+            torch.testing.assert_close(run(transformer), run(merged((pairs, SCALE), (deltas, 1))), **TOLERANCE)
+    assert counter.frame_count == compiled
 
 
 def test_bfloat16_model_keeps_its_types_and_comes_back_exactly():

@@ -486,3 +486,14 @@ def test_stock_arguments_keep_their_names_and_order():
     stock = list(inspect.signature(WanPipeline.__call__).parameters)
     ours = list(inspect.signature(FactorizedVideoPipeline.__call__).parameters)
     assert ours[: len(stock)] == stock
+
+
+def test_given_embeddings_make_as_many_videos_as_the_text(pipe):
+    prompts, call = ["a red ball", "a blue cube"], {**SIZE, "num_inference_steps": 2, "guidance_scale": 3.0}
+    by_text = pipe(prompts, mode="direct", num_videos_per_prompt=2, generator=[seeded(k) for k in range(4)], **call)
+    embeds, negative = pipe.encode_prompt(prompts, negative_prompt=["", ""], max_sequence_length=16)
+    for given in ({"prompt_embeds": embeds}, {"prompt_embeds": embeds, "negative_prompt_embeds": negative}):
+        output = pipe(mode="direct", num_videos_per_prompt=2, generator=[seeded(k) for k in range(4)], **given, **call)
+        assert len(output.seeds) == len(output.frames) == 4
+        # Another number of texts in one forward of the text encoder rounds differently.
+        torch.testing.assert_close(output.frames, by_text.frames, atol=1e-5, rtol=0)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..schedules import SchedulerPresets, unipc_preset
 from .train_models import MAX_SEQUENCE_LENGTH
 
+
+if TYPE_CHECKING:
+    from ..composer import AnchorComposer
+    from ..pipeline_factorized_video import FactorizedVideoPipeline
 
 SHAPES_SOURCE = "chosen on the shapes world's held-out prompts (synthetic)"
 # Guidance and shift for the tiny model; the steps are those of arXiv 2512.16371.
@@ -32,41 +38,49 @@ CALL_DEFAULTS = {
 }
 
 
-def build_pipeline(folder: Path):
-    """The pipeline of the parts in `folder`: `vae`, `text_encoder`, `tokenizer`, `transformer`, `composer_text_encoder`,
-    `composer_transformer`,
-    `anchor_lora` and `rewriter`."""
+def build_composer(folder: Path) -> AnchorComposer:
+    """Stage 2 of the parts `tokenizer`, `text_encoder`, `vae` and `composer` in `folder`."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
     from transformers import AutoTokenizer, UMT5EncoderModel
 
-    from ..anchor_lora import AnchorLora
     from ..composer import AnchorComposer
-    from ..pipeline_factorized_video import FactorizedVideoPipeline
-    from ..rewriter import FirstFrameRewriter
-    from ..transformer_anchor import AnchorConditionedTransformer3D
 
-    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder")
-    vae = AutoencoderKLWan.from_pretrained(folder / "vae")
     text_to_image = WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=UMT5EncoderModel.from_pretrained(folder / "composer_text_encoder"),
-        vae=vae,
-        transformer=WanTransformer3DModel.from_pretrained(folder / "composer_transformer"),
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder"),
+        vae=AutoencoderKLWan.from_pretrained(folder / "vae"),
+        transformer=WanTransformer3DModel.from_pretrained(folder / "composer"),
         scheduler=UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.5, final_sigmas_type="zero"
         ),
     )
+    return AnchorComposer(text_to_image, COMPOSER_DEFAULTS, batch_size=16)
+
+
+def build_pipeline(folder: Path) -> FactorizedVideoPipeline:
+    """The pipeline of the parts in `folder`: `vae`, `text_encoder`, `tokenizer` and `base`, and of `rewriter`,
+    `composer` and `anchor_lora` those that are there."""
+    from diffusers import AutoencoderKLWan
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    from ..anchor_lora import AnchorLora
+    from ..pipeline_factorized_video import FactorizedVideoPipeline
+    from ..rewriter import FirstFrameRewriter
+    from ..transformer_anchor import AnchorConditionedTransformer3D
+
+    def optional(name: str, load: Callable[[Path], Any]) -> Any:
+        return load(folder / name) if (folder / name).is_dir() else None
+
     return FactorizedVideoPipeline(
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        vae=vae,
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder"),
+        vae=AutoencoderKLWan.from_pretrained(folder / "vae"),
         scheduler=next(iter(SHAPES_PRESETS.values())).make_scheduler(),
-        transformer=AnchorConditionedTransformer3D.from_pretrained(folder / "transformer"),
+        transformer=AnchorConditionedTransformer3D.from_pretrained(folder / "base"),
         transformer_2=None,
-        rewriter=FirstFrameRewriter.from_pretrained(folder / "rewriter"),
-        composer=AnchorComposer(text_to_image, COMPOSER_DEFAULTS, batch_size=16),
-        anchor_lora=AnchorLora.from_pretrained(folder / "anchor_lora"),
+        rewriter=optional("rewriter", FirstFrameRewriter.from_pretrained),
+        composer=optional("composer", lambda path: build_composer(folder)),
+        anchor_lora=optional("anchor_lora", AnchorLora.from_pretrained),
         schedulers=SHAPES_PRESETS,
         call_defaults=CALL_DEFAULTS,
     )
@@ -80,9 +94,3 @@ def assemble(folder: Path, output: Path) -> None:
         config = json.loads(path.read_text())
         if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
             path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    import sys
-
-    assemble(Path(sys.argv[1]), Path(sys.argv[2]))

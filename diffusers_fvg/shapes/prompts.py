@@ -122,7 +122,7 @@ def _spatial(rng: np.random.Generator) -> Scene:
         r1, r2 = r1 + 0.03, r2 + 0.03
         x2, y2 = rng.uniform(0.42, 0.58, size=2)
         angle = rng.uniform(0, 2 * np.pi)
-        x1, y1 = x2 + 0.85 * max(r1, r2) * np.cos(angle), y2 + 0.85 * max(r1, r2) * np.sin(angle)
+        x1, y1 = x2 + 1.05 * max(r1, r2) * np.cos(angle), y2 + 1.05 * max(r1, r2) * np.sin(angle)
         first, second = ShapeObject(c1, s1, x1, y1, r1), ShapeObject(c2, s2, x2, y2, r2)
         objects = (second, first) if relation == "in front of" else (first, second)
         caption = f"{CAPTION_START} a {c1} {s1} {relation} a {c2} {s2} at the centre"

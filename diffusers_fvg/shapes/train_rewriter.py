@@ -6,14 +6,13 @@ place open the captions disagree, and greedy decoding settles for the likeliest.
 
 from __future__ import annotations
 
-import json
-import math
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from .held_out import held_out_scenes, score_written_caption
+from .loop import train, training_device
 from .prompts import CATEGORIES, make_scene
 
 
@@ -56,36 +55,19 @@ def training_batch(tokenizer, rng: np.random.Generator, batch_size: int) -> dict
     return {"input_ids": input_ids, "attention_mask": (input_ids != tokenizer.pad_token_id).long(), "labels": labels}
 
 
-# Categories whose prompts do not settle where things are; a mover's side is settled by its direction.
-OPEN_PLACES = ("consistent_attr", "dynamic_attr", "action_binding", "motion_binding")
-START_SIDE = {"left": "right", "right": "left", "up": "bottom", "down": "top"}
-
-
 def held_out_score(rewriter, per_category: int = 25, seed: int = 0) -> dict[str, float]:
-    """Mean `score_caption` per category on held-out prompts, with places where the prompt settles them.
-
-    A caption that puts something moving left anywhere but on the right counts by the share of sides that are right.
-    """
-    from .report import held_out_scenes
-    from .scorer import parse_caption, score_caption
-
+    """Mean `score_written_caption` per category on held-out prompts: places count where the prompt settles them."""
     scores: dict[str, list[float]] = {}
     scenes = held_out_scenes(per_category, seed)
     for scene, caption in zip(scenes, rewriter.rewrite([scene.prompt for scene in scenes])):
-        truth = scene.caption
-        if scene.category in OPEN_PLACES:
-            truth = ", ".join(part.split(" at the ")[0] for part in truth.split(", "))
-        score = score_caption(caption, truth)
-        if scene.category == "motion_binding":
-            moves = {scene.meta[f"object_{k}"]: scene.meta[f"d_{k}"] for k in (1, 2) if scene.meta[f"object_{k}"]}
-            places = {f"{colour} {shape}": place or "" for _, colour, shape, place in parse_caption(caption)}
-            score *= np.mean([START_SIDE[way] in places.get(name, "") for name, way in moves.items()])
-        scores.setdefault(scene.category, []).append(score)
+        scores.setdefault(scene.category, []).append(score_written_caption(caption, scene))
     return {category: float(np.mean(values)) for category, values in scores.items()}
 
 
-def train_rewriter(folder: Path, steps: int = 2500, batch_size: int = 48, peak: float = 3e-3, seed: int = 0) -> None:
-    """Trains and writes `folder/rewriter` (float16), `folder/rewriter_log.jsonl`; continues from `folder/rewriter.ckpt`."""
+def train_rewriter(
+    folder: Path, steps: int = 2500, batch_size: int = 48, peak: float = 3e-3, seed: int = 0
+) -> dict[str, int]:
+    """Trains and writes `folder/rewriter` (float16)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from ..rewriter import FirstFrameRewriter
@@ -96,44 +78,16 @@ def train_rewriter(folder: Path, steps: int = 2500, batch_size: int = 48, peak: 
     tokenizer = chat_tokenizer()
     special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **special, **LLAMA_CONFIG))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
-    step, checkpoint = 0, folder / "rewriter.ckpt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-    recent, started = [], time.perf_counter()
-    while step < steps:
-        rate = peak * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        loss = model(**training_batch(tokenizer, np.random.default_rng((seed, step)), batch_size)).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        step += 1
-        recent.append(loss.item())
-        if step % 50 == 0:
-            seconds = (time.perf_counter() - started) / len(recent)
-            record = {"step": step, "loss": float(np.mean(recent)), "seconds_per_step": seconds}
-            with open(folder / "rewriter_log.jsonl", "a") as log:
-                log.write(json.dumps(record) + "\n")
-            recent, started = [], time.perf_counter()
-        if step % 250 == 0 or step == steps:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
-    rewriter = FirstFrameRewriter(model.eval(), tokenizer, instruction="", examples=False, max_new_tokens=64)
-    scores = held_out_score(rewriter)
-    with open(folder / "rewriter_log.jsonl", "a") as log:
-        log.write(json.dumps({"held_out_score": scores}) + "\n")
-    print(json.dumps(scores, indent=1))
+
+    def loss_of(step: int) -> tuple[str, torch.Tensor]:
+        batch = training_batch(tokenizer, np.random.default_rng((seed, step)), batch_size)
+        return "text", model(**{name: tensor.to(training_device()) for name, tensor in batch.items()}).loss
+
+    def make_optimizers() -> list[torch.optim.Optimizer]:
+        return [torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)]
+
+    # A decay of 0 keeps the weights themselves.
+    train(folder, "rewriter", steps, {"model": model}, make_optimizers, loss_of, peak, decay=0.0)
+    rewriter = FirstFrameRewriter(model, tokenizer, instruction="", examples=False, max_new_tokens=64)
     rewriter.to(torch.float16).save_pretrained(folder / "rewriter")
-
-
-if __name__ == "__main__":
-    import sys
-
-    train_rewriter(Path(sys.argv[1]))
+    return {"samples": steps * batch_size, "parameters": sum(p.numel() for p in model.parameters())}

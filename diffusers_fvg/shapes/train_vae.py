@@ -7,15 +7,15 @@ the shapes. Gate: the scorer reads every object back from held-out reconstructio
 
 from __future__ import annotations
 
-import json
-import math
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from .held_out import held_out_scenes
+from .loop import train, training_device
 from .prompts import CATEGORIES, make_scene
+from .scorer import score_video
 from .world import BACKGROUND, render
 
 
@@ -38,7 +38,6 @@ VAE_CONFIG = {
 # (frames of a clip, clips in a batch, optimiser steps)
 PHASES = ((1, 16, 2500), (5, 6, 1800), (9, 4, 1000), (17, 3, 900))
 PEAK_LEARNING_RATE = 2e-3
-WARMUP_STEPS = 100
 
 
 def sample_clips(rng: np.random.Generator, batch_size: int, num_frames: int) -> torch.Tensor:
@@ -60,36 +59,18 @@ def reconstruction_loss(reconstruction: torch.Tensor, clips: torch.Tensor) -> to
     return (weight * (error.abs() + 2 * error.square())).mean()
 
 
-def learning_rate(step: int, total: int) -> float:
-    if step < WARMUP_STEPS:
-        return PEAK_LEARNING_RATE * (step + 1) / WARMUP_STEPS
-    progress = (step - WARMUP_STEPS) / max(1, total - WARMUP_STEPS)
-    return PEAK_LEARNING_RATE * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-
-
-def train_vae(folder: Path, phases=PHASES, seed: int = 0, log_every: int = 50) -> None:
-    """Trains and writes `folder/vae` (diffusers format) and `folder/vae_log.jsonl`; continues from `folder/vae.ckpt`."""
+def train_vae(folder: Path, phases=PHASES, seed: int = 0) -> dict[str, int]:
+    """Trains and writes `folder/vae` (diffusers format)."""
     from diffusers import AutoencoderKLWan
 
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     vae = AutoencoderKLWan(**VAE_CONFIG)
-    average = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.995))
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)
-    total = sum(steps for _, _, steps in phases)
     schedule = [(frames, batch) for frames, batch, steps in phases for _ in range(steps)]
-    step, checkpoint = 0, folder / "vae.ckpt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        vae.load_state_dict(state["vae"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
-    recent, started = [], time.perf_counter()
-    while step < total:
+
+    def loss_of(step: int) -> tuple[str, torch.Tensor]:
         num_frames, batch_size = schedule[step]
-        rng = np.random.default_rng((seed, step))
-        clips = sample_clips(rng, batch_size, num_frames)
+        clips = sample_clips(np.random.default_rng((seed, step)), batch_size, num_frames).to(training_device())
         posterior = vae.encode(clips).latent_dist
         latents = posterior.mean
         # Fixed noise from the second phase on: neighbouring latents must decode alike, or diffusion errors show.
@@ -97,29 +78,27 @@ def train_vae(folder: Path, phases=PHASES, seed: int = 0, log_every: int = 50) -
             latents = latents + 0.1 * torch.randn_like(latents)
         loss = reconstruction_loss(vae.decode(latents).sample, clips)
         penalty = 1e-3 * (posterior.mean.square().mean() - 1).clamp(min=0) + 1e-4 * posterior.logvar.square().mean()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, total)
-        optimizer.zero_grad(set_to_none=True)
-        (loss + penalty).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        average.update_parameters(vae)
-        recent.append(loss.item())
-        step += 1
-        if step % log_every == 0:
-            seconds = (time.perf_counter() - started) / len(recent)
-            record = {"step": step, "frames": num_frames, "loss": float(np.mean(recent)), "seconds_per_step": seconds}
-            with open(folder / "vae_log.jsonl", "a") as log:
-                log.write(json.dumps(record) + "\n")
-            recent, started = [], time.perf_counter()
-        if step % 200 == 0 or step == total:
-            state = {"vae": vae.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(state | {"step": step}, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
-    average.module.save_pretrained(folder / "vae")
+        return f"{num_frames}_frames", loss + penalty
+
+    def make_optimizers() -> list[torch.optim.Optimizer]:
+        return [torch.optim.AdamW(vae.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0)]
+
+    train(folder, "vae", len(schedule), {"vae": vae}, make_optimizers, loss_of, PEAK_LEARNING_RATE, decay=0.995)
+    vae.save_pretrained(folder / "vae")
+    samples = sum(batch * steps for _, batch, steps in phases)
+    return {"samples": samples, "parameters": sum(p.numel() for p in vae.parameters())}
 
 
-if __name__ == "__main__":
-    import sys
+@torch.no_grad()
+def held_out_score(folder: Path, per_category: int = 12) -> float:
+    """Mean `score_video` of held-out clips that went through the VAE and back."""
+    from diffusers import AutoencoderKLWan
 
-    train_vae(Path(sys.argv[1]))
+    vae = AutoencoderKLWan.from_pretrained(folder / "vae")
+    scores = []
+    for scene in held_out_scenes(per_category):
+        clip = torch.from_numpy(render(scene.objects)).permute(3, 0, 1, 2).unsqueeze(0).float() / 127.5 - 1
+        decoded = vae.decode(vae.encode(clip).latent_dist.mode()).sample.clamp(-1, 1)
+        frames = ((decoded[0].permute(1, 2, 3, 0) + 1) * 127.5).round().byte().numpy()
+        scores.append(score_video(frames, scene.category, scene.meta))
+    return float(np.mean(scores))

@@ -7,6 +7,7 @@ import json
 import tomllib
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -22,23 +23,26 @@ class TrainConfig:
     speaks for its values. Pusa is arXiv 2507.16116; the first author's code is a public fork of VideoX-Fun.
 
     Args:
-        model (`str`): folder or Hub repository of a Wan text-to-video pipeline in diffusers' layout.
+        model (`str`): folder or Hub repository of a Wan or CogVideoX text-to-video pipeline in diffusers' layout.
         data (`str`): folder with `metadata.jsonl` or `metadata.csv`, or the name of a Hugging Face data set.
         cache_dir (`str`): folder for latents and text embeddings. It belongs to one set of encoders, buckets and frame
             rate; another set of them needs another folder.
         output_dir (`str`): folder for weights, checkpoints, log and the resolved config.
         buckets (`tuple` of `(num_frames, height, width)`): sizes to train at. Of those that a video has the frames
             for it goes to the nearest in aspect ratio, then to the longest; it is scaled and centre-cropped, never
-            stretched. Its beginning is what is trained on.
-        frame_rate (`float`): frames per second that the model knows: 24 for Wan2.2-TI2V-5B, 16 for the other Wan models.
+            stretched.
+        frame_rate (`float`): frames per second that the model knows: 24 for Wan2.2-TI2V-5B, 16 for the other Wan models and
+            CogVideoX 1.5.
             Faster videos are thinned out; slower ones (below 9/10 of it) are rejected, not padded with copies.
 
         revision (`str`, *optional*): of the model's repository.
         video_column, caption_column (`str`, *optional*): in the metadata; `file_name` is the convention of Hugging Face
             folders.
+        clips_per_video (`int`, *optional*): at most so many clips are cut from a video, without overlap and evenly spread
+            from its first frame to its last; with 1 it is the beginning. All have the caption of the video.
         max_rejected_share (`float`, *optional*): share of videos in [0, 1) that may be missing, damaged or too short
             before the run stops. Each is named in any case.
-        max_sequence_length (`int`, *optional*): text tokens, as at sampling; 512 for Wan.
+        max_sequence_length (`int`, *optional*): text tokens, as at sampling; 512 for Wan, 224 for CogVideoX 1.5.
 
         experts (`tuple[str, ...]`, *optional*): `"transformer"`, `"transformer_2"` or both. Wan2.2-A14B has two, each with
             its own range of noise levels, and gets one LoRA for each (the first author's code, Pusa). They are trained
@@ -65,8 +69,9 @@ class TrainConfig:
             scored 87.7 and shared, loss mask unknown, 73.3 on VBench-I2V.
         timestep_density (`str`, *optional*): `"logit-normal"` (arXiv 2403.03206, section 3.1, its best) or `"uniform"`.
         timestep_std (`float`, *optional*): of the normal of `"logit-normal"`.
-        flow_shift (`float`, *optional*): moves noise levels up as at sampling: 5 for Wan2.2-TI2V-5B, 3 for Wan2.1 at
-            480p, 12 for A14B. An expert draws from the part of the density that lies in its own range.
+        flow_shift (`float`, *optional*): moves times up as at sampling: 5 for Wan2.2-TI2V-5B, 3 for Wan2.1 at 480p, 12 for
+            A14B. An expert draws from the part of the density that lies in its own range. CogVideoX, no flow model, is
+            trained at all times alike: `"uniform"` and 1.
         prompt_dropout (`float`, *optional*): share of samples with the empty prompt, in [0, 1), for classifier-free
             guidance (arXiv 2207.12598: 0.1 to 0.2).
 
@@ -87,7 +92,10 @@ class TrainConfig:
         seed (`int`, *optional*): of everything drawn. A draw depends on seed, expert, step and place in the batch alone.
         checkpoint_every, keep_checkpoints (`int`, *optional*): in optimizer steps; how many of the newest are kept. There
             is always one at the end.
-        validation_every (`int`, *optional*): calls the `validate` that was passed to the trainer; 0 is never.
+        validation_every (`int`, *optional*): calls the `validate` that was passed to the trainer; 0 is never. That of
+            `fvg train` makes a video of each of `validation_prompts`.
+        validation_prompts, validation_anchors (`tuple[str, ...]`, *optional*): prompts, and for each a picture or a video
+            whose first frame it starts from. Better none that is trained on.
         tracker (`str`, *optional*): `"none"` or `"tensorboard"`. `log_<expert>.jsonl` is written in any case.
     """
 
@@ -101,6 +109,7 @@ class TrainConfig:
     revision: str = ""
     video_column: str = "file_name"
     caption_column: str = "text"
+    clips_per_video: int = 1
     max_rejected_share: float = 0.02
     max_sequence_length: int = 512
 
@@ -135,6 +144,8 @@ class TrainConfig:
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
     validation_every: int = 0
+    validation_prompts: tuple[str, ...] = ()
+    validation_anchors: tuple[str, ...] = ()
     tracker: Literal["none", "tensorboard"] = "none"
 
     def __post_init__(self) -> None:
@@ -150,8 +161,8 @@ class TrainConfig:
         """
         for name in ("model", "data", "cache_dir", "output_dir", "video_column", "caption_column"):
             _require(getattr(self, name).strip(), name, self, "must not be empty")
-        at_least_one = "max_sequence_length rank steps batch_size gradient_accumulation_steps checkpoint_every"
-        for name in f"{at_least_one} keep_checkpoints".split():
+        at_least_one = "clips_per_video max_sequence_length rank steps batch_size gradient_accumulation_steps"
+        for name in f"{at_least_one} checkpoint_every keep_checkpoints".split():
             _require(getattr(self, name) >= 1, name, self, "must be at least 1")
         for name in ("frame_rate", "alpha", "timestep_std", "flow_shift", "learning_rate", "max_grad_norm"):
             _require(0 < getattr(self, name) < float("inf"), name, self, "must be above 0")
@@ -183,6 +194,12 @@ class TrainConfig:
             )
         if self.timestep_density == "uniform":
             _require(self.timestep_std == 1, "timestep_std", self, 'has no effect with "uniform": remove it')
+        pairs = len(self.validation_anchors)
+        _require(
+            len(self.validation_prompts) == pairs, "validation_prompts", self, f"needs as many as anchors: {pairs}"
+        )
+        if not self.validation_every:
+            _require(not pairs, "validation_prompts", self, "has no effect with validation_every=0: remove it")
         if self.tracker == "tensorboard":
             found = importlib.util.find_spec("tensorboard") is not None
             _require(found, "tracker", self, 'needs `pip install tensorboard`, or tracker="none"')
@@ -211,6 +228,30 @@ class TrainConfig:
         """All values, defaults included. A JSON string, number, boolean or list is the same in TOML."""
         lines = (f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in asdict(self).items())
         return "\n".join(lines) + "\n"
+
+
+def hub_name(name: str) -> str:
+    """`name` if it can be a repository on the Hub and is no folder here, else nothing."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return ""
+    return name if "/" in name and not Path(name).exists() else ""
+
+
+def without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a config for other people to read: of a place on this machine its last name alone."""
+    shown = dict(values)
+    for name in ("model", "data"):
+        shown[name] = hub_name(shown[name]) or Path(shown[name]).name
+    for name in ("cache_dir", "output_dir"):
+        shown[name] = Path(shown[name]).name
+    if shown.get("validation_anchors"):
+        shown["validation_anchors"] = [Path(path).name for path in shown["validation_anchors"]]
+    return shown
 
 
 def _require(condition: Any, name: str, config: TrainConfig, complaint: str) -> None:

@@ -11,14 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..anchor import AnchorLatents, anchored_model_input, latent_index
-from ..schedules import add_noise, velocity
+from ..anchor import AnchorLatents, latent_index
 from .config import TrainConfig
-from .objectives import velocity_loss
-
-
-# The time of Wan's models is the noise level times this.
-NUM_TRAIN_TIMESTEPS = 1000
+from .objectives import FLOW_MATCHING, FlowMatching, VPrediction, velocity_loss
 
 
 @dataclass(frozen=True)
@@ -47,25 +42,25 @@ def generator_for(*path: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def noise_levels(
-    quantiles: torch.Tensor, config: TrainConfig, sigma_range: tuple[float, float] = (0.0, 1.0)
+def drawn_times(
+    quantiles: torch.Tensor, config: TrainConfig, time_range: tuple[float, float] = (0.0, 1.0)
 ) -> torch.Tensor:
-    """Quantiles of the density of noise levels, cut to `sigma_range` and renormalised there.
+    """Quantiles of the density of times, cut to `time_range` and renormalised there. Of a flow model they are noise levels.
 
-    Before the cut a level is `shift * u / (1 + (shift - 1) * u)` with u uniform in (0, 1), or `u = sigmoid(std * normal)`.
+    Before the cut a time is `shift * u / (1 + (shift - 1) * u)` with u uniform in (0, 1), or `u = sigmoid(std * normal)`.
 
     Args:
-        quantiles (`torch.Tensor`, any shape): in [0, 1]; uniform ones give levels of that density.
+        quantiles (`torch.Tensor`, any shape): in [0, 1]; uniform ones give times of that density.
         config (`TrainConfig`): `timestep_density`, `timestep_std`, `flow_shift`.
-        sigma_range (`tuple[float, float]`, *optional*): the expert's range.
+        time_range (`tuple[float, float]`, *optional*): the expert's range.
 
     Returns:
         `torch.Tensor` of the same shape, float32, in (0, 1).
     """
     shift, std = config.flow_shift, config.timestep_std
-    low, high = torch.tensor(sigma_range, dtype=torch.float64)
-    low, high = (sigma / (shift - (shift - 1) * sigma) for sigma in (low, high))
-    # The ends themselves have no logit. 2^-24 is where float32 stops telling a level from 1.
+    low, high = torch.tensor(time_range, dtype=torch.float64)
+    low, high = (time / (shift - (shift - 1) * time) for time in (low, high))
+    # The ends themselves have no logit. 2^-24 is where float32 stops telling a time from 1.
     quantiles = quantiles.double().clamp(2**-24, 1 - 2**-24)
     if config.timestep_density == "uniform":
         even = low + quantiles * (high - low)
@@ -90,18 +85,20 @@ def draw(
     clean_latents: torch.Tensor,
     generators: Sequence[torch.Generator],
     config: TrainConfig,
-    sigma_range: tuple[float, float] = (0.0, 1.0),
+    time_range: tuple[float, float] = (0.0, 1.0),
+    objective: FlowMatching | VPrediction = FLOW_MATCHING,
 ) -> Draw:
     """Draws everything for a batch, each clip from a generator of its own.
 
     Args:
-        clean_latents (`torch.Tensor` of shape `(B, C, f, h, w)`): normalised, on the CPU.
+        clean_latents (`torch.Tensor` of shape `(B, C, f, h, w)`): normalised and padded, on the CPU.
         generators (`list[torch.Generator]`): one per clip.
         config (`TrainConfig`): anchor and noise options.
-        sigma_range (`tuple[float, float]`, *optional*): noise levels of the expert that is trained.
+        time_range (`tuple[float, float]`, *optional*): times of the expert that is trained.
+        objective (`FlowMatching` or `VPrediction`, *optional*): of the model.
     """
     num_frames = clean_latents.shape[2]
-    rows = [_draw_clip(clean_latents[0].shape, generator, config, sigma_range) for generator in generators]
+    rows = [_draw_clip(clean_latents[0].shape, generator, config, time_range, objective) for generator in generators]
     noise, sigmas, strength, anchored, drop_prompt = (torch.stack(column) for column in zip(*rows))
     counted = torch.ones(len(rows), num_frames)
     if config.mask_anchor_loss:
@@ -110,22 +107,30 @@ def draw(
 
 
 def _draw_clip(
-    shape: torch.Size, generator: torch.Generator, config: TrainConfig, sigma_range: tuple[float, float]
+    shape: torch.Size,
+    generator: torch.Generator,
+    config: TrainConfig,
+    time_range: tuple[float, float],
+    objective: FlowMatching | VPrediction,
 ) -> tuple[torch.Tensor, ...]:
-    num_frames = shape[1]
+    # The frames of a patch have one time: they are anchored together.
+    together = objective.frames_per_patch
+    num_patches = shape[1] // together
     # All are drawn whether they are used or not: changing one option leaves the other draws as they were.
     anchor_draw, noise_draw, prompt_draw = torch.rand(3, generator=generator)
-    index = anchor_index(config.anchor_position, num_frames, generator)
-    frame_sigmas = noise_levels(torch.rand(num_frames, generator=generator), config, sigma_range)
+    index = anchor_index(config.anchor_position, num_patches, generator)
+    times = drawn_times(torch.rand(num_patches, generator=generator), config, time_range)
     noise = torch.randn(shape, generator=generator)
 
-    anchored = torch.zeros(num_frames)
+    anchored = torch.zeros(num_patches)
     if anchor_draw < config.anchor_probability:
         anchored[index] = 1
     if config.frame_times == "shared":
-        frame_sigmas = frame_sigmas[:1].expand(num_frames)
-    sigma = torch.where(anchored > 0, 0, frame_sigmas).max()
-    strength = torch.where(anchored > 0, 1 - noise_draw * config.anchor_noise, 1 - frame_sigmas / sigma)
+        times = times[:1].expand(num_patches)
+    patch_sigmas = objective.sigmas_at(times)
+    sigma = torch.where(anchored > 0, 0, patch_sigmas).max()
+    strength = torch.where(anchored > 0, 1 - noise_draw * config.anchor_noise, 1 - patch_sigmas / sigma).float()
+    strength, anchored = strength.repeat_interleave(together), anchored.repeat_interleave(together)
     return noise, sigma, strength, anchored, prompt_draw < config.prompt_dropout
 
 
@@ -135,22 +140,20 @@ def draw_loss(
     drawn: Draw,
     prompt_embeds: torch.Tensor,
     dtype: torch.dtype = torch.float32,
+    objective: FlowMatching | VPrediction = FLOW_MATCHING,
 ) -> torch.Tensor:
     """Mean squared error of the predicted velocity over the frames that count.
 
-    `loss = sum_k counted_k |v_k - (noise_k - clean_k)|^2 / sum_k counted_k`: what is masked is divided out too, so that an
-    anchor does not lower the loss.
+    `loss = sum_k counted_k |v_k - target_k|^2 / sum_k counted_k`: what is masked is divided out too, so that an anchor does
+    not lower the loss.
 
     Args:
-        model (`Callable`): called as the transformer, with `return_dict=False`.
-        clean_latents (`torch.Tensor` of shape `(B, C, f, h, w)`): normalised.
+        model (`Callable`): called as the transformer, with `return_dict=False`; see [`FlowMatching.caller`].
+        clean_latents (`torch.Tensor` of shape `(B, C, f, h, w)`): normalised and padded.
         drawn ([`Draw`]): on the same device.
         prompt_embeds (`torch.Tensor` of shape `(B, L, D)`): text embeddings.
         dtype (`torch.dtype`, *optional*): of the model's weights.
+        objective (`FlowMatching` or `VPrediction`, *optional*): of the model.
     """
-    noisy_latents = add_noise(clean_latents, drawn.noise, drawn.sigmas.view(-1, 1, 1, 1, 1))
-    hidden_states, timestep = anchored_model_input(
-        noisy_latents, drawn.sigmas, drawn.sigmas * NUM_TRAIN_TIMESTEPS, drawn.anchors
-    )
-    target = velocity(clean_latents, drawn.noise)
+    hidden_states, timestep, target = objective.model_input(clean_latents, drawn.noise, drawn.sigmas, drawn.anchors)
     return velocity_loss(model, hidden_states.to(dtype), timestep, prompt_embeds.to(dtype), target, drawn.counted)

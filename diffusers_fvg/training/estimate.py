@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import WanTransformer3DModel
+from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
 
 from .config import TrainConfig
 
 
-# Tensors of the model's width and of the feed-forward's that backpropagation through one block holds at its peak, counted
-# in the source of the block with LoRA on every linear layer and the memory-efficient attention backends.
+# Tensors of the model's width and of the feed-forward's that backpropagation through one of Wan's blocks holds at its peak,
+# counted in its source with LoRA on every linear layer and the memory-efficient attention backends. Of these 15 and 2 are
+# kept by the forward, with CogVideoX, which has no cross-attention, 11 and 2: for its blocks this is an upper bound.
 BLOCK_WIDTHS, BLOCK_FEED_FORWARDS = 24, 4
 
 
@@ -29,25 +31,33 @@ def estimated_memory(
 
     Args:
         config (`TrainConfig`): batch size, buckets, rank, targets.
-        transformer_config (`dict`): of the transformer, as in its `config.json`.
+        transformer_config (`dict`): of a Wan or CogVideoX transformer, as in its `config.json`.
         spatial, temporal (`int`): pixels per latent of the VAE in space, frames per latent in time.
     """
+    wan = "ffn_dim" in transformer_config
     with init_empty_weights():
-        transformer = WanTransformer3DModel.from_config(transformer_config)
+        transformer = (WanTransformer3DModel if wan else CogVideoXTransformer3DModel).from_config(transformer_config)
+    shape = transformer.config
+    width = shape.num_attention_heads * shape.attention_head_dim
+    if wan:
+        feed_forward, texts, patch = shape.ffn_dim, 0, tuple(shape.patch_size)
+    else:
+        # Text tokens go through the blocks with the others. The feed-forward of diffusers' class is four times as wide.
+        feed_forward, texts = 4 * width, shape.max_text_seq_length
+        patch = (shape.patch_size_t or 1, shape.patch_size, shape.patch_size)
     linears = [
         module
         for name, module in transformer.named_modules()
         if isinstance(module, torch.nn.Linear) and any(f".{name}".endswith(f".{end}") for end in config.targets)
     ]
     lora = sum(config.rank * (module.in_features + module.out_features) for module in linears)
-    shape = transformer.config
-    patch = shape.patch_size[1] * shape.patch_size[2] * spatial**2
-    tokens = max(
-        (1 + (num_frames - 1) // temporal) * (height * width // patch) for num_frames, height, width in config.buckets
+    tokens = texts + max(
+        math.ceil((1 + (num_frames - 1) // temporal) / patch[0])
+        * (rows * columns // (patch[1] * patch[2] * spatial**2))
+        for num_frames, rows, columns in config.buckets
     )
-    width = shape.num_attention_heads * shape.attention_head_dim
     number = 2 if config.mixed_precision == "bf16" else 4
-    block = config.batch_size * tokens * number * (BLOCK_WIDTHS * width + BLOCK_FEED_FORWARDS * shape.ffn_dim)
+    block = config.batch_size * tokens * number * (BLOCK_WIDTHS * width + BLOCK_FEED_FORWARDS * feed_forward)
     per_block = config.batch_size * tokens * number * width if config.gradient_checkpointing else block
     return {
         "weights": number * transformer.num_parameters(),

@@ -1,4 +1,4 @@
-"""The anchored flow-matching objective: pure functions of tensors.
+"""What a model is asked to predict of an anchored clip, and the loss: pure functions of tensors.
 
 Shapes: B batch, C latent channels, f/h/w latent frames, height and width.
 """
@@ -9,8 +9,75 @@ from collections.abc import Callable
 
 import torch
 
+from .. import anchor_cogvideox, schedules_cogvideox
 from ..anchor import AnchorLatents, anchored_model_input
 from ..schedules import add_noise, velocity
+
+
+class FlowMatching:
+    """Wan's: noise mixed in a straight line, time 1000 times the noise level, a time for every latent frame."""
+
+    num_train_timesteps = 1000
+    frames_per_patch = 1
+
+    def padded(self, latents: torch.Tensor) -> torch.Tensor:
+        """Clean latents as the model takes them: as they are."""
+        return latents
+
+    def sigmas_at(self, times: torch.Tensor) -> torch.Tensor:
+        """Noise levels of times in (0, 1), 1 the time of pure noise."""
+        return times
+
+    def model_input(
+        self, clean_latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor, anchors: AnchorLatents
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states `(B, C, f, h, w)`, timestep `(B, f)` and what is to be predicted, of the hidden states' shape."""
+        noisy_latents = add_noise(clean_latents, noise, sigmas.view(-1, 1, 1, 1, 1))
+        inputs = anchored_model_input(noisy_latents, sigmas, sigmas * self.num_train_timesteps, anchors)
+        return *inputs, velocity(clean_latents, noise)
+
+    def caller(self, model: Callable, transformer: torch.nn.Module) -> Callable:
+        """`model` as a function of `hidden_states`, `timestep`, `encoder_hidden_states` and `return_dict`.
+
+        `transformer` is what `model` wraps, or `model` itself.
+        """
+        return model
+
+
+FLOW_MATCHING = FlowMatching()
+
+
+class VPrediction:
+    """CogVideoX's, with the methods of [`FlowMatching`]: variance-preserving noise from a table, velocity along that arc
+    ([`schedules_cogvideox`]); a time for every patch of latent frames.
+
+    Args:
+        sigmas (`torch.Tensor` of shape `(T,)`): from `schedules_cogvideox.training_sigmas`.
+        frames_per_patch (`int`): of the model, `patch_size_t`.
+    """
+
+    def __init__(self, sigmas: torch.Tensor, frames_per_patch: int):
+        self.sigmas, self.frames_per_patch = sigmas, frames_per_patch
+
+    def padded(self, latents: torch.Tensor) -> torch.Tensor:
+        return anchor_cogvideox.pad_to_patches(latents, self.frames_per_patch)
+
+    def sigmas_at(self, times: torch.Tensor) -> torch.Tensor:
+        return schedules_cogvideox.uniform_sigmas(times, self.sigmas)
+
+    def model_input(
+        self, clean_latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor, anchors: AnchorLatents
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        table = self.sigmas.to(sigmas.device)
+        noisy_latents = schedules_cogvideox.add_noise(clean_latents, noise, sigmas.view(-1, 1, 1, 1, 1))
+        timestep = schedules_cogvideox.times_of(sigmas, table)
+        inputs = anchor_cogvideox.anchored_model_input(noisy_latents, sigmas, timestep, anchors, table)
+        # Unlike the straight line's, this velocity depends on the noise level, and each frame has its own.
+        frame_sigmas = (1 - anchors.strength.double()) * sigmas[:, None]
+        return *inputs, schedules_cogvideox.velocity(clean_latents, noise, frame_sigmas[:, None, :, None, None])
+
+    def caller(self, model: Callable, transformer: torch.nn.Module) -> Callable:
+        return anchor_cogvideox.channels_first(model, transformer.rotary_embedding)
 
 
 def sample_sigmas(

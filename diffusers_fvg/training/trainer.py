@@ -1,7 +1,7 @@
-"""The training loop: an anchor LoRA for each expert of a Wan model, resumable to the bit.
+"""The training loop: an anchor LoRA for each expert of a video model, resumable to the bit.
 
 Nothing random is remembered: data order, noise, noise levels and anchors are functions of seed, expert and step
-([`draws`], [`data.BatchOrder`]). A checkpoint is then weights, their average and the optimizer's state.
+([`draws`], [`batches.BatchOrder`]). A checkpoint is then weights, their average and the optimizer's state.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator, DistributedType
@@ -24,19 +26,22 @@ from tqdm.auto import tqdm
 
 from ..anchor import AnchorLatents
 from ..anchor_lora import ADAPTER_NAME, WEIGHT_NAME
-from ..transformer_anchor import AnchorConditionedTransformer3D
+from .batches import BatchOrder, Clips, Prefetcher
 from .config import TrainConfig
-from .data import BatchOrder, Clips, Prefetcher, build_cache, check_buckets, model_folder, read_examples
+from .data import build_cache, model_folder, read_examples
 from .draws import Draw, draw, draw_loss, generator_for
+from .families import family_of
 from .files import read_whole, write_whole
+from .objectives import FLOW_MATCHING, FlowMatching, VPrediction
+from .output import write_card, write_lora
+from .processes import make_accelerator, sharded_like, share, whole
 
 
 logger = logging.get_logger(__name__)
 
-SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 # May differ when a run is continued: they do not touch what is computed up to a step.
 FREE_ON_RESUME = {"experts", "checkpoint_every", "keep_checkpoints", "validation_every", "tracker"}
-FREE_ON_RESUME |= {"model", "data", "cache_dir", "output_dir"}
+FREE_ON_RESUME |= {"model", "data", "cache_dir", "output_dir", "validation_prompts", "validation_anchors"}
 
 
 @dataclass(frozen=True)
@@ -44,21 +49,23 @@ class Validation:
     """What a validation callable gets, on the main process.
 
     Args:
-        transformer (`AnchorConditionedTransformer3D`): the expert with the averaged LoRA as adapter `"anchor"`, in
-            evaluation mode. Another expert is not loaded.
+        transformer (`torch.nn.Module`): the expert with the averaged LoRA as adapter `"anchor"`, in evaluation mode.
+            Another expert is not loaded.
         expert (`str`): `"transformer"` or `"transformer_2"`.
         step (`int`): optimizer steps done.
         folder (`Path`): of this validation, for videos; made by whoever writes there.
         config (`TrainConfig`): of the run.
         log (`Callable`): `log({"name": number})` hands numbers to the tracker.
+        log_frames (`Callable`): `log_frames("name", frames)` hands it pictures, `(F, H, W, 3)` float in [0, 1] or uint8.
     """
 
-    transformer: AnchorConditionedTransformer3D
+    transformer: torch.nn.Module
     expert: str
     step: int
     folder: Path
     config: TrainConfig
     log: Callable[[dict[str, float]], None]
+    log_frames: Callable[[str, np.ndarray], None]
 
 
 Validate = Callable[[Validation], None]
@@ -80,16 +87,18 @@ def main_train(path: str | Path, validate: Validate | None = None) -> Path:
     config = TrainConfig.load(path)
     accelerator = make_accelerator(config)
     folder = model_folder(config)
-    check_buckets(config, folder)
-    examples = read_examples(config)
-    clips = build_cache(config, examples, folder)
+    family = family_of(config, folder)
+    boundary_ratio = json.loads((folder / "model_index.json").read_text()).get("boundary_ratio")
+    # Encoding can take hours: what train() would refuse after it is refused now.
+    check_run(config, boundary_ratio, validate, accelerator)
+    check_targets(family.empty, config.targets)
+    clips = build_cache(config, read_examples(config), folder, family)
 
-    def load_expert(name: str) -> AnchorConditionedTransformer3D:
+    def load_expert(name: str) -> torch.nn.Module:
         dtype = torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-        return AnchorConditionedTransformer3D.from_pretrained(folder, subfolder=name, torch_dtype=dtype)
+        return family.transformer.from_pretrained(folder, subfolder=name, torch_dtype=dtype)
 
-    index = json.loads((folder / "model_index.json").read_text())
-    path = train(config, clips, load_expert, index.get("boundary_ratio"), validate)
+    path = train(config, clips, load_expert, boundary_ratio, validate, family.objective)
     accelerator.end_training()
     return path
 
@@ -97,16 +106,18 @@ def main_train(path: str | Path, validate: Validate | None = None) -> Path:
 def train(
     config: TrainConfig,
     clips: Clips,
-    load_expert: Callable[[str], AnchorConditionedTransformer3D],
+    load_expert: Callable[[str], torch.nn.Module],
     boundary_ratio: float | None = None,
     validate: Validate | None = None,
+    objective: FlowMatching | VPrediction = FLOW_MATCHING,
 ) -> Path:
     """Trains a LoRA for each of `config.experts`, one after the other, and writes them to one file.
 
-    The file is `output_dir/weights/pytorch_lora_weights.safetensors`, so that `AnchorLora.from_pretrained(output_dir)` and
-    `WanPipeline.load_lora_weights(output_dir / "weights")` read it. The stock pipeline puts the keys of one expert into
-    `transformer_2` only if they carry the first one's prefix: with two experts there is also
-    `weights/transformer_2.safetensors` for `load_lora_weights(..., load_into_transformer_2=True)`.
+    The file is `output_dir/weights/pytorch_lora_weights.safetensors`, with a model card beside it, so that
+    `AnchorLora.from_pretrained(output_dir)` and `WanPipeline.load_lora_weights(output_dir / "weights")` read it and the
+    folder `weights` can be a repository. The stock pipeline puts the keys of one expert into `transformer_2` only if they
+    carry the first one's prefix: with two experts there is also `weights/transformer_2.safetensors` for
+    `load_lora_weights(..., load_into_transformer_2=True)`.
 
     Args:
         config (`TrainConfig`): of the run.
@@ -115,6 +126,7 @@ def train(
         boundary_ratio (`float`, *optional*): noise level from which up `"transformer"` works and below it
             `"transformer_2"`, as in the pipeline; `None` for a model of one expert.
         validate (`Callable`, *optional*): called every `validation_every` steps with a [`Validation`].
+        objective (`FlowMatching` or `VPrediction`, *optional*): of the model.
 
     Returns:
         `Path`: the LoRA file.
@@ -122,39 +134,40 @@ def train(
     Raises:
         `ValueError`: targets that match no module, checkpoints of another config, an option without its counterpart.
     """
-    if bool(config.validation_every) != (validate is not None):
-        raise ValueError(
-            f"`validation_every={config.validation_every}` and `validate={validate}` go together: give both or neither."
-        )
-    ranges = sigma_ranges(config, boundary_ratio)
     accelerator = make_accelerator(config)
+    check_run(config, boundary_ratio, validate, accelerator)
+    ranges = sigma_ranges(boundary_ratio)
     output = Path(config.output_dir)
     weights = {
-        name: _Run(config, clips, name, load_expert(name), ranges[name], accelerator, validate).train()
+        name: _Run(config, clips, name, load_expert(name), ranges[name], accelerator, validate, objective).train()
         for name in config.experts
     }
     if accelerator.is_main_process:
-        _write_lora(config, weights)
+        write_lora(config, weights)
+        write_card(config)
     accelerator.wait_for_everyone()
     return output / WEIGHT_NAME
 
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """The accelerator of this process; its launcher's environment says how many there are."""
-    tracker = {} if config.tracker == "none" else {"log_with": config.tracker, "project_dir": config.output_dir}
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, **tracker)
-    if accelerator.distributed_type not in SUPPORTED:
+def check_run(
+    config: TrainConfig, boundary_ratio: float | None, validate: Validate | None, accelerator: Accelerator
+) -> None:
+    """Options against what they need: see [`train`]."""
+    if bool(config.validation_every) != (validate is not None):
         raise ValueError(
-            f"`accelerate` is set up for {accelerator.distributed_type.value}; use plain data parallelism (MULTI_GPU). The base "
-            "model is frozen, so that there are next to no gradients and optimizer states to shard."
+            f"`validation_every={config.validation_every}` and `validate={validate}` go together: give both or neither."
         )
-    return accelerator
-
-
-def sigma_ranges(config: TrainConfig, boundary_ratio: float | None) -> dict[str, tuple[float, float]]:
-    """The noise levels that each expert is asked for at sampling."""
+    if validate is not None and accelerator.distributed_type is DistributedType.FSDP:
+        raise ValueError(
+            f"`validation_every={config.validation_every}` needs a whole model on one process, and FSDP shards it; set it to "
+            "0 and look at the finished LoRA's videos."
+        )
     if "transformer_2" in config.experts and boundary_ratio is None:
         raise ValueError(f"`experts={config.experts}`, but the model has no `boundary_ratio`: it has one expert.")
+
+
+def sigma_ranges(boundary_ratio: float | None) -> dict[str, tuple[float, float]]:
+    """The noise levels that each expert is asked for at sampling."""
     boundary = boundary_ratio or 0.0
     return {"transformer": (boundary, 1.0), "transformer_2": (0.0, boundary)}
 
@@ -170,7 +183,7 @@ def check_targets(transformer: torch.nn.Module, targets: tuple[str, ...]) -> Non
         target for target in targets if not any(name == target or name.endswith("." + target) for name in names)
     ]
     if unmatched:
-        ends = sorted({name.split(".", 2)[-1] if name.startswith("blocks.") else name for name in names})
+        ends = sorted({re.sub(r"^\w*blocks\.\d+\.", "", name) for name in names})
         raise ValueError(f"`targets` {unmatched} match no linear layer of the transformer; it has {', '.join(ends)}.")
 
 
@@ -191,13 +204,14 @@ class _Run:
         config: TrainConfig,
         clips: Clips,
         expert: str,
-        transformer: AnchorConditionedTransformer3D,
-        sigma_range: tuple[float, float],
+        transformer: torch.nn.Module,
+        time_range: tuple[float, float],
         accelerator: Accelerator,
         validate: Validate | None,
+        objective: FlowMatching | VPrediction,
     ):
-        self.config, self.clips, self.expert, self.sigma_range = config, clips, expert, sigma_range
-        self.accelerator, self.validate = accelerator, validate
+        self.config, self.clips, self.expert, self.time_range = config, clips, expert, time_range
+        self.accelerator, self.validate, self.objective = accelerator, validate, objective
         self.output = Path(config.output_dir)
         self.checkpoints = self.output / "checkpoints" / expert
         self.log_path = self.output / f"log_{expert}.jsonl"
@@ -213,12 +227,15 @@ class _Run:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             transformer.add_adapter(lora, adapter_name=ADAPTER_NAME)
-        self.tuned = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
-        for parameter in self.tuned.values():
+        tuned = [p for p in transformer.parameters() if p.requires_grad]
+        for parameter in tuned:
             parameter.data = parameter.data.to(accelerator.device, torch.float32)
-        optimizer = torch.optim.AdamW(self.tuned.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(tuned, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.model, self.optimizer = accelerator.prepare(transformer.train(), optimizer)
         self.transformer = accelerator.unwrap_model(self.model)
+        self.forward = objective.caller(self.model, self.transformer)
+        # With FSDP these are shards, and so is what is computed from them.
+        self.tuned = {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.tuned.items()}
 
     def train(self) -> dict[str, torch.Tensor]:
@@ -247,10 +264,10 @@ class _Run:
         batches.close()
         for tracker in accelerator.trackers:
             tracker.finish()
-        weights = {name: tensor.cpu() for name, tensor in self.average.items()}
+        weights = {name: whole(tensor).cpu() for name, tensor in self.average.items()}
         # The next expert needs the memory.
         self.model, self.optimizer = accelerator.free_memory(self.model, self.optimizer)
-        del self.transformer, self.tuned, self.average
+        del self.transformer, self.forward, self.tuned, self.average
         return weights
 
     # -- a step -------------------------------------------------------------------------------------------------------
@@ -268,16 +285,21 @@ class _Run:
             # Processes exchange gradients once per optimizer step.
             waiting = self.accelerator.no_sync(self.model) if forward < forwards - 1 else contextlib.nullcontext()
             with waiting:
-                loss = draw_loss(self.model, clean_latents, drawn, prompt_embeds, self.dtype)
+                # FSDP leaves it to the caller.
+                with torch.autocast(
+                    clean_latents.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"
+                ):
+                    loss = draw_loss(self.forward, clean_latents, drawn, prompt_embeds, self.dtype, self.objective)
                 self.accelerator.backward(loss / forwards)
             losses.append(loss.detach())
-        norm = self.accelerator.clip_grad_norm_(self.tuned.values(), config.max_grad_norm)
+        norm = whole(self.accelerator.clip_grad_norm_(self.tuned.values(), config.max_grad_norm))
         self.optimizer.step()
         self.step += 1
         if config.ema_decay:
             decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
-                torch._foreach_lerp_(list(self.average.values()), list(self.tuned.values()), 1 - decay)
+                averages, weights = ([share(t) for t in tensors.values()] for tensors in (self.average, self.tuned))
+                torch._foreach_lerp_(averages, weights, 1 - decay)
         else:
             self.average = {name: p.detach() for name, p in self.tuned.items()}
         return float(self.accelerator.reduce(torch.stack(losses).mean(), "mean")), float(norm)
@@ -285,12 +307,13 @@ class _Run:
     def _batch(self, batches: Prefetcher, number: int) -> tuple[torch.Tensor, torch.Tensor, Draw]:
         """Latents, embeddings and draws of forward `number`, on the device."""
         latents, embeds = batches.load(number)
+        latents = self.objective.padded(latents)
         first = self.accelerator.process_index * len(latents)
         generators = [
             generator_for("clip", self.config.seed, self.expert, number, first + place)
             for place in range(len(latents))
         ]
-        drawn = draw(latents, generators, self.config, self.sigma_range)
+        drawn = draw(latents, generators, self.config, self.time_range, self.objective)
         embeds, empty = embeds[:-1], embeds[-1:]
         embeds = torch.where(drawn.drop_prompt[:, None, None], empty, embeds)
         device = self.accelerator.device
@@ -319,13 +342,15 @@ class _Run:
         return json.loads(json.dumps(values | more))
 
     def _save(self) -> None:
+        tensors = {f"weights.{name}": p for name, p in self.tuned.items()}
+        if self.config.ema_decay:
+            tensors |= {f"average.{name}": tensor for name, tensor in self.average.items()}
+        for name, parameter in self.tuned.items():
+            state = self.optimizer.state[parameter]
+            tensors |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
+        # Every process has a part in this.
+        tensors = {name: whole(tensor) for name, tensor in tensors.items()}
         if self.accelerator.is_main_process:
-            tensors = {f"weights.{name}": p for name, p in self.tuned.items()}
-            if self.config.ema_decay:
-                tensors |= {f"average.{name}": tensor for name, tensor in self.average.items()}
-            for name, parameter in self.tuned.items():
-                state = self.optimizer.state[parameter]
-                tensors |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
             metadata = {"step": str(self.step), "settings": json.dumps(self._settings())}
             write_whole(self.checkpoints / f"step_{self.step:08d}.safetensors", tensors, metadata)
             for path in self._saved()[self.config.keep_checkpoints :]:
@@ -370,15 +395,16 @@ class _Run:
     def _restore(self, tensors: dict[str, torch.Tensor]) -> None:
         kept = sorted({name.split(".")[1] for name in tensors if name.startswith("optimizer.")})
         for name, parameter in self.tuned.items():
-            parameter.copy_(tensors[f"weights.{name}"])
-            state = {key: tensors[f"optimizer.{key}.{name}"] for key in kept}
+            parameter.copy_(sharded_like(parameter, tensors[f"weights.{name}"]))
             # AdamW counts its steps on the CPU.
             self.optimizer.state[parameter] = {
-                key: tensor if key == "step" else tensor.to(parameter.device) for key, tensor in state.items()
+                key: value if key == "step" else sharded_like(parameter, value)
+                for key in kept
+                for value in [tensors[f"optimizer.{key}.{name}"]]
             }
         if self.config.ema_decay:
             for name, average in self.average.items():
-                average.copy_(tensors[f"average.{name}"])
+                average.copy_(sharded_like(average, tensors[f"average.{name}"]))
         else:
             self.average = {name: p.detach() for name, p in self.tuned.items()}
 
@@ -405,37 +431,18 @@ class _Run:
             def log(values: dict[str, float]) -> None:
                 self.accelerator.log(values, step=self.step)
 
+            def log_frames(name: str, frames: np.ndarray) -> None:
+                for tracker in self.accelerator.trackers:
+                    tracker.log_images({name: frames}, step=self.step, dataformats="NHWC")
+
+            values = self.transformer, self.expert, self.step, folder, self.config, log, log_frames
             try:
-                self.validate(Validation(self.transformer, self.expert, self.step, folder, self.config, log))
+                self.validate(Validation(*values))
             finally:
                 self.transformer.train()
                 for name, parameter in self.tuned.items():
                     parameter.copy_(trained[name])
         self.accelerator.wait_for_everyone()
-
-
-def lora_state_dict(weights: dict[str, torch.Tensor], config: TrainConfig) -> dict[str, torch.Tensor]:
-    """Parameters of one expert to diffusers' keys without a prefix, `blocks.0.attn1.to_q.lora_A.weight`.
-
-    `alpha / rank` is multiplied into `lora_B`: a LoRA without alpha means the same to every loader.
-    """
-    scale, dtype = config.alpha / config.rank, torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
-    state = {}
-    for name, tensor in weights.items():
-        key = name.replace(f".{ADAPTER_NAME}.weight", ".weight")
-        state[key] = (tensor * scale if ".lora_B." in key else tensor).to(dtype)
-    return state
-
-
-def _write_lora(config: TrainConfig, weights: dict[str, dict[str, torch.Tensor]]) -> None:
-    metadata = {"training_config": json.dumps(asdict(config)), "base_model": config.model}
-    states = {expert: lora_state_dict(tensors, config) for expert, tensors in weights.items()}
-    path = Path(config.output_dir) / WEIGHT_NAME
-    both = {f"{expert}.{key}": tensor for expert, state in states.items() for key, tensor in state.items()}
-    write_whole(path, both, metadata)
-    if "transformer_2" in states:
-        second = {f"transformer.{key}": tensor for key, tensor in states["transformer_2"].items()}
-        write_whole(path.with_name("transformer_2.safetensors"), second, metadata)
 
 
 def _memory(device: torch.device) -> int:

@@ -1,24 +1,30 @@
 import re
 from pathlib import Path
 
+import diffusers
 import pytest
+from accelerate import init_empty_weights
+from accelerate.commands.config.config_args import load_config_from_file
 from diffusers import WanTransformer3DModel
 from tiny import TRANSFORMER_CONFIG
+from tiny_cogvideox import TRANSFORMER_CONFIG as COGVIDEOX_CONFIG
+from tiny_cogvideox import tiny_cogvideox_transformer
 from training_runs import OPTIONS
 
+from diffusers_fvg.models import MODELS
 from diffusers_fvg.training.config import TrainConfig
 from diffusers_fvg.training.estimate import estimated_memory
+from diffusers_fvg.training.trainer import check_targets
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "training"
 PLACES = {"model": "m", "data": "d", "cache_dir": "c", "output_dir": "o"}
 
-# Of the models' own `transformer/config.json`.
-WAN = {"patch_size": (1, 2, 2), "attention_head_dim": 128, "text_dim": 4096, "freq_dim": 256}
-WAN_SIZES = {
-    "wan2.2-ti2v-5b": (16, {"num_layers": 30, "num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48}),
-    "wan2.1-t2v-1.3b": (8, {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960, "in_channels": 16}),
-    "wan2.2-t2v-a14b": (8, {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824, "in_channels": 16}),
+EXAMPLE_MODELS = {
+    "wan2.2-ti2v-5b": "Wan2.2-TI2V-5B",
+    "wan2.1-t2v-1.3b": "Wan2.1-T2V-1.3B",
+    "wan2.2-t2v-a14b": "Wan2.2-T2V-A14B",
+    "cogvideox1.5-5b": "CogVideoX1.5-5B",
 }
 
 
@@ -63,6 +69,9 @@ def test_load_refuses(tmp_path, line, message):
         ({"warmup_steps": 7}, "must be below steps=7"),
         ({"anchor_probability": 0}, "trains no anchor"),
         ({"timestep_density": "uniform", "timestep_std": 2.0}, "has no effect"),
+        ({"validation_every": 1, "validation_prompts": ["a dog"]}, "needs as many as anchors: 0"),
+        ({"validation_prompts": ["a dog"], "validation_anchors": ["a.png"]}, "no effect with validation_every=0"),
+        ({"clips_per_video": 0}, "`clips_per_video=0` must be at least 1"),
     ],
 )
 def test_validate_names_value_and_fix(options, message):
@@ -81,21 +90,55 @@ def test_estimated_memory_counts_parameters():
     assert parts["block_inputs"] == 2 * (2 * 12) * 24 * 4
 
 
-@pytest.mark.parametrize("name", WAN_SIZES)
+def test_estimated_memory_of_cogvideox():
+    train = config(
+        targets=["to_q", "ff.net.0.proj"], rank=3, mixed_precision="no", ema_decay=0.9, buckets=[[9, 32, 32]]
+    )
+    parts = estimated_memory(train, COGVIDEOX_CONFIG, spatial=8)
+    transformer = tiny_cogvideox_transformer()
+    assert parts["weights"] == 4 * sum(p.numel() for p in transformer.parameters())
+    # Two blocks, 32 wide, with a feed-forward of 128.
+    assert parts["lora"] == 20 * 3 * 2 * (32 + 32 + 32 + 128)
+    # 3 latent frames in two patches of 2 x 2 each, and 16 of text.
+    assert parts["block_inputs"] == 2 * (2 * 4 + 16) * 32 * 4
+
+
+@pytest.mark.parametrize("name", EXAMPLE_MODELS)
 def test_example_config_states_its_computed_memory(name):
-    path = EXAMPLES / f"{name}.toml"
-    spatial, sizes = WAN_SIZES[name]
-    shape = WAN | sizes | {"out_channels": sizes["in_channels"]}
-    parts = estimated_memory(TrainConfig.load(path), shape, spatial)
+    path, facts = EXAMPLES / f"{name}.toml", MODELS[EXAMPLE_MODELS[name]]
+    train = TrainConfig.load(path)
+    assert train.model == facts.repository and train.frame_rate == facts.frame_rate
+    parts = estimated_memory(train, facts.transformer_config, facts.vae_stride[1])
     stated = dict(re.findall(r"^# +(\w+) +([\d.]+) GiB", path.read_text(), flags=re.MULTILINE))
     computed = {part: f"{size / 2**30:.1f}" for part, size in parts.items()}
     assert stated == computed | {"sum": f"{sum(parts.values()) / 2**30:.1f}"}
 
 
+@pytest.mark.parametrize("name", EXAMPLE_MODELS)
+def test_example_config_fits_its_model(name, tmp_path):
+    """Sizes, targets and experts are right for a model of the published shape (empty: nothing is allocated)."""
+    train, facts = TrainConfig.load(EXAMPLES / f"{name}.toml"), MODELS[EXAMPLE_MODELS[name]]
+    with init_empty_weights():
+        transformer = getattr(diffusers, facts.transformer_class).from_config(facts.transformer_config)
+    check_targets(transformer, train.targets)
+    height, width = (facts.vae_stride[axis] * facts.patch_size[axis] for axis in (1, 2))
+    for bucket in train.buckets:
+        assert bucket[0] % facts.frame_step == 1 and bucket[1] % height == 0 and bucket[2] % width == 0
+    assert len(train.experts) == (2 if facts.boundary_ratio else 1)
+    # No flow model, no shift.
+    assert train.flow_shift in [size.flow_shift or 1 for size in facts.sizes]
+
+
 def test_every_example_config_is_tested():
-    assert {path.stem for path in EXAMPLES.glob("*.toml")} == set(WAN_SIZES)
+    assert {path.stem for path in EXAMPLES.glob("*.toml")} == set(EXAMPLE_MODELS)
 
 
 def test_config_is_light(run_python):
     code = "import sys; from diffusers_fvg.training.config import TrainConfig; print('torch' in sys.modules)"
     assert run_python(code) == "False\n"
+
+
+def test_the_accelerate_config_is_one_that_the_trainer_takes():
+    launched = load_config_from_file(str(EXAMPLES / "fsdp2.yaml"))
+    assert launched.distributed_type == "FSDP" and launched.fsdp_config["fsdp_version"] == 2
+    assert not launched.fsdp_config["fsdp_activation_checkpointing"]

@@ -1,19 +1,23 @@
+import gc
 import os
 import shutil
-from collections import Counter
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import AutoencoderKLWan, WanPipeline
 from tiny import tiny_wan_components
 from training_runs import CAPTIONS, moving_square, save_model, save_videos, tiny_config
+from transformers import UMT5EncoderModel
 
 from diffusers_fvg.anchor import crop_and_resize, encode_anchor
-from diffusers_fvg.media import read_video, write_video
+from diffusers_fvg.media import read_video
+from diffusers_fvg.shapes.dataset import lossless_video
 from diffusers_fvg.training import data, files
-from diffusers_fvg.training.data import BatchOrder, build_cache, choose_bucket, frames_available, read_examples
+from diffusers_fvg.training.data import build_cache, read_examples
+from diffusers_fvg.training.families import Wan, family_of
 from diffusers_fvg.training.files import read_whole, write_whole
 
 
@@ -28,7 +32,8 @@ def config(model, tmp_path):
 
 
 def cache(config):
-    return build_cache(config, read_examples(config), Path(config.model))
+    folder = Path(config.model)
+    return build_cache(config, read_examples(config), folder, family_of(config, folder))
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
@@ -72,59 +77,41 @@ def test_a_data_set_on_the_hub_needs_its_package(model, tmp_path, monkeypatch):
         read_examples(config)
 
 
-# -- buckets ----------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["folder", "parquet"])
+def test_a_data_set_of_hugging_face(config, tmp_path, form):
+    """Videos beside the table, or inside it: the same latents and texts as from a folder read by hand. Needs `datasets`."""
+    import datasets
 
-BUCKETS = [(81, 480, 832), (49, 480, 832), (49, 832, 480), (49, 704, 1280)]
-
-
-@pytest.mark.parametrize(
-    ("video", "bucket"),
-    [
-        ((200, 480, 832), (81, 480, 832)),
-        ((80, 480, 832), (49, 480, 832)),
-        ((49, 1280, 720), (49, 832, 480)),
-        ((200, 704, 1280), (49, 704, 1280)),
-        ((49, 480, 480), (49, 480, 832)),
-    ],
-    ids=["longest", "frames first", "upright", "aspect before length", "square"],
-)
-def test_choose_bucket(video, bucket):
-    assert choose_bucket(*video, BUCKETS) == bucket
-
-
-def test_choose_bucket_enlarges_only_where_it_must():
-    buckets = [(9, 32, 32), (9, 64, 64), (9, 96, 96)]
-    assert choose_bucket(9, 70, 70, buckets) == (9, 64, 64)
-    assert choose_bucket(9, 16, 16, buckets) == (9, 32, 32)
-
-
-def test_choose_bucket_refuses_a_short_video():
-    with pytest.raises(ValueError, match="has 48 frames at the training frame rate; the shortest bucket needs 49"):
-        choose_bucket(48, 480, 832, BUCKETS)
-
-
-def test_frames_available_is_the_last_frame_still_inside():
-    # Frames 0, 3, 6, 9 of ten at 24 per second are the frames at 8 per second.
-    assert frames_available(10, 24, 8) == 4
-    assert frames_available(9, 24, 8) == 3
-    assert frames_available(10, 8, 8) == 10
-
-
-def test_faster_videos_are_thinned_out(config, tmp_path):
-    write_video(tmp_path / "fast.mp4", moving_square(0, num_frames=25), 24)
-    clip = data.read_clip(tmp_path / "fast.mp4", config)
-    frames, _ = read_video(tmp_path / "fast.mp4")
-    expected = torch.stack([crop_and_resize(frame, 32, 32) for frame in frames[::3]], dim=1)
-    assert torch.equal(clip, expected)
-    write_video(tmp_path / "slow.mp4", moving_square(0), 6)
-    with pytest.raises(ValueError, match="has 6 frames per second; training is at 8"):
-        data.read_clip(tmp_path / "slow.mp4", config)
+    columns = {"video_column": "video", "cache_dir": str(tmp_path / "second")}
+    folder = tmp_path / "data"
+    if form == "parquet":
+        rows = [
+            {"video": {"bytes": (folder / f"{i}.mp4").read_bytes(), "path": None}, "text": t}
+            for i, t in enumerate(CAPTIONS)
+        ]
+        features = datasets.Features({"video": datasets.Video(decode=False), "text": datasets.Value("string")})
+        folder = tmp_path / "parquet"
+        folder.mkdir()
+        datasets.Dataset.from_list(rows, features).to_parquet(folder / "train.parquet")
+    examples = data._hub_examples(replace(config, data=str(folder), **columns))
+    assert [example.caption for example in examples] == CAPTIONS
+    place = Path(config.model)
+    clips = build_cache(replace(config, **columns), examples, place, family_of(config, place))
+    latents, embeds = clips.load([0, 1, 2])
+    expected = cache(config).load([0, 1, 2])
+    torch.testing.assert_close(latents, expected[0])
+    torch.testing.assert_close(embeds, expected[1])
+    with pytest.raises(ValueError, match=r"has no columns \['movie'\]; it has \['video', 'text'\]"):
+        data._hub_examples(replace(config, data=str(folder), video_column="movie"))
 
 
 # -- cache ------------------------------------------------------------------------------------------------------------
 
 
-def test_cache_holds_what_the_pipeline_would_compute(config, tmp_path):
+def test_cache_holds_what_the_pipeline_would_compute(config, tmp_path, monkeypatch):
+    # Of clips encoded together the last bit can differ.
+    monkeypatch.setattr(data, "PIXELS_AT_ONCE", 0)
     clips = cache(config)
     latents, embeds = clips.load([1])
     pipe = WanPipeline(**tiny_wan_components())
@@ -140,10 +127,26 @@ def test_cache_holds_what_the_pipeline_would_compute(config, tmp_path):
     assert clips.shapes == [(16, 3, 4, 4)] * 3
 
 
+def test_the_encoders_leave_memory(config, monkeypatch):
+    loaded = []
+    for cls in (AutoencoderKLWan, UMT5EncoderModel):
+        load = cls.from_pretrained
+
+        def recording(*args, load=load, **kwargs):
+            model = load(*args, **kwargs)
+            loaded.append(weakref.ref(model))
+            return model
+
+        monkeypatch.setattr(cls, "from_pretrained", recording)
+    cache(config)
+    gc.collect()
+    assert len(loaded) == 2 and all(reference() is None for reference in loaded)
+
+
 def test_cache_is_found_again_without_encoders(config, monkeypatch):
     first = cache(config)
-    monkeypatch.setattr(data, "encode_video", None)
-    monkeypatch.setattr(data, "UMT5EncoderModel", None)
+    monkeypatch.setattr(Wan, "encode", None)
+    monkeypatch.setattr(data, "text_pipeline", None)
     assert cache(config).latents == first.latents
 
 
@@ -176,25 +179,68 @@ def test_cache_of_another_vae_is_an_error(config, model, tmp_path):
 
 
 def test_interrupted_cache_continues(config, monkeypatch):
-    encoded, encode_video = [], data.encode_video
+    encoded, encode = [], Wan.encode
 
     def counting(vae, pixels):
         if len(encoded) == 2:
             raise KeyboardInterrupt
-        encoded.append(1)
-        return encode_video(vae, pixels)
+        encoded.append(len(pixels))
+        return encode(vae, pixels)
 
-    monkeypatch.setattr(data, "encode_video", counting)
+    monkeypatch.setattr(Wan, "encode", staticmethod(counting))
+    monkeypatch.setattr(data, "PIXELS_AT_ONCE", 0)
     with pytest.raises(KeyboardInterrupt):
         cache(config)
     encoded.clear()
     clips = cache(config)
-    assert len(encoded) == 1 and len(clips) == 3
+    assert encoded == [1] and len(clips) == 3
 
     # Cut off, as by a full disk or a copy that was broken off: made again.
     os.truncate(clips.latents[0], 200)
     encoded.clear()
-    assert cache(config).load([0])[0].shape == (1, 16, 3, 4, 4) and len(encoded) == 1
+    assert cache(config).load([0])[0].shape == (1, 16, 3, 4, 4) and encoded == [1]
+
+
+def test_small_clips_are_encoded_together(config, tmp_path, monkeypatch):
+    encoded, encode = [], Wan.encode
+
+    def counting(vae, pixels):
+        encoded.append(len(pixels))
+        return encode(vae, pixels)
+
+    monkeypatch.setattr(Wan, "encode", staticmethod(counting))
+    monkeypatch.setattr(data, "PIXELS_AT_ONCE", 2 * 9 * 32 * 32)
+    together = cache(config)
+    monkeypatch.setattr(data, "PIXELS_AT_ONCE", 0)
+    alone = cache(replace(config, cache_dir=str(tmp_path / "alone")))
+    assert encoded == [2, 1, 1, 1, 1]
+    # Each clip got its own latents: the three squares have colours of their own.
+    torch.testing.assert_close(together.load([0, 1, 2])[0], alone.load([0, 1, 2])[0], rtol=1e-4, atol=1e-5)
+    first, second, third = alone.load([0, 1, 2])[0]
+    assert min((first - second).abs().max(), (second - third).abs().max()) > 1e-2
+
+
+def test_a_long_video_gives_several_clips(config, tmp_path):
+    """Of 30 frames the clips are 0 to 8, 10 to 18 and 21 to 29; each is cached as if it were a video of its own."""
+    frames = moving_square(0, num_frames=30, width=96)
+    long = tmp_path / "long"
+    long.mkdir()
+    (long / "0.mp4").write_bytes(lossless_video(frames, 8))
+    (long / "metadata.jsonl").write_text('{"file_name": "0.mp4", "text": "a dog"}\n')
+    config = replace(config, data=str(long), clips_per_video=3, cache_dir=str(tmp_path / "three"))
+    clips = cache(config)
+    assert len(clips) == 3 and len(set(clips.texts)) == 1
+    vae = tiny_wan_components()["vae"]
+    for index, start in enumerate((0, 10, 21)):
+        pixels = torch.stack([crop_and_resize(frame, 32, 32) for frame in frames[start : start + 9]], dim=1)
+        expected = Wan.encode(vae, pixels[None])
+        torch.testing.assert_close(clips.load([index])[0], expected, rtol=1e-4, atol=1e-5)
+
+    # One of them is lost: found out without decoding the video, and made again.
+    clips.latents[1].unlink()
+    assert cache(config).latents == clips.latents and clips.latents[1].exists()
+    with pytest.raises(ValueError, match="was made with another clips_per_video"):
+        cache(replace(config, clips_per_video=1))
 
 
 def test_a_kill_while_writing_leaves_no_file(tmp_path, monkeypatch):
@@ -227,29 +273,3 @@ def test_corrupt_and_missing_videos_are_named_and_counted(config, tmp_path):
         cache(config)
     clips = cache(replace(config, max_rejected_share=0.7))
     assert len(clips) == 1 and sorted(path[-5:] for path in clips.rejected) == ["1.mp4", "2.mp4"]
-
-
-def test_buckets_must_fit_the_model(config, model):
-    data.check_buckets(config, model)
-    with pytest.raises(ValueError, match="`num_frames=10` must be 4k"):
-        data.check_buckets(replace(config, buckets=[[10, 32, 32]]), model)
-    with pytest.raises(ValueError, match="`width=40` must be a positive multiple of 16; nearest: 32 and 48"):
-        data.check_buckets(replace(config, buckets=[[9, 32, 40]]), model)
-
-
-# -- order ------------------------------------------------------------------------------------------------------------
-
-
-def test_batch_order_goes_through_every_clip_in_batches_of_one_shape():
-    shapes = [(16, 3, 4, 4)] * 5 + [(16, 5, 4, 4)] * 2 + [(16, 2, 4, 4)]
-    order = BatchOrder(shapes, batch_size=2, seed=0)
-    # 5 clips need three batches, 2 and 1 one each.
-    assert order.batches_per_epoch == 5
-    epochs = [[order[epoch * 5 + index] for index in range(5)] for epoch in range(2)]
-    for batches in epochs:
-        assert {len({shapes[index] for index in batch}) for batch in batches} == {1}
-        counts = Counter(index for batch in batches for index in batch)
-        assert set(counts) == set(range(8)) and sum(counts.values()) == 10
-    assert epochs[0] != epochs[1]
-    # Any batch, asked for alone, is the same.
-    assert BatchOrder(shapes, 2, 0)[7] == epochs[1][2] and BatchOrder(shapes, 2, 1)[7] != epochs[1][2]

@@ -9,8 +9,8 @@ from diffusers_fvg import Anchor, SchedulerPreset, SchedulerPresets
 from diffusers_fvg.anchor import crop_and_resize
 from diffusers_fvg.schedules import add_noise
 from diffusers_fvg.training.config import TrainConfig
-from diffusers_fvg.training.data import encode_video
-from diffusers_fvg.training.draws import anchor_index, draw, draw_loss, generator_for, noise_levels
+from diffusers_fvg.training.draws import anchor_index, draw, draw_loss, drawn_times, generator_for
+from diffusers_fvg.training.families import Wan
 from diffusers_fvg.training.objectives import anchored_flow_loss
 
 
@@ -30,29 +30,29 @@ class Recorder:
         return (torch.zeros_like(hidden_states),)
 
 
-def test_noise_levels_closed_forms():
+def test_drawn_times_closed_forms():
     quantiles = torch.tensor([0.1, 0.5, 0.8413447])
     uniform = config(timestep_density="uniform", flow_shift=1.0)
-    assert torch.allclose(noise_levels(quantiles, uniform), quantiles)
+    assert torch.allclose(drawn_times(quantiles, uniform), quantiles)
     # A cut to [0.5, 1] of a uniform density is uniform there.
-    assert torch.allclose(noise_levels(quantiles, uniform, (0.5, 1.0)), 0.5 + quantiles / 2)
+    assert torch.allclose(drawn_times(quantiles, uniform, (0.5, 1.0)), 0.5 + quantiles / 2)
     # The quantile of one standard deviation, 0.8413, is sigmoid(std); the median shifted by 5 is 5/6.
-    logit_normal = noise_levels(quantiles, config(flow_shift=1.0, timestep_std=1.3))
+    logit_normal = drawn_times(quantiles, config(flow_shift=1.0, timestep_std=1.3))
     assert logit_normal[1:].tolist() == pytest.approx([0.5, 1 / (1 + 2.718281828**-1.3)], abs=1e-6)
-    assert noise_levels(quantiles, config(flow_shift=5.0))[1].item() == pytest.approx(5 / 6, abs=1e-6)
+    assert drawn_times(quantiles, config(flow_shift=5.0))[1].item() == pytest.approx(5 / 6, abs=1e-6)
 
 
 @pytest.mark.parametrize("density", ["uniform", "logit-normal"])
-def test_noise_levels_of_an_expert_are_those_of_the_whole_that_lie_in_its_range(density):
+def test_drawn_times_of_an_expert_are_those_of_the_whole_that_lie_in_its_range(density):
     train, boundary = config(timestep_density=density, flow_shift=3.0), 0.875
     quantiles = (torch.arange(20_000) + 0.5) / 20_000
-    whole = noise_levels(quantiles, train)
+    whole = drawn_times(quantiles, train)
     for low, high in ((boundary, 1.0), (0.0, boundary)):
         own = whole[(whole > low) & (whole < high)]
-        part = noise_levels((torch.arange(len(own)) + 0.5) / len(own), train, (low, high))
+        part = drawn_times((torch.arange(len(own)) + 0.5) / len(own), train, (low, high))
         assert part.min() > low and part.max() < high
         assert (part - own).abs().max() < 1e-3
-    ends = noise_levels(torch.tensor([0.0, 1.0]), train)
+    ends = drawn_times(torch.tensor([0.0, 1.0]), train)
     assert ends.isfinite().all() and ends[0] > 0 and ends[1] <= 1
 
 
@@ -136,7 +136,7 @@ def test_model_inputs_are_bit_equal_to_those_of_the_pipeline(sigma):
     pipe = tiny_pipeline(schedulers=SchedulerPresets.of(preset))
     pipe.set_progress_bar_config(disable=True)
     pixels = torch.stack([crop_and_resize(frame, 32, 32) for frame in frames], dim=1)
-    clean = encode_video(pipe.vae, pixels)[None]
+    clean = Wan.encode(pipe.vae, pixels[None])
 
     drawn, model = draw(clean, generators(1), config(anchor_position="first")), Recorder()
     drawn = replace(drawn, sigmas=torch.tensor([sigma]))

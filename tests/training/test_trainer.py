@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from diffusers import WanPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -12,7 +13,7 @@ from training_runs import finish, kill_after, losses, save_config, save_model, s
 
 from diffusers_fvg import AnchorLora
 from diffusers_fvg.anchor_lora import WEIGHT_NAME
-from diffusers_fvg.training import trainer
+from diffusers_fvg.training import processes, trainer
 from diffusers_fvg.training.config import WAN_TARGETS
 from diffusers_fvg.training.trainer import learning_rate, main_train, sigma_ranges
 
@@ -151,6 +152,29 @@ def test_two_processes_killed_continue_to_the_same_bits(places, tmp_path):
     assert [loss for _, loss in losses(outputs[0])] == pytest.approx(expected, rel=1e-4)
 
 
+def test_two_processes_that_share_the_model_are_as_one(places, tmp_path):
+    """FSDP2: the same losses and weights as one process, whether stopped in between or not."""
+    outputs = []
+    for name in ("whole", "killed"):
+        output = tmp_path / name
+        path = save_config(tiny_config(*places, output), output / "run.toml")
+        if name == "killed":
+            processes = start(path, num_processes=2, seconds_per_step=0.1, sharded=True)
+            kill_after(processes, output, step=4)
+            assert not (output / WEIGHT_NAME).exists()
+        finish(start(path, num_processes=2, sharded=True))
+        outputs.append(output)
+    assert_same_run(*outputs)
+
+    run(tiny_config(*places, tmp_path / "one", batch_size=2))
+    expected = [loss for _, loss in losses(tmp_path / "one")]
+    assert [loss for _, loss in losses(outputs[0])] == pytest.approx(expected, rel=1e-4)
+    tensors, others = checkpoint(outputs[0]), checkpoint(tmp_path / "one")
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, others[name], rtol=1e-2, atol=1e-4)
+
+
 def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path):
     config, output = finished
     config = replace(config, output_dir=str(tmp_path), steps=6)
@@ -217,21 +241,47 @@ def test_output_loads_in_stock_pipeline_and_as_a_component(finished):
         torch.testing.assert_close(transformer(**inputs())[0], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_output_has_a_card_of_its_run(finished):
+    _, output = finished
+    card = (output / WEIGHT_NAME).with_name("README.md").read_text()
+    assert "rank = 4" in card and 'anchor_position = "uniform"' in card
+    # Seven steps: the first and the last tenth are one step each.
+    first, last = losses(output)[0][1], losses(output)[-1][1]
+    assert f"{first:.4f}" in card and f"{last:.4f}" in card
+
+
 def test_output_carries_its_config(finished):
     config, output = finished
     with safe_open(output / WEIGHT_NAME, "pt") as file:
-        stored = json.loads(file.metadata()["training_config"])
-    assert type(config)(**stored) == config
+        metadata = file.metadata()
+    stored = json.loads(metadata["training_config"])
+    # What means nothing elsewhere, and would tell of this machine, is cut to its last name.
+    names = {name: Path(getattr(config, name)).name for name in ("model", "data", "cache_dir", "output_dir")}
+    assert type(config)(**stored) == replace(config, **names)
+    assert str(output.parent) not in str(metadata) and metadata["base_model"] == names["model"]
     assert type(config).load(output / "config.toml") == config
 
 
-def test_two_experts_train_on_their_own_noise_levels(tmp_path):
+def test_two_experts_train_on_their_own_noise_levels(tmp_path, monkeypatch):
+    seen, draw_loss = {"transformer": [], "transformer_2": []}, trainer.draw_loss
+
+    def recording(model, clean_latents, drawn, *args):
+        def call(timestep, **inputs):
+            expert = "transformer" if torch.equal(model.proj_out.weight, first) else "transformer_2"
+            seen[expert].append(timestep.max())
+            return model(timestep=timestep, **inputs)
+
+        return draw_loss(call, clean_latents, drawn, *args)
+
+    first = tiny_transformer(seed=0).proj_out.weight
+    monkeypatch.setattr(trainer, "draw_loss", recording)
     model, data = save_model(tmp_path / "model", experts=2), save_videos(tmp_path / "data")
     config = tiny_config(model, data, tmp_path / "out", experts=["transformer", "transformer_2"])
-    assert sigma_ranges(config, 0.875) == {"transformer": (0.875, 1.0), "transformer_2": (0.0, 0.875)}
-    with pytest.raises(ValueError, match="has no `boundary_ratio`"):
-        sigma_ranges(config, None)
+    assert sigma_ranges(0.875) == {"transformer": (0.875, 1.0), "transformer_2": (0.0, 0.875)}
     run(config)
+    # The times of the free frames in every step of an expert.
+    assert len(seen["transformer"]) == len(seen["transformer_2"]) == 7
+    assert torch.stack(seen["transformer"]).min() > 875 and torch.stack(seen["transformer_2"]).max() < 875
     keys = load_file(tmp_path / "out" / WEIGHT_NAME)
     assert {key.split(".")[0] for key in keys} == {"transformer", "transformer_2"}
 
@@ -246,9 +296,18 @@ def test_two_experts_train_on_their_own_noise_levels(tmp_path):
             torch.testing.assert_close(getattr(pipe, expert)(**inputs())[0], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_target_that_matches_nothing_is_an_error(places, tmp_path):
-    with pytest.raises(ValueError, match=r"`targets` \['to_w', 'q'\] match no linear layer .* attn1.to_q"):
-        run(tiny_config(*places, tmp_path, targets=["to_q", "to_w", "q"]))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"targets": ["to_q", "to_w", "q"]}, r"`targets` \['to_w', 'q'\] match no linear layer .* attn1.to_q"),
+        ({"experts": ["transformer", "transformer_2"]}, "has no `boundary_ratio`: it has one expert"),
+        ({"validation_every": 3}, "`validation_every=3` and `validate=None` go together"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_said_before_encoding(places, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(tiny_config(*places, tmp_path / "out", cache_dir=str(tmp_path / "cache"), **options))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_validate_sees_the_average_and_changes_nothing(finished, tmp_path):
@@ -268,5 +327,43 @@ def test_validate_sees_the_average_and_changes_nothing(finished, tmp_path):
     assert all(torch.equal(p, checkpoint(output, 6)[f"average.{name}"]) for name, p in values.items())
     assert_same_run(output, tmp_path)
 
-    with pytest.raises(ValueError, match="`validation_every=3` and `validate=None` go together"):
-        run(replace(config, output_dir=str(tmp_path), validation_every=3))
+
+@pytest.mark.slow
+def test_tensorboard_gets_what_the_log_has(places, tmp_path):
+    from tensorboard.backend.event_processing import event_accumulator
+
+    frames = torch.rand(3, 8, 8, 3, generator=torch.Generator().manual_seed(0)).numpy()
+
+    def validate(validation):
+        validation.log({"score": 0.5})
+        validation.log_frames("clip", frames)
+
+    config = tiny_config(*places, tmp_path / "out", steps=3, validation_every=2, tracker="tensorboard")
+    run(config, validate)
+    (file,) = (tmp_path / "out" / "transformer").glob("events.*")
+    events = event_accumulator.EventAccumulator(str(file))
+    events.Reload()
+    assert [(event.step, pytest.approx(event.value)) for event in events.Scalars("loss")] == losses(tmp_path / "out")
+    assert [(event.step, event.value) for event in events.Scalars("score")] == [(2, 0.5)]
+    assert [event.step for event in events.Images("clip")] == [2]
+
+
+# -- accelerate's own settings ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "plugin", "message"),
+    [
+        ("DEEPSPEED", None, "set up for DEEPSPEED; use MULTI_GPU, or FSDP with `fsdp_version: 2`"),
+        ("FSDP", {"fsdp_version": 1}, "set up for FSDP1; set `fsdp_version: 2`"),
+        ("FSDP", {"fsdp_version": 2, "activation_checkpointing": True}, "and `gradient_checkpointing = true`"),
+    ],
+)
+def test_settings_that_are_refused(places, tmp_path, monkeypatch, kind, plugin, message):
+    made = Accelerator()
+    monkeypatch.setattr(made.state, "distributed_type", DistributedType[kind])
+    plugin = FullyShardedDataParallelPlugin(**plugin) if plugin else None
+    monkeypatch.setattr(made.state, "fsdp_plugin", plugin, raising=False)
+    monkeypatch.setattr(processes, "Accelerator", lambda **options: made)
+    with pytest.raises(ValueError, match=message):
+        processes.make_accelerator(tiny_config(*places, tmp_path))

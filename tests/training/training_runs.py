@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, WanPipeline
 from tiny import tiny_transformer, tiny_wan_components
+from tiny_cogvideox import tiny_cogvideox_components
 
 from diffusers_fvg.media import write_video
+from diffusers_fvg.schedules_cogvideox import COGVIDEOX_1_5_SCHEDULE
 from diffusers_fvg.training.config import TrainConfig
 
 
@@ -33,6 +35,12 @@ OPTIONS = {
     "checkpoint_every": 3,
     "seed": 5,
 }
+
+
+def save_cogvideox_model(folder: Path) -> Path:
+    scheduler = CogVideoXDDIMScheduler(**COGVIDEOX_1_5_SCHEDULE)
+    CogVideoXPipeline(**tiny_cogvideox_components(), scheduler=scheduler).save_pretrained(folder)
+    return folder
 
 
 def save_model(folder: Path, experts: int = 1) -> Path:
@@ -79,7 +87,27 @@ def losses(output: Path, expert: str = "transformer") -> list[tuple[int, float]]
 # -- processes --------------------------------------------------------------------------------------------------------
 
 
-def _worker(config_path: str, rank: int, num_processes: int, port: int, seconds_per_step: float) -> None:
+def shard_on_cpu() -> None:
+    """Lets the trainer shard as `accelerate launch` with `fsdp_version: 2` does: accelerate itself does so on accelerators
+    only, by the same two attributes."""
+    from accelerate import DistributedType, FullyShardedDataParallelPlugin
+
+    from diffusers_fvg.training import processes
+
+    def accelerator(**options):
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=True
+        )
+        made = Accelerator(**options)
+        made.state.distributed_type, made.state.fsdp_plugin = DistributedType.FSDP, plugin
+        return made
+
+    Accelerator, processes.Accelerator = processes.Accelerator, accelerator
+
+
+def _worker(
+    config_path: str, rank: int, num_processes: int, port: int, seconds_per_step: float, sharded: bool
+) -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"
     if num_processes > 1:
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
@@ -88,6 +116,8 @@ def _worker(config_path: str, rank: int, num_processes: int, port: int, seconds_
     torch.set_num_threads(1)
     from diffusers_fvg.training import trainer
 
+    if sharded:
+        shard_on_cpu()
     step = trainer._Run._optimizer_step
 
     def slow_step(self, batches):
@@ -98,7 +128,7 @@ def _worker(config_path: str, rank: int, num_processes: int, port: int, seconds_
     trainer.main_train(config_path)
 
 
-def start(config_path: Path, num_processes: int = 1, seconds_per_step: float = 0.0) -> list:
+def start(config_path: Path, num_processes: int = 1, seconds_per_step: float = 0.0, sharded: bool = False) -> list:
     """Starts a run. The server that its processes fork from has imported the heavy packages once."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["diffusers_fvg.training.trainer", "training_runs"])
@@ -106,7 +136,7 @@ def start(config_path: Path, num_processes: int = 1, seconds_per_step: float = 0
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        context.Process(target=_worker, args=(str(config_path), rank, num_processes, port, seconds_per_step))
+        context.Process(target=_worker, args=(str(config_path), rank, num_processes, port, seconds_per_step, sharded))
         for rank in range(num_processes)
     ]
     with pytest.MonkeyPatch.context() as patch:

@@ -1,0 +1,446 @@
+"""What the pipelines of every base model share: stages 1 and 2, checks, presets, progress, seeds, saving.
+
+Stage 3 is the model's own. A pipeline has `FactorizedStages` before its stock class among the bases, defines what is listed
+there, and calls [`FactorizedStages._add_stages`] at the end of its `__init__`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+from .anchor import Anchor, picture_tensor
+from .anchor_lora import ADAPTER_NAME, AnchorLora
+from .checks import check_at_least_one, check_generators, check_num_frames, check_texts, pair_anchors
+from .composer import AnchorComposer
+from .hub import as_saved, forget_origins, push
+from .pipeline_output import FactorizedVideoPipelineOutput
+from .progress import StageProgress
+from .rewriter import FirstFrameRewriter
+from .safety import guard_loading
+from .schedules import SchedulerPresets
+
+
+MODES = ("factorized", "direct")
+
+NO_REWRITER = (
+    "This pipeline has no `rewriter`, which writes the first-frame prompt: pass `first_frame_prompt=` or `image=`, use "
+    '`mode="direct"`, or load a rewriter.'
+)
+NO_COMPOSER = (
+    "This pipeline has no `composer`, which draws the anchor: pass `image=` or `anchors=`, use "
+    '`mode="direct"`, or load a composer.'
+)
+
+guard_loading()
+
+Image = PIL.Image.Image | np.ndarray | torch.Tensor
+StepCallback = Callable | PipelineCallback | MultiPipelineCallbacks
+
+
+class FactorizedStages:
+    """Stages 1 and 2 and the frame of a call, for a pipeline whose stage 3 is `_animate(**inputs)`.
+
+    The pipeline defines:
+
+    * `default_presets` and `default_call`: presets, and `height`, `width`, `num_frames`, `frame_rate` and
+      `max_sequence_length`, for a repository that brings none.
+    * `_frame_step()`: lengths of a video are this times k, plus 1.
+    * `_check_size(height, width)`, `_check_stock_inputs(prompts, inputs)`, `_check_anchors(anchors, num_frames)`: what its
+      model asks for; each raises `ValueError`.
+    * `_latents_shape(num_videos, inputs)`: shape of `latents` for a call.
+    * `_animate(prompts, anchors, **inputs)`: stage 3, with inputs that [`_video_inputs`] has checked.
+
+    `safety_checker` may be set to a function that is shown each anchor (an RGB PIL image) before its video is computed and
+    returns `True`, or what is wrong with it as text, for one that must not be animated. It is no component and not saved.
+    """
+
+    # What `guard_loading` asks a pipeline's class.
+    safetensors_only = True
+    safety_checker: Callable[[PIL.Image.Image], bool | str | None] | None = None
+    default_presets: SchedulerPresets
+    default_call: dict[str, Any]
+    # The file that makes a saved repository load without an import of this package: see `save_pretrained`.
+    pipeline_shim: str
+
+    def _add_stages(
+        self,
+        rewriter: FirstFrameRewriter | None,
+        composer: AnchorComposer | None,
+        anchor_lora: AnchorLora | None,
+        schedulers: SchedulerPresets | None,
+        call_defaults: dict[str, Any] | None,
+    ) -> None:
+        self.register_modules(rewriter=rewriter, composer=composer, anchor_lora=anchor_lora, schedulers=schedulers)
+        self.register_to_config(call_defaults=call_defaults)
+        if anchor_lora is not None:
+            for name, expert in self._experts().items():
+                if ADAPTER_NAME not in getattr(expert, "peft_config", {}):
+                    anchor_lora.load_into(expert, prefix=name)
+        self._progress: StageProgress | None = None
+        self._interrupt = False
+
+    def _experts(self) -> dict[str, torch.nn.Module]:
+        experts = {name: getattr(self, name, None) for name in ("transformer", "transformer_2")}
+        return {name: expert for name, expert in experts.items() if expert is not None}
+
+    # -- loading ------------------------------------------------------------------------------------------------------
+
+    def register_modules(self, **kwargs) -> None:
+        super().register_modules(**kwargs)
+        self._record_own_classes(kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in getattr(self, "_internal_dict", {}):
+            self._record_own_classes({name: value})
+
+    def _record_own_classes(self, components: dict[str, Any]) -> None:
+        # diffusers would record our module path, which makes a file's place a wire format and which a Hub download
+        # refuses. Our classes are attributes of diffusers (see `__init__.py`), so that name is recorded instead.
+        for name, component in components.items():
+            if type(component).__module__.split(".")[0] == __package__:
+                self.register_to_config(**{name: ("diffusers", type(component).__name__)})
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, bundle: bool = False, **kwargs) -> None:
+        """Writes a repository: components with their weights, and a `pipeline.py` of one import.
+
+        With that file `DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)` works in a
+        process that has not imported this package.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): the folder, made if it is not there.
+            bundle (`bool`): write the weights of components that came from a light repository. Otherwise they are
+                references again: bundle after changing weights of such a component.
+            args, kwargs: of [`~diffusers.DiffusionPipeline.save_pretrained`], but for its `push_to_hub`: use [`push_to_hub`].
+        """
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError(
+                "`push_to_hub=True` is not for `save_pretrained` here; call `pipe.push_to_hub(repository)`."
+            )
+        os.makedirs(save_directory, exist_ok=True)
+        with open(os.path.join(save_directory, "pipeline.py"), "w") as file:
+            file.write(self.pipeline_shim)
+        super(FactorizedStages, as_saved(self, bundle)).save_pretrained(save_directory, *args, **kwargs)
+        forget_origins(save_directory)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        variant: str | None = None,
+        bundle: bool = False,
+    ) -> str:
+        """Saves the pipeline as [`save_pretrained`] does and uploads it with a card; see [`~diffusers_fvg.push`].
+
+        Args:
+            repo_id (`str`): repository on the Hub, made if it is not there.
+            commit_message, private, token, create_pr (*optional*): of [`~diffusers_fvg.push`].
+            variant, bundle (*optional*): of [`save_pretrained`].
+
+        Returns:
+            `str`: address of the commit, or of the pull request.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, variant=variant, bundle=bundle)
+            return push(folder, repo_id, commit_message, private, create_pr, token)
+
+    # -- what a call runs with ----------------------------------------------------------------------------------------
+
+    @property
+    def presets(self) -> SchedulerPresets:
+        """Presets of this pipeline, the default first."""
+        return self.schedulers if self.schedulers is not None else self.default_presets
+
+    @property
+    def call_defaults(self) -> dict[str, Any]:
+        return self.default_call | (self.config.call_defaults or {})
+
+    def _default(self, name: str, value: Any) -> Any:
+        return self.call_defaults.get(name) if value is None else value
+
+    def _sampling(self, preset: str | None):
+        """The preset of a call; `None` when `scheduler` is the user's own."""
+        return self.presets[preset] if preset is not None else self.presets.matching(self.scheduler)
+
+    @contextmanager
+    def _running(self, callback: Callable | None = None) -> Iterator[StageProgress]:
+        """Starts a run, or joins the one under way: `__call__` and a stage called by hand share their code."""
+        if self._progress is not None:
+            yield self._progress
+            return
+        self._progress = StageProgress(self, callback)
+        self._interrupt = False
+        try:
+            yield self._progress
+        finally:
+            self._progress.close()
+            self._progress = None
+            self.maybe_free_model_hooks()
+
+    @contextmanager
+    def _without_anchor_lora(self) -> Iterator[None]:
+        """Scales the anchor LoRA to zero: without an anchor the base model is what is asked for."""
+        scalings = [
+            module.scaling
+            for expert in self._experts().values()
+            for module in expert.modules()
+            if ADAPTER_NAME in getattr(module, "scaling", {})
+        ]
+        values = [scaling[ADAPTER_NAME] for scaling in scalings]
+        for scaling in scalings:
+            scaling[ADAPTER_NAME] = 0.0
+        try:
+            yield
+        finally:
+            for scaling, value in zip(scalings, values):
+                scaling[ADAPTER_NAME] = value
+
+    # -- checks -------------------------------------------------------------------------------------------------------
+
+    def _video_inputs(self, prompts: list[str] | None, anchors, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Fills in the model's defaults and checks everything that stage 3 takes. Returns the arguments of `_animate`."""
+        inputs = dict(inputs)
+        for name in ("height", "width", "num_frames", "max_sequence_length"):
+            inputs[name] = self._default(name, inputs[name])
+        if inputs["negative_prompt_embeds"] is None:
+            inputs["negative_prompt"] = self._default("negative_prompt", inputs["negative_prompt"])
+        callback = inputs["callback_on_step_end"]
+        if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+            inputs["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
+
+        self._check_size(inputs["height"], inputs["width"])
+        check_num_frames(inputs["num_frames"], self._frame_step())
+        if prompts is not None:
+            check_texts("prompt", prompts)
+        self._check_stock_inputs(prompts, inputs)
+        num_prompts = len(prompts) if prompts is not None else inputs["prompt_embeds"].shape[0]
+        negative_prompt = inputs["negative_prompt"]
+        if isinstance(negative_prompt, list) and len(negative_prompt) != num_prompts:
+            raise ValueError(
+                f"`negative_prompt` has {len(negative_prompt)} texts for {num_prompts} prompts; give one or {num_prompts}."
+            )
+        if isinstance(negative_prompt, str):
+            inputs["negative_prompt"] = [negative_prompt] * num_prompts
+        check_at_least_one("num_inference_steps", inputs["num_inference_steps"])
+        check_at_least_one("num_videos_per_prompt", inputs["num_videos_per_prompt"])
+        num_videos = num_prompts * inputs["num_videos_per_prompt"]
+        check_generators(inputs["generator"], num_videos, "videos")
+        self._sampling(inputs["preset"])
+        if inputs["latents"] is not None:
+            expected = self._latents_shape(num_videos, inputs)
+            if tuple(inputs["latents"].shape) != expected:
+                raise ValueError(
+                    f"`latents` has shape {tuple(inputs['latents'].shape)}, but this call needs {expected}."
+                )
+        if anchors is not None:
+            anchors = pair_anchors(anchors, num_prompts, inputs["num_videos_per_prompt"])
+            for video_anchors in anchors:
+                self._check_anchors(video_anchors, inputs["num_frames"])
+                for anchor in video_anchors:
+                    picture_tensor(anchor.image)
+        return {"prompts": prompts, "anchors": anchors, **inputs}
+
+    # -- stages 1 and 2 -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def rewrite(self, prompts: str | list[str], max_new_tokens: int | None = None) -> list[str]:
+        """Stage 1: writes a caption of the first frame for each prompt.
+
+        Args:
+            prompts (`str` or `list[str]`): what should happen in the videos.
+            max_new_tokens (`int`, *optional*): limit of the answer; the rewriter's own when left out.
+
+        Returns:
+            `list[str]`: one caption per prompt.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        check_texts("prompts", prompts)
+        if self.rewriter is None:
+            raise ValueError(NO_REWRITER)
+        with self._running() as progress, progress.stage("rewrite") as report:
+            return self.rewriter.rewrite(
+                list(prompts), max_new_tokens=max_new_tokens, on_progress=report, should_stop=lambda: self.interrupt
+            )
+
+    @torch.no_grad()
+    def compose(
+        self,
+        first_frame_prompts: str | list[str],
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | list[str] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> list[PIL.Image.Image]:
+        """Stage 2: draws the anchor image of each caption.
+
+        Args:
+            first_frame_prompts (`str` or `list[str]`): captions of first frames.
+            height, width (`int`, *optional*): pixels of the video.
+            num_inference_steps, guidance_scale, negative_prompt (*optional*): of the text-to-image pipeline; its own
+                values when left out.
+            generator (`torch.Generator` or one per caption, *optional*): for reproducible pictures.
+
+        Returns:
+            `list[PIL.Image.Image]`: one picture of `height` x `width` per caption.
+        """
+        captions = [first_frame_prompts] if isinstance(first_frame_prompts, str) else first_frame_prompts
+        height, width = self._default("height", height), self._default("width", width)
+        check_texts("first_frame_prompts", captions)
+        self._check_size(height, width)
+        check_generators(generator, len(captions), "captions")
+        if self.composer is None:
+            raise ValueError(NO_COMPOSER)
+        with self._running() as progress, progress.stage("compose") as report:
+            return self.composer.compose(
+                list(captions),
+                height=height,
+                width=width,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                negative_prompt=negative_prompt,
+                generator=generator,
+                on_progress=report,
+                should_stop=lambda: self.interrupt,
+            )
+
+    def _check_safety(self, anchors: list[list[Anchor]], num_videos_per_prompt: int) -> None:
+        """Shows each picture to `safety_checker` once and raises `ValueError` for the first that it refuses."""
+        shown = set()
+        for video, video_anchors in enumerate(anchors):
+            for image in (anchor.image for anchor in video_anchors if id(anchor.image) not in shown):
+                shown.add(id(image))
+                pixels = (picture_tensor(image) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+                refusal = self.safety_checker(PIL.Image.fromarray(pixels))
+                if refusal:
+                    reason = f" ({refusal})" if isinstance(refusal, str) else ""
+                    raise ValueError(
+                        f"`safety_checker` refused the anchor of prompt {video // num_videos_per_prompt}{reason}; no video "
+                        "was computed. Change the prompt or the image."
+                    )
+
+    # -- all of it ----------------------------------------------------------------------------------------------------
+
+    def _generate(
+        self,
+        prompt: str | list[str] | None,
+        inputs: dict[str, Any],
+        mode: str,
+        first_frame_prompt: str | list[str] | None,
+        image: Image | list[Image] | None,
+        anchors: Anchor | list[Anchor] | list[list[Anchor]] | None,
+        rewriter_max_new_tokens: int | None,
+        composer_num_inference_steps: int | None,
+        composer_guidance_scale: float | None,
+        composer_negative_prompt: str | list[str] | None,
+        callback_on_stage_step: Callable | None,
+        return_dict: bool,
+    ) -> FactorizedVideoPipelineOutput | tuple:
+        """The three stages in a row: `__call__` with the arguments of stage 3, except prompts and anchors, in `inputs`."""
+        # 1. Check inputs
+        if mode not in MODES:
+            raise ValueError(f"Unknown mode {mode!r}; use one of {MODES}.")
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        captions = [first_frame_prompt] if isinstance(first_frame_prompt, str) else first_frame_prompt
+        if prompts is None and inputs["prompt_embeds"] is None:
+            raise ValueError("Provide `prompt` or `prompt_embeds`: the video model follows it in every mode.")
+        num_prompts = len(prompts) if prompts is not None else inputs["prompt_embeds"].shape[0]
+        first_frames = {"first_frame_prompt": captions, "image": image, "anchors": anchors}
+        given = [name for name, value in first_frames.items() if value is not None]
+        if mode == "direct" and given:
+            raise ValueError(
+                f'`mode="direct"` uses no first frame, but `{given[0]}` was given; leave one of them out.'
+            )
+        if len(given) > 1:
+            raise ValueError(f"Only one of `first_frame_prompt`, `image` and `anchors` can be used, but got {given}.")
+        if image is not None:
+            pictures = list(image) if isinstance(image, (list, tuple)) else [image] * num_prompts
+            if len(pictures) != num_prompts:
+                raise ValueError(
+                    f"`image` has {len(pictures)} pictures for {num_prompts} prompts; give one or {num_prompts}."
+                )
+            anchors = [[Anchor(picture)] for picture in pictures]
+        compose = mode == "factorized" and anchors is None
+        if compose:
+            self._check_stages(prompts, captions, num_prompts)
+        inputs = self._video_inputs(
+            prompts,
+            anchors,
+            inputs,
+        )
+
+        # 2. Settle the seeds
+        num_videos = num_prompts * inputs["num_videos_per_prompt"]
+        generator = inputs["generator"]
+        if generator is None:
+            generator = [torch.Generator().manual_seed(draw_seed()) for _ in range(num_videos)]
+            inputs["generator"] = generator
+        generators = generator if isinstance(generator, list) else [generator] * num_videos
+        seeds = [{"video": item.initial_seed()} for item in generators]
+
+        images = None
+        with self._running(callback_on_stage_step) as progress:
+            # 3. Stages 1 and 2
+            if compose:
+                if captions is None:
+                    captions = self.rewrite(prompts, max_new_tokens=rewriter_max_new_tokens)
+                if not self.interrupt:
+                    for seed, anchor_seed in zip(seeds, anchor_seeds(generator, num_videos)):
+                        seed["anchor"] = anchor_seed
+                    images = self.compose(
+                        [caption for caption in captions for _ in range(inputs["num_videos_per_prompt"])],
+                        inputs["height"],
+                        inputs["width"],
+                        num_inference_steps=composer_num_inference_steps,
+                        guidance_scale=composer_guidance_scale,
+                        negative_prompt=composer_negative_prompt,
+                        generator=[torch.Generator().manual_seed(seed["anchor"]) for seed in seeds],
+                    )
+                    inputs["anchors"] = [[Anchor(picture)] for picture in images]
+
+            # 4. Stage 3
+            frames = [] if self.interrupt else self._animate(**inputs)
+
+        output = FactorizedVideoPipelineOutput(
+            frames=frames, first_frame_prompts=captions, anchor_images=images, seeds=seeds, timings=progress.timings
+        )
+        return output if return_dict else tuple(getattr(output, name) for name in output.__dataclass_fields__)
+
+    def _check_stages(self, prompts: list[str] | None, captions: list[str] | None, num_prompts: int) -> None:
+        """Stages 1 and 2 can run: their models are there, and there is one caption or prompt for each video prompt."""
+        if captions is None and prompts is None:
+            raise ValueError("`prompt_embeds` cannot be rewritten: pass `prompt`, `first_frame_prompt` or `image`.")
+        if captions is None and self.rewriter is None:
+            raise ValueError(NO_REWRITER)
+        if self.composer is None:
+            raise ValueError(NO_COMPOSER)
+        if captions is not None:
+            check_texts("first_frame_prompt", captions)
+            if len(captions) != num_prompts:
+                raise ValueError(f"`first_frame_prompt` has {len(captions)} texts for {num_prompts} prompts.")
+
+
+def draw_seed(generator: torch.Generator | None = None) -> int:
+    """A seed from the generator, or from torch's own."""
+    return int(torch.randint(2**31, (1,), generator=generator, device=generator.device if generator else None))
+
+
+def anchor_seeds(generator: torch.Generator | list[torch.Generator], num_videos: int) -> list[int]:
+    """Seeds for the anchors from copies of the generators, whose own state stays for the video's noise."""
+    if isinstance(generator, list):
+        return [draw_seed(item.clone_state()) for item in generator]
+    copy = generator.clone_state()
+    return [draw_seed(copy) for _ in range(num_videos)]

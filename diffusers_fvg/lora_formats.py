@@ -1,0 +1,287 @@
+"""LoRA keys of every known format, and what their tensors are for a transformer. Pure functions; `lora.py` loads.
+
+A key is read as prefixes, a module, and a kind of tensor. Module names of three vocabularies lead to a module of the
+transformer at hand; they are derived from the model itself, so that there is one path for all formats and none of them
+can leave a layer out:
+
+    diffusers     transformer.blocks.0.attn1.to_q.lora_A.weight, transformer_2.blocks...
+    PEFT          base_model.model.blocks.0.attn1.to_q.lora_A.default.weight, with adapter_config.json
+    DiffSynth     blocks.0.self_attn.q.lora_A.default.weight, [diffusion_model.]
+    ComfyUI       diffusion_model.blocks.0.self_attn.q.lora_A.weight (diffusion-pipe, ai-toolkit; also `alpha`)
+    ai-toolkit    diffusion_model.transformer_1.blocks..., diffusion_model.transformer_2.blocks...
+    musubi, kohya lora_unet_blocks_0_self_attn_q.lora_down.weight, .lora_up.weight, .alpha (VideoX-Fun: lora_unet__)
+    LightX2V      diffusion_model.blocks.0.self_attn.q.lora_down.weight, and deltas `.diff`, `.diff_b`, `.diff_m`
+
+The stock converters are not used: musubi's fails on a file without every layer of every block, ComfyUI's drops norm
+and modulation deltas, and there is none for DiffSynth's, PEFT's and un-prefixed keys.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+
+EXPERTS = ("transformer", "transformer_2")
+FORMATS = (
+    "diffusers (transformer.*, transformer_2.*), PEFT (base_model.model.*), DiffSynth (blocks.*.lora_A.default.weight), "
+    "ComfyUI and ai-toolkit (diffusion_model.*), musubi and kohya (lora_unet_*), "
+    "LightX2V (lora_down, diff, diff_b, diff_m)"
+)
+
+# Leading segments of a key that say nothing, and those that name an expert (high noise first).
+_NEUTRAL_SEGMENTS = {"base_model", "model", "diffusion_model", "unet", "pipe", "dit", "module", "transformer"}
+_EXPERT_SEGMENTS = {
+    **dict.fromkeys(("transformer_1", "high_noise", "high_noise_model"), EXPERTS[0]),
+    **dict.fromkeys(("transformer_2", "dit2", "low_noise", "low_noise_model"), EXPERTS[1]),
+}
+_KOHYA = re.compile(r"lora_unet_+(?:(high_noise|low_noise)(?:_model)?_)?(.+)")
+# Module, kind, adapter name (PEFT and DiffSynth keep it in the key), and the leaf, which some trainers leave out.
+_KEY = re.compile(
+    r"(.+?)\.(?:lora_(A|B|down|up)(?:\.(?!(?:weight|bias)$)[^.]+)?(?:\.(weight|bias))?|(alpha|diff_b|diff_m|diff))"
+)
+_KINDS = {"A": "down", "down": "down", "B": "up", "up": "up"}
+# Parts of other methods. What is left of a file without them would be another model.
+OTHER_METHODS = re.compile(r"\.(dora_scale|lora_magnitude_vector|lora_mid|hada_\w+|lokr_\w+|oft_\w+)\b")
+
+# diffusers' name of a module -> its name in Wan's own code, in which most trainers write.
+_WAN_NAMES: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
+    (r"\.attn1\.", ".self_attn."),
+    (r"\.attn2\.", ".cross_attn."),
+    (r"\.to_([qkv])$", r".\1"),
+    (r"\.to_out\.0$", ".o"),
+    (r"\.add_([kv])_proj$", r".\1_img"),
+    (r"\.norm_added_k$", ".norm_k_img"),
+    (r"^(blocks\.\d+\.ffn)\.net\.0\.proj$", r"\1.0"),
+    (r"^(blocks\.\d+\.ffn)\.net\.2$", r"\1.2"),
+    # Wan calls norm1, norm3, norm2 in this order.
+    (r"^(blocks\.\d+\.norm)([23])$", lambda match: match[1] + {"2": "3", "3": "2"}[match[2]]),
+    (r"^condition_embedder\.(time|text)_embedder\.linear_1$", r"\1_embedding.0"),
+    (r"^condition_embedder\.(time|text)_embedder\.linear_2$", r"\1_embedding.2"),
+    (r"^condition_embedder\.time_proj$", "time_projection.1"),
+    (r"^condition_embedder\.image_embedder\.norm1$", "img_emb.proj.0"),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj$", "img_emb.proj.1"),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.2$", "img_emb.proj.3"),
+    (r"^condition_embedder\.image_embedder\.norm2$", "img_emb.proj.4"),
+    (r"^proj_out$", "head.head"),
+    # The last modulation is the root's own parameter.
+    (r"^$", "head"),
+)
+
+
+def split_key(key: str) -> tuple[str | None, str, str] | None:
+    """Expert (if the key names one), module path and kind of a key; `None` for one of no known form.
+
+    >>> split_key("diffusion_model.transformer_2.blocks.0.self_attn.q.lora_A.weight")
+    ('transformer_2', 'blocks.0.self_attn.q', 'down')
+    """
+    match = _KEY.fullmatch(key)
+    if match is None:
+        return None
+    path, half, leaf, kind = match.groups()
+    kind = kind or _KINDS[half] + ("_bias" if leaf == "bias" else "")
+    if kind == "down_bias":
+        return None
+    expert = None
+    while (head := path.partition(".")[0]) in _NEUTRAL_SEGMENTS or head in _EXPERT_SEGMENTS:
+        expert = _EXPERT_SEGMENTS.get(head, expert)
+        path = path.partition(".")[2]
+    if match := _KOHYA.fullmatch(path):
+        expert = _EXPERT_SEGMENTS.get(match[1], expert)
+        path = match[2]
+    return expert, path, kind
+
+
+def module_names(transformer: nn.Module) -> dict[str, str]:
+    """Every name by which a LoRA may call a module -> its name in the transformer (`""` is the transformer itself)."""
+    own = [
+        name
+        for name, _ in transformer.named_modules()
+        if not re.search(r"\.base_layer|\.lora_|^parameter_deltas$", name)
+    ]
+    wan = {_wan_name(name): name for name in own}
+    own = {name: name for name in own if name}
+    # Wan's names last: the two vocabularies share `norm2` and `norm3`, and only files of Wan's own names have norms.
+    return {
+        **own,
+        **{name.replace(".", "_"): target for name, target in own.items()},
+        **wan,
+        **{name.replace(".", "_"): target for name, target in wan.items()},
+    }
+
+
+def _wan_name(name: str) -> str:
+    for pattern, replacement in _WAN_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+@dataclass
+class LoraFit:
+    """What a file has for one transformer.
+
+    Args:
+        pairs (`dict[str, tuple]`): module -> low-rank factors `(down, up)`, alpha multiplied into `up`.
+        deltas (`dict[str, torch.Tensor]`): parameter -> what is added to it.
+        matched (`dict[str, str]`): key -> module.
+        unmatched (`dict[str, str]`): key -> why it is not used.
+    """
+
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    deltas: dict[str, torch.Tensor] = field(default_factory=dict)
+    matched: dict[str, str] = field(default_factory=dict)
+    unmatched: dict[str, str] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The pairs in diffusers' key format, without prefix."""
+        tensors = {}
+        for name, (down, up) in self.pairs.items():
+            dtype = torch.promote_types(down.dtype, up.dtype)
+            tensors |= {f"{name}.lora_A.weight": down.to(dtype), f"{name}.lora_B.weight": up.to(dtype)}
+        return tensors
+
+    def peft_config(self) -> dict[str, Any]:
+        """`LoraConfig` of the pairs with scale 1 in every layer, whatever its rank."""
+        ranks = {name: down.shape[0] for name, (down, _) in self.pairs.items()}
+        ((rank, _),) = Counter(ranks.values()).most_common(1)
+        pattern = {f"^{re.escape(name)}": value for name, value in ranks.items() if value != rank}
+        alphas = {"lora_alpha": rank, "alpha_pattern": dict(pattern)}
+        return {"r": rank, "rank_pattern": pattern, "target_modules": sorted(ranks), **alphas}
+
+
+def fit_tensors(
+    transformer: nn.Module,
+    modules: dict[str, dict[str, str]],
+    tensors: dict[str, torch.Tensor],
+    config: dict[str, Any],
+) -> LoraFit:
+    """Finds the modules of a transformer that the tensors of a file are for, and checks their shapes.
+
+    * low rank: a pair. `alpha / rank` is multiplied into it, so that a layer's own scale is always 1: PEFT forgets the
+      alpha of a hot-swapped adapter as soon as its strength is changed.
+    * `diff` of a linear layer or convolution: the same, exactly (`diff` times an identity).
+    * `diff` of a norm, `diff_m` (modulation), and all biases: deltas of a parameter.
+
+    Args:
+        modules (`dict`): path -> kind -> key, as [`split_key`] gives them.
+        tensors (`dict`): key -> tensor.
+        config (`dict`): entries of PEFT's `LoraConfig`, for an alpha that is not among the tensors.
+
+    Raises:
+        `ValueError`: alpha 0, which switches a layer off.
+    """
+    names, fit = module_names(transformer), LoraFit()
+    for path, keys in modules.items():
+        name = names.get(path)
+        if name is None or name in fit.matched.values():
+            reason = "the transformer has no such module" if name is None else f"other keys go to {name} as well"
+            fit.unmatched |= dict.fromkeys(keys.values(), reason)
+            continue
+        module = transformer.get_submodule(name)
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        given = {kind: tensors[key] for kind, key in keys.items()}
+        refused: dict[str, str] = {}
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+            _fit_layer(fit, name, module, given, refused, lambda rank: _alpha(config, path, name, rank))  # noqa: B023
+        _fit_parameters(fit, name, module, given, refused)
+        for kind, key in keys.items():
+            if kind in refused:
+                fit.unmatched[key] = refused[kind]
+            else:
+                fit.matched[key] = name
+    return fit
+
+
+def _fit_layer(
+    fit: LoraFit,
+    name: str,
+    module: nn.Module,
+    given: dict[str, torch.Tensor],
+    refused: dict[str, str],
+    alpha_of: Callable[[int], float],
+) -> None:
+    """Low-rank factors of a linear layer or convolution, for low-rank and full deltas alike. Leaves biases in `given`."""
+    if isinstance(module, nn.Linear):
+        inputs, outputs, ones = (module.in_features,), module.out_features, ()
+    else:
+        inputs, outputs = (module.in_channels, *module.kernel_size), module.out_channels
+        ones = (1,) * len(module.stride)
+
+    down, up, alpha, diff = (given.pop(kind, None) for kind in ("down", "up", "alpha", "diff"))
+    reason = None
+    if down is None or up is None:
+        reason = "the other half of the low-rank pair is missing"
+    elif tuple(down.shape[1:]) != inputs or tuple(up.shape) != (outputs, rank := down.shape[0], *ones):
+        shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
+        reason = f"shapes {shapes} do not fit a layer of {inputs} inputs and {outputs} outputs"
+    if reason is not None:
+        refused |= dict.fromkeys(("down", "up", "alpha", "up_bias"), reason)
+        given.pop("up_bias", None)
+    else:
+        alpha = alpha_of(rank) if alpha is None else alpha.item()
+        if alpha == 0:
+            raise ValueError("The LoRA has alpha 0, which switches the layer off; leave the layer out of the file.")
+        fit.pairs[name] = _scaled_pair(down, up, alpha / rank)
+        if "up_bias" in given:
+            given["up_bias"] = given["up_bias"].float() * (alpha / rank)
+
+    if diff is None:
+        return
+    if name in fit.pairs:
+        refused["diff"] = "a full delta beside a low-rank one"
+    elif tuple(diff.shape) != (outputs, *inputs):
+        refused["diff"] = f"shape {tuple(diff.shape)} is not the weight's {(outputs, *inputs)}"
+    else:
+        size = math.prod(inputs)
+        eye = torch.eye(min(size, outputs), dtype=diff.dtype, device=diff.device)
+        if size <= outputs:
+            fit.pairs[name] = eye.view(size, *inputs), diff.reshape(outputs, size, *ones)
+        else:
+            fit.pairs[name] = diff, eye.view(outputs, outputs, *ones)
+
+
+def _fit_parameters(
+    fit: LoraFit, name: str, module: nn.Module, given: dict[str, torch.Tensor], refused: dict[str, str]
+) -> None:
+    """Deltas of the parameters of a norm, of a modulation table, and of biases."""
+    parameters = {"diff": "weight", "diff_b": "bias", "up_bias": "bias", "diff_m": "scale_shift_table"}
+    for kind, tensor in given.items():
+        parameter = getattr(module, parameters[kind], None) if kind in parameters else None
+        target = f"{name}.{parameters.get(kind)}".removeprefix(".")
+        if not isinstance(parameter, nn.Parameter):
+            refused[kind] = f"the module is a {type(module).__name__} and has nothing that a `{kind}` could change"
+        elif parameter.shape != tensor.shape:
+            refused[kind] = f"shape {tuple(tensor.shape)} is not the parameter's {tuple(parameter.shape)}"
+        elif target in fit.deltas:
+            refused[kind] = "a second delta of one bias"
+        else:
+            fit.deltas[target] = tensor
+
+
+def _scaled_pair(down: torch.Tensor, up: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pair with `scale` in `up`, in a wider type where that of the file would round the product."""
+    if scale == 1:
+        return down, up
+    wide = torch.promote_types(up.dtype, torch.float32)
+    scaled = up.to(wide) * scale
+    narrow = scaled.to(up.dtype)
+    return (down, narrow) if torch.equal(narrow.to(wide), scaled) else (down.to(wide), scaled)
+
+
+def _alpha(config: dict[str, Any], path: str, name: str, rank: int) -> float:
+    """alpha of a module according to the file's `LoraConfig`; its rank, that is scale 1, when there is none."""
+    patterns = config.get("alpha_pattern") or {}
+    key = next((key for call in (path, name) if (key := get_pattern_key(patterns, call)) in patterns), "")
+    alpha = patterns.get(key, config.get("lora_alpha", rank))
+    # alpha / sqrt(rank) instead of alpha / rank.
+    return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha

@@ -1,0 +1,82 @@
+"""Compares anchor LoRAs on the same base, prompts, anchors and noise, each at several strengths. All numbers are synthetic."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..anchor_lora import ADAPTER_NAME
+from .held_out import split_scenes
+from .report import provenance
+from .study import Cell, FirstFrames, Journal, complete, journal_header
+from .summary import summarize
+
+
+INPUTS = ("true_anchor", "true_middle", "factorized")
+STRENGTHS = (0.55, 1.0, 1.4)
+OWN = "own"
+WEIGHT_FILE = "pytorch_lora_weights.safetensors"
+
+
+def table(rows: Sequence[dict]) -> str:
+    """One line for each LoRA and strength: score of every input, then kept share and anchor fidelity."""
+    titles = [f"{arm} {value}" for arm in INPUTS for value in ("score", "kept", "fidelity")]
+    width = max(len(title) for title in titles) + 2
+    lines = [f"{'synthetic':28s}{'strength':>9s}" + "".join(f"{title:>{width}s}" for title in titles)]
+    for row in rows:
+        values = [row["inputs"][arm][value] for arm in INPUTS for value in ("score", "kept", "anchor_iou")]
+        cells = "".join(f"{value:{width}.3f}" for value in values)
+        lines.append(f"{row['lora']:28s}{row['strength']:9.2f}" + cells)
+    return "\n".join(lines)
+
+
+def write_ablation(
+    pipe,
+    folder: Path,
+    loras: Mapping[str, Path],
+    per_category: int = 9,
+    seeds: int = 3,
+    strengths: Sequence[float] = STRENGTHS,
+    steps: int = 15,
+    batch_size: int = 16,
+) -> str:
+    """Scores the model's own anchor LoRA and those of `loras`; writes `folder/ablation.json` and `folder/ablation.txt`.
+
+    Guidance is the model's own in every row, so that rows differ by the LoRA and its strength alone.
+
+    Args:
+        pipe (`FactorizedVideoPipeline`): gets the LoRAs as further adapters.
+        loras (`Mapping[str, Path]`): name of a row -> folder with `pytorch_lora_weights.safetensors`.
+        strengths (`Sequence[float]`): each LoRA runs at each.
+
+    Raises:
+        `ValueError`: a folder without weights, or a name that is taken.
+    """
+    if OWN in loras:
+        raise ValueError(f"{OWN!r} is the row of the model's own anchor LoRA; name {loras[OWN]} otherwise.")
+    hashes = {}
+    for name, path in loras.items():
+        if not (path / WEIGHT_FILE).is_file():
+            raise ValueError(f"No {WEIGHT_FILE} in {path}, the folder of {name!r}.")
+        hashes[name] = hashlib.sha256((path / WEIGHT_FILE).read_bytes()).hexdigest()[:16]
+    scenes, _ = split_scenes(per_category, 4)
+    journal = Journal(folder / "ablation.jsonl", journal_header(pipe, reported=scenes))
+    # The weights' hash is the adapter's name in the records: those of a LoRA that was trained again are made again.
+    adapters = {name: f"lora_{digest}" for name, digest in hashes.items()}
+    for name, path in loras.items():
+        pipe.load_lora_weights(path, adapter_name=adapters[name])
+    pipe.set_adapters(ADAPTER_NAME, 1.0)
+    first_frames, rows = FirstFrames(pipe, scenes), []
+    for name in (OWN, *loras):
+        for strength in strengths:
+            cells = [Cell("ablation", arm, steps, lora=adapters.get(name), strength=strength) for arm in INPUTS]
+            records = complete(pipe, cells, first_frames, range(seeds), journal, batch_size)
+            inputs = {row.pop("arm"): row for row in summarize(records)}
+            rows.append({"lora": name, "strength": strength, "inputs": inputs})
+    text = table(rows)
+    study = {"synthetic": True, "made_with": provenance(pipe), "weights": hashes, "seeds": seeds, "rows": rows}
+    (folder / "ablation.json").write_text(json.dumps(study) + "\n")
+    (folder / "ablation.txt").write_text(text + "\n")
+    return text

@@ -1,0 +1,70 @@
+"""Clips of the shapes world as a folder of videos with captions, as `fvg train` reads them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+from tqdm.auto import tqdm
+
+from .train_models import training_scene
+from .world import render
+
+
+# What the embedded model is trained on: 17 frames of 64 x 64 pixels at 8 per second.
+FRAME_RATE = 8
+
+
+def write_dataset(folder: str | Path, num_clips: int, seed: int = 7) -> None:
+    """Renders scenes of the training mix, never a held-out prompt, to lossless videos and a `metadata.jsonl`.
+
+    A clip depends on `seed` and its number alone and is named by its scene. Files appear whole or not at all, and what is
+    there is not drawn again, so that an interrupted call continues and a longer data set begins with the shorter one.
+
+    Args:
+        folder (`str` or `Path`): gets `clips/*.mp4` and `metadata.jsonl` (`file_name`, `text`: the prompt).
+        num_clips (`int`): 10,000 take some 80 seconds of one core and 65 MB.
+        seed (`int`, *optional*): of the scenes.
+
+    Raises:
+        `ValueError`: no clip is asked for.
+    """
+    if num_clips < 1:
+        raise ValueError(f"`num_clips={num_clips}` must be at least 1.")
+    folder, rows = Path(folder), []
+    (folder / "clips").mkdir(parents=True, exist_ok=True)
+    for index in tqdm(range(num_clips), desc="rendering clips"):
+        scene = training_scene(np.random.default_rng((seed, index)))
+        name = f"clips/{hashlib.sha256(repr(scene.objects).encode()).hexdigest()[:24]}.mp4"
+        if not (folder / name).exists():
+            _write(folder / name, lossless_video(render(scene.objects)))
+        rows.append(json.dumps({"file_name": name, "text": scene.prompt}) + "\n")
+    _write(folder / "metadata.jsonl", "".join(rows).encode())
+
+
+def lossless_video(frames: np.ndarray, frame_rate: int = FRAME_RATE) -> bytes:
+    """Frames `(F, H, W, 3)`, uint8, as an mp4 that decodes to the same numbers: H.264 in RGB at quantiser 0.
+
+    Few players know it: it is for training. [`media.write_video`] is for people.
+    """
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264rgb", rate=frame_rate)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt, stream.options = "rgb24", {"qp": "0", "preset": "ultrafast"}
+        # Starting threads takes longer than encoding such a clip.
+        stream.thread_count = 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)

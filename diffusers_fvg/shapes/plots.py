@@ -1,0 +1,118 @@
+"""The study's figures, as PNG files. Needs matplotlib (`pip install diffusers-fvg[report]`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .prompts import CATEGORIES
+
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart. One colour for an arm in all figures.
+COLOURS = {
+    "direct": "#D55E00",
+    "direct_rewritten": "#E69F00",
+    "factorized": "#0072B2",
+    "true_caption": "#56B4E9",
+    "true_anchor": "#009E73",
+    "true_middle": "#66C2A5",
+    "true_last": "#A6D96A",
+    "true_anchor_no_lora": "#888888",
+}
+SWEPT = ("direct", "direct_rewritten", "factorized", "true_anchor")
+
+
+def _label(arm: str) -> str:
+    return arm.replace("_", " ").replace("no lora", "without LoRA")
+
+
+def _steps_axis(axes: Axes, rows: Sequence[dict]) -> None:
+    steps = sorted({row["steps"] for row in rows})
+    axes.set_xscale("log")
+    axes.set_xticks(steps, [str(number) for number in steps])
+    axes.minorticks_off()
+    axes.set_xlabel("sampling steps")
+    axes.grid(axis="y", color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _lines(axes: Axes, rows: Sequence[dict], value: str, error: str | None = None) -> None:
+    for arm in SWEPT:
+        chosen = sorted(
+            (row for row in rows if row["arm"] == arm and row[value] is not None), key=lambda r: r["steps"]
+        )
+        if not chosen:
+            continue
+        steps, values = [row["steps"] for row in chosen], [row[value] for row in chosen]
+        style = {"linestyle": "--"} if arm == "true_anchor" else {}
+        axes.plot(steps, values, marker="o", color=COLOURS[arm], label=_label(arm), **style)
+        if error is not None and all(row[error] is not None for row in chosen):
+            low, high = ([row[value] + sign * row[error] for row in chosen] for sign in (-1, 1))
+            axes.fill_between(steps, low, high, color=COLOURS[arm], alpha=0.15, linewidth=0)
+    shown = [row[value] for row in rows if row["arm"] in SWEPT and row[value] is not None]
+    axes.set_ylim(0, 1.12 * max(shown) if shown and max(shown) > 0 else 1)
+    _steps_axis(axes, rows)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    figure.savefig(path, dpi=120)
+
+
+def plot_steps(rows: Sequence[dict], path: Path) -> None:
+    """Score and spread over seeds against the number of steps."""
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    score, spread = figure.subplots(1, 2)
+    _lines(score, rows, "score", "standard_error")
+    score.set_ylim(0, 1.02)
+    score.set_ylabel("synthetic score, mean of seven categories")
+    score.set_title("Score (band: one standard error over prompts)", fontsize=10)
+    _lines(spread, rows, "spread")
+    spread.set_ylabel("standard deviation of the score")
+    spread.set_title("Spread over seeds, mean over prompts", fontsize=10)
+    figure.legend(*score.get_legend_handles_labels(), frameon=False, ncols=len(SWEPT), loc="outside lower center")
+    figure.suptitle("Synthetic shapes world: fewer sampling steps, held-out prompts")
+    _save(figure, path)
+
+
+def plot_motion(rows: Sequence[dict], path: Path) -> None:
+    """Motion amount against the number of steps."""
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    axes = figure.subplots()
+    _lines(axes, rows, "motion")
+    axes.set_ylabel("mean path of an object, fraction of the frame")
+    axes.set_title("Synthetic shapes world: motion amount, held-out prompts", fontsize=11)
+    figure.legend(frameon=False, ncols=len(SWEPT), loc="outside lower center", fontsize=9)
+    _save(figure, path)
+
+
+def plot_categories(rows: Sequence[dict], steps: int, path: Path) -> None:
+    """Score per category, one bar for each arm, all at one number of steps."""
+    chosen = [row for row in rows if row["steps"] == steps]
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    axes = figure.subplots()
+    names = [*CATEGORIES, "mean"]
+    width = 0.84 / len(chosen)
+    for number, row in enumerate(chosen):
+        values = [row["categories"][name]["score"] for name in CATEGORIES] + [row["score"]]
+        places = [position + (number - (len(chosen) - 1) / 2) * width for position in range(len(names))]
+        axes.bar(places, values, width, color=COLOURS[row["arm"]], label=_label(row["arm"]))
+    axes.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names])
+    axes.axvline(len(CATEGORIES) - 0.5, color="0.8", linewidth=1)
+    axes.set_ylim(0, 1.02)
+    axes.set_ylabel("synthetic score")
+    axes.grid(axis="y", color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(f"Synthetic shapes world: score per category at {steps} steps, held-out prompts", fontsize=11)
+    figure.legend(frameon=False, ncols=len(chosen), loc="outside lower center", fontsize=9)
+    _save(figure, path)
+
+
+def write_plots(rows: Sequence[dict], few_steps: int, folder: Path) -> None:
+    """Writes `steps.png`, `categories.png` and `motion.png` from the rows of `summarize`."""
+    plot_steps(rows, folder / "steps.png")
+    plot_categories(rows, few_steps, folder / "categories.png")
+    plot_motion(rows, folder / "motion.png")

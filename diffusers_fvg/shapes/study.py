@@ -1,0 +1,390 @@
+"""Runs a shapes model in several arms, at several numbers of steps and seeds, and scores every video (synthetic).
+
+An arm is data: what text the video model reads and where its anchor comes from. All arms share the video backbone, the
+prompts and the noise of a seed. Captions and anchors are made once and reused at every number of steps. Records go to disk
+batch by batch, so that a study that was stopped continues where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+
+from ..anchor import Anchor
+from ..anchor_lora import ADAPTER_NAME
+from .held_out import attributes_stay, score_written_caption, settled_caption, split_scenes
+from .prompts import CAPTION_START
+from .scorer import find_objects, label_iou, motion_amount, score_anchor, score_video
+from .summary import average
+from .world import Scene, render
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How a video is made.
+
+    Args:
+        anchor (`str`, *optional*): `"written"`, drawn from the rewriter's caption; `"true caption"`, drawn from the true
+            one; `"true"`, a frame of the rendered clip. `None` is plain text-to-video by the base.
+        position (`float`): of the anchor in the clip, 0 for the first frame and 1 for the last.
+        rewritten (`bool`): the video model reads the prompt together with the rewriter's caption, as one text.
+        lora_strength (`float`): of the anchor LoRA.
+        sweep (`str`): `"all"` numbers of steps, the `"ends"` (full and few), or `"few"`.
+    """
+
+    anchor: str | None = None
+    position: float = 0.0
+    rewritten: bool = False
+    lora_strength: float = 1.0
+    sweep: str = "few"
+
+
+ARMS = {
+    "direct": Arm(sweep="all"),
+    "direct_rewritten": Arm(rewritten=True, sweep="all"),
+    "factorized": Arm("written", sweep="all"),
+    "true_caption": Arm("true caption"),
+    "true_anchor": Arm("true", sweep="ends"),
+    "true_middle": Arm("true", position=0.5),
+    "true_last": Arm("true", position=1.0),
+    "true_anchor_no_lora": Arm("true", lora_strength=0.0),
+}
+# How `direct_rewritten` joins its two texts. The best form is tuned like guidance. `objects` is the caption without its
+# opening words; None keeps the model's own number of tokens, at which the longest texts lose their last words.
+FORMS: dict[str, tuple[str, int | None]] = {
+    "prompt, objects": ("{prompt}, {objects}", None),
+    "objects. prompt": ("{objects}. {prompt}", None),
+    "caption. prompt, 48 tokens": ("{caption}. {prompt}", 48),
+}
+ANCHOR_SEEDS = 10_000
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """Size of a study. The first of `steps` is the full number; tuning runs at `few_steps`, on prompts of its own."""
+
+    per_category: int = 9
+    seeds: int = 3
+    steps: tuple[int, ...] = (50, 25, 15, 8, 4)
+    few_steps: int = 15
+    tuning_per_category: int = 4
+    tuning_seeds: int = 2
+    guidance: tuple[float, ...] = (1.0, 1.75, 3.0, 5.0)
+
+    def arm_steps(self, arm: Arm) -> tuple[int, ...]:
+        return {"all": self.steps, "ends": (self.steps[0], self.few_steps), "few": (self.few_steps,)}[arm.sweep]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What the videos of one mean have in common. `lora` is an adapter other than the model's own (the ablation's)."""
+
+    split: str
+    arm: str
+    steps: int
+    guidance: float | None = None
+    form: str | None = None
+    lora: str | None = None
+    strength: float | None = None
+
+    def facts(self) -> dict:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+CELL_FIELDS = tuple(field.name for field in fields(Cell))
+
+
+class FirstFrames:
+    """Captions and anchor images of some scenes, made when an arm first asks for them."""
+
+    def __init__(self, pipe, scenes: Sequence[Scene]):
+        self.pipe, self.scenes = pipe, scenes
+        self.seconds: dict[str, float] = {}
+        self._composed: dict[tuple[str, int], list[PIL.Image.Image]] = {}
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """One per scene: the rewriter decodes greedily, so it says the same for every seed."""
+        began = time.perf_counter()
+        captions = self.pipe.rewrite([scene.prompt for scene in self.scenes])
+        self.seconds["rewrite"] = (time.perf_counter() - began) / len(captions)
+        return captions
+
+    def caption(self, source: str, index: int) -> str:
+        return self.captions[index] if source == "written" else self.scenes[index].caption
+
+    def composed(self, source: str, index: int, seed: int) -> PIL.Image.Image:
+        if (source, seed) not in self._composed:
+            captions = [self.caption(source, k) for k in range(len(self.scenes))]
+            began = time.perf_counter()
+            # Other numbers than the video's: a picture and a clip that start from the same noise are no independent draws.
+            generators = [noise(k, ANCHOR_SEEDS + seed) for k in range(len(captions))]
+            images = self.pipe.compose(captions, generator=generators)
+            self.seconds["compose"] = (time.perf_counter() - began) / len(captions)
+            self._composed[source, seed] = images
+        return self._composed[source, seed][index]
+
+    def stage_seconds(self, source: str) -> float:
+        """Seconds that stages 1 and 2 took for one video."""
+        return self.seconds["compose"] + (self.seconds["rewrite"] if source == "written" else 0.0)
+
+
+def noise(index: int, seed: int) -> torch.Generator:
+    """Scene `index` starts from the same noise in every arm and at every number of steps."""
+    return torch.Generator().manual_seed(1000 * seed + index)
+
+
+@contextmanager
+def adapter(pipe, name: str, strength: float) -> Iterator[None]:
+    """Runs with one LoRA at a strength; afterwards the model's own anchor LoRA is back at 1."""
+    if (name, strength) == (ADAPTER_NAME, 1.0):
+        yield
+        return
+    pipe.set_adapters(name, strength)
+    try:
+        yield
+    finally:
+        pipe.set_adapters(ADAPTER_NAME, 1.0)
+
+
+def joined_text(form: str, prompt: str, caption: str) -> str:
+    return FORMS[form][0].format(prompt=prompt, caption=caption, objects=caption.removeprefix(CAPTION_START).strip())
+
+
+def measure(frames: np.ndarray, scene: Scene, anchor: tuple[int, np.ndarray] | None, first_frame_given: bool) -> dict:
+    """All that is read from one video.
+
+    Args:
+        frames (`np.ndarray` of shape `(F, H, W, 3)`, `uint8`).
+        anchor (`tuple`, *optional*): frame index and picture.
+        first_frame_given (`bool`): the true first frame was the anchor, so that places count which the prompt leaves open.
+
+    Returns:
+        `dict`, rounded to four decimals: `score`; `motion`; `first_frame`, `score_anchor` of frame 0; `anchor_iou`, of the
+        anchor and the frame that it stands for; `kept` (only where `attributes_stay`), 1 if the first and the last frame
+        both show exactly the scene's objects, by colour and shape.
+    """
+    truth = scene.objects if first_frame_given else settled_caption(scene)
+    found = {
+        "score": score_video(frames, scene.category, scene.meta),
+        "motion": motion_amount(frames),
+        "first_frame": score_anchor(frames[0], truth),
+    }
+    if attributes_stay(scene):
+        wanted = Counter((item.colour, item.shape) for item in scene.objects)
+        ends = [Counter((blob.colour, blob.shape) for blob in find_objects(frames[k])) for k in (0, -1)]
+        found["kept"] = int(all(seen == wanted for seen in ends))
+    if anchor is not None:
+        found["anchor_iou"] = label_iou(frames[anchor[0]], anchor[1])
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def run_cell(
+    pipe, cell: Cell, first_frames: FirstFrames, wanted: Sequence[tuple[int, int]], batch_size: int = 16
+) -> Iterator[list[dict]]:
+    """Makes and scores the videos of `wanted`, `(scene index, seed)` pairs; yields the records of each batch."""
+    arm, scenes = ARMS[cell.arm], first_frames.scenes
+    defaults = pipe.call_defaults
+    size = [defaults[name] for name in ("num_frames", "height", "width")]
+    frame_index = round(arm.position * (size[0] - 1))
+    strength = arm.lora_strength if cell.strength is None else cell.strength
+    for start in range(0, len(wanted), batch_size):
+        batch = wanted[start : start + batch_size]
+        texts = [scenes[index].prompt for index, _ in batch]
+        options = {"num_inference_steps": cell.steps, "guidance_scale": cell.guidance}
+        if arm.rewritten:
+            texts = [joined_text(cell.form, text, first_frames.captions[k]) for text, (k, _) in zip(texts, batch)]
+            options["max_sequence_length"] = FORMS[cell.form][1]
+        images = None
+        if arm.anchor == "true":
+            images = [PIL.Image.fromarray(render(scenes[k].objects, *size)[frame_index]) for k, _ in batch]
+        elif arm.anchor is not None:
+            images = [first_frames.composed(arm.anchor, k, seed) for k, seed in batch]
+        anchors = [[Anchor(image, frame_index)] for image in images] if images else None
+        began = time.perf_counter()
+        with adapter(pipe, cell.lora or ADAPTER_NAME, strength):
+            videos = pipe.animate(texts, anchors, generator=[noise(k, seed) for k, seed in batch], **options)
+        seconds = (time.perf_counter() - began) / len(batch)
+        records = []
+        for position, (index, seed) in enumerate(batch):
+            scene, frames = scenes[index], np.round(videos[position] * 255).astype(np.uint8)
+            anchor = (frame_index, np.asarray(images[position])) if images else None
+            record = cell.facts() | {"scene": index, "seed": seed}
+            record |= measure(frames, scene, anchor, arm.anchor == "true" and frame_index == 0)
+            if arm.anchor in ("written", "true caption"):
+                caption = first_frames.caption(arm.anchor, index)
+                record["anchor_score"] = round(score_anchor(np.asarray(images[position]), caption), 4)
+                record["stage_seconds"] = round(first_frames.stage_seconds(arm.anchor), 3)
+            if arm.anchor == "written":
+                record["caption_score"] = round(score_written_caption(caption, scene), 4)
+            records.append(record | {"seconds": round(seconds, 3)})
+        yield records
+
+
+class Journal:
+    """The records of a study on disk: a header that says what they are records of, then one line for each batch, with what
+    its records share as values and the rest as columns.
+
+    Raises:
+        `ValueError`: the file belongs to another model or to other prompts.
+    """
+
+    def __init__(self, path: Path, header: dict):
+        self.path, self.records = path, {}
+        # What follows the last line break was cut off while it was written.
+        text = path.read_text().rpartition("\n")[0] if path.exists() else ""
+        if text:
+            found, *batches = (json.loads(line) for line in text.split("\n"))
+            other = [name for name in header if found.get(name) != header[name]]
+            if other:
+                raise ValueError(f"{path} holds records of another {other[0]}: delete it, or choose another folder.")
+            for batch in batches:
+                self._add(_rows(batch))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text((text or json.dumps(header)) + "\n")
+
+    @staticmethod
+    def _key(record: dict) -> tuple:
+        return tuple(record.get(name) for name in (*CELL_FIELDS, "scene", "seed"))
+
+    def _add(self, records: Sequence[dict]) -> None:
+        self.records |= {self._key(record): record for record in records}
+
+    def find(self, cell: Cell, index: int, seed: int) -> dict | None:
+        return self.records.get(self._key(asdict(cell) | {"scene": index, "seed": seed}))
+
+    def append(self, records: Sequence[dict]) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(_columns(records), separators=(",", ":")) + "\n")
+        self._add(records)
+
+
+def _columns(records: Sequence[dict]) -> dict:
+    names = dict.fromkeys(name for record in records for name in record)
+    return {
+        name: records[0][name] if name in CELL_FIELDS else [record.get(name) for record in records] for name in names
+    }
+
+
+def _rows(columns: dict) -> list[dict]:
+    rows = [
+        {name: values if name in CELL_FIELDS else values[index] for name, values in columns.items()}
+        for index in range(len(columns["scene"]))
+    ]
+    return [{name: value for name, value in row.items() if value is not None} for row in rows]
+
+
+def complete(
+    pipe,
+    cells: Sequence[Cell],
+    first_frames: FirstFrames,
+    seeds: Sequence[int],
+    journal: Journal,
+    batch_size: int = 16,
+) -> list[dict]:
+    """The records of all `cells` with category and prompt; makes those that the journal lacks."""
+    scenes, result = first_frames.scenes, []
+    pairs = [(index, seed) for seed in seeds for index in range(len(scenes))]
+    for number, cell in enumerate(cells, start=1):
+        wanted = [pair for pair in pairs if journal.find(cell, *pair) is None]
+        began = time.perf_counter()
+        for records in run_cell(pipe, cell, first_frames, wanted, batch_size):
+            journal.append(records)
+        records = [
+            {"category": scenes[k].category, "prompt": scenes[k].prompt} | journal.find(cell, k, seed)
+            for k, seed in pairs
+        ]
+        facts = ", ".join(f"{name} {value}" for name, value in cell.facts().items() if name not in ("split", "arm"))
+        spent = f"{len(wanted)} videos in {time.perf_counter() - began:.0f} s" if wanted else "already there"
+        print(
+            f"[{cell.split} {number}/{len(cells)}] {cell.arm}, {facts}: {average(records):.3f} ({spent})", flush=True
+        )
+        result += records
+    return result
+
+
+def fingerprint(pipe) -> str:
+    """Hash of all weights of a pipeline, its stages 1 and 2 and LoRAs included."""
+    digest = hashlib.sha256()
+    parts = {"rewriter": pipe.rewriter, "composer": pipe.composer, "text": pipe.text_encoder, "vae": pipe.vae}
+    for part, module in (parts | {"transformer": pipe.transformer}).items():
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{part}.{name}".encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def journal_header(pipe, **scenes: Sequence[Scene]) -> dict:
+    """What records depend on besides their cell: the model, the prompts of each set, and where their objects are."""
+    prompts = {f"{name}_prompts": [scene.prompt for scene in chosen] for name, chosen in scenes.items()}
+    world = hashlib.sha256(repr(scenes).encode()).hexdigest()[:16]
+    return {"synthetic": True, "model": fingerprint(pipe), **prompts, "scenes": world}
+
+
+def tuning_cells(settings: StudySettings) -> list[Cell]:
+    return [
+        Cell("tuning", name, settings.few_steps, guidance, form)
+        for name, arm in ARMS.items()
+        for form in (FORMS if arm.rewritten else (None,))
+        for guidance in settings.guidance
+    ]
+
+
+def best_settings(records: Sequence[dict]) -> dict[str, dict]:
+    """Per arm the guidance (and the form) with the best average on the tuning prompts, and the average of every choice."""
+    chosen: dict[str, dict] = {}
+    for name in dict.fromkeys(record["arm"] for record in records):
+        groups: dict[tuple, list[dict]] = {}
+        for record in records:
+            if record["arm"] == name:
+                groups.setdefault((record["guidance"], record.get("form")), []).append(record)
+        grid = [
+            {"guidance": guidance, "form": form, "score": round(average(group), 4)}
+            for (guidance, form), group in groups.items()
+        ]
+        best = max(grid, key=lambda choice: choice["score"])
+        chosen[name] = {"guidance": best["guidance"], "form": best["form"], "grid": grid}
+    return chosen
+
+
+def study_cells(settings: StudySettings, tuned: dict[str, dict]) -> list[Cell]:
+    return [
+        Cell("study", name, steps, tuned[name]["guidance"], tuned[name]["form"])
+        for name, arm in ARMS.items()
+        for steps in settings.arm_steps(arm)
+    ]
+
+
+def run_study(
+    pipe, path: Path, settings: StudySettings, batch_size: int = 16
+) -> tuple[list[dict], dict[str, dict], FirstFrames]:
+    """Tunes each arm on prompts of their own, then runs all arms on the reported ones.
+
+    Args:
+        pipe (`FactorizedVideoPipeline`): with all three stages and the anchor LoRA.
+        path (`Path`): of the records; those that are there already are not made again.
+        settings (`StudySettings`): what to run. With more seeds, steps or guidance scales the records made so far stay.
+
+    Returns:
+        the records of the study, what `best_settings` chose, and scenes and captions of the reported prompts.
+    """
+    reported, tuning = split_scenes(settings.per_category, settings.tuning_per_category)
+    journal = Journal(path, journal_header(pipe, reported=reported, tuning=tuning))
+    seeds = range(settings.tuning_seeds)
+    tuned = best_settings(
+        complete(pipe, tuning_cells(settings), FirstFrames(pipe, tuning), seeds, journal, batch_size)
+    )
+    first_frames = FirstFrames(pipe, reported)
+    cells = study_cells(settings, tuned)
+    return complete(pipe, cells, first_frames, range(settings.seeds), journal, batch_size), tuned, first_frames

@@ -1,0 +1,172 @@
+"""Means, spreads and claims from the records of a study. Pure arithmetic; all numbers are synthetic.
+
+A record is a dict with `arm`, `steps`, `category`, `prompt`, `seed` and measured values. An average is the plain mean of
+the categories' means, so that a category with fewer prompts counts like the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+
+# Categories whose score asks for the right motion or action.
+MOTION_CATEGORIES = ("motion_binding", "action_binding", "interaction")
+VALUES = ("score", "motion", "first_frame", "anchor_iou", "caption_score", "anchor_score", "stage_seconds")
+
+
+def select(records: Sequence[dict], arm: str, steps: int) -> list[dict]:
+    return [record for record in records if record["arm"] == arm and record["steps"] == steps]
+
+
+def _groups(records: Sequence[dict], *names: str) -> dict[tuple, list[dict]]:
+    groups: dict[tuple, list[dict]] = {}
+    for record in records:
+        groups.setdefault(tuple(record[name] for name in names), []).append(record)
+    return groups
+
+
+def _mean(records: Sequence[dict], value: str) -> float:
+    return float(np.mean([record[value] for record in records]))
+
+
+def category_means(records: Sequence[dict], value: str = "score") -> dict[str, float]:
+    return {category: _mean(group, value) for (category,), group in _groups(records, "category").items()}
+
+
+def average(records: Sequence[dict], value: str = "score") -> float:
+    """Mean of the categories' means."""
+    return float(np.mean(list(category_means(records, value).values())))
+
+
+def seed_spread(records: Sequence[dict], value: str = "score") -> float:
+    """Standard deviation over the seeds of one prompt's score (n - 1 in its denominator), averaged over prompts within each
+    category and then over categories. NaN with one seed."""
+    spreads: dict[str, list[float]] = {}
+    for (category, _), group in _groups(records, "category", "prompt").items():
+        values = [record[value] for record in group]
+        spreads.setdefault(category, []).append(float(np.std(values, ddof=1)) if len(values) > 1 else math.nan)
+    return float(np.mean([np.mean(values) for values in spreads.values()]))
+
+
+def standard_error(records: Sequence[dict], value: str = "score") -> float:
+    """Of `average`, over prompts: a prompt's mean over its seeds is one sample. NaN where a category has one prompt."""
+    variances = []
+    for group in _groups(records, "category").values():
+        means = [_mean(same, value) for same in _groups(group, "prompt").values()]
+        variances.append(float(np.var(means, ddof=1)) / len(means) if len(means) > 1 else math.nan)
+    return math.sqrt(sum(variances)) / len(variances)
+
+
+def kept_share(records: Sequence[dict]) -> float:
+    """Share of the videos of static-attribute prompts that show exactly their objects at the beginning and at the end."""
+    return _mean([record for record in records if "kept" in record], "kept")
+
+
+def _rounded(number: float) -> float | None:
+    """Four decimals; `None` for NaN, which JSON has no word for."""
+    return None if math.isnan(number) else round(number, 4)
+
+
+def summarize(records: Sequence[dict]) -> list[dict]:
+    """One row for each arm and number of steps: averages, spread over seeds, standard error, and means per category."""
+    rows = []
+    for (arm, steps), group in _groups(records, "arm", "steps").items():
+        row = {"arm": arm, "steps": steps, "videos": len(group), "seconds": round(_mean(group, "seconds"), 3)}
+        for value in VALUES:
+            chosen = [record for record in group if value in record]
+            if chosen:
+                row[value] = _rounded(average(chosen, value))
+        row["kept"] = _rounded(kept_share(group))
+        row |= {"spread": _rounded(seed_spread(group)), "standard_error": _rounded(standard_error(group))}
+        row["categories"] = {
+            category: {"score": round(_mean(same, "score"), 4), "motion": round(_mean(same, "motion"), 4)}
+            for (category,), same in _groups(group, "category").items()
+        }
+        rows.append(row)
+    return rows
+
+
+def _claim(claim: str, measure: str, value: float, relation: str, bar: float | None, beside: str = "") -> dict:
+    """A row of the claims table; met or missed is decided on the four decimals that are printed."""
+    value = _rounded(value)
+    met = None
+    if bar is not None and value is not None:
+        met = value >= bar if relation == ">=" else value <= bar
+    return {"claim": claim, "measure": measure, "value": value, "relation": relation, "bar": bar, "met": met} | (
+        {"beside": beside} if beside else {}
+    )
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
+
+
+def claims(records: Sequence[dict], few: int, full: int) -> list[dict]:
+    """What the study was made to show, row by row: value, bar, met (`None` where a number is only reported or cannot be had,
+    as a spread of one seed).
+
+    Args:
+        few, full (`int`): reduced and full number of steps.
+    """
+    direct = {steps: select(records, "direct", steps) for steps in (few, full)}
+    factorized = {steps: select(records, "factorized", steps) for steps in (few, full)}
+    score = {
+        name: {steps: average(arm[steps]) for steps in arm}
+        for name, arm in (("direct", direct), ("factorized", factorized))
+    }
+    rows = []
+
+    here = score["factorized"][few]
+    both = f"factorized {here:.3f} at {few} steps, direct {score['direct'][full]:.3f} at {full}"
+    if score["direct"][full] > 0.85:
+        rows.append(_claim("the anchor pays", "factorized, as direct leaves less than 0.15", here, ">=", 0.95, both))
+    else:
+        gain = here - score["direct"][full]
+        rows.append(_claim("the anchor pays", "factorized minus direct", gain, ">=", 0.15, both))
+
+    loss = {name: values[full] - values[few] for name, values in score.items()}
+    beside = f"direct loses {loss['direct']:.3f}"
+    rows.append(
+        _claim("steps can go", f"factorized loses from {full} to {few} steps", loss["factorized"], "<=", 0.02, beside)
+    )
+    motion = {steps: average(factorized[steps], "motion") for steps in (few, full)}
+    change = abs(_ratio(motion[few], motion[full]) - 1)
+    beside = f"{motion[full]:.3f} of the frame at {full} steps, {motion[few]:.3f} at {few}"
+    rows.append(_claim("steps can go", "change of factorized's motion amount", change, "<=", 0.1, beside))
+
+    first, without = (select(records, arm, few) for arm in ("true_anchor", "true_anchor_no_lora"))
+    claim = "the LoRA teaches the anchor"
+    rows.append(_claim(claim, "frame 0 with the true anchor", average(first, "first_frame"), ">=", 0.95))
+    rows.append(_claim(claim, "share that keeps colour and shape", kept_share(first), ">=", 0.9))
+    for measure, value in (
+        ("frame 0 without the LoRA", average(without, "first_frame")),
+        ("share that keeps colour and shape without it", kept_share(without)),
+        ("score without the LoRA", average(without)),
+    ):
+        rows.append(_claim(claim, measure, value, "", None, "reported"))
+
+    moving = [record for record in first if record["category"] in MOTION_CATEGORIES]
+    for arm, place in (("true_middle", "middle"), ("true_last", "last")):
+        other = select(records, arm, few)
+        other_moving = [record for record in other if record["category"] in MOTION_CATEGORIES]
+        for what, here, there in (
+            ("motion score", average(moving), average(other_moving)),
+            ("share kept", kept_share(first), kept_share(other)),
+        ):
+            beside = f"first {here:.3f}, {place} {there:.3f}"
+            rows.append(
+                _claim("any position", f"{what} lost by the true {place} frame", here - there, "<=", 0.05, beside)
+            )
+
+    spread = {steps: seed_spread(direct[steps]) for steps in (few, full)}
+    own = seed_spread(factorized[few])
+    beside = f"factorized {own:.3f} at {few} steps, direct {spread[few]:.3f} at {few} and {spread[full]:.3f} at {full}"
+    ratio = _ratio(own, min(spread.values()))
+    rows.append(_claim("seeds", "factorized's spread over direct's smaller one", ratio, "<=", 0.5, beside))
+
+    rows.append(_claim("stage 1", "caption F1", average(factorized[few], "caption_score"), ">=", 0.95))
+    rows.append(_claim("the whole", f"factorized at {few} steps", score["factorized"][few], ">=", 0.8))
+    return rows

@@ -1,0 +1,166 @@
+"""Trains the whole shapes model from nothing, part after part; every part must reach its held-out bar before the next starts.
+
+A part that is done is not trained again, one that was interrupted continues, and the summary of all (`training.json`:
+parameters, steps, samples, seconds, held-out score) grows with them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from ..anchor_lora import WEIGHT_NAME
+from ..rewriter import FirstFrameRewriter
+from ..training.config import TrainConfig
+from . import train_models, train_rewriter, train_vae
+from .assemble import CALL_DEFAULTS, assemble, build_composer, build_pipeline
+from .held_out import held_out_scenes
+from .loop import trained
+from .prompts import CATEGORIES
+from .report import SINGLE_OBJECT, evaluate
+from .scorer import score_anchor
+
+
+LORA_CLIPS = 10_000
+# What differs from the trainer's defaults for real models: the size of everything, and a rank to match.
+LORA_SETTINGS: dict[str, Any] = {
+    "buckets": ((17, 64, 64),),
+    "frame_rate": CALL_DEFAULTS["frame_rate"],
+    "max_sequence_length": CALL_DEFAULTS["max_sequence_length"],
+    "rank": 16,
+    "alpha": 16.0,
+    "anchor_position": "start-middle-last",
+    "flow_shift": train_models.CLIP_SHIFT,
+    "timestep_std": 1.2,
+    "steps": 3000,
+    "batch_size": 24,
+    "learning_rate": 1e-3,
+    "learning_rate_schedule": "cosine",
+    "warmup_steps": 100,
+    "weight_decay": 0.0,
+    "ema_decay": 0.999,
+    "mixed_precision": "no",
+    "gradient_checkpointing": False,
+}
+
+
+def lora_config(folder: Path, name: str = "lora", **changes: Any) -> TrainConfig:
+    """The anchor LoRA's run in `folder/<name>`; `changes` are options of [`TrainConfig`]."""
+    paths = {"model": folder / "base_repository", "data": folder / "clips", "cache_dir": folder / "lora_cache"}
+    return TrainConfig(
+        **{key: str(path) for key, path in paths.items()}, output_dir=str(folder / name), **LORA_SETTINGS | changes
+    )
+
+
+def train_lora(folder: Path) -> dict[str, int]:
+    """The anchor LoRA on the frozen base, by [`training.trainer`] as for any other model; writes `folder/anchor_lora`."""
+    from ..training.trainer import main_train
+    from .dataset import write_dataset
+
+    write_dataset(folder / "clips", LORA_CLIPS)
+    if not (folder / "base_repository").is_dir():
+        build_pipeline(folder).save_pretrained(folder / "base_repository.tmp")
+        (folder / "base_repository.tmp").rename(folder / "base_repository")
+    config = folder / "lora.toml"
+    config.write_text(lora_config(folder).to_toml(), encoding="utf-8")
+    weights = main_train(config)
+    target = folder / "anchor_lora" / WEIGHT_NAME
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(weights, target)
+    records = [json.loads(line) for line in (folder / "lora" / "log_transformer.jsonl").read_text().splitlines()]
+    # In the form of the other parts' logs: one line for fifty steps.
+    with open(folder / "lora_log.jsonl", "w") as log:
+        for chunk in (records[start : start + 50] for start in range(0, len(records), 50)):
+            means = {key: float(np.mean([record[key] for record in chunk])) for key in ("seconds", "loss")}
+            line = {"step": chunk[-1]["step"], "seconds_per_step": means["seconds"], "loss_clip": means["loss"]}
+            log.write(json.dumps(line) + "\n")
+    parameters = sum(tensor.numel() for tensor in load_file(target).values())
+    return {"samples": LORA_SETTINGS["steps"] * LORA_SETTINGS["batch_size"], "parameters": parameters}
+
+
+def rewriter_score(folder: Path) -> float:
+    """Mean score of first-frame captions over the categories."""
+    scores = train_rewriter.held_out_score(FirstFrameRewriter.from_pretrained(folder / "rewriter"))
+    return float(np.mean(list(scores.values())))
+
+
+def composer_score(folder: Path, per_category: int = 24) -> float:
+    """Mean `score_anchor` over the seven categories, pictures drawn from true captions."""
+    composer, scores = build_composer(folder), []
+    scenes = held_out_scenes(per_category, seed=1, categories=CATEGORIES)
+    generators = [torch.Generator().manual_seed(index) for index in range(len(scenes))]
+    pictures = composer.compose([scene.caption for scene in scenes], 64, 64, generator=generators)
+    for scene, picture in zip(scenes, pictures):
+        scores.append(score_anchor(np.asarray(picture), scene.caption))
+    return float(np.mean(scores))
+
+
+def video_score(folder: Path, arm: str, categories: Sequence[str], per_category: int = 12) -> float:
+    """Mean `score_video` of an arm at 15 steps."""
+    pipe = build_pipeline(folder)
+    pipe.set_progress_bar_config(disable=True)
+    records = evaluate(pipe, held_out_scenes(per_category, seed=1, categories=categories), arms=(arm,))
+    return float(np.mean([record["score"] for record in records]))
+
+
+@dataclass(frozen=True)
+class Part:
+    """How a part is trained, what it is scored by on held-out prompts, and the score that lets the next part start."""
+
+    train: Callable[[Path], dict[str, Any] | None]
+    score: Callable[[Path], float] | None = None
+    bar: float = 0.0
+
+
+PARTS: dict[str, Part] = {
+    "vae": Part(train_vae.train_vae, train_vae.held_out_score, 0.95),
+    "rewriter": Part(train_rewriter.train_rewriter, rewriter_score, 0.95),
+    "cache": Part(train_models.build_cache),
+    "text": Part(train_models.train_text, train_models.text_score, 0.99),
+    "base": Part(train_models.train_base, lambda folder: video_score(folder, "direct", SINGLE_OBJECT), 0.6),
+    "composer": Part(train_models.train_composer, composer_score, 0.8),
+    "lora": Part(train_lora, lambda folder: video_score(folder, "true_anchor", CATEGORIES), 0.8),
+}
+
+
+def train_all(folder: Path, parts: Sequence[str] = tuple(PARTS)) -> None:
+    """Trains `parts` in order and, once all are there, writes the finished model to `folder/repository`.
+
+    Args:
+        folder (`Path`): for checkpoints, logs, weights and `training.json`.
+        parts (`Sequence[str]`): of `PARTS`, in their order.
+
+    Raises:
+        `ValueError`: a part stays below its bar.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "training.json"
+    summary = json.loads(path.read_text()) if path.exists() else {}
+    for name in parts:
+        if name in summary:
+            continue
+        part = PARTS[name]
+        print(f"training {name}", flush=True)
+        facts = part.train(folder) or {}
+        if (folder / f"{name}_log.jsonl").exists():
+            facts |= trained(folder, name)
+        if part.score is not None:
+            facts |= {"held_out": round(part.score(folder), 4), "bar": part.bar}
+            print(f"{name}: {facts['held_out']} on held-out prompts (synthetic), bar {part.bar}", flush=True)
+            if facts["held_out"] < part.bar:
+                raise ValueError(
+                    f"{name} scored {facts['held_out']}, below its bar of {part.bar}: nothing is built on it."
+                )
+        summary[name] = facts
+        path.write_text(json.dumps(summary, indent=2) + "\n")
+    if summary.keys() >= PARTS.keys():
+        assemble(folder, folder / "repository")
+        print(f"repository: {folder / 'repository'}")

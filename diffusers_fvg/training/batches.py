@@ -1,0 +1,128 @@
+"""Cached clips, and the order in which they are trained on.
+
+Shapes: B batch, C latent channels, f/h/w latent frames, height and width, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from .draws import generator_for
+from .files import read_whole
+
+
+class Clips:
+    """The cached clips of a run.
+
+    Args:
+        latents (`list[Path]`): one file per clip.
+        texts (`list[Path]`): one file per clip.
+        shapes (`list` of `(C, f, h, w)`): of the latents.
+        empty_text (`Path`): of the empty prompt.
+        max_sequence_length (`int`): to which embeddings are filled up with zeros, as in `WanPipeline`.
+        rejected (`dict[str, str]`): path of a video that cannot be used -> why.
+    """
+
+    def __init__(
+        self,
+        latents: list[Path],
+        texts: list[Path],
+        shapes: list[tuple[int, ...]],
+        empty_text: Path,
+        max_sequence_length: int,
+        rejected: dict[str, str] | None = None,
+    ):
+        self.latents, self.texts, self.shapes = latents, texts, shapes
+        self.empty_text, self.max_sequence_length = empty_text, max_sequence_length
+        self.rejected = rejected or {}
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def load(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents `(B, C, f, h, w)` of clips of one shape and text embeddings `(B + 1, L, D)`, the empty prompt last."""
+        latents = torch.stack([_read(self.latents[index])["latents"] for index in indices])
+        texts = [_read(path)["embeds"] for path in [*(self.texts[index] for index in indices), self.empty_text]]
+        embeds = texts[0].new_zeros(len(texts), self.max_sequence_length, texts[0].shape[1])
+        for row, text in zip(embeds, texts):
+            row[: len(text)] = text
+        return latents, embeds
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    whole = read_whole(path)
+    if whole is None:
+        raise ValueError(f"{path} in the cache is missing or damaged; delete it and start again.")
+    return whole[0]
+
+
+class BatchOrder:
+    """Which clips make up the n-th batch, for any n: nothing has to be remembered to continue.
+
+    An epoch goes through every clip, in batches of one shape. What does not fill a batch is filled up from the beginning
+    of its shape's own order, so that nothing is left out.
+
+    Args:
+        shapes (`list[tuple]`): of each clip.
+        batch_size (`int`): over all processes.
+        seed (`int`): of the order.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], batch_size: int, seed: int):
+        self.groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for index, shape in enumerate(shapes):
+            self.groups[shape].append(index)
+        self.batch_size, self.seed = batch_size, seed
+        self.batches_per_epoch = sum(math.ceil(len(group) / batch_size) for group in self.groups.values())
+        self._epoch: tuple[int, list[list[int]]] | None = None
+
+    def __getitem__(self, number: int) -> list[int]:
+        epoch, index = divmod(number, self.batches_per_epoch)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, self._batches(epoch))
+        return self._epoch[1][index]
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        generator, batches = generator_for("order", self.seed, epoch), []
+        for group in self.groups.values():
+            order = [group[i] for i in torch.randperm(len(group), generator=generator)]
+            for start in range(0, len(order), self.batch_size):
+                wanted = range(start, start + self.batch_size)
+                batches.append([order[i % len(order)] for i in wanted])
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+
+
+class Prefetcher:
+    """Batches of one process, the next one read while this one is trained on.
+
+    Args:
+        clips ([`Clips`]): what to load.
+        order ([`BatchOrder`]): over all processes.
+        process_index, batch_size (`int`): which slice of each batch is this process's.
+    """
+
+    def __init__(self, clips: Clips, order: BatchOrder, process_index: int, batch_size: int):
+        self.clips, self.order = clips, order
+        self.slice = slice(process_index * batch_size, (process_index + 1) * batch_size)
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._next: tuple[int, object] | None = None
+
+    def load(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Batch `number` of this process; see [`Clips.load`]."""
+        if self._next is None or self._next[0] != number:
+            self._next = self._submit(number)
+        batch = self._next[1].result()
+        self._next = self._submit(number + 1)
+        return batch
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    def _submit(self, number: int):
+        return number, self._pool.submit(self.clips.load, self.order[number][self.slice])

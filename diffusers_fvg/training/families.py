@@ -1,0 +1,130 @@
+"""The model families that can be trained, told apart by the transformer's own config: classes, sizes, encoding, objective."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    DiffusionPipeline,
+    WanPipeline,
+)
+from transformers import AutoTokenizer, T5EncoderModel, UMT5EncoderModel
+
+from ..anchor import normalize_latents
+from ..checks import check_num_frames, check_size
+from ..schedules_cogvideox import training_sigmas
+from ..transformer_anchor import AnchorConditionedTransformer3D
+from ..transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
+from .config import TrainConfig
+from .objectives import FlowMatching, VPrediction
+
+
+class Wan:
+    """Wan 2.1 and 2.2.
+
+    Args:
+        folder (`Path`): of the pipeline.
+        transformer_config (`dict`): of the transformer that is trained.
+    """
+
+    transformer, vae, text_encoder = AnchorConditionedTransformer3D, AutoencoderKLWan, UMT5EncoderModel
+    pipeline = WanPipeline
+
+    def __init__(self, folder: Path, transformer_config: dict):
+        self.objective = FlowMatching()
+        self.vae_config = AutoencoderKLWan.load_config(folder / "vae")
+        self.empty = _empty(self.transformer, transformer_config)
+
+    def check_bucket(self, num_frames: int, height: int, width: int) -> None:
+        """The bucket is a size that VAE and patches divide.
+
+        Raises:
+            `ValueError`: naming the nearest sizes that are.
+        """
+        check_num_frames(num_frames, self.vae_config["scale_factor_temporal"])
+        patch = self.empty.config.patch_size
+        check_size("height", height, self.vae_config["scale_factor_spatial"] * patch[1])
+        check_size("width", width, self.vae_config["scale_factor_spatial"] * patch[2])
+
+    @staticmethod
+    def encode(vae: AutoencoderKLWan, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels `(B, 3, F, H, W)` in [-1, 1] to normalised latents `(B, C, f, h, w)`: the posterior's mode, as at sampling."""
+        with torch.no_grad():
+            latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+        return normalize_latents(latents.float(), vae).cpu()
+
+
+class CogVideoX:
+    """CogVideoX 1.0 and 1.5, with the methods of [`Wan`]."""
+
+    transformer, vae, text_encoder = AnchorConditionedCogVideoXTransformer3D, AutoencoderKLCogVideoX, T5EncoderModel
+    pipeline = CogVideoXPipeline
+
+    def __init__(self, folder: Path, transformer_config: dict):
+        scheduler = CogVideoXDDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+        self.objective = VPrediction(training_sigmas(scheduler), transformer_config.get("patch_size_t") or 1)
+        self.vae_config = AutoencoderKLCogVideoX.load_config(folder / "vae")
+        self.empty = _empty(self.transformer, transformer_config)
+
+    def check_bucket(self, num_frames: int, height: int, width: int) -> None:
+        # At sampling its VAE decodes latents two by two.
+        check_num_frames(num_frames, 2 * int(self.vae_config["temporal_compression_ratio"]))
+        spatial = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+        check_size("height", height, spatial * self.empty.config.patch_size)
+        check_size("width", width, spatial * self.empty.config.patch_size)
+        self.empty.check_size(height // spatial, width // spatial)
+
+    @staticmethod
+    def encode(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
+        return (latents.float() * vae.config.scaling_factor).cpu()
+
+
+def _empty(transformer: type[torch.nn.Module], config: dict) -> torch.nn.Module:
+    """The model without weights, for its names and sizes."""
+    with init_empty_weights():
+        return transformer.from_config(config)
+
+
+FAMILIES = {
+    "WanTransformer3DModel": Wan,
+    "AnchorConditionedTransformer3D": Wan,
+    "CogVideoXTransformer3DModel": CogVideoX,
+    "AnchorConditionedCogVideoXTransformer3D": CogVideoX,
+}
+
+
+def family_of(config: TrainConfig, folder: Path) -> Wan | CogVideoX:
+    """The family of the model in `folder`, and whether it can be trained at all of the config's buckets.
+
+    Raises:
+        `ValueError`: another model, or a bucket that does not fit it.
+    """
+    path = folder / config.experts[0] / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {path.relative_to(folder)}: `model` is a pipeline in diffusers' layout.")
+    transformer_config = json.loads(path.read_text())
+    name = transformer_config.get("_class_name")
+    if name not in FAMILIES:
+        raise ValueError(f"{path} is of a {name}; those that can be trained are {', '.join(FAMILIES)}.")
+    family = FAMILIES[name](folder, transformer_config)
+    for bucket in config.buckets:
+        family.check_bucket(*bucket)
+    return family
+
+
+def text_pipeline(
+    family: Wan | CogVideoX, folder: Path, dtype: torch.dtype, device: torch.device
+) -> DiffusionPipeline:
+    """The stock pipeline with nothing but what encodes texts."""
+    text_encoder = family.text_encoder.from_pretrained(folder / "text_encoder", dtype=dtype).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    return family.pipeline(tokenizer=tokenizer, text_encoder=text_encoder, vae=None, scheduler=None, transformer=None)

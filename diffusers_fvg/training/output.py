@@ -1,0 +1,52 @@
+"""What a finished run leaves: a LoRA in diffusers' key format with its config inside, and a model card."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from ..anchor_lora import ADAPTER_NAME, WEIGHT_NAME
+from .config import TrainConfig, without_paths
+from .files import write_whole
+
+
+def lora_state_dict(weights: dict[str, torch.Tensor], config: TrainConfig) -> dict[str, torch.Tensor]:
+    """Parameters of one expert to diffusers' keys without a prefix, `blocks.0.attn1.to_q.lora_A.weight`.
+
+    `alpha / rank` is multiplied into `lora_B`: a LoRA without alpha means the same to every loader.
+    """
+    scale, dtype = config.alpha / config.rank, torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+    state = {}
+    for name, tensor in weights.items():
+        key = name.replace(f".{ADAPTER_NAME}.weight", ".weight")
+        state[key] = (tensor * scale if ".lora_B." in key else tensor).to(dtype)
+    return state
+
+
+def write_lora(config: TrainConfig, weights: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Writes `output_dir/weights`: all experts in one file, and a second expert also in a file of its own."""
+    shown = without_paths(asdict(config))
+    metadata = {"training_config": json.dumps(shown), "base_model": shown["model"]}
+    states = {expert: lora_state_dict(tensors, config) for expert, tensors in weights.items()}
+    path = Path(config.output_dir) / WEIGHT_NAME
+    both = {f"{expert}.{key}": tensor for expert, state in states.items() for key, tensor in state.items()}
+    write_whole(path, both, metadata)
+    if "transformer_2" in states:
+        second = {f"transformer.{key}": tensor for key, tensor in states["transformer_2"].items()}
+        write_whole(path.with_name("transformer_2.safetensors"), second, metadata)
+
+
+def write_card(config: TrainConfig) -> None:
+    """Writes the model card of the run beside its LoRA, from its log."""
+    # Only here: it knows every model of the package, of which training needs nothing.
+    from ..cards import training_card
+
+    output = Path(config.output_dir)
+    log = {
+        expert: [json.loads(line) for line in (output / f"log_{expert}.jsonl").read_text().splitlines()]
+        for expert in config.experts
+    }
+    training_card(config, log).save((output / WEIGHT_NAME).with_name("README.md"))

@@ -1,0 +1,63 @@
+"""The processes of a run, and the tensors that they hold shards of."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator, DistributedType
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from .config import TrainConfig
+
+
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """The accelerator of this process; its launcher's environment says how many there are and whether they share the model.
+
+    Raises:
+        `ValueError`: set up for DeepSpeed, FSDP1 or FSDP's own activation checkpointing.
+    """
+    tracker = {} if config.tracker == "none" else {"log_with": config.tracker, "project_dir": config.output_dir}
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, **tracker)
+    kind = accelerator.distributed_type
+    if kind not in SUPPORTED:
+        raise ValueError(
+            f"`accelerate` is set up for {kind.value}; use MULTI_GPU, or FSDP with `fsdp_version: 2` where the model does not "
+            "fit one device. The base is frozen, so that ZeRO stages 1 and 2 would have next to nothing to shard."
+        )
+    if kind is DistributedType.FSDP:
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError(f"`accelerate` is set up for FSDP{plugin.fsdp_version}; set `fsdp_version: 2`.")
+        if plugin.activation_checkpointing:
+            raise ValueError(
+                "`fsdp_activation_checkpointing` renames parameters; set it to false and `gradient_checkpointing = true`."
+            )
+        # Weights keep their types: the base's bfloat16, the LoRA's float32. Accelerate's own policy would round the times,
+        # which a forward takes as an input, to 8 bits.
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        # The launcher's default. Only models of transformers gain by it, and it fails (accelerate 1.15) where, as here, the
+        # outermost module has a parameter.
+        plugin.cpu_ram_efficient_loading = False
+    return accelerator
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that the processes hold shards of, on each of them. Any other tensor is returned as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def share(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's shard, sharing its memory. Any other tensor is returned as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(like: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Moves a whole tensor, the same on every process, to where and how `like` is."""
+    tensor = tensor.to(like.device)
+    if not isinstance(like, DTensor):
+        return tensor
+    # From what each process has: nothing is sent.
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

@@ -1,0 +1,31 @@
+"""README's figures are those of the committed results."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "examples" / "results"
+
+
+def test_scores_are_those_of_the_study():
+    (block,) = re.findall(r"```\n(CLAIMS\n.*?)```", README, re.DOTALL)
+    study = (RESULTS / "shapes" / "study.txt").read_text(encoding="utf-8")
+    for part in block.strip().split("\n\n"):
+        assert part in study
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_memory_is_that_of_the_benchmark(number):
+    run = json.loads((RESULTS / "modulation.json").read_text())["runs"][number]
+    (row,) = re.findall(rf"^\| {run['tokens']:,} \| {run['dtype']}.*$", README, re.MULTILINE)
+    stock, ours, ratio = (cell.strip() for cell in row.split("|")[3:6])
+    assert (
+        stock == f"{run['stock_peak_bytes'] / 2**20:.0f} MiB"
+        and ours == f"{run['anchored_peak_bytes'] / 2**20:.0f} MiB"
+    )
+    assert float(ratio) == round(run["ratio"], 2)

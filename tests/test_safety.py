@@ -1,0 +1,434 @@
+"""What a repository must not be able to do: pickles, paths out of it, code, and what must not leak: the rewriter's key."""
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, DiffusionPipeline, WanPipeline
+from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
+from test_rewriter import ChatServer, reply
+from tiny import tiny_pipeline, tiny_rewriter, tiny_transformer, tiny_wan_components
+
+from diffusers_fvg import (
+    Anchor,
+    AnchorComposer,
+    AnchorLora,
+    FactorizedVideoPipeline,
+    FirstFrameRewriter,
+    SchedulerPreset,
+    SchedulerPresets,
+    load_lora,
+)
+from diffusers_fvg.rewriter import ChatEndpoint
+from diffusers_fvg.safety import check_folder, check_name
+
+
+LORA = {
+    "transformer.blocks.0.attn1.to_q.lora_A.weight": torch.ones(1, 24),
+    "transformer.blocks.0.attn1.to_q.lora_B.weight": torch.ones(24, 1),
+}
+# Component -> folder of its weights.
+WEIGHTS = {
+    "transformer": "transformer",
+    "vae": "vae",
+    "text_encoder": "text_encoder",
+    "rewriter": "rewriter/model",
+    "composer": "composer/vae",
+    "anchor_lora": "anchor_lora/weights",
+}
+# Ways out of a folder, on this system and on others.
+ESCAPES = ("../evil", "..", "/etc/evil", "C:\\evil", "C:evil", "..\\evil")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("safe") / "repository"
+    tiny_pipeline(anchor_lora=AnchorLora(LORA)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def repository(saved, tmp_path):
+    """A copy to spoil."""
+    return Path(shutil.copytree(saved, tmp_path / "repository"))
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def pickle_weights(folder):
+    """Replaces the safetensors of a folder by what torch.save writes; returns the new file's name."""
+    (file,) = folder.glob("*.safetensors")
+    name = "pytorch_model.bin" if file.name == "model.safetensors" else f"{file.stem}.bin"
+    torch.save(load_file(file), folder / name)
+    file.unlink()
+    return name
+
+
+# -- pickles ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("component", WEIGHTS)
+def test_a_pickle_in_a_folder_is_refused_by_name(repository, component):
+    name = pickle_weights(repository / WEIGHTS[component])
+    with pytest.raises(ValueError, match=f"{name}.*pickle"):
+        DiffusionPipeline.from_pretrained(repository)
+
+
+@pytest.mark.parametrize("component", ["vae", "rewriter", "composer"])
+def test_a_pickle_on_the_hub_is_refused_by_name(hub, repository, tmp_path, component):
+    name = pickle_weights(repository / WEIGHTS[component])
+    api = HfApi(token=hub.token)
+    api.create_repo("org/fvg")
+    api.upload_folder(folder_path=repository, repo_id="org/fvg")
+    with pytest.raises(ValueError, match=f"{name}.*pickle"):
+        DiffusionPipeline.from_pretrained("org/fvg", cache_dir=tmp_path / "cache")
+
+
+def test_pickles_in_referenced_repositories_are_refused_by_name(hub, repository, tmp_path):
+    api = HfApi(token=hub.token)
+    pickle_weights(repository / "rewriter" / "model")
+    pickle_weights(repository / "composer" / "vae")
+    (repository / "lora").mkdir()
+    torch.save(LORA, repository / "lora" / "lora.ckpt")
+    parts = {"chat": ["rewriter/model", "rewriter/tokenizer"], "draw": ["composer"], "lora": ["lora"]}
+    for name, folders in parts.items():
+        api.create_repo(f"org/{name}")
+        for folder in folders:
+            api.upload_folder(folder_path=repository / folder, repo_id=f"org/{name}")
+    with pytest.raises((OSError, ValueError), match="pytorch_model.bin"):
+        FirstFrameRewriter.from_pretrained("org/chat", cache_dir=tmp_path)
+    with pytest.raises((OSError, ValueError), match="vae/diffusion_pytorch_model.bin"):
+        AnchorComposer.from_pretrained("org/draw", cache_dir=tmp_path)
+    for options in ({}, {"weight_name": "lora.ckpt"}):
+        with pytest.raises(ValueError, match="lora.ckpt.*pickle"):
+            load_lora(tiny_transformer(anchored=True), "org/lora", cache_dir=tmp_path, **options)
+    assert not any(path.endswith((".bin", ".ckpt")) for _, path, _ in hub.downloads)
+
+
+def test_asking_for_pickles_is_refused(saved):
+    with pytest.raises(ValueError, match="use_safetensors=False"):
+        DiffusionPipeline.from_pretrained(saved, use_safetensors=False)
+
+
+def test_a_component_that_is_passed_may_be_a_pickle_in_the_repository(repository):
+    pickle_weights(repository / "vae")
+    vae = AutoencoderKLWan.from_pretrained(repository / "vae")
+    assert DiffusionPipeline.from_pretrained(repository, vae=vae, rewriter=None, composer=None).vae is vae
+
+
+def test_other_pipelines_in_the_process_load_as_ever(tmp_path):
+    WanPipeline(**tiny_wan_components()).save_pretrained(tmp_path)
+    pickle_weights(tmp_path / "vae")
+    assert type(DiffusionPipeline.from_pretrained(tmp_path)) is WanPipeline
+
+
+@pytest.mark.parametrize(
+    ("shard", "message"), [("model-1.bin", "pickle"), ("../vae/diffusion_pytorch_model.safetensors", "plain name")]
+)
+@pytest.mark.parametrize("folder", ["text_encoder", "rewriter/model", "composer/text_encoder"])
+def test_an_index_names_safetensors_beside_it(repository, folder, shard, message):
+    file = repository / folder / "model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    torch.save(tensors, repository / folder / "model-1.bin")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, shard)}
+    (repository / folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message):
+        DiffusionPipeline.from_pretrained(repository)
+
+
+def test_shards_load(saved, tmp_path):
+    first = DiffusionPipeline.from_pretrained(saved)
+    first.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.rglob("*.safetensors.index.json"))) > 2
+    again = DiffusionPipeline.from_pretrained(tmp_path)
+    for name, tensor in first.composer.state_dict().items():
+        assert torch.equal(tensor, again.composer.state_dict()[name])
+
+
+def test_an_adapter_in_a_components_folder_is_refused(repository):
+    # transformers would load it from the path or repository that it names.
+    (repository / "text_encoder" / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}')
+    with pytest.raises(ValueError, match="adapter_config.json.*load_lora_weights"):
+        DiffusionPipeline.from_pretrained(repository)
+
+
+# -- paths ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*ESCAPES, "", "a/../../b", "a//b"])
+def test_names_that_leave_their_folder(name):
+    for folders in (False, True):
+        with pytest.raises(ValueError, match="does not stay"):
+            check_name(name, "A file", folders)
+
+
+def test_names_that_stay():
+    for name in ("wan (high).safetensors", "anchored-15", "v1.0"):
+        assert check_name(name, "A file") == name
+    assert check_name("v1/lora.safetensors", "A file", folders=True)
+    with pytest.raises(ValueError, match="does not stay"):
+        check_name("v1/lora.safetensors", "A file")
+
+
+@pytest.mark.parametrize("link", ["vae", "vae/diffusion_pytorch_model.safetensors", "schedulers/full-50"])
+def test_links_out_of_the_repository_are_refused(repository, tmp_path, link):
+    outside = tmp_path / "outside"
+    shutil.move(repository / link, outside)
+    (repository / link).symlink_to(outside)
+    with pytest.raises(ValueError, match="link to .*outside"):
+        DiffusionPipeline.from_pretrained(repository)
+
+
+def test_links_within_the_repository_load(repository):
+    shutil.rmtree(repository / "composer" / "text_encoder")
+    (repository / "composer" / "text_encoder").symlink_to(repository / "text_encoder")
+    check_folder(repository / "composer")
+    DiffusionPipeline.from_pretrained(repository, rewriter=None)
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_configurations_name_repositories_and_not_paths(repository, tmp_path, monkeypatch, name):
+    # What they would find if they followed the path.
+    shutil.copytree(repository / "composer", tmp_path / "evil")
+    monkeypatch.chdir(repository)
+    for config, key, load in (
+        ("composer/composer_config.json", "repository", AnchorComposer.from_pretrained),
+        ("rewriter/rewriter_config.json", "model", FirstFrameRewriter.from_pretrained),
+    ):
+        file = repository / config
+        edit_json(file, **{key: name})
+        with pytest.raises((OSError, ValueError), match="[Rr]epo id"):
+            load(file.parent)
+        edit_json(file, **{key: "org/name", "revision": name})
+        with pytest.raises((OSError, ValueError), match="does not stay"):
+            load(file.parent)
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_the_index_names_no_component_elsewhere(repository, name):
+    # Nothing is loaded for a name that the pipeline has no argument for.
+    edit_json(repository / "model_index.json", **{name: ["diffusers", "AutoencoderKLWan"]})
+    pipe = DiffusionPipeline.from_pretrained(repository, rewriter=None, composer=None)
+    assert name not in pipe.components
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_preset_and_lora_names(repository, name):
+    # A preset's name becomes a folder when it is saved.
+    file = repository / "schedulers" / "full-50" / "scheduler_config.json"
+    preset = json.loads(file.read_text())["_preset"]
+    edit_json(file, _preset=preset | {"name": name})
+    with pytest.raises(ValueError, match="rename the folder or the preset"):
+        SchedulerPresets.from_pretrained(repository / "schedulers")
+    with pytest.raises(ValueError, match="does not stay"):
+        SchedulerPreset(name, "UniPCMultistepScheduler", {}, (1.0,), 1.0, 1.0)
+    save_file(LORA, repository / "lora.safetensors")
+    for arguments in ({"weight_name": name}, {"subfolder": name}):
+        with pytest.raises(ValueError, match="does not stay"):
+            load_lora(tiny_transformer(anchored=True), repository, **arguments)
+
+
+def test_a_preset_is_called_as_its_folder(repository):
+    (repository / "schedulers" / "full-50").rename(repository / "schedulers" / "other")
+    with pytest.raises(ValueError, match="'full-50'"):
+        SchedulerPresets.from_pretrained(repository / "schedulers")
+
+
+@pytest.mark.parametrize("name", ["AutoencoderKLWan", "utils", "Absent"])
+def test_a_preset_makes_schedulers_only(name):
+    preset = SchedulerPreset("p", name, {}, (1.0,), 1.0, 1.0)
+    with pytest.raises(ValueError, match=f"'{name}' is no scheduler"):
+        preset.make_scheduler()
+
+
+# -- code -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trap(tmp_path, monkeypatch):
+    """Code that leaves a file when it runs; and nobody is asked at the terminal."""
+
+    def no_question(text=""):
+        raise AssertionError(f"asked: {text}")
+
+    monkeypatch.setattr("builtins.input", no_question)
+    sprung = tmp_path / "sprung"
+    code = f"import pathlib\npathlib.Path({str(sprung)!r}).touch()\nfrom diffusers_fvg import FactorizedVideoPipeline as P\n"
+    return sprung, code
+
+
+@pytest.mark.parametrize("where", ["pipeline", "component", "composer", "rewriter", "tokenizer"])
+def test_code_of_a_repository_does_not_run(repository, trap, where):
+    sprung, code = trap
+    if where == "pipeline":
+        (repository / "evil.py").write_text(code)
+        edit_json(repository / "model_index.json", _class_name=["evil", "P"])
+    elif where == "component":
+        (repository / "vae" / "evil.py").write_text(code)
+        edit_json(repository / "model_index.json", vae=["evil", "P"])
+    elif where == "composer":
+        (repository / "composer" / "evil.py").write_text(code)
+        edit_json(repository / "composer" / "model_index.json", _class_name=["evil", "P"])
+    else:
+        folder = repository / "rewriter" / ("model" if where == "rewriter" else "tokenizer")
+        (folder / "evil.py").write_text(code)
+        if where == "rewriter":
+            names = {"AutoConfig": "evil.P", "AutoModelForCausalLM": "evil.P"}
+            edit_json(folder / "config.json", auto_map=names, model_type="evil")
+        else:
+            changes = {"auto_map": {"AutoTokenizer": ["evil.P", "evil.P"]}, "tokenizer_class": "P"}
+            edit_json(folder / "tokenizer_config.json", **changes)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained(repository)
+    assert not sprung.exists()
+
+
+def test_trusted_code_runs(repository, trap):
+    sprung, code = trap
+    (repository / "evil.py").write_text(code)
+    edit_json(repository / "model_index.json", _class_name=["evil", "P"])
+    DiffusionPipeline.from_pretrained(repository, rewriter=None, composer=None, trust_remote_code=True)
+    assert sprung.exists()
+
+
+def test_a_chat_template_is_kept_in_its_sandbox(trap):
+    sprung, _ = trap
+    rewriter = tiny_rewriter()
+    rewriter.tokenizer.chat_template = (
+        "{{ cycler.__init__.__globals__.os.system('touch " + str(sprung) + "') }}{{ messages[0]['content'] }}"
+    )
+    with pytest.raises(Exception, match="(unsafe|undefined)"):
+        rewriter.rewrite(["a red circle"])
+    assert not sprung.exists()
+
+
+# -- the rewriter's key -----------------------------------------------------------------------------------------------
+
+KEY = "sk-planted-0123456789abcdef"
+CAPTION = json.dumps({"first_frame": f"A red circle on the left. {KEY}"})
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (401, f"Incorrect API key: {KEY}"),
+        (500, {"error": {"message": KEY * 200}}),
+        (200, {"error": KEY}),
+        reply(CAPTION),
+    ],
+    ids=["refused", "long", "no answer", "in the caption"],
+)
+def test_the_key_stays_where_it_is(answer, monkeypatch, tmp_path, capfd, caplog):
+    from diffusers_fvg.cards import repository_card
+    from diffusers_fvg.media import write_video
+
+    monkeypatch.setenv("PLANTED_KEY", KEY)
+    caplog.set_level(logging.DEBUG)
+    with ChatServer(answer, answer) as server:
+        pipe = tiny_pipeline(rewriter=FirstFrameRewriter(endpoint=ChatEndpoint(server.url, "chat", "PLANTED_KEY")))
+        seen = []
+        try:
+            out = pipe("a red circle", height=32, width=32, num_frames=5, num_inference_steps=1)
+        except RuntimeError as error:
+            while error is not None:
+                seen += [str(error), repr(error), repr(error.__notes__ if hasattr(error, "__notes__") else "")]
+                error = error.__cause__ or error.__context__
+        else:
+            seen += [repr(out.first_frame_prompts), repr(out.seeds), repr(out.timings)]
+            write_video(tmp_path / "video.mp4", out.frames[0], 8, {"first_frame_prompt": out.first_frame_prompts[0]})
+    assert server.requests[0][1] == f"Bearer {KEY}"
+
+    pipe.save_pretrained(tmp_path / "repository")
+    seen += [
+        repr(pipe),
+        repr(pipe.config),
+        repr(pipe.rewriter),
+        repr(pipe.rewriter.endpoint),
+        repr(vars(pipe.rewriter)),
+    ]
+    seen += [str(repository_card(tmp_path / "repository")), caplog.text, *capfd.readouterr()]
+    assert not any(KEY in text for text in seen)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert len(files) > 10 and not any(KEY.encode() in file.read_bytes() for file in files)
+
+
+# -- the anchor's check -----------------------------------------------------------------------------------------------
+
+SIZE = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = tiny_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def pictures(*colours):
+    return [PIL.Image.new("RGB", (32, 32), colour) for colour in colours]
+
+
+def is_red(image):
+    return "it is red" if image.getpixel((0, 0)) == (255, 0, 0) else None
+
+
+def test_a_refused_anchor_stops_before_its_video(pipe, monkeypatch):
+    stages = []
+
+    def stage(pipe, name, *steps):
+        stages.append(name)
+
+    monkeypatch.setattr(pipe, "safety_checker", is_red, raising=False)
+    prompts = ["a circle", "a square"]
+    arguments = {**SIZE, "num_videos_per_prompt": 2, "callback_on_stage_step": stage}
+    with pytest.raises(ValueError, match=r"anchor of prompt 1 \(it is red\)"):
+        pipe(prompts, image=pictures("blue", "red"), **arguments)
+    assert stages == []
+    with pytest.raises(ValueError, match="anchor of prompt 0"):
+        pipe.animate(prompts, anchors=[Anchor(pictures("blue")[0]), Anchor(pictures("red")[0], -1)], **SIZE)
+    pipe(prompts, image=pictures("blue", "green"), **arguments)
+    assert "denoise" in stages
+
+
+def test_drawn_anchors_are_checked_once_each(pipe, monkeypatch):
+    shown = []
+    monkeypatch.setattr(pipe, "safety_checker", lambda image: shown.append(image), raising=False)
+    out = pipe("a circle", first_frame_prompt="a red circle", num_videos_per_prompt=2, **SIZE)
+    assert [image.tobytes() for image in shown] == [image.tobytes() for image in out.anchor_images]
+    monkeypatch.setattr(pipe, "safety_checker", lambda image: True, raising=False)
+    stages = []
+    with pytest.raises(ValueError, match="anchor of prompt 0; no video"):
+        pipe(
+            "a circle", first_frame_prompt="a circle", callback_on_stage_step=lambda p, s, *n: stages.append(s), **SIZE
+        )
+    assert set(stages) == {"compose"}
+    pipe("a circle", mode="direct", **SIZE)
+
+
+def test_arrays_and_tensors_are_shown_as_pictures(pipe, monkeypatch):
+    shown = []
+    monkeypatch.setattr(pipe, "safety_checker", lambda image: shown.append(image), raising=False)
+    tensor = torch.zeros(3, 32, 32)
+    tensor[0] = 1
+    array = tensor.permute(1, 2, 0).numpy()
+    for image in (tensor, array, (array * 255).astype("uint8")):
+        pipe("a circle", image=image, **SIZE)
+    assert {image.getpixel((5, 5)) for image in shown} == {(255, 0, 0)}
+
+
+def test_the_checker_is_not_part_of_the_repository(tmp_path):
+    pipe = tiny_pipeline(rewriter=None, composer=None)
+    pipe.safety_checker = is_red
+    pipe.save_pretrained(tmp_path)
+    assert "safety_checker" not in json.loads((tmp_path / "model_index.json").read_text())
+    assert FactorizedVideoPipeline.from_pretrained(tmp_path).safety_checker is None
+    assert os.path.isfile(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")

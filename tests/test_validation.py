@@ -1,0 +1,92 @@
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+
+sys.path.append(str(Path(__file__).parent / "training"))
+
+from training_runs import moving_square, save_cogvideox_model, save_config, save_model, save_videos, tiny_config
+
+from diffusers_fvg.media import read_video, read_video_metadata
+from diffusers_fvg.pipeline_factorized_video import FactorizedVideoPipeline
+from diffusers_fvg.training.trainer import main_train
+from diffusers_fvg.validation import make_validate
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def config(tmp_path):
+    PIL.Image.fromarray(moving_square(7)[0]).save(tmp_path / "start.png")
+    data = save_videos(tmp_path / "data", 2)
+    options = {"steps": 4, "validation_every": 2, "validation_prompts": ["a red circle", "a dog"]}
+    options["validation_anchors"] = [str(tmp_path / "start.png"), str(data / "1.mp4")]
+    return tiny_config(tmp_path / "model", data, tmp_path / "out", **options)
+
+
+def run(config, validate) -> None:
+    main_train(save_config(config, Path(config.output_dir) / "run.toml"), validate)
+
+
+def test_a_run_leaves_videos_of_its_prompts(config, tmp_path):
+    save_model(tmp_path / "model")
+    validate, rendered, logged = make_validate(config), {}, []
+
+    def watching(validation):
+        def log_frames(name, frames):
+            rendered[validation.step, name] = frames
+
+        validate(replace(validation, log_frames=log_frames, log=logged.append))
+
+    run(config, watching)
+    assert sorted(rendered) == [(step, f"validation/{number}") for step in (2, 4) for number in (0, 1)]
+    assert [list(values) for values in logged] == [["validation_seconds"]] * 2
+    for step in (2, 4):
+        for number, prompt in enumerate(config.validation_prompts):
+            path = tmp_path / "out" / "validation" / f"transformer_step_{step:08d}" / f"{number}.mp4"
+            frames, frame_rate = read_video(path)
+            assert frames.shape == (9, 32, 32, 3) and frame_rate == 8
+            assert read_video_metadata(path) == {"prompt": prompt, "step": step}
+    assert np.abs(rendered[2, "validation/0"] - rendered[4, "validation/0"]).max() > 1e-4
+
+    # The finished LoRA in a pipeline of its own makes the last validation's video: the same weights, anchor and noise.
+    absent = dict.fromkeys(("rewriter", "composer", "anchor_lora", "schedulers"))
+    pipe = FactorizedVideoPipeline.from_pretrained(config.model, dtype=torch.float32, **absent)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(tmp_path / "out" / "weights", adapter_name="anchor")
+    size = {"num_frames": 9, "height": 32, "width": 32, "max_sequence_length": 16}
+    generator = torch.Generator().manual_seed(config.seed)
+    image = PIL.Image.open(tmp_path / "start.png")
+    frames = pipe("a red circle", image=image, generator=generator, first_frame_prompt=None, **size).frames[0]
+    np.testing.assert_allclose(rendered[4, "validation/0"], frames, atol=1e-3)
+
+
+def test_cogvideox_has_a_pipeline_of_its_own(config, tmp_path):
+    save_cogvideox_model(tmp_path / "model")
+    targets = ["to_q", "to_k", "to_v"]
+    config = replace(config, steps=3, targets=targets, timestep_density="uniform", flow_shift=1.0)
+    run(config, make_validate(config))
+    frames, _ = read_video(tmp_path / "out" / "validation" / "transformer_step_00000002" / "0.mp4")
+    assert frames.shape == (9, 32, 32, 3)
+
+
+def test_what_cannot_be_validated_is_said_before_training(config, tmp_path):
+    save_model(tmp_path / "model", experts=2)
+    with pytest.raises(ValueError, match="samples with two experts, and training holds one"):
+        make_validate(config)
+    with pytest.raises(ValueError, match="`validation_every=2` needs `validation_prompts`"):
+        make_validate(replace(config, validation_prompts=(), validation_anchors=()))
+    save_model(tmp_path / "other")
+    (tmp_path / "notes.txt").write_text("no picture")
+    anchors = (str(tmp_path / "notes.txt"), config.validation_anchors[1])
+    with pytest.raises(ValueError, match=r"notes\.txt is no video"):
+        make_validate(replace(config, model=str(tmp_path / "other"), validation_anchors=anchors))

@@ -1,0 +1,85 @@
+"""Real components of a CogVideoX 1.5 pipeline at tiny size, the same weights on every call."""
+
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from tiny import WORDS, tiny_composer, tiny_rewriter, tiny_tokenizer
+from transformers import T5Config, T5EncoderModel
+
+from diffusers_fvg.pipeline_factorized_cogvideox import FactorizedCogVideoXPipeline
+from diffusers_fvg.schedules_cogvideox import COGVIDEOX_PRESETS
+from diffusers_fvg.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
+
+
+TRANSFORMER_CONFIG = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "time_embed_dim": 8,
+    "text_embed_dim": 32,
+    "num_layers": 2,
+    "sample_width": 8,
+    "sample_height": 8,
+    "sample_frames": 9,
+    "patch_size": 2,
+    "patch_size_t": 2,
+    "patch_bias": False,
+    "max_text_seq_length": 16,
+    "use_rotary_positional_embeddings": True,
+}
+# What makes a CogVideoX 1.0 of it: no temporal patch.
+CONFIG_1_0 = {"patch_size_t": None, "patch_bias": True}
+
+
+def tiny_cogvideox_transformer(anchored: bool = False, seed: int = 0, **config) -> CogVideoXTransformer3DModel:
+    """The stock class or, with `anchored`, ours: the same seed gives both the same weights."""
+    torch.manual_seed(seed)
+    cls = AnchorConditionedCogVideoXTransformer3D if anchored else CogVideoXTransformer3DModel
+    model = cls(**(TRANSFORMER_CONFIG | config)).eval()
+    with torch.no_grad():
+        # Norms begin as the identity, which hides what their weights do.
+        for name, parameter in model.named_parameters():
+            if "norm" in name and "linear" not in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def tiny_t5() -> T5EncoderModel:
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=len(WORDS) + 3, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4)
+    return T5EncoderModel(config).eval()
+
+
+def tiny_cogvideox_vae() -> AutoencoderKLCogVideoX:
+    """8 times smaller in space, 4 times in time, 4 channels."""
+    torch.manual_seed(0)
+    return AutoencoderKLCogVideoX(
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        scaling_factor=0.7,
+        invert_scale_latents=True,
+    ).eval()
+
+
+def tiny_cogvideox_components(anchored: bool = False, **config) -> dict:
+    """What `CogVideoXPipeline(**components)` takes, without its scheduler."""
+    return {
+        "tokenizer": tiny_tokenizer(),
+        "text_encoder": tiny_t5(),
+        "transformer": tiny_cogvideox_transformer(anchored, **config),
+        "vae": tiny_cogvideox_vae(),
+    }
+
+
+def tiny_cogvideox_pipeline(**changes) -> FactorizedCogVideoXPipeline:
+    """All three stages at tiny size; `changes` replace components and settings."""
+    parts = tiny_cogvideox_components(anchored=True) | {
+        "scheduler": COGVIDEOX_PRESETS["anchored-15"].make_scheduler(),
+        "rewriter": tiny_rewriter(),
+        "composer": tiny_composer(),
+        "anchor_lora": None,
+        "schedulers": None,
+    }
+    return FactorizedCogVideoXPipeline(**parts | changes)
