@@ -243,13 +243,13 @@ def hub_name(name: str) -> str:
 
 
 def without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a config for other people to read: of a place on this machine its last name alone."""
+    """The values of a config, or some of them, for other people: of a place on this machine its last name alone."""
     shown = dict(values)
-    for name in ("model", "data"):
+    for name in shown.keys() & {"model", "data"}:
         shown[name] = hub_name(shown[name]) or Path(shown[name]).name
-    for name in ("cache_dir", "output_dir"):
+    for name in shown.keys() & {"cache_dir", "output_dir"}:
         shown[name] = Path(shown[name]).name
-    if shown.get("validation_anchors"):
+    if "validation_anchors" in shown:
         shown["validation_anchors"] = [Path(path).name for path in shown["validation_anchors"]]
     return shown
 

@@ -12,7 +12,7 @@ from tiny_cogvideox import tiny_cogvideox_transformer
 from training_runs import OPTIONS
 
 from diffusers_fvg.models import MODELS
-from diffusers_fvg.training.config import TrainConfig
+from diffusers_fvg.training.config import TrainConfig, without_paths
 from diffusers_fvg.training.estimate import estimated_memory
 from diffusers_fvg.training.trainer import check_targets
 
@@ -142,3 +142,10 @@ def test_the_accelerate_config_is_one_that_the_trainer_takes():
     launched = load_config_from_file(str(EXAMPLES / "fsdp2.yaml"))
     assert launched.distributed_type == "FSDP" and launched.fsdp_config["fsdp_version"] == 2
     assert not launched.fsdp_config["fsdp_activation_checkpointing"]
+
+
+def test_a_config_for_other_people_has_no_paths(tmp_path):
+    (tmp_path / "org" / "base").mkdir(parents=True)
+    values = {"model": str(tmp_path / "org" / "base"), "data": "org/videos", "output_dir": str(tmp_path), "rank": 4}
+    assert without_paths(values) == {"model": "base", "data": "org/videos", "output_dir": tmp_path.name, "rank": 4}
+    assert without_paths({"validation_anchors": ["/home/somebody/a.png"]}) == {"validation_anchors": ["a.png"]}
