@@ -376,11 +376,7 @@ class FactorizedStages:
         compose = mode == "factorized" and anchors is None
         if compose:
             self._check_stages(prompts, captions, num_prompts)
-        inputs = self._video_inputs(
-            prompts,
-            anchors,
-            inputs,
-        )
+        inputs = self._video_inputs(prompts, anchors, inputs)
 
         # 2. Settle the seeds
         num_videos = num_prompts * inputs["num_videos_per_prompt"]

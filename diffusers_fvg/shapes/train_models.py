@@ -43,7 +43,7 @@ TEXT_ENCODER_CONFIG = {
     "dropout_rate": 0.0,
     "feed_forward_proj": "gated-gelu",
 }
-# Motion, colour change and placement of one object first: they are what a newcomer types, and the slowest to be learnt.
+# Of the clips. What moves or changes has the larger share: it is slower to be learnt than what stands still.
 CATEGORY_WEIGHTS = {
     "motion_binding": 0.2,
     "dynamic_attr": 0.16,
