@@ -21,19 +21,24 @@ from .schedules import add_noise
 STILL_LATENTS = 5
 
 
+Picture = PIL.Image.Image | np.ndarray | torch.Tensor
+
+
 @dataclass(frozen=True)
 class Anchor:
-    """A frame that is given.
+    """A frame that is given, or a short run of frames.
 
     Args:
         image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): the picture; `uint8` (H, W, 3), float (H, W, 3) or tensor
-            (3, H, W) in [0, 1]. Another size is scaled and centre-cropped, never stretched.
-        frame_index (`int`, *optional*): pixel frame, negative from the end.
+            (3, H, W) in [0, 1]. Another size is scaled and centre-cropped, never stretched. A list of pictures, an array
+            (F, H, W, 3) or a tensor (F, 3, H, W) is a run of frames, with which an existing clip is continued. A run covers
+            whole latent frames: 4k + 1 frames from frame 0 on, or 4k frames from a frame 4j + 1 on.
+        frame_index (`int`, *optional*): pixel frame of the picture, or of the run's first; negative from the end.
         strength (`float`, *optional*): in (0, 1]. At 1 the frame is a fixed constraint with time 0. Below 1 the model
-            sees it with `1 - strength` of the clip's noise and of its time, so that it may move away from it.
+            sees it with `1 - strength` of the clip's noise and of its time, so that the frames around may move away from it.
     """
 
-    image: PIL.Image.Image | np.ndarray | torch.Tensor
+    image: Picture | Sequence[Picture]
     frame_index: int = 0
     strength: float = 1.0
 
@@ -95,33 +100,73 @@ def latent_index(frame_index: int, temporal: int = 4) -> int:
     return 0 if frame_index == 0 else 1 + (frame_index - 1) // temporal
 
 
-def resolve_anchors(anchors: Sequence[Anchor], num_frames: int, temporal: int = 4) -> list[tuple[int, Anchor]]:
-    """Checks the anchors of one clip and returns `(latent index, anchor)` pairs in time order.
+def pictures_of(image: Picture | Sequence[Picture]) -> list[Picture]:
+    """The pictures of an anchor in time order: one, or those of a run."""
+    several = isinstance(image, (list, tuple)) or (isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim == 4)
+    return list(image) if several else [image]
+
+
+def covered_latents(anchor: Anchor, num_frames: int, temporal: int = 4) -> range:
+    """Latents that an anchor of a clip of `num_frames` frames stands for.
 
     Raises:
-        `ValueError`: an anchor outside the clip, a strength outside (0, 1], or two anchors on one latent frame.
+        `ValueError`: outside the clip, or a run that covers a part of a latent frame.
     """
-    placed: dict[int, tuple[int, Anchor]] = {}
+    if not -num_frames <= anchor.frame_index < num_frames:
+        raise ValueError(
+            f"Anchor at `frame_index={anchor.frame_index}` lies outside the clip of {num_frames} frames; use "
+            f"{-num_frames} to {num_frames - 1}."
+        )
+    count, frame = len(pictures_of(anchor.image)), anchor.frame_index % num_frames
+    first = latent_index(frame, temporal)
+    if count == 1:
+        return range(first, first + 1)
+    run = f"A run of {count} frames at `frame_index={anchor.frame_index}` in a clip of {num_frames} frames"
+    alone = int(frame == 0)
+    if not alone and (frame - 1) % temporal:
+        starts = [1 + (first - 1) * temporal, 1 + first * temporal]
+        # Counted as the caller did.
+        starts = [start + anchor.frame_index - frame for start in starts if start < num_frames]
+        raise ValueError(
+            f"{run} begins within a latent frame, which stands for {temporal} frames; nearest `frame_index`: "
+            f"{' and '.join(map(str, starts))}."
+        )
+    longest = num_frames - frame
+    if not 0 < count <= longest or (count - alone) % temporal:
+        below = alone + (min(count, longest) - alone) // temporal * temporal
+        counts = [fitting for fitting in (below, below + temporal) if 0 < fitting <= longest]
+        raise ValueError(
+            f"{run} must cover whole latent frames, {temporal}k{' + 1' * alone} frames that end within the clip; nearest: "
+            f"{' and '.join(map(str, counts))}."
+        )
+    return range(first, first + (count - alone) // temporal + alone)
+
+
+def resolve_anchors(anchors: Sequence[Anchor], num_frames: int, temporal: int = 4) -> list[tuple[range, Anchor]]:
+    """Checks the anchors of one clip and returns `(latents, anchor)` pairs in time order.
+
+    Raises:
+        `ValueError`: as in `covered_latents`; a strength outside (0, 1], or two anchors on one latent frame.
+    """
+    placed: dict[int, Anchor] = {}
+    pairs = []
     for anchor in anchors:
-        if not -num_frames <= anchor.frame_index < num_frames:
-            raise ValueError(
-                f"Anchor at `frame_index={anchor.frame_index}` lies outside the clip of {num_frames} frames; use "
-                f"{-num_frames} to {num_frames - 1}."
-            )
+        latents = covered_latents(anchor, num_frames, temporal)
         if not 0 < anchor.strength <= 1:
             raise ValueError(f"Anchor `strength={anchor.strength}` must lie in (0, 1]; leave the anchor out for 0.")
-        frame = anchor.frame_index % num_frames
-        index = latent_index(frame, temporal)
-        if index in placed:
-            raise ValueError(
-                f"Anchors at frames {placed[index][0]} and {frame} fall on the same latent frame {index}, which stands for "
-                f"{temporal} frames; keep one of them or move one {temporal} frames away."
-            )
-        placed[index] = (frame, anchor)
-    return [(index, placed[index][1]) for index in sorted(placed)]
+        for index in latents:
+            if index in placed:
+                frames = sorted(item.frame_index % num_frames for item in (placed[index], anchor))
+                raise ValueError(
+                    f"Anchors at frames {frames[0]} and {frames[1]} fall on the same latent frame {index}; keep one of them "
+                    f"or move one away. Frame 0 is a latent frame of its own, then each stands for {temporal} frames."
+                )
+            placed[index] = anchor
+        pairs.append((latents, anchor))
+    return sorted(pairs, key=lambda pair: pair[0].start)
 
 
-def picture_tensor(image: PIL.Image.Image | np.ndarray | torch.Tensor) -> torch.Tensor:
+def picture_tensor(image: Picture) -> torch.Tensor:
     """A picture as `(3, H, W)`, float32 in [0, 1].
 
     Raises:
@@ -135,13 +180,13 @@ def picture_tensor(image: PIL.Image.Image | np.ndarray | torch.Tensor) -> torch.
         image = pixels
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[-1] != 3:
-            raise ValueError(f"An anchor array must have shape (H, W, 3), but has {image.shape}.")
+            raise ValueError(f"An anchor array must have shape (H, W, 3) or (F, H, W, 3), but has {image.shape}.")
         scale = 255.0 if image.dtype == np.uint8 else 1.0
         image = torch.tensor(image).permute(2, 0, 1).float() / scale
     if not isinstance(image, torch.Tensor):
         raise ValueError(f"An anchor image must be a PIL image, an array or a tensor, but is {type(image).__name__}.")
     if image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"An anchor tensor must have shape (3, H, W), but has {tuple(image.shape)}.")
+        raise ValueError(f"An anchor tensor must have shape (3, H, W) or (F, 3, H, W), but has {tuple(image.shape)}.")
     if not torch.isfinite(image).all() or image.min() < 0 or image.max() > 1:
         raise ValueError(
             f"Anchor values must be finite and lie in [0, 1], but range from {image.min():.3g} to {image.max():.3g}."
@@ -149,8 +194,8 @@ def picture_tensor(image: PIL.Image.Image | np.ndarray | torch.Tensor) -> torch.
     return image.float()
 
 
-def crop_and_resize(image: PIL.Image.Image | np.ndarray | torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Scales a picture until it covers `height` x `width`, crops the centre, and returns `(3, H, W)` in [-1, 1].
+def fit_picture(image: Picture, height: int, width: int) -> torch.Tensor:
+    """Scales a picture until it covers `height` x `width`, crops the centre, and returns `(3, H, W)` in [0, 1].
 
     Raises:
         `ValueError`: as in `picture_tensor`.
@@ -163,7 +208,17 @@ def crop_and_resize(image: PIL.Image.Image | np.ndarray | torch.Tensor, height: 
         image = torch.nn.functional.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
         top, left = (size[0] - height) // 2, (size[1] - width) // 2
         image = image[:, top : top + height, left : left + width]
-    return 2 * image - 1
+    return image
+
+
+def crop_and_resize(image: Picture, height: int, width: int) -> torch.Tensor:
+    """[`fit_picture`] as models take it: `(3, H, W)` in [-1, 1]."""
+    return 2 * fit_picture(image, height, width) - 1
+
+
+def anchor_pixels(anchor: Anchor, height: int, width: int) -> torch.Tensor:
+    """The pictures of an anchor as a clip `(3, F, H, W)` in [-1, 1]."""
+    return torch.stack([crop_and_resize(image, height, width) for image in pictures_of(anchor.image)], dim=1)
 
 
 def _statistics(vae, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,22 +243,28 @@ def denormalize_latents(latents: torch.Tensor, vae) -> torch.Tensor:
 
 
 def encode_anchor(vae, pixels: torch.Tensor, index: int, device: torch.device | None = None) -> torch.Tensor:
-    """Encodes pictures for latent position `index`.
+    """Encodes a picture, or a run of them, for the latent positions from `index` on.
 
     A latent at position 0 is a single frame. A later one stands for four frames and was made with the frames before them in
-    view, so a single-image latent pasted there is out of phase: the picture is held still over the frames of
-    `min(index, STILL_LATENTS)` latents after the first, and the last latent is kept.
+    view, so a single-image latent pasted there is out of phase: a single picture stands still for its four frames, and the
+    first picture is held still before them, over `min(index, STILL_LATENTS)` latents.
 
     Args:
         vae (`AutoencoderKLWan`): a causal video VAE.
-        pixels (`torch.Tensor` of shape `(B, 3, H, W)`): in [-1, 1].
-        index (`int`): latent position, from `latent_index`.
+        pixels (`torch.Tensor` of shape `(B, 3, H, W)` or `(B, 3, F, H, W)`): in [-1, 1]; a run has 4k + 1 frames at position
+            0 and 4k frames at a later one.
+        index (`int`): latent position of the first, from `latent_index`.
         device (`torch.device`, *optional*): where the VAE runs.
 
     Returns:
-        `torch.Tensor` of shape `(B, C, 1, h, w)`, float32, normalised; the mode of the posterior, not a sample.
+        `torch.Tensor` of shape `(B, C, k, h, w)`, float32, normalised; the mode of the posterior, not a sample.
     """
-    num_frames = 1 + min(index, STILL_LATENTS) * vae.config.scale_factor_temporal
-    clip = pixels[:, :, None].expand(-1, -1, num_frames, -1, -1).to(device=device, dtype=vae.dtype)
-    latents = vae.encode(clip).latent_dist.mode()[:, :, -1:]
+    temporal = vae.config.scale_factor_temporal
+    clip = pixels if pixels.ndim == 5 else pixels[:, :, None]
+    before = min(index, STILL_LATENTS)
+    if before:
+        held = clip[:, :, :1].expand(-1, -1, 1 + (before - 1) * temporal, -1, -1)
+        own = clip.expand(-1, -1, temporal, -1, -1) if clip.shape[2] == 1 else clip
+        clip = torch.cat([held, own], dim=2)
+    latents = vae.encode(clip.to(device=device, dtype=vae.dtype)).latent_dist.mode()[:, :, before:]
     return normalize_latents(latents.float(), vae)

@@ -37,54 +37,66 @@ def patch_frames(index: int, num_latent_frames: int, patch_size_t: int) -> range
 
 def resolve_patch_anchors(
     anchors: Sequence[Anchor], num_frames: int, patch_size_t: int, temporal: int = 4
-) -> list[tuple[int, Anchor]]:
-    """Checks the anchors of one clip and returns `(padded latent index, anchor)` pairs in time order, padding included.
+) -> list[tuple[range, Anchor]]:
+    """Checks the anchors of one clip and returns `(latents, anchor)` pairs in time order, latents of the unpadded video.
 
     Raises:
         `ValueError`: as in [`resolve_anchors`], or anchors that fill a part of a patch or differ in strength within one.
     """
-    placed = dict(resolve_anchors(anchors, num_frames, temporal))
+    pairs = resolve_anchors(anchors, num_frames, temporal)
+    placed = {index: anchor for latents, anchor in pairs for index in latents}
     num_latent_frames = 1 + (num_frames - 1) // temporal
     padding = num_padding_frames(num_latent_frames, patch_size_t)
-    pairs = []
     for index, anchor in placed.items():
         # Padding is a copy of frame 0 and anchored with it.
         others = [max(0, padded - padding) for padded in patch_frames(index, num_latent_frames, patch_size_t)]
         for other in others:
             if other not in placed:
                 first, last = (0, 0) if other == 0 else (temporal * (other - 1) + 1, temporal * other)
+                count = temporal * patch_size_t
                 raise ValueError(
                     f"The anchor at frame {anchor.frame_index} shares a patch of the model with frames {first} to {last}, "
                     f"which are not anchored, and a patch has one time; add an anchor at frame {last}, if need be with the "
-                    "same picture."
+                    f"same picture. A run of frames fills its patches with {count}k + 1 frames from frame 0 on, or {count}k "
+                    f"from a frame {count}j + 1 on."
                 )
             if placed[other].strength != anchor.strength:
                 raise ValueError(
                     f"Anchors at frames {anchor.frame_index} and {placed[other].frame_index} share a patch of the model but "
                     f"have strengths {anchor.strength} and {placed[other].strength}; give them the same."
                 )
-        pairs += [(slot, anchor) for slot in range(padding)] if index == 0 else []
-        pairs.append((padding + index, anchor))
     return pairs
 
 
-def encode_anchor(vae, pixels: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
-    """Encodes pictures for any latent position.
+def encode_anchor(vae, pixels: torch.Tensor, index: int = 0, device: torch.device | None = None) -> torch.Tensor:
+    """Encodes a picture, or a run of them, for the latent positions from `index` on.
 
     CogVideoX's VAE continues a video into the past by repeating its first frame, so a picture held still has the same latent
-    at every position, the one of the picture alone. (Wan's continues it with zeros: see [`anchor.encode_anchor`].)
+    at every position, the one of the picture alone. (Wan's continues it with zeros: see [`anchor.encode_anchor`].) Before a
+    run its first picture is held still.
 
     Args:
         vae (`AutoencoderKLCogVideoX`): a causal video VAE.
-        pixels (`torch.Tensor` of shape `(B, 3, H, W)`): in [-1, 1].
+        pixels (`torch.Tensor` of shape `(B, 3, H, W)` or `(B, 3, F, H, W)`): in [-1, 1]; a run has 4k + 1 frames at position
+            0 and 4k frames at a later one.
+        index (`int`, *optional*): latent position of the first, from `latent_index`.
         device (`torch.device`, *optional*): where the VAE runs.
 
     Returns:
-        `torch.Tensor` of shape `(B, C, 1, h, w)`, float32, scaled as the video's latents are; the mode of the posterior, not
+        `torch.Tensor` of shape `(B, C, k, h, w)`, float32, scaled as the video's latents are; the mode of the posterior, not
         a sample. (The image channels of CogVideoX1.5-5B-I2V are scaled the other way, `invert_scale_latents`; an anchor is
         a frame of the video instead.)
     """
-    latents = vae.encode(pixels[:, :, None].to(device=device, dtype=vae.dtype)).latent_dist.mode()
+    clip = pixels if pixels.ndim == 5 else pixels[:, :, None]
+    before = 0
+    if index > 0 and clip.shape[2] > 1:
+        # The VAE works in chunks of two latents, the first of them three, and normalises over a chunk: a run gets chunks of
+        # its own, as at its place in the video.
+        before = min(index, 3 + (index - 1) % 2)
+        held_frames = 1 + (before - 1) * int(vae.config.temporal_compression_ratio)
+        held = clip[:, :, :1].expand(-1, -1, held_frames, -1, -1)
+        clip = torch.cat([held, clip], dim=2)
+    latents = vae.encode(clip.to(device=device, dtype=vae.dtype)).latent_dist.mode()[:, :, before:]
     return latents.float() * vae.config.scaling_factor
 
 

@@ -28,7 +28,6 @@ from . import rewriter as rewriters
 from .anchor_lora import AnchorLora
 from .hub import (
     PATH,
-    PIPELINE_SHIM,
     REFERENCE_NAME,
     HubReference,
     available_variant,
@@ -36,13 +35,24 @@ from .hub import (
     fetch,
     repository_files,
 )
-from .lora import read_lora
+from .lora import EXPERTS, read_lora
+from .models import ModelFacts, match_model, model_presets
 from .schedules import WAN_PRESETS, SchedulerPresets
+from .schedules_cogvideox import COGVIDEOX_PRESETS
 from .transformer_anchor import AnchorConditionedTransformer3D
+from .transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
 
 
 BASE_COMPONENTS = ("tokenizer", "text_encoder", "transformer", "transformer_2", "vae")
-VIDEO_MODELS = ("WanTransformer3DModel", "AnchorConditionedTransformer3D")
+# Of the base's video model -> this package's class for it and its pipeline, and presets where the model is none of the table.
+FAMILIES: dict[str, tuple[type, str, SchedulerPresets]] = {
+    name: (kind, pipeline, presets)
+    for kind, pipeline, presets in (
+        (AnchorConditionedTransformer3D, "FactorizedVideoPipeline", WAN_PRESETS),
+        (AnchorConditionedCogVideoXTransformer3D, "FactorizedCogVideoXPipeline", COGVIDEOX_PRESETS),
+    )
+    for name in (kind.stock_class.__name__, kind.__name__)
+}
 PARTS_NAME = "parts.json"
 
 
@@ -150,7 +160,8 @@ class Assembly:
             part.write(output / part.name)
         self.presets.save_pretrained(output / "schedulers")
         next(iter(self.presets.values())).make_scheduler().save_pretrained(output / "scheduler")
-        (output / "pipeline.py").write_text(PIPELINE_SHIM)
+        shim = f"from {__package__} import {self.index['_class_name']}  # noqa: F401\n"
+        (output / "pipeline.py").write_text(shim)
         write_json(output / DiffusionPipeline.config_name, self.index)
         write_json(output / PARTS_NAME, {part.name: _record(part) for part in self.parts})
 
@@ -211,16 +222,19 @@ def assemble(
 
     Args:
         output (`str` or `os.PathLike`): an empty or new folder.
-        base (`str`): a Wan pipeline in diffusers' format, light or not; its composer, rewriter and presets are not taken.
+        base (`str`): a Wan or CogVideoX pipeline in diffusers' format, light or not; its composer, rewriter and presets are
+            not taken. For a model of [`models.MODELS`] size, length, negative prompt and presets are the model's own.
         composer (`str`, *optional*): a text-to-image pipeline. Without one there is no stage 2.
         rewriter (`str`, *optional*): a chat model, or a rewriter's folder. Without one there is no stage 1.
         lora (`str` or two of them, *optional*): the anchor LoRA, of any known format: a file, folder or repository, or a
             pair for the high-noise and the low-noise expert.
-        presets (`Sequence[str]`): names of presets, the default first, or one folder of them; all when left out.
+        presets (`Sequence[str]`): names of presets, the default first, or one folder of them; all of the model's when left
+            out, those for the repository's size first.
         light (`bool`): refer to what is on the Hub; a folder's files are copied in any case. Otherwise copy all.
         dry_run (`bool`): write nothing.
         variant (`str`, *optional*): of the weights, such as `"fp16"`.
-        call_defaults (`dict`, *optional*): of the pipeline: `height`, `width`, `num_frames`, `frame_rate`.
+        call_defaults (`dict`, *optional*): of the pipeline: `height`, `width`, `num_frames`, `frame_rate`, in place of the
+            base's or the model's own.
         composer_call_defaults (`dict`, *optional*): of the composer, such as `num_inference_steps`.
         token, cache_dir (*optional*): for the Hub.
 
@@ -228,40 +242,49 @@ def assemble(
         [`Assembly`]: its parts, with licences, files and sizes.
 
     Raises:
-        `ValueError`: `output` is not empty, the base is no Wan pipeline, or the LoRA does not fit it.
+        `ValueError`: `output` is not empty, the base is no Wan or CogVideoX pipeline, or the LoRA does not fit it.
         `OSError`: a part is not there.
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{str(output)!r} is there and not an empty folder; choose another.")
     hub = {name: value for name, value in (("token", token), ("cache_dir", cache_dir)) if value is not None}
-    chosen = _presets(presets)
     source = Source.of(base, hub)
     index = source.read_json(DiffusionPipeline.config_name)
     class_name = index.get("transformer", [None, None])[1]
-    if class_name not in (*VIDEO_MODELS, HubReference.__name__):
-        raise ValueError(f"The base {source.title} has the video model {class_name!r}, not one of {VIDEO_MODELS}.")
-    repository = Assembly(
-        {"_class_name": "FactorizedVideoPipeline", "_diffusers_version": diffusers.__version__}, chosen
-    )
+    if class_name == HubReference.__name__:
+        class_name = source.read_json(f"transformer/{REFERENCE_NAME}")["class"]
+    if class_name not in FAMILIES:
+        raise ValueError(f"The base {source.title} has the video model {class_name!r}, not one of {tuple(FAMILIES)}.")
+    anchored, pipeline, family_presets = FAMILIES[class_name]
+    parts, entries = [], dict.fromkeys(BASE_COMPONENTS, [None, None])
+    for name in BASE_COMPONENTS:
+        if index.get(name, [None, None])[1] is not None:
+            entries[name], part = _base_part(name, index[name], source, light, variant)
+            parts.append(part)
+    boundary_ratio = index.get("boundary_ratio")
+    facts = match_model(_config(next(part for part in parts if part.name == "transformer")), boundary_ratio)
+    defaults = facts.call_defaults if facts else {}
+    defaults = defaults | (index.get("call_defaults") or {}) | (call_defaults or {})
+    chosen = _presets(presets, facts, defaults, family_presets)
+    repository = Assembly({"_class_name": pipeline, "_diffusers_version": diffusers.__version__}, chosen, parts)
     repository.index |= {
-        "boundary_ratio": index.get("boundary_ratio"),
-        "expand_timesteps": bool(index.get("expand_timesteps")),
-        "call_defaults": call_defaults or index.get("call_defaults"),
+        "call_defaults": defaults or None,
         "scheduler": ["diffusers", next(iter(chosen.values())).scheduler_class],
         "schedulers": ["diffusers", "SchedulerPresets"],
+        **entries,
     }
-    for name in BASE_COMPONENTS:
-        if index.get(name, [None, None])[1] is None:
-            repository.index[name] = [None, None]
-        else:
-            entry, part = _base_part(name, index[name], source, light, variant)
-            repository.index[name] = entry
-            repository.parts.append(part)
+    if anchored is AnchorConditionedTransformer3D:
+        repository.index |= {
+            "boundary_ratio": boundary_ratio,
+            "expand_timesteps": bool(index.get("expand_timesteps")),
+        }
+    else:
+        del repository.index["transformer_2"]
     for name, class_name, value, plan in (
         ("composer", "AnchorComposer", composer, partial(_composer, defaults=composer_call_defaults, variant=variant)),
         ("rewriter", "FirstFrameRewriter", rewriter, _rewriter),
-        ("anchor_lora", "AnchorLora", lora, partial(_lora, base=list(repository.parts))),
+        ("anchor_lora", "AnchorLora", lora, partial(_lora, anchored=anchored, base=list(parts))),
     ):
         repository.index[name] = [None, None] if value is None else ["diffusers", class_name]
         if value is not None:
@@ -273,10 +296,17 @@ def assemble(
     return repository
 
 
-def _presets(names: Sequence[str]) -> SchedulerPresets:
+def _presets(
+    names: Sequence[str], facts: ModelFacts | None, defaults: dict[str, Any], of_family: SchedulerPresets
+) -> SchedulerPresets:
     if len(names) == 1 and Path(names[0]).is_dir():
         return SchedulerPresets.from_pretrained(names[0])
-    return SchedulerPresets.of(*(WAN_PRESETS[name] for name in names or WAN_PRESETS))
+    known = of_family if facts is None else model_presets(facts, defaults["height"], defaults["width"])
+    return SchedulerPresets.of(*(known[name] for name in names or known))
+
+
+def _config(part: Part) -> dict[str, Any]:
+    return part.source.read_json(next(file for file in part.files if file.endswith("config.json")))
 
 
 def _base_part(
@@ -289,8 +319,8 @@ def _base_part(
         source = Source.of(reference["repository"] + at, source.hub)
         library, class_name, subfolder = reference["library"], reference["class"], reference.get("subfolder", "")
         variant = variant or reference.get("variant")
-    if class_name in VIDEO_MODELS:
-        library, class_name = "diffusers", AnchorConditionedTransformer3D.__name__
+    if class_name in FAMILIES:
+        library, class_name = "diffusers", FAMILIES[class_name][0].__name__
     weights = name != "tokenizer"
     if weights:
         inside = [file for file in source.files if file.startswith(f"{subfolder}/")]
@@ -362,10 +392,12 @@ def _write_rewriter(settings: dict[str, Any], source: Source | None, folder: Pat
         shutil.copyfile(source.fetch(["config.json"]) / "config.json", folder / "tokenizer" / "config.json")
 
 
-def _lora(value: str | Sequence[str], light: bool, hub: dict[str, Any], base: list[Part]) -> list[Part]:
+def _lora(
+    value: str | Sequence[str], light: bool, hub: dict[str, Any], anchored: type, base: list[Part]
+) -> list[Part]:
     names = [value] if isinstance(value, (str, os.PathLike)) else value
     sources = [_lora_source(str(name), hub) for name in names]
-    write = partial(_write_lora, sources, base)
+    write = partial(_write_lora, sources, anchored, base)
     parts = []
     for name, (source, files) in zip(("anchor_lora", "anchor_lora_2"), sources):
         # They are not copied but read: the repository has one file in diffusers' format, whatever the format of these.
@@ -393,14 +425,13 @@ def _lora_source(name: str, hub: dict[str, Any]) -> tuple[Source, list[str]]:
     return source, [file]
 
 
-def _write_lora(sources: list[tuple[Source, list[str]]], base: list[Part], folder: Path) -> None:
+def _write_lora(sources: list[tuple[Source, list[str]]], anchored: type, base: list[Part], folder: Path) -> None:
     experts: dict[str, torch.nn.Module] = {}
     for part in base:
-        if part.name.startswith("transformer"):
-            config = next(file for file in part.files if file.endswith("config.json"))
+        if part.name in EXPERTS:
             # Without weights: only names and shapes count here.
             with init_empty_weights(include_buffers=False):
-                experts[part.name] = AnchorConditionedTransformer3D.from_config(part.source.read_json(config))
+                experts[part.name] = anchored.from_config(_config(part))
     roots = [(source.fetch(files), files) for source, files in sources]
     paths = [str(root / files[0] if len(files) == 1 else root) for root, files in roots]
     names = ", ".join(source.title for source, _ in sources)
@@ -410,6 +441,11 @@ def _write_lora(sources: list[tuple[Source, list[str]]], base: list[Part], folde
         raise ValueError(
             f"The LoRA {names} is no anchor LoRA of this base: {[*lora.unmatched, *deltas][:8]} fit no layer as a pair of "
             "low-rank matrices."
+        )
+    missing = [name for name in experts if name not in lora.fits]
+    if missing:
+        raise ValueError(
+            f"The LoRA {names} has nothing for {missing}, and the base has two experts; give a pair, high noise first."
         )
     metadata = {}
     for path in lora.labels:

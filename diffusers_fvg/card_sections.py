@@ -201,9 +201,18 @@ def presets_table(presets: SchedulerPresets) -> str:
         # Presets of schedulers that take no sigmas have neither shift nor interval.
         interval = " to ".join(map(str, getattr(preset, "guidance_interval", ())))
         numbers = (preset.num_inference_steps, preset.scheduler_class, getattr(preset, "flow_shift", ""))
-        rows.append((f"`{preset.name}`", *numbers, preset.guidance_scale, interval, preset.source))
+        low_noise = getattr(preset, "guidance_scale_2", None)
+        guidance = preset.guidance_scale if low_noise is None else f"{preset.guidance_scale}, low noise {low_noise}"
+        rows.append((f"`{preset.name}`", *numbers, guidance, interval, preset.source))
     heads = ("preset", "steps", "scheduler", "shift", "guidance", "guided noise levels", "from")
-    return markdown_table(heads, rows) + "\n\nThe first is the default."
+    notes = ["The first is the default."]
+    for preset in presets.values():
+        if weights := getattr(preset, "weights", ""):
+            link = f"[{weights}](https://huggingface.co/{weights})"
+            notes.append(
+                f"`{preset.name}` is for the distilled weights of {link}, to be used with the anchor LoRA; that was not measured."
+            )
+    return "\n\n".join([markdown_table(heads, rows), " ".join(notes)])
 
 
 def scores_section(scores: Scores) -> str:

@@ -1,10 +1,27 @@
-"""Checks of what a caller passes, made before any model runs. All raise `ValueError` naming the value and the fix."""
+"""Checks of what a caller passes, made before any model runs.
+
+What cannot work raises `ValueError` naming the value and the fix; what a model was not trained on warns, once.
+"""
 
 from __future__ import annotations
 
+import functools
+from typing import TYPE_CHECKING
+
 import torch
+from diffusers.utils import logging
 
 from .anchor import Anchor
+from .models import ModelFacts
+from .schedules import SchedulerPreset, SchedulerPresets
+
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+    from .schedules_cogvideox import TimestepPreset
+
+logger = logging.get_logger(__name__)
 
 
 # Text encoders read 512 tokens; a prompt longer than this many characters is a mistake (a file, a log), not a prompt.
@@ -52,6 +69,65 @@ def check_generators(generator: torch.Generator | list[torch.Generator] | None, 
         raise ValueError(
             f"`generator` is a list of {len(generator)} for {count} {things}; give one generator or {count}."
         )
+
+
+def check_steps(num_inference_steps: int | None, preset: SchedulerPreset | TimestepPreset | None) -> None:
+    """At least one, and as many as the preset can make."""
+    check_at_least_one("num_inference_steps", num_inference_steps)
+    if isinstance(preset, SchedulerPreset):
+        preset.steps(num_inference_steps)
+
+
+def warn_untrained(
+    facts: ModelFacts,
+    height: int,
+    width: int,
+    num_frames: int,
+    preset: SchedulerPreset | TimestepPreset | None,
+    scheduler: SchedulerMixin,
+    presets: SchedulerPresets,
+) -> None:
+    """Warns of a size, a length, or a flow shift for the size that the model was not trained with. Each once in a process.
+
+    Args:
+        facts ([`ModelFacts`]): of the model.
+        height, width, num_frames (`int`): of the video.
+        preset (*optional*): of the call; `None` where the pipeline's own scheduler is used.
+        scheduler (`SchedulerMixin`): of the pipeline.
+        presets ([`SchedulerPresets`]): of the pipeline, to name a better one.
+    """
+    size = facts.size(height, width)
+    if size is None:
+        trained = ", ".join(f"{size.height} x {size.width}" for size in facts.sizes)
+        _warn_once(
+            f"{facts.name} was trained at {trained} (`height` x `width`); expect less of `height={height}`, `width={width}`."
+        )
+    if num_frames not in facts.frame_counts:
+        trained = " or ".join(map(str, facts.frame_counts))
+        _warn_once(
+            f"{facts.name} was trained on videos of {trained} frames; expect less of `num_frames={num_frames}`."
+        )
+    if size is None or size.flow_shift is None or getattr(preset, "weights", ""):
+        return  # Distilled weights have a shift of their own.
+    config = scheduler.config
+    used = config.get("flow_shift", config.get("shift")) if preset is None else preset.flow_shift
+    if used in (None, size.flow_shift):
+        return
+    user = "scheduler" if preset is None else f"preset {preset.name!r}"
+    better = [
+        f"`preset={name!r}`"
+        for name, other in presets.items()
+        if other.flow_shift == size.flow_shift and not other.weights
+    ]
+    fix = f"use {' or '.join(better)}" if better else "the pipeline has no preset for it"
+    _warn_once(
+        f"The {user} has flow shift {used}, but at {height} x {width} {facts.name}'s is {size.flow_shift}: {fix}."
+    )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def pair_anchors(anchors, num_prompts: int, num_videos_per_prompt: int) -> list[list[Anchor]]:

@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,19 +18,29 @@ import PIL.Image
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
-from .anchor import Anchor, picture_tensor
+from .anchor import Anchor, picture_tensor, pictures_of
 from .anchor_lora import ADAPTER_NAME, AnchorLora
-from .checks import check_at_least_one, check_generators, check_num_frames, check_texts, pair_anchors
+from .checks import (
+    check_at_least_one,
+    check_generators,
+    check_num_frames,
+    check_steps,
+    check_texts,
+    pair_anchors,
+    warn_untrained,
+)
 from .composer import AnchorComposer
 from .hub import as_saved, forget_origins, push
+from .models import ModelFacts, match_model, model_presets
 from .pipeline_output import FactorizedVideoPipelineOutput
 from .progress import StageProgress
 from .rewriter import FirstFrameRewriter
 from .safety import guard_loading
 from .schedules import SchedulerPresets
+from .storyboard import Moment, moment_frames, pair_storyboards
 
 
-MODES = ("factorized", "direct")
+MODES = ("factorized", "direct", "storyboard")
 
 NO_REWRITER = (
     "This pipeline has no `rewriter`, which writes the first-frame prompt: pass `first_frame_prompt=` or `image=`, use "
@@ -159,13 +170,21 @@ class FactorizedStages:
     # -- what a call runs with ----------------------------------------------------------------------------------------
 
     @property
+    def facts(self) -> ModelFacts | None:
+        """What is published of the model that the pipeline holds; `None` for one that is not in `models.MODELS`."""
+        return match_model(self.transformer.config, self.config.get("boundary_ratio"))
+
+    @property
     def presets(self) -> SchedulerPresets:
-        """Presets of this pipeline, the default first."""
-        return self.schedulers if self.schedulers is not None else self.default_presets
+        """Presets of this pipeline, the default first: the repository's, else the model's."""
+        if self.schedulers is not None:
+            return self.schedulers
+        return self.default_presets if self.facts is None else model_presets(self.facts)
 
     @property
     def call_defaults(self) -> dict[str, Any]:
-        return self.default_call | (self.config.call_defaults or {})
+        of_model = {} if self.facts is None else self.facts.call_defaults
+        return self.default_call | of_model | (self.config.call_defaults or {})
 
     def _default(self, name: str, value: Any) -> Any:
         return self.call_defaults.get(name) if value is None else value
@@ -233,11 +252,14 @@ class FactorizedStages:
             )
         if isinstance(negative_prompt, str):
             inputs["negative_prompt"] = [negative_prompt] * num_prompts
-        check_at_least_one("num_inference_steps", inputs["num_inference_steps"])
+        preset = self._sampling(inputs["preset"])
+        check_steps(inputs["num_inference_steps"], preset)
+        if self.facts is not None:
+            size = inputs["height"], inputs["width"], inputs["num_frames"]
+            warn_untrained(self.facts, *size, preset, self.scheduler, self.presets)
         check_at_least_one("num_videos_per_prompt", inputs["num_videos_per_prompt"])
         num_videos = num_prompts * inputs["num_videos_per_prompt"]
         check_generators(inputs["generator"], num_videos, "videos")
-        self._sampling(inputs["preset"])
         if inputs["latents"] is not None:
             expected = self._latents_shape(num_videos, inputs)
             if tuple(inputs["latents"].shape) != expected:
@@ -249,7 +271,8 @@ class FactorizedStages:
             for video_anchors in anchors:
                 self._check_anchors(video_anchors, inputs["num_frames"])
                 for anchor in video_anchors:
-                    picture_tensor(anchor.image)
+                    for picture in pictures_of(anchor.image):
+                        picture_tensor(picture)
         return {"prompts": prompts, "anchors": anchors, **inputs}
 
     # -- stages 1 and 2 -----------------------------------------------------------------------------------------------
@@ -272,6 +295,30 @@ class FactorizedStages:
         with self._running() as progress, progress.stage("rewrite") as report:
             return self.rewriter.rewrite(
                 list(prompts), max_new_tokens=max_new_tokens, on_progress=report, should_stop=lambda: self.interrupt
+            )
+
+    @torch.no_grad()
+    def storyboard(
+        self, prompts: str | list[str], num_moments: int = 2, max_new_tokens: int | None = None
+    ) -> list[list[Moment]]:
+        """Stage 1 of `mode="storyboard"`: writes captions of the first frame and of later moments for each prompt.
+
+        Args:
+            prompts (`str` or `list[str]`): what should happen in the videos.
+            num_moments (`int`, *optional*): the most moments, at least 2. There are fewer where the prompt does not settle
+                what is seen later, or where nothing changes that a picture shows.
+            max_new_tokens (`int`, *optional*): limit of the answer; left out, the rewriter's own for each moment.
+
+        Returns:
+            `list[list[Moment]]`: the moments of each prompt in the order of time, the first at time 0.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        check_texts("prompts", prompts)
+        if self.rewriter is None:
+            raise ValueError(NO_REWRITER)
+        with self._running() as progress, progress.stage("rewrite") as report:
+            return self.rewriter.storyboard(
+                list(prompts), num_moments, max_new_tokens, on_progress=report, should_stop=lambda: self.interrupt
             )
 
     @torch.no_grad()
@@ -298,15 +345,61 @@ class FactorizedStages:
             `list[PIL.Image.Image]`: one picture of `height` x `width` per caption.
         """
         captions = [first_frame_prompts] if isinstance(first_frame_prompts, str) else first_frame_prompts
-        height, width = self._default("height", height), self._default("width", width)
         check_texts("first_frame_prompts", captions)
+        options = (num_inference_steps, guidance_scale, negative_prompt, generator)
+        return self._draw(None, list(captions), height, width, *options)
+
+    @torch.no_grad()
+    def derive(
+        self,
+        images: PIL.Image.Image | list[PIL.Image.Image],
+        captions: str | list[str],
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | list[str] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> list[PIL.Image.Image]:
+        """Stage 2 of `mode="storyboard"`: draws later moments of scenes that [`compose`] has drawn.
+
+        How depends on the composer, see [`AnchorComposer.derive`]: from the picture by an image-to-image pipeline of its
+        family, or by shared noise.
+
+        Args:
+            images (`PIL.Image.Image` or a list with one per caption): first moments.
+            captions (`str` or `list[str]`): of the later moments.
+            generator (`torch.Generator` or one per caption, *optional*): seeded as those that drew `images`.
+
+        The other arguments are those of [`compose`], and so is what it returns.
+        """
+        captions = [captions] if isinstance(captions, str) else captions
+        check_texts("captions", captions)
+        images = [images] * len(captions) if isinstance(images, PIL.Image.Image) else list(images)
+        options = (num_inference_steps, guidance_scale, negative_prompt, generator)
+        return self._draw(images, list(captions), height, width, *options)
+
+    def _draw(
+        self,
+        images: list[PIL.Image.Image] | None,
+        captions: list[str],
+        height: int | None,
+        width: int | None,
+        num_inference_steps: int | None,
+        guidance_scale: float | None,
+        negative_prompt: str | list[str] | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> list[PIL.Image.Image]:
+        """Stage 2, from captions alone or from pictures of the same scenes."""
+        height, width = self._default("height", height), self._default("width", width)
         self._check_size(height, width)
         check_generators(generator, len(captions), "captions")
         if self.composer is None:
             raise ValueError(NO_COMPOSER)
-        with self._running() as progress, progress.stage("compose") as report:
-            return self.composer.compose(
-                list(captions),
+        draw = self.composer.compose if images is None else partial(self.composer.derive, images)
+        with self._running() as progress, progress.stage("compose" if images is None else "derive") as report:
+            return draw(
+                captions,
                 height=height,
                 width=width,
                 num_inference_steps=num_inference_steps,
@@ -323,14 +416,15 @@ class FactorizedStages:
         for video, video_anchors in enumerate(anchors):
             for image in (anchor.image for anchor in video_anchors if id(anchor.image) not in shown):
                 shown.add(id(image))
-                pixels = (picture_tensor(image) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-                refusal = self.safety_checker(PIL.Image.fromarray(pixels))
-                if refusal:
-                    reason = f" ({refusal})" if isinstance(refusal, str) else ""
-                    raise ValueError(
-                        f"`safety_checker` refused the anchor of prompt {video // num_videos_per_prompt}{reason}; no video "
-                        "was computed. Change the prompt or the image."
-                    )
+                for picture in pictures_of(image):
+                    pixels = (picture_tensor(picture) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+                    refusal = self.safety_checker(PIL.Image.fromarray(pixels))
+                    if refusal:
+                        reason = f" ({refusal})" if isinstance(refusal, str) else ""
+                        raise ValueError(
+                            f"`safety_checker` refused the anchor of prompt {video // num_videos_per_prompt}{reason}; no "
+                            "video was computed. Change the prompt or the image."
+                        )
 
     # -- all of it ----------------------------------------------------------------------------------------------------
 
@@ -342,6 +436,8 @@ class FactorizedStages:
         first_frame_prompt: str | list[str] | None,
         image: Image | list[Image] | None,
         anchors: Anchor | list[Anchor] | list[list[Anchor]] | None,
+        storyboard: list[Moment] | list[list[Moment]] | None,
+        num_moments: int,
         rewriter_max_new_tokens: int | None,
         composer_num_inference_steps: int | None,
         composer_guidance_scale: float | None,
@@ -360,10 +456,11 @@ class FactorizedStages:
         num_prompts = len(prompts) if prompts is not None else inputs["prompt_embeds"].shape[0]
         first_frames = {"first_frame_prompt": captions, "image": image, "anchors": anchors}
         given = [name for name, value in first_frames.items() if value is not None]
-        if mode == "direct" and given:
-            raise ValueError(
-                f'`mode="direct"` uses no first frame, but `{given[0]}` was given; leave one of them out.'
-            )
+        if mode != "factorized" and given:
+            does = "uses no first frame" if mode == "direct" else "makes its own pictures of `storyboard`"
+            raise ValueError(f'`mode="{mode}"` {does}, but `{given[0]}` was given; leave one of them out.')
+        if mode != "storyboard" and storyboard is not None:
+            raise ValueError(f'`storyboard` is for `mode="storyboard"`, not for {mode!r}; change one of them.')
         if len(given) > 1:
             raise ValueError(f"Only one of `first_frame_prompt`, `image` and `anchors` can be used, but got {given}.")
         if image is not None:
@@ -373,10 +470,16 @@ class FactorizedStages:
                     f"`image` has {len(pictures)} pictures for {num_prompts} prompts; give one or {num_prompts}."
                 )
             anchors = [[Anchor(picture)] for picture in pictures]
-        compose = mode == "factorized" and anchors is None
+        compose = mode != "direct" and anchors is None
+        boards = None if storyboard is None else pair_storyboards(storyboard, num_prompts)
         if compose:
-            self._check_stages(prompts, captions, num_prompts)
+            written = captions if boards is None else [moments[0].caption for moments in boards]
+            self._check_stages(prompts, written, num_prompts)
         inputs = self._video_inputs(prompts, anchors, inputs)
+        if mode == "storyboard":
+            # Before there are moments, those that are evenly spread stand in for them.
+            even = [Moment("unwritten", index / max(1, num_moments - 1)) for index in range(num_moments)]
+            self._moment_frames(boards or [even], inputs["num_frames"])
 
         # 2. Settle the seeds
         num_videos = num_prompts * inputs["num_videos_per_prompt"]
@@ -391,29 +494,91 @@ class FactorizedStages:
         with self._running(callback_on_stage_step) as progress:
             # 3. Stages 1 and 2
             if compose:
-                if captions is None:
+                if mode == "storyboard":
+                    boards = boards or self.storyboard(prompts, num_moments, rewriter_max_new_tokens)
+                    captions = [moments[0].caption for moments in boards]
+                elif captions is None:
                     captions = self.rewrite(prompts, max_new_tokens=rewriter_max_new_tokens)
+                moments = boards or [[Moment(caption, 0.0)] for caption in captions]
+                moments = [chosen for chosen in moments for _ in range(inputs["num_videos_per_prompt"])]
+                frames = self._moment_frames(moments, inputs["num_frames"])
                 if not self.interrupt:
                     for seed, anchor_seed in zip(seeds, anchor_seeds(generator, num_videos)):
                         seed["anchor"] = anchor_seed
-                    images = self.compose(
-                        [caption for caption in captions for _ in range(inputs["num_videos_per_prompt"])],
-                        inputs["height"],
-                        inputs["width"],
+                    images = self._draw_moments(
+                        moments,
+                        [seed["anchor"] for seed in seeds],
+                        composer_negative_prompt,
+                        height=inputs["height"],
+                        width=inputs["width"],
                         num_inference_steps=composer_num_inference_steps,
                         guidance_scale=composer_guidance_scale,
-                        negative_prompt=composer_negative_prompt,
-                        generator=[torch.Generator().manual_seed(seed["anchor"]) for seed in seeds],
                     )
-                    inputs["anchors"] = [[Anchor(picture)] for picture in images]
+                    inputs["anchors"] = [
+                        [self._moment_anchor(*pair) for pair in zip(*video)] for video in zip(images, frames)
+                    ]
+                    if mode == "factorized":
+                        images = [picture for (picture,) in images]
 
             # 4. Stage 3
-            frames = [] if self.interrupt else self._animate(**inputs)
+            videos = [] if self.interrupt else self._animate(**inputs)
 
         output = FactorizedVideoPipelineOutput(
-            frames=frames, first_frame_prompts=captions, anchor_images=images, seeds=seeds, timings=progress.timings
+            frames=videos,
+            first_frame_prompts=captions,
+            anchor_images=images,
+            seeds=seeds,
+            timings=progress.timings,
+            storyboards=boards,
         )
         return output if return_dict else tuple(getattr(output, name) for name in output.__dataclass_fields__)
+
+    def _moment_frames(self, boards: list[list[Moment]], num_frames: int) -> list[list[int]]:
+        """Frames of the moments of each prompt; raises `ValueError` where two moments share a latent frame."""
+        frames = [moment_frames(moments, num_frames) for moments in boards]
+        for moments, places in zip(boards, frames):
+            try:
+                self._check_anchors([self._moment_anchor(None, place) for place in places], num_frames)
+            except ValueError as error:
+                times = [moment.time for moment in moments]
+                raise ValueError(
+                    f"Moments at the times {times} cannot all be anchored in {num_frames} frames ({error}) Use fewer moments "
+                    "or more frames."
+                ) from error
+        return frames
+
+    def _moment_anchor(self, picture: PIL.Image.Image | None, frame: int) -> Anchor:
+        """The anchor of a moment: where several latents are a patch (CogVideoX 1.5), the picture stands still over it."""
+        step = self._frame_step()
+        if frame == 0 or step == self.vae_scale_factor_temporal:
+            return Anchor(picture, frame)
+        return Anchor([picture] * step, 1 + (frame - 1) // step * step)
+
+    def _draw_moments(
+        self,
+        moments: list[list[Moment]],
+        seeds: list[int],
+        negative_prompt: str | list[str] | None,
+        **options: Any,
+    ) -> list[list[PIL.Image.Image]]:
+        """Stage 2 of each video: the picture of its first moment, then those that are derived from it, by the same seed."""
+
+        def inputs_of(videos: list[int]) -> dict[str, Any]:
+            negative = negative_prompt
+            if isinstance(negative, list) and len(negative) == len(moments):
+                negative = [negative[video] for video in videos]
+            generators = [torch.Generator().manual_seed(seeds[video]) for video in videos]
+            return {"generator": generators, "negative_prompt": negative, **options}
+
+        firsts = self.compose([first.caption for first, *_ in moments], **inputs_of(list(range(len(moments)))))
+        pictures = [[image] for image in firsts]
+        later = [(video, moment.caption) for video, (_, *rest) in enumerate(moments) for moment in rest]
+        if later and not self.interrupt:
+            videos, captions = map(list, zip(*later))
+            derived = self.derive([firsts[video] for video in videos], captions, **inputs_of(videos))
+            for video, picture in zip(videos, derived):
+                pictures[video].append(picture)
+        return pictures
 
     def _check_stages(self, prompts: list[str] | None, captions: list[str] | None, num_prompts: int) -> None:
         """Stages 1 and 2 can run: their models are there, and there is one caption or prompt for each video prompt."""

@@ -4,6 +4,7 @@ Shape legend: F frames, H and W height and width in pixels, C colour channels.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import uuid
@@ -66,7 +67,11 @@ def frames_to_uint8(frames: Frames) -> np.ndarray:
 
 
 def write_video(
-    path: str | Path, frames: Frames, frame_rate: float, metadata: dict[str, Any] | None = None, scale: int = 1
+    path: str | Path,
+    frames: Frames | Iterator[np.ndarray],
+    frame_rate: float,
+    metadata: dict[str, Any] | None = None,
+    scale: int = 1,
 ) -> None:
     """Writes an mp4 that plays everywhere: H.264, 4:2:0, BT.709, constant frame rate, index at the front.
 
@@ -74,7 +79,8 @@ def write_video(
 
     Args:
         path (`str` or `Path`): the file, ending in `.mp4`.
-        frames (see [`frames_to_uint8`]): what to show.
+        frames (see [`frames_to_uint8`], or an iterator of `np.ndarray` of shape `(H, W, 3)`): what to show. An iterator, such
+            as [`~decoding.decode_frames`], is asked for the next frame when the one before is written.
         frame_rate (`float`): frames per second.
         metadata (`dict`, *optional*): anything JSON holds, kept as the file's comment; its `"prompt"` is also the title.
             [`read_video_metadata`] gives it back.
@@ -90,9 +96,9 @@ def write_video(
         raise ValueError(f"frame_rate={frame_rate} is not positive: pass frames per second, for example 24")
     if scale != int(scale) or scale < 1:
         raise ValueError(f"scale={scale} is not a whole number from 1 on")
-    frames = frames_to_uint8(frames)
-    frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
-    height, width = frames.shape[1:3]
+    frames = _one_size(frames) if isinstance(frames, Iterator) else iter(frames_to_uint8(frames))
+    first = next(frames)
+    height, width = first.shape[0] * scale, first.shape[1] * scale
     if height % 2 or width % 2:
         raise ValueError(
             f"H.264 needs an even height and width, not {height}x{width}: "
@@ -115,8 +121,9 @@ def write_video(
         context = stream.codec_context
         context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
-        for frame in frames:
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        for frame in itertools.chain([first], frames):
+            enlarged = frame.repeat(scale, axis=0).repeat(scale, axis=1)
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(enlarged), format="rgb24")
             container.mux(
                 stream.encode(
                     picture.reformat(
@@ -125,6 +132,19 @@ def write_video(
                 )
             )
         container.mux(stream.encode())
+
+
+def _one_size(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """Frames as uint8, each checked when it comes."""
+    size = None
+    for frame in frames:
+        (frame,) = frames_to_uint8(np.asarray(frame)[None])
+        size = size or frame.shape
+        if frame.shape != size:
+            raise ValueError(f"frames are one size, got {frame.shape} after {size}: resize them first")
+        yield frame
+    if size is None:
+        raise ValueError("frames are at least one, and the iterator had none")
 
 
 def read_video(path: str | Path) -> tuple[np.ndarray, float]:

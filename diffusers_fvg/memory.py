@@ -3,23 +3,44 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
 
-# Live copies of the decoder's widest activation at the peak of a chunk, and the frames of a chunk of Wan's VAE. An estimate
-# from its source, on the safe side: it only decides about tiles.
-_ACTIVATION_COPIES, _CHUNK_FRAMES = 6, 4
+# Live copies of the decoder's activation at its full resolution, at the peak of a chunk of four frames: what counting the
+# live tensors of Wan 2.1's and of Wan 2.2's decoder (residual blocks) on shapes gives, 13.2 and 21.1, rounded up. The features
+# that the causal convolutions keep are among them.
+_ACTIVATION_COPIES, _CHUNK_FRAMES = {False: 14, True: 22}, 4
+
+
+def decode_bytes(
+    config: Any, latents_shape: tuple[int, ...], element_size: int, tile_pixels: int | None = None
+) -> int:
+    """Peak of decoding latents `(B, C, f, h, w)` in chunks, above the weights of the VAE: an estimate on the safe side.
+
+    Args:
+        config: of an [`AutoencoderKLWan`].
+        latents_shape (`tuple`): of the latents.
+        element_size (`int`): bytes of a number.
+        tile_pixels (`int`, *optional*): pixels of a tile, where the VAE works in tiles. A column of tiles' edges and a tile
+            are then held for all frames, less than the float video.
+    """
+    batch_size, _, num_latent_frames, height, width = latents_shape
+    pixels = height * width * config.scale_factor_spatial**2
+    channels = config.decoder_base_dim or config.base_dim
+    per_pixel = channels * _CHUNK_FRAMES * _ACTIVATION_COPIES[config.is_residual] // (config.patch_size or 1) ** 2
+    if tile_pixels is None:
+        elements = pixels * per_pixel
+    else:
+        video = 3 * pixels * ((num_latent_frames - 1) * config.scale_factor_temporal + 1)
+        elements = min(tile_pixels, pixels) * per_pixel + video
+    return batch_size * elements * element_size
 
 
 def decoder_bytes(vae, latents: torch.Tensor) -> int:
-    """Rough peak of decoding latents `(B, C, f, h, w)`: one chunk's widest activation, the latents' video and its copy."""
-    batch_size, _, num_latent_frames, height, width = latents.shape
-    pixels = batch_size * height * width * vae.config.scale_factor_spatial**2
-    channels = vae.config.decoder_base_dim or vae.config.base_dim
-    activation = pixels // (vae.config.patch_size or 1) ** 2 * channels * _CHUNK_FRAMES * _ACTIVATION_COPIES
-    video = 2 * 3 * pixels * ((num_latent_frames - 1) * vae.config.scale_factor_temporal + 1)
-    return (activation + video) * latents.element_size()
+    """[`decode_bytes`] of whole frames of latents `(B, C, f, h, w)`."""
+    return decode_bytes(vae.config, tuple(latents.shape), latents.element_size())
 
 
 def free_bytes(device: torch.device) -> int:

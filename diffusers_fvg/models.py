@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from .schedules import SchedulerPresets
 
 
@@ -100,6 +102,22 @@ class ModelFacts:
     negative_prompt: str
     memory: str
     sources: dict[str, str]
+
+    def size(self, height: int, width: int) -> TrainedSize | None:
+        """The trained size, `None` for one that is not among them."""
+        return next((size for size in self.sizes if (size.height, size.width) == (height, width)), None)
+
+    @property
+    def call_defaults(self) -> dict[str, Any]:
+        """`height`, `width`, `num_frames`, `frame_rate`, `max_sequence_length` and `negative_prompt` of a call."""
+        return {
+            "height": self.sizes[0].height,
+            "width": self.sizes[0].width,
+            "num_frames": self.frame_counts[0],
+            "frame_rate": self.frame_rate,
+            "max_sequence_length": self.max_sequence_length,
+            "negative_prompt": self.negative_prompt,
+        }
 
 
 APACHE = License("apache-2.0")
@@ -424,17 +442,53 @@ def find_model(repository: str) -> ModelFacts | None:
     return next((facts for facts in MODELS.values() if facts.repository == repository), None)
 
 
-def model_presets(facts: ModelFacts) -> SchedulerPresets:
-    """`anchored-15` and `full-<steps>`; for a flow model at the shift of its default size and at its own guidance."""
+def match_model(transformer_config: Mapping[str, Any], boundary_ratio: float | None = None) -> ModelFacts | None:
+    """Facts of the model that a pipeline holds; `None` for one that is not in the table.
+
+    Args:
+        transformer_config (`Mapping`): of the transformer, loaded or from its `config.json`.
+        boundary_ratio (`float`, *optional*): of the pipeline; one of two experts has the layers of one of a single expert.
+    """
+
+    def plain(value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    for facts in MODELS.values():
+        same = all(plain(transformer_config.get(name)) == value for name, value in facts.transformer_config.items())
+        if same and (facts.boundary_ratio is None) == (boundary_ratio is None):
+            return facts
+    return None
+
+
+def model_presets(facts: ModelFacts, height: int | None = None, width: int | None = None) -> SchedulerPresets:
+    """`anchored-15` and `full-<steps>` at the model's own guidance, then those of distilled weights.
+
+    A flow model whose shift depends on the size has both for each shift: those of the default size bear the plain names, the
+    others the size in it, as `anchored-15-480p`.
+
+    Args:
+        facts ([`ModelFacts`]): of the model.
+        height, width (`int`, *optional*): the size that the first presets are for, which are the default; that of the model
+            when left out or not trained.
+    """
     if facts.prediction == "v":
         from .schedules_cogvideox import COGVIDEOX_PRESETS
 
         return COGVIDEOX_PRESETS
     from .schedules import SchedulerPresets, unipc_preset
+    from .schedules_distilled import DISTILLED_PRESETS
 
-    shift, guidance, steps = facts.sizes[0].flow_shift, facts.guidance_scale, facts.num_inference_steps
-    anchored = f"arXiv 2512.16371: 15 steps; shift and guidance of {facts.name}"
-    return SchedulerPresets.of(
-        unipc_preset("anchored-15", 15, shift, guidance, source=anchored),
-        unipc_preset(f"full-{steps}", steps, shift, guidance, source=facts.sources["num_inference_steps"]),
-    )
+    # Shift -> name; the first of its sizes names it.
+    suffixes: dict[float | None, str] = {facts.sizes[0].flow_shift: ""}
+    for size in facts.sizes:
+        suffixes.setdefault(size.flow_shift, f"-{min(size.height, size.width)}p")
+    asked = facts.size(height, width) or facts.sizes[0]
+    steps, presets = facts.num_inference_steps, []
+    for shift in sorted(suffixes, key=lambda shift: shift != asked.flow_shift):
+        for name, number, source in (
+            ("anchored-15", 15, f"arXiv 2512.16371: 15 steps; shift and guidance of {facts.name}"),
+            (f"full-{steps}", steps, facts.sources["num_inference_steps"]),
+        ):
+            guidance = {"guidance_scale": facts.guidance_scale, "guidance_scale_2": facts.guidance_scale_2}
+            presets.append(unipc_preset(name + suffixes[shift], number, shift, source=source, **guidance))
+    return SchedulerPresets.of(*presets, *DISTILLED_PRESETS.get(facts.name, ()))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from diffusers import (
 from diffusers.utils.torch_utils import get_module_execution_device, randn_tensor
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-from .anchor import Anchor, AnchorLatents, crop_and_resize
+from .anchor import Anchor, AnchorLatents, anchor_pixels
 from .anchor_cogvideox import (
     anchored_model_input,
     encode_anchor,
@@ -31,11 +32,14 @@ from .anchor_cogvideox import (
 from .anchor_lora import AnchorLora
 from .checks import check_size
 from .composer import AnchorComposer
+from .decoding import decode_video
 from .factorized_stages import FactorizedStages, Image, StepCallback
+from .fidelity import check_anchor_decode, check_has_anchors, decode_anchored
 from .pipeline_output import FactorizedVideoPipelineOutput
 from .rewriter import FirstFrameRewriter
 from .schedules import SchedulerPresets
 from .schedules_cogvideox import COGVIDEOX_PRESETS, training_sigmas
+from .storyboard import Moment
 from .transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
 
 
@@ -128,7 +132,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
     def _check_anchors(self, anchors: list[Anchor], num_frames: int) -> None:
         self._resolve(anchors, num_frames)
 
-    def _resolve(self, anchors: list[Anchor], num_frames: int) -> list[tuple[int, Anchor]]:
+    def _resolve(self, anchors: list[Anchor], num_frames: int) -> list[tuple[range, Anchor]]:
         return resolve_patch_anchors(
             anchors, num_frames, self.transformer.patch_size_t, self.vae_scale_factor_temporal
         )
@@ -167,16 +171,22 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
         """
         clean = torch.zeros_like(latents)
         strength = latents.new_zeros(latents.shape[:2])
-        # Videos of one prompt share their picture: each is encoded once.
-        encoded: dict[int, torch.Tensor] = {}
+        padding = latents.shape[1] - ((num_frames - 1) // self.vae_scale_factor_temporal + 1)
+        # Videos of one prompt share their picture: each is encoded once for each position.
+        encoded: dict[tuple[int, int], torch.Tensor] = {}
         for video, video_anchors in enumerate(anchors):
-            for index, anchor in self._resolve(video_anchors, num_frames):
-                key = id(anchor.image)
+            for covered, anchor in self._resolve(video_anchors, num_frames):
+                key = (id(anchor.image), covered.start)
                 if key not in encoded:
-                    pixels = crop_and_resize(anchor.image, height, width)[None]
-                    encoded[key] = encode_anchor(self.vae, pixels, get_module_execution_device(self.vae))
-                clean[video, index] = encoded[key][0, :, 0].to(latents)
-                strength[video, index] = anchor.strength
+                    pixels = anchor_pixels(anchor, height, width)[None]
+                    device = get_module_execution_device(self.vae)
+                    encoded[key] = encode_anchor(self.vae, pixels, covered.start, device)[0].transpose(0, 1)
+                place = slice(padding + covered.start, padding + covered.stop)
+                clean[video, place] = encoded[key].to(latents)
+                strength[video, place] = anchor.strength
+        # Padding is a copy of frame 0 and anchored with it.
+        clean[:, :padding] = clean[:, padding : padding + 1]
+        strength[:, :padding] = strength[:, padding : padding + 1]
         noise = torch.zeros_like(latents)
         if ((strength > 0) & (strength < 1)).any():
             noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
@@ -205,6 +215,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int | None = None,
         preset: str | None = None,
+        anchor_decode: str = "raw",
     ):
         """Stage 3: makes a video of each prompt that passes through its anchors; plain text-to-video without any.
 
@@ -212,10 +223,12 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
             prompts (`str` or `list[str]`, *optional*): what should happen; or give `prompt_embeds`.
             anchors (`Anchor`, `list[Anchor]` or `list[list[Anchor]]`, *optional*): one list for all videos, one per
                 prompt, or one per video. In CogVideoX 1.5 two latent frames are a patch, anchored together: frame 0 has one to
-                itself, any other anchor needs a second one among the 8 frames of its patch.
+                itself, any other anchor needs a second one among the 8 frames of its patch, and a run of frames fills its
+                patches with 8k + 1 frames from frame 0 on or 8k from a frame 8j + 1 on.
 
         The other arguments are those of `__call__`. Returns the frames alone.
         """
+        check_anchor_decode(anchor_decode, output_type)
         prompts = [prompts] if isinstance(prompts, str) else prompts
         inputs = {
             "negative_prompt": negative_prompt,
@@ -236,6 +249,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
             "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
             "max_sequence_length": max_sequence_length,
             "preset": preset,
+            "anchor_decode": anchor_decode,
         }
         return self._animate(**self._video_inputs(prompts, anchors, inputs))
 
@@ -261,7 +275,9 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str],
         max_sequence_length: int,
         preset: str | None,
+        anchor_decode: str,
     ):
+        check_has_anchors(anchor_decode, anchors)
         if self.safety_checker is not None and anchors is not None:
             self._check_safety(anchors, num_videos_per_prompt)
         sampling = self._sampling(preset)
@@ -378,15 +394,18 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
             if output_type == "latent":
                 return latents
             with progress.stage("decode"):
-                return self.decode(latents, num_frames, output_type)
+                return decode_anchored(partial(self.decode, latents, num_frames), anchors, anchor_decode, output_type)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, num_frames: int, output_type: str = "np"):
-        """Latents `(B, f, C, h, w)` of a video of `num_frames`, padding included, to frames."""
+        """Latents `(B, f, C, h, w)` of a video of `num_frames`, padding included, to frames, two latent frames at a time.
+
+        `output_type="uint8"` gives a `np.ndarray` of shape `(B, F, H, W, 3)`.
+        """
         num_latent_frames = (num_frames - 1) // self.vae_scale_factor_temporal + 1
-        latents = latents[:, -num_latent_frames:]
-        video = self.decode_latents(latents.to(get_module_execution_device(self.vae), dtype=self.vae.dtype))
-        return self.video_processor.postprocess_video(video, output_type=output_type)
+        latents = latents[:, -num_latent_frames:].to(get_module_execution_device(self.vae), dtype=self.vae.dtype)
+        latents = 1 / self.vae_scaling_factor_image * latents.permute(0, 2, 1, 3, 4)
+        return decode_video(self.vae, latents, output_type)
 
     # -- all of it ----------------------------------------------------------------------------------------------------
 
@@ -417,6 +436,9 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
         first_frame_prompt: str | list[str] | None = None,
         image: Image | list[Image] | None = None,
         anchors: Anchor | list[Anchor] | list[list[Anchor]] | None = None,
+        anchor_decode: str = "raw",
+        storyboard: list[Moment] | list[list[Moment]] | None = None,
+        num_moments: int = 2,
         rewriter_max_new_tokens: int | None = None,
         composer_num_inference_steps: int | None = None,
         composer_guidance_scale: float | None = None,
@@ -439,6 +461,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
         Raises:
             `ValueError`: bad input, before any model runs.
         """
+        check_anchor_decode(anchor_decode, output_type)
         inputs = {
             "negative_prompt": negative_prompt,
             "height": height,
@@ -458,6 +481,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
             "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
             "max_sequence_length": max_sequence_length,
             "preset": preset,
+            "anchor_decode": anchor_decode,
         }
         return self._generate(
             prompt,
@@ -466,6 +490,8 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
             first_frame_prompt=first_frame_prompt,
             image=image,
             anchors=anchors,
+            storyboard=storyboard,
+            num_moments=num_moments,
             rewriter_max_new_tokens=rewriter_max_new_tokens,
             composer_num_inference_steps=composer_num_inference_steps,
             composer_guidance_scale=composer_guidance_scale,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +16,8 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from .anchor import (
     Anchor,
     AnchorLatents,
+    anchor_pixels,
     anchored_model_input,
-    crop_and_resize,
     denormalize_latents,
     encode_anchor,
     resolve_anchors,
@@ -23,13 +25,16 @@ from .anchor import (
 from .anchor_lora import AnchorLora
 from .checks import check_size
 from .composer import AnchorComposer
+from .decoding import decode_video
 from .factorized_stages import FactorizedStages, Image, StepCallback
+from .fidelity import check_anchor_decode, check_has_anchors, decode_anchored
 from .hub import PIPELINE_SHIM
 from .lora import FactorizedVideoLoraLoaderMixin
 from .memory import decoder_bytes, free_bytes
 from .pipeline_output import FactorizedVideoPipelineOutput
 from .rewriter import FirstFrameRewriter
 from .schedules import WAN_PRESETS, SchedulerPresets
+from .storyboard import Moment
 from .transformer_anchor import AnchorConditionedTransformer3D
 
 
@@ -166,13 +171,14 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         # Videos of one prompt share their picture: each is encoded once for each position.
         encoded: dict[tuple[int, int], torch.Tensor] = {}
         for video, video_anchors in enumerate(anchors):
-            for index, anchor in resolve_anchors(video_anchors, num_frames, self.vae_scale_factor_temporal):
-                key = (id(anchor.image), index)
+            for covered, anchor in resolve_anchors(video_anchors, num_frames, self.vae_scale_factor_temporal):
+                key = (id(anchor.image), covered.start)
                 if key not in encoded:
-                    pixels = crop_and_resize(anchor.image, height, width)[None]
-                    encoded[key] = encode_anchor(self.vae, pixels, index, get_module_execution_device(self.vae))
-                clean[video, :, index] = encoded[key][0, :, 0].to(latents)
-                strength[video, index] = anchor.strength
+                    pixels = anchor_pixels(anchor, height, width)[None]
+                    device = get_module_execution_device(self.vae)
+                    encoded[key] = encode_anchor(self.vae, pixels, covered.start, device)[0]
+                clean[video, :, covered.start : covered.stop] = encoded[key].to(latents)
+                strength[video, covered.start : covered.stop] = anchor.strength
         noise = torch.zeros_like(latents)
         if ((strength > 0) & (strength < 1)).any():
             noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
@@ -201,6 +207,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         max_sequence_length: int | None = None,
         preset: str | None = None,
+        anchor_decode: str = "raw",
     ):
         """Stage 3: makes a video of each prompt that passes through its anchors; plain text-to-video without any.
 
@@ -211,6 +218,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
 
         The other arguments are those of `__call__`. Returns the frames alone.
         """
+        check_anchor_decode(anchor_decode, output_type)
         prompts = [prompts] if isinstance(prompts, str) else prompts
         inputs = {
             "negative_prompt": negative_prompt,
@@ -231,6 +239,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
             "max_sequence_length": max_sequence_length,
             "preset": preset,
+            "anchor_decode": anchor_decode,
         }
         return self._animate(**self._video_inputs(prompts, anchors, inputs))
 
@@ -256,12 +265,16 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         callback_on_step_end_tensor_inputs: Sequence[str],
         max_sequence_length: int,
         preset: str | None,
+        anchor_decode: str,
     ):
+        check_has_anchors(anchor_decode, anchors)
         if self.safety_checker is not None and anchors is not None:
             self._check_safety(anchors, num_videos_per_prompt)
         sampling = self._sampling(preset)
         if guidance_scale is None:
             guidance_scale = 5.0 if sampling is None else sampling.guidance_scale
+            if guidance_scale_2 is None and sampling is not None:
+                guidance_scale_2 = sampling.guidance_scale_2
         low, high = (0.0, 1.0) if sampling is None else sampling.guidance_interval
         self._guidance_scale = guidance_scale
         self._guidance_scale_2 = guidance_scale if guidance_scale_2 is None else guidance_scale_2
@@ -317,6 +330,8 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             boundary = (self.config.boundary_ratio or 0.0) * scheduler.config.num_train_timesteps
             if hasattr(scheduler, "set_begin_index"):
                 scheduler.set_begin_index(0)
+            # Some (LCM) draw noise in every step.
+            draws = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
 
             # 3. Denoising loop
             with (
@@ -344,16 +359,16 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
                     }
                     context = {"step_index": i, "sigma": sigmas[i], "num_inference_steps": len(timesteps)}
                     with expert.cache_context("cond", **context):
-                        noise_pred = expert(encoder_hidden_states=prompt_embeds, **inputs)[0]
+                        noise_pred = expert(encoder_hidden_states=prompt_embeds, **inputs)[0].float()
                     if self.do_classifier_free_guidance and low <= sigmas[i] <= high:
                         with expert.cache_context("uncond", **context):
-                            noise_uncond = expert(encoder_hidden_states=negative_prompt_embeds, **inputs)[0]
+                            noise_uncond = expert(encoder_hidden_states=negative_prompt_embeds, **inputs)[0].float()
                         noise_pred = noise_uncond + scale * (noise_pred - noise_uncond)
 
                     if anchor_latents is not None:
                         # What a multistep solver remembers of an anchored frame is then the anchor itself.
                         noise_pred = anchor_latents.hold(noise_pred, latents, sigmas[i])
-                    latents = scheduler.step(noise_pred, t, latents, return_dict=False)[0]
+                    latents = scheduler.step(noise_pred, t, latents, return_dict=False, **draws)[0]
                     if anchor_latents is not None:
                         latents = anchor_latents.impose(latents, sigmas[i + 1])
 
@@ -372,11 +387,14 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             if output_type == "latent":
                 return latents
             with progress.stage("decode"):
-                return self.decode(latents, output_type)
+                return decode_anchored(partial(self.decode, latents), anchors, anchor_decode, output_type)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, output_type: str = "np"):
-        """Normalised latents `(B, C, f, h, w)` to frames. The VAE works in tiles when it would not fit otherwise."""
+        """Normalised latents `(B, C, f, h, w)` to frames, a latent frame at a time, in tiles when it would not fit otherwise.
+
+        `output_type="uint8"` gives a `np.ndarray` of shape `(B, F, H, W, 3)`, a quarter of the memory of `"np"`.
+        """
         latents = denormalize_latents(
             latents.to(get_module_execution_device(self.vae), dtype=self.vae.dtype), self.vae
         )
@@ -384,11 +402,10 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         if tile:
             self.vae.enable_tiling()
         try:
-            video = self.vae.decode(latents, return_dict=False)[0]
+            return decode_video(self.vae, latents, output_type)
         finally:
             if tile:
                 self.vae.disable_tiling()
-        return self.video_processor.postprocess_video(video, output_type=output_type)
 
     # -- all of it ----------------------------------------------------------------------------------------------------
 
@@ -419,6 +436,9 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         first_frame_prompt: str | list[str] | None = None,
         image: Image | list[Image] | None = None,
         anchors: Anchor | list[Anchor] | list[list[Anchor]] | None = None,
+        anchor_decode: str = "raw",
+        storyboard: list[Moment] | list[list[Moment]] | None = None,
+        num_moments: int = 2,
         rewriter_max_new_tokens: int | None = None,
         composer_num_inference_steps: int | None = None,
         composer_guidance_scale: float | None = None,
@@ -449,11 +469,18 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             max_sequence_length (`int`, *optional*): text tokens of the video model.
             preset (`str`, *optional*): a name in `pipe.presets`. Left out: the preset that `pipe.scheduler` belongs to;
                 a scheduler of your own runs as it is, with 50 steps and guidance 5 unless given.
-            mode (`str`, *optional*): `"factorized"`, or `"direct"` for plain text-to-video by the base model.
+            mode (`str`, *optional*): `"factorized"`; `"direct"` for plain text-to-video by the base model; `"storyboard"`
+                to write and draw the first frame and later moments ([`storyboard`], [`compose`], [`derive`]) and anchor all.
             first_frame_prompt (`str` or `list[str]`, *optional*): skips stage 1.
             image (PIL image, array or tensor, or a list with one per prompt, *optional*): skips stages 1 and 2; the same
                 as `anchors=[Anchor(image)]`.
             anchors (`Anchor` or lists of them, *optional*): skips stages 1 and 2; see [`animate`].
+            anchor_decode (`str`, *optional*): what is done where the VAE gives an anchor's colours back changed. `"raw"`:
+                nothing. `"match"`: the frames get the colours of their anchors, from one anchor to the next.
+                `"replace"`: so they do, and the anchored frames become the pictures themselves, pixel by pixel.
+            storyboard (`list[Moment]` or one list per prompt, *optional*): with `mode="storyboard"`, skips stage 1. A moment
+                becomes the frame nearest to its time; no two may share a latent frame.
+            num_moments (`int`, *optional*): with `mode="storyboard"`, the most that stage 1 writes.
             rewriter_max_new_tokens (`int`, *optional*): stage 1.
             composer_num_inference_steps, composer_guidance_scale, composer_negative_prompt (*optional*): stage 2.
             callback_on_stage_step (`Callable`, *optional*): `callback(pipe, stage, step, steps)` after each step of each
@@ -465,6 +492,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         Raises:
             `ValueError`: bad input, before any model runs.
         """
+        check_anchor_decode(anchor_decode, output_type)
         inputs = {
             "negative_prompt": negative_prompt,
             "height": height,
@@ -484,6 +512,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
             "max_sequence_length": max_sequence_length,
             "preset": preset,
+            "anchor_decode": anchor_decode,
         }
         return self._generate(
             prompt,
@@ -492,6 +521,8 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             first_frame_prompt=first_frame_prompt,
             image=image,
             anchors=anchors,
+            storyboard=storyboard,
+            num_moments=num_moments,
             rewriter_max_new_tokens=rewriter_max_new_tokens,
             composer_num_inference_steps=composer_num_inference_steps,
             composer_guidance_scale=composer_guidance_scale,

@@ -7,6 +7,8 @@ import PIL.Image
 import torch
 from diffusers.utils import BaseOutput
 
+from .storyboard import Moment
+
 
 @dataclass
 class FactorizedVideoPipelineOutput(BaseOutput):
@@ -18,13 +20,16 @@ class FactorizedVideoPipelineOutput(BaseOutput):
             run was interrupted before the video stage.
         first_frame_prompts (`list[str]` or `None`): stage 1's captions, one per prompt; `None` when stages 1 and 2 were
             skipped.
-        anchor_images (`list[PIL.Image.Image]` or `None`): stage 2's pictures, one per video.
+        anchor_images (`list[PIL.Image.Image]`, `list[list[PIL.Image.Image]]` or `None`): stage 2's pictures, one per video,
+            or with `mode="storyboard"` a list per video with one of each moment.
         seeds (`list[dict[str, int]]`): per video, `{"anchor": ..., "video": ...}` for the stages that drew random numbers.
         timings (`dict[str, float]`): seconds per stage.
+        storyboards (`list[list[Moment]]` or `None`): the moments of each prompt, with `mode="storyboard"`.
     """
 
     frames: torch.Tensor | np.ndarray | list[list[PIL.Image.Image]]
     first_frame_prompts: list[str] | None
-    anchor_images: list[PIL.Image.Image] | None
+    anchor_images: list[PIL.Image.Image] | list[list[PIL.Image.Image]] | None
     seeds: list[dict[str, int]]
     timings: dict[str, float]
+    storyboards: list[list[Moment]] | None

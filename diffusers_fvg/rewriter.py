@@ -1,4 +1,4 @@
-"""Stage 1: a language model describes the first frame of the video that a prompt asks for."""
+"""Stage 1: a language model describes the first frame of the video that a prompt asks for, its moments or its motion."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import os
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.utils import logging
@@ -29,16 +30,10 @@ from transformers import (
 from .checks import check_at_least_one, check_texts
 from .hub import component_files, fetch
 from .loading import call_argument, hub_arguments
-from .rewriter_prompts import (
-    EXAMPLES,
-    INSTRUCTION,
-    build_messages,
-    build_retry,
-    caption_problem,
-    parse_answer,
-    without_system_role,
-)
+from .rewriter_prompts import build_messages, build_retry, without_system_role
+from .rewriter_tasks import FIRST_FRAME, MOTION, TASK_NAMES, RewriterTask, storyboard_task
 from .safety import check_folder, safetensors_only
+from .storyboard import Moment
 
 
 logger = logging.get_logger(__name__)
@@ -52,7 +47,7 @@ ENDPOINT_TIMEOUT_SECONDS, MAX_ERROR_BYTES = 120, 100_000
 
 
 class FirstFrameRewriter(torch.nn.Module):
-    """A chat model that turns the prompt of a video into the prompt of its first frame.
+    """A chat model that turns the prompt of a video into the prompt of its first frame, a storyboard or a motion caption.
 
     The answer is checked against the prompt. One that loses an object, a colour or a count, or that tells what happens
     later, is asked for once more with the reason; after that the prompt itself stands in, with a warning. Greedy decoding:
@@ -67,12 +62,13 @@ class FirstFrameRewriter(torch.nn.Module):
         endpoint (`ChatEndpoint`, *optional*): a server to ask in place of a model.
         reference (`dict`, *optional*): where `model` came from: the Hub repository `model`, and `revision` and `gguf_file`
             if they matter. With it, `save_pretrained` writes the reference and no weights; set it to `None` to bundle them.
-        instruction (`str`, *optional*): the system turn. Left out: `rewriter_prompts.INSTRUCTION`. A model that is trained
-            for nothing else needs none: `""`.
-        examples (`bool` or list of `[prompt, caption]`, *optional*): earlier turns of the chat; `True` for
-            `rewriter_prompts.EXAMPLES`.
-        answer_format (`str`, *optional*): `"json"`, an object with the caption under `first_frame`.
-        max_new_tokens (`int`, *optional*): longest answer when a call does not say.
+        instruction (`str` or `dict`, *optional*): the system turn of the question for a first frame, or that of several
+            kinds of question: `"first_frame"`, `"storyboard"` (where `{num_moments}` stands for the number) and `"motion"`.
+            Left out: those of `rewriter_tasks.py`. A model that is trained for nothing else needs none: `""`.
+        examples (`bool` or list of `[prompt, caption]`, *optional*): earlier turns of the chat; `True` for those of
+            `rewriter_tasks.py`, a list for first frames of your own.
+        answer_format (`str`, *optional*): `"json"`, an object with the caption under `first_frame`, `moments` or `motion`.
+        max_new_tokens (`int`, *optional*): longest caption when a call does not say.
     """
 
     def __init__(
@@ -82,7 +78,7 @@ class FirstFrameRewriter(torch.nn.Module):
         *,
         endpoint: ChatEndpoint | None = None,
         reference: dict[str, str] | None = None,
-        instruction: str | None = None,
+        instruction: str | Mapping[str, str] | None = None,
         examples: bool | Sequence[Sequence[str]] = True,
         answer_format: str = "json",
         max_new_tokens: int = 256,
@@ -96,6 +92,8 @@ class FirstFrameRewriter(torch.nn.Module):
             len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in examples
         ):
             raise ValueError(f"`examples` must be true, false or a list of [prompt, caption], but is {examples!r}.")
+        if isinstance(instruction, Mapping) and not instruction.keys() <= set(TASK_NAMES):
+            raise ValueError(f"`instruction` has keys {sorted(instruction)}, but may have {sorted(TASK_NAMES)}.")
         check_at_least_one("max_new_tokens", max_new_tokens)
         self.model = model
         self.tokenizer = tokenizer
@@ -211,7 +209,8 @@ class FirstFrameRewriter(torch.nn.Module):
         if self.endpoint is not None:
             config |= {"endpoint": self.endpoint.url, "model": self.endpoint.model}
             config |= {} if self.endpoint.api_key_env is None else {"api_key_env": self.endpoint.api_key_env}
-        config |= {} if self.instruction is None else {"instruction": self.instruction}
+        if self.instruction is not None:
+            config["instruction"] = self.instruction if isinstance(self.instruction, str) else dict(self.instruction)
         examples = self.examples if isinstance(self.examples, bool) else [list(pair) for pair in self.examples]
         config |= {"examples": examples, "answer_format": self.answer_format, "max_new_tokens": self.max_new_tokens}
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -253,10 +252,77 @@ class FirstFrameRewriter(torch.nn.Module):
         Raises:
             `ValueError`: empty prompts, or one that does not fit into the model's context together with the answer.
         """
+        return self._ask(FIRST_FRAME, prompts, max_new_tokens, on_progress, should_stop)
+
+    def storyboard(
+        self,
+        prompts: list[str],
+        num_moments: int = 2,
+        max_new_tokens: int | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[list[Moment]]:
+        """Writes captions of the first frame and of later moments for each prompt.
+
+        Checked, asked again and given up as in [`rewrite`]; what stands in is the prompt as the only moment.
+
+        Args:
+            prompts (`list[str]`): what should happen in the videos.
+            num_moments (`int`): the most moments, at least 2. There are fewer where the prompt does not settle what is seen
+                later, or where nothing changes that a picture shows.
+            max_new_tokens (`int`, *optional*): longest answer in tokens; left out, the rewriter's own for each moment.
+            on_progress, should_stop (*optional*): as in [`rewrite`].
+
+        Returns:
+            `list[list[Moment]]`: the moments of each prompt in the order of time, the first at time 0.
+
+        Raises:
+            `ValueError`: as in [`rewrite`], or fewer than two moments.
+        """
+        if num_moments < 2:
+            raise ValueError(
+                f"`num_moments={num_moments}` must be at least 2; `rewrite` writes the first frame alone."
+            )
+        return self._ask(storyboard_task(num_moments), prompts, max_new_tokens, on_progress, should_stop)
+
+    def describe_motion(
+        self,
+        prompts: list[str],
+        max_new_tokens: int | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[str]:
+        """Writes a short caption of what happens after the first frame for each prompt, for an image-to-video model.
+
+        Checked, asked again and given up as in [`rewrite`], whose arguments these are too.
+
+        Returns:
+            `list[str]`: one caption per prompt.
+        """
+        return self._ask(MOTION, prompts, max_new_tokens, on_progress, should_stop)
+
+    def messages(self, prompt: str, task: RewriterTask = FIRST_FRAME) -> list[dict[str, str]]:
+        """The chat that this rewriter answers for a prompt; a special-purpose model is trained on the same."""
+        own = {FIRST_FRAME.name: self.instruction} if isinstance(self.instruction, str) else self.instruction or {}
+        instruction = own.get(task.name, task.instruction).replace("{num_moments}", str(task.captions))
+        examples = task.examples if self.examples else ()
+        if not isinstance(self.examples, bool) and task is FIRST_FRAME:
+            examples = self.examples
+        return build_messages(prompt, instruction, examples, task.write)
+
+    def _ask(
+        self,
+        task: RewriterTask,
+        prompts: list[str],
+        max_new_tokens: int | None,
+        on_progress: Callable[[int, int], None] | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> list[Any]:
+        """One answer of a task per prompt."""
         check_texts("prompts", prompts)
         check_at_least_one("max_new_tokens", max_new_tokens)
-        limit = max_new_tokens or self.max_new_tokens
-        chats = [self.messages(prompt) for prompt in prompts]
+        limit = max_new_tokens or self.max_new_tokens * task.captions
+        chats = [self.messages(prompt, task) for prompt in prompts]
         for prompt, chat in zip(prompts, chats):
             excess = self._excess_tokens(chat, limit)
             if excess > 0:
@@ -265,22 +331,16 @@ class FirstFrameRewriter(torch.nn.Module):
                     f"the rewriter by {excess} tokens; shorten it or lower `max_new_tokens`."
                 )
         should_stop = should_stop or (lambda: False)
-        captions = list(prompts)
+        made = [task.fallback(prompt) for prompt in prompts]
         for begin in range(0, len(prompts), BATCH_SIZE):
             answers = self(chats[begin : begin + BATCH_SIZE], limit, should_stop=should_stop)
             for index, answer in enumerate(answers, start=begin):
                 if should_stop():
-                    return captions
-                captions[index] = self._checked(prompts[index], chats[index], answer, limit, should_stop)
+                    return made
+                made[index] = self._checked(task, prompts[index], chats[index], answer, limit, should_stop)
                 if on_progress is not None:
                     on_progress(index + 1, len(prompts))
-        return captions
-
-    def messages(self, prompt: str) -> list[dict[str, str]]:
-        """The chat that this rewriter answers for a prompt; a special-purpose model is trained on the same."""
-        instruction = INSTRUCTION if self.instruction is None else self.instruction
-        examples = (EXAMPLES if self.examples else ()) if isinstance(self.examples, bool) else self.examples
-        return build_messages(prompt, instruction, examples)
+        return made
 
     def chat_text(self, messages: list[dict[str, str]]) -> str:
         """A chat as the text that the model continues with its answer."""
@@ -325,30 +385,38 @@ class FirstFrameRewriter(torch.nn.Module):
             )
         return self.tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
 
-    def _checked(self, prompt: str, chat: list[dict[str, str]], answer: str, limit: int, should_stop: Callable) -> str:
-        """The caption of an answer, of a second answer if the first is not valid, or the prompt itself."""
-        caption, reason = self._judge(prompt, answer)
+    def _checked(
+        self,
+        task: RewriterTask,
+        prompt: str,
+        chat: list[dict[str, str]],
+        answer: str,
+        limit: int,
+        should_stop: Callable[[], bool],
+    ) -> Any:
+        """What an answer holds, or a second answer if the first is not valid, or what stands in."""
+        made, reason = self._judge(task, prompt, answer)
         if reason is None:
-            return caption
+            return made
         retry = build_retry(chat, reason)
         if self._excess_tokens(retry, limit) <= 0:
             # One by one, each from the same seed: what a prompt gets does not depend on its neighbours.
             (answer,) = self([retry], limit, seed=RETRY_SEED, should_stop=should_stop)
             if should_stop():
-                return prompt
-            caption, reason = self._judge(prompt, answer)
+                return task.fallback(prompt)
+            made, reason = self._judge(task, prompt, answer)
         if reason is None:
-            return caption
-        logger.warning(f"No valid first-frame prompt for {prompt!r} ({reason}); the prompt itself is used.")
-        return prompt
+            return made
+        logger.warning(f"No valid {task.subject} for {prompt!r} ({reason}); the prompt itself is used.")
+        return task.fallback(prompt)
 
-    def _judge(self, prompt: str, answer: str) -> tuple[str, str | None]:
-        """Caption of an answer and what is wrong with it."""
+    def _judge(self, task: RewriterTask, prompt: str, answer: str) -> tuple[Any, str | None]:
+        """What an answer holds and what is wrong with it."""
         try:
-            caption = parse_answer(answer)
+            made = task.read(answer)
         except ValueError as error:
-            return "", str(error)
-        return caption, caption_problem(prompt, caption, self._read)
+            return None, str(error)
+        return made, task.problem(prompt, made, self._read)
 
     def _read(self, word: str) -> str:
         """A word as the model's tokenizer has it; one that maps words to its own vocabulary returns others."""

@@ -1,14 +1,18 @@
 """The text side of stage 1: what the language model is told, and what its answer must look like. Pure functions on strings.
 
-The checks know English. In a prompt of another language they see digits only, so an answer is then judged by its form.
+This is about captions of first frames; `rewriter_tasks.py` has the other questions. The checks know English. In a prompt of
+another language they see digits only, so an answer is then judged by its form.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
+
+Value = TypeVar("Value")
 
 # Why the instruction says what it says:
 # * Only the start. A text-to-image model draws everything it is told, so a word about a later event puts the end of the
@@ -132,22 +136,31 @@ _LONGEST_PHRASE = 5
 _BEFORE_COLOUR = _word_set("from to a an the it its colour color")
 
 
+def format_answer(caption: str) -> str:
+    """The answer that a rewriter is asked for, and that a special-purpose one is trained to give."""
+    return json.dumps({"first_frame": caption}, ensure_ascii=False)
+
+
 def build_messages(
-    prompt: str, instruction: str = INSTRUCTION, examples: Sequence[tuple[str, str]] = EXAMPLES
+    prompt: str,
+    instruction: str = INSTRUCTION,
+    examples: Sequence[tuple[str, Any]] = EXAMPLES,
+    write: Callable[[Any], str] = format_answer,
 ) -> list[dict[str, str]]:
-    """The chat that asks for the first frame of a prompt, for sampling and for training a rewriter alike.
+    """The chat that asks about a prompt, for sampling and for training a rewriter alike.
 
     Args:
         prompt (`str`): what should happen in the video.
         instruction (`str`, *optional*): the system turn; left out of the chat where it is empty.
-        examples (sequence of `(prompt, caption)`, *optional*): earlier turns.
+        examples (sequence of `(prompt, answer)`, *optional*): earlier turns.
+        write (`Callable`, *optional*): an answer of the examples as text.
 
     Returns:
         `list[dict[str, str]]`: turns with a `role` and a `content`, the last one the user's.
     """
     messages = [{"role": "system", "content": instruction}] if instruction else []
-    for question, caption in examples:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": format_answer(caption)}]
+    for question, answer in examples:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": write(answer)}]
     return [*messages, {"role": "user", "content": prompt}]
 
 
@@ -169,16 +182,25 @@ def without_system_role(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
 
-def format_answer(caption: str) -> str:
-    """The answer that a rewriter is asked for, and that a special-purpose one is trained to give."""
-    return json.dumps({"first_frame": caption}, ensure_ascii=False)
-
-
 def parse_answer(answer: str) -> str:
     """Reads the caption out of an answer: the first JSON object with a text under `first_frame`, whatever stands around it.
 
     Raises:
         `ValueError`: the answer holds no such object; the message says what it lacks.
+    """
+    return find_in_answer(answer, lambda value: text_under(value, "first_frame"), 'text under "first_frame"')
+
+
+def text_under(value: dict, key: str) -> str | None:
+    """The text of a JSON object under a key, in one line."""
+    return " ".join(value[key].split()) if isinstance(value.get(key), str) else None
+
+
+def find_in_answer(answer: str, read: Callable[[dict], Value | None], wanted: str) -> Value:
+    """What `read` makes of the first JSON object in an answer of which it makes anything.
+
+    Raises:
+        `ValueError`: there is no such object; the message says that `wanted` is lacking.
     """
     # Reasoning models think aloud first, sometimes in JSON.
     answer = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)
@@ -190,9 +212,10 @@ def parse_answer(answer: str) -> str:
         except json.JSONDecodeError:
             continue
         found = True
-        if isinstance(value, dict) and isinstance(value.get("first_frame"), str):
-            return " ".join(value["first_frame"].split())
-    raise ValueError('the JSON object has no text under "first_frame"' if found else "it holds no JSON object")
+        made = read(value)
+        if made is not None:
+            return made
+    raise ValueError(f"the JSON object has no {wanted}" if found else "it holds no JSON object")
 
 
 def caption_problem(prompt: str, caption: str, read: Callable[[str], str] = str) -> str | None:
@@ -208,25 +231,72 @@ def caption_problem(prompt: str, caption: str, read: Callable[[str], str] = str)
         read (`Callable`, *optional*): how the language model reads a word: a tokenizer that maps words to its own ("ball" to
             "circle") makes the model answer in those. A word may be kept as written or as read.
     """
+    problem = picture_problem(caption)
+    if problem is not None:
+        return problem
+    missing = missing_problem(start_requirements(prompt), caption, read)
+    if missing is not None:
+        return missing
+    here = {_stem(word) for word in _words(caption)}
+    for word in result_words(prompt):
+        if _stem(word) in here:
+            return f'"{word}" comes only later'
+    return None
+
+
+def picture_problem(caption: str) -> str | None:
+    """Says why a caption is none of a still picture, whatever it shows."""
     if not MIN_CAPTION_CHARACTERS <= len(caption) <= MAX_CAPTION_CHARACTERS:
         limits = f"{MIN_CAPTION_CHARACTERS} to {MAX_CAPTION_CHARACTERS}"
         return f"the description has {len(caption)} characters, not {limits}"
-    words = _words(caption)
-    told = [word for word in words if word in LATER_WORDS]
-    if told:
-        return f'"{told[0]}" tells of change or time'
-    here = {_stem(word) for word in words}
-    prompt_words = _words(prompt)
-    start = _start_words(prompt_words)
-    for alternatives in _required(start, prompt_words):
+    told = [word for word in _words(caption) if word in LATER_WORDS]
+    return f'"{told[0]}" tells of change or time' if told else None
+
+
+def missing_problem(required: Iterable[tuple[str, ...]], text: str, read: Callable[[str], str]) -> str | None:
+    """Says which of the tuples of words, of which one is enough, a text has none of."""
+    here = {_stem(word) for word in _words(text)}
+    for alternatives in required:
         if not any(_is_kept(word, here, read) for word in alternatives):
             return f'"{" ".join(alternatives)}" of the prompt is missing'
-    at_start = {_stem(word) for word in start}
-    at_start |= {_stem(word) for word, is_old in _changes(prompt_words) if is_old}
-    for word, is_old in _changes(prompt_words):
-        if not is_old and _stem(word) in here and _stem(word) not in at_start:
-            return f'"{word}" comes only later'
     return None
+
+
+def result_words(prompt: str) -> list[str]:
+    """The colours and things that a prompt changes something into, and that it does not have from the start."""
+    words = _words(prompt)
+    at_start = {_stem(word) for word in _start_words(words)}
+    at_start |= {_stem(word) for word, is_old in _changes(words) if is_old}
+    return [word for word, is_old in _changes(words) if not is_old and _stem(word) not in at_start]
+
+
+def start_requirements(prompt: str) -> list[tuple[str, ...]]:
+    """What a prompt names at its start, as tuples of words of which one is enough."""
+    words = _words(prompt)
+    return list(_required(_start_words(words), words))
+
+
+def lasting_requirements(prompt: str) -> list[tuple[str, ...]]:
+    """What a prompt names that is there from the first frame to the last, as tuples of words of which one is enough.
+
+    Of a clause (they begin with "while" and end with a full stop) without a word of change, result or time that is
+    everything; of one in which nothing but colours change, all but the colours; of any other nothing is certain.
+    """
+    lasting: list[tuple[str, ...]] = []
+    clause: list[str] = []
+    for word in (*_words(prompt), "."):
+        if word not in ("while", "."):
+            clause.append(word)
+            continue
+        start = _start_words(clause)
+        changes = [name for name, _ in _changes(clause)]
+        # A full stop stands where such a word was.
+        if "." not in start:
+            lasting += _required(clause, clause)
+        elif changes and COLOURS.issuperset(changes) and not {*clause} & (_RESULT_VERBS | _TIME_WORDS):
+            lasting += (names for names in _required(start, []) if not COLOURS.issuperset(names))
+        clause = []
+    return lasting
 
 
 def _words(text: str) -> list[str]:

@@ -60,9 +60,11 @@ class SchedulerPreset:
         sigmas (`tuple[float, ...]`): noise levels of the steps, decreasing, in (0, 1]; the final 0 is left out. They are
             explicit because schedulers do not agree on their own (`FlowMatchEulerDiscreteScheduler` shifts twice).
         flow_shift (`float`): the shift behind `sigmas`, from which another number of steps is derived.
-        guidance_scale (`float`): classifier-free guidance, 1 is off.
+        guidance_scale (`float`): classifier-free guidance, 1 is off; of the high-noise expert, where there are two.
         guidance_interval (`tuple[float, float]`): guidance runs at sigmas in this closed interval and is off elsewhere
             (arXiv 2404.07724).
+        guidance_scale_2 (`float`, *optional*): of the low-noise expert; the same as the other's when left out.
+        weights (`str`): distilled weights that the steps were trained with, on the Hub; empty for the base model's own.
         source (`str`): where the values come from.
     """
 
@@ -73,6 +75,8 @@ class SchedulerPreset:
     flow_shift: float
     guidance_scale: float
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_scale_2: float | None = None
+    weights: str = ""
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -100,9 +104,18 @@ class SchedulerPreset:
         return scheduler
 
     def steps(self, num_inference_steps: int | None) -> tuple[float, ...]:
-        """The preset's sigmas, or as many as asked for from the same `flow_shift`."""
+        """The preset's sigmas, or as many as asked for from the same `flow_shift`.
+
+        Raises:
+            `ValueError`: another number of steps than a distilled model knows, whose sigmas are not those of a shift.
+        """
         if num_inference_steps in (None, self.num_inference_steps):
             return self.sigmas
+        if self.sigmas != shifted_sigmas(self.num_inference_steps, self.flow_shift):
+            raise ValueError(
+                f"`num_inference_steps={num_inference_steps}`, but preset {self.name!r} has {self.num_inference_steps} steps of "
+                "its own, which no shift gives; leave `num_inference_steps` out."
+            )
         return shifted_sigmas(num_inference_steps, self.flow_shift)
 
     def is_scheduler(self, scheduler) -> bool:
@@ -161,8 +174,14 @@ class SchedulerPresets(Mapping):
         return len(self.presets)
 
     def matching(self, scheduler) -> SchedulerPreset | None:
-        """The first preset that `scheduler` belongs to, or `None` for a scheduler of the user's own."""
-        return next((preset for preset in self.presets.values() if preset.is_scheduler(scheduler)), None)
+        """The first preset that `scheduler` belongs to, or `None` for a scheduler of the user's own.
+
+        A preset of distilled weights is for those alone: it is found only where it is the default.
+        """
+        for order, preset in enumerate(self.presets.values()):
+            if preset.is_scheduler(scheduler) and (order == 0 or not getattr(preset, "weights", "")):
+                return preset
+        return None
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         for order, preset in enumerate(self.presets.values()):

@@ -12,6 +12,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models._modeling_parallel import ContextParallelInput
+from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import (
@@ -21,18 +22,22 @@ from diffusers.models.transformers.transformer_wan import (
     _get_qkv_projections,
 )
 from diffusers.utils import apply_lora_scale
+from diffusers.utils.torch_utils import get_module_execution_device
 from torch import nn
 
-from .kernels import gated_residual, modulated_layer_norm, rms_norm_rope
+from .attention import choose_backend
+from .kernels import frame_attention, gated_residual, modulated_layer_norm, rms_norm_rope
+from .kernels.attention import anchor_window
 from .stock_weights import StockWeights
 
 
 class AnchorConditionedAttnProcessor(WanAttnProcessor):
-    """Wan self-attention with the norm and the rotary embedding of query and key in one pass over them.
+    """Wan self-attention with the norm and the rotary embedding of query and key in one pass over them, and with a table
+    of the frames that see each other, if there is one.
 
     Weights and arithmetic are those of the stock processor; in a narrow dtype the normed query and key are not rounded
-    before they turn. Projections go through their modules (adapters, fused projections), attention through diffusers'
-    dispatcher (backends, context parallelism).
+    before they turn. Projections go through their modules (adapters, fused projections), attention without a table through
+    diffusers' dispatcher (backends, context parallelism).
     """
 
     def __call__(
@@ -42,6 +47,7 @@ class AnchorConditionedAttnProcessor(WanAttnProcessor):
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        seen: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Args:
@@ -50,32 +56,49 @@ class AnchorConditionedAttnProcessor(WanAttnProcessor):
             encoder_hidden_states (`torch.Tensor`, *optional*): text tokens, in cross-attention.
             attention_mask (`torch.Tensor`, *optional*): as the attention backend takes it.
             rotary_emb (`tuple` of two `torch.Tensor` of shape `(1, L, 1, head_dim)`, *optional*): cosines and sines.
+            seen (`torch.Tensor` of shape `(B, F, F)`, *optional*): frames that each frame sees, in self-attention.
 
         Returns:
             `torch.Tensor` of shape `(B, L, D)`.
         """
-        # The fused pass reads the norms' weights past their modules. Hooks on those (offloading fetches the weights when
-        # a module is called) need the call, so there, and in cross-attention, the stock processor computes the same.
-        hooked = _is_hooked(attn.norm_q) or _is_hooked(attn.norm_k)
-        if encoder_hidden_states is not None or rotary_emb is None or hooked:
+        if encoder_hidden_states is not None or rotary_emb is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
 
         query, key, value = _get_qkv_projections(attn, hidden_states, None)
-        query, key = rms_norm_rope(
-            query, key, attn.norm_q.weight, attn.norm_k.weight, *rotary_emb, attn.norm_q.eps
-        )  # (B, L, heads, head_dim)
-        hidden_states = dispatch_attention_fn(
-            query,
-            key,
-            value.unflatten(2, (attn.heads, -1)),
-            attn_mask=attention_mask,
-            dropout_p=0.0,
-            is_causal=False,
-            backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        )
+        # The fused pass reads the norms' weights past their modules. Hooks on those need the call: offloading fetches the
+        # weights when a module is called.
+        if _is_hooked(attn.norm_q) or _is_hooked(attn.norm_k):
+            query, key = (
+                _turn(norm(x).unflatten(2, (attn.heads, -1)), *rotary_emb)
+                for norm, x in ((attn.norm_q, query), (attn.norm_k, key))
+            )
+        else:
+            query, key = rms_norm_rope(
+                query, key, attn.norm_q.weight, attn.norm_k.weight, *rotary_emb, attn.norm_q.eps
+            )  # (B, L, heads, head_dim)
+        value = value.unflatten(2, (attn.heads, -1))
+        if seen is not None:
+            hidden_states = frame_attention(query, key, value, seen)
+        else:
+            hidden_states = dispatch_attention_fn(
+                query,
+                key,
+                value,
+                attn_mask=attention_mask,
+                dropout_p=0.0,
+                is_causal=False,
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config,
+            )
         hidden_states = hidden_states.flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](hidden_states))
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The rotary embedding alone, of `x` `(B, L, heads, head_dim)`."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2).type_as(x)
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -93,6 +116,7 @@ class AnchorConditionedTransformerBlock(WanTransformerBlock):
         temb: torch.Tensor,
         rotary_emb: tuple[torch.Tensor, torch.Tensor],
         row_index: torch.Tensor | None = None,
+        seen: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         Args:
@@ -101,6 +125,7 @@ class AnchorConditionedTransformerBlock(WanTransformerBlock):
             temb (`torch.Tensor` of shape `(B, R, 6, D)`, float32): modulation rows, `R` as in [`kernels.reference`].
             rotary_emb (`tuple` of two `torch.Tensor` of shape `(1, L, 1, head_dim)`): cosines and sines.
             row_index (`torch.Tensor` of shape `(L,)`, *optional*): row of each token, if not in equal runs.
+            seen (`torch.Tensor` of shape `(B, F, F)`, *optional*): frames that each frame sees; all without it.
 
         Returns:
             `torch.Tensor` of shape `(B, L, D)`.
@@ -110,7 +135,7 @@ class AnchorConditionedTransformerBlock(WanTransformerBlock):
         ).unbind(dim=2)
 
         normed = modulated_layer_norm(hidden_states, scale_attn, shift_attn, self.norm1.eps, row_index)
-        attended = self.attn1(normed, None, None, rotary_emb)
+        attended = self.attn1(normed, None, None, rotary_emb, seen=seen)
         hidden_states = gated_residual(hidden_states, attended, gate_attn, row_index)
 
         hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), encoder_hidden_states, None, None)
@@ -163,6 +188,44 @@ class AnchorConditionedTransformer3D(StockWeights, WanTransformer3DModel):
             block.__class__ = AnchorConditionedTransformerBlock
             block.attn1.set_processor(AnchorConditionedAttnProcessor())
         self.row_index = RowIndex()
+        self.anchor_window: int | None = None
+
+    def set_anchor_window(self, window: int | None) -> None:
+        """Let each latent frame attend to the anchors and to the frames at most `window` away alone: less work, and a
+        changed model, which an anchor LoRA trained with the same window takes up.
+
+        Anchors are the frames whose time is below that of their clip. A clip without them, and any call with one time per
+        sample, attends to all of itself through the usual attention backend.
+
+        Args:
+            window (`int`, *optional*): in latent frames; `None` for all frames, as it is at first.
+
+        Raises:
+            `ValueError`: a negative window.
+        """
+        if window is not None and window < 0:
+            raise ValueError(f"window is {window}; pass a number of latent frames from 0, or None for all frames.")
+        self.anchor_window = window
+
+    def set_attention_backend(self, backend: str) -> None:
+        """As in diffusers, with one more name: `"auto"` is the fastest backend that is installed, fits the device, the
+        dtype and the heads, and agrees with the native one; see [`attention.choose_backend`]. It is chosen for this model
+        as it is now, so set it after the model is on its device, and again after a change between `eval()` and `train()`.
+        """
+        if backend != "auto":
+            super().set_attention_backend(backend)
+            return
+        attentions = [module for module in self.modules() if isinstance(module, AttentionModuleMixin)]
+        backend = choose_backend(
+            get_module_execution_device(self),
+            self.dtype,
+            self.config.attention_head_dim,
+            self.training,
+            any(attention.processor._parallel_config is not None for attention in attentions),
+        )
+        # Only here: the active backend of the process, which the base class sets as well, is also that of other models.
+        for attention in attentions:
+            attention.set_attention_backend(backend)
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -201,16 +264,22 @@ class AnchorConditionedTransformer3D(StockWeights, WanTransformer3DModel):
         grid = self._patch_grid(hidden_states)
         num_tokens = grid[0] * grid[1] * grid[2]
         timestep = self._check_timestep(timestep, hidden_states.shape[0], grid)
+        seen = None
+        if self.anchor_window is not None and timestep.shape[1] > 1:
+            seen = self._seen_frames(timestep, grid[0])
+        # Rows cost next to nothing, and a compiled block with one row is not the one with a row for each frame.
+        if timestep.shape[1] == 1:
+            timestep = timestep.expand(-1, grid[0])
 
         rotary_emb = self.rope(hidden_states)
         hidden_states = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
 
         # All tokens' rows, or under context parallelism those of this rank's tokens. An index is needed only where the
-        # tokens are not equal runs of the rows: in a shard, with more than one row.
+        # tokens are not equal runs of the rows: in a shard.
         row_index = self.row_index(timestep.shape[1], num_tokens, hidden_states.device)
         if timestep.shape[1] == num_tokens:
             timestep, row_index = timestep[:, row_index], None
-        elif timestep.shape[1] == 1 or row_index.shape[0] == num_tokens:
+        elif row_index.shape[0] == num_tokens:
             row_index = None
 
         temb, modulation = self._time_rows(timestep)
@@ -222,10 +291,10 @@ class AnchorConditionedTransformer3D(StockWeights, WanTransformer3DModel):
         for block in self.blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(
-                    block, hidden_states, encoder_hidden_states, modulation, rotary_emb, row_index
+                    block, hidden_states, encoder_hidden_states, modulation, rotary_emb, row_index, seen
                 )
             else:
-                hidden_states = block(hidden_states, encoder_hidden_states, modulation, rotary_emb, row_index)
+                hidden_states = block(hidden_states, encoder_hidden_states, modulation, rotary_emb, row_index, seen)
 
         shift, scale = (self.scale_shift_table.to(temb.device).unsqueeze(1) + temb.unsqueeze(2)).unbind(dim=2)
         # With a device map the last block may sit on another device than the times.
@@ -259,6 +328,14 @@ class AnchorConditionedTransformer3D(StockWeights, WanTransformer3DModel):
                 f"for one per latent frame, or {accepted[2]} for one per token."
             )
         return timestep.unsqueeze(1) if timestep.ndim == 1 else timestep
+
+    def _seen_frames(self, timestep: torch.Tensor, num_frames: int) -> torch.Tensor:
+        """Which frames see which, `(B, F, F)`, from times per frame or per token."""
+        if any(block.attn1.processor._parallel_config is not None for block in self.blocks):
+            raise ValueError(
+                "Window attention needs all tokens on one device; call set_anchor_window(None) for context parallelism."
+            )
+        return anchor_window(timestep.unflatten(1, (num_frames, -1)).amax(dim=2), self.anchor_window)
 
     def _time_rows(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Times `(B, R)` to embeddings `(B, R, D)` and block modulation `(B, R, 6, D)`, float32 or wider.

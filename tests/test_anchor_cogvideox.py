@@ -24,7 +24,9 @@ def gaussian(*shape, seed=0):
 
 
 def slots(anchors, num_frames=17, patch_size_t=2):
-    return [(slot, anchor.image) for slot, anchor in resolve_patch_anchors(anchors, num_frames, patch_size_t)]
+    return [
+        (list(latents), anchor.image) for latents, anchor in resolve_patch_anchors(anchors, num_frames, patch_size_t)
+    ]
 
 
 def test_padding_and_patches():
@@ -41,11 +43,16 @@ def test_padding_and_patches():
 
 def test_anchors_fill_whole_patches():
     # 17 frames are 5 latents: frame 0 | 1-4 5-8 | 9-12 13-16.
-    assert slots([Anchor("a")]) == [(0, "a"), (1, "a")]
-    assert slots([Anchor("c", -1), Anchor("b", 9), Anchor("a")]) == [(0, "a"), (1, "a"), (4, "b"), (5, "c")]
-    assert slots([Anchor("a", 6)], patch_size_t=1) == [(2, "a")]
+    assert slots([Anchor("a")]) == [([0], "a")]
+    assert slots([Anchor("c", -1), Anchor("b", 9), Anchor("a")]) == [([0], "a"), ([3], "b"), ([4], "c")]
+    assert slots([Anchor("a", 6)], patch_size_t=1) == [([2], "a")]
     # An even number of latents has no padding: the first frame shares its patch with frames 1 to 4.
-    assert slots([Anchor("a"), Anchor("b", 4)], num_frames=13) == [(0, "a"), (1, "b")]
+    assert slots([Anchor("a"), Anchor("b", 4)], num_frames=13) == [([0], "a"), ([1], "b")]
+    # Runs: 8k + 1 frames from the first on, 8k later, or less with another anchor in the rest of the patch.
+    nine, eight, four = ["a"] * 9, ["b"] * 8, ["c"] * 4
+    assert slots([Anchor(eight, -8), Anchor(nine)]) == [([0, 1, 2], nine), ([3, 4], eight)]
+    assert slots([Anchor(four, 9), Anchor("d", 13)]) == [([3], four), ([4], "d")]
+    assert slots([Anchor(["a"] * 5)], patch_size_t=1) == [([0, 1], ["a"] * 5)]
 
 
 @pytest.mark.parametrize(
@@ -57,6 +64,9 @@ def test_anchors_fill_whole_patches():
         ([Anchor("a", 4)], 13, "at frame 4 shares .* frames 0 to 0,.*anchor at frame 0"),
         ([Anchor("a", 12), Anchor("b", 16, 0.5)], 17, "frames 12 and 16 share .* strengths 1.0 and 0.5"),
         ([Anchor("a", 17)], 17, "outside the clip of 17 frames"),
+        ([Anchor(["a"] * 5)], 17, r"at frame 0 shares .* frames 5 to 8.*8k \+ 1 frames from frame 0 on, or 8k"),
+        ([Anchor(["a"] * 8, 5)], 17, "at frame 5 shares .* frames 1 to 4"),
+        ([Anchor(["a"] * 7)], 17, "nearest: 5 and 9"),
     ],
 )
 def test_anchors_that_split_a_patch(anchors, num_frames, message):
@@ -72,6 +82,23 @@ def test_encoding_is_in_the_phase_and_scale_of_the_video():
     latent = encode_anchor(vae, pictures)
     assert still.shape[2] == 4 and still.abs().max() > 0.1
     torch.testing.assert_close(latent.expand_as(still), still, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("index", [1, 2, 3, 4, 5])
+def test_encoding_of_a_run_is_in_phase(index):
+    vae = tiny_cogvideox_vae()
+    frames = gaussian(1, 3, 9, 16, 16).clamp(-1, 1)
+    whole = 0.7 * vae.encode(frames).latent_dist.mean
+    torch.testing.assert_close(encode_anchor(vae, frames), whole, rtol=0, atol=1e-5)
+    # At its place in a video whose frames before it are its first picture, held still. The VAE normalises over chunks of
+    # 8 frames: what is compared ends with one.
+    count = 4 if index % 2 == 0 else 8
+    held = frames[:, :, :1].expand(-1, -1, 4 * index - 3, -1, -1)
+    video = 0.7 * vae.encode(torch.cat([held, frames[:, :, :count]], dim=2)).latent_dist.mean
+    latents = encode_anchor(vae, frames[:, :, :count], index)
+    torch.testing.assert_close(latents, video[:, :, index:], rtol=0, atol=1e-5)
+    assert count == 4 or (latents - latents[:, :, :1]).abs().max() > 0.02
 
 
 def make_anchors():

@@ -10,6 +10,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
+    StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     WanPipeline,
@@ -139,6 +140,59 @@ def test_batch_equals_singles(composer):
         both = batched.compose(CAPTIONS, 32, 32, generator=seeded(0, 1))
         # Rounding of a batched matrix product may carry a pixel over to the next of 256 levels.
         assert np.abs(pixels(both) - pixels(singles)).max() <= 1
+
+
+@pytest.mark.parametrize("strength", [0.5, 0.75])
+def test_derive_equals_the_image_to_image_pipeline_of_the_family(classical, strength):
+    firsts = classical.compose(CAPTIONS, 32, 32, generator=seeded(0, 1))
+    composer = AnchorComposer(classical.pipeline, {"num_inference_steps": 4}, derive_strength=strength)
+    assert composer.image_to_image_class is StableDiffusionImg2ImgPipeline
+    stock = StableDiffusionImg2ImgPipeline(**tiny_stable_diffusion().components, requires_safety_checker=False)
+    arguments = {"strength": strength, "num_inference_steps": 4, "guidance_scale": 4.0, "negative_prompt": "low"}
+    expected = [
+        stock(caption, image=image, generator=generator, **arguments).images[0]
+        for caption, image, generator in zip(CAPTIONS, firsts, seeded(2, 3))
+    ]
+    steps = []
+    ours = composer.derive(
+        firsts,
+        CAPTIONS,
+        32,
+        32,
+        guidance_scale=4.0,
+        negative_prompt="low",
+        generator=seeded(2, 3),
+        on_progress=lambda *step: steps.append(step),
+    )
+    assert np.array_equal(pixels(ours), pixels(expected))
+    count = 2 * int(4 * strength)
+    assert steps == [(step, count) for step in range(1, count + 1)]
+
+
+def test_derive_scales_pictures_as_compose_does(classical):
+    composer = AnchorComposer(classical.pipeline, {"num_inference_steps": 4, "height": 16, "width": 16})
+    (first,) = composer.compose(CAPTIONS[:1], 32, 48, generator=seeded(0))
+    (later,) = composer.derive([first], CAPTIONS[1:], 32, 48, generator=seeded(0))
+    assert later.size == first.size == (48, 32)
+
+
+def test_other_families_derive_by_shared_noise(composer):
+    """The same seed and another caption: `compose` itself. A family that could do more does so where it is told to."""
+    shared = AnchorComposer(composer.pipeline, composer.call_defaults, derive_strength=None)
+    assert shared.image_to_image_class is None
+    firsts = shared.compose(CAPTIONS, 32, 32, generator=seeded(0, 1))
+    later = shared.derive(firsts, CAPTIONS[::-1], 32, 32, generator=seeded(0, 1))
+    expected = shared.compose(CAPTIONS[::-1], 32, 32, generator=seeded(0, 1))
+    assert np.array_equal(pixels(later), pixels(expected))
+    if isinstance(composer.pipeline, WanPipeline):
+        assert composer.derive_strength is not None and composer.image_to_image_class is None
+
+
+def test_derive_refuses_bad_input(classical):
+    with pytest.raises(ValueError, match="1 pictures for 2 prompts"):
+        classical.derive([PIL.Image.new("RGB", (32, 32))], CAPTIONS, 32, 32)
+    with pytest.raises(ValueError, match="derive_strength=0"):
+        AnchorComposer(classical.pipeline, derive_strength=0)
 
 
 def test_negative_prompts_stay_with_their_prompts(classical):
@@ -348,7 +402,7 @@ def test_folder_that_names_a_hub_repository(classical, hub, tmp_path):
     api.create_repo("org/t2i")
     revision = api.upload_folder(repo_id="org/t2i", folder_path=tmp_path / "t2i").oid
     light = {"repository": "org/t2i", "revision": revision}
-    light |= {"call_defaults": {"num_inference_steps": 2}, "batch_size": 2}
+    light |= {"call_defaults": {"num_inference_steps": 2}, "batch_size": 2, "derive_strength": 0.7}
     (tmp_path / "light").mkdir()
     (tmp_path / "light" / "composer_config.json").write_text(json.dumps(light))
 

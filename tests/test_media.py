@@ -245,3 +245,27 @@ def test_large_frames_are_reduced(tmp_path):
 def test_bad_strips_are_refused(tmp_path, clip, name, shown, message):
     with pytest.raises(ValueError, match=message):
         write_strip(tmp_path / name, "A red square", None, None, clip, num_frames_shown=shown)
+
+
+def test_an_iterator_of_frames_gives_the_same_file(tmp_path, clip):
+    write_video(tmp_path / "whole.mp4", clip, 12, scale=2)
+    write_video(tmp_path / "streamed.mp4", iter(clip), 12, scale=2)
+    streamed, whole = (read_video(tmp_path / f"{name}.mp4")[0] for name in ("streamed", "whole"))
+    # x264's threads do not always choose alike.
+    assert streamed.shape == whole.shape and np.abs(streamed.astype(float) - whole).mean() < 0.5
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        pytest.param(lambda clip: iter([]), "at least one", id="none"),
+        pytest.param(
+            lambda clip: iter([clip[0], clip[1][:, :32]]), r"\(48, 32, 3\) after \(48, 64, 3\)", id="two sizes"
+        ),
+        pytest.param(lambda clip: iter([clip[0], clip[1] * 2.0]), "rescale or clamp", id="a later one out of range"),
+    ],
+)
+def test_bad_iterators_are_refused_and_leave_nothing(tmp_path, clip, make, message):
+    with pytest.raises(ValueError, match=message):
+        write_video(tmp_path / "video.mp4", make(clip), 12)
+    assert list(tmp_path.iterdir()) == []

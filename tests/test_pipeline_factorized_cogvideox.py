@@ -14,7 +14,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from tiny_cogvideox import CONFIG_1_0, tiny_cogvideox_pipeline, tiny_cogvideox_transformer
 
-from diffusers_fvg.anchor import Anchor, crop_and_resize
+from diffusers_fvg.anchor import Anchor, anchor_pixels, crop_and_resize
 from diffusers_fvg.anchor_cogvideox import encode_anchor
 from diffusers_fvg.anchor_lora import AnchorLora
 from diffusers_fvg.pipeline_factorized_cogvideox import FactorizedCogVideoXPipeline
@@ -124,6 +124,48 @@ def test_an_anchored_frame_leaves_the_loop_as_it_went_in(pipe, scheduler):
     assert (latents[0, 2:] - free[0, 2:]).abs().max() > 1e-3  # the others see it
 
 
+@each_scheduler
+def test_every_position_and_runs_leave_the_loop_as_they_went_in(pipe, scheduler):
+    pipe.scheduler = scheduler()
+    # 17 frames: padding 0 | 1-4 5-8 | 9-12 13-16. Latents of the padded video, the pictures there, frame of the first.
+    first, middle, last = ((0, 1), [1], 0), ((2, 3), list(range(8)), 1), ((4, 5), list(range(8)), 9)
+    prefix = ((1, 2, 3), list(range(9)), 0)
+    for cases in ((first, middle), (middle, last), (last, prefix), (prefix, first)):
+        anchors, expected = [], []
+        for strength, (places, seeds, frame) in zip((1.0, 0.6), cases):
+            images = [picture(seed) for seed in seeds]
+            anchors.append([Anchor(images if len(images) > 1 else images[0], frame, strength)])
+            pixels = anchor_pixels(anchors[-1][0], 32, 32)[None]
+            expected.append((places, encode_anchor(pipe.vae, pixels, (frame + 3) // 4)[0].transpose(0, 1)))
+        steps = []
+        latents = pipe(
+            ["a red circle", "a blue square"],
+            anchors=anchors,
+            generator=[seeded(1), seeded(2)],
+            callback_on_step_end=lambda _, i, t, tensors, steps=steps: steps.append(tensors["latents"]) or {},
+            **{**SIZE, "num_frames": 17, "num_inference_steps": 2, "output_type": "latent"},
+        ).frames
+        for video, (places, clean) in enumerate(expected):
+            assert torch.equal(latents[video, list(places)], clean.expand(len(places), -1, -1, -1))
+            assert torch.equal(steps[0][video, list(places)], latents[video, list(places)]) == (video == 0)
+            if places[0] < 2:  # the padding is frame 0 again
+                assert torch.equal(latents[video, 0], latents[video, 1])
+            free = [index for index in range(6) if index not in (*places, 0)]
+            assert (steps[0][video, free] - latents[video, free]).abs().amax(dim=(1, 2, 3)).min() > 1e-3
+
+
+def test_anchor_decode(pipe):
+    call = {**SIZE, "image": picture(), "num_inference_steps": 2}
+    raw, matched, replaced = (
+        pipe("a red circle", generator=seeded(), anchor_decode=choice, **call).frames
+        for choice in ("raw", "match", "replace")
+    )
+    wanted = torch.from_numpy(np.asarray(picture())).permute(2, 0, 1) / 255
+    assert torch.equal(replaced[0, 0], wanted) and torch.equal(replaced[:, 1:], matched[:, 1:])
+    off = [(video[0, 0] - wanted).mean((1, 2)).abs().max() for video in (raw, matched)]
+    assert off[1] < 0.02 < 0.03 < off[0], off
+
+
 def test_frame_times_of_an_anchored_run(pipe):
     seen = []
     pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
@@ -217,6 +259,10 @@ BAD_INPUT = [
     ({"width": 80}, "4 x 10 are larger than the 8 x 8"),
     ({"num_frames": 80}, "num_frames=80.*73 and 81"),
     ({"anchors": [Anchor(picture(), -1)]}, "frame -1 shares a patch .* frames 1 to 4"),
+    ({"anchors": [Anchor([picture()] * 5)]}, "at frame 0 shares a patch .* frames 5 to 8.*8k"),
+    ({"anchor_decode": "blend"}, "'blend'.*'raw', 'match', 'replace'"),
+    ({"anchor_decode": "match", "output_type": "latent"}, "'match'.*decodes none"),
+    ({"anchor_decode": "match", "mode": "direct"}, "'match'.*no anchor"),
     ({"prompt": ""}, "empty"),
     ({"preset": "anchored-14"}, "'anchored-14'.*anchored-15, full-50"),
     ({"mode": "indirect"}, "'indirect'.*direct"),

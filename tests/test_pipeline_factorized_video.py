@@ -5,7 +5,9 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import (
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
     LCMScheduler,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
@@ -16,13 +18,25 @@ from tiny import tiny_pipeline, tiny_transformer
 
 from diffusers_fvg import Anchor, AnchorConditionedTransformer3D, FactorizedVideoPipeline
 from diffusers_fvg import pipeline_factorized_video as module
+from diffusers_fvg.anchor import anchor_pixels, crop_and_resize, encode_anchor
 from diffusers_fvg.anchor_lora import AnchorLora
+from diffusers_fvg.schedules import WAN_PRESETS
+from diffusers_fvg.schedules_distilled import DISTILLED_PRESETS
 
 
 SIZE = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16, "output_type": "pt"}
 SCHEDULERS = {
     "unipc": lambda: UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0),
     "euler": lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+}
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+# Every class of the presets, and others that users bring.
+ALL_SCHEDULERS = SCHEDULERS | {
+    "unipc-3": lambda: UniPCMultistepScheduler(solver_order=3, **FLOW),
+    "dpm": lambda: DPMSolverMultistepScheduler(**FLOW),
+    "sde-dpm": lambda: DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", **FLOW),
+    "flow-lcm": lambda: FlowMatchLCMScheduler(shift=3.0),
+    "lcm": LCMScheduler,
 }
 
 
@@ -127,17 +141,115 @@ def test_stages_by_hand_equal_the_call(pipe):
 def test_the_anchor_is_the_first_latent_frame(pipe):
     arguments = {**SIZE, "num_inference_steps": 3, "output_type": "latent"}
     latents = pipe("a red circle", image=picture(), generator=seeded(), **arguments).frames
-    expected = module.encode_anchor(pipe.vae, module.crop_and_resize(picture(), 32, 32)[None], 0)
+    expected = encode_anchor(pipe.vae, crop_and_resize(picture(), 32, 32)[None], 0)
     torch.testing.assert_close(latents[:, :, :1], expected)
 
 
-def test_first_and_last_anchor_stay_where_they_are(pipe):
-    anchors = [Anchor(picture(1)), Anchor(picture(2), frame_index=-1, strength=0.6)]
-    arguments = {**SIZE, "num_inference_steps": 3, "output_type": "latent"}
-    latents = pipe("a red circle", anchors=anchors, generator=seeded(), **arguments).frames
-    for index, seed in ((0, 1), (2, 2)):
-        pixels = module.crop_and_resize(picture(seed), 32, 32)[None]
-        torch.testing.assert_close(latents[:, :, index : index + 1], module.encode_anchor(pipe.vae, pixels, index))
+def test_every_class_of_the_presets_is_among_those_tested():
+    presets = [*WAN_PRESETS.values(), *(preset for group in DISTILLED_PRESETS.values() for preset in group)]
+    tested = {type(scheduler()).__name__ for scheduler in ALL_SCHEDULERS.values()}
+    assert {preset.scheduler_class for preset in presets} <= tested
+
+
+def frames_of(anchor):
+    """Latents that an anchor of a clip of 9 frames stands for, and what the VAE makes of its pictures."""
+    count = anchor.frame_index % 9, len(anchor.image) if isinstance(anchor.image, list) else 1
+    index, length = {(0, 1): (0, 1), (3, 1): (1, 1), (8, 1): (2, 1), (0, 5): (0, 2), (5, 4): (2, 1), (1, 8): (1, 2)}[
+        count
+    ]
+    return slice(index, index + length), lambda vae: encode_anchor(vae, anchor_pixels(anchor, 32, 32)[None], index)[0]
+
+
+# Two videos each, anchored at different places.
+ANCHORED = [
+    [[Anchor(picture(1))], [Anchor(picture(2), 3, 0.6)]],
+    [[Anchor(picture(1), 3)], [Anchor(picture(2), -1, 0.6)]],
+    [[Anchor(picture(1), 8)], [Anchor(picture(2), 0, 0.6)]],
+    [[Anchor(picture(1)), Anchor(picture(2), -1)], [Anchor(picture(3), 3, 0.3), Anchor(picture(4), -1, 0.9)]],
+    [[Anchor([picture(k) for k in range(5)])], [Anchor([picture(k) for k in range(4)], -4, 0.6)]],
+    [[Anchor([picture(k) for k in range(8)], 1)], [Anchor(picture(9)), Anchor([picture(k) for k in range(4)], 5)]],
+]
+
+
+@pytest.mark.parametrize("scheduler", ALL_SCHEDULERS.values(), ids=ALL_SCHEDULERS)
+def test_an_anchored_frame_leaves_the_loop_as_it_went_in(pipe, scheduler):
+    pipe.scheduler = scheduler()
+    for anchors in ANCHORED:
+        steps = []
+        latents = pipe(
+            ["a red circle", "a blue square"],
+            anchors=anchors,
+            generator=[seeded(1), seeded(2)],
+            callback_on_step_end=lambda _, i, t, tensors, steps=steps: steps.append(tensors["latents"]) or {},
+            **{**SIZE, "num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "latent"},
+        ).frames
+        assert torch.isfinite(latents).all()
+        for video, video_anchors in enumerate(anchors):
+            free = torch.ones(3, dtype=torch.bool)
+            for anchor in video_anchors:
+                place, encode = frames_of(anchor)
+                expected = encode(pipe.vae)
+                free[place] = False
+                assert torch.equal(latents[video, :, place], expected)
+                for state in steps[:-1]:
+                    # Until the end an anchor of a lower strength has a share of the noise.
+                    assert torch.equal(state[video, :, place], expected) == (anchor.strength == 1)
+            moved = (steps[0][video] - latents[video]).abs().amax(dim=(0, 2, 3))
+            assert (moved[free] > 1e-3).all()
+
+
+def test_an_anchored_frame_is_as_exact_in_half_precision(pipe):
+    for name in ("euler", "flow-lcm", "unipc"):
+        pipe.to(torch.bfloat16)
+        pipe.scheduler = ALL_SCHEDULERS[name]()
+        latents = pipe(
+            "a red circle", image=picture(), **{**SIZE, "num_inference_steps": 2, "output_type": "latent"}
+        ).frames
+        expected = encode_anchor(pipe.vae, crop_and_resize(picture(), 32, 32)[None], 0)
+        assert latents.dtype == torch.float32 and torch.equal(latents[:, :, :1], expected)
+
+
+@pytest.mark.parametrize("scheduler", ["flow-lcm", "lcm", "sde-dpm"])
+def test_a_seed_repeats_a_run_of_a_scheduler_that_draws_noise(pipe, scheduler):
+    pipe.scheduler = ALL_SCHEDULERS[scheduler]()
+    arguments = {**SIZE, "mode": "direct", "num_inference_steps": 3, "guidance_scale": 1.0, "output_type": "latent"}
+    prompts = ["a red circle", "a blue square"]
+    both = pipe(prompts, generator=[seeded(1), seeded(2)], **arguments).frames
+    assert torch.equal(pipe(prompts, generator=[seeded(1), seeded(2)], **arguments).frames, both)
+    alone = pipe(prompts[1], generator=seeded(2), **arguments).frames
+    torch.testing.assert_close(alone[0], both[1], atol=1e-3, rtol=0)
+
+
+def test_the_safety_checker_sees_every_frame_of_a_run(pipe):
+    run, shown = [picture(k) for k in range(5)], []
+    pipe.safety_checker = lambda image: shown.append(image.tobytes()) or len(shown) == 4
+    with pytest.raises(ValueError, match="refused the anchor of prompt 0"):
+        pipe("a red circle", anchors=Anchor(run), **SIZE)
+    assert shown == [image.tobytes() for image in run[:4]]
+
+
+@pytest.mark.parametrize("output_type", ["np", "pt", "pil"])
+def test_anchor_decode_of_every_output_type(pipe, output_type):
+    call = {**SIZE, "image": picture(), "num_inference_steps": 2, "output_type": output_type}
+    raw, matched, replaced = (
+        pipe("a red circle", generator=seeded(), anchor_decode=choice, **call).frames
+        for choice in ("raw", "match", "replace")
+    )
+    by_default = pipe("a red circle", generator=seeded(), **call).frames
+
+    def pixels(frames):
+        frames = frames.permute(0, 1, 3, 4, 2) if output_type == "pt" else frames
+        return np.array([[np.asarray(frame) for frame in video] for video in frames], dtype=np.float32)
+
+    scale = 255 if output_type == "pil" else 1
+    raw, matched, replaced, by_default = (pixels(frames) / scale for frames in (raw, matched, replaced, by_default))
+    wanted = np.asarray(picture(), dtype=np.float32) / 255
+    np.testing.assert_array_equal(by_default, raw)
+    np.testing.assert_array_equal(replaced[0, 0], wanted)
+    np.testing.assert_array_equal(replaced[:, 1:], matched[:, 1:])
+    # The VAE's weights are random: its frames have nothing of the picture, until the mean of its colours.
+    off = [np.abs(video[0, 0].mean((0, 1)) - wanted.mean((0, 1))).max() for video in (raw, matched)]
+    assert off[1] < 0.02 < 0.03 < off[0], off
 
 
 def test_batch_equals_single_runs(pipe):
@@ -376,10 +488,8 @@ def test_offload_to_a_gpu_changes_nothing(pipe, method):
 
 def test_tiles_are_used_when_the_decode_would_not_fit_and_only_then(pipe, monkeypatch):
     used = []
-    decode = pipe.vae.decode
-    monkeypatch.setattr(
-        pipe.vae, "decode", lambda *args, **kw: used.append(pipe.vae.use_tiling) or decode(*args, **kw)
-    )
+    decode = module.decode_video
+    monkeypatch.setattr(module, "decode_video", lambda vae, *args: used.append(vae.use_tiling) or decode(vae, *args))
     arguments = {**SIZE, "mode": "direct", "num_inference_steps": 1}
     whole = pipe("a red circle", generator=seeded(), **arguments).frames
     monkeypatch.setattr(module, "free_bytes", lambda device: 0)
@@ -433,6 +543,13 @@ BAD_INPUT = [
     ({"anchors": [Anchor(picture(), 9)]}, "frame_index=9.*-9 to 8"),
     ({"anchors": [Anchor(picture(), 1), Anchor(picture(), 4)]}, "same latent frame 1"),
     ({"anchors": [Anchor(picture(), 0, 2.0)]}, "strength=2.0"),
+    ({"anchors": [Anchor([picture()] * 3)]}, r"run of 3 frames .* nearest: 1 and 5"),
+    ({"anchors": [Anchor([picture()] * 4, 4)]}, r"`frame_index=4` .* nearest `frame_index`: 1 and 5"),
+    ({"anchors": [Anchor([picture(), np.zeros((8, 8))] * 2, 1)]}, r"\(8, 8\)"),
+    ({"anchor_decode": "blend"}, "'blend'.*'raw', 'match', 'replace'"),
+    ({"anchor_decode": "match", "output_type": "latent"}, "'match'.*decodes none"),
+    ({"anchor_decode": "match", "mode": "direct"}, "'match'.*no anchor"),
+    ({"anchor_decode": "replace", "anchors": []}, "'replace'.*no anchor"),
     ({"anchors": [picture()]}, "Image"),
     ({"anchors": [[Anchor(picture())]] * 3}, "3 lists for 1"),
     ({"image": np.zeros((8, 8))}, r"\(8, 8\)"),

@@ -11,6 +11,7 @@ from diffusers_fvg.schedules import (
     SchedulerPresets,
     add_noise,
     shifted_sigmas,
+    unipc_preset,
     velocity,
 )
 
@@ -40,6 +41,14 @@ def test_preset_sigmas_reach_the_scheduler_unchanged(name):
     np.testing.assert_allclose(scheduler.sigmas[:-1], expected, atol=2e-6)
     assert scheduler.sigmas[-1] == 0
     np.testing.assert_allclose(scheduler.timesteps, np.floor(np.minimum(expected, 1 - 1e-6) * 1000), atol=1)
+
+
+def test_another_number_of_steps_comes_from_the_shift():
+    assert WAN_PRESETS["full-50"].steps(15) == WAN_PRESETS["anchored-15"].sigmas
+    own = SchedulerPreset("own", "FlowMatchEulerDiscreteScheduler", {"shift": 1.0}, (1.0, 0.757, 0.522), 5.0, 1.0)
+    assert own.steps(3) == own.steps(None) == (1.0, 0.757, 0.522)
+    with pytest.raises(ValueError, match="`num_inference_steps=4`, but preset 'own' has 3 steps of its own"):
+        own.make_scheduler(4)
 
 
 def test_preset_names_and_steps():
@@ -75,6 +84,31 @@ def test_matching_finds_the_default_preset_and_not_a_changed_scheduler():
     changed = UniPCMultistepScheduler.from_config(scheduler.config, solver_order=3)
     assert WAN_PRESETS.matching(changed) is None
     assert WAN_PRESETS.matching(FlowMatchEulerDiscreteScheduler()) is None
+
+
+def test_a_preset_of_distilled_weights_is_found_only_where_it_is_the_default():
+    # A user's plain Euler scheduler has the preset's config, and the base model's own weights know no 4 steps.
+    fast = SchedulerPreset(
+        "fast", "FlowMatchEulerDiscreteScheduler", {"shift": 1.0}, shifted_sigmas(4, 5.0), 5.0, 1.0, weights="org/fast"
+    )
+    assert SchedulerPresets.of(WAN_PRESETS["full-50"], fast).matching(FlowMatchEulerDiscreteScheduler()) is None
+    assert SchedulerPresets.of(fast, WAN_PRESETS["full-50"]).matching(FlowMatchEulerDiscreteScheduler()) is fast
+
+
+def test_guidance_of_two_experts_and_weights_are_saved(tmp_path):
+    presets = SchedulerPresets.of(
+        unipc_preset("two", 15, 12.0, 4.0, guidance_scale_2=3.0, weights="org/fast", source="a test")
+    )
+    presets.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "two" / "scheduler_config.json").read_text())["_preset"]
+    assert (saved["guidance_scale"], saved["guidance_scale_2"], saved["weights"]) == (4.0, 3.0, "org/fast")
+    assert SchedulerPresets.from_pretrained(tmp_path) == presets
+    # A repository from before there were two.
+    for name in ("guidance_scale_2", "weights"):
+        del saved[name]
+    config = json.loads((tmp_path / "two" / "scheduler_config.json").read_text()) | {"_preset": saved}
+    (tmp_path / "two" / "scheduler_config.json").write_text(json.dumps(config))
+    assert SchedulerPresets.from_pretrained(tmp_path)["two"].guidance_scale_2 is None
 
 
 def test_bad_presets_are_refused():

@@ -17,6 +17,8 @@ from diffusers.hooks import (
 )
 from diffusers.hooks.context_parallel import apply_context_parallel
 from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from peft import LoraConfig
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.device_mesh import init_device_mesh
@@ -297,6 +299,19 @@ def test_attention_backend():
     torch.testing.assert_close(run(ours, inputs), run(stock, stock_inputs), **TOLERANCE)
 
 
+def test_automatic_attention_backend_is_this_models_alone():
+    ours = make_model(AnchorConditionedTransformer3D)
+    active = _AttentionBackendRegistry._active_backend
+    _AttentionBackendRegistry.set_active_backend(AttentionBackendName._NATIVE_MATH)
+    try:
+        ours.set_attention_backend("auto")
+        assert _AttentionBackendRegistry._active_backend == AttentionBackendName._NATIVE_MATH
+    finally:
+        _AttentionBackendRegistry.set_active_backend(active)
+    backends = {attn.processor._attention_backend for block in ours.blocks for attn in (block.attn1, block.attn2)}
+    assert backends == {AttentionBackendName.NATIVE}
+
+
 def test_compile_repeated_blocks():
     stock, ours = make_pair()
     inputs, stock_inputs = make_inputs("frame")
@@ -397,6 +412,116 @@ def test_latents_that_do_not_divide_into_patches():
     inputs, _ = make_inputs("frame")
     with pytest.raises(ValueError, match=r"\(5, 4, 5\).*multiples of the patch size \(1, 2, 2\)"):
         ours(**{**inputs, "hidden_states": inputs["hidden_states"][..., :5]})
+
+
+class MaskedProcessor(WanAttnProcessor):
+    """Stock self-attention under a mask of all pairs of tokens."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        mask = self.mask if encoder_hidden_states is None else None
+        return super().__call__(attn, hidden_states, encoder_hidden_states, mask, rotary_emb)
+
+
+def make_windowed_pair():
+    """The stock class with the mask of window 1 written out, and ours: anchors at frame 0 and at frame 2."""
+    stock, ours = make_pair()
+    seen = torch.tensor([
+        [[1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 0, 1, 1, 1], [1, 0, 0, 1, 1]],
+        [[1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1], [0, 0, 1, 1, 1]],
+    ]).bool()  # fmt: skip
+    mask = seen.repeat_interleave(TOKENS_PER_FRAME, 1).repeat_interleave(TOKENS_PER_FRAME, 2).unsqueeze(1)
+    for block in stock.blocks:
+        block.attn1.set_processor(MaskedProcessor(mask))
+    ours.set_anchor_window(1)
+    inputs, _ = make_inputs("frame")
+    times = torch.full((BATCH, FRAMES), 700.0)
+    times[0, 0] = times[1, 2] = 0
+    return stock, ours, {**inputs, "timestep": times}, {**inputs, "timestep": per_token(times)}
+
+
+def per_token(times):
+    return times.repeat_interleave(TOKENS_PER_FRAME, dim=1)
+
+
+def test_anchor_window():
+    stock, ours, inputs, stock_inputs = make_windowed_pair()
+    expected = run(stock, stock_inputs)
+    torch.testing.assert_close(run(ours, inputs), expected, **TOLERANCE)
+    torch.testing.assert_close(run(ours, stock_inputs), expected, **TOLERANCE)  # one time per token
+    # A clean token does not make its frame an anchor.
+    tokens = {**stock_inputs, "timestep": stock_inputs["timestep"].clone()}
+    tokens["timestep"][0, -1] = 0
+    torch.testing.assert_close(run(ours, tokens), run(stock, tokens), **TOLERANCE)
+    for window, differs in ((0, True), (2, True), (FRAMES, True), (None, True), (1, False)):
+        ours.set_anchor_window(window)
+        assert ((run(ours, inputs) - expected).abs().max() > 1e-4) == differs, window
+
+
+def test_no_anchor_and_no_window_attend_to_all_frames():
+    stock, ours = make_pair()
+    for form, window in (("sample", 0), ("frame", FRAMES), ("frame", None)):
+        inputs, stock_inputs = make_inputs(form)
+        ours.set_anchor_window(window)
+        torch.testing.assert_close(run(ours, inputs), run(stock, stock_inputs), **TOLERANCE)
+    # One clip of a batch has an anchor, the other none.
+    times = torch.full((BATCH, FRAMES), 700.0)
+    times[1, 0] = 0
+    inputs = {**make_inputs("frame")[0], "timestep": times}
+    ours.set_anchor_window(0)
+    actual, expected = run(ours, inputs), run(stock, {**inputs, "timestep": per_token(times)})
+    torch.testing.assert_close(actual[0], expected[0], **TOLERANCE)
+    assert (actual[1] - expected[1]).abs().max() > 1e-3
+
+
+def test_anchor_window_gradients_with_checkpointing():
+    stock, ours, inputs, stock_inputs = make_windowed_pair()
+    ours.train().enable_gradient_checkpointing()
+    target = torch.randn(BATCH, 16, FRAMES, HEIGHT, WIDTH)
+    for model, kwargs in ((ours, inputs), (stock, stock_inputs)):
+        (model(**kwargs).sample - target).square().mean().backward()
+    gradients = {name: p.grad for name, p in ours.named_parameters()}
+    for name, parameter in stock.named_parameters():
+        torch.testing.assert_close(
+            gradients[name], parameter.grad, **TOLERANCE, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("offload", ["group", "sequential"])
+def test_anchor_window_with_offload(offload, tmp_path):
+    stock, ours, inputs, stock_inputs = make_windowed_pair()
+    cpu = torch.device("cpu")
+    if offload == "group":
+        ours.enable_group_offload(cpu, cpu, offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
+    else:
+        cpu_offload(ours, execution_device=cpu)
+    torch.testing.assert_close(run(ours, inputs), run(stock, stock_inputs), **TOLERANCE)
+
+
+def test_anchor_window_in_one_graph():
+    stock, ours, inputs, stock_inputs = make_windowed_pair()
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    ours.compile_repeated_blocks(backend=counter, fullgraph=True)
+    torch.testing.assert_close(run(ours, inputs), run(stock, stock_inputs), **TOLERANCE)
+    # Other times, anchors and windows are no new graph: the table of frames is data.
+    run(ours, {**inputs, "timestep": inputs["timestep"].roll(1, dims=1) / 2})
+    ours.set_anchor_window(0)
+    run(ours, inputs)
+    assert counter.frame_count == 1
+
+
+def test_anchor_window_that_cannot_be():
+    ours = make_model(AnchorConditionedTransformer3D)
+    with pytest.raises(ValueError, match="window is -1; pass a number of latent frames from 0"):
+        ours.set_anchor_window(-1)
+    ours.set_anchor_window(1)
+    ours.blocks[0].attn1.processor._parallel_config = ParallelConfig()
+    with pytest.raises(ValueError, match=r"set_anchor_window\(None\) for context parallelism"):
+        run(ours, make_inputs("frame")[0])
 
 
 def enable_context_parallel_on_cpu(model, rank):

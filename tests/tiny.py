@@ -136,3 +136,50 @@ def tiny_pipeline(**changes) -> FactorizedVideoPipeline:
         "schedulers": WAN_PRESETS,
     }
     return FactorizedVideoPipeline(**parts | changes)
+
+
+# -- the topology of each real model, at tiny size --------------------------------------------------------------------
+
+
+def tiny_wan22_vae() -> AutoencoderKLWan:
+    """16 times smaller in space, 4 times in time, 48 channels, 2 x 2 pixels a patch: the shape of Wan2.2-TI2V-5B's."""
+    torch.manual_seed(0)
+    return AutoencoderKLWan(
+        base_dim=4,
+        decoder_base_dim=4,
+        z_dim=48,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.1 * (channel % 7 - 3) for channel in range(48)],
+        latents_std=[0.5 + 0.02 * channel for channel in range(48)],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+    ).eval()
+
+
+# Model of `models.MODELS` -> what its tiny pipeline has: channels, VAE, experts, and the settings in its model_index.json.
+WAN_FAMILIES = {
+    "Wan2.2-TI2V-5B": ({"in_channels": 48, "out_channels": 48}, tiny_wan22_vae, {"expand_timesteps": True}),
+    "Wan2.1-T2V-1.3B": ({}, tiny_vae, {}),
+    "Wan2.1-T2V-14B": ({"num_attention_heads": 3}, tiny_vae, {}),
+    "Wan2.2-T2V-A14B": ({"num_attention_heads": 3}, tiny_vae, {"boundary_ratio": 0.875}),
+}
+
+
+def tiny_wan_family(name: str, anchored: bool = False) -> dict:
+    """What a Wan pipeline of the model's topology takes, without scheduler: `transformer_2` where it has two experts."""
+    config, vae, settings = WAN_FAMILIES[name]
+    parts = tiny_wan_components(anchored, **config) | {"vae": vae()} | settings
+    del parts["scheduler"]
+    if "boundary_ratio" in settings:
+        parts["transformer_2"] = tiny_transformer(anchored, seed=5, **config)
+    with torch.no_grad():
+        for expert in (part for key, part in parts.items() if key.startswith("transformer")):
+            # Fresh weights hardly look at other frames; these do.
+            for parameter in expert.parameters():
+                parameter.mul_(2)
+    return parts

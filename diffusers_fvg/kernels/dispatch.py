@@ -17,13 +17,15 @@ from collections.abc import Iterator
 
 import torch
 
-from . import reference
+from . import attention, reference
 
 
 _CHOICES = ("auto", "reference", "triton")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # A program holds a whole token in registers. Wan models have 1536, 3072 or 5120 channels.
 _MAX_DIM = 8192
+# Query, key and value blocks of a wider head do not fit beside each other.
+_MAX_HEAD_DIM = 128
 
 
 def _check_choice(kernels: str, source: str) -> str:
@@ -130,7 +132,39 @@ def rms_norm_rope(
     return reference.rms_norm_rope(query, key, query_weight, key_weight, cos, sin, eps)
 
 
-def _takes_triton(*tensors: torch.Tensor) -> bool:
+def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Attention between the frames that a table names; see [`attention.frame_attention`].
+
+    Without Triton, frames attend one after the other to the keys they see. A graph of torch.compile cannot read the table
+    on the host: there it is FlexAttention on a GPU and the masked definition elsewhere.
+
+    Raises:
+        `ValueError`: if the table does not fit the tokens.
+    """
+    batch_size, num_tokens, _, head_dim = query.shape
+    if key.shape != query.shape or value.shape != query.shape:
+        raise ValueError(
+            f"key and value have shapes {tuple(key.shape)} and {tuple(value.shape)}; pass that of query, "
+            f"{tuple(query.shape)}."
+        )
+    frames = seen.shape[-1]
+    if seen.shape != (batch_size, frames, frames) or seen.dtype != torch.bool or num_tokens % frames != 0:
+        raise ValueError(
+            f"seen has shape {tuple(seen.shape)} and dtype {seen.dtype}; pass ({batch_size}, frames, frames) of bool, "
+            f"with a number of frames that divides {num_tokens} tokens."
+        )
+    if _takes_triton(query, key, value, max_dim=_MAX_HEAD_DIM):
+        from . import triton_attention
+
+        return triton_attention.frame_attention(query, key, value, seen)
+    if not torch.compiler.is_compiling():
+        return attention.gathered_frame_attention(query, key, value, seen)
+    if query.device.type == "cuda":
+        return attention.flex_frame_attention(query, key, value, seen)
+    return attention.frame_attention(query, key, value, seen)
+
+
+def _takes_triton(*tensors: torch.Tensor, max_dim: int = _MAX_DIM) -> bool:
     """Whether Triton computes this call.
 
     Raises:
@@ -138,7 +172,7 @@ def _takes_triton(*tensors: torch.Tensor) -> bool:
     """
     if _kernels == "reference" or (_kernels == "auto" and tensors[0].device.type != "cuda"):
         return False
-    problem = _device_problem(tensors[0].device) or _tensor_problem(tensors)
+    problem = _device_problem(tensors[0].device) or _tensor_problem(tensors, max_dim)
     if problem is not None and _kernels == "triton":
         raise ValueError(f"Triton kernels are asked for, but {problem}. Set FVG_KERNELS=auto to use what can run.")
     return problem is None
@@ -165,10 +199,10 @@ def _probe(device: torch.device) -> str | None:
     return None
 
 
-def _tensor_problem(tensors: tuple[torch.Tensor, ...]) -> str | None:
+def _tensor_problem(tensors: tuple[torch.Tensor, ...], max_dim: int) -> str | None:
     dim = tensors[0].shape[-1]
-    if dim > _MAX_DIM:
-        return f"the tokens have {dim} channels, and the kernels take up to {_MAX_DIM}"
+    if dim > max_dim:
+        return f"the tokens have {dim} channels, and the kernels take up to {max_dim}"
     for tensor in tensors:
         if tensor.dtype not in _DTYPES:
             return f"a tensor is {tensor.dtype}, and the kernels take float32, float16 and bfloat16"

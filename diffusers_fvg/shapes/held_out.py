@@ -6,14 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .prompts import CATEGORIES, make_scene
-from .scorer import score_caption
+from ..storyboard import Moment
+from .prompts import CATEGORIES, make_scene, moment_caption, motion_caption, storyboard
+from .scorer import parse_caption, score_caption
 from .world import Scene
 
 
 # Categories whose prompts do not settle where things are. A mover's side is settled by its direction.
 OPEN_PLACES = ("consistent_attr", "dynamic_attr", "action_binding", "motion_binding")
 START_SIDE = {"left": "right", "right": "left", "up": "bottom", "down": "top"}
+END_SIDE = {"left": "left", "right": "right", "up": "top", "down": "bottom"}
 # What takes an object's colour, shape or presence away.
 ATTRIBUTE_CHANGES = ("recolour", "reshape", "vanish")
 
@@ -50,20 +52,70 @@ def split_scenes(per_category: int, tuning_per_category: int) -> tuple[list[Scen
     return reported, tuning
 
 
-def settled_caption(scene: Scene) -> str:
-    """What the prompt alone settles of the first frame: the true caption without the places that the prompt leaves open."""
+def settled_caption(scene: Scene, time: float = 0.0) -> str:
+    """What the prompt alone settles of a moment: the true caption without the places that the prompt leaves open.
+
+    Args:
+        scene (`Scene`).
+        time (`float`, *optional*): of the moment, one of the scene's true storyboard; the first frame when left out.
+    """
+    caption = scene.caption if time == 0 else moment_caption(scene, time)
     if scene.category not in OPEN_PLACES:
-        return scene.caption
+        return caption
     sides = {}
-    if scene.category == "motion_binding":
-        sides = {scene.meta[f"object_{k}"]: START_SIDE[scene.meta[f"d_{k}"]] for k in (1, 2) if scene.meta[f"d_{k}"]}
-    names = [f"{item.colour} {item.shape}" for item in scene.objects]
+    if scene.category == "motion_binding" and time in (0, 1):
+        side = END_SIDE if time else START_SIDE
+        sides = {scene.meta[f"object_{k}"]: side[scene.meta[f"d_{k}"]] for k in (1, 2) if scene.meta[f"d_{k}"]}
+    names = [f"{colour} {shape}" for _, colour, shape, _ in parse_caption(caption)]
     return ", ".join(f"a {name}" + (f" at the {sides[name]}" if name in sides else "") for name in names)
 
 
 def score_written_caption(caption: str, scene: Scene) -> float:
     """`score_caption` against what the prompt settles: no place that it leaves open counts against a caption."""
     return score_caption(caption, settled_caption(scene))
+
+
+def _row_and_column(place: str | None) -> tuple[str, str]:
+    row, _, column = (place or "").partition(" ")
+    return ("middle", "centre") if row == "centre" else (row, column)
+
+
+def _in_one_scene(first: str, later: str, scene: Scene) -> bool:
+    """Whether what the prompt leaves open is the same in two captions: the place of the one object of `dynamic_attr`, the
+    lanes of those of `motion_binding`. In `interaction` every place is settled."""
+    places = [[_row_and_column(place) for *_, place in parse_caption(caption)] for caption in (first, later)]
+    if scene.category == "dynamic_attr":
+        return places[0] == places[1]
+    if scene.category == "motion_binding":
+        across = 0 if scene.meta["d_1"] in ("left", "right") else 1
+        lanes = [[place[across] for place in row] for row in places]
+        return lanes[0] == lanes[1]
+    return True
+
+
+def score_written_storyboard(moments: Sequence[Moment], scene: Scene, num_moments: int = 2) -> float:
+    """Mean of `score_caption` over the moments of the true storyboard, against what the prompt settles of each.
+
+    A moment that is missing, or that shows another scene than the first one, scores 0, and so does the whole when there is one
+    too many.
+    """
+    written = {moment.time: moment.caption for moment in moments}
+    times = [moment.time for moment in storyboard(scene, num_moments)]
+    if not written.keys() <= set(times):
+        return 0.0
+    scores = [
+        score_caption(written[time], settled_caption(scene, time))
+        if time in written and _in_one_scene(moments[0].caption, written[time], scene)
+        else 0.0
+        for time in times
+    ]
+    return float(np.mean(scores))
+
+
+def score_written_motion(caption: str, scene: Scene) -> float:
+    """F1 of a motion caption over its clauses: what moves or changes, and how."""
+    said, true = ({*text.lower().strip(" .").split(" while ")} for text in (caption, motion_caption(scene)))
+    return 2 * len(said & true) / (len(said) + len(true))
 
 
 def attributes_stay(scene: Scene) -> bool:

@@ -7,10 +7,13 @@ one with a single object, used in training and for smoke tests.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
+from ..storyboard import Moment
 from .world import COLOURS, SHAPES, Change, Scene, ShapeObject
 
 
@@ -28,6 +31,8 @@ DIRECTIONS = {
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 RELATIONS = ("on the left of", "on the right of", "above", "below", "in front of", "behind")
 EFFECTS = ("knocking it away to the right", "making it disappear", "turning it")
+# Categories whose prompts settle what is to be seen later. Not in `consistent_attr`: how far an object drifts is open.
+SETTLED_LATER = ("dynamic_attr", "motion_binding", "action_binding", "interaction")
 _ROWS = ("top", "middle", "bottom")
 _COLUMNS = ("left", "centre", "right")
 
@@ -48,6 +53,83 @@ def first_frame_caption(objects: tuple[ShapeObject, ...]) -> str:
     """The true caption of the first frame: every object with its colour, shape and place, and no word of what follows."""
     parts = [f"a {item.colour} {item.shape} at the {place_name(item.x, item.y)}" for item in objects]
     return f"{CAPTION_START} {', '.join(parts)}"
+
+
+def object_at(item: ShapeObject, time: float) -> ShapeObject | None:
+    """An object as it is at a time, if the words of a caption can tell it; without its changes.
+
+    Returns:
+        `ShapeObject`, or `None` for one that is hidden or gone.
+
+    Raises:
+        `ValueError`: it is between two colours or shapes, half gone, or of another size, which no caption tells.
+    """
+    state = replace(item, changes=())
+    for change in item.changes:
+        amount = float(change.progress(np.array(time)))
+        if change.kind == "move":
+            state = replace(state, x=state.x + change.value[0] * amount, y=state.y + change.value[1] * amount)
+        elif change.kind == "bounce":
+            hop, count = change.value
+            state = replace(state, y=state.y - hop * abs(np.sin(np.pi * count * amount)))
+        elif change.kind == "blink":
+            # As `render` does; the small number lets rounding at the end of a period pass.
+            if np.sin(2 * np.pi * change.value * amount) <= -0.01:
+                return None
+        elif amount > 0 and (amount < 1 or change.kind == "scale"):
+            raise ValueError(f"No caption tells of {change.kind!r} at time {time}.")
+        elif amount == 1:
+            if change.kind == "vanish":
+                return None
+            state = replace(state, **{{"recolour": "colour", "reshape": "shape"}[change.kind]: change.value})
+    return state
+
+
+def _at_its_side(item: ShapeObject, way: tuple[float, float]) -> ShapeObject:
+    """A mover in the outer third that it heads for: that is all that its prompt settles, though some stop short of it."""
+    dx, dy = np.sign(way)
+    return replace(item, x=0.5 + dx / 3 if dx else item.x, y=0.5 + dy / 3 if dy else item.y)
+
+
+def moment_caption(scene: Scene, time: float) -> str | None:
+    """The true caption of a scene at a time; `None` where no caption tells what is to be seen.
+
+    That is a change under way, another size, nothing left, or two objects in one place, of which no word says which is where.
+    """
+    if not any(item.changes for item in scene.objects):
+        return scene.caption
+    try:
+        states = [object_at(item, time) for item in scene.objects]
+    except ValueError:
+        return None
+    if scene.category == "motion_binding" and time == 1:
+        states = [_at_its_side(state, item.changes[0].value) for state, item in zip(states, scene.objects)]
+    seen = tuple(state for state in states if state is not None)
+    places = {place_name(state.x, state.y) for state in seen}
+    return first_frame_caption(seen) if seen and len(places) == len(seen) else None
+
+
+def storyboard(scene: Scene, num_moments: int = 2) -> list[Moment]:
+    """The true storyboard of a scene: evenly spread moments, those left out that its prompt does not settle, that no caption
+    tells, or at which everything is as before. A scene in which nothing of the kind happens has one moment.
+    """
+    moments = [Moment(scene.caption, 0.0)]
+    if scene.category in SETTLED_LATER:
+        for time in np.linspace(0, 1, num_moments)[1:]:
+            caption = moment_caption(scene, float(time))
+            if caption is not None and caption != moments[-1].caption:
+                moments.append(Moment(caption, float(time)))
+    return moments
+
+
+def motion_caption(scene: Scene) -> str:
+    """The true motion caption of a scene: what happens after the first frame, in the words of its prompt and no more."""
+    if not any(item.changes for item in scene.objects):
+        return "the picture stays still"
+    clauses = re.sub(r"\b(slowly|gradually) ", "", scene.prompt.lower()).split(" while ")
+    text = " while ".join(clause for clause in clauses if not clause.endswith("stays still"))
+    # What is there is known by now; only what something becomes is new.
+    return re.sub(r"(?<!transforms into )\ba\b", "the", text)
 
 
 def is_held_out(prompt: str) -> bool:

@@ -20,6 +20,13 @@ SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
 # The rewriter answers in JSON. Its frame and the caption's opening are one token each: they hold capitals and quotes,
 # which the word-level vocabulary does not, and an answer gets several tokens shorter.
 ANSWER_START, ANSWER_END = '{"first_frame": "', '"}'
+# Words that tell the rewriter's other questions apart, and the frames of their answers. Moments are named by the times that
+# `train_rewriter.py` trains on.
+STORYBOARD, MOTION = "<|storyboard|>", "<|motion|>"
+MOMENT_TIMES = (0.5, 1.0)
+MOMENTS_START, MOMENTS_END = '{"moments": [{"time": 0.0, "frame": "', '"}]}'
+MOMENT_STARTS = tuple(f'"}}, {{"time": {time}, "frame": "' for time in MOMENT_TIMES)
+MOTION_START = '{"motion": "'
 
 # (pattern, the grammar's words). Tried in this order, on lower-case text with single blanks.
 _TO_LEFT = (
@@ -194,7 +201,7 @@ CHAT_TEMPLATE = (
 
 
 def chat_tokenizer() -> PreTrainedTokenizerFast:
-    """Tokenizer of the rewriter: the same words and ids, plus turns of a chat and the frame of a JSON answer."""
+    """Tokenizer of the rewriter: the same words and ids, plus turns of a chat and the frames of JSON answers."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_word_level(),
         pad_token=PAD,
@@ -205,8 +212,11 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
         model_input_names=["input_ids", "attention_mask"],
         chat_template=CHAT_TEMPLATE,
     )
-    roles = [AddedToken(role, normalized=False, special=True) for role in (SYSTEM, USER, ASSISTANT)]
-    answer = [AddedToken(text, normalized=False) for text in (ANSWER_START, ANSWER_END, CAPTION_START)]
+    roles = [
+        AddedToken(role, normalized=False, special=True) for role in (SYSTEM, USER, ASSISTANT, STORYBOARD, MOTION)
+    ]
+    frames = (ANSWER_START, ANSWER_END, CAPTION_START, MOMENTS_START, *MOMENT_STARTS, MOMENTS_END, MOTION_START)
+    answer = [AddedToken(text, normalized=False) for text in frames]
     tokenizer.add_tokens(roles, special_tokens=True)
     tokenizer.add_tokens(answer)
     return tokenizer

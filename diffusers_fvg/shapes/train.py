@@ -21,12 +21,13 @@ from ..anchor_lora import WEIGHT_NAME
 from ..rewriter import FirstFrameRewriter
 from ..training.config import TrainConfig
 from . import train_models, train_rewriter, train_vae
-from .assemble import CALL_DEFAULTS, assemble, build_composer, build_pipeline
+from .assemble import CALL_DEFAULTS, SHAPES_PRESETS, assemble, build_composer, build_pipeline
 from .held_out import held_out_scenes
 from .loop import trained
 from .prompts import CATEGORIES
 from .report import SINGLE_OBJECT, evaluate
 from .scorer import score_anchor
+from .study import Cell, FirstFrames, run_cell
 
 
 LORA_CLIPS = 10_000
@@ -60,30 +61,48 @@ def lora_config(folder: Path, name: str = "lora", **changes: Any) -> TrainConfig
     )
 
 
+def distilled_config(folder: Path, name: str = "distilled", **changes: Any) -> TrainConfig:
+    """The run that puts the default preset's guidance into the anchor LoRA in `folder/anchor_lora`."""
+    guidance = next(iter(SHAPES_PRESETS.values())).guidance_scale
+    teacher = {"distill_guidance": (guidance,), "teacher_lora": str(folder / "anchor_lora"), "prompt_dropout": 0.0}
+    return lora_config(folder, name, **teacher | {"steps": 1500, "warmup_steps": 50} | changes)
+
+
 def train_lora(folder: Path) -> dict[str, int]:
-    """The anchor LoRA on the frozen base, by [`training.trainer`] as for any other model; writes `folder/anchor_lora`."""
-    from ..training.trainer import main_train
+    """The anchor LoRA on the frozen base; writes `folder/anchor_lora`."""
     from .dataset import write_dataset
 
     write_dataset(folder / "clips", LORA_CLIPS)
     if not (folder / "base_repository").is_dir():
         build_pipeline(folder).save_pretrained(folder / "base_repository.tmp")
         (folder / "base_repository.tmp").rename(folder / "base_repository")
-    config = folder / "lora.toml"
-    config.write_text(lora_config(folder).to_toml(), encoding="utf-8")
-    weights = main_train(config)
-    target = folder / "anchor_lora" / WEIGHT_NAME
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(weights, target)
-    records = [json.loads(line) for line in (folder / "lora" / "log_transformer.jsonl").read_text().splitlines()]
+    return run_trainer(folder, lora_config(folder), "anchor_lora")
+
+
+def train_distilled(folder: Path) -> dict[str, int]:
+    """The anchor LoRA with guidance inside; writes `folder/distilled_lora`."""
+    return run_trainer(folder, distilled_config(folder), "distilled_lora")
+
+
+def run_trainer(folder: Path, config: TrainConfig, target: str) -> dict[str, int]:
+    """Trains a LoRA by [`training.trainer`], as for any other model, and copies it to `folder/<target>`."""
+    from ..training.trainer import main_train
+
+    name = Path(config.output_dir).name
+    (folder / f"{name}.toml").write_text(config.to_toml(), encoding="utf-8")
+    weights = main_train(folder / f"{name}.toml")
+    path = folder / target / WEIGHT_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(weights, path)
+    records = [json.loads(line) for line in (folder / name / "log_transformer.jsonl").read_text().splitlines()]
     # In the form of the other parts' logs: one line for fifty steps.
-    with open(folder / "lora_log.jsonl", "w") as log:
+    with open(folder / f"{name}_log.jsonl", "w") as log:
         for chunk in (records[start : start + 50] for start in range(0, len(records), 50)):
             means = {key: float(np.mean([record[key] for record in chunk])) for key in ("seconds", "loss")}
             line = {"step": chunk[-1]["step"], "seconds_per_step": means["seconds"], "loss_clip": means["loss"]}
             log.write(json.dumps(line) + "\n")
-    parameters = sum(tensor.numel() for tensor in load_file(target).values())
-    return {"samples": LORA_SETTINGS["steps"] * LORA_SETTINGS["batch_size"], "parameters": parameters}
+    parameters = sum(tensor.numel() for tensor in load_file(path).values())
+    return {"samples": config.steps * config.batch_size, "parameters": parameters}
 
 
 def rewriter_score(folder: Path) -> float:
@@ -111,6 +130,17 @@ def video_score(folder: Path, arm: str, categories: Sequence[str], per_category:
     return float(np.mean([record["score"] for record in records]))
 
 
+def distilled_score(folder: Path, per_category: int = 12) -> float:
+    """What the anchor LoRA is scored by, with one forward a step: mean `score_video` with true anchors, without guidance."""
+    pipe = build_pipeline(folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(folder / "distilled_lora" / "weights", adapter_name="distilled")
+    scenes = held_out_scenes(per_category, seed=1, categories=CATEGORIES)
+    cell = Cell("quick", "true_anchor", 15, guidance=1.0, lora="distilled")
+    batches = run_cell(pipe, cell, FirstFrames(pipe, scenes), [(index, 0) for index in range(len(scenes))])
+    return float(np.mean([record["score"] for records in batches for record in records]))
+
+
 @dataclass(frozen=True)
 class Part:
     """How a part is trained, what it is scored by on held-out prompts, and the score that lets the next part start."""
@@ -128,6 +158,7 @@ PARTS: dict[str, Part] = {
     "base": Part(train_models.train_base, lambda folder: video_score(folder, "direct", SINGLE_OBJECT), 0.6),
     "composer": Part(train_models.train_composer, composer_score, 0.8),
     "lora": Part(train_lora, lambda folder: video_score(folder, "true_anchor", CATEGORIES), 0.8),
+    "distilled": Part(train_distilled, distilled_score, 0.8),
 }
 
 

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,23 +55,30 @@ CATEGORY_WEIGHTS = {
     "generative_numeracy": 0.08,
     "placement": 0.08,
 }
+# Of the composer's images. What is hardest to compose has the larger share: counts, then one object before another.
+IMAGE_WEIGHTS = dict.fromkeys(CATEGORY_WEIGHTS, 0.07) | {"generative_numeracy": 0.34, "spatial_relationships": 0.24}
 CLIP_SHIFT, IMAGE_SHIFT = 3.0, 1.5
 TEXT_DROPOUT = 0.1
 MAX_PHRASES = 12
 
 
-def training_scene(rng: np.random.Generator):
-    """A scene of the training mix. Never a held-out prompt."""
-    return make_scene(str(rng.choice(list(CATEGORY_WEIGHTS), p=list(CATEGORY_WEIGHTS.values()))), rng, held_out=False)
+def training_scene(rng: np.random.Generator, weights: dict[str, float] = CATEGORY_WEIGHTS) -> Scene:
+    """A scene of a training mix, that of the clips if not said otherwise. Never a held-out prompt."""
+    return make_scene(str(rng.choice(list(weights), p=list(weights.values()))), rng, held_out=False)
 
 
 def build_cache(
-    folder: Path, num_clips: int = 20_000, num_images: int = 40_000, seed: int = 7, batch_size: int = 8
+    folder: Path,
+    num_clips: int = 20_000,
+    num_images: int = 40_000,
+    num_composer_images: int = 80_000,
+    seed: int = 7,
+    batch_size: int = 8,
 ) -> None:
     """Encodes clips and single first frames to `folder/latents.safetensors` (fp16), their texts to `texts.json`.
 
-    Writes the latents' statistics into the VAE's config. Images are drawn from all categories alike, clips by
-    `CATEGORY_WEIGHTS`.
+    Writes the latents' statistics into the VAE's config. Clips are drawn by `CATEGORY_WEIGHTS`, the base's images from all
+    categories alike, the composer's by `IMAGE_WEIGHTS`.
     """
     from diffusers import AutoencoderKLWan
 
@@ -80,6 +88,8 @@ def build_cache(
     rng = np.random.default_rng(seed)
     clips = [training_scene(rng) for _ in range(num_clips)]
     images = [make_scene(list(CATEGORY_WEIGHTS)[k % len(CATEGORY_WEIGHTS)], rng, False) for k in range(num_images)]
+    composer_images = [training_scene(rng, IMAGE_WEIGHTS) for _ in range(num_composer_images)]
+    scenes_of = {"clips": clips, "images": images, "composer_images": composer_images}
 
     @torch.no_grad()
     def encode(scenes: list[Scene], num_frames: int, batch_size: int) -> torch.Tensor:
@@ -90,7 +100,10 @@ def build_cache(
             latents.append(vae.encode(pixels).latent_dist.mode().half())
         return torch.cat(latents)
 
-    latents = {"clips": encode(clips, 17, batch_size), "images": encode(images, 1, 8 * batch_size)}
+    latents = {
+        name: encode(scenes, 17, batch_size) if name == "clips" else encode(scenes, 1, 8 * batch_size)
+        for name, scenes in scenes_of.items()
+    }
     # The first latent stands for one frame and is spread less than the others: each counts for half of the statistics.
     first, later = latents["clips"][:, :, :1].float(), latents["clips"][:, :, 1:].float()
     mean = (first.mean((0, 2, 3, 4)) + later.mean((0, 2, 3, 4))) / 2
@@ -98,16 +111,21 @@ def build_cache(
     std = (sum(part.square().mean((0, 2, 3, 4)) for part in centred) / 2).sqrt()
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     vae.save_pretrained(folder / "vae")
-    texts = {name: [(s.prompt, s.caption) for s in scenes] for name, scenes in (("clips", clips), ("images", images))}
+    texts = {name: [(scene.prompt, scene.caption) for scene in scenes] for name, scenes in scenes_of.items()}
     (folder / "texts.json").write_text(json.dumps(texts))
     save_file(latents, folder / "latents.tmp")
     (folder / "latents.tmp").rename(folder / "latents.safetensors")
 
 
 class LatentData:
-    """The cache in memory: normalised latents and token ids, of clips with prompts and of first frames with captions."""
+    """The cache in memory: normalised latents and token ids, of clips with prompts and of first frames with captions.
 
-    def __init__(self, folder: Path):
+    Args:
+        folder (`Path`): with the cache and what made it.
+        images (`Sequence[str]`): what the first frames are taken from: names in the cache, `"clips"` for those of the clips.
+    """
+
+    def __init__(self, folder: Path, images: Sequence[str]):
         from diffusers import AutoencoderKLWan
         from transformers import AutoTokenizer
 
@@ -118,10 +136,10 @@ class LatentData:
         # The saved one: parts that are trained later must read texts as the text encoder learnt them.
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
         self.empty = tokenize(tokenizer, [""])
-        clips, images = ((cached[name].float() - mean) / std for name in ("clips", "images"))
-        self.clips = clips, tokenize(tokenizer, [prompt for prompt, _ in texts["clips"]])
-        captions = [caption for name in ("clips", "images") for _, caption in texts[name]]
-        self.images = torch.cat([clips[:, :, :1], images]), tokenize(tokenizer, captions)
+        self.clips = (cached["clips"].float() - mean) / std, tokenize(tokenizer, [text for text, _ in texts["clips"]])
+        first_frames = torch.cat([cached[name][:, :, :1] for name in images]).float()
+        captions = [caption for name in images for _, caption in texts[name]]
+        self.images = (first_frames - mean) / std, tokenize(tokenizer, captions)
 
     def batch(self, rng: np.random.Generator, batch_size: int, images: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Clean latents `(B, 16, f, 8, 8)` and token ids `(B, L)`, a tenth of them of the empty text."""
@@ -248,6 +266,7 @@ def train_transformer(
     name: str,
     steps: int,
     clip_share: float,
+    images: Sequence[str],
     peak: float = 2e-3,
     clip_batch: int = 24,
     image_batch: int = 64,
@@ -256,6 +275,7 @@ def train_transformer(
 
     Args:
         clip_share (`float`): share of the steps that take clips with prompts. The others take first frames with captions.
+        images (`Sequence[str]`): of [`LatentData`].
     """
     from transformers import UMT5EncoderModel
 
@@ -267,7 +287,7 @@ def train_transformer(
     transformer = AnchorConditionedTransformer3D(**TRANSFORMER_CONFIG)
     # A zero output layer: the first prediction is zero, not noise of the untrained network's own.
     torch.nn.init.zeros_(transformer.proj_out.weight)
-    data = LatentData(folder)
+    data = LatentData(folder, images)
 
     def takes_clips(step: int) -> bool:
         # Spread evenly: the whole part of step * share goes up by one at a step that takes clips.
@@ -291,12 +311,12 @@ def train_transformer(
 
 def train_base(folder: Path) -> dict[str, int]:
     """The video transformer: 216,000 clips and 192,000 images."""
-    return train_transformer(folder, "base", steps=12_000, clip_share=3 / 4)
+    return train_transformer(folder, "base", steps=12_000, clip_share=3 / 4, images=("clips", "images"))
 
 
 def train_composer(folder: Path) -> dict[str, int]:
-    """The image transformer: 320,000 images, fewer than the base's samples."""
-    return train_transformer(folder, "composer", steps=5000, clip_share=0.0)
+    """The image transformer: 403,200 images, fewer than the base's samples."""
+    return train_transformer(folder, "composer", steps=6300, clip_share=0.0, images=("composer_images",))
 
 
 def count(*modules: torch.nn.Module) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """Trains the shapes world's rewriter from nothing: a Llama of 0.7 M parameters that answers in JSON, as a large one does.
 
-It learns (prompt, first-frame caption) pairs of the grammar, the prompts also in looser wordings. Where a prompt leaves a
-place open the captions disagree, and greedy decoding settles for the likeliest. Gate: `held_out_score` at 0.95 or better.
+It learns (prompt, answer) pairs of the grammar for its three questions, the prompts also in looser wordings: captions of the
+first frame, storyboards of two or three moments, motion captions. Where a prompt leaves a place open the answers disagree, and
+greedy decoding settles for the likeliest. Gate: `held_out_score` of each question at 0.95 or better.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .held_out import held_out_scenes, score_written_caption
+from ..rewriter_prompts import build_messages
+from ..rewriter_tasks import FIRST_FRAME, MOTION, RewriterTask, storyboard_task
+from .held_out import held_out_scenes, score_written_caption, score_written_motion, score_written_storyboard
 from .loop import train, training_device
-from .prompts import CATEGORIES, make_scene
+from .prompts import CATEGORIES, make_scene, motion_caption, storyboard
+from .world import Scene
 
 
 LLAMA_CONFIG = {
@@ -21,25 +25,40 @@ LLAMA_CONFIG = {
     "intermediate_size": 352,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
 CATEGORY_NAMES = (*CATEGORIES, "placement")
 IGNORED = -100
+# The questions, the share of the training pairs that ask each, and the words by which the model knows them.
+TASKS = (FIRST_FRAME, storyboard_task(2), storyboard_task(3), MOTION)
+TASK_SHARES = (0.5, 0.2, 0.15, 0.15)
+INSTRUCTIONS = {"first_frame": "", "storyboard": "<|storyboard|>{num_moments}", "motion": "<|motion|>"}
+
+
+def true_answer(task: RewriterTask, scene: Scene) -> str:
+    """What the rewriter should answer to a question about a scene's prompt."""
+    made = {
+        "first_frame": lambda: scene.caption,
+        "storyboard": lambda: storyboard(scene, task.captions),
+        "motion": lambda: motion_caption(scene),
+    }
+    return task.write(made[task.name]())
 
 
 def training_pair(tokenizer, rng: np.random.Generator) -> tuple[list[int], int]:
     """Token ids of a chat with its answer, and where the answer begins. Never a held-out prompt."""
-    from ..rewriter_prompts import build_messages, format_answer
     from .tokenizer import loose_wording
 
+    task = rng.choice(TASKS, p=TASK_SHARES)
     scene = make_scene(CATEGORY_NAMES[rng.integers(len(CATEGORY_NAMES))], rng, held_out=False)
     prompt = loose_wording(scene.prompt, rng) if rng.random() < 0.5 else scene.prompt
+    instruction = INSTRUCTIONS[task.name].replace("{num_moments}", str(task.captions))
     chat = tokenizer.apply_chat_template(
-        build_messages(prompt, instruction="", examples=()), tokenize=False, add_generation_prompt=True
+        build_messages(prompt, instruction, examples=()), tokenize=False, add_generation_prompt=True
     )
     question = tokenizer(chat, add_special_tokens=False).input_ids
-    answer = tokenizer(format_answer(scene.caption), add_special_tokens=False).input_ids
+    answer = tokenizer(true_answer(task, scene), add_special_tokens=False).input_ids
     return question + answer + [tokenizer.eos_token_id], len(question)
 
 
@@ -55,17 +74,27 @@ def training_batch(tokenizer, rng: np.random.Generator, batch_size: int) -> dict
     return {"input_ids": input_ids, "attention_mask": (input_ids != tokenizer.pad_token_id).long(), "labels": labels}
 
 
-def held_out_score(rewriter, per_category: int = 25, seed: int = 0) -> dict[str, float]:
-    """Mean `score_written_caption` per category on held-out prompts: places count where the prompt settles them."""
-    scores: dict[str, list[float]] = {}
+def held_out_score(
+    rewriter, per_category: int = 25, seed: int = 0, task: RewriterTask = FIRST_FRAME
+) -> dict[str, float]:
+    """Mean score of the answers to a task per category on held-out prompts: what a prompt leaves open does not count."""
     scenes = held_out_scenes(per_category, seed)
-    for scene, caption in zip(scenes, rewriter.rewrite([scene.prompt for scene in scenes])):
-        scores.setdefault(scene.category, []).append(score_written_caption(caption, scene))
+    prompts = [scene.prompt for scene in scenes]
+    if task.name == "first_frame":
+        found = map(score_written_caption, rewriter.rewrite(prompts), scenes)
+    elif task.name == "motion":
+        found = map(score_written_motion, rewriter.describe_motion(prompts), scenes)
+    else:
+        made = rewriter.storyboard(prompts, task.captions)
+        found = (score_written_storyboard(moments, scene, task.captions) for moments, scene in zip(made, scenes))
+    scores: dict[str, list[float]] = {}
+    for scene, score in zip(scenes, found):
+        scores.setdefault(scene.category, []).append(score)
     return {category: float(np.mean(values)) for category, values in scores.items()}
 
 
 def train_rewriter(
-    folder: Path, steps: int = 2500, batch_size: int = 48, peak: float = 3e-3, seed: int = 0
+    folder: Path, steps: int = 4000, batch_size: int = 48, peak: float = 3e-3, seed: int = 0
 ) -> dict[str, int]:
     """Trains and writes `folder/rewriter` (float16)."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -88,6 +117,6 @@ def train_rewriter(
 
     # A decay of 0 keeps the weights themselves.
     train(folder, "rewriter", steps, {"model": model}, make_optimizers, loss_of, peak, decay=0.0)
-    rewriter = FirstFrameRewriter(model, tokenizer, instruction="", examples=False, max_new_tokens=64)
+    rewriter = FirstFrameRewriter(model, tokenizer, instruction=INSTRUCTIONS, examples=False, max_new_tokens=64)
     rewriter.to(torch.float16).save_pretrained(folder / "rewriter")
     return {"samples": steps * batch_size, "parameters": sum(p.numel() for p in model.parameters())}

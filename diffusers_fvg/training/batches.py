@@ -24,7 +24,7 @@ class Clips:
         latents (`list[Path]`): one file per clip.
         texts (`list[Path]`): one file per clip.
         shapes (`list` of `(C, f, h, w)`): of the latents.
-        empty_text (`Path`): of the empty prompt.
+        empty_text (`Path`): of the empty prompt, or of the negative one where guidance is distilled.
         max_sequence_length (`int`): to which embeddings are filled up with zeros, as in `WanPipeline`.
         rejected (`dict[str, str]`): path of a video that cannot be used -> why.
     """
@@ -46,7 +46,7 @@ class Clips:
         return len(self.latents)
 
     def load(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents `(B, C, f, h, w)` of clips of one shape and text embeddings `(B + 1, L, D)`, the empty prompt last."""
+        """Latents `(B, C, f, h, w)` of clips of one shape and text embeddings `(B + 1, L, D)`, that of `empty_text` last."""
         latents = torch.stack([_read(self.latents[index])["latents"] for index in indices])
         texts = [_read(path)["embeds"] for path in [*(self.texts[index] for index in indices), self.empty_text]]
         embeds = texts[0].new_zeros(len(texts), self.max_sequence_length, texts[0].shape[1])

@@ -53,6 +53,16 @@ class TrainConfig:
         targets (`tuple[str, ...]`, *optional*): ends of module names. Pusa finds that it is self-attention that learns
             the anchor.
 
+        distill_guidance (`tuple[float, ...]`, *optional*): guidance scale, above 1, for each of `experts`; empty is off.
+            The LoRA learns the guided prediction of the base with `teacher_lora`,
+            `uncond + scale * (cond - uncond)`, and is used with `guidance_scale=1`: one forward a step for two (guidance
+            distillation, arXiv 2210.03142, at one scale).
+        teacher_lora (`str`, *optional*): folder of the finished anchor LoRA that is distilled: `output_dir` of its run,
+            or `anchor_lora` of a repository. The new one starts from it; its rank is at most `rank`.
+        negative_prompt (`str`, *optional*): of the teacher's unconditional forward, as at sampling.
+        anchor_window (`int`, *optional*): each latent frame attends to the anchors and to the frames up to so many latent
+            frames away, as at sampling with that window. Left out, it attends to all.
+
         anchor_position (`str`, *optional*): which latent frame is given. `"first"` is what sampling uses nearly always;
             `"start-middle-last"` draws one of three (first author); `"uniform"` draws any ("a randomly chosen position",
             caption of the paper's Figure 2).
@@ -73,7 +83,7 @@ class TrainConfig:
             A14B. An expert draws from the part of the density that lies in its own range. CogVideoX, no flow model, is
             trained at all times alike: `"uniform"` and 1.
         prompt_dropout (`float`, *optional*): share of samples with the empty prompt, in [0, 1), for classifier-free
-            guidance (arXiv 2207.12598: 0.1 to 0.2).
+            guidance (arXiv 2207.12598: 0.1 to 0.2). 0 with `distill_guidance`: such a LoRA is not guided.
 
         steps (`int`, *optional*): optimizer steps for each expert. Pusa: best at 900 with batch 8; LTX-2: 2000.
         batch_size (`int`, *optional*): clips per process and forward.
@@ -117,6 +127,11 @@ class TrainConfig:
     rank: int = 128
     alpha: float = 64.0
     targets: tuple[str, ...] = WAN_TARGETS
+
+    distill_guidance: tuple[float, ...] = ()
+    teacher_lora: str = ""
+    negative_prompt: str = ""
+    anchor_window: int | None = None
 
     anchor_position: Literal["first", "start-middle-last", "uniform"] = "uniform"
     anchor_probability: float = 1.0
@@ -194,6 +209,11 @@ class TrainConfig:
             )
         if self.timestep_density == "uniform":
             _require(self.timestep_std == 1, "timestep_std", self, 'has no effect with "uniform": remove it')
+        self._validate_distillation()
+        if self.anchor_window is not None:
+            _require(self.anchor_window >= 0, "anchor_window", self, "must not be negative")
+            # A frame of a time of its own is an anchor to the model, which every frame may look at.
+            _require(self.frame_times == "shared", "anchor_window", self, 'needs frame_times="shared"')
         pairs = len(self.validation_anchors)
         _require(
             len(self.validation_prompts) == pairs, "validation_prompts", self, f"needs as many as anchors: {pairs}"
@@ -203,6 +223,18 @@ class TrainConfig:
         if self.tracker == "tensorboard":
             found = importlib.util.find_spec("tensorboard") is not None
             _require(found, "tracker", self, 'needs `pip install tensorboard`, or tracker="none"')
+
+    def _validate_distillation(self) -> None:
+        if not self.distill_guidance:
+            for name in ("teacher_lora", "negative_prompt"):
+                _require(not getattr(self, name), name, self, "has no effect without distill_guidance: remove it")
+            return
+        wanted = f"needs one scale for each of experts={list(self.experts)}"
+        _require(len(self.distill_guidance) == len(self.experts), "distill_guidance", self, wanted)
+        in_range = all(1 < scale < float("inf") for scale in self.distill_guidance)
+        _require(in_range, "distill_guidance", self, "must be above 1, which is a prediction without guidance")
+        _require(self.teacher_lora, "teacher_lora", self, "must name the anchor LoRA that is distilled")
+        _require(self.prompt_dropout == 0, "prompt_dropout", self, "must be 0 with distill_guidance")
 
     @classmethod
     def load(cls, path: str | Path) -> TrainConfig:
@@ -225,9 +257,9 @@ class TrainConfig:
         return cls(**values)
 
     def to_toml(self) -> str:
-        """All values, defaults included. A JSON string, number, boolean or list is the same in TOML."""
-        lines = (f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in asdict(self).items())
-        return "\n".join(lines) + "\n"
+        """All values, defaults included. A JSON string, number, boolean or list is the same in TOML, which has no `None`."""
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in values.items())
 
 
 def hub_name(name: str) -> str:
@@ -243,11 +275,12 @@ def hub_name(name: str) -> str:
 
 
 def without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a config, or some of them, for other people: of a place on this machine its last name alone."""
-    shown = dict(values)
+    """The values of a config, or some of them, for other people: of a place on this machine its last name alone, and
+    nothing of an option that is left out."""
+    shown = {name: value for name, value in values.items() if value is not None}
     for name in shown.keys() & {"model", "data"}:
         shown[name] = hub_name(shown[name]) or Path(shown[name]).name
-    for name in shown.keys() & {"cache_dir", "output_dir"}:
+    for name in shown.keys() & {"cache_dir", "output_dir", "teacher_lora"}:
         shown[name] = Path(shown[name]).name
     if "validation_anchors" in shown:
         shown["validation_anchors"] = [Path(path).name for path in shown["validation_anchors"]]
@@ -262,6 +295,9 @@ def _require(condition: Any, name: str, config: TrainConfig, complaint: str) -> 
 def _converted(name: str, value: Any, kind: Any) -> Any:
     """`value` as `kind`, a type of [`TrainConfig`]'s fields: whole numbers pass for floats, lists for tuples."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        # `int | None`: an option that may be left out.
+        return None if value is None else _converted(name, value, arguments[0])
     if origin is Literal:
         if value not in arguments:
             raise ValueError(f"`{name}={value!r}` must be one of {', '.join(map(repr, arguments))}.")

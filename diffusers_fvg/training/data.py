@@ -175,7 +175,7 @@ def build_cache(config: TrainConfig, examples: Sequence[Example], folder: Path, 
         _check_settings(cache / "settings.json", settings)
     salt = json.dumps(settings, sort_keys=True)
 
-    captions = sorted({example.caption for example in examples} | {""})
+    captions = sorted({example.caption for example in examples} | {config.negative_prompt})
     texts = {caption: cache / "texts" / f"{_key(salt, caption.encode())}.safetensors" for caption in captions}
     missing = [caption for caption in captions if _header(texts[caption], "embeds") is None]
     # Before anything is written: each process takes its share of what was missing when all of them looked.
@@ -199,7 +199,7 @@ def build_cache(config: TrainConfig, examples: Sequence[Example], folder: Path, 
         latents=latents,
         texts=captions,
         shapes=shapes,
-        empty_text=texts[""],
+        empty_text=texts[config.negative_prompt],
         max_sequence_length=config.max_sequence_length,
         rejected=rejected,
     )

@@ -141,6 +141,7 @@ def draw_loss(
     prompt_embeds: torch.Tensor,
     dtype: torch.dtype = torch.float32,
     objective: FlowMatching | VPrediction = FLOW_MATCHING,
+    teacher: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Mean squared error of the predicted velocity over the frames that count.
 
@@ -154,6 +155,11 @@ def draw_loss(
         prompt_embeds (`torch.Tensor` of shape `(B, L, D)`): text embeddings.
         dtype (`torch.dtype`, *optional*): of the model's weights.
         objective (`FlowMatching` or `VPrediction`, *optional*): of the model.
+        teacher (`Callable`, *optional*): `teacher(hidden_states, timestep, prompt_embeds)` gives the target in place of the
+            objective's own.
     """
     hidden_states, timestep, target = objective.model_input(clean_latents, drawn.noise, drawn.sigmas, drawn.anchors)
-    return velocity_loss(model, hidden_states.to(dtype), timestep, prompt_embeds.to(dtype), target, drawn.counted)
+    hidden_states, prompt_embeds = hidden_states.to(dtype), prompt_embeds.to(dtype)
+    if teacher is not None:
+        target = teacher(hidden_states, timestep, prompt_embeds)
+    return velocity_loss(model, hidden_states, timestep, prompt_embeds, target, drawn.counted)

@@ -25,7 +25,7 @@ def estimated_memory(
 
     weights: the frozen base (2 bytes a parameter in bf16, else 4); one expert, also where two are trained.
     lora: float32 weight, gradient and two moments of AdamW, 16 bytes a parameter; 4 for the average, 2 for the bfloat16
-        copy that mixed precision makes.
+        copy that mixed precision makes; where guidance is distilled, the frozen LoRA that is learnt from.
     block_inputs: one activation per block with gradient checkpointing; without it each block's whole working set.
     block: the working set of one block, `batch * tokens * (24 * width + 4 * feed_forward)` numbers.
 
@@ -57,11 +57,13 @@ def estimated_memory(
         for num_frames, rows, columns in config.buckets
     )
     number = 2 if config.mixed_precision == "bf16" else 4
+    lora_number = 16 + (4 if config.ema_decay else 0) + (2 if config.mixed_precision == "bf16" else 0)
+    lora_number += number if config.distill_guidance else 0
     block = config.batch_size * tokens * number * (BLOCK_WIDTHS * width + BLOCK_FEED_FORWARDS * feed_forward)
     per_block = config.batch_size * tokens * number * width if config.gradient_checkpointing else block
     return {
         "weights": number * transformer.num_parameters(),
-        "lora": (16 + (4 if config.ema_decay else 0) + (2 if config.mixed_precision == "bf16" else 0)) * lora,
+        "lora": lora_number * lora,
         "block_inputs": shape.num_layers * per_block,
         "block": block,
     }

@@ -26,10 +26,18 @@ def lora_state_dict(weights: dict[str, torch.Tensor], config: TrainConfig) -> di
     return state
 
 
+def sampling_facts(config: TrainConfig) -> dict[str, str]:
+    """What whoever samples with the LoRA has to know: the guidance that is inside it, so that it takes `guidance_scale=1`, and
+    the window of attention that it learnt."""
+    names = {"transformer": "guidance_scale", "transformer_2": "guidance_scale_2"}
+    facts = {names[expert]: str(scale) for expert, scale in zip(config.experts, config.distill_guidance)}
+    return facts | ({} if config.anchor_window is None else {"anchor_window": str(config.anchor_window)})
+
+
 def write_lora(config: TrainConfig, weights: dict[str, dict[str, torch.Tensor]]) -> None:
     """Writes `output_dir/weights`: all experts in one file, and a second expert also in a file of its own."""
     shown = without_paths(asdict(config))
-    metadata = {"training_config": json.dumps(shown), "base_model": shown["model"]}
+    metadata = {"training_config": json.dumps(shown), "base_model": shown["model"]} | sampling_facts(config)
     states = {expert: lora_state_dict(tensors, config) for expert, tensors in weights.items()}
     path = Path(config.output_dir) / WEIGHT_NAME
     both = {f"{expert}.{key}": tensor for expert, state in states.items() for key, tensor in state.items()}

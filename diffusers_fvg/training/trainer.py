@@ -7,6 +7,7 @@ Nothing random is remembered: data order, noise, noise levels and anchors are fu
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import re
@@ -22,6 +23,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from diffusers.utils import logging
 from peft import LoraConfig
+from peft.helpers import disable_input_dtype_casting
 from tqdm.auto import tqdm
 
 from ..anchor import AnchorLatents
@@ -29,6 +31,7 @@ from ..anchor_lora import ADAPTER_NAME, WEIGHT_NAME
 from .batches import BatchOrder, Clips, Prefetcher
 from .config import TrainConfig
 from .data import build_cache, model_folder, read_examples
+from .distillation import GuidedTeacher
 from .draws import Draw, draw, draw_loss, generator_for
 from .families import family_of
 from .files import read_whole, write_whole
@@ -42,6 +45,8 @@ logger = logging.get_logger(__name__)
 # May differ when a run is continued: they do not touch what is computed up to a step.
 FREE_ON_RESUME = {"experts", "checkpoint_every", "keep_checkpoints", "validation_every", "tracker"}
 FREE_ON_RESUME |= {"model", "data", "cache_dir", "output_dir", "validation_prompts", "validation_anchors"}
+# The teacher is known by its weights, not by where they are.
+FREE_ON_RESUME |= {"teacher_lora"}
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def main_train(path: str | Path, validate: Validate | None = None) -> Path:
     boundary_ratio = json.loads((folder / "model_index.json").read_text()).get("boundary_ratio")
     # Encoding can take hours: what train() would refuse after it is refused now.
     check_run(config, boundary_ratio, validate, accelerator)
-    check_targets(family.empty, config.targets)
+    check_model(family.empty, config)
     clips = build_cache(config, read_examples(config), folder, family)
 
     def load_expert(name: str) -> torch.nn.Module:
@@ -132,7 +137,8 @@ def train(
         `Path`: the LoRA file.
 
     Raises:
-        `ValueError`: targets that match no module, checkpoints of another config, an option without its counterpart.
+        `ValueError`: targets that match no module, checkpoints of another config, an option without its counterpart, a
+            `teacher_lora` that cannot be distilled.
     """
     accelerator = make_accelerator(config)
     check_run(config, boundary_ratio, validate, accelerator)
@@ -164,6 +170,9 @@ def check_run(
         )
     if "transformer_2" in config.experts and boundary_ratio is None:
         raise ValueError(f"`experts={config.experts}`, but the model has no `boundary_ratio`: it has one expert.")
+    if config.distill_guidance:
+        for expert in config.experts:
+            GuidedTeacher(config, expert)
 
 
 def sigma_ranges(boundary_ratio: float | None) -> dict[str, tuple[float, float]]:
@@ -172,15 +181,18 @@ def sigma_ranges(boundary_ratio: float | None) -> dict[str, tuple[float, float]]
     return {"transformer": (boundary, 1.0), "transformer_2": (0.0, boundary)}
 
 
-def check_targets(transformer: torch.nn.Module, targets: tuple[str, ...]) -> None:
-    """Each target is the end of the name of at least one linear layer.
+def check_model(transformer: torch.nn.Module, config: TrainConfig) -> None:
+    """Each target is the end of the name of at least one linear layer, and the model has window attention if that is asked for.
 
     Raises:
-        `ValueError`: naming those that match nothing and what there is.
+        `ValueError`: naming the targets that match nothing and what there is, or the option.
     """
+    if config.anchor_window is not None and not hasattr(transformer, "set_anchor_window"):
+        kind = type(transformer).__name__
+        raise ValueError(f"`anchor_window={config.anchor_window}`, but {kind} has no window attention: remove it.")
     names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     unmatched = [
-        target for target in targets if not any(name == target or name.endswith("." + target) for name in names)
+        target for target in config.targets if not any(name == target or name.endswith("." + target) for name in names)
     ]
     if unmatched:
         ends = sorted({re.sub(r"^\w*blocks\.\d+\.", "", name) for name in names})
@@ -217,8 +229,13 @@ class _Run:
         self.log_path = self.output / f"log_{expert}.jsonl"
         self.step = 0
 
-        check_targets(transformer, config.targets)
+        check_model(transformer, config)
         self.dtype = transformer.dtype
+        self.teacher = GuidedTeacher(config, expert) if config.distill_guidance else None
+        if self.teacher is not None:
+            self.teacher.load_into(transformer)
+        if config.anchor_window is not None:
+            transformer.set_anchor_window(config.anchor_window)
         transformer.requires_grad_(False)
         if config.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
@@ -230,6 +247,8 @@ class _Run:
         tuned = [p for p in transformer.parameters() if p.requires_grad]
         for parameter in tuned:
             parameter.data = parameter.data.to(accelerator.device, torch.float32)
+        if self.teacher is not None:
+            self.teacher.start(transformer)
         optimizer = torch.optim.AdamW(tuned, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.model, self.optimizer = accelerator.prepare(transformer.train(), optimizer)
         self.transformer = accelerator.unwrap_model(self.model)
@@ -281,15 +300,22 @@ class _Run:
         losses = []
         for forward in range(forwards):
             number = self.step * forwards + forward
-            clean_latents, prompt_embeds, drawn = self._batch(batches, number)
+            clean_latents, prompt_embeds, negative_embeds, drawn = self._batch(batches, number)
+            teacher = None
+            if self.teacher is not None:
+                teacher = functools.partial(self.teacher.predict, self.forward, self.transformer, negative_embeds)
             # Processes exchange gradients once per optimizer step.
             waiting = self.accelerator.no_sync(self.model) if forward < forwards - 1 else contextlib.nullcontext()
-            with waiting:
+            # Autocast narrows a LoRA layer's input in any case. PEFT would widen it to the LoRA's float32 first, and what is
+            # narrowed again is a copy: the backward would keep one for every layer, a tenth of what it keeps of Wan.
+            with waiting, disable_input_dtype_casting(self.transformer):
                 # FSDP leaves it to the caller.
                 with torch.autocast(
                     clean_latents.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"
                 ):
-                    loss = draw_loss(self.forward, clean_latents, drawn, prompt_embeds, self.dtype, self.objective)
+                    loss = draw_loss(
+                        self.forward, clean_latents, drawn, prompt_embeds, self.dtype, self.objective, teacher
+                    )
                 self.accelerator.backward(loss / forwards)
             losses.append(loss.detach())
         norm = whole(self.accelerator.clip_grad_norm_(self.tuned.values(), config.max_grad_norm))
@@ -304,8 +330,8 @@ class _Run:
             self.average = {name: p.detach() for name, p in self.tuned.items()}
         return float(self.accelerator.reduce(torch.stack(losses).mean(), "mean")), float(norm)
 
-    def _batch(self, batches: Prefetcher, number: int) -> tuple[torch.Tensor, torch.Tensor, Draw]:
-        """Latents, embeddings and draws of forward `number`, on the device."""
+    def _batch(self, batches: Prefetcher, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Draw]:
+        """Latents, embeddings of prompts and of as many empty (or negative) ones, and draws of forward `number`, on the device."""
         latents, embeds = batches.load(number)
         latents = self.objective.padded(latents)
         first = self.accelerator.process_index * len(latents)
@@ -319,7 +345,8 @@ class _Run:
         device = self.accelerator.device
         anchors = AnchorLatents(*(getattr(drawn.anchors, k).to(device) for k in ("latents", "strength", "noise")))
         on_device = {k: getattr(drawn, k).to(device) for k in ("noise", "sigmas", "counted", "drop_prompt")}
-        return latents.to(device), embeds.to(device), Draw(anchors=anchors, **on_device)
+        empty = empty.to(device).expand_as(embeds)
+        return latents.to(device), embeds.to(device), empty, Draw(anchors=anchors, **on_device)
 
     def _log(self, bar: tqdm, loss: float, gradient_norm: float, seconds: float) -> None:
         if not self.accelerator.is_main_process:
@@ -339,6 +366,8 @@ class _Run:
         free = FREE_ON_RESUME | ({"steps"} if self.config.learning_rate_schedule == "constant" else set())
         values = {name: value for name, value in asdict(self.config).items() if name not in free}
         more = {"num_processes": self.accelerator.num_processes, "num_clips": len(self.clips)}
+        if self.teacher is not None:
+            more["teacher"] = self.teacher.digest
         return json.loads(json.dumps(values | more))
 
     def _save(self) -> None:

@@ -1,4 +1,5 @@
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -14,14 +15,16 @@ from training_runs import OPTIONS
 from diffusers_fvg.models import MODELS
 from diffusers_fvg.training.config import TrainConfig, without_paths
 from diffusers_fvg.training.estimate import estimated_memory
-from diffusers_fvg.training.trainer import check_targets
+from diffusers_fvg.training.trainer import check_model
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "training"
 PLACES = {"model": "m", "data": "d", "cache_dir": "c", "output_dir": "o"}
+DISTILLED = {"distill_guidance": [4.0], "teacher_lora": "lora", "prompt_dropout": 0.0}
 
 EXAMPLE_MODELS = {
     "wan2.2-ti2v-5b": "Wan2.2-TI2V-5B",
+    "wan2.2-ti2v-5b-distilled": "Wan2.2-TI2V-5B",
     "wan2.1-t2v-1.3b": "Wan2.1-T2V-1.3B",
     "wan2.2-t2v-a14b": "Wan2.2-T2V-A14B",
     "cogvideox1.5-5b": "CogVideoX1.5-5B",
@@ -33,9 +36,11 @@ def config(**options) -> TrainConfig:
 
 
 def test_load_gives_back_what_to_toml_wrote(tmp_path):
-    written = config(data='a "quoted" \\ path \u00e4', experts=["transformer", "transformer_2"], anchor_noise=0.2)
-    (tmp_path / "c.toml").write_text(written.to_toml(), encoding="utf-8")
-    assert TrainConfig.load(tmp_path / "c.toml") == written
+    options = {"data": 'a "quoted" \\ path \u00e4', "experts": ["transformer", "transformer_2"], "anchor_noise": 0.2}
+    for more in ({}, {"anchor_window": 0}, DISTILLED | {"distill_guidance": [4.0, 3.0]}):
+        written = config(**options | more)
+        (tmp_path / "c.toml").write_text(written.to_toml(), encoding="utf-8")
+        assert TrainConfig.load(tmp_path / "c.toml") == written
 
 
 @pytest.mark.parametrize(
@@ -72,6 +77,16 @@ def test_load_refuses(tmp_path, line, message):
         ({"validation_every": 1, "validation_prompts": ["a dog"]}, "needs as many as anchors: 0"),
         ({"validation_prompts": ["a dog"], "validation_anchors": ["a.png"]}, "no effect with validation_every=0"),
         ({"clips_per_video": 0}, "`clips_per_video=0` must be at least 1"),
+        ({"teacher_lora": "lora"}, "`teacher_lora='lora'` has no effect without distill_guidance"),
+        ({"negative_prompt": "blurred"}, "`negative_prompt='blurred'` has no effect without distill_guidance"),
+        (DISTILLED | {"distill_guidance": [1.0]}, r"`distill_guidance=\(1.0,\)` must be above 1"),
+        (DISTILLED | {"distill_guidance": [4.0, 3.0]}, "needs one scale for each of experts=\\['transformer'\\]"),
+        (DISTILLED | {"distill_guidance": 4.0}, "must be of type tuple\\[float, ...\\]"),
+        (DISTILLED | {"teacher_lora": ""}, "`teacher_lora=''` must name the anchor LoRA that is distilled"),
+        (DISTILLED | {"prompt_dropout": 0.1}, "`prompt_dropout=0.1` must be 0 with distill_guidance"),
+        ({"anchor_window": -1}, "`anchor_window=-1` must not be negative"),
+        ({"anchor_window": 1.5}, "`anchor_window=1.5` must be of type int"),
+        ({"anchor_window": 1, "frame_times": "independent"}, '`anchor_window=1` needs frame_times="shared"'),
     ],
 )
 def test_validate_names_value_and_fix(options, message):
@@ -88,6 +103,9 @@ def test_estimated_memory_counts_parameters():
     assert parts["lora"] == 16 * 3 * 4 * (24 + 24)
     # 3 latent frames of 2 x 2 patches, two clips.
     assert parts["block_inputs"] == 2 * (2 * 12) * 24 * 4
+    # The teacher's adapter is as large and frozen.
+    taught = estimated_memory(replace(train, **DISTILLED), TRANSFORMER_CONFIG, spatial=8)
+    assert taught == parts | {"lora": parts["lora"] + 4 * 3 * 4 * (24 + 24)}
 
 
 def test_estimated_memory_of_cogvideox():
@@ -120,11 +138,13 @@ def test_example_config_fits_its_model(name, tmp_path):
     train, facts = TrainConfig.load(EXAMPLES / f"{name}.toml"), MODELS[EXAMPLE_MODELS[name]]
     with init_empty_weights():
         transformer = getattr(diffusers, facts.transformer_class).from_config(facts.transformer_config)
-    check_targets(transformer, train.targets)
+    check_model(transformer, train)
     height, width = (facts.vae_stride[axis] * facts.patch_size[axis] for axis in (1, 2))
     for bucket in train.buckets:
         assert bucket[0] % facts.frame_step == 1 and bucket[1] % height == 0 and bucket[2] % width == 0
     assert len(train.experts) == (2 if facts.boundary_ratio else 1)
+    if train.distill_guidance:
+        assert (*train.distill_guidance, train.negative_prompt) == (facts.guidance_scale, facts.negative_prompt)
     # No flow model, no shift.
     assert train.flow_shift in [size.flow_shift or 1 for size in facts.sizes]
 
@@ -149,3 +169,5 @@ def test_a_config_for_other_people_has_no_paths(tmp_path):
     values = {"model": str(tmp_path / "org" / "base"), "data": "org/videos", "output_dir": str(tmp_path), "rank": 4}
     assert without_paths(values) == {"model": "base", "data": "org/videos", "output_dir": tmp_path.name, "rank": 4}
     assert without_paths({"validation_anchors": ["/home/somebody/a.png"]}) == {"validation_anchors": ["a.png"]}
+    shown = without_paths({"teacher_lora": "/home/somebody/outputs/anchor", "anchor_window": None})
+    assert shown == {"teacher_lora": "anchor"}

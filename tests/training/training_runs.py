@@ -15,11 +15,13 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, WanPipeline
 from tiny import tiny_transformer, tiny_wan_components
 from tiny_cogvideox import tiny_cogvideox_components
 
+from diffusers_fvg import AnchorLora
 from diffusers_fvg.media import write_video
 from diffusers_fvg.schedules_cogvideox import COGVIDEOX_1_5_SCHEDULE
-from diffusers_fvg.training.config import TrainConfig
+from diffusers_fvg.training.config import WAN_TARGETS, TrainConfig
 
 
+SCALE = 2.5  # of the guidance that is distilled
 CAPTIONS = ["a red circle moves right", "a blue square moves left", "a green star grows slowly"]
 OPTIONS = {
     "buckets": [[9, 32, 32]],
@@ -71,6 +73,24 @@ def save_videos(folder: Path, num_videos: int = 3, **size) -> Path:
 def tiny_config(model: Path, data: Path, output: Path, **options) -> TrainConfig:
     places = {"model": str(model), "data": str(data), "output_dir": str(output)}
     return TrainConfig(**places | {"cache_dir": str(data / "cache")} | OPTIONS | options)
+
+
+def save_lora(folder: Path, experts: dict, targets=WAN_TARGETS, rank: int = 2, metadata: dict | None = None) -> str:
+    """A LoRA of random weights in the layers `targets` of each transformer."""
+    generator = torch.Generator().manual_seed(3)
+    state = {}
+    for expert, transformer in experts.items():
+        for name, layer in transformer.named_modules():
+            if isinstance(layer, torch.nn.Linear) and name.endswith(tuple(targets)):
+                for part, shape in (("A", (rank, layer.in_features)), ("B", (layer.out_features, rank))):
+                    state[f"{expert}.{name}.lora_{part}.weight"] = 0.3 * torch.randn(shape, generator=generator)
+    AnchorLora(state, metadata).save_pretrained(folder)
+    return str(folder)
+
+
+def distilled_config(places: tuple[Path, Path], output: Path, teacher_lora: str, **options) -> TrainConfig:
+    options = {"distill_guidance": [SCALE], "teacher_lora": teacher_lora, "prompt_dropout": 0.0} | options
+    return tiny_config(*places, output, **options)
 
 
 def save_config(config: TrainConfig, path: Path) -> Path:

@@ -1,0 +1,153 @@
+"""`set_attention_backend("auto")`: which backend of diffusers' attention dispatcher suits a model where it is.
+
+What a device can do is known from its compute capability, but not whether an installed package works: SageAttention
+returned noise on some Hopper GPUs (huggingface/diffusers#12783). So a backend is used after it agreed with plain arithmetic
+on a small input in this process, and what does not agree is named in a warning.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from diffusers.models import attention_dispatch
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+NATIVE = "native"
+# Relative RMS error. An exact backend rounds where the native one does, in another order. SageAttention's 8-bit products
+# keep a cosine of 0.999 and more (arXiv 2411.10958, table 9), which is an error of up to 0.045.
+_EXACT_FACTOR, _SAGE_ERROR = 3.0, 0.05
+# Query and key lengths of the check: self-attention and cross-attention, no multiples of a block.
+_LENGTHS = ((333, 333), (333, 77))
+
+
+def installed_backends() -> frozenset[str]:
+    """Backends of [`rank_backends`] whose packages can be imported. `kernels` from the Hub are not among them: choosing one
+    would download code."""
+    found = {
+        "_flash_3": attention_dispatch._CAN_USE_FLASH_ATTN_3,
+        "flash": attention_dispatch._CAN_USE_FLASH_ATTN,
+        "sage": attention_dispatch._CAN_USE_SAGE_ATTN,
+        "_native_cudnn": torch.backends.cudnn.is_available(),
+    }
+    return frozenset(name for name, usable in found.items() if usable)
+
+
+def rank_backends(
+    capability: tuple[int, int] | None,
+    head_dim: int,
+    dtype: torch.dtype,
+    training: bool,
+    installed: Collection[str],
+) -> tuple[str, ...]:
+    """Backends that fit, fastest first; the last is always diffusers' native one.
+
+    FlashAttention-3 on Hopper, cuDNN on Hopper and data-centre Blackwell, SageAttention where there is neither and 8-bit
+    products are twice as fast (consumer GPUs; 8-bit, so not exact, and without a backward pass), FlashAttention-2 from
+    Ampere on. FlexAttention is no faster than these without a mask; window attention uses it by itself. The length of the
+    clip does not change the order: where it is short, attention takes no time worth choosing for.
+
+    Args:
+        capability (`tuple[int, int]`, *optional*): compute capability of an NVIDIA GPU, `None` for any other device.
+        head_dim (`int`): channels of a head.
+        dtype (`torch.dtype`): of query, key and value.
+        training (`bool`): gradients are needed: FlashAttention-3 has none in diffusers, SageAttention none at all.
+        installed (`Collection[str]`): names to choose from.
+    """
+    if capability is None or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8:
+        return (NATIVE,)
+    fits = {
+        "_flash_3": capability[0] == 9 and head_dim <= 256 and not training,
+        "_native_cudnn": capability[0] in (9, 10) and head_dim <= 128,
+        "sage": capability in ((8, 6), (8, 9), (12, 0)) and head_dim in (64, 128) and not training,
+        "flash": capability[0] >= 8 and head_dim <= 256,
+    }
+    return (*(name for name, fit in fits.items() if fit and name in installed), NATIVE)
+
+
+def choose_backend(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    training: bool = False,
+    context_parallel: bool = False,
+    ranked: Sequence[str] | None = None,
+) -> str:
+    """The first backend of `ranked` that passes its check on `device`, each checked once per process.
+
+    Args:
+        device (`torch.device`): where the model runs.
+        dtype (`torch.dtype`): of its tokens.
+        head_dim (`int`): channels of a head.
+        training (`bool`): gradients are needed, and checked too.
+        context_parallel (`bool`): only backends that diffusers can run on parts of a clip.
+        ranked (`Sequence[str]`, *optional*): names to try before the native one; [`rank_backends`] of the device without.
+    """
+    if ranked is None:
+        is_nvidia = device.type == "cuda" and torch.version.hip is None
+        capability = torch.cuda.get_device_capability(device) if is_nvidia else None
+        installed = installed_backends()
+        if context_parallel:
+            installed &= attention_dispatch._AttentionBackendRegistry._supports_context_parallel
+        ranked = rank_backends(capability, head_dim, dtype, training, installed)
+    for name in ranked:
+        problem = None if name == NATIVE else backend_problem(name, device, dtype, head_dim, training)
+        if problem is None:
+            return name
+        logger.warning(f"Attention backend {name!r} is not used on {device} with {dtype}: {problem}.")
+    return NATIVE
+
+
+@functools.cache
+def backend_problem(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> str | None:
+    """What is wrong with a backend, or `None` if its outputs (and gradients, in training) are right on random input."""
+    for lengths in _LENGTHS:
+        generator = torch.Generator().manual_seed(0)
+        inputs = [
+            torch.randn(1, length, 2, head_dim, generator=generator).to(device, dtype)
+            for length in (lengths[0], lengths[1], lengths[1])
+        ]
+        grad = torch.randn(inputs[0].shape, generator=generator).to(device, dtype)
+        try:
+            exact = _results(_attention, [x.double().cpu() for x in inputs], grad.double().cpu(), training)
+            native, own = (
+                _errors(_results(_through_dispatcher(n), inputs, grad, training), exact) for n in (NATIVE, name)
+            )
+        except Exception as error:  # packages raise what they like where a device or build does not fit
+            return f"it fails with {type(error).__name__}: {error}"
+        for found, reached in zip(own, native, strict=True):
+            limit = _SAGE_ERROR if name == "sage" else _EXACT_FACTOR * reached
+            if not found <= limit:
+                return f"its error is {found:.1e} of the RMS, that of the native backend {reached:.1e}"
+    return None
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Softmax attention written out, `(B, L, heads, head_dim)`."""
+    scores = torch.einsum("bqnh,bknh->bnqk", query, key) * query.shape[3] ** -0.5
+    return torch.einsum("bnqk,bknh->bqnh", scores.softmax(dim=-1), value)
+
+
+def _through_dispatcher(name: str) -> Callable[..., torch.Tensor]:
+    return functools.partial(dispatch_attention_fn, backend=AttentionBackendName(name))
+
+
+def _results(
+    attention: Callable[..., torch.Tensor], inputs: list[torch.Tensor], grad: torch.Tensor, training: bool
+) -> list[torch.Tensor]:
+    with torch.set_grad_enabled(training):
+        inputs = [x.detach().requires_grad_(training) for x in inputs]
+        out = attention(*inputs)
+        return [out, *(torch.autograd.grad(out, inputs, grad) if training else ())]
+
+
+def _errors(found: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
+    return [
+        ((x.double().cpu() - e).square().mean() / e.square().mean()).sqrt().item()
+        for x, e in zip(found, exact, strict=True)
+    ]

@@ -1,0 +1,275 @@
+"""Triton form of [`attention.frame_attention`]: blocks of unseen frames are never read, forward or backward.
+
+B batch, L tokens, N heads, H channels of a head, F frames of T = L / F tokens. A program owns BLOCK_Q tokens of one frame
+and head and passes over the frames that it sees, BLOCK_K tokens at a time; blocks begin with their frame, so that any T
+is right and one flag decides for a whole block. The softmax is summed as it goes (online softmax, arXiv 1805.02867) and
+computed again in the backward pass from its logarithmic sum (FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2).
+Products take the inputs' dtype, sums are in float32; float32 inputs are multiplied without TF32.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from . import triton_modulation
+
+
+# The interpreter would multiply the bits of bfloat16 values.
+INTERPRETED = tl.constexpr(triton_modulation.INTERPRETED)
+# The exponents are to base 2, so `scale` in the kernels holds log2 e; the gradients need it without.
+LN_2 = tl.constexpr(math.log(2))
+_LOG2_E = math.log2(math.e)
+# Largest blocks of 16-bit tokens: those that a program owns, and those that pass it. Twice as many tensors are held backward.
+_FORWARD_BLOCKS, _QUERY_BLOCKS, _KEY_VALUE_BLOCKS = (128, 64), (128, 32), (128, 32)
+
+
+@triton.jit
+def _owner(T, N, BLOCK: tl.constexpr):
+    """Frame, first token of the block inside it, sample and head of a program. Grid: (F * pieces of T, B * N)."""
+    pieces = tl.cdiv(T, BLOCK)
+    pid, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    return pid // pieces, pid % pieces * BLOCK, sample // N, sample % N
+
+
+@triton.jit
+def _load(ptr, base, t, t_stride, h, h_stride, T, H: tl.constexpr):
+    """Tokens `t` of the frame at `base`, `[BLOCK, BLOCK_H]`; 0 outside the frame."""
+    return tl.load(
+        ptr + base + t[:, None] * t_stride + h[None, :] * h_stride, (t[:, None] < T) & (h[None, :] < H), 0.0
+    )
+
+
+@triton.jit
+def _dot(a, b, out, PRECISION: tl.constexpr):
+    """`out + a b`, or `a b` where `out` is `None`."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, out, input_precision=PRECISION)
+
+
+@triton.jit
+def _fwd_kernel(
+    query_ptr, key_ptr, value_ptr, count_ptr, frames_ptr, out_ptr, lse_ptr,
+    F, T, N, scale,
+    query_b, query_l, query_n, query_h, key_b, key_l, key_n, key_h, value_b, value_l, value_n, value_h,
+    H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`out = softmax2(scale * query key^T) value` over the seen frames, with `softmax2` to base 2 (`scale` holds log2 e);
+    `lse` (B, N, L) is the logarithm to base 2 of the sum, kept for backward."""
+    frame, start, b, n = _owner(T, N, BLOCK_Q)
+    L = F * T
+    t, h = start + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_H)
+    first = frame.to(tl.int64) * T
+    query = _load(query_ptr, b * query_b + n * query_n + first * query_l, t, query_l, h, query_h, T, H)
+
+    top = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    out = tl.zeros([BLOCK_Q, BLOCK_H], dtype=tl.float32)
+    blocks = tl.cdiv(T, BLOCK_K)
+    for i in range(0, tl.load(count_ptr + b * F + frame) * blocks):
+        other = tl.load(frames_ptr + (b * F + frame) * F + i // blocks).to(tl.int64) * T
+        s = i % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+        key = _load(key_ptr, b * key_b + n * key_n + other * key_l, s, key_l, h, key_h, T, H)
+        value = _load(value_ptr, b * value_b + n * value_n + other * value_l, s, value_l, h, value_h, T, H)
+        scores = _dot(query, tl.trans(key), None, PRECISION) * scale
+        scores = tl.where(s[None, :] < T, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(weights, axis=1)
+        out = _dot(weights.to(value.dtype), value, out * shrink[:, None], PRECISION)
+        top = new_top
+
+    token = (b * L + first + t)[:, None]
+    mask = (t[:, None] < T) & (h[None, :] < H)
+    out = out / total[:, None]
+    tl.store(out_ptr + (token * N + n) * H + h[None, :], out.to(out_ptr.dtype.element_ty), mask)
+    tl.store(lse_ptr + (b * N + n) * L + first + t, top + tl.log2(total), t < T)
+
+
+@triton.jit
+def _bwd_query_kernel(
+    grad_ptr, query_ptr, key_ptr, value_ptr, count_ptr, frames_ptr, out_ptr, lse_ptr, delta_ptr, dquery_ptr,
+    F, T, N, scale,
+    grad_b, grad_l, grad_n, grad_h,
+    query_b, query_l, query_n, query_h, key_b, key_l, key_n, key_h, value_b, value_l, value_n, value_h,
+    H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """With `p = softmax(...)`: `delta = sum_h(grad * out)` (B, N, L), kept for the other kernel,
+    `ds = p * (grad value^T - delta)`, `dquery = ds key / sqrt(H)`."""
+    frame, start, b, n = _owner(T, N, BLOCK_Q)
+    L = F * T
+    t, h = start + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_H)
+    first = frame.to(tl.int64) * T
+    token = (b * L + first + t)[:, None]
+    mask = (t[:, None] < T) & (h[None, :] < H)
+    query = _load(query_ptr, b * query_b + n * query_n + first * query_l, t, query_l, h, query_h, T, H)
+    grad = _load(grad_ptr, b * grad_b + n * grad_n + first * grad_l, t, grad_l, h, grad_h, T, H)
+    out = tl.load(out_ptr + (token * N + n) * H + h[None, :], mask, 0.0)
+    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)
+    row = (b * N + n) * L + first + t
+    tl.store(delta_ptr + row, delta, t < T)
+    lse = tl.load(lse_ptr + row, t < T, 0.0)
+
+    dquery = tl.zeros([BLOCK_Q, BLOCK_H], dtype=tl.float32)
+    blocks = tl.cdiv(T, BLOCK_K)
+    for i in range(0, tl.load(count_ptr + b * F + frame) * blocks):
+        other = tl.load(frames_ptr + (b * F + frame) * F + i // blocks).to(tl.int64) * T
+        s = i % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+        key = _load(key_ptr, b * key_b + n * key_n + other * key_l, s, key_l, h, key_h, T, H)
+        value = _load(value_ptr, b * value_b + n * value_n + other * value_l, s, value_l, h, value_h, T, H)
+        scores = _dot(query, tl.trans(key), None, PRECISION) * scale
+        # Beyond the frame the key is 0 and adds 0, unless the weight of its score 0 is infinite.
+        weights = tl.where(s[None, :] < T, tl.exp2(scores - lse[:, None]), 0.0)
+        dscores = weights * (_dot(grad, tl.trans(value), None, PRECISION) - delta[:, None])
+        dquery = _dot(dscores.to(key.dtype), key, dquery, PRECISION)
+
+    dquery = dquery * (scale * LN_2)
+    tl.store(dquery_ptr + (token * N + n) * H + h[None, :], dquery.to(dquery_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _bwd_key_value_kernel(
+    grad_ptr, query_ptr, key_ptr, value_ptr, count_ptr, frames_ptr, lse_ptr, delta_ptr, dkey_ptr, dvalue_ptr,
+    F, T, N, scale,
+    grad_b, grad_l, grad_n, grad_h,
+    query_b, query_l, query_n, query_h, key_b, key_l, key_n, key_h, value_b, value_l, value_n, value_h,
+    H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`dvalue = p^T grad`, `dkey = ds^T query / sqrt(H)`. A program owns BLOCK_K tokens of a key frame; `count` and
+    `frames` list the frames that see it, none for a frame that nobody sees."""
+    frame, start, b, n = _owner(T, N, BLOCK_K)
+    L = F * T
+    s, h = start + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_H)
+    first = frame.to(tl.int64) * T
+    key = _load(key_ptr, b * key_b + n * key_n + first * key_l, s, key_l, h, key_h, T, H)
+    value = _load(value_ptr, b * value_b + n * value_n + first * value_l, s, value_l, h, value_h, T, H)
+
+    dkey = tl.zeros([BLOCK_K, BLOCK_H], dtype=tl.float32)
+    dvalue = tl.zeros([BLOCK_K, BLOCK_H], dtype=tl.float32)
+    blocks = tl.cdiv(T, BLOCK_Q)
+    for i in range(0, tl.load(count_ptr + b * F + frame) * blocks):
+        other = tl.load(frames_ptr + (b * F + frame) * F + i // blocks).to(tl.int64) * T
+        t = i % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        query = _load(query_ptr, b * query_b + n * query_n + other * query_l, t, query_l, h, query_h, T, H)
+        grad = _load(grad_ptr, b * grad_b + n * grad_n + other * grad_l, t, grad_l, h, grad_h, T, H)
+        row = (b * N + n) * L + other + t
+        # Beyond the frame query, gradient and delta are 0: what is added is 0.
+        lse = tl.load(lse_ptr + row, t < T, 0.0)
+        delta = tl.load(delta_ptr + row, t < T, 0.0)
+        scores = _dot(key, tl.trans(query), None, PRECISION) * scale  # [BLOCK_K, BLOCK_Q]
+        weights = tl.exp2(scores - lse[None, :])
+        dvalue = _dot(weights.to(grad.dtype), grad, dvalue, PRECISION)
+        dscores = weights * (_dot(value, tl.trans(grad), None, PRECISION) - delta[None, :])
+        dkey = _dot(dscores.to(query.dtype), query, dkey, PRECISION)
+
+    out = ((b * L + first + s)[:, None] * N + n) * H + h[None, :]
+    mask = (s[:, None] < T) & (h[None, :] < H)
+    dkey = dkey * (scale * LN_2)
+    tl.store(dkey_ptr + out, dkey.to(dkey_ptr.dtype.element_ty), mask)
+    tl.store(dvalue_ptr + out, dvalue.to(dvalue_ptr.dtype.element_ty), mask)
+
+
+def _tile(tokens: int, head_dim: int, dtype: torch.dtype, own: str, limits: tuple[int, int]) -> dict[str, int | str]:
+    """Blocks of the owned and of the passing tokens, at most `limits`, and not much above a small frame."""
+    is_wide = dtype == torch.float32
+    owned, passing = (min(limit // (2 if is_wide else 1), max(16, triton.next_power_of_2(tokens))) for limit in limits)
+    block_h = max(16, triton.next_power_of_2(head_dim))
+    blocks = {"BLOCK_Q": owned, "BLOCK_K": passing} if own == "query" else {"BLOCK_Q": passing, "BLOCK_K": owned}
+    return {
+        **blocks,
+        "H": head_dim,
+        "BLOCK_H": block_h,
+        "PRECISION": "ieee" if is_wide else "tf32",
+        "num_warps": 8 if owned * block_h >= 128 * 128 else 4,
+        "num_stages": 3,
+    }
+
+
+def _listed(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many frames each row sees, and which, in order and before all others."""
+    seen = seen.contiguous()  # what argsort returns is laid out like its input
+    frames = seen.to(torch.int8).argsort(dim=2, descending=True, stable=True)
+    return seen.sum(dim=2, dtype=torch.int32), frames.to(torch.int32)
+
+
+def _sizes(query: torch.Tensor, seen: torch.Tensor) -> tuple[int, int, int, float]:
+    return seen.shape[1], query.shape[1] // seen.shape[1], query.shape[2], _LOG2_E / math.sqrt(query.shape[3])
+
+
+def _grid(query: torch.Tensor, seen: torch.Tensor, block: int) -> tuple[int, int]:
+    frames, tokens, heads, _ = _sizes(query, seen)
+    return frames * triton.cdiv(tokens, block), query.shape[0] * heads
+
+
+@torch.library.custom_op(
+    "diffusers_fvg::frame_attention",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor seen) -> (Tensor, Tensor)",
+)
+def _frame_attention_op(query, key, value, seen):
+    out, lse = _frame_attention_outputs(query, key, value, seen)
+    tile = _tile(query.shape[1] // seen.shape[1], query.shape[3], query.dtype, "query", _FORWARD_BLOCKS)
+    # Triton launches on the current device, which in a model spread over several is not always that of the tensors.
+    with torch.cuda.device_of(query):
+        _fwd_kernel[_grid(query, seen, tile["BLOCK_Q"])](
+            query, key, value, *_listed(seen), out, lse,
+            *_sizes(query, seen), *query.stride(), *key.stride(), *value.stride(), **tile,
+        )  # fmt: skip
+    return out, lse
+
+
+@_frame_attention_op.register_fake
+def _frame_attention_outputs(query, key, value, seen):
+    batch_size, length, heads, _ = query.shape
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    return out, torch.empty((batch_size, heads, length), dtype=torch.float32, device=query.device)
+
+
+@torch.library.custom_op(
+    "diffusers_fvg::frame_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor seen, Tensor out, Tensor lse)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def _frame_attention_backward_op(grad, query, key, value, seen, out, lse):
+    dquery, dkey, dvalue = _frame_attention_grads(grad, query, key, value, seen, out, lse)
+    delta = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
+    tokens, head_dim = query.shape[1] // seen.shape[1], query.shape[3]
+    sizes = (*_sizes(query, seen), *grad.stride(), *query.stride(), *key.stride(), *value.stride())
+    with torch.cuda.device_of(query):
+        tile = _tile(tokens, head_dim, query.dtype, "query", _QUERY_BLOCKS)
+        _bwd_query_kernel[_grid(query, seen, tile["BLOCK_Q"])](
+            grad, query, key, value, *_listed(seen), out, lse, delta, dquery, *sizes, **tile
+        )
+        tile = _tile(tokens, head_dim, query.dtype, "key", _KEY_VALUE_BLOCKS)
+        _bwd_key_value_kernel[_grid(query, seen, tile["BLOCK_K"])](
+            grad, query, key, value, *_listed(seen.transpose(1, 2)), lse, delta, dkey, dvalue, *sizes, **tile
+        )
+    return dquery, dkey, dvalue
+
+
+@_frame_attention_backward_op.register_fake
+def _frame_attention_grads(grad, query, key, value, seen, out, lse):
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
+
+
+def _frame_attention_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _frame_attention_backward(ctx, grad, _lse_grad):
+    return *_frame_attention_backward_op(grad, *ctx.saved_tensors), None
+
+
+_frame_attention_op.register_autograd(_frame_attention_backward, setup_context=_frame_attention_setup)
+
+
+def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """[`attention.frame_attention`] for float32, float16 and bfloat16 and heads of at most 128 channels.
+
+    Kept for backward: the inputs, the output, and one sum per token and head.
+    """
+    return _frame_attention_op(query, key, value, seen)[0]

@@ -1,0 +1,191 @@
+"""The whole pipeline: `anchored-15` against stock text-to-video at 50 steps, on the same weights and device.
+
+`--model embedded` is the shapes model that ships with the package, all three stages: prompt to video in both arms, alone and
+in turn. `--model random` is a video model of `--size` with random weights, given an anchor and text embeddings: it leaves out
+stages 1 and 2 and the text encoder, which a model of random weights cannot show.
+
+First, our pipeline without an anchor is compared with stock `WanPipeline`.
+
+    python examples/benchmarks/benchmark_pipeline.py --model embedded
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from harness import (
+    SIZES,
+    Size,
+    bar,
+    build_transformer,
+    describe,
+    gate,
+    interleaved_seconds,
+    make_parser,
+    median_ratio,
+    write_report,
+)
+from PIL import Image
+
+import diffusers_fvg
+from diffusers_fvg import FactorizedVideoPipeline
+from diffusers_fvg.profiles import WAN_VAES
+from diffusers_fvg.schedules import WAN_PRESETS
+from diffusers_fvg.transformer_anchor import AnchorConditionedTransformer3D
+
+
+GATES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+# A VAE that decodes in milliseconds, of the same kind as the real one.
+TINY_VAE = {"base_dim": 4, "decoder_base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+
+
+def seeded(device: str) -> torch.Generator:
+    return torch.Generator(device).manual_seed(0)
+
+
+def embedded(device: str) -> tuple[FactorizedVideoPipeline, WanPipeline, dict[str, Any], dict[str, Any]]:
+    """Our pipeline, stock's on the same weights, and what each is called with."""
+    ours = diffusers_fvg.load_embedded().to(device)
+    bare = diffusers_fvg.load_embedded()
+    transformer = WanTransformer3DModel.from_config(ours.transformer.config)
+    # Without the anchor LoRA, which the base model does not have.
+    states = {
+        name.replace(".base_layer.", "."): tensor
+        for name, tensor in bare.transformer.state_dict().items()
+        if ".lora_" not in name
+    }
+    transformer.load_state_dict(states)
+    stock = WanPipeline(
+        tokenizer=ours.tokenizer,
+        text_encoder=ours.text_encoder,
+        vae=ours.vae,
+        transformer=transformer.eval().to(device),
+        scheduler=ours.presets["full-50"].make_scheduler(),
+    )
+    prompt = {"prompt": "A red circle moves to the right"}
+    size = {name: ours.call_defaults[name] for name in ("height", "width", "num_frames", "max_sequence_length")}
+    return ours, stock, prompt, prompt | size
+
+
+def random(size: Size, device: str) -> tuple[FactorizedVideoPipeline, WanPipeline, dict[str, Any], dict[str, Any]]:
+    channels = size.config["in_channels"]
+    config = WAN_VAES[channels] | (TINY_VAE if size is SIZES["tiny"] else {})
+    torch.manual_seed(0)
+    # The real statistics are a file's; what they are costs nothing.
+    vae = AutoencoderKLWan(**config | {"latents_mean": [0.0] * channels, "latents_std": [1.0] * channels})
+    vae = vae.to(device, size.dtype).eval()
+    parts = {"tokenizer": None, "text_encoder": None, "vae": vae}
+    rest = dict.fromkeys(("transformer_2", "rewriter", "composer", "anchor_lora", "schedulers"))
+    ours = FactorizedVideoPipeline(
+        transformer=build_transformer(AnchorConditionedTransformer3D, size, device),
+        scheduler=WAN_PRESETS["anchored-15"].make_scheduler(),
+        **parts,
+        **rest,
+    )
+    stock = WanPipeline(
+        transformer=build_transformer(WanTransformer3DModel, size, device),
+        scheduler=WAN_PRESETS["full-50"].make_scheduler(),
+        expand_timesteps=channels == 48,
+        **parts,
+    )
+    ratio = vae.config.scale_factor_spatial
+    generator = seeded(device)
+    embeds = [
+        torch.randn(1, size.text_tokens, size.config["text_dim"], generator=generator, device=device).to(size.dtype)
+        for _ in range(2)
+    ]
+    call = {
+        "prompt_embeds": embeds[0],
+        "negative_prompt_embeds": embeds[1],
+        "height": size.latent_height * ratio,
+        "width": size.latent_width * ratio,
+        "num_frames": 4 * (size.latent_frames - 1) + 1,
+    }
+    return ours, stock, call | {"image": Image.new("RGB", (64, 64), "red")}, call
+
+
+def main() -> None:
+    parser = make_parser(__doc__, "pipeline.json")
+    parser.add_argument("--model", choices=("embedded", "random"), help="default: embedded on a CPU, random on a GPU")
+    args = parser.parse_args()
+    device, on_gpu = args.device, args.device.startswith("cuda")
+    model = args.model or ("random" if on_gpu else "embedded")
+    ours, stock, our_call, stock_call = embedded(device) if model == "embedded" else random(SIZES[args.size], device)
+    dtype = ours.transformer.dtype
+    full = ours.presets["full-50"]
+    for pipe in (ours, stock):
+        pipe.set_progress_bar_config(disable=True)
+
+    # Stock spaces its steps by its scheduler's config, a preset by explicit sigmas.
+    flow_shift = {"flow_shift": full.flow_shift}
+    stock.scheduler = stock.scheduler.from_config(stock.scheduler.config, **flow_shift)
+
+    def stock_video(steps: int = 50, output_type: str = "np") -> torch.Tensor:
+        call = {"num_inference_steps": steps, "guidance_scale": full.guidance_scale, "output_type": output_type}
+        return stock(generator=seeded("cpu"), **stock_call, **call).frames
+
+    def our_video(**options: Any):
+        return ours(generator=seeded("cpu"), output_type="np", **our_call, **options)
+
+    def direct(steps: int) -> torch.Tensor:
+        call = {name: value for name, value in our_call.items() if name != "image"}
+        options = {"mode": "direct", "num_inference_steps": steps, "guidance_scale": full.guidance_scale}
+        # The same scheduler as stock's, so that the steps are at the same noise levels.
+        previous, ours.scheduler = ours.scheduler, stock.scheduler.from_config(stock.scheduler.config)
+        try:
+            return ours(generator=seeded("cpu"), output_type="pt", **call, **options).frames
+        finally:
+            ours.scheduler = previous
+
+    difference = gate("text to video", direct(3).float(), stock_video(3, "pt").float(), GATES[dtype])
+
+    timings: list[dict[str, float]] = []
+
+    def anchored() -> None:
+        timings.append(our_video(preset="anchored-15").timings)
+
+    calls: dict[str, Callable[[], object]] = {"stock, 50 steps": stock_video, "ours, anchored-15": anchored}
+    seconds = interleaved_seconds(calls, device, args.repeats)
+    ratio = median_ratio(seconds, "ours, anchored-15", "stock, 50 steps")
+    timings = timings[-args.repeats :]
+    whole = [sum(stages.values()) for stages in timings]
+    share = statistics.median(stages["decode"] / total for stages, total in zip(timings, whole, strict=True))
+    stages = {name: statistics.median(run[name] for run in timings) for name in timings[0]}
+
+    runs = [
+        {
+            "pipeline": name,
+            "seconds": statistics.median(values),
+            "ratio": ratio if name.startswith("ours") else 1.0,
+            "relative difference of 3 direct steps": difference,
+            "seconds of each stage": ", ".join(f"{stage} {value:.3g}" for stage, value in stages.items())
+            if name.startswith("ours")
+            else None,
+        }
+        for name, values in seconds.items()
+    ]
+    settings = {"model": model, "repeats": args.repeats}
+    if model == "random":
+        settings |= describe(args.size, device, args.repeats)
+    at_full_size = on_gpu and args.size in ("5b", "a14b") and model == "random"
+    needs = "a GPU: --model random --size 5b"
+    bars = [
+        bar(
+            "shapes model: anchored-15 of stock's 50 steps",
+            0.25,
+            ratio if model == "embedded" else None,
+            needs="a run",
+        ),
+        bar("Wan2.2 size: anchored-15 of stock's 50 steps", 0.25, ratio if at_full_size else None, needs=needs),
+        bar("Wan2.2 size: decode of the whole", 0.15, share if at_full_size else None, needs=needs),
+        bar("shapes model: decode of the whole", 0.15, share if model == "embedded" else None, needs="a run"),
+    ]
+    write_report(args.output, "Whole pipeline", device, settings, runs, bars)
+
+
+if __name__ == "__main__":
+    main()

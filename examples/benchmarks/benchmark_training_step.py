@@ -1,0 +1,215 @@
+"""A training step of an anchor LoRA: forward and backward of the anchored transformer as the trainer runs it, against
+diffusers' `WanTransformer3DModel` with the same weights, LoRA and loss, in the trainer's mixed precision.
+
+One anchor: the stock class is given one time per token, ours one per latent frame. Beside the size that is timed:
+
+* What the stock class does once for every token, its table of modulation, weighs less the deeper the model is. On a CPU,
+  where the whole model is too slow, the step is timed at two depths and its time at the full depth is worked out from them.
+* Memory is counted for the whole model on shapes alone: what the forward keeps for the backward, and the peak of both, above
+  weights and inputs.
+
+    python examples/benchmarks/benchmark_training_step.py --size cpu
+"""
+
+import argparse
+import gc
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from diffusers import WanTransformer3DModel
+from harness import (
+    SIZES,
+    LiveBytes,
+    Size,
+    bar,
+    build_transformer,
+    describe,
+    gate,
+    interleaved_seconds,
+    make_parser,
+    median_ratio,
+    synchronize,
+    transformer_inputs,
+    write_report,
+)
+from peft import LoraConfig
+from peft.helpers import disable_input_dtype_casting
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from diffusers_fvg.training.config import WAN_TARGETS
+from diffusers_fvg.training.objectives import velocity_loss
+from diffusers_fvg.transformer_anchor import AnchorConditionedTransformer3D
+
+
+CLASSES = {"stock": WanTransformer3DModel, "ours": AnchorConditionedTransformer3D}
+WHOLE = "5b"
+RANK = 128
+# Of loss and gradient. In bfloat16 the stock class also rounds its modulation, which ours keeps in float32.
+GATES = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+
+
+class Step:
+    """A model with a LoRA on the trainer's targets, and one clip whose first latent frame is an anchor."""
+
+    def __init__(self, name: str, size: Size, device: str, checkpointing: bool):
+        self.name, self.size, self.device = name, size, device
+        self.model = build_transformer(CLASSES[name], size, device).requires_grad_(False)
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(WAN_TARGETS)))
+            self.tuned = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+            for parameter_name, parameter in self.tuned.items():
+                # As the trainer keeps them. At its start one half is zero, and so would be the other's gradient.
+                parameter.data = parameter.data.float()
+                if ".lora_B." in parameter_name:
+                    torch.nn.init.normal_(parameter, std=0.01)
+        self.model.train()
+        if checkpointing:
+            self.model.enable_gradient_checkpointing()
+        inputs = transformer_inputs(size, "cpu", per_token=name == "stock")
+        counted = torch.ones(1, size.latent_frames)
+        counted[:, 0] = 0
+        target = torch.randn(inputs["hidden_states"].shape, generator=torch.Generator().manual_seed(2))
+        self.inputs = [tensor.to(device) for tensor in (*inputs.values(), target, counted)]
+
+    def __call__(self, held: Callable[[], int] = lambda: 0) -> tuple[torch.Tensor, int]:
+        """Forward and backward; returns the loss, and what `held` gives between the two."""
+        self.model.zero_grad(set_to_none=True)
+        narrow = self.size.dtype == torch.bfloat16
+        # The trainer does without PEFT's float32 copy of every LoRA layer's input.
+        with disable_input_dtype_casting(self.model, active=self.name == "ours"):
+            with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=narrow):
+                loss = velocity_loss(self.model, *self.inputs)
+            between = held()
+            loss.backward()
+        return loss.detach(), between
+
+    def gradient(self) -> torch.Tensor:
+        return torch.cat([parameter.grad.flatten() for parameter in self.tuned.values()])
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes that the forward keeps for the backward, and peak of both, above weights and inputs."""
+        self.model.zero_grad(set_to_none=True)
+        gc.collect()
+        if not self.device.startswith("cuda"):
+            with LiveBytes([*self.model.parameters(), *self.model.buffers(), *self.inputs]) as counter:
+                _, kept = self(lambda: counter.live)
+            return kept, counter.peak
+        before = torch.cuda.memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        _, kept = self(lambda: torch.cuda.memory_allocated(self.device) - before)
+        synchronize(self.device)
+        return kept, torch.cuda.max_memory_allocated(self.device) - before
+
+
+def counted_memory(size: Size, checkpointing: bool) -> dict[str, tuple[int, int]]:
+    """[`Step.memory`] of both classes on shapes alone: nothing is computed."""
+    counted = {}
+    for name in CLASSES:
+        # PEFT cannot add an adapter to a model of shapes alone; to one without storage it can.
+        step = Step(name, size, "meta", checkpointing)
+        with FakeTensorMode():
+            for module in step.model.modules():
+                for own in (module._parameters, module._buffers):
+                    own |= {key: _shape_alone(tensor) for key, tensor in own.items() if tensor is not None}
+            step.inputs, step.device = [_shape_alone(tensor) for tensor in step.inputs], "cpu"
+            counted[name] = step.memory()
+    return counted
+
+
+def _shape_alone(tensor: torch.Tensor) -> torch.Tensor:
+    """As large and of the same dtype, on the CPU; to be called in `FakeTensorMode`."""
+    alone = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return torch.nn.Parameter(alone, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else alone
+
+
+def compare(size: Size, device: str, checkpointing: bool) -> tuple[dict[str, Step], float]:
+    """Both classes, and the larger relative difference of their losses and gradients."""
+    steps = {name: Step(name, size, device, checkpointing) for name in CLASSES}
+    loss = {name: step()[0] for name, step in steps.items()}
+    difference = gate("loss", loss["ours"], loss["stock"], GATES[size.dtype])
+    gradients = (steps["ours"].gradient(), steps["stock"].gradient())
+    return steps, max(difference, gate("gradient", *gradients, GATES[size.dtype]))
+
+
+def main() -> None:
+    parser = make_parser(__doc__, "training_step.json")
+    checkpointing = {"action": argparse.BooleanOptionalAction, "help": "default: at the sizes of whole models"}
+    parser.add_argument("--gradient-checkpointing", **checkpointing)
+    args = parser.parse_args()
+    device, on_gpu = args.device, args.device.startswith("cuda")
+    if args.gradient_checkpointing is None:
+        args.gradient_checkpointing = args.size in ("5b", "a14b")
+    # In bfloat16 rounding hides a small mistake.
+    compare(SIZES["tiny"], device, checkpointing=False)
+
+    size = replace(SIZES[args.size], dtype=torch.bfloat16)
+    depth, runs, medians = size.config["num_layers"], [], {}
+    for layers in (depth,) if on_gpu else (1, depth):
+        cut = replace(size, config=size.config | {"num_layers": layers})
+        steps, difference = compare(cut, device, args.gradient_checkpointing)
+        seconds = interleaved_seconds(steps, device, args.repeats)
+        medians[layers] = {name: statistics.median(values) for name, values in seconds.items()}
+        for name, step in steps.items():
+            ratio = median_ratio(seconds, name, "stock")
+            runs.append(_run("timed", layers, args.gradient_checkpointing, name, medians[layers][name], ratio))
+            runs[-1] |= _memory(step.memory()) | {"relative difference": difference}
+        del steps, step
+    ratio = median_ratio(seconds, "ours", "stock")
+    if not on_gpu:
+        whole_depth, least, most = SIZES[WHOLE].config["num_layers"], medians[1], medians[depth]
+        whole = {n: least[n] + (whole_depth - 1) * (most[n] - least[n]) / (depth - 1) for n in CLASSES}
+        ratio = whole["ours"] / whole["stock"]
+        for name, value in whole.items():
+            timed = ("worked out", whole_depth, args.gradient_checkpointing, name, value, value / whole["stock"])
+            runs.append(_run(*timed))
+
+    # Both keep as much of a block in the whole model as here; the bar is that of a whole model at its own length.
+    ratios = {}
+    for checkpointing in (False, True):
+        memory = counted_memory(SIZES[WHOLE], checkpointing)
+        ratios[checkpointing] = [ours / stock for ours, stock in zip(memory["ours"], memory["stock"], strict=True)]
+        for name in CLASSES:
+            run = _run(f"counted, {WHOLE}", SIZES[WHOLE].config["num_layers"], checkpointing, name)
+            runs.append(run | _memory(memory[name]))
+    bars = [
+        bar("step on a GPU: time of stock's", 0.90, ratio if on_gpu else None, needs="an H200-class GPU: --size 5b"),
+        bar(
+            "step on a CPU, worked out for the whole model: time of stock's",
+            0.90,
+            None if on_gpu else ratio,
+            needs="a CPU",
+        ),
+        bar(f"activations kept, {WHOLE}, no checkpointing: of stock's", 0.70, ratios[False][0]),
+        bar(f"peak of forward and backward, {WHOLE}, no checkpointing: of stock's", 0.70, ratios[False][1]),
+        bar(f"peak of forward and backward, {WHOLE}, gradient checkpointing: of stock's", 0.70, ratios[True][1]),
+    ]
+    settings = describe(args.size, device, args.repeats) | {"dtype": "bfloat16, LoRA float32", "LoRA rank": RANK}
+    write_report(args.output, "Training step, anchor LoRA", device, settings, runs, bars)
+
+
+def _run(
+    how: str, layers: int, checkpointing: bool, name: str, seconds: float | None = None, ratio: float | None = None
+):
+    """A row of the table."""
+    return {
+        "how": how,
+        "layers": layers,
+        "gradient checkpointing": checkpointing,
+        "class": name,
+        "seconds": seconds,
+        "ratio": ratio,
+        "kept MiB": None,
+        "peak MiB": None,
+        "relative difference": None,
+    }
+
+
+def _memory(kept_and_peak: tuple[int, int]) -> dict[str, float]:
+    return dict(zip(("kept MiB", "peak MiB"), (size / 2**20 for size in kept_and_peak)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,372 @@
+"""What the benchmarks share. A script compares stock diffusers with this package in one process, in this order:
+
+1. `gate`: the results of both are compared; a ratio between different results would mean nothing.
+2. `interleaved_seconds`: both are called in turn, so that a busy machine slows both; medians, and their ratio.
+3. `peak_bytes`, `count_flops`, `matmul_flops`: memory above the weights, work, and what the device could do at most.
+4. `write_report`: JSON with versions and device. `render.py` makes the tables of README.md from those files.
+
+Sizes: `tiny` tries a script in seconds, `cpu` is Wan2.2-TI2V-5B's width at two layers and a short clip, `5b` and `a14b` are
+the whole Wan2.2-TI2V-5B and one expert of Wan2.2-T2V-A14B at the size and length they are trained at, with random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusers_fvg.models import MODELS
+
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+# Dense bfloat16 FLOP/s of the manufacturers' data sheets, by a part of the device's name. The first that fits counts.
+PEAK_BF16_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989.4e12,
+    "H100 PCIe": 756e12,
+    "H100": 989.4e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165.2e12,
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """One size of a benchmark.
+
+    Args:
+        config (`dict`): of the transformer's class.
+        latent_frames, latent_height, latent_width (`int`): of the video.
+        text_tokens (`int`): of the prompt.
+        dtype (`torch.dtype`): of weights and activations.
+    """
+
+    config: dict[str, Any]
+    latent_frames: int
+    latent_height: int
+    latent_width: int
+    text_tokens: int
+    dtype: torch.dtype
+
+    @property
+    def frame_tokens(self) -> int:
+        return (self.latent_height // 2) * (self.latent_width // 2)
+
+    @property
+    def tokens(self) -> int:
+        return self.latent_frames * self.frame_tokens
+
+
+def _trained_size(name: str, layers: int | None = None, dtype: torch.dtype = torch.bfloat16, **clip: int) -> Size:
+    """A model of the table at its own size and length, or at those of `clip`."""
+    facts = MODELS[name]
+    frames, height, width = facts.vae_stride
+    trained = {
+        "latent_frames": (facts.frame_counts[0] - 1) // frames + 1,
+        "latent_height": facts.sizes[0].height // height,
+        "latent_width": facts.sizes[0].width // width,
+    }
+    config = facts.transformer_config | ({} if layers is None else {"num_layers": layers})
+    return Size(config, **(trained | clip), text_tokens=facts.max_sequence_length, dtype=dtype)
+
+
+SIZES = {
+    "tiny": Size(
+        MODELS["Wan2.2-TI2V-5B"].transformer_config
+        | {"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 64, "text_dim": 32, "num_layers": 2},
+        latent_frames=3,
+        latent_height=8,
+        latent_width=8,
+        text_tokens=8,
+        dtype=torch.float32,
+    ),
+    # 5 latent frames of 220 tokens: seconds a step on one core.
+    "cpu": _trained_size(
+        "Wan2.2-TI2V-5B", layers=2, dtype=torch.float32, latent_frames=5, latent_height=22, latent_width=40
+    ),
+    "5b": _trained_size("Wan2.2-TI2V-5B"),
+    "a14b": _trained_size("Wan2.2-T2V-A14B"),
+}
+
+
+def make_parser(description: str, output: str) -> argparse.ArgumentParser:
+    """The arguments that every benchmark takes; `output` is the name of its file in `examples/results`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    has_gpu = torch.cuda.is_available()
+    parser.add_argument("--size", choices=SIZES, default="5b" if has_gpu else "cpu", help="default: %(default)s")
+    parser.add_argument("--device", default="cuda" if has_gpu else "cpu", help="default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=5, help="calls of each, in turn (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS / output, help="JSON to write (default: %(default)s)")
+    return parser
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+def build_transformer(cls: type, size: Size, device: str) -> torch.nn.Module:
+    """Random weights, the same for every class, in the dtypes that `from_pretrained(dtype=...)` would give them."""
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(size.dtype)
+    try:
+        with torch.device(device):
+            model = cls(**size.config).eval()
+    finally:
+        torch.set_default_dtype(default)
+    kept = cls._keep_in_fp32_modules
+    for name, parameter in model.named_parameters():
+        if any(part in kept for part in name.split(".")):
+            parameter.data = parameter.data.float()
+    return model
+
+
+def transformer_inputs(size: Size, device: str, per_token: bool, batch_size: int = 1) -> dict[str, torch.Tensor]:
+    """Latents whose first frame is an anchor, time 0 among times of 900: per token as the stock class takes them, or per
+    latent frame."""
+    generator = torch.Generator(device).manual_seed(1)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(batch_size, *shape, generator=generator, device=device).to(size.dtype)
+
+    times = torch.full((batch_size, size.latent_frames), 900.0, device=device)
+    times[:, 0] = 0
+    latents = draw(size.config["in_channels"], size.latent_frames, size.latent_height, size.latent_width)
+    return {
+        "hidden_states": latents,
+        "timestep": times.repeat_interleave(size.frame_tokens, dim=1) if per_token else times,
+        "encoder_hidden_states": draw(size.text_tokens, size.config["text_dim"]),
+    }
+
+
+# -- correctness ------------------------------------------------------------------------------------------------------
+
+
+def gate(name: str, actual: torch.Tensor, expected: torch.Tensor, limit: float) -> float:
+    """Relative RMS difference, computed in float64. Ends the run where it is above `limit` or not a number."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    difference = ((actual - expected).square().mean() / expected.square().mean()).sqrt().item()
+    if not difference <= limit:
+        raise SystemExit(f"{name}: differs by {difference:.1e} of the RMS, more than {limit:.0e}; nothing was timed.")
+    return difference
+
+
+# -- time -------------------------------------------------------------------------------------------------------------
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def interleaved_seconds(
+    calls: Mapping[str, Callable[[], object]], device: str, repeats: int, warmups: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of `repeats` calls of each, in turn: a, b, a, b. Each is called `warmups` times before, untimed."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(-warmups, repeats):
+        for name, call in calls.items():
+            synchronize(device)
+            begin = time.perf_counter()
+            call()
+            synchronize(device)
+            if round_ >= 0:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def median_ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:
+    """Median over the rounds of a call's time by that of `base` in the same round."""
+    return statistics.median(own / other for own, other in zip(seconds[name], seconds[base], strict=True))
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages made while it is active that are alive at the same time.
+
+    Workspace inside an operation is not seen.
+
+    Args:
+        known (iterable of `torch.Tensor`): tensors that do not count: weights and inputs.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()):
+        super().__init__()
+        self.storages = {tensor.untyped_storage()._cdata for tensor in known}
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self.storages:
+                self.storages.add(key)
+                self.live += size
+                weakref.finalize(storage, self._free, key, size)
+        self.peak = max(self.peak, self.live)
+        return out
+
+    def _free(self, key: int, size: int) -> None:
+        self.storages.discard(key)
+        self.live -= size
+
+
+def peak_bytes(call: Callable[[], object], device: str, known: Iterable[torch.Tensor] = ()) -> int:
+    """Peak bytes of one call above what is there before it.
+
+    On a GPU as its allocator counts them, after a call that leaves behind the workspaces that live on; elsewhere
+    [`LiveBytes`], for which `known` names the tensors that are there.
+    """
+    gc.collect()
+    if device.startswith("cuda"):
+        call()
+        synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with LiveBytes(known) as counter:
+        call()
+    return counter.peak
+
+
+# -- work -------------------------------------------------------------------------------------------------------------
+
+
+def count_flops(cls: type, size: Size, per_token: bool, batch_size: int = 1) -> int:
+    """FLOPs of one forward, two for a multiplication and addition, counted on shapes alone: nothing is computed."""
+    with FakeTensorMode(), torch.no_grad():
+        model = build_transformer(cls, size, "cpu")
+        inputs = transformer_inputs(size, "cpu", per_token, batch_size)
+        with FlopCounterMode(display=False) as counter:
+            model(**inputs)
+    return counter.get_total_flops()
+
+
+def matmul_flops(device: str, dtype: torch.dtype, repeats: int = 5) -> float:
+    """FLOP/s that a large square product reaches on this device now."""
+    side = 8192 if device.startswith("cuda") else 1024
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    seconds = interleaved_seconds({"matmul": lambda: left @ right}, device, repeats, warmups=2)
+    return 2 * side**3 / min(seconds["matmul"])
+
+
+def peak_flops(device: str, dtype: torch.dtype) -> tuple[float, str]:
+    """FLOP/s that the device has at most, and where the figure is from."""
+    if device.startswith("cuda") and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for part, flops in PEAK_BF16_FLOPS.items():
+            if part in name:
+                return flops, "data sheet, dense bfloat16"
+    return matmul_flops(device, dtype), "measured, square matrix product"
+
+
+# -- reports ----------------------------------------------------------------------------------------------------------
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} threads)"
+
+
+def versions() -> dict[str, str]:
+    import diffusers
+    import transformers
+
+    import diffusers_fvg
+
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "diffusers_fvg": diffusers_fvg.__version__,
+    }
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def bar(figure: str, limit: float, value: float | None, at_most: bool = True, needs: str = "") -> dict[str, Any]:
+    """A figure with its bar. `value=None` leaves it open, and `needs` says what would close it."""
+    met = None if value is None else value <= limit if at_most else value >= limit
+    return {
+        "figure": figure,
+        "bar": f"at {'most' if at_most else 'least'} {limit:g}",
+        "value": value,
+        "met": met,
+        "needs": needs,
+    }
+
+
+def write_report(
+    path: Path,
+    benchmark: str,
+    device: str,
+    settings: dict[str, Any],
+    runs: list[dict[str, Any]],
+    bars: list[dict[str, Any]],
+) -> None:
+    """Writes the JSON and prints what `render.py` makes of it.
+
+    Args:
+        path (`Path`): the file.
+        benchmark (`str`): what was measured, as the title of its tables.
+        device (`str`): torch's name of the device.
+        settings (`dict`): what all runs share: size, tokens, repeats.
+        runs (`list[dict]`): rows of one table; the keys of the first are its columns.
+        bars (`list[dict]`): of [`bar`].
+    """
+    report = {
+        "benchmark": benchmark,
+        "date": datetime.date.today().isoformat(),
+        "device": device_name(device),
+        "versions": versions(),
+        "settings": settings,
+        "runs": runs,
+        "bars": bars,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+    from render import section
+
+    print(section(report))
+
+
+def describe(size_name: str, device: str, repeats: int) -> dict[str, Any]:
+    """The settings that every report names."""
+    size = SIZES[size_name]
+    return {
+        "size": size_name,
+        "layers": size.config["num_layers"],
+        "width": size.config["num_attention_heads"] * size.config["attention_head_dim"],
+        "latent_frames": size.latent_frames,
+        "tokens": size.tokens,
+        "dtype": str(size.dtype).removeprefix("torch."),
+        "repeats": repeats,
+    }

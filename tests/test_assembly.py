@@ -1,0 +1,166 @@
+"""What `assemble` writes for the real models, from their configs alone, and for CogVideoX; see `test_hub.py` for the rest."""
+
+import json
+
+import pytest
+import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, DiffusionPipeline, WanPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from tiny import tiny_wan_family
+from tiny_cogvideox import tiny_cogvideox_components, tiny_cogvideox_transformer
+
+from diffusers_fvg import FactorizedCogVideoXPipeline, FactorizedVideoPipeline, assemble
+from diffusers_fvg.models import MODELS, WAN_NEGATIVE_PROMPT
+from diffusers_fvg.schedules import SchedulerPresets
+from diffusers_fvg.schedules_cogvideox import COGVIDEOX_1_5_SCHEDULE, COGVIDEOX_PRESETS
+from diffusers_fvg.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
+
+
+def write_base(folder, name):
+    """A repository with the model's configs and empty files in place of its weights."""
+    facts = MODELS[name]
+    experts = ["transformer"] if facts.boundary_ratio is None else ["transformer", "transformer_2"]
+    index = {"_class_name": facts.pipeline_class, "vae": ["diffusers", "AutoencoderKLWan"]}
+    index |= {"tokenizer": ["transformers", "T5TokenizerFast"], "text_encoder": ["transformers", "UMT5EncoderModel"]}
+    index |= {expert: ["diffusers", facts.transformer_class] for expert in experts}
+    if facts.pipeline_class == "WanPipeline":
+        index |= {"boundary_ratio": facts.boundary_ratio, "expand_timesteps": facts.expand_timesteps}
+    for part in ("vae", "text_encoder", *experts):
+        (folder / part).mkdir(parents=True)
+        config = facts.transformer_config if part in experts else {}
+        (folder / part / "config.json").write_text(json.dumps(config))
+        weights = "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors"
+        (folder / part / weights).write_bytes(b"")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_repository_has_the_model_s_own_defaults(name, tmp_path):
+    facts, base = MODELS[name], write_base(tmp_path / "base", name)
+    assemble(tmp_path / "out", base)
+    index = json.loads((tmp_path / "out" / "model_index.json").read_text())
+    pipeline = "FactorizedVideoPipeline" if name.startswith("Wan") else "FactorizedCogVideoXPipeline"
+    assert index["_class_name"] == pipeline
+    assert index["transformer"] == ["diffusers", facts.anchored_class]
+    defaults = index["call_defaults"]
+    assert [defaults["height"], defaults["width"]] == [facts.sizes[0].height, facts.sizes[0].width]
+    assert [defaults["num_frames"], defaults["frame_rate"]] == [facts.frame_counts[0], facts.frame_rate]
+    assert defaults["negative_prompt"] == (WAN_NEGATIVE_PROMPT if name.startswith("Wan") else "")
+    assert index.get("boundary_ratio") == facts.boundary_ratio
+    presets = SchedulerPresets.from_pretrained(tmp_path / "out" / "schedulers")
+    default = next(iter(presets.values()))
+    assert default.name == "anchored-15"
+    assert (default.guidance_scale, getattr(default, "guidance_scale_2", None)) == (
+        facts.guidance_scale,
+        facts.guidance_scale_2,
+    )
+    assert getattr(default, "flow_shift", None) == facts.sizes[0].flow_shift
+    assert index["scheduler"] == ["diffusers", default.scheduler_class]
+    shim = (tmp_path / "out" / "pipeline.py").read_text()
+    assert shim == f"from diffusers_fvg import {pipeline}  # noqa: F401\n"
+
+
+def test_a_repository_for_480p_begins_with_its_shift(tmp_path):
+    base = write_base(tmp_path / "base", "Wan2.1-T2V-14B")
+    made = assemble(tmp_path / "out", base, call_defaults={"height": 480, "width": 832})
+    assert next(iter(made.presets)) == "anchored-15-480p" and made.presets["anchored-15-480p"].flow_shift == 3.0
+    assert made.index["call_defaults"]["num_frames"] == 81 and made.index["call_defaults"]["width"] == 832
+    # A repository made of it keeps what it was made for, unless told otherwise.
+    again = assemble(tmp_path / "again", str(tmp_path / "out"), dry_run=True)
+    assert again.index["call_defaults"] == made.index["call_defaults"] and list(again.presets) == list(made.presets)
+    chosen = assemble(tmp_path / "chosen", base, presets=["lightx2v-4", "full-50"], dry_run=True)
+    assert list(chosen.presets) == ["lightx2v-4", "full-50"]
+    with pytest.raises(ValueError, match="Unknown preset 'lightning-4'; this pipeline has anchored-15, full-50, "):
+        assemble(tmp_path / "wrong", base, presets=["lightning-4"])
+
+
+def test_another_video_model_is_refused(tmp_path):
+    base = tmp_path / "base"
+    write_base(base, "Wan2.1-T2V-1.3B")
+    index = json.loads((base / "model_index.json").read_text()) | {"transformer": ["diffusers", "LTXVideoTransformer"]}
+    (base / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="'LTXVideoTransformer', not one of .*WanTransformer3DModel.*CogVideoX"):
+        assemble(tmp_path / "out", str(base))
+
+
+# -- end to end at tiny size ------------------------------------------------------------------------------------------
+
+
+def write_lora(path, transformers):
+    """An anchor LoRA of each expert in one file, as training writes it. Returns the experts with it."""
+    state = {}
+    for seed, (name, transformer) in enumerate(transformers.items()):
+        torch.manual_seed(seed)
+        transformer.add_adapter(
+            LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+        )
+        state |= {f"{name}.{key}": value for key, value in get_peft_model_state_dict(transformer).items()}
+    save_file(state, path, {"format": "pt"})
+    return transformers
+
+
+def test_two_experts_with_one_lora_file(tmp_path):
+    parts = tiny_wan_family("Wan2.2-T2V-A14B")
+    scheduler = FactorizedVideoPipeline.default_presets["full-50"].make_scheduler()
+    WanPipeline(**parts, scheduler=scheduler).save_pretrained(tmp_path / "base")
+    truth = write_lora(
+        tmp_path / "anchor.safetensors", {name: parts[name] for name in ("transformer", "transformer_2")}
+    )
+    assemble(tmp_path / "out", str(tmp_path / "base"), lora=str(tmp_path / "anchor.safetensors"))
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert pipe.config.boundary_ratio == 0.875
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 3, 4, 4),
+        "timestep": torch.tensor([700.0]),
+        "encoder_hidden_states": torch.randn(1, 3, 32),
+    }
+    for name, expected in truth.items():
+        with torch.no_grad():
+            got, want = getattr(pipe, name)(**inputs).sample, expected(**inputs).sample
+            expected.disable_adapters()
+            assert (want - expected(**inputs).sample).abs().max() > 1e-3
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+    write_lora(tmp_path / "high.safetensors", {"transformer": tiny_wan_family("Wan2.2-T2V-A14B")["transformer"]})
+    with pytest.raises(ValueError, match=r"has nothing for \['transformer_2'\], and the base has two experts"):
+        assemble(tmp_path / "half", str(tmp_path / "base"), lora=str(tmp_path / "high.safetensors"))
+
+
+def test_a_light_repository_of_cogvideox(hub, tmp_path):
+    scheduler = CogVideoXDDIMScheduler(**COGVIDEOX_1_5_SCHEDULE)
+    CogVideoXPipeline(**tiny_cogvideox_components(), scheduler=scheduler).save_pretrained(tmp_path / "base")
+    truth = write_lora(tmp_path / "anchor.safetensors", {"transformer": tiny_cogvideox_transformer()})["transformer"]
+    hub.add("org/cog", tmp_path / "base")
+    assemble(tmp_path / "light", "org/cog", lora=str(tmp_path / "anchor.safetensors"), cache_dir=tmp_path / "other")
+    hub.add("org/light", tmp_path / "light")
+    assert not list((tmp_path / "light").glob("transformer/*.safetensors"))
+    index = json.loads((tmp_path / "light" / "model_index.json").read_text())
+    assert not {"transformer_2", "boundary_ratio", "expand_timesteps"} & set(index)
+
+    pipe = DiffusionPipeline.from_pretrained("org/light", cache_dir=tmp_path / "cache")
+    assert type(pipe) is FactorizedCogVideoXPipeline
+    assert type(pipe.transformer) is AnchorConditionedCogVideoXTransformer3D
+    assert pipe.presets == COGVIDEOX_PRESETS and pipe.call_defaults["height"] == 768
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 4, 4, 4),
+        "timestep": torch.tensor([700]),
+        "encoder_hidden_states": torch.randn(1, 16, 32),
+        "image_rotary_emb": pipe.transformer.rotary_embedding(4, 4, 4, device="cpu"),
+    }
+    with torch.no_grad():
+        torch.testing.assert_close(pipe.transformer(**inputs).sample, truth(**inputs).sample, rtol=0, atol=1e-5)
+    pipe.set_progress_bar_config(disable=True)
+    size = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16, "num_inference_steps": 1}
+    assert pipe.animate("a red circle", **size).shape == (1, 9, 32, 32, 3)
+
+    # Bundled it needs no Hub, and from the light one a light one is made again.
+    assemble(tmp_path / "again", "org/light", dry_run=True, cache_dir=tmp_path / "other")
+    assemble(tmp_path / "whole", "org/cog", light=False, cache_dir=tmp_path / "other")
+    hub.stop()
+    whole = DiffusionPipeline.from_pretrained(tmp_path / "whole", cache_dir=tmp_path / "empty")
+    assert type(whole) is FactorizedCogVideoXPipeline and whole.anchor_lora is None

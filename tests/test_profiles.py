@@ -1,0 +1,200 @@
+"""Memory profiles: the arithmetic against what is counted elsewhere, and stages that come and go."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from test_placement import SIZE, present, run, two_experts, walk  # noqa: F401
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from diffusers_fvg import profiles
+from diffusers_fvg.decoding import decode_chunks
+from diffusers_fvg.memory import decode_bytes
+from diffusers_fvg.models import MODELS
+from diffusers_fvg.profiles import GIB, Stage, apply_memory_profile, model_stages, pipeline_stages, plan_memory
+from diffusers_fvg.transformer_anchor import AnchorConditionedTransformer3D
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
+from harness import SIZES, LiveBytes, build_transformer, transformer_inputs  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def real() -> dict[str, list[Stage]]:
+    return {name: model_stages(MODELS[name]) for name in ("Wan2.2-TI2V-5B", "Wan2.2-T2V-A14B")}
+
+
+def test_weights_are_those_of_the_published_models(real):
+    # UMT5-XXL's encoder: an embedding, 24 layers of 4 attention and 3 feed-forward matrices, 2 norms, position bias; norm.
+    umt5 = 256384 * 4096 + 24 * (4 * 4096**2 + 3 * 4096 * 10240 + 2 * 4096 + 32 * 64) + 4096
+    for name, stages in real.items():
+        weights = {stage.name: stage.weights for stage in stages}
+        assert weights["text_encoder"] == 2 * umt5
+        for expert in weights.keys() & {"transformer", "transformer_2"}:
+            # And the rotary embedding's cosines and sines of 1024 positions, in float32.
+            assert weights[expert] == 2 * MODELS[name].parameters + 2 * 1024 * 128 * 4
+    assert [stage.name for stage in real["Wan2.2-T2V-A14B"]] == ["text_encoder", "transformer", "transformer_2", "vae"]
+
+
+# Computed, in GiB: what is there at once, and the card's size less a tenth.
+@pytest.mark.parametrize(
+    "model, profile, offload, tile, peak",
+    [
+        ("Wan2.2-TI2V-5B", "12GB", "group", False, 10.8),
+        ("Wan2.2-TI2V-5B", "24GB", "model", False, 21.3),
+        ("Wan2.2-TI2V-5B", "48GB", "none", False, 30.7),
+        ("Wan2.2-TI2V-5B", "80GB", "none", False, 30.7),
+        ("Wan2.2-T2V-A14B", "24GB", "group", False, 12.9),
+        ("Wan2.2-T2V-A14B", "48GB", "model", False, 37.7),
+        ("Wan2.2-T2V-A14B", "80GB", "model", False, 37.7),
+    ],
+)
+def test_largest_stage_fits(real, model, profile, offload, tile, peak):
+    plan = plan_memory(real[model], profile)
+    assert (plan.offload, plan.tile) == (offload, tile)
+    assert plan.peak / GIB == pytest.approx(peak, abs=0.06)
+    assert plan.peak <= 0.9 * int(profile.removesuffix("GB")) * GIB
+    assert f"offload {offload}" in str(plan) and "computed" in str(plan)
+
+
+def test_what_does_not_fit_is_refused_with_its_size(real):
+    with pytest.raises(
+        ValueError, match=r"'12GB' may take 10.8 GiB, but `transformer\w*` needs 12.9 GiB .*fewer pixels"
+    ):
+        plan_memory(real["Wan2.2-T2V-A14B"], "12GB")
+    with pytest.raises(ValueError, match="'16GB'.*12GB, 24GB, 48GB, 80GB, cpu"):
+        plan_memory(real["Wan2.2-T2V-A14B"], "16GB")
+
+
+def test_plan_of_given_numbers():
+    stages = [Stage("text_encoder", 100, 20, 5), Stage("transformer", 60, 10, 30), Stage("vae", 10, 10, 50, 8)]
+    expected = {
+        # All weights and the largest room; text encoder, VAE and its room; VAE and its room; with tiles that of layers.
+        220: ("none", False, 220),
+        219: ("model", False, 160),
+        159: ("group", False, 60),
+        59: ("group", True, 50),
+    }
+    for budget, (offload, tile, peak) in expected.items():
+        plan = plan_memory(stages, "12GB", budget)
+        assert (plan.offload, plan.tile, plan.peak) == (offload, tile, peak)
+    with pytest.raises(ValueError, match="`transformer`"):
+        plan_memory(stages, "12GB", 49)
+    with pytest.raises(ValueError, match="cpu"):
+        plan_memory(stages, "cpu", 199)
+
+
+@pytest.mark.parametrize("name", ["5b", "a14b"])
+def test_room_of_a_forward_is_that_of_its_live_tensors(name):
+    size = dataclasses.replace(SIZES[name], config=SIZES[name].config | {"num_layers": 1})
+    with FakeTensorMode(), torch.no_grad():
+        model = build_transformer(AnchorConditionedTransformer3D, size, "cpu")
+        inputs = transformer_inputs(size, "cpu", per_token=False)
+        with LiveBytes([*model.parameters(), *model.buffers(), *inputs.values()]) as counter:
+            model(**inputs)
+        shape = tuple(inputs["hidden_states"].shape)
+        assert counter.peak <= profiles._transformer_working(model, shape) <= 1.7 * counter.peak
+
+
+@pytest.mark.parametrize("channels", profiles.WAN_VAES)
+def test_room_of_a_decode_is_that_of_its_live_tensors(channels):
+    latents = (1, channels, 3, 6, 5)
+    with FakeTensorMode(), torch.no_grad():
+        vae = AutoencoderKLWan(**profiles.WAN_VAES[channels]).eval()
+        given = torch.zeros(latents)
+        with LiveBytes([*vae.parameters(), given]) as counter:
+            for _ in decode_chunks(vae, given, lambda pixels: pixels.to(torch.uint8)):
+                pass
+    assert counter.peak <= decode_bytes(vae.config, latents, 4) <= 1.2 * counter.peak
+
+
+# -- a pipeline of all stages -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return run(two_experts())
+
+
+def sizes(pipe) -> dict[str, int]:
+    """Bytes of each component."""
+    bytes_of = dict.fromkeys((name.split(".")[0] for name in walk(pipe)), 0)
+    for name, tensor in walk(pipe).items():
+        bytes_of[name.split(".")[0]] += tensor.nbytes
+    return bytes_of
+
+
+def of_size(pipe) -> list[Stage]:
+    return pipeline_stages(pipe, SIZE["height"], SIZE["width"], SIZE["num_frames"])
+
+
+def apply(pipe, monkeypatch, budget: float):
+    """The 12 GB profile, as if the card had `budget` bytes for use, and with no allowance: the models here are tiny."""
+    monkeypatch.setattr(profiles, "ALLOWANCE", 0)
+    monkeypatch.setitem(profiles.PROFILES, "12GB", budget / profiles.USABLE + 1)
+    return apply_memory_profile(pipe, "12GB", "cpu:0", SIZE["height"], SIZE["width"], SIZE["num_frames"])
+
+
+def test_model_offload_has_the_largest_stage_at_once_and_not_the_sum(present, expected, monkeypatch):  # noqa: F811
+    pipe = two_experts()
+    weights = sizes(pipe)
+    stages = {stage.name: stage for stage in of_size(pipe)}
+    plan = apply(pipe, monkeypatch, sum(weights.values()) + stages["vae"].working - 1)
+    assert plan.offload == "model"
+    torch.testing.assert_close(run(pipe).frames, expected.frames, rtol=0, atol=1e-5)
+    vae = weights.pop("vae")
+    # The composer ends before the VAE is needed.
+    beside = {name: value + (0 if name in ("rewriter", "composer") else vae) for name, value in weights.items()}
+    assert present.peak == max(beside.values()) < 0.6 * sum(weights.values())
+    assert not list(present)
+
+
+def test_group_offload_has_a_few_layers_at_once(present, expected, monkeypatch):  # noqa: F811
+    pipe = two_experts()
+    monkeypatch.setattr(profiles, "ALLOWANCE", 0)
+    stages = {stage.name: stage for stage in of_size(pipe)}
+    plan = apply(pipe, monkeypatch, stages["vae"].weights + stages["vae"].working)
+    assert plan.offload == "group"
+    torch.testing.assert_close(run(pipe).frames, expected.frames, rtol=0, atol=1e-5)
+    layers = max(stage.layers for name, stage in stages.items() if name != "vae")
+    assert 0 < present.peak <= layers < max(sizes(pipe).values())
+    assert not list(present)
+
+
+def test_everything_stays_where_it_fits(present, expected, monkeypatch):  # noqa: F811
+    pipe = two_experts()
+    plan = apply(pipe, monkeypatch, 1 << 40)
+    assert (plan.offload, plan.tile, pipe.vae.use_tiling) == ("none", False, False)
+    torch.testing.assert_close(run(pipe).frames, expected.frames, rtol=0, atol=1e-5)
+    assert present.peak == 0
+
+
+def test_cpu_tiles_only_what_would_not_fit(monkeypatch):
+    pipe = two_experts()
+    monkeypatch.setattr(profiles, "ALLOWANCE", 0)
+    plan = apply_memory_profile(pipe, "cpu", num_frames=5)
+    assert (plan.offload, plan.tile, pipe.vae.use_tiling) == ("none", False, False)
+    vae = plan.stages[-1]
+    monkeypatch.setattr(profiles, "free_bytes", lambda device: vae.working - 1)
+    assert apply_memory_profile(pipe, "cpu", num_frames=5).tile and pipe.vae.use_tiling
+
+
+def test_fewer_bits_are_planned_as_fewer_bytes():
+    pipe = two_experts()
+    before = {stage.name: stage.weights for stage in of_size(pipe)}
+    # Stored in 8 bits of float, as diffusers offers without another package.
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    after = {stage.name: stage.weights for stage in of_size(pipe)}
+    assert after["transformer"] < 0.6 * before["transformer"]
+    assert {name: value for name, value in after.items() if name != "transformer"} == {
+        name: value for name, value in before.items() if name != "transformer"
+    }
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="says what is said where there is none")
+def test_no_accelerator():
+    with pytest.raises(ValueError, match="'80GB' is for an accelerator.*\"cpu\""):
+        apply_memory_profile(two_experts(), "80GB")
