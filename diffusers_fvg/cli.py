@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 
 # In the order of training: each part builds on those before it.
-SHAPES_PARTS = ("vae", "rewriter", "cache", "text", "base", "composer", "lora")
+SHAPES_PARTS = ("vae", "rewriter", "cache", "text", "base", "composer", "lora", "distilled")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +31,9 @@ def _add_video(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-scale", type=float)
     parser.add_argument("--num-frames", type=int)
     parser.add_argument("--negative-prompt")
+    parser.add_argument(
+        "--anchor-decode", choices=("raw", "match", "replace"), default="raw", help="colours of the anchored frames"
+    )
     parser.add_argument("--strip", type=Path, help="also write a PNG with prompt, anchor and some frames")
 
 
@@ -41,7 +46,8 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt")
     _add_model(generate)
     _add_video(generate)
-    generate.add_argument("--mode", choices=("factorized", "direct"), default="factorized")
+    generate.add_argument("--mode", choices=("factorized", "direct", "storyboard"), default="factorized")
+    generate.add_argument("--num-moments", type=int, default=2, help="of a storyboard, at most (default: %(default)s)")
     generate.add_argument("--first-frame-prompt", help="skips stage 1")
     generate.add_argument("--image", type=Path, help="anchor image; skips stages 1 and 2")
     generate.add_argument(
@@ -101,14 +107,27 @@ def parser() -> argparse.ArgumentParser:
     report = actions.add_parser("report", help="score a model on held-out prompts, arm by arm (synthetic)")
     report.add_argument("folder", type=Path, help="for records, JSON, tables and figures; continues what is there")
     _add_model(report)
-    report.add_argument("--quick", action="store_true", help="one table: three arms, 15 steps, guidance as it is")
     report.add_argument("--per-category", type=int, default=9, help="prompts (default: %(default)s)")
     report.add_argument("--seeds", type=int, help="how many (default: 3, with --quick 1)")
-    report.add_argument(
+    kind = report.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--quick", action="store_true", help="instead one table: three arms, 15 steps, guidance as it is"
+    )
+    kind.add_argument("--storyboard", action="store_true", help="instead several anchors against one")
+    kind.add_argument(
+        "--anchors", action="store_true", help="instead both ends, continued clips, colours of anchors; one seed"
+    )
+    kind.add_argument(
         "--ablation",
         nargs="+",
         metavar="NAME=DIR",
         help="instead compare anchor LoRAs: folders with pytorch_lora_weights.safetensors, each at strengths 0.55, 1, 1.4",
+    )
+    kind.add_argument(
+        "--distilled", metavar="DIR", type=Path, help="instead ways to guide, a LoRA with guidance in it"
+    )
+    kind.add_argument(
+        "--window", nargs="*", metavar="WINDOW=DIR", help="instead window attention, with LoRAs trained under it"
     )
     return top
 
@@ -175,14 +194,13 @@ def _versions() -> dict[str, str]:
     return {"diffusers-fvg": __version__} | {name: module.__version__ for name, module in modules.items()}
 
 
-def _write(arguments: argparse.Namespace, pipe, frames, prompt: str, caption: str | None, anchor, seeds: dict) -> None:
+def _write(arguments: argparse.Namespace, pipe, frames, record: dict, captions, anchors) -> None:
+    """Video and strip; `record` tells how the video was made, pictures and their captions are those of the strip."""
     from .media import write_strip, write_video
 
     frame_rate = pipe.call_defaults["frame_rate"]
     metadata = {
-        "prompt": prompt,
-        "first_frame_prompt": caption,
-        "seeds": seeds,
+        **record,
         "preset": arguments.preset or next(iter(pipe.presets)),
         "versions": _versions(),
     }
@@ -191,14 +209,23 @@ def _write(arguments: argparse.Namespace, pipe, frames, prompt: str, caption: st
     write_video(arguments.output, frames, frame_rate, metadata=metadata, scale=scale)
     print(f"video:              {arguments.output}")
     if arguments.strip:
-        write_strip(arguments.strip, prompt, caption, anchor, frames)
+        write_strip(arguments.strip, record["prompt"], captions, anchors, frames)
         print(f"strip:              {arguments.strip}")
 
 
 def _video_options(arguments: argparse.Namespace, seed: int) -> dict:
     import torch
 
-    names = ("height", "width", "num_frames", "preset", "num_inference_steps", "guidance_scale", "negative_prompt")
+    names = (
+        "height",
+        "width",
+        "num_frames",
+        "preset",
+        "num_inference_steps",
+        "guidance_scale",
+        "negative_prompt",
+        "anchor_decode",
+    )
     options = {name: getattr(arguments, name) for name in names}
     return options | {"generator": torch.Generator().manual_seed(seed), "output_type": "np"}
 
@@ -210,33 +237,41 @@ def _generate(arguments: argparse.Namespace) -> None:
     output = pipe(
         arguments.prompt,
         mode=arguments.mode,
+        num_moments=arguments.num_moments,
         first_frame_prompt=arguments.first_frame_prompt,
         image=image,
         **_video_options(arguments, seed),
     )
-    caption = output.first_frame_prompts[0] if output.first_frame_prompts else None
+    caption = captions = output.first_frame_prompts[0] if output.first_frame_prompts else None
     anchor = output.anchor_images[0] if output.anchor_images else image
     print(f"prompt:             {arguments.prompt}")
     if caption:
         print(f"first-frame prompt: {caption}")
+    record = {"prompt": arguments.prompt, "first_frame_prompt": caption, "seeds": output.seeds[0]}
+    if output.storyboards:
+        record["storyboard"] = [asdict(moment) for moment in output.storyboards[0]]
+        captions = [moment.caption for moment in output.storyboards[0]]
+        for moment in output.storyboards[0][1:]:
+            print(f"{f'moment at {moment.time:.0%}:':19s} {moment.caption}")
     print(f"seeds:              {output.seeds[0]}")
     print("seconds:            " + ", ".join(f"{name} {value:.1f}" for name, value in output.timings.items()))
-    _write(arguments, pipe, output.frames[0], arguments.prompt, caption, anchor, output.seeds[0])
+    _write(arguments, pipe, output.frames[0], record, captions, anchor)
     if arguments.save_stages:
-        _save_stages(arguments.save_stages, arguments.prompt, caption, anchor, output)
+        _save_stages(arguments.save_stages, record | {"timings": output.timings}, anchor, output.frames[0])
         print(f"stages:             {arguments.save_stages}")
 
 
-def _save_stages(folder: Path, prompt: str, caption: str | None, anchor, output) -> None:
+def _save_stages(folder: Path, record: dict, anchor, frames) -> None:
     import numpy as np
     import PIL.Image
 
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"prompt": prompt, "first_frame_prompt": caption, "seeds": output.seeds[0], "timings": output.timings}
     (folder / "stages.json").write_text(json.dumps(record, indent=2) + "\n")
     if anchor is not None:
-        anchor.save(folder / "anchor.png")
-    for index, frame in enumerate(output.frames[0]):
+        anchors = [anchor] if isinstance(anchor, PIL.Image.Image) else anchor
+        for number, image in enumerate(anchors):
+            image.save(folder / ("anchor.png" if number == 0 else f"anchor_{number + 1}.png"))
+    for index, frame in enumerate(frames):
         PIL.Image.fromarray(np.round(frame * 255).astype(np.uint8)).save(folder / f"frame_{index:04d}.png")
 
 
@@ -268,7 +303,8 @@ def _animate(arguments: argparse.Namespace) -> None:
     pipe, seed = _load(arguments), _seed(arguments)
     anchor = Anchor(image, arguments.frame_index, arguments.strength)
     frames = pipe.animate(arguments.prompt, anchors=anchor, **_video_options(arguments, seed))[0]
-    _write(arguments, pipe, frames, arguments.prompt, None, image, {"video": seed})
+    record = {"prompt": arguments.prompt, "first_frame_prompt": None, "seeds": {"video": seed}}
+    _write(arguments, pipe, frames, record, None, image)
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -303,27 +339,47 @@ def _push(arguments: argparse.Namespace) -> None:
     print(push(arguments.folder, arguments.repository, arguments.commit_message, private, arguments.create_pr))
 
 
+def _named_folders(flag: str, name: str, pairs: Sequence[str]) -> dict[str, Path]:
+    folders = dict(pair.partition("=")[::2] for pair in pairs)
+    for key, path in folders.items():
+        if not key or not path:
+            raise ValueError(f"{flag} {key}{path}: give {name}=DIR.")
+    return {key: Path(path) for key, path in folders.items()}
+
+
 def _report(arguments: argparse.Namespace) -> None:
-    loras = dict(pair.partition("=")[::2] for pair in arguments.ablation or ())
-    for name, path in loras.items():
-        if not name or not path:
-            raise ValueError(f"--ablation {name}{path}: give NAME=DIR.")
-    if arguments.quick and loras:
-        raise ValueError("--quick and --ablation are two different reports; give one of them.")
+    loras = _named_folders("--ablation", "NAME", arguments.ablation or ())
+    windows = _named_folders("--window", "WINDOW", arguments.window or ())
+    wrong = [window for window in windows if not window.isdecimal()]
+    if wrong:
+        raise ValueError(f"--window {wrong[0]}={windows[wrong[0]]}: WINDOW is a number of latent frames.")
     seeds = arguments.seeds if arguments.seeds is not None else 1 if arguments.quick else 3
     if min(seeds, arguments.per_category) < 1:
         raise ValueError(f"--seeds {seeds} and --per-category {arguments.per_category} must be at least 1.")
     from .shapes.ablation import write_ablation
+    from .shapes.anchors import write_anchors_report
+    from .shapes.distillation import write_guidance_report
     from .shapes.report import write_quick_report, write_study
+    from .shapes.storyboard import write_storyboard_report
     from .shapes.study import StudySettings
+    from .shapes.window import write_window_report
 
     pipe = _load(arguments)
     pipe.set_progress_bar_config(disable=True)
     size = {"per_category": arguments.per_category, "seeds": seeds}
     if arguments.quick:
         print(write_quick_report(pipe, arguments.folder, **size))
+    elif arguments.storyboard:
+        print(write_storyboard_report(pipe, arguments.folder, **size))
+    elif arguments.anchors:
+        print(write_anchors_report(pipe, arguments.folder, arguments.per_category))
     elif loras:
-        print(write_ablation(pipe, arguments.folder, {name: Path(path) for name, path in loras.items()}, **size))
+        print(write_ablation(pipe, arguments.folder, loras, **size))
+    elif arguments.distilled:
+        print(write_guidance_report(pipe, arguments.folder, arguments.distilled, **size))
+    elif arguments.window is not None:
+        trained = {int(window): path for window, path in windows.items()}
+        print(write_window_report(pipe, arguments.folder, loras=trained, **size))
     else:
         print(write_study(pipe, arguments.folder, StudySettings(**size)))
 

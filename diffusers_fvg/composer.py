@@ -12,8 +12,7 @@ from typing import Any
 import PIL.Image
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
-from diffusers.pipelines.auto_pipeline import AUTO_IMAGE2IMAGE_PIPELINES_MAPPING, AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+from diffusers import DiffusionPipeline
 
 from .anchor import crop_and_resize
 from .checks import check_at_least_one, check_generators, check_texts
@@ -233,6 +232,9 @@ class AnchorComposer(torch.nn.Module):
         options = (num_inference_steps, guidance_scale, generator, negative_prompt)
         if self.image_to_image_class is None:
             return self.compose(prompts, height, width, *options, on_progress, should_stop)
+        # Imports the text-to-image pipelines of all families, which takes seconds.
+        from diffusers import AutoPipelineForImage2Image
+
         # Made anew each time: it then has the components and the settings that the pipeline has now.
         pipeline = AutoPipelineForImage2Image.from_pipe(self.pipeline)
         pipeline.set_progress_bar_config(disable=True)
@@ -248,6 +250,11 @@ class AnchorComposer(torch.nn.Module):
     @property
     def image_to_image_class(self) -> type[DiffusionPipeline] | None:
         """What [`derive`] draws with: diffusers' image-to-image pipeline of the same family; `None` for shared noise."""
+        from diffusers.pipelines.auto_pipeline import (
+            AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+            AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+        )
+
         name = type(self.pipeline).__name__
         families = (family for family, made in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items() if made.__name__ == name)
         family = None if self.derive_strength is None else next(families, None)

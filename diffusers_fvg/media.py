@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -181,8 +181,8 @@ def read_video_metadata(path: str | Path) -> dict[str, Any]:
 def write_strip(
     path: str | Path,
     prompt: str,
-    first_frame_prompt: str | None,
-    anchor: Image.Image | None,
+    first_frame_prompt: str | Sequence[str] | None,
+    anchor: Image.Image | Sequence[Image.Image] | None,
     frames: Frames,
     num_frames_shown: int = 6,
 ) -> None:
@@ -191,8 +191,10 @@ def write_strip(
     Args:
         path (`str` or `Path`): the file, ending in `.png`.
         prompt (`str`): what was asked for.
-        first_frame_prompt (`str`, *optional*): what the rewriter made of it; left out where there was none.
-        anchor (`PIL.Image.Image`, *optional*): drawn at the left, with a border and an arrow to the frames.
+        first_frame_prompt (`str` or `Sequence[str]`, *optional*): what the rewriter made of it, of several moments in order;
+            left out where there was none.
+        anchor (`PIL.Image.Image` or `Sequence[PIL.Image.Image]`, *optional*): drawn at the left, with a border and an arrow
+            to the frames.
         frames (see [`frames_to_uint8`]): the video.
         num_frames_shown (`int`, *optional*): evenly spaced, the first and the last among them; all of a shorter video.
 
@@ -207,23 +209,26 @@ def write_strip(
     frames = frames_to_uint8(frames)
     shown = np.linspace(0, len(frames) - 1, min(num_frames_shown, len(frames))).round().astype(int)
     tiles = [_tile(Image.fromarray(frames[index])) for index in shown]
-    anchor_tile = None if anchor is None else _tile(anchor.convert("RGB"))
+    anchors = [] if anchor is None else [anchor] if isinstance(anchor, Image.Image) else anchor
+    anchor_tiles = [_tile(image.convert("RGB")) for image in anchors]
 
-    # The arrow between anchor and video is as wide as two gaps.
-    left = MARGIN if anchor is None else MARGIN + anchor_tile.width + 4 * GAP
+    # The arrow between anchors and video is as wide as two gaps.
+    left = MARGIN + sum(tile.width + GAP for tile in anchor_tiles) + (3 * GAP if anchor_tiles else 0)
     width = max(left + sum(tile.width + GAP for tile in tiles) - GAP + MARGIN, 4 * TILE_SIZE)
     # Strips are shown some 900 pixels wide: text of 1/60 of the width is 15 pixels there.
     font, small = (ImageFont.load_default(size=max(minimum, width // part)) for minimum, part in ((16, 60), (14, 72)))
     line_height = round(font.size * 1.4)
     captions = [("prompt", prompt)]
     if first_frame_prompt is not None:
-        captions.append(("first frame", first_frame_prompt))
+        moments = [first_frame_prompt] if isinstance(first_frame_prompt, str) else first_frame_prompt
+        labels = ["first frame", *(f"moment {number}" for number in range(2, len(moments) + 1))]
+        captions += zip(labels, moments, strict=True)
     indent = MARGIN + math.ceil(max(font.getlength(label) for label, _ in captions)) + 2 * GAP
     captions = [(label, _wrapped(text, font, width - indent - MARGIN)) for label, text in captions]
 
     text_height = sum(len(lines) * line_height + GAP for _, lines in captions)
     row_top = MARGIN + text_height + GAP
-    row_height = max(tile.height for tile in [*tiles, anchor_tile] if tile is not None)
+    row_height = max(tile.height for tile in [*tiles, *anchor_tiles])
     height = row_top + row_height + GAP + line_height + MARGIN // 2
     strip = Image.new("RGB", (width, height), BACKGROUND)
     draw = ImageDraw.Draw(strip)
@@ -242,8 +247,11 @@ def write_strip(
         middle = (x + tile.width / 2, row_top + row_height + GAP)
         draw.text(middle, label, fill=colour if colour == ACCENT else FAINT, font=small, anchor="ma")
 
-    if anchor_tile is not None:
-        place(anchor_tile, MARGIN, "anchor", ACCENT, BORDER)
+    x = MARGIN
+    for tile in anchor_tiles:
+        place(tile, x, "anchor", ACCENT, BORDER)
+        x += tile.width + GAP
+    if anchor_tiles:
         tip, middle = left - GAP - GAP // 2, row_top + row_height // 2
         draw.polygon([(tip - GAP, middle - GAP // 2), (tip - GAP, middle + GAP // 2), (tip, middle)], fill=ACCENT)
     x = left

@@ -34,6 +34,22 @@ def test_generate_writes_video_strip_and_stages(tmp_path, capsys):
     assert PIL.Image.open(tmp_path / "strip.png").width > 500
 
 
+def test_a_storyboard_shows_and_keeps_its_moments(tmp_path, capsys):
+    prompt = "A red circle gradually turns into a square"
+    arguments = ["generate", prompt, "--mode", "storyboard", "--seed", "3", "--steps", "4", "--quiet"]
+    arguments += ["--output", str(tmp_path / "video.mp4"), "--strip", str(tmp_path / "strip.png")]
+    assert main([*arguments, "--anchor-decode", "replace", "--save-stages", str(tmp_path / "stages")]) == 0
+    stages = json.loads((tmp_path / "stages" / "stages.json").read_text())
+    first, last = stages["storyboard"]
+    assert (first["time"], last["time"]) == (0.0, 1.0)
+    assert "red circle" in first["caption"] and "red square" in last["caption"]
+    assert last["caption"] in capsys.readouterr().out
+    assert read_video_metadata(tmp_path / "video.mp4")["storyboard"] == stages["storyboard"]
+    for anchor, frame in (("anchor.png", "frame_0000.png"), ("anchor_2.png", "frame_0016.png")):
+        anchor, frame = (np.asarray(PIL.Image.open(tmp_path / "stages" / name)) for name in (anchor, frame))
+        assert np.array_equal(anchor, frame)
+
+
 def test_a_seed_repeats_the_video_and_stages_chain(tmp_path, capsys):
     options = ["--seed", "5", "--steps", "3", "--quiet"]
     main(["rewrite", PROMPT, "--quiet"])
@@ -58,6 +74,9 @@ def test_a_seed_repeats_the_video_and_stages_chain(tmp_path, capsys):
         (["generate", "a", "--output", "video.avi"], "must end in .mp4"),
         (["generate", "a", "--image", "missing.png"], "missing.png cannot be read"),
         (["generate", "a", "--model", __file__], "is a file"),
+        (["shapes", "report", "new", "--window", "near=there"], "number of latent frames"),
+        (["shapes", "report", "new", "--window", "1=there"], "No pytorch_lora_weights.safetensors in there"),
+        (["shapes", "report", "new", "--ablation", "name"], "give NAME=DIR"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, capsys, tmp_path, monkeypatch):

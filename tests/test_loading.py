@@ -128,6 +128,12 @@ def test_folder_in_a_fresh_process(bundled, run_python, code):
     assert "loaded 1" in run_python(code.format(repo=str(bundled)) + CHECK)
 
 
+def test_loading_leaves_the_other_families_unread(bundled, run_python):
+    # diffusers' automatic pipelines import the pipelines of every family, which takes seconds.
+    code = '\nimport sys\nprint("auto", "diffusers.pipelines.auto_pipeline" in sys.modules)\n'
+    assert "auto False" in run_python(IMPORTED.format(repo=str(bundled)) + code)
+
+
 def test_hub_in_a_fresh_process_and_offline_afterwards(hub, pushed, bundled, run_python):
     assert "loaded 1" in run_python(IMPORTED.format(repo=pushed) + CHECK)
     named = {str(p.relative_to(bundled)) for p in bundled.rglob("*") if p.is_file()}

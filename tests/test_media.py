@@ -210,6 +210,20 @@ def test_strip_picks_evenly_spaced_frames(tmp_path):
     assert [places[index][0] for index in shown] == sorted(places[index][0] for index in shown)
 
 
+def test_strip_shows_all_moments_of_a_storyboard(tmp_path, clip):
+    colours = [(0, 0, 255), (0, 128, 128)]
+    anchors = [Image.new("RGB", (64, 48), colour) for colour in colours]
+    captions = ["A red square at the left.", "A red square at the right."]
+    paths = [tmp_path / "single.png", tmp_path / "storyboard.png"]
+    write_strip(paths[0], "A red square moves", captions[0], anchors[0], clip)
+    write_strip(paths[1], "A red square moves", captions, anchors, clip)
+    single, strip = (np.asarray(Image.open(path).convert("RGB")) for path in paths)
+    # Another column for its picture, another line for its caption.
+    assert strip.shape[1] > single.shape[1] + 190 and strip.shape[0] > single.shape[0]
+    (first,), (second,) = (columns_of(strip, colour) for colour in colours)
+    assert first[1] < second[0] < columns_of(strip, RED)[0][0]
+
+
 def test_strip_without_anchor_or_caption(tmp_path, clip):
     write_strip(tmp_path / "strip.png", "A red square", None, None, clip[:2])
     with Image.open(tmp_path / "strip.png") as image:
