@@ -26,7 +26,7 @@ SHAPES_PRESETS = SchedulerPresets.of(
 COMPOSER_DEFAULTS = {
     "num_frames": 1,
     "num_inference_steps": 20,
-    "guidance_scale": 3.0,
+    "guidance_scale": 2.0,
     "max_sequence_length": MAX_SEQUENCE_LENGTH,
 }
 CALL_DEFAULTS = {
