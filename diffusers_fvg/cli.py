@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -72,7 +73,9 @@ def parser() -> argparse.ArgumentParser:
     _add_model(animate)
     _add_video(animate)
 
-    train = commands.add_parser("train", help="train an anchor LoRA on videos; continues where it stopped")
+    train = commands.add_parser(
+        "train", help="train an anchor LoRA, or a stage of Factorized-Dreamer, on videos; continues where it stopped"
+    )
     train.add_argument("config", type=Path, help="TOML file, see examples/training")
 
     assemble = commands.add_parser("assemble", help="make a repository of parts given by name")
@@ -104,6 +107,12 @@ def parser() -> argparse.ArgumentParser:
     train = actions.add_parser("train", help="train all parts from nothing; continues where it stopped")
     train.add_argument("folder", type=Path, help="for checkpoints, logs and the finished repository")
     train.add_argument("--parts", nargs="+", choices=SHAPES_PARTS, default=SHAPES_PARTS)
+    dreamer = actions.add_parser(
+        "dreamer", help="train the shapes model of Factorized-Dreamer; continues where it stopped"
+    )
+    dreamer.add_argument("folder", type=Path, help="for checkpoints, logs and the finished repository")
+    dreamer.add_argument("--designs", nargs="*", default=(), help="also train these for the report, such as no_paca")
+    dreamer.add_argument("--report", type=Path, metavar="DIR", help="then score all that is trained (synthetic)")
     report = actions.add_parser("report", help="score a model on held-out prompts, arm by arm (synthetic)")
     report.add_argument("folder", type=Path, help="for records, JSON, tables and figures; continues what is there")
     _add_model(report)
@@ -308,9 +317,18 @@ def _animate(arguments: argparse.Namespace) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    import tomllib
+
     from .training.config import TrainConfig
     from .training.trainer import main_train
 
+    # What is no TOML is said by the config's own reader.
+    with contextlib.suppress(tomllib.TOMLDecodeError, UnicodeDecodeError):
+        if "system" in tomllib.loads(arguments.config.read_text(encoding="utf-8")):
+            from .training.dreamer import main_train_dreamer
+
+            print(f"video UNet: {main_train_dreamer(arguments.config)}")
+            return
     config, validate = TrainConfig.load(arguments.config), None
     if config.validation_every:
         from .validation import make_validate
@@ -387,6 +405,15 @@ def _report(arguments: argparse.Namespace) -> None:
 def _shapes(arguments: argparse.Namespace) -> None:
     if arguments.action == "report":
         _report(arguments)
+        return
+    if arguments.action == "dreamer":
+        from .embedded import EMBEDDED_FOLDER, load_embedded
+        from .shapes.dreamer import train_dreamer
+        from .shapes.dreamer_report import write_dreamer_report
+
+        train_dreamer(arguments.folder, EMBEDDED_FOLDER, arguments.designs)
+        if arguments.report:
+            print(write_dreamer_report(load_embedded(), arguments.folder, arguments.report))
         return
     from .shapes.train import train_all
 

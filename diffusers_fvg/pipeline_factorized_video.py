@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -337,6 +337,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             with (
                 progress.stage("denoise", len(timesteps)) as report,
                 nullcontext() if anchor_latents is not None else self._without_anchor_lora(),
+                nullcontext() if sampling is None else self._attending_within(sampling.anchor_window),
             ):
                 if anchor_latents is not None:
                     latents = anchor_latents.impose(latents, sigmas[0])
@@ -388,6 +389,19 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
                 return latents
             with progress.stage("decode"):
                 return decode_anchored(partial(self.decode, latents), anchors, anchor_decode, output_type)
+
+    @contextmanager
+    def _attending_within(self, window: int | None) -> Iterator[None]:
+        """A preset's window of attention in all experts, afterwards their own again, which they keep without one."""
+        experts = self._experts().values()
+        before = [expert.anchor_window for expert in experts]
+        try:
+            for expert in experts:
+                expert.set_anchor_window(expert.anchor_window if window is None else window)
+            yield
+        finally:
+            for expert, own in zip(experts, before):
+                expert.set_anchor_window(own)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, output_type: str = "np"):
@@ -460,7 +474,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
                 without using it up, so that a seed draws the same video noise in every mode.
             latents (`torch.Tensor` of shape `(B, C, f, h, w)`, *optional*): unit Gaussian start of the video.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(B, L, D)`, *optional*): instead of texts.
-            output_type (`str`, *optional*): `"np"`, `"pt"`, `"pil"` or `"latent"`.
+            output_type (`str`, *optional*): `"np"`, `"uint8"`, `"pt"`, `"pil"` or `"latent"`; see [`decode`].
             return_dict (`bool`, *optional*): `False` gives a tuple in the order of the output's fields.
             attention_kwargs (`dict`, *optional*): passed on to the transformer.
             callback_on_step_end (`Callable`, *optional*): as in every diffusers pipeline, after each video step.

@@ -66,6 +66,8 @@ class SchedulerPreset:
         guidance_scale_2 (`float`, *optional*): of the low-noise expert; the same as the other's when left out.
         weights (`str`): distilled weights that the steps were trained with, on the Hub; empty for the base model's own.
         source (`str`): where the values come from.
+        anchor_window (`int`, *optional*): while the preset samples, frames attend to the anchors and to those so many latent
+            frames away alone, as the anchor LoRA was trained; see [`AnchorConditionedTransformer3D.set_anchor_window`].
     """
 
     name: str
@@ -78,6 +80,7 @@ class SchedulerPreset:
     guidance_scale_2: float | None = None
     weights: str = ""
     source: str = ""
+    anchor_window: int | None = None
 
     def __post_init__(self) -> None:
         check_name(self.name, "A preset")

@@ -1,3 +1,4 @@
+import dataclasses
 import inspect
 
 import numpy as np
@@ -20,7 +21,7 @@ from diffusers_fvg import Anchor, AnchorConditionedTransformer3D, FactorizedVide
 from diffusers_fvg import pipeline_factorized_video as module
 from diffusers_fvg.anchor import anchor_pixels, crop_and_resize, encode_anchor
 from diffusers_fvg.anchor_lora import AnchorLora
-from diffusers_fvg.schedules import WAN_PRESETS
+from diffusers_fvg.schedules import WAN_PRESETS, SchedulerPresets
 from diffusers_fvg.schedules_distilled import DISTILLED_PRESETS
 
 
@@ -614,3 +615,24 @@ def test_given_embeddings_make_as_many_videos_as_the_text(pipe):
         assert len(output.seeds) == len(output.frames) == 4
         # Another number of texts in one forward of the text encoder rounds differently.
         torch.testing.assert_close(output.frames, by_text.frames, atol=1e-5, rtol=0)
+
+
+def test_a_preset_brings_its_window_of_attention(pipe):
+    """5 latent frames and a window of 1: not all see each other. Own windows stay where a preset has none, and come back."""
+    size = SIZE | {"num_frames": 17, "num_inference_steps": 2}
+
+    def animate(preset: str) -> torch.Tensor:
+        return pipe.animate("a red circle", anchors=Anchor(picture()), generator=seeded(), preset=preset, **size)
+
+    default = WAN_PRESETS["anchored-15"]
+    windowed = dataclasses.replace(default, name="windowed", anchor_window=1)
+    pipe.schedulers = SchedulerPresets.of(default, windowed)
+    dense = animate("anchored-15")
+    found = animate("windowed")
+    assert not torch.allclose(found, dense, atol=1e-4)
+    assert pipe.transformer.anchor_window is None
+    pipe.transformer.set_anchor_window(1)
+    torch.testing.assert_close(animate("anchored-15"), found)
+    pipe.transformer.set_anchor_window(4)
+    torch.testing.assert_close(animate("windowed"), found)
+    assert pipe.transformer.anchor_window == 4

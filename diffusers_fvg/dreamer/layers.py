@@ -6,12 +6,12 @@ head. The last linear map of each residual begins at zero and no other, so that 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0, IPAdapterAttnProcessor2_0
-from diffusers.models.embeddings import get_2d_sincos_pos_embed_from_grid
 from diffusers.models.resnet import ResnetBlock2D, TemporalConvLayer
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
@@ -23,11 +23,15 @@ KeysValues = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 def pixel_positions(height: int, width: int, channels: int, like: torch.Tensor) -> torch.Tensor:
-    """Sines and cosines of rows and columns, in pixels of the level: `(height * width, channels)`."""
-    columns, rows = torch.meshgrid(
-        *(torch.arange(size, device=like.device, dtype=torch.float32) for size in (width, height)), indexing="xy"
-    )
-    return get_2d_sincos_pos_embed_from_grid(channels, torch.stack([rows, columns])).to(like)
+    """Sines and cosines of rows and columns, in pixels of the level: `(height * width, channels)`.
+
+    Their periods are 4 to 256 pixels, so that even neighbours differ, and they are twice as large as what is normed: at
+    first a place counts for more than what is to be seen there.
+    """
+    frequencies = math.pi / 2 * 64 ** -torch.linspace(0, 1, channels // 4, device=like.device)
+    angles = [torch.arange(size, device=like.device)[:, None] * frequencies for size in (height, width)]
+    rows, columns = (2 * torch.cat([angle.sin(), angle.cos()], dim=1) for angle in angles)
+    return torch.cat([rows.repeat_interleave(width, 0), columns.repeat(height, 1)], dim=1).to(like)
 
 
 class ClipAttention(nn.Module):
@@ -54,6 +58,12 @@ class ClipAttention(nn.Module):
         self.to_v = nn.Linear(token_dim, channels, bias=False)
         self.to_out = nn.Linear(channels, channels, bias=False)
         nn.init.zeros_(self.to_out.weight)
+
+    def look_at_own_place(self) -> None:
+        """Begins with keys that are made as queries are, so that a pixel looks at its own place in the picture and around it.
+        Tokens as wide as frames only."""
+        nn.init.orthogonal_(self.to_q.weight)
+        self.to_k.weight.data.copy_(self.to_q.weight)
 
     def _heads(self, tokens: torch.Tensor) -> torch.Tensor:
         return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -116,7 +126,10 @@ class VideoTransformer(Transformer2DModel):
             motion_dim (`int`, *optional*): width of the motion text's tokens; `None` for no attention to them.
         """
         channels, num_heads = self.config.in_channels, self.config.num_attention_heads
-        self.pixel_attention = None if pixel_dim is None else ClipAttention(channels, pixel_dim, num_heads)
+        self.pixel_attention = None
+        if pixel_dim is not None:
+            self.pixel_attention = ClipAttention(channels, pixel_dim, num_heads)
+            self.pixel_attention.look_at_own_place()
         self.temporal_attention = TransformerTemporalModel(
             num_attention_heads=num_heads,
             attention_head_dim=self.config.attention_head_dim,

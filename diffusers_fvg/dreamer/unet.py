@@ -12,6 +12,7 @@ Neither code nor weights of the paper are published, and it leaves open most of 
 | | `"concat"`: text and image tokens in one attention, mixed in by a gate | the other reading of "combines embeddings" |
 | PACA: keys and values | image latent, 3x3 and stride-2 convolutions; RMS-normed | "image latents"; one token per pixel, no ControlNet copy |
 | PACA: positions | sines of row and column on queries and keys | at pure noise a query knows nothing but where it is |
+| PACA: start | keys are made as queries are | each pixel looks at its own place, which is most of what there is to learn |
 | PACA: place | after the text attention of every spatial transformer; `"up"` as in the author's PASD | detail is lost on the way down |
 | T5: place | after temporal attention, one token sequence for the clip | the text of a motion is about frames together |
 | T5: width | 2048, T5-XL as in Emu Video (arXiv 2311.10709) | the nearest published relative |

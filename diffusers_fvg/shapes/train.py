@@ -173,12 +173,20 @@ def train_all(folder: Path, parts: Sequence[str] = tuple(PARTS)) -> None:
         `ValueError`: a part stays below its bar.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    train_parts(folder, {name: PARTS[name] for name in parts})
+    summary = json.loads((folder / "training.json").read_text())
+    if summary.keys() >= PARTS.keys():
+        assemble(folder, folder / "repository")
+        print(f"repository: {folder / 'repository'}")
+
+
+def train_parts(folder: Path, parts: dict[str, Part]) -> None:
+    """Trains those of `parts` that `folder/training.json` does not have, each held to its bar, and enters them there."""
     path = folder / "training.json"
     summary = json.loads(path.read_text()) if path.exists() else {}
-    for name in parts:
+    for name, part in parts.items():
         if name in summary:
             continue
-        part = PARTS[name]
         print(f"training {name}", flush=True)
         facts = part.train(folder) or {}
         if (folder / f"{name}_log.jsonl").exists():
@@ -192,6 +200,3 @@ def train_all(folder: Path, parts: Sequence[str] = tuple(PARTS)) -> None:
                 )
         summary[name] = facts
         path.write_text(json.dumps(summary, indent=2) + "\n")
-    if summary.keys() >= PARTS.keys():
-        assemble(folder, folder / "repository")
-        print(f"repository: {folder / 'repository'}")

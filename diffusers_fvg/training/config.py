@@ -10,15 +10,50 @@ import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 
 # Query, key, value, output and feed-forward of both attentions: what Pusa and DiffSynth-Studio train on Wan.
 WAN_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
 
+class TomlConfig:
+    """A frozen dataclass that is read from TOML: values become their fields' types and are then checked by `validate`."""
+
+    def __post_init__(self) -> None:
+        kinds = typing.get_type_hints(type(self))
+        for name in (field.name for field in fields(self)):
+            object.__setattr__(self, name, _converted(name, getattr(self, name), kinds[name]))
+        self.validate()
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads a TOML file of flat keys.
+
+        Raises:
+            `ValueError`: no TOML, an unknown or missing key, a value of another type or out of range.
+        """
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path} is no valid TOML: {error}.") from error
+        names = [field.name for field in fields(cls)]
+        unknown = [name for name in values if name not in names]
+        if unknown:
+            raise ValueError(f"{path} has unknown keys {unknown}; known ones are {', '.join(names)}.")
+        missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in values]
+        if missing:
+            raise ValueError(f"{path} lacks the keys {missing}.")
+        return cls(**values)
+
+    def to_toml(self) -> str:
+        """All values, defaults included. A JSON string, number, boolean or list is the same in TOML, which has no `None`."""
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in values.items())
+
+
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(TomlConfig):
     """A run of anchor-grounding training (Factorized Video Generation, arXiv 2512.16371). Beside each option stands what
     speaks for its values. Pusa is arXiv 2507.16116; the first author's code is a public fork of VideoX-Fun.
 
@@ -163,11 +198,6 @@ class TrainConfig:
     validation_anchors: tuple[str, ...] = ()
     tracker: Literal["none", "tensorboard"] = "none"
 
-    def __post_init__(self) -> None:
-        for name, kind in typing.get_type_hints(type(self)).items():
-            object.__setattr__(self, name, _converted(name, getattr(self, name), kind))
-        self.validate()
-
     def validate(self) -> None:
         """Checks ranges, and options against each other.
 
@@ -235,31 +265,6 @@ class TrainConfig:
         _require(in_range, "distill_guidance", self, "must be above 1, which is a prediction without guidance")
         _require(self.teacher_lora, "teacher_lora", self, "must name the anchor LoRA that is distilled")
         _require(self.prompt_dropout == 0, "prompt_dropout", self, "must be 0 with distill_guidance")
-
-    @classmethod
-    def load(cls, path: str | Path) -> TrainConfig:
-        """Reads a TOML file of flat keys.
-
-        Raises:
-            `ValueError`: no TOML, an unknown or missing key, a value of another type or out of range.
-        """
-        try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path} is no valid TOML: {error}.") from error
-        names = [field.name for field in fields(cls)]
-        unknown = [name for name in values if name not in names]
-        if unknown:
-            raise ValueError(f"{path} has unknown keys {unknown}; known ones are {', '.join(names)}.")
-        missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in values]
-        if missing:
-            raise ValueError(f"{path} lacks the keys {missing}.")
-        return cls(**values)
-
-    def to_toml(self) -> str:
-        """All values, defaults included. A JSON string, number, boolean or list is the same in TOML, which has no `None`."""
-        values = {name: value for name, value in asdict(self).items() if value is not None}
-        return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in values.items())
 
 
 def hub_name(name: str) -> str:

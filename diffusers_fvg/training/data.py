@@ -9,7 +9,7 @@ import csv
 import hashlib
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,7 +150,33 @@ def fingerprint(folder: Path) -> str:
 # -- the cache --------------------------------------------------------------------------------------------------------
 
 
-def build_cache(config: TrainConfig, examples: Sequence[Example], folder: Path, family: Wan | CogVideoX) -> Clips:
+def stock_text_encoding(
+    config: TrainConfig, folder: Path, family: Wan | CogVideoX
+) -> Callable[[str], dict[str, torch.Tensor]]:
+    """A text -> what the cache keeps of it: `embeds`, by the stock pipeline."""
+    pipeline = text_pipeline(family, folder, _text_dtype(config), PartialState().device)
+
+    def encode(text: str) -> dict[str, torch.Tensor]:
+        embeds, _ = pipeline.encode_prompt(
+            text, do_classifier_free_guidance=False, max_sequence_length=config.max_sequence_length
+        )
+        return {"embeds": without_padding(embeds[0])}
+
+    return encode
+
+
+def without_padding(embeds: torch.Tensor) -> torch.Tensor:
+    """Tokens `(L, D)` up to the last that is not zero, as they are behind a text's end: `Clips.load` puts them back."""
+    return embeds[: int(embeds.abs().sum(dim=1).nonzero().max()) + 1]
+
+
+def build_cache(
+    config: TrainConfig,
+    examples: Sequence[Example],
+    folder: Path,
+    family: Wan | CogVideoX,
+    text_encoding: Callable[..., Callable[[str], dict[str, torch.Tensor]]] = stock_text_encoding,
+) -> Clips:
     """Encodes what is not in the cache yet, each process its share, and lets the encoders go.
 
     Every file appears whole or not at all, so that an interrupted run continues where it stopped. Files are named by the
@@ -161,14 +187,15 @@ def build_cache(config: TrainConfig, examples: Sequence[Example], folder: Path, 
         examples (`list[Example]`): from [`read_examples`].
         folder (`Path`): of the model, with `vae`, `text_encoder` and `tokenizer`.
         family (`Wan` or `CogVideoX`): of the model.
+        text_encoding (`Callable`, *optional*): called with config, folder and family if there is something to encode.
 
     Raises:
         `ValueError`: a cache of other settings, or too many videos that cannot be used.
     """
     state, cache = PartialState(), Path(config.cache_dir)
-    settings = {part: fingerprint(folder / part) for part in ("vae", "text_encoder", "tokenizer")}
+    settings = {part: fingerprint(path) for part, path in family.encoders(folder).items()}
     settings["text_dtype"] = str(_text_dtype(config))
-    for name in ("buckets", "frame_rate", "clips_per_video", "max_sequence_length"):
+    for name in family.cache_settings:
         settings[name] = getattr(config, name)
     settings = json.loads(json.dumps(settings))
     with state.main_process_first():
@@ -180,7 +207,11 @@ def build_cache(config: TrainConfig, examples: Sequence[Example], folder: Path, 
     missing = [caption for caption in captions if _header(texts[caption], "embeds") is None]
     # Before anything is written: each process takes its share of what was missing when all of them looked.
     state.wait_for_everyone()
-    _cache_texts(config, folder, family, texts, missing[state.process_index :: state.num_processes])
+    _cache_texts(
+        texts,
+        missing[state.process_index :: state.num_processes],
+        lambda: text_encoding(config, folder, family),
+    )
 
     mine = range(state.process_index, len(examples), state.num_processes)
     outcomes = dict(
@@ -237,20 +268,13 @@ def _header(path: Path, name: str) -> tuple[tuple[int, ...], dict[str, str]] | N
         return None
 
 
-def _cache_texts(
-    config: TrainConfig, folder: Path, family: Wan | CogVideoX, texts: dict[str, Path], captions: list[str]
-) -> None:
+def _cache_texts(texts: dict[str, Path], captions: list[str], make_encoding: Callable) -> None:
     if not captions:
         return
-    pipeline = text_pipeline(family, folder, _text_dtype(config), PartialState().device)
+    encode = make_encoding()
     for caption in _progress(captions, "texts"):
         with torch.no_grad():
-            embeds, _ = pipeline.encode_prompt(
-                caption, do_classifier_free_guidance=False, max_sequence_length=config.max_sequence_length
-            )
-        # With Wan what follows the last token is zero: `Clips.load` puts it back.
-        length = int(embeds[0].abs().sum(dim=1).nonzero().max()) + 1
-        write_whole(texts[caption], {"embeds": embeds[0, :length]})
+            write_whole(texts[caption], encode(caption))
 
 
 def _cache_videos(
@@ -307,10 +331,10 @@ class _LatentWriter:
             self.vae.to(PartialState().device)
         paths, pixels, metadata = zip(*self.waiting)
         self.waiting = []
-        for path, latents, values in zip(paths, self.family.encode(self.vae, torch.stack(pixels)), metadata):
-            if not torch.isfinite(latents).all():
+        for path, tensors, values in zip(paths, self.family.cached(self.vae, torch.stack(pixels)), metadata):
+            if not torch.isfinite(tensors["latents"]).all():
                 raise RuntimeError(f"The VAE in {self.folder} gives latents that are not finite.")
-            write_whole(path, {"latents": latents}, values)
+            write_whole(path, tensors, values)
 
 
 def _progress(things: list, name: str):

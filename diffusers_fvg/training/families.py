@@ -26,7 +26,22 @@ from .config import TrainConfig
 from .objectives import FlowMatching, VPrediction
 
 
-class Wan:
+class Family:
+    """What the cache needs to know of a family beside its classes."""
+
+    # Options that the cached tensors depend on.
+    cache_settings = ("buckets", "frame_rate", "clips_per_video", "max_sequence_length")
+
+    def encoders(self, folder: Path) -> dict[str, Path]:
+        """Where the models lie whose output is cached."""
+        return {part: folder / part for part in ("vae", "text_encoder", "tokenizer")}
+
+    def cached(self, vae: torch.nn.Module, pixels: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+        """What the cache keeps of each clip of `(B, 3, F, H, W)`."""
+        return [{"latents": latents} for latents in self.encode(vae, pixels)]
+
+
+class Wan(Family):
     """Wan 2.1 and 2.2.
 
     Args:
@@ -61,7 +76,7 @@ class Wan:
         return normalize_latents(latents.float(), vae).cpu()
 
 
-class CogVideoX:
+class CogVideoX(Family):
     """CogVideoX 1.0 and 1.5, with the methods of [`Wan`]."""
 
     transformer, vae, text_encoder = AnchorConditionedCogVideoXTransformer3D, AutoencoderKLCogVideoX, T5EncoderModel

@@ -47,6 +47,8 @@ FREE_ON_RESUME = {"experts", "checkpoint_every", "keep_checkpoints", "validation
 FREE_ON_RESUME |= {"model", "data", "cache_dir", "output_dir", "validation_prompts", "validation_anchors"}
 # The teacher is known by its weights, not by where they are.
 FREE_ON_RESUME |= {"teacher_lora"}
+# Of Factorized-Dreamer: a start, and encoders that the cache knows by their content.
+FREE_ON_RESUME |= {"video_unet", "motion_encoder", "image_encoder"}
 
 
 @dataclass(frozen=True)
@@ -229,9 +231,26 @@ class _Run:
         self.log_path = self.output / f"log_{expert}.jsonl"
         self.step = 0
 
+        self._make_trainable(transformer)
+        tuned = [p for p in transformer.parameters() if p.requires_grad]
+        for parameter in tuned:
+            parameter.data = parameter.data.to(accelerator.device, torch.float32)
+        if self.teacher is not None:
+            self.teacher.start(transformer)
+        optimizer = torch.optim.AdamW(tuned, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.model, self.optimizer = accelerator.prepare(transformer.train(), optimizer)
+        self.transformer = accelerator.unwrap_model(self.model)
+        self.forward = self._caller()
+        # With FSDP these are shards, and so is what is computed from them.
+        self.tuned = {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self.tuned.items()}
+
+    def _make_trainable(self, transformer: torch.nn.Module) -> None:
+        """Freezes the model and adds what is trained, which alone requires a gradient afterwards."""
+        config = self.config
         check_model(transformer, config)
         self.dtype = transformer.dtype
-        self.teacher = GuidedTeacher(config, expert) if config.distill_guidance else None
+        self.teacher = GuidedTeacher(config, self.expert) if config.distill_guidance else None
         if self.teacher is not None:
             self.teacher.load_into(transformer)
         if config.anchor_window is not None:
@@ -244,18 +263,9 @@ class _Run:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             transformer.add_adapter(lora, adapter_name=ADAPTER_NAME)
-        tuned = [p for p in transformer.parameters() if p.requires_grad]
-        for parameter in tuned:
-            parameter.data = parameter.data.to(accelerator.device, torch.float32)
-        if self.teacher is not None:
-            self.teacher.start(transformer)
-        optimizer = torch.optim.AdamW(tuned, lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.model, self.optimizer = accelerator.prepare(transformer.train(), optimizer)
-        self.transformer = accelerator.unwrap_model(self.model)
-        self.forward = objective.caller(self.model, self.transformer)
-        # With FSDP these are shards, and so is what is computed from them.
-        self.tuned = {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
-        self.average = {name: p.detach().clone() for name, p in self.tuned.items()}
+
+    def _caller(self) -> Callable:
+        return self.objective.caller(self.model, self.transformer)
 
     def train(self) -> dict[str, torch.Tensor]:
         """Runs to the last step and returns the weights to save: name of the parameter -> average."""
@@ -300,22 +310,16 @@ class _Run:
         losses = []
         for forward in range(forwards):
             number = self.step * forwards + forward
-            clean_latents, prompt_embeds, negative_embeds, drawn = self._batch(batches, number)
-            teacher = None
-            if self.teacher is not None:
-                teacher = functools.partial(self.teacher.predict, self.forward, self.transformer, negative_embeds)
+            batch = self._batch(batches, number)
             # Processes exchange gradients once per optimizer step.
             waiting = self.accelerator.no_sync(self.model) if forward < forwards - 1 else contextlib.nullcontext()
             # Autocast narrows a LoRA layer's input in any case. PEFT would widen it to the LoRA's float32 first, and what is
             # narrowed again is a copy: the backward would keep one for every layer, a tenth of what it keeps of Wan.
             with waiting, disable_input_dtype_casting(self.transformer):
                 # FSDP leaves it to the caller.
-                with torch.autocast(
-                    clean_latents.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"
-                ):
-                    loss = draw_loss(
-                        self.forward, clean_latents, drawn, prompt_embeds, self.dtype, self.objective, teacher
-                    )
+                device = self.accelerator.device.type
+                with torch.autocast(device, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+                    loss = self._loss(*batch)
                 self.accelerator.backward(loss / forwards)
             losses.append(loss.detach())
         norm = whole(self.accelerator.clip_grad_norm_(self.tuned.values(), config.max_grad_norm))
@@ -329,6 +333,19 @@ class _Run:
         else:
             self.average = {name: p.detach() for name, p in self.tuned.items()}
         return float(self.accelerator.reduce(torch.stack(losses).mean(), "mean")), float(norm)
+
+    def _loss(
+        self,
+        clean_latents: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        negative_embeds: torch.Tensor,
+        drawn: Draw,
+    ) -> torch.Tensor:
+        """Of what [`_batch`] gives."""
+        teacher = None
+        if self.teacher is not None:
+            teacher = functools.partial(self.teacher.predict, self.forward, self.transformer, negative_embeds)
+        return draw_loss(self.forward, clean_latents, drawn, prompt_embeds, self.dtype, self.objective, teacher)
 
     def _batch(self, batches: Prefetcher, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Draw]:
         """Latents, embeddings of prompts and of as many empty (or negative) ones, and draws of forward `number`, on the device."""

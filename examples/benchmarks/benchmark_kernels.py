@@ -1,39 +1,36 @@
 """The Triton kernels against their definition: first agreement, then time and share of the copy bandwidth.
 
-Tokens of Wan2.2-5B at 704x1280 pixels and 121 frames: 31 latent frames of 880 tokens, 3072 channels, bfloat16, one time
-per frame. Three implementations in turn: the definition as it is, the definition under torch.compile, the Triton kernel.
-"adapter" is a backward pass with frozen weights and modulation, as LoRA training has it, "all" one with every gradient.
+At the tokens and the width of `--size`, one time per frame. Implementations in turn: the definition as it is, the definition
+under torch.compile, the Triton kernel. "adapter" is a backward pass with frozen weights and modulation, as LoRA training has
+it, "all" one with every gradient.
 
-Before anything is timed, every output and gradient is compared with the definition in float64. A kernel that misses its
-gate ends the run. Bytes count the tensors of the size of the tokens, each once; rows and angles come on top.
+Before anything is timed, every output and gradient is compared with the definition in float64. Bytes count the tensors of
+the size of the tokens, each once; rows and angles come on top. On a GPU a buffer larger than its cache is cleared before
+each call: what is read comes from memory, and the launch is over before the clock starts.
 
-    python examples/benchmark_kernels.py --output kernels.json
+    python examples/benchmarks/benchmark_kernels.py --size 5b
 
-`--small` tries the script at a few tokens in float32 on any device, on a CPU with TRITON_INTERPRET=1 to include the
-kernels. Its times mean nothing.
+Without a GPU the kernels run in Triton's interpreter, at `--size tiny` and with TRITON_INTERPRET=1; their times mean nothing.
 """
 
-import argparse
-import datetime
-import json
 import os
-import platform
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from harness import SIZES, Size, bar, describe, make_clock, make_parser, median_ratio, write_report
 
 from diffusers_fvg import kernels
 from diffusers_fvg.kernels import reference
 
 
 EPS = 1e-6
-NUM_HEADS, HEAD_DIM = 24, 128
 # Relative RMS. bfloat16 rounds to 8 bits, which by itself is 1.6e-3.
 GATES = {torch.bfloat16: 2.5e-3, torch.float32: 1e-5}
-SHARE_BAR = 0.8  # of the copy bandwidth, forward
+# Cleared between calls, and copied for the bandwidth. The cache of an H200 has 50 MiB.
+BUFFER = 2**30
 
 
 @dataclass(frozen=True)
@@ -48,20 +45,19 @@ class Operation:
     token_passes: dict[str, int]
 
 
-def make_operations(
-    num_frames: int, frame_tokens: int, num_heads: int, dtype: torch.dtype, device: str
-) -> list[Operation]:
+def make_operations(size: Size, device: str) -> list[Operation]:
     generator = torch.Generator(device).manual_seed(0)
 
-    def random(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+    def random(*shape: int, dtype: torch.dtype = size.dtype) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-    num_tokens, dim = num_frames * frame_tokens, num_heads * HEAD_DIM
+    num_tokens, head_dim = size.tokens, size.config["attention_head_dim"]
+    dim = size.config["num_attention_heads"] * head_dim
     tokens = [random(1, num_tokens, dim) for _ in range(2)]
     # One table of six rows per frame, as the transformer has it.
-    scale, shift, gate, *_ = random(1, num_frames, 6, dim, dtype=torch.float32).unbind(2)
+    scale, shift, gate, *_ = random(1, size.latent_frames, 6, dim, dtype=torch.float32).unbind(2)
     weights = [random(dim) for _ in range(2)]
-    angle = torch.rand(1, num_tokens, 1, HEAD_DIM // 2, generator=generator, device=device) * 6.28
+    angle = torch.rand(1, num_tokens, 1, head_dim // 2, generator=generator, device=device) * 6.28
     angles = tuple(turn.repeat_interleave(2, dim=-1) for turn in (angle.cos(), angle.sin()))
 
     def norm(module, x, scale, shift):
@@ -123,42 +119,51 @@ def check(operation: Operation, implementations: dict[str, Callable]) -> dict[st
     return errors
 
 
-def seconds(call: Callable[[], object], device: str, repeats: int) -> float:
-    """Median time of one call."""
-    for _ in range(max(3, repeats // 5)):
-        call()
-    times = []
-    for _ in range(repeats):
-        if device == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            call()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-        else:
-            begin = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+def rounds(calls: Mapping[str, Callable[[], object]], device: str, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call, in turn. The harness's clock starts before a launch, which is as long as a kernel."""
+    on_gpu, (clock, _) = device.startswith("cuda"), make_clock(device)
+    buffer = torch.empty(BUFFER if on_gpu else 0, dtype=torch.uint8, device=device)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for round_ in range(-max(3, repeats // 5), repeats):
+        for name, call in calls.items():
+            if on_gpu:
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                buffer.zero_()
+                start.record()
+                call()
+                end.record()
+                end.synchronize()
+                duration = start.elapsed_time(end) / 1e3
+            else:
+                begin = clock()
+                call()
+                duration = clock() - begin
+            if round_ >= 0:
+                seconds[name].append(duration)
+    return seconds
 
 
-def time_mode(operation: Operation, function: Callable, mode: str, device: str, repeats: int) -> float:
+def make_call(operation: Operation, function: Callable, mode: str) -> Callable[[], object]:
     inputs = leaves(operation, mode)
     if mode == "forward":
-        with torch.no_grad():
-            return seconds(lambda: outputs(operation, function, inputs), device, repeats)
+
+        def forward() -> None:
+            with torch.no_grad():
+                outputs(operation, function, inputs)
+
+        return forward
     outs = outputs(operation, function, inputs)
     learned = [x for x in inputs if x.requires_grad]
     grads = [torch.randn_like(out) for out in outs]
-    return seconds(lambda: torch.autograd.grad(outs, learned, grads, retain_graph=True), device, repeats)
+    return partial(torch.autograd.grad, outs, learned, grads, retain_graph=True)
 
 
 def copy_bandwidth(num_bytes: int, device: str, repeats: int) -> float:
     """Bytes read and written per second by a copy."""
     source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * num_bytes / seconds(lambda: target.copy_(source), device, repeats)
+    seconds = rounds({"copy": lambda: target.copy_(source)}, device, repeats)
+    return 2 * num_bytes / statistics.median(seconds["copy"])
 
 
 def make_implementations(operation: Operation, device: str) -> dict[str, Callable]:
@@ -169,82 +174,59 @@ def make_implementations(operation: Operation, device: str) -> dict[str, Callabl
         with kernels.use_kernels("triton"):
             return operation.call(kernels, *args)
 
-    implementations = {"reference": definition}
-    if device == "cuda":
-        implementations["compiled"] = torch.compile(definition)
-    if device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+    implementations = {"reference": definition, "compiled": torch.compile(definition)}
+    if device.startswith("cuda") or os.environ.get("TRITON_INTERPRET") == "1":
         implementations["triton"] = triton
     return implementations
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="kernels.json", help="where the figures are written")
-    parser.add_argument("--repeats", type=int, default=50, help="timed calls, of which the median counts")
-    parser.add_argument("--small", action="store_true", help="a few tokens, to try the script")
+    parser = make_parser(__doc__, "kernels.json")
+    parser.set_defaults(repeats=50)
     args = parser.parse_args()
+    size, device = SIZES[args.size], args.device
+    # One forward, many backward passes: a compiled one may not use up what the forward kept.
+    torch._functorch.config.donated_buffer = False
+    bandwidth = copy_bandwidth(BUFFER if device.startswith("cuda") else 2**27, device, args.repeats)
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not args.small:
-        raise SystemExit("This benchmark needs a CUDA device; try the script elsewhere with --small.")
-    size = (3, 4, 2, torch.float32) if args.small else (31, 880, NUM_HEADS, torch.bfloat16)
-    bandwidth = copy_bandwidth(2**20 if args.small else 2**30, device, args.repeats)
-
-    rows = []
-    print("| operation            | pass    | implementation | error   |       us |  GB/s | of copy |")
-    print("|----------------------|---------|----------------|---------|---------:|------:|--------:|")
-    for operation in make_operations(*size, device):
+    runs, shares = [], {}
+    for operation in make_operations(size, device):
+        # Past a number of variants of one function the compiler leaves the next as they are, and all operations share it.
+        torch.compiler.reset()
         implementations = make_implementations(operation, device)
         errors = check(operation, implementations)
         token_bytes = operation.inputs[0].nbytes
         for mode, passes in operation.token_passes.items():
-            for name, function in implementations.items():
-                duration = time_mode(operation, function, mode, device, args.repeats)
-                row = {
-                    "operation": operation.name,
-                    "pass": mode,
-                    "implementation": name,
-                    "relative_error": errors[name],
-                    "seconds": duration,
-                    "bytes_per_second": passes * token_bytes / duration,
-                    "share_of_copy_bandwidth": passes * token_bytes / duration / bandwidth,
-                }
-                rows.append(row)
-                print(
-                    f"| {operation.name:20} | {mode:7} | {name:14} | {errors[name]:.1e} | {duration * 1e6:8.1f} "
-                    f"| {row['bytes_per_second'] / 1e9:5.0f} | {row['share_of_copy_bandwidth']:7.2f} |"
+            calls = {name: make_call(operation, function, mode) for name, function in implementations.items()}
+            seconds = rounds(calls, device, args.repeats)
+            for name, values in seconds.items():
+                rate = passes * token_bytes / statistics.median(values)
+                shares[operation.name, mode, name] = rate / bandwidth
+                runs.append(
+                    {
+                        "operation": operation.name,
+                        "pass": mode,
+                        "implementation": name,
+                        "relative error": errors[name],
+                        "microseconds": statistics.median(values) * 1e6,
+                        "ratio": median_ratio(seconds, name, "reference"),
+                        "GB/s": rate / 1e9,
+                        "share of copy bandwidth": rate / bandwidth,
+                    }
                 )
-
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    if "triton" in implementations:
-        import triton
-
-        versions["triton"] = triton.__version__
-    report = {
-        "benchmark": "kernels at the width and length of Wan2.2-5B, bfloat16"
-        if not args.small
-        else "trial of the script",
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu ({platform.machine()})",
-        "versions": versions,
-        "frames": size[0],
-        "tokens": size[0] * size[1],
-        "channels": size[2] * HEAD_DIM,
-        "repeats": args.repeats,
-        "copy_bytes_per_second": bandwidth,
-        "runs": rows,
-    }
-    with open(args.output, "w") as file:
-        json.dump(report, file, indent=2)
-        file.write("\n")
-
-    below = [
-        f"{r['operation']} {r['share_of_copy_bandwidth']:.2f}"
-        for r in rows
-        if (r["implementation"], r["pass"]) == ("triton", "forward") and r["share_of_copy_bandwidth"] < SHARE_BAR
+    bars = [
+        bar(
+            f"{name}, forward: share of the copy bandwidth",
+            0.80,
+            shares[name, "forward", "triton"] if device.startswith("cuda") and args.size != "tiny" else None,
+            at_most=False,
+            needs="a GPU: --size 5b",
+        )
+        for name in ("modulated_layer_norm", "rms_norm_rope")
     ]
-    if below and not args.small:
-        raise SystemExit(f"below {SHARE_BAR} of the copy bandwidth: {', '.join(below)}")
+    settings = describe(args.size, device, args.repeats) | {"copy, GB/s": bandwidth / 1e9}
+    del settings["layers"]
+    write_report(args.output, "Kernels", device, settings, runs, bars)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The whole pipeline: `anchored-15` against stock text-to-video at 50 steps, on the same weights and device.
+"""The whole pipeline: `anchored-15` against stock text-to-video at 50 steps, on the same weights and device;
+and the same 15 steps with one forward each, as a guidance-distilled LoRA allows.
 
 `--model embedded` is the shapes model that ships with the package, all three stages: prompt to video in both arms, alone and
 in turn. `--model random` is a video model of `--size` with random weights, given an anchor and text embeddings: it leaves out
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,11 +24,14 @@ from harness import (
     Size,
     bar,
     build_transformer,
+    count_flops,
     describe,
     gate,
     interleaved_seconds,
+    make_clock,
     make_parser,
     median_ratio,
+    peak_bytes,
     write_report,
 )
 from PIL import Image
@@ -39,6 +44,7 @@ from diffusers_fvg.transformer_anchor import AnchorConditionedTransformer3D
 
 
 GATES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+STOCK, ANCHORED, DISTILLED = "stock, 50 steps", "ours, anchored-15", "ours, anchored-15, one forward a step"
 # A VAE that decodes in milliseconds, of the same kind as the real one.
 TINY_VAE = {"base_dim": 4, "decoder_base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
 
@@ -117,6 +123,8 @@ def main() -> None:
     ours, stock, our_call, stock_call = embedded(device) if model == "embedded" else random(SIZES[args.size], device)
     dtype = ours.transformer.dtype
     full = ours.presets["full-50"]
+    size = SIZES["shapes" if model == "embedded" else args.size]
+    flops, tokens = count_flops(AnchorConditionedTransformer3D, size, per_token=False), size.tokens
     for pipe in (ours, stock):
         pipe.set_progress_bar_config(disable=True)
 
@@ -145,45 +153,65 @@ def main() -> None:
 
     timings: list[dict[str, float]] = []
 
-    def anchored() -> None:
-        timings.append(our_video(preset="anchored-15").timings)
+    def anchored(**options: Any) -> None:
+        timings.append(our_video(preset="anchored-15", **options).timings)
 
-    calls: dict[str, Callable[[], object]] = {"stock, 50 steps": stock_video, "ours, anchored-15": anchored}
+    calls: dict[str, Callable[[], object]] = {
+        STOCK: stock_video,
+        ANCHORED: anchored,
+        # What a LoRA with the guidance inside needs. Time depends on the number of forwards, not on what is in the weights.
+        DISTILLED: partial(anchored, guidance_scale=1.0),
+    }
     seconds = interleaved_seconds(calls, device, args.repeats)
-    ratio = median_ratio(seconds, "ours, anchored-15", "stock, 50 steps")
-    timings = timings[-args.repeats :]
-    whole = [sum(stages.values()) for stages in timings]
-    share = statistics.median(stages["decode"] / total for stages, total in zip(timings, whole, strict=True))
-    stages = {name: statistics.median(run[name] for run in timings) for name in timings[0]}
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    ratios = {name: median_ratio(seconds, name, STOCK) for name in calls}
+    # In turn, after the warm-up: guided, not guided.
+    guided = timings[2::2]
+    whole = [sum(stages.values()) for stages in guided]
+    share = statistics.median(stages["decode"] / total for stages, total in zip(guided, whole, strict=True))
+    stages = {name: statistics.median(run[name] for run in guided) for name in guided[0]}
 
+    modules = [
+        part for pipe in (ours, stock) for part in pipe.components.values() if isinstance(part, torch.nn.Module)
+    ]
+    known = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    forwards = {STOCK: 100, ANCHORED: 30, DISTILLED: 15}
     runs = [
         {
             "pipeline": name,
-            "seconds": statistics.median(values),
-            "ratio": ratio if name.startswith("ours") else 1.0,
-            "relative difference of 3 direct steps": difference,
-            "seconds of each stage": ", ".join(f"{stage} {value:.3g}" for stage, value in stages.items())
-            if name.startswith("ours")
-            else None,
+            "seconds": medians[name],
+            "ratio": ratios[name],
+            "forwards": forwards[name],
+            "TFLOP of the forwards": forwards[name] * flops / 1e12,
+            "peak MiB above weights": peak_bytes(call, device, known) / 2**20,
         }
-        for name, values in seconds.items()
+        for name, call in calls.items()
     ]
-    settings = {"model": model, "repeats": args.repeats}
+    settings = {"model": model, "repeats": args.repeats, "clock": make_clock(device)[1], "tokens": tokens}
+    settings |= {"relative difference of 3 steps without an anchor": difference}
+    settings["seconds of anchored-15's stages"] = ", ".join(f"{stage} {value:.2g}" for stage, value in stages.items())
     if model == "random":
         settings |= describe(args.size, device, args.repeats)
     at_full_size = on_gpu and args.size in ("5b", "a14b") and model == "random"
-    needs = "a GPU: --model random --size 5b"
-    bars = [
+    shapes, wan = (model == "embedded" or None), (at_full_size or None)
+    bars = []
+    for title, here, needs in (
+        ("shapes model", shapes, "--model embedded"),
+        ("Wan2.2 size", wan, "a GPU: --model random --size 5b"),
+    ):
+        bars += [
+            bar(f"{title}: anchored-15 of stock's 50 steps, time", 0.25, here and ratios[ANCHORED], needs=needs),
+            bar(f"{title}: 15 forwards of stock's 100, time", 0.18, here and ratios[DISTILLED], needs=needs),
+            bar(f"{title}: decode of the whole, time", 0.15, here and share, needs=needs),
+        ]
+    bars.append(
         bar(
-            "shapes model: anchored-15 of stock's 50 steps",
-            0.25,
-            ratio if model == "embedded" else None,
-            needs="a run",
-        ),
-        bar("Wan2.2 size: anchored-15 of stock's 50 steps", 0.25, ratio if at_full_size else None, needs=needs),
-        bar("Wan2.2 size: decode of the whole", 0.15, share if at_full_size else None, needs=needs),
-        bar("shapes model: decode of the whole", 0.15, share if model == "embedded" else None, needs="a run"),
-    ]
+            "shapes model: seconds of a video on a CPU, all stages",
+            20,
+            None if on_gpu else shapes and medians[ANCHORED],
+            needs="a CPU: --model embedded",
+        )
+    )
     write_report(args.output, "Whole pipeline", device, settings, runs, bars)
 
 

@@ -4,7 +4,7 @@ diffusers' `WanTransformer3DModel` with the same weights, LoRA and loss, in the 
 One anchor: the stock class is given one time per token, ours one per latent frame. Beside the size that is timed:
 
 * What the stock class does once for every token, its table of modulation, weighs less the deeper the model is. On a CPU,
-  where the whole model is too slow, the step is timed at two depths and its time at the full depth is worked out from them.
+  where the whole model is too slow, its time is worked out from that of the step and that of a block's part in it.
 * Memory is counted for the whole model on shapes alone: what the forward keeps for the backward, and the peak of both, above
   weights and inputs.
 
@@ -21,8 +21,10 @@ import torch
 from diffusers import WanTransformer3DModel
 from harness import (
     SIZES,
+    WHOLE,
     LiveBytes,
     Size,
+    at_full_depth,
     bar,
     build_transformer,
     describe,
@@ -44,7 +46,6 @@ from diffusers_fvg.transformer_anchor import AnchorConditionedTransformer3D
 
 
 CLASSES = {"stock": WanTransformer3DModel, "ours": AnchorConditionedTransformer3D}
-WHOLE = "5b"
 RANK = 128
 # Of loss and gradient. In bfloat16 the stock class also rounds its modulation, which ours keeps in float32.
 GATES = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
@@ -85,6 +86,27 @@ class Step:
             between = held()
             loss.backward()
         return loss.detach(), between
+
+    def block_call(self) -> Callable[[], object]:
+        """Forward and backward of the first block, on what the model gives it."""
+        given: list[tuple] = []
+        block = self.model.blocks[0]
+        hook = block.register_forward_pre_hook(lambda _, args: given.append(args))
+        self()
+        hook.remove()
+        args = [x.detach() if isinstance(x, torch.Tensor) else x for x in given[0]]
+        args[0].requires_grad_()
+        learned = [args[0], *(parameter for parameter in block.parameters() if parameter.requires_grad)]
+
+        def call() -> None:
+            with (
+                disable_input_dtype_casting(self.model, active=self.name == "ours"),
+                torch.autocast(self.device.split(":")[0], torch.bfloat16),
+            ):
+                out = block(*args)
+            torch.autograd.grad(out, learned, torch.ones_like(out))
+
+        return call
 
     def gradient(self) -> torch.Tensor:
         return torch.cat([parameter.grad.flatten() for parameter in self.tuned.values()])
@@ -146,24 +168,22 @@ def main() -> None:
     compare(SIZES["tiny"], device, checkpointing=False)
 
     size = replace(SIZES[args.size], dtype=torch.bfloat16)
-    depth, runs, medians = size.config["num_layers"], [], {}
-    for layers in (depth,) if on_gpu else (1, depth):
-        cut = replace(size, config=size.config | {"num_layers": layers})
-        steps, difference = compare(cut, device, args.gradient_checkpointing)
-        seconds = interleaved_seconds(steps, device, args.repeats)
-        medians[layers] = {name: statistics.median(values) for name, values in seconds.items()}
-        for name, step in steps.items():
-            ratio = median_ratio(seconds, name, "stock")
-            runs.append(_run("timed", layers, args.gradient_checkpointing, name, medians[layers][name], ratio))
-            runs[-1] |= _memory(step.memory()) | {"relative difference": difference}
-        del steps, step
+    layers, runs = size.config["num_layers"], []
+    steps, difference = compare(size, device, args.gradient_checkpointing)
+    blocks = {} if on_gpu else {f"{name}, a block": step.block_call() for name, step in steps.items()}
+    seconds = interleaved_seconds(steps | blocks, device, args.repeats)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratio = median_ratio(seconds, "ours", "stock")
+    for name, step in steps.items():
+        shown = (medians[name], ratio if name == "ours" else 1.0)
+        runs.append(_run("timed", layers, args.gradient_checkpointing, name, *shown))
+        runs[-1] |= _memory(step.memory()) | {"relative difference": difference}
     if not on_gpu:
-        whole_depth, least, most = SIZES[WHOLE].config["num_layers"], medians[1], medians[depth]
-        whole = {n: least[n] + (whole_depth - 1) * (most[n] - least[n]) / (depth - 1) for n in CLASSES}
+        whole = {name: at_full_depth(medians[name], medians[f"{name}, a block"], layers) for name in CLASSES}
         ratio = whole["ours"] / whole["stock"]
         for name, value in whole.items():
-            timed = ("worked out", whole_depth, args.gradient_checkpointing, name, value, value / whole["stock"])
+            depth = SIZES[WHOLE].config["num_layers"]
+            timed = ("worked out", depth, args.gradient_checkpointing, name, value, value / whole["stock"])
             runs.append(_run(*timed))
 
     # Both keep as much of a block in the whole model as here; the bar is that of a whole model at its own length.
@@ -179,8 +199,8 @@ def main() -> None:
         bar(
             "step on a CPU, worked out for the whole model: time of stock's",
             0.90,
-            None if on_gpu else ratio,
-            needs="a CPU",
+            None if on_gpu or args.size == "tiny" else ratio,
+            needs="a CPU: --size cpu",
         ),
         bar(f"activations kept, {WHOLE}, no checkpointing: of stock's", 0.70, ratios[False][0]),
         bar(f"peak of forward and backward, {WHOLE}, no checkpointing: of stock's", 0.70, ratios[False][1]),

@@ -5,7 +5,7 @@
 3. `peak_bytes`, `count_flops`, `matmul_flops`: memory above the weights, work, and what the device could do at most.
 4. `write_report`: JSON with versions and device. `render.py` makes the tables of README.md from those files.
 
-Sizes: `tiny` tries a script in seconds, `cpu` is Wan2.2-TI2V-5B's width at two layers and a short clip, `5b` and `a14b` are
+Sizes: `tiny` tries a script in seconds, `shapes` is the embedded model's with random weights, `cpu` is Wan2.2-TI2V-5B's width at one layer and a short clip, `5b` and `a14b` are
 the whole Wan2.2-TI2V-5B and one expert of Wan2.2-T2V-A14B at the size and length they are trained at, with random weights.
 """
 
@@ -21,16 +21,19 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusers_fvg.embedded import EMBEDDED_FOLDER
 from diffusers_fvg.models import MODELS
 
 
@@ -88,6 +91,20 @@ def _trained_size(name: str, layers: int | None = None, dtype: torch.dtype = tor
     return Size(config, **(trained | clip), text_tokens=facts.max_sequence_length, dtype=dtype)
 
 
+def _shapes_size() -> Size:
+    """The model that ships with the package, at its own size and length."""
+    config = json.loads((EMBEDDED_FOLDER / "transformer" / "config.json").read_text(encoding="utf-8"))
+    clip = json.loads((EMBEDDED_FOLDER / "model_index.json").read_text(encoding="utf-8"))["call_defaults"]
+    return Size(
+        {name: value for name, value in config.items() if not name.startswith("_")},
+        latent_frames=(clip["num_frames"] - 1) // 4 + 1,
+        latent_height=clip["height"] // 8,
+        latent_width=clip["width"] // 8,
+        text_tokens=clip["max_sequence_length"],
+        dtype=torch.float32,
+    )
+
+
 SIZES = {
     "tiny": Size(
         MODELS["Wan2.2-TI2V-5B"].transformer_config
@@ -98,13 +115,19 @@ SIZES = {
         text_tokens=8,
         dtype=torch.float32,
     ),
-    # 5 latent frames of 220 tokens: seconds a step on one core.
-    "cpu": _trained_size(
-        "Wan2.2-TI2V-5B", layers=2, dtype=torch.float32, latent_frames=5, latent_height=22, latent_width=40
+    "shapes": _shapes_size(),
+    # 5 latent frames of 64 tokens: a second a step on one core. As short a text, or it would outweigh the video.
+    "cpu": replace(
+        _trained_size(
+            "Wan2.2-TI2V-5B", layers=1, dtype=torch.float32, latent_frames=5, latent_height=16, latent_width=16
+        ),
+        text_tokens=64,
     ),
     "5b": _trained_size("Wan2.2-TI2V-5B"),
     "a14b": _trained_size("Wan2.2-T2V-A14B"),
 }
+
+WHOLE = "5b"
 
 
 def make_parser(description: str, output: str) -> argparse.ArgumentParser:
@@ -176,25 +199,51 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
+def make_clock(device: str) -> tuple[Callable[[], float], str]:
+    """Seconds, and what they are. One thread's own time on a CPU is that of an idle machine, whatever else runs."""
+    if not device.startswith("cuda") and torch.get_num_threads() == 1:
+        return time.process_time, "CPU seconds of one thread"
+    return time.perf_counter, "seconds on the clock"
+
+
 def interleaved_seconds(
     calls: Mapping[str, Callable[[], object]], device: str, repeats: int, warmups: int = 1
 ) -> dict[str, list[float]]:
     """Seconds of `repeats` calls of each, in turn: a, b, a, b. Each is called `warmups` times before, untimed."""
+    clock, _ = make_clock(device)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(-warmups, repeats):
         for name, call in calls.items():
             synchronize(device)
-            begin = time.perf_counter()
+            begin = clock()
             call()
             synchronize(device)
             if round_ >= 0:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(clock() - begin)
     return seconds
 
 
 def median_ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:
     """Median over the rounds of a call's time by that of `base` in the same round."""
     return statistics.median(own / other for own, other in zip(seconds[name], seconds[base], strict=True))
+
+
+def block_call(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> Callable[[], object]:
+    """The model's first block on what a forward gives it."""
+    given: list[tuple] = []
+    hook = model.blocks[0].register_forward_pre_hook(lambda _, args: given.append(args))
+    with torch.no_grad():
+        model(**inputs)
+    hook.remove()
+    return partial(model.blocks[0], *given[0])
+
+
+def at_full_depth(model: float, block: float, layers: int) -> float:
+    """Seconds of a model as deep as `WHOLE`, from those of one of `layers` layers and of one of its blocks.
+
+    What is done once in a forward weighs more in a model of few layers than in a whole one.
+    """
+    return model + (SIZES[WHOLE].config["num_layers"] - layers) * block
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -258,7 +307,17 @@ def peak_bytes(call: Callable[[], object], device: str, known: Iterable[torch.Te
 
 def count_flops(cls: type, size: Size, per_token: bool, batch_size: int = 1) -> int:
     """FLOPs of one forward, two for a multiplication and addition, counted on shapes alone: nothing is computed."""
-    with FakeTensorMode(), torch.no_grad():
+    # Each layer has the same: two small models are made in place of a large one.
+    one, two = (
+        _count_flops(cls, replace(size, config=size.config | {"num_layers": layers}), per_token, batch_size)
+        for layers in (1, 2)
+    )
+    return one + (size.config["num_layers"] - 1) * (two - one)
+
+
+def _count_flops(cls: type, size: Size, per_token: bool, batch_size: int) -> int:
+    # The counter does not know the CPU's fused attention, and does know the products that attention is made of.
+    with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model = build_transformer(cls, size, "cpu")
         inputs = transformer_inputs(size, "cpu", per_token, batch_size)
         with FlopCounterMode(display=False) as counter:
@@ -330,6 +389,7 @@ def write_report(
     settings: dict[str, Any],
     runs: list[dict[str, Any]],
     bars: list[dict[str, Any]],
+    notes: str = "",
 ) -> None:
     """Writes the JSON and prints what `render.py` makes of it.
 
@@ -340,6 +400,7 @@ def write_report(
         settings (`dict`): what all runs share: size, tokens, repeats.
         runs (`list[dict]`): rows of one table; the keys of the first are its columns.
         bars (`list[dict]`): of [`bar`].
+        notes (`str`): what the tables do not say by themselves.
     """
     report = {
         "benchmark": benchmark,
@@ -349,6 +410,7 @@ def write_report(
         "settings": settings,
         "runs": runs,
         "bars": bars,
+        "notes": notes,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -369,4 +431,5 @@ def describe(size_name: str, device: str, repeats: int) -> dict[str, Any]:
         "tokens": size.tokens,
         "dtype": str(size.dtype).removeprefix("torch."),
         "repeats": repeats,
+        "clock": make_clock(device)[1],
     }

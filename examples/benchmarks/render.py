@@ -17,7 +17,7 @@ Each script compares stock diffusers with this package in one process: first tha
 that a busy machine slows both. Ratios are medians of the rounds. `harness.py` says how time, memory and FLOPs are counted.
 
 ```bash
-python examples/benchmarks/benchmark_transformer_step.py --size cpu     # tiny, cpu, 5b or a14b
+python examples/benchmarks/benchmark_transformer_step.py --size cpu     # tiny, shapes, cpu, 5b or a14b
 python examples/benchmarks/render.py                                    # this page, from examples/results/*.json
 ```
 
@@ -46,6 +46,8 @@ def section(report: dict[str, Any]) -> str:
     if report["bars"]:
         rows = [[b["figure"], b["bar"], b["value"], verdict(b)] for b in report["bars"]]
         parts.append(table(["figure", "bar", "value", "verdict"], rows))
+    if report.get("notes"):
+        parts.append(report["notes"])
     return "\n\n".join(parts) + "\n"
 
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
@@ -193,10 +195,12 @@ def test_pixels_know_their_place():
     positions = pixel_positions(3, 5, 16, torch.zeros(1)).unflatten(0, (3, 5))
     rows, columns = positions[..., :8], positions[..., 8:]
     assert torch.equal(rows[:, 0], rows[:, 4]) and torch.equal(columns[0], columns[2])
-    # The fastest pair turns by one radian a pixel.
-    expected = torch.sin(torch.arange(5.0))
-    assert (columns[0, :, 0] - expected).abs().max() < 1e-6
-    assert (rows[:, 0, 0] - expected[:3]).abs().max() < 1e-6
+    # The fastest pair turns once in four pixels.
+    expected = torch.tensor([0.0, 2, 0, -2, 0])
+    assert (columns[0, :, 0] - expected).abs().max() < 1e-5
+    assert (rows[:, 0, 0] - expected[:3]).abs().max() < 1e-5
+    # The slowest one in 256.
+    assert abs(columns[0, 4, 3] - 2 * math.sin(4 * 2 * math.pi / 256)) < 1e-6
     # Over a picture of one colour keys differ only by where they are, and so do queries of frames of one colour.
     torch.manual_seed(0)
     attention = ClipAttention(16, 16, 2)
@@ -207,6 +211,24 @@ def test_pixels_know_their_place():
     image, frame = torch.randn(1, 16, 3, 5), torch.linspace(-1, 1, 16).view(1, 16, 1, 1).expand(1, 16, 3, 5)
     seen = attention(frame, attention.pixel_keys_values(image)) - frame
     assert (seen[..., 0, 0] - seen[..., 2, 4]).abs().max() > 1e-2
+
+
+def test_a_pixel_begins_at_its_own_place():
+    """Whatever frames and picture hold: most of the attention lies on the place itself and its neighbours."""
+    torch.manual_seed(0)
+    attention = tiny_unet2d_wide().pixel_attention
+    frame, image = torch.randn(1, 64, 8, 8), torch.randn(1, 64, 8, 8)
+    key, _, positions = attention.pixel_keys_values(image)
+    query = attention._heads(attention.to_q(attention.norm(frame.flatten(2).transpose(1, 2))) + positions)
+    weights = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1).mean(1)[0]
+    places = torch.cartesian_prod(torch.arange(8), torch.arange(8))
+    near = (places[:, None] - places).abs().amax(-1) <= 1
+    assert (weights * near).sum(-1).mean() > 0.5 > 4 * near.float().mean()
+
+
+def tiny_unet2d_wide():
+    unet = FactorizedDreamerUNet.from_unet2d(tiny_unet2d(block_out_channels=(64, 64)), **SWITCHES)
+    return unet.down_blocks[0].attentions[0]
 
 
 # -- once per video

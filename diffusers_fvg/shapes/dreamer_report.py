@@ -1,0 +1,352 @@
+"""Scores Factorized-Dreamer's shapes model and its designs one by one, beside the embedded Factorized Video Generation model.
+
+All numbers are synthetic. Records go to disk batch by batch, so that a report that was stopped continues where it was; designs
+that are not trained yet are named as not run, and a later call adds them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+
+from ..anchor import Anchor
+from ..dreamer.flow import dis_flow, exact_flow
+from .dreamer import DESIGNS, STEPS, Designs, build_dreamer
+from .held_out import attributes_stay, score_written_motion, split_scenes
+from .prompts import motion_caption
+from .report import provenance
+from .scorer import label_maps, motion_amount, score_video
+from .study import Cell, FirstFrames, Journal, noise
+from .summary import average, standard_error
+from .world import Scene, render
+
+
+HOW = """All numbers are synthetic: a world of coloured shapes, scored by its own pixel reader, on held-out prompts.
+Each design is trained for the same number of steps, on the same clips in the same order, from the same image model.
+score: mean of the seven categories. "written": all stages' own (first frame drawn from the written caption, written caption of
+the motion). "true": the rendered first frame and the true caption of the motion. "prompt": no first frame; a UNet that takes
+none reads the whole prompt instead. motion: mean path of an object, in fractions of the frame.
+detail: PSNR in dB, against the first frame, of objects that stand still, where nothing passes over them; from true first frames.
+flow: mean error in pixels, over a clip, of the flow that OpenCV's DIS sees where something is, against the exact one; scenes
+in which something moves, from true first frames. "rendered" has what DIS makes of the true clips."""
+FVG, RENDERED, MODEL = "FVG", "rendered", "Factorized-Dreamer"
+LABELS = {
+    "all": "all designs",
+    "plain": "none: plain video UNet",
+    "no_paca": "without PACA",
+    "no_predict_net": "without PredictNet",
+    "no_t2i_adapter": "without T2I adapter",
+    "no_t5": "without T5",
+    "no_shift": "without shift (s = 1)",
+    "s_0.1": "s = 0.1",
+    "s_0.15": "s = 0.15",
+    "power_1": "s = 0.125, power 1",
+    "paca_alone": "PACA alone",
+    "t2i_adapter_alone": "T2I adapter alone",
+    "schedule_alone": "noise schedule alone",
+    "t5_alone": "T5 alone",
+    "predict_net_alone": "PredictNet alone",
+}
+SCORE_BAR, DETAIL_BAR, FLOW_BAR = 0.10, 2.0, 0.10
+MOVES = ("move", "bounce", "scale")
+# DIS looks at patches of 8 pixels: clips of 64 are enlarged.
+ENLARGED = 4
+
+
+def seen_flow(frames: np.ndarray) -> torch.Tensor:
+    """Flow `(2, F - 1, H, W)` that DIS sees in a small clip `(F, H, W, 3)`, in its pixels."""
+    height, width = frames.shape[1:3]
+    size = (ENLARGED * width, ENLARGED * height)
+    large = np.stack([np.asarray(PIL.Image.fromarray(frame).resize(size, PIL.Image.BICUBIC)) for frame in frames])
+    return torch.nn.functional.interpolate(dis_flow(large), size=(height, width), mode="area") / ENLARGED
+
+
+def flow_error(frames: np.ndarray, scene: Scene) -> float:
+    """Mean error of the flow in pixels, over the whole clip, where the true clip or this one shows something."""
+    truth = render(scene.objects, *frames.shape[:3])
+    error = (seen_flow(frames) - exact_flow(scene.objects, *frames.shape[:3])).square().sum(0).sqrt()
+    something = torch.from_numpy((label_maps(frames) > 0) | (label_maps(truth) > 0))[:-1]
+    return float(error[something].mean()) * (len(frames) - 1)
+
+
+def still_region(scene: Scene, num_frames: int, height: int, width: int) -> np.ndarray:
+    """Where objects stand that do not change, without what passes over them: `(H, W)`, bool."""
+    clip = render(scene.objects, num_frames, height, width)
+    rows, columns = (np.mgrid[:height, :width] + 0.5) / np.array([height, width]).reshape(2, 1, 1)
+    region = np.zeros((height, width), dtype=bool)
+    for item in scene.objects:
+        if not item.changes:
+            reach = item.radius + 2 / height
+            region |= (abs(columns - item.x) * width / height < reach) & (abs(rows - item.y) < reach)
+    return region & (clip == clip[:1]).all(axis=(0, 3))
+
+
+def detail(frames: np.ndarray, first: np.ndarray, region: np.ndarray) -> float:
+    """PSNR in dB of the frames against the first frame that was given, within a region."""
+    error = (frames[:, region].astype(np.float64) - first[region]) ** 2
+    return float(10 * np.log10(255**2 / max(error.mean(), 1e-3)))
+
+
+def measure(frames: np.ndarray, scene: Scene, first: np.ndarray | None, is_true: bool) -> dict:
+    """What is read from one video; `first` is the frame that it was given, if any, and `is_true` says that it is the scene's."""
+    found = {"score": score_video(frames, scene.category, scene.meta), "motion": motion_amount(frames)}
+    if is_true:
+        region = still_region(scene, *frames.shape[:3])
+        if region.any():
+            found["detail"] = detail(frames, first, region)
+        if any(change.kind in MOVES for item in scene.objects for change in item.changes):
+            found["flow"] = flow_error(frames, scene)
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+class Inputs:
+    """What stages 1 and 2 of the embedded pipeline make of the scenes, once for every design."""
+
+    def __init__(self, embedded, scenes: Sequence[Scene]):
+        self.scenes, self.first_frames = scenes, FirstFrames(embedded, scenes)
+        began = time.perf_counter()
+        self.motions = embedded.rewriter.describe_motion([scene.prompt for scene in scenes])
+        self.seconds = (time.perf_counter() - began) / len(scenes)
+
+    def motion_score(self) -> float:
+        return float(np.mean([score_written_motion(text, scene) for text, scene in zip(self.motions, self.scenes)]))
+
+    def picture(self, source: str, index: int, seed: int, size: Sequence[int]) -> PIL.Image.Image:
+        if source == "written":
+            return self.first_frames.composed("written", index, seed)
+        return PIL.Image.fromarray(render(self.scenes[index].objects, *size)[0])
+
+    def text(self, source: str, index: int) -> str:
+        if source == "prompt":
+            return self.scenes[index].prompt
+        return self.motions[index] if source == "written" else motion_caption(self.scenes[index])
+
+
+def digest(folder: Path) -> str:
+    """Of the weights in a folder: records of those of a design that was trained again are made again."""
+    return hashlib.sha256((folder / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()[:16]
+
+
+def run_row(pipe, cell: Cell, inputs: Inputs, seeds: int, journal: Journal, batch_size: int, fvg: bool) -> list[dict]:
+    """The records of one row and input; makes those that the journal lacks."""
+    scenes, source = inputs.scenes, cell.arm
+    pairs = [(index, seed) for seed in range(seeds) for index in range(len(scenes))]
+    wanted = [pair for pair in pairs if journal.find(cell, *pair) is None]
+    for start in range(0, len(wanted), batch_size):
+        batch = wanted[start : start + batch_size]
+        if cell.split == RENDERED:
+            videos, pictures, seconds = [render(scenes[k].objects, cell.steps) / 255 for k, _ in batch], None, 0.0
+        else:
+            size = [pipe.call_defaults[name] for name in ("num_frames", "height", "width")]
+            pictures = None if source == "prompt" else [inputs.picture(source, *pair, size) for pair in batch]
+            # The other system's video model reads prompts.
+            texts = [inputs.text("prompt" if fvg else source, k) for k, _ in batch]
+            anchors = [[Anchor(picture)] for picture in pictures] if pictures else None
+            generators = [noise(*pair) for pair in batch]
+            began = time.perf_counter()
+            videos = pipe.animate(texts, anchors, generator=generators, num_inference_steps=cell.steps)
+            seconds = (time.perf_counter() - began) / len(batch)
+        records = []
+        for position, (index, seed) in enumerate(batch):
+            frames = np.round(videos[position] * 255).astype(np.uint8)
+            first = frames[0] if pictures is None else np.asarray(pictures[position])
+            found = measure(frames, scenes[index], first, source == "true")
+            records.append(cell.facts() | {"scene": index, "seed": seed, "seconds": round(seconds, 3)} | found)
+        journal.append(records)
+    facts = [{"category": scene.category, "prompt": scene.prompt} for scene in scenes]
+    return [facts[index] | journal.find(cell, index, seed) for index, seed in pairs]
+
+
+def drift(pipe, scenes: Sequence[Scene], lengths: Sequence[int] = (32, 48), batch_size: int = 16) -> list[dict]:
+    """Longer clips than the UNet takes, from true first frames: what is left of the first frame in each window.
+
+    Of scenes whose objects keep colour, shape and presence: `kept`, the share of videos that show exactly those objects at the
+    window's end, and `detail` of what stands still in the window.
+    """
+    scenes = [scene for scene in scenes if attributes_stay(scene)]
+    window, size = pipe.unet.config.num_frames, [pipe.call_defaults[name] for name in ("height", "width")]
+    rows = []
+    for length in lengths:
+        ends = [min(end, length - 1) for end in range(window - 1, length + window - 2, window - 1)]
+        kept: list[list[bool]] = [[] for _ in ends]
+        details: list[list[float]] = [[] for _ in ends]
+        for start in range(0, len(scenes), batch_size):
+            chosen = scenes[start : start + batch_size]
+            truths = [render(scene.objects, 8, *size) for scene in chosen]
+            videos = pipe.animate(
+                [motion_caption(scene) for scene in chosen],
+                [[Anchor(PIL.Image.fromarray(truth[0]))] for truth in truths],
+                num_frames=length,
+                generator=[noise(start + k, 0) for k in range(len(chosen))],
+            )
+            for scene, truth, video in zip(chosen, truths, videos):
+                frames = np.round(video * 255).astype(np.uint8)
+                # Of what stands still, not of what something may pass over in a later window.
+                still = still_region(scene, 8, *size) if not any(item.changes for item in scene.objects) else None
+                for number, (begin, end) in enumerate(zip([0, *ends], ends)):
+                    kept[number].append(_same_objects(frames[end], scene))
+                    if still is not None:
+                        details[number].append(detail(frames[begin : end + 1], truth[0], still))
+        rows.append(
+            {
+                "frames": length,
+                "window_ends": ends,
+                "kept": [round(float(np.mean(values)), 4) for values in kept],
+                "detail": [round(float(np.mean(values)), 2) for values in details],
+            }
+        )
+    return rows
+
+
+def _same_objects(frame: np.ndarray, scene: Scene) -> bool:
+    from collections import Counter
+
+    from .scorer import find_objects
+
+    wanted = Counter((item.colour, item.shape) for item in scene.objects)
+    return Counter((blob.colour, blob.shape) for blob in find_objects(frame)) == wanted
+
+
+def row_of(label: str, records: dict[str, list[dict]], **facts) -> dict:
+    """Means of a row: a score for each input, and detail and flow where there is a true first frame."""
+    row = {"row": label} | facts
+    for source, chosen in records.items():
+        row[f"score_{source}"] = round(average(chosen), 4)
+        row[f"error_{source}"] = round(standard_error(chosen), 4)
+        row[f"motion_{source}"] = round(average(chosen, "motion"), 4)
+        row["seconds"] = round(float(np.mean([record["seconds"] for record in chosen])), 3)
+        row[f"categories_{source}"] = {
+            name: round(float(np.mean([r["score"] for r in chosen if r["category"] == name])), 4)
+            for name in dict.fromkeys(record["category"] for record in chosen)
+        }
+    for value in ("detail", "flow"):
+        found = [record[value] for record in records.get("true", []) if value in record]
+        if found:
+            row[value] = round(float(np.mean(found)), 3)
+    return row
+
+
+def claims(rows: dict[str, dict]) -> list[dict]:
+    """The figures that the report was made for, each with its bar; of designs that are trained."""
+    found = []
+
+    def claim(figure: str, value: float, bar: float) -> None:
+        found.append({"figure": figure, "value": round(value, 4), "bar": bar, "met": bool(value >= bar)})
+
+    full = rows.get("all")
+    if full and "plain" in rows:
+        claim("score, all designs minus plain", full["score_written"] - rows["plain"]["score_prompt"], SCORE_BAR)
+    if full and "no_paca" in rows:
+        claim("detail in dB that goes without PACA", full["detail"] - rows["no_paca"]["detail"], DETAIL_BAR)
+    if full and "no_predict_net" in rows:
+        claim("flow error added without PredictNet", rows["no_predict_net"]["flow"] / full["flow"] - 1, FLOW_BAR)
+    return found
+
+
+COLUMNS = {
+    "score_written": "written",
+    "score_true": "true",
+    "score_prompt": "prompt",
+    "motion_written": "motion",
+    "detail": "detail",
+    "flow": "flow",
+    "seconds": "seconds",
+}
+
+
+def report_text(report: dict) -> str:
+    """The report as text: claims, one line for each row, drift."""
+    lines = [HOW, ""]
+    for claim in report["claims"]:
+        verdict = "met" if claim["met"] else "MISSED"
+        lines.append(f"{claim['figure']:42s}{claim['value']:8.3f}  >= {claim['bar']:<5} {verdict}")
+    lines += ["", f"{'synthetic':30s}{'steps':>6s}" + "".join(f"{title:>10s}" for title in COLUMNS.values())]
+    for row in report["rows"]:
+        cells = "".join(f"{'-' if row.get(key) is None else format(row[key], '.3f'):>10s}" for key in COLUMNS)
+        lines.append(f"{row['row']:30s}{str(row.get('trained_steps') or '-'):>6s}{cells}")
+    if report["not_run"]:
+        lines += ["", f"not run: {', '.join(report['not_run'])}"]
+    lines += ["", f"written captions of the motion: {report['motion_caption_score']:.3f} (F1 over clauses)"]
+    for row in report["drift"]:
+        lines += [
+            "",
+            f"{row['frames']} frames by windows; after frame" + "".join(f"{end:>7d}" for end in row["window_ends"]),
+            f"{'objects kept':34s}" + "".join(f"{value:7.2f}" for value in row["kept"]),
+            f"{'detail, dB':34s}" + "".join(f"{value:7.1f}" for value in row["detail"]),
+        ]
+    return "\n".join(lines)
+
+
+def write_dreamer_report(
+    embedded,
+    parts: Path,
+    folder: Path,
+    per_category: int = 9,
+    seeds: int = 1,
+    batch_size: int = 16,
+    steps: int = STEPS,
+    fvg_steps: int = 15,
+) -> str:
+    """Scores what is trained; writes `folder/dreamer.json` and `folder/dreamer.txt` and returns the text.
+
+    Args:
+        embedded (`FactorizedVideoPipeline`): whose stages 1 and 2 are used, and which is scored beside.
+        parts (`Path`): the folder of [`dreamer.train_dreamer`].
+        folder (`Path`): for the files.
+        per_category (`int`): held-out prompts of each of the seven categories.
+        seeds (`int`): videos of each prompt and input.
+        steps, fvg_steps (`int`): of sampling, of the two systems.
+    """
+    scenes, _ = split_scenes(per_category, 4)
+    header = {
+        "prompts": [scene.prompt for scene in scenes],
+        "places": hashlib.sha256(repr(scenes).encode()).hexdigest(),
+    }
+    journal, inputs = Journal(folder / "dreamer.jsonl", header), Inputs(embedded, scenes)
+    training = json.loads((parts / "training.json").read_text())
+    rows, by_name, not_run = [], {}, []
+
+    def add(name: str, label: str, pipe, sources: Sequence[str], cell_steps: int, weights: str, **facts) -> dict:
+        records = {}
+        for source in sources:
+            cell = Cell(name, source, cell_steps, lora=weights)
+            records[source] = run_row(pipe, cell, inputs, seeds, journal, batch_size, fvg=name == FVG)
+        rows.append(row_of(label, records, sampling_steps=cell_steps, **facts))
+        print(f"{label}: {[rows[-1].get(f'score_{source}') for source in sources]}", flush=True)
+        return rows[-1]
+
+    def sources_of(designs: Designs) -> tuple[str, ...]:
+        return ("written", "true") if designs.takes_image else ("prompt",)
+
+    add(RENDERED, "rendered clips", None, ("true",), 8, "")
+    embedded.set_progress_bar_config(disable=True)
+    add(FVG, "FVG, the embedded model", embedded, ("written", "true"), fvg_steps, "embedded")
+    drifts = []
+    if (parts / "video").is_dir():
+        pipe = build_dreamer(parts)
+        trained = training.get("video", {}).get("steps")
+        add(MODEL, MODEL, pipe, sources_of(DESIGNS["all"]), steps, digest(parts / "video"), trained_steps=trained)
+        drifts = drift(pipe, scenes)
+    for name, designs in DESIGNS.items():
+        path = parts / f"design_{name}"
+        if not path.is_dir():
+            not_run.append(LABELS[name])
+            continue
+        trained = training.get(path.name, {}).get("steps")
+        pipe = build_dreamer(parts, path.name, designs)
+        facts = {"trained_steps": trained}
+        by_name[name] = add(name, LABELS[name], pipe, sources_of(designs), steps, digest(path), **facts)
+    report = {"synthetic": True, "made_with": provenance(embedded), "seeds": seeds, "prompts": len(scenes)}
+    report |= {"motion_caption_score": round(inputs.motion_score(), 4), "claims": claims(by_name), "rows": rows}
+    report |= {"not_run": not_run, "drift": drifts}
+    text = report_text(report)
+    (folder / "dreamer.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "dreamer.txt").write_text(text + "\n")
+    return text

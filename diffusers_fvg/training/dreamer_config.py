@@ -1,0 +1,153 @@
+"""What a stage of Factorized-Dreamer's training is: one frozen dataclass, read from TOML. Light to import."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from .config import TomlConfig, _require
+
+
+@dataclass(frozen=True)
+class DreamerConfig(TomlConfig):
+    """A stage of training the video UNet of Factorized-Dreamer (arXiv 2408.10119). The paper has three: low resolution, high
+    resolution, high resolution with PredictNet; it states no other number, so that values below are its neighbours'
+    (ConsistI2V, arXiv 2402.04324; DynamiCrafter, arXiv 2310.12190; Emu Video, arXiv 2311.10709) or ours.
+
+    Args:
+        system (`str`): `"factorized-dreamer"`, which tells this file from one of [`TrainConfig`].
+        model (`str`): folder or Hub repository of a Stable Diffusion 1.x or 2.x pipeline in diffusers' layout.
+        data, cache_dir, output_dir, buckets, frame_rate, revision, video_column, caption_column, clips_per_video,
+            max_rejected_share: of [`TrainConfig`]. Captions say what moves. Buckets of 16 frames are the paper's.
+
+        video_unet (`str`, *optional*): `output_dir/unet` of the stage before; left out, the stage begins at the image UNet.
+            A PredictNet that lies beside it is continued too.
+        motion_encoder (`str`, *optional*): folder or repository of a T5 encoder with its tokenizer; empty for none.
+        image_encoder (`str`, *optional*): folder or repository of a CLIP vision model with projection; it belongs to
+            `t2i_adapter`.
+        t2i_adapter, paca (`str`, *optional*): designs of [`~dreamer.unet.FactorizedDreamerUNet`], `"none"` for off.
+        max_sequence_length (`int`, *optional*): T5 tokens, as at sampling. CLIP has 77.
+        flow_teacher (`str`, *optional*): `"dis"` caches the clips' flow by OpenCV, `"none"` does not. Stages that share a
+            cache share this.
+        flow_weight (`float`, *optional*): of PredictNet's loss beside the diffusion's; 0 trains without one, above 0 is the
+            paper's last stage.
+
+        shift, power, zero_terminal_snr (*optional*): noise schedule, see [`dreamer.schedule`].
+        train_spatial (`bool`, *optional*): trains the image UNet's own weights as well. Off as in Emu Video: the image model
+            stays what it was, bit for bit, and its LoRAs fit.
+        prompt_dropout (`float`, *optional*): share of samples with the empty text in both encoders, for guidance.
+            DynamiCrafter: 0.1 in all.
+        motion_dropout (`float`, *optional*): share in which T5 alone has it, so that no attention leans on one encoder.
+        image_dropout (`float`, *optional*): share without the first frame, in adapter and PACA together. DynamiCrafter: 0.1
+            in all. It is what `mode="direct"` samples with.
+
+        steps, batch_size, gradient_accumulation_steps, learning_rate, learning_rate_schedule, warmup_steps, weight_decay,
+            max_grad_norm, ema_decay, mixed_precision, gradient_checkpointing, seed, checkpoint_every, keep_checkpoints,
+            tracker: of [`TrainConfig`]. ConsistI2V: 200,000 steps at learning rate 5e-5; DynamiCrafter: 100,000 at 1e-5.
+    """
+
+    system: Literal["factorized-dreamer"]
+    model: str
+    data: str
+    cache_dir: str
+    output_dir: str
+    buckets: tuple[tuple[int, int, int], ...]
+    frame_rate: float
+
+    revision: str = ""
+    video_column: str = "file_name"
+    caption_column: str = "text"
+    clips_per_video: int = 1
+    max_rejected_share: float = 0.02
+
+    video_unet: str = ""
+    motion_encoder: str = ""
+    image_encoder: str = ""
+    t2i_adapter: Literal["decoupled", "concat", "none"] = "decoupled"
+    paca: Literal["all", "up", "none"] = "all"
+    max_sequence_length: int = 77
+    flow_teacher: Literal["none", "dis"] = "none"
+    flow_weight: float = 0.0
+
+    shift: float = 0.125
+    power: int = 2
+    zero_terminal_snr: bool = True
+    train_spatial: bool = False
+    prompt_dropout: float = 0.1
+    motion_dropout: float = 0.05
+    image_dropout: float = 0.1
+
+    steps: int = 20_000
+    batch_size: int = 1
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 5e-5
+    learning_rate_schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 500
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.9999
+
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    gradient_checkpointing: bool = True
+    seed: int = 42
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    tracker: Literal["none", "tensorboard"] = "none"
+
+    # What the trainer asks of any run, and is the same in every one of these.
+    experts: ClassVar[tuple[str, ...]] = ("unet",)
+    negative_prompt: ClassVar[str] = ""
+    validation_every: ClassVar[int] = 0
+
+    def validate(self) -> None:
+        """Checks ranges, and options against each other.
+
+        Raises:
+            `ValueError`: naming the option and the fix.
+        """
+        for name in ("model", "data", "cache_dir", "output_dir", "video_column", "caption_column"):
+            _require(getattr(self, name).strip(), name, self, "must not be empty")
+        at_least_one = "clips_per_video max_sequence_length steps batch_size gradient_accumulation_steps"
+        for name in f"{at_least_one} checkpoint_every keep_checkpoints".split():
+            _require(getattr(self, name) >= 1, name, self, "must be at least 1")
+        for name in ("frame_rate", "shift", "learning_rate", "max_grad_norm"):
+            _require(0 < getattr(self, name) < float("inf"), name, self, "must be above 0")
+        for name in ("warmup_steps", "weight_decay", "seed", "flow_weight"):
+            _require(getattr(self, name) >= 0, name, self, "must not be negative")
+        for name in ("max_rejected_share", "prompt_dropout", "motion_dropout", "image_dropout", "ema_decay"):
+            _require(0 <= getattr(self, name) < 1, name, self, "must lie in [0, 1)")
+        _require(self.power in (1, 2), "power", self, "must be 1 or 2")
+        _require(self.warmup_steps < self.steps, "warmup_steps", self, f"must be below steps={self.steps}")
+        _require(self.buckets, "buckets", self, "needs at least one [num_frames, height, width]")
+        _require(len(set(self.buckets)) == len(self.buckets), "buckets", self, "must name each size once")
+        for bucket in self.buckets:
+            _require(
+                min(bucket) >= 1 and bucket[0] > 1, "buckets", self, f"holds {list(bucket)}: no clip has that size"
+            )
+
+        has_adapter = self.t2i_adapter != "none"
+        _require(bool(self.image_encoder) == has_adapter, "image_encoder", self, "and `t2i_adapter` go together")
+        if not self.motion_encoder:
+            _require(
+                self.motion_dropout == 0, "motion_dropout", self, "has no effect without motion_encoder: set it to 0"
+            )
+        if not has_adapter and self.paca == "none":
+            _require(
+                self.image_dropout == 0, "image_dropout", self, "has no effect without adapter and PACA: set it to 0"
+            )
+        if self.flow_weight:
+            _require(
+                self.flow_teacher != "none", "flow_teacher", self, "must be a teacher where flow_weight is above 0"
+            )
+        if self.flow_teacher == "dis":
+            found = importlib.util.find_spec("cv2") is not None
+            _require(found, "flow_teacher", self, "needs `pip install opencv-python-headless`")
+        if self.tracker == "tensorboard":
+            found = importlib.util.find_spec("tensorboard") is not None
+            _require(found, "tracker", self, 'needs `pip install tensorboard`, or tracker="none"')
+
+    @property
+    def num_frames(self) -> int:
+        """Of the longest clip."""
+        return max(bucket[0] for bucket in self.buckets)

@@ -1,0 +1,99 @@
+"""The shapes world's Factorized-Dreamer: what is measured, and all of its training at a few steps."""
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from diffusers_fvg.embedded import EMBEDDED_FOLDER
+from diffusers_fvg.shapes import dreamer, dreamer_image
+from diffusers_fvg.shapes.dreamer import DESIGNS, PLAIN, train_dreamer
+from diffusers_fvg.shapes.dreamer_report import claims, detail, flow_error, report_text, still_region
+from diffusers_fvg.shapes.train import Part
+from diffusers_fvg.shapes.world import Change, Scene, ShapeObject, render
+
+
+STILL = ShapeObject("red", "square", 0.25, 0.5, 0.15)
+MOVER = ShapeObject("blue", "circle", 0.75, 0.2, 0.12, (Change("move", (0.0, 0.5)),))
+
+
+def scene(*objects) -> Scene:
+    return Scene("motion_binding", "", "", objects)
+
+
+def test_detail_is_read_where_nothing_changes():
+    region = still_region(scene(STILL, MOVER), 8, 64, 64)
+    # The square reaches 0.135 to each side, and what is around it counts as well.
+    assert region[32, 16] and region[32, 26] and not region[32, 32] and not region[13, 48]
+    passing = ShapeObject("blue", "circle", 0.25, 0.1, 0.1, (Change("move", (0.0, 0.35)),))
+    covered = still_region(scene(STILL, passing), 8, 64, 64)
+    assert covered.sum() < region.sum() and not covered[28, 16]
+    assert not still_region(scene(MOVER), 8, 64, 64).any()
+
+    first = render((STILL, MOVER), 8)[0]
+    frames = np.repeat(first[None], 3, axis=0)
+    frames[:, ~region] = 0
+    frames[1:, 32, 16] -= 30
+    error = 2 * 3 * 30**2 / (3 * 3 * region.sum())
+    assert detail(frames, first, region) == pytest.approx(10 * np.log10(255**2 / error))
+
+
+def test_flow_error_is_that_of_the_motion_that_is_missing():
+    pytest.importorskip("cv2")
+    objects = scene(ShapeObject("red", "square", 0.3, 0.5, 0.2, (Change("move", (0.4, 0.0)),)))
+    clip = render(objects.objects, 8)
+    moving, standing = flow_error(clip, objects), flow_error(np.repeat(clip[:1], 8, axis=0), objects)
+    # Where the object is, a clip that stands still lacks all of its path, 25.6 pixels; elsewhere it has nothing to lack.
+    assert moving < 5 < 10 < standing <= 25.7
+
+
+def test_plain_is_stable_diffusions_noise_and_no_design():
+    assert not PLAIN.takes_image and DESIGNS["paca_alone"].takes_image
+    alphas = next(iter(PLAIN.presets().values())).make_scheduler().alphas_cumprod
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    assert (alphas - (1 - betas).cumprod(0)).abs().max() < 1e-6
+
+
+def test_claims_are_of_what_is_trained():
+    rows = {"all": {"score_written": 0.6, "detail": 24.0, "flow": 2.0}, "plain": {"score_prompt": 0.52}}
+    assert [(claim["value"], claim["met"]) for claim in claims(rows)] == [(0.08, False)]
+    rows |= {"no_paca": {"detail": 21.0}, "no_predict_net": {"flow": 2.1}}
+    assert [(claim["value"], claim["met"]) for claim in claims(rows)] == [(0.08, False), (3.0, True), (0.05, False)]
+
+
+def test_every_part_trains_and_one_call_continues(tmp_path, monkeypatch):
+    parts = {
+        "vae": Part(partial(dreamer_image.train_vae, steps=2)),
+        "decoder": Part(partial(dreamer_image.train_decoder, steps=2), dreamer_image.vae_score, 0.0),
+        "clip": Part(partial(dreamer_image.train_clip, steps=2, batch_size=4)),
+        "clips": Part(partial(dreamer_image.build_clips, num_clips=6)),
+        "image": Part(partial(dreamer_image.train_image, steps=2, batch_size=4)),
+        "video": Part(lambda folder: dreamer.train_video(folder, "video", DESIGNS["all"], 2, batch_size=2)),
+    }
+    monkeypatch.setattr(dreamer, "DREAMER_PARTS", parts)
+    monkeypatch.setattr(dreamer, "DESIGN_STEPS", 1)
+    with pytest.raises(ValueError, match="sharpness"):
+        train_dreamer(tmp_path, EMBEDDED_FOLDER, ["sharpness"])
+    train_dreamer(tmp_path, EMBEDDED_FOLDER, ["plain"])
+    summary = json.loads((tmp_path / "training.json").read_text())
+    assert [*parts, "design_plain"] == list(summary)
+    weights = tmp_path / "repository" / "unet" / "diffusion_pytorch_model.safetensors"
+    size = sum(path.stat().st_size for path in (tmp_path / "repository").rglob("*") if path.is_file())
+    assert size < 20e6
+    before = weights.stat().st_mtime_ns
+    train_dreamer(tmp_path, EMBEDDED_FOLDER, ["plain"])
+    assert weights.stat().st_mtime_ns == before
+
+    pipe = dreamer.load_dreamer(tmp_path / "repository")
+    out = pipe("A red circle moves to the left", num_inference_steps=2, num_frames=10)
+    assert out.frames.shape == (1, 10, 64, 64, 3) and out.motion_prompts == ["the red circle moves to the left"]
+
+
+def test_report_names_what_was_not_run():
+    row = {"row": "all designs", "score_written": 0.5, "trained_steps": 300}
+    drift = {"frames": 32, "window_ends": [7, 14], "kept": [1.0, 0.5], "detail": [30.0, 20.0]}
+    report = {"claims": [{"figure": "f", "value": 0.2, "bar": 0.1, "met": True}], "rows": [row], "drift": [drift]}
+    text = report_text(report | {"not_run": ["PACA alone"], "motion_caption_score": 1.0})
+    assert "not run: PACA alone" in text and "synthetic" in text and "0.500" in text

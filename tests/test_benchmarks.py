@@ -1,0 +1,126 @@
+"""The benchmarks: what they count against arithmetic, that they run, and that their page is what their reports say."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+import harness  # noqa: E402
+import render  # noqa: E402
+from harness import SIZES, LiveBytes, at_full_depth, bar, count_flops, gate, interleaved_seconds  # noqa: E402
+
+from diffusers_fvg.transformer_anchor import AnchorConditionedTransformer3D  # noqa: E402
+
+
+def test_page_is_what_the_reports_say():
+    page = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    assert page == render.page(render.RESULTS)
+    for path in render.RESULTS.glob("*.json"):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        assert f"## {report['benchmark']}\n" in page, path.name
+
+
+def test_flops_are_those_of_the_products():
+    size = SIZES["5b"]
+    tokens, texts, width, ffn = 31 * 22 * 40, 512, 3072, 14336
+    assert size.tokens == tokens
+    # A block's query, key, value and output, the same of cross-attention but for two of text, feed-forward; attentions.
+    linear = 2 * tokens * (6 * width**2 + 2 * width * ffn) + 2 * texts * 2 * width**2
+    attention = 4 * tokens * (tokens + texts) * width
+    outside = 2 * tokens * width * 48 * 4 * 2 + 2 * texts * (4096 + width) * width
+    # The rest: times, 31 rows of them.
+    expected = 30 * (linear + attention) + outside
+    found = count_flops(AnchorConditionedTransformer3D, size, per_token=False)
+    assert 0 <= found - expected < 1e-4 * expected
+
+
+def test_live_bytes():
+    def call() -> None:
+        one = torch.zeros(1000)
+        two = one + 1
+        del one
+        two.view(10, 100).mul_(2)
+        torch.zeros(250)
+
+    known = torch.zeros(10_000)
+    with LiveBytes([known]) as counter:
+        known.mul_(2)
+        call()
+    assert counter.peak == 8000
+    assert counter.live == 0
+
+
+def test_gate_ends_a_run(capsys):
+    expected = torch.tensor([3.0, 4.0])
+    assert gate("same", expected + 0.025, expected, 0.01) == pytest.approx(0.025 / 12.5**0.5, rel=1e-4)
+    for wrong in (-expected, expected * float("nan")):
+        with pytest.raises(SystemExit, match="product: differs by .*nothing was timed"):
+            gate("product", wrong, expected, 0.01)
+
+
+def test_time_at_full_depth():
+    # Two seconds once and three for each layer.
+    assert at_full_depth(model=8.0, block=3.0, layers=2) == 92.0
+
+
+@torch.no_grad()
+def test_a_block_is_called_as_in_a_forward():
+    size = SIZES["tiny"]
+    model = harness.build_transformer(AnchorConditionedTransformer3D, size, "cpu")
+    inputs, made = harness.transformer_inputs(size, "cpu", per_token=False), []
+    call = harness.block_call(model, inputs)
+    model.blocks[0].register_forward_hook(lambda *given: made.append(given[2]))
+    model(**inputs)
+    assert torch.equal(call(), made[0])
+
+
+def test_calls_come_in_turn():
+    order = []
+    seconds = interleaved_seconds({name: lambda name=name: order.append(name) for name in "ab"}, "cpu", 3)
+    assert order == list("ab" * 4) and [len(values) for values in seconds.values()] == [3, 3]
+    assert harness.median_ratio({"a": [1.0, 2.0, 9.0], "b": [2.0, 2.0, 3.0]}, "a", "b") == 1.0
+
+
+def test_bars_and_cells():
+    verdicts = [
+        render.verdict(bar("time", 0.9, value, at_most=at_most, needs="a GPU"))
+        for value, at_most in ((0.9, True), (0.91, True), (0.95, False), (None, False))
+    ]
+    assert verdicts == ["met", "MISSED", "met", "open: needs a GPU"]
+    assert [render.cell(value) for value in (None, True, 27280, 0.123456, 5198.2, "x")] == [
+        *("-", "yes", "27,280", "0.123", "5,198", "x")
+    ]
+
+
+@pytest.mark.parametrize(
+    "script, arguments",
+    [
+        ("transformer_step", ["--no-compile"]),
+        ("attention", []),
+        ("forwards", []),
+        ("pipeline", ["--model", "random"]),
+        pytest.param("transformer_step", [], marks=pytest.mark.slow),
+        pytest.param("training_step", [], marks=pytest.mark.slow),
+        pytest.param("kernels", [], marks=pytest.mark.slow),
+        pytest.param("loading", [], marks=pytest.mark.slow),
+    ],
+)
+def test_script_runs_at_tiny_size(script, arguments, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "report.json"
+    options = ["--size", "tiny", "--device", "cpu", "--repeats", "1", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", [script, *options, *arguments])
+    importlib.import_module(f"benchmark_{script}").main()
+    report = json.loads(output.read_text(encoding="utf-8"))
+    assert render.section(report) in capsys.readouterr().out
+    assert report["versions"]["torch"] == torch.__version__ and report["device"].startswith("cpu")
+    # Times at a size where they mean nothing close no bar, and neither does a CPU one of a GPU.
+    assert all(
+        found["met"] is None for found in report["bars"] if "time" in found["figure"] or "GPU" in found["needs"]
+    )
+    assert report["runs"] and all(run.keys() == report["runs"][0].keys() for run in report["runs"])
