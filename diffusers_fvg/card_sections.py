@@ -208,6 +208,9 @@ def presets_table(presets: SchedulerPresets) -> str:
     notes = ["The first is the default."]
     for preset in presets.values():
         if weights := getattr(preset, "weights", ""):
+            if "/" not in weights:
+                notes.append(f"`{preset.name}` is for the LoRA in `{weights}`, loaded in place of the anchor LoRA.")
+                continue
             link = f"[{weights}](https://huggingface.co/{weights})"
             notes.append(
                 f"`{preset.name}` is for the distilled weights of {link}, to be used with the anchor LoRA; that was not measured."

@@ -64,7 +64,8 @@ class SchedulerPreset:
         guidance_interval (`tuple[float, float]`): guidance runs at sigmas in this closed interval and is off elsewhere
             (arXiv 2404.07724).
         guidance_scale_2 (`float`, *optional*): of the low-noise expert; the same as the other's when left out.
-        weights (`str`): distilled weights that the steps were trained with, on the Hub; empty for the base model's own.
+        weights (`str`): distilled weights that the steps were trained with, on the Hub or, without a slash, a folder of the
+            repository with a LoRA in place of the anchor's; empty for the base model's own.
         source (`str`): where the values come from.
         anchor_window (`int`, *optional*): while the preset samples, frames attend to the anchors and to those so many latent
             frames away alone, as the anchor LoRA was trained; see [`AnchorConditionedTransformer3D.set_anchor_window`].

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from diffusers_fvg import load_embedded
 from diffusers_fvg.embedded import EMBEDDED_FOLDER
 from diffusers_fvg.shapes.report import evaluate, held_out_scenes
+from diffusers_fvg.shapes.scorer import score_video
 from diffusers_fvg.shapes.train_rewriter import TASKS, held_out_score
 
 
@@ -74,3 +75,23 @@ def test_the_anchor_is_kept(pipe):
     for anchor, frames in zip(output.anchor_images, output.frames):
         first = np.round(frames[0] * 255).astype(np.uint8)
         assert label_iou(first, np.asarray(anchor)) > 0.85
+
+
+def test_the_distilled_lora_does_with_one_forward_a_step(pipe):
+    scenes = held_out_scenes(4, categories=("motion_binding", "dynamic_attr"))
+    forwards = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda *_: forwards.append(1))
+    pipe.load_lora_weights(EMBEDDED_FOLDER / pipe.presets["distilled-15"].weights, adapter_name="distilled")
+    pipe.set_adapters("distilled")
+    try:
+        output = pipe(
+            [scene.prompt for scene in scenes], preset="distilled-15", generator=torch.Generator().manual_seed(0)
+        )
+    finally:
+        hook.remove()
+        pipe.delete_adapters("distilled")
+        pipe.set_adapters("anchor")
+    assert len(forwards) == 15
+    frames = np.round(output.frames * 255).astype(np.uint8)
+    scores = [score_video(video, scene.category, scene.meta) for video, scene in zip(frames, scenes)]
+    assert np.mean(scores) > 0.8, scores

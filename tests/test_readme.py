@@ -29,3 +29,12 @@ def test_memory_is_that_of_the_benchmark(number):
         and ours == f"{run['anchored_peak_bytes'] / 2**20:.0f} MiB"
     )
     assert float(ratio) == round(run["ratio"], 2)
+
+
+def test_figures_beside_a_report_stand_in_it():
+    rows = re.findall(r"^\|(.*)\| \[\w+\]\((examples/results/shapes/\w+\.txt)\) \|$", README, re.MULTILINE)
+    assert len(rows) >= 5
+    for row, path in rows:
+        figures = re.findall(r"\d\.\d\d+", row)
+        missing = set(figures) - set(re.findall(r"\d\.\d+", (ROOT / path).read_text(encoding="utf-8")))
+        assert figures and not missing, (row, missing)

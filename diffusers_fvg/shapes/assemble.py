@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..anchor_lora import WEIGHT_NAME
 from ..schedules import SchedulerPresets, unipc_preset
 from .train_models import MAX_SEQUENCE_LENGTH
 
@@ -22,6 +24,9 @@ SHAPES_SOURCE = "chosen on the shapes world's held-out prompts (synthetic)"
 SHAPES_PRESETS = SchedulerPresets.of(
     unipc_preset("anchored-15", 15, 3.0, 2.5, source=SHAPES_SOURCE),
     unipc_preset("full-50", 50, 3.0, 2.5, source=SHAPES_SOURCE),
+    unipc_preset(
+        "distilled-15", 15, 3.0, 1.0, weights="distilled_lora", source="anchored-15, its guidance put into the LoRA"
+    ),
 )
 COMPOSER_DEFAULTS = {
     "num_frames": 1,
@@ -89,6 +94,9 @@ def build_pipeline(folder: Path) -> FactorizedVideoPipeline:
 def assemble(folder: Path, output: Path) -> None:
     """Writes the repository that the package ships."""
     build_pipeline(folder).to(torch.float16).save_pretrained(output)
+    if (folder / "distilled_lora").is_dir():
+        (output / "distilled_lora").mkdir()
+        shutil.copy(folder / "distilled_lora" / WEIGHT_NAME, output / "distilled_lora")
     # diffusers notes the folder that a part was loaded from: a path of this machine, of use to nobody else.
     for path in Path(output).rglob("*.json"):
         config = json.loads(path.read_text())
