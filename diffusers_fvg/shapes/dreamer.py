@@ -279,7 +279,7 @@ def load_dreamer(folder: Path, dtype: torch.dtype = torch.float32) -> Factorized
 
 # -- all of it --------------------------------------------------------------------------------------------------------
 
-VIDEO_STEPS, DESIGN_STEPS = 600, 200
+VIDEO_STEPS, DESIGN_STEPS = 3000, 200
 
 
 @torch.no_grad()
