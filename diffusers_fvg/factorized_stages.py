@@ -211,12 +211,15 @@ class FactorizedStages:
     @contextmanager
     def _without_anchor_lora(self) -> Iterator[None]:
         """Scales the anchor LoRA to zero: without an anchor the base model is what is asked for."""
-        scalings = [
-            module.scaling
+        layers = [
+            module
             for expert in self._experts().values()
             for module in expert.modules()
             if ADAPTER_NAME in getattr(module, "scaling", {})
         ]
+        if any(ADAPTER_NAME in layer.merged_adapters for layer in layers):
+            raise ValueError("The anchor LoRA is fused, and without an anchor it is off: call `unfuse_lora()` first.")
+        scalings = [layer.scaling for layer in layers]
         values = [scaling[ADAPTER_NAME] for scaling in scalings]
         for scaling in scalings:
             scaling[ADAPTER_NAME] = 0.0

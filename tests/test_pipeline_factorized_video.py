@@ -636,3 +636,22 @@ def test_a_preset_brings_its_window_of_attention(pipe):
     pipe.transformer.set_anchor_window(4)
     torch.testing.assert_close(animate("windowed"), found)
     assert pipe.transformer.anchor_window == 4
+
+
+def test_a_fused_anchor_lora_is_for_anchored_runs_alone():
+    from test_placement import LORA
+
+    own = {key: value for key, value in LORA.items() if key.startswith("transformer.")}
+    pipe = tiny_pipeline(anchor_lora=AnchorLora(own))
+    pipe.set_progress_bar_config(disable=True)
+
+    def animate(anchors: Anchor | None) -> torch.Tensor:
+        return pipe.animate("a red circle", anchors=anchors, generator=seeded(), num_inference_steps=2, **SIZE)
+
+    anchored, direct = animate(Anchor(picture())), animate(None)
+    pipe.fuse_lora()
+    torch.testing.assert_close(animate(Anchor(picture())), anchored, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="anchor LoRA is fused.*unfuse_lora"):
+        animate(None)
+    pipe.unfuse_lora()
+    torch.testing.assert_close(animate(None), direct, rtol=0, atol=1e-5)
