@@ -312,7 +312,7 @@ def training_parts_table(training: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def modulation_section(path: Path) -> str:
-    """What `examples/benchmark_modulation.py` measured."""
+    """What `examples/benchmarks/benchmark_modulation.py` measured."""
     result = read_json(path)
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     rows = [
