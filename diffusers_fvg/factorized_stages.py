@@ -291,14 +291,16 @@ class FactorizedStages:
         Returns:
             `list[str]`: one caption per prompt.
         """
+        return self._ask_rewriter("rewrite", "rewrite", prompts, max_new_tokens=max_new_tokens)
+
+    def _ask_rewriter(self, method: str, stage: str, prompts: str | list[str], **options) -> list:
         prompts = [prompts] if isinstance(prompts, str) else prompts
         check_texts("prompts", prompts)
         if self.rewriter is None:
             raise ValueError(NO_REWRITER)
-        with self._running() as progress, progress.stage("rewrite") as report:
-            return self.rewriter.rewrite(
-                list(prompts), max_new_tokens=max_new_tokens, on_progress=report, should_stop=lambda: self.interrupt
-            )
+        with self._running() as progress, progress.stage(stage) as report:
+            ask = getattr(self.rewriter, method)
+            return ask(list(prompts), on_progress=report, should_stop=lambda: self.interrupt, **options)
 
     @torch.no_grad()
     def storyboard(
@@ -315,14 +317,8 @@ class FactorizedStages:
         Returns:
             `list[list[Moment]]`: the moments of each prompt in the order of time, the first at time 0.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        check_texts("prompts", prompts)
-        if self.rewriter is None:
-            raise ValueError(NO_REWRITER)
-        with self._running() as progress, progress.stage("rewrite") as report:
-            return self.rewriter.storyboard(
-                list(prompts), num_moments, max_new_tokens, on_progress=report, should_stop=lambda: self.interrupt
-            )
+        options = {"num_moments": num_moments, "max_new_tokens": max_new_tokens}
+        return self._ask_rewriter("storyboard", "rewrite", prompts, **options)
 
     @torch.no_grad()
     def compose(

@@ -25,7 +25,7 @@ from .composer import AnchorComposer
 from .dreamer.conditions import decode_latents, embed_images, embed_motion, encode_pixels
 from .dreamer.schedule import DREAMER_PRESETS
 from .dreamer.unet import FactorizedDreamerUNet
-from .factorized_stages import NO_REWRITER, FactorizedStages, Image, StepCallback
+from .factorized_stages import FactorizedStages, Image, StepCallback
 from .pipeline_output import FactorizedVideoPipelineOutput
 from .rewriter import FirstFrameRewriter
 from .schedules import SchedulerPresets
@@ -243,14 +243,7 @@ class FactorizedDreamerPipeline(
         Returns:
             `list[str]`: one caption per prompt.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        check_texts("prompts", prompts)
-        if self.rewriter is None:
-            raise ValueError(NO_REWRITER)
-        with self._running() as progress, progress.stage("describe_motion") as report:
-            return self.rewriter.describe_motion(
-                list(prompts), max_new_tokens=max_new_tokens, on_progress=report, should_stop=lambda: self.interrupt
-            )
+        return self._ask_rewriter("describe_motion", "describe_motion", prompts, max_new_tokens=max_new_tokens)
 
     # -- stage 3 ------------------------------------------------------------------------------------------------------
 

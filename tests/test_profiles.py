@@ -1,6 +1,7 @@
 """Memory profiles: the arithmetic against what is counted elsewhere, and stages that come and go."""
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -198,3 +199,18 @@ def test_fewer_bits_are_planned_as_fewer_bytes():
 def test_no_accelerator():
     with pytest.raises(ValueError, match="'80GB' is for an accelerator.*\"cpu\""):
         apply_memory_profile(two_experts(), "80GB")
+
+
+def test_readme_s_table_is_what_is_planned(real):
+    words = {"none": "all", "model": "stages", "group": "layers"}
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (Wan2\.2-\S+), \d+x\d+, \d+ frames \| (.*) \|$", readme, re.MULTILINE)
+    assert len(rows) == 2
+    for model, cells in rows:
+        for profile, cell in zip(("12GB", "24GB", "48GB", "80GB"), cells.split(" | "), strict=True):
+            try:
+                plan = plan_memory(real[model], profile)
+            except ValueError:
+                assert cell == "refused"
+                continue
+            assert cell == f"{words[plan.offload]}, {plan.peak / GIB:.1f} GiB"

@@ -7,7 +7,7 @@ import json
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -45,6 +45,31 @@ class TomlConfig:
         if missing:
             raise ValueError(f"{path} lacks the keys {missing}.")
         return cls(**values)
+
+    def check_ranges(
+        self,
+        at_least_one: Sequence[str] = (),
+        above_zero: Sequence[str] = (),
+        not_negative: Sequence[str] = (),
+        shares: Sequence[str] = (),
+    ) -> None:
+        """Ranges of the options that every run of the trainer has, and of those that are named.
+
+        Raises:
+            `ValueError`: naming the option and the fix.
+        """
+        for name in ("model", "data", "cache_dir", "output_dir", "video_column", "caption_column"):
+            _require(getattr(self, name).strip(), name, self, "must not be empty")
+        counts = "clips_per_video max_sequence_length steps batch_size gradient_accumulation_steps checkpoint_every"
+        for name in (*counts.split(), "keep_checkpoints", *at_least_one):
+            _require(getattr(self, name) >= 1, name, self, "must be at least 1")
+        for name in ("frame_rate", "learning_rate", "max_grad_norm", *above_zero):
+            _require(0 < getattr(self, name) < float("inf"), name, self, "must be above 0")
+        for name in ("warmup_steps", "weight_decay", "seed", *not_negative):
+            _require(getattr(self, name) >= 0, name, self, "must not be negative")
+        for name in ("max_rejected_share", "prompt_dropout", "ema_decay", *shares):
+            _require(0 <= getattr(self, name) < 1, name, self, "must lie in [0, 1)")
+        _require(self.warmup_steps < self.steps, "warmup_steps", self, f"must be below steps={self.steps}")
 
     def to_toml(self) -> str:
         """All values, defaults included. A JSON string, number, boolean or list is the same in TOML, which has no `None`."""
@@ -204,17 +229,12 @@ class TrainConfig(TomlConfig):
         Raises:
             `ValueError`: naming the option and the fix.
         """
-        for name in ("model", "data", "cache_dir", "output_dir", "video_column", "caption_column"):
-            _require(getattr(self, name).strip(), name, self, "must not be empty")
-        at_least_one = "clips_per_video max_sequence_length rank steps batch_size gradient_accumulation_steps"
-        for name in f"{at_least_one} checkpoint_every keep_checkpoints".split():
-            _require(getattr(self, name) >= 1, name, self, "must be at least 1")
-        for name in ("frame_rate", "alpha", "timestep_std", "flow_shift", "learning_rate", "max_grad_norm"):
-            _require(0 < getattr(self, name) < float("inf"), name, self, "must be above 0")
-        for name in ("warmup_steps", "weight_decay", "seed", "validation_every"):
-            _require(getattr(self, name) >= 0, name, self, "must not be negative")
-        for name in ("max_rejected_share", "anchor_noise", "prompt_dropout", "ema_decay"):
-            _require(0 <= getattr(self, name) < 1, name, self, "must lie in [0, 1)")
+        self.check_ranges(
+            at_least_one=("rank",),
+            above_zero=("alpha", "timestep_std", "flow_shift"),
+            not_negative=("validation_every",),
+            shares=("anchor_noise",),
+        )
         _require(0 <= self.anchor_probability <= 1, "anchor_probability", self, "must lie in [0, 1]")
 
         _require(self.buckets, "buckets", self, "needs at least one [num_frames, height, width]")
@@ -228,7 +248,6 @@ class TrainConfig(TomlConfig):
         known = {"transformer", "transformer_2"}
         _require(set(self.experts) <= known, "experts", self, f"may hold {sorted(known)}")
 
-        _require(self.warmup_steps < self.steps, "warmup_steps", self, f"must be below steps={self.steps}")
         if self.anchor_probability == 0:
             independent = self.frame_times == "independent"
             _require(

@@ -51,6 +51,8 @@ def main_train_dreamer(path: str | Path) -> Path:
     family = StableDiffusion(config, folder)
     trainee = make_trainee(config, folder, family)
     clips = build_cache(config, read_examples(config), folder, family, text_encoding)
+    # It holds the image encoder, which has done its work.
+    del family
     weights = DreamerRun(config, DreamerClips(clips), "unet", trainee, (0.0, 1.0), accelerator, None, None).train()
     output = Path(config.output_dir)
     if accelerator.is_main_process:

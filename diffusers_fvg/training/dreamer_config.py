@@ -106,19 +106,10 @@ class DreamerConfig(TomlConfig):
         Raises:
             `ValueError`: naming the option and the fix.
         """
-        for name in ("model", "data", "cache_dir", "output_dir", "video_column", "caption_column"):
-            _require(getattr(self, name).strip(), name, self, "must not be empty")
-        at_least_one = "clips_per_video max_sequence_length steps batch_size gradient_accumulation_steps"
-        for name in f"{at_least_one} checkpoint_every keep_checkpoints".split():
-            _require(getattr(self, name) >= 1, name, self, "must be at least 1")
-        for name in ("frame_rate", "shift", "learning_rate", "max_grad_norm"):
-            _require(0 < getattr(self, name) < float("inf"), name, self, "must be above 0")
-        for name in ("warmup_steps", "weight_decay", "seed", "flow_weight"):
-            _require(getattr(self, name) >= 0, name, self, "must not be negative")
-        for name in ("max_rejected_share", "prompt_dropout", "motion_dropout", "image_dropout", "ema_decay"):
-            _require(0 <= getattr(self, name) < 1, name, self, "must lie in [0, 1)")
+        self.check_ranges(
+            above_zero=("shift",), not_negative=("flow_weight",), shares=("motion_dropout", "image_dropout")
+        )
         _require(self.power in (1, 2), "power", self, "must be 1 or 2")
-        _require(self.warmup_steps < self.steps, "warmup_steps", self, f"must be below steps={self.steps}")
         _require(self.buckets, "buckets", self, "needs at least one [num_frames, height, width]")
         _require(len(set(self.buckets)) == len(self.buckets), "buckets", self, "must name each size once")
         for bucket in self.buckets:

@@ -70,7 +70,6 @@ def test_latent_flow_counts_latent_pixels():
 
 
 def test_flow_of_real_clips_is_the_motion_of_texture():
-    pytest.importorskip("cv2")
     noise = np.random.default_rng(0).integers(0, 256, (12, 12, 3)).astype(np.float32)
     texture = torch.from_numpy(noise).permute(2, 0, 1)[None]
     texture = torch.nn.functional.interpolate(texture, size=(96, 96), mode="bicubic")[0].clamp(0, 255)

@@ -41,7 +41,6 @@ def test_detail_is_read_where_nothing_changes():
 
 
 def test_flow_error_is_that_of_the_motion_that_is_missing():
-    pytest.importorskip("cv2")
     objects = scene(ShapeObject("red", "square", 0.3, 0.5, 0.2, (Change("move", (0.4, 0.0)),)))
     clip = render(objects.objects, 8)
     moving, standing = flow_error(clip, objects), flow_error(np.repeat(clip[:1], 8, axis=0), objects)

@@ -73,7 +73,6 @@ def on_cpu(monkeypatch):
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """Models and videos on disk: options that say where."""
-    pytest.importorskip("cv2")
     root = tmp_path_factory.mktemp("dreamer")
     StableDiffusionPipeline(
         vae=tiny_image_vae(),
