@@ -303,7 +303,7 @@ def video_score(folder: Path, name: str = "video", designs: Designs | None = Non
 DREAMER_PARTS: dict[str, Part] = {
     "vae": Part(train_vae),
     # Below it are counts of small shapes that nearly touch and outlines that overlap; all else is read back at 1.
-    "decoder": Part(train_decoder, vae_score, 0.9),
+    "decoder": Part(train_decoder, vae_score, 0.95),
     "clip": Part(train_clip),
     "clips": Part(build_clips),
     "image": Part(train_image),
