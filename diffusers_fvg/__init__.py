@@ -34,6 +34,7 @@ _MODULES = {
     "assemble": "assembly",
     "decode_frames": "decoding",
     "load_embedded": "embedded",
+    "load_embedded_dreamer": "embedded",
     "load_lora": "lora",
     "push": "hub",
 }

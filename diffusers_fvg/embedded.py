@@ -1,7 +1,8 @@
-"""The model that ships with the package: a trained Factorized Video Generation model of a world of coloured shapes."""
+"""The models that ship with the package: both systems, trained on a world of coloured shapes."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,11 @@ import torch
 
 
 if TYPE_CHECKING:
+    from .pipeline_factorized_dreamer import FactorizedDreamerPipeline
     from .pipeline_factorized_video import FactorizedVideoPipeline
 
 EMBEDDED_FOLDER = Path(__file__).parent / "shapes" / "weights"
+EMBEDDED_DREAMER_FOLDER = Path(__file__).parent / "shapes" / "dreamer_weights"
 
 
 def load_embedded(dtype: torch.dtype | None = None) -> FactorizedVideoPipeline:
@@ -24,3 +27,22 @@ def load_embedded(dtype: torch.dtype | None = None) -> FactorizedVideoPipeline:
     from .pipeline_factorized_video import FactorizedVideoPipeline
 
     return FactorizedVideoPipeline.from_pretrained(EMBEDDED_FOLDER, dtype=dtype or torch.float32)
+
+
+def load_embedded_dreamer(
+    dtype: torch.dtype | None = None, folder: str | os.PathLike = EMBEDDED_DREAMER_FOLDER
+) -> FactorizedDreamerPipeline:
+    """Loads the embedded Factorized-Dreamer: 64 x 64 pixels, 8 frames at 4 per second; stages 1 and 2 are those of
+    [`load_embedded`].
+
+    Args:
+        dtype (`torch.dtype`, *optional*): as for [`load_embedded`].
+        folder (`str` or `os.PathLike`, *optional*): a repository that `fvg shapes dreamer` made; the one that ships when left
+            out.
+    """
+    from .pipeline_factorized_dreamer import FactorizedDreamerPipeline
+
+    pipe = FactorizedDreamerPipeline.from_pretrained(folder, dtype=dtype or torch.float32)
+    embedded = load_embedded(dtype)
+    pipe.register_modules(rewriter=embedded.rewriter, composer=embedded.composer)
+    return pipe

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -221,8 +222,8 @@ def find_in_answer(answer: str, read: Callable[[dict], Value | None], wanted: st
 def caption_problem(prompt: str, caption: str, read: Callable[[str], str] = str) -> str | None:
     """Says why a caption is no first frame of a prompt, or returns `None` where nothing speaks against it.
 
-    What the prompt names before its first word of change or time must be there: each colour, each number, and each thing
-    that has an article or a number ("a wooden table": one of its words). What it changes into must not be, nor words of
+    What the prompt names before its first word of change or time must be there: each colour, each number, or as many things
+    one by one, and each thing that has an article or a number ("a wooden table": one of its words). What it changes into must not be, nor words of
     change and time. Verbs, places and directions are not compared, since a good caption has others.
 
     Args:
@@ -254,11 +255,12 @@ def picture_problem(caption: str) -> str | None:
 
 
 def missing_problem(required: Iterable[tuple[str, ...]], text: str, read: Callable[[str], str]) -> str | None:
-    """Says which of the tuples of words, of which one is enough, a text has none of."""
-    here = {_stem(word) for word in _words(text)}
+    """Says which of the tuples of words, of which one is enough, a text has none of. "two cats" is there if "cat" is twice."""
+    here = Counter(_stem(word) for word in _words(text))
     for alternatives in required:
         if not any(_is_kept(word, here, read) for word in alternatives):
-            return f'"{" ".join(alternatives)}" of the prompt is missing'
+            named = " ".join(word for word in alternatives if " " not in word)
+            return f'"{named}" of the prompt is missing'
     return None
 
 
@@ -318,7 +320,11 @@ def _stem(word: str) -> str:
     return word
 
 
-def _is_kept(word: str, here: set[str], read: Callable[[str], str]) -> bool:
+def _is_kept(word: str, here: Counter[str], read: Callable[[str], str]) -> bool:
+    number, _, name = word.partition(" ")
+    if name:
+        # A number and what it counts: "two cats" may be listed, a cat here and a cat there.
+        return int(_stem(number)) in (here[_stem(name)], here[_stem(read(name).lower())])
     # Only letters and digits make a word: a tokenizer's `<unk>` would otherwise be one.
     as_read = [_stem(part) for part in read(word).lower().split()]
     return _stem(word) in here or (bool(as_read) and all(part in here for part in as_read))
@@ -341,12 +347,14 @@ def _required(start: list[str], words: list[str]) -> Iterator[tuple[str, ...]]:
     """What a caption must keep, as tuples of words of which one is enough."""
     for index, word in enumerate(start):
         is_count = _is_number(word) and not {*start[index + 1 : index + 2]} & _NO_COUNT
-        if word in COLOURS or is_count:
+        counts_or_points = word in _ARTICLES or is_count
+        names = _names(start, index + 1, word in ("a", "an"), is_count) if counts_or_points else ()
+        if word in COLOURS:
             yield (word,)
-        if word in _ARTICLES or is_count:
-            names = _names(start, index + 1, word in ("a", "an"), is_count)
-            if names:
-                yield names[-2:]
+        if is_count:
+            yield (word, *(f"{word} {name}" for name in names[-2:]))
+        if names:
+            yield names[-2:]
     # "turns from red to blue": the old colour stands behind the verb.
     for word, is_old in _changes(words):
         if is_old:

@@ -13,14 +13,17 @@ from scipy import ndimage
 from transformers import AutoTokenizer
 
 from diffusers_fvg.shapes import scorer, tokenizer
+from diffusers_fvg.shapes.held_out import score_written_caption
 from diffusers_fvg.shapes.prompts import (
     CAPTION_START,
     CATEGORIES,
     RELATIONS,
+    brief_caption,
     is_held_out,
     make_scene,
     place_centre,
     place_name,
+    planned_caption,
 )
 from diffusers_fvg.shapes.scorer import (
     find_objects,
@@ -438,12 +441,38 @@ def test_score_caption():
     assert score_caption("a red circle at the centre", "a red circle") == 1.0
     assert score_caption("a red circle at the bottom left", "a red circle at the left") == 1.0
     assert score_caption("a red circle at the top centre", "a red circle at the centre") == 0.0
+    # Counted or listed is the same where places do not count.
+    listed = "a red circle at the top left, a red circle at the centre, a blue square at the top right"
+    assert score_caption(listed, "two red circles and a blue square") == 1.0
+    assert score_caption(listed, "three red circles and a blue square") == 0.5
+    assert score_caption("two red circles and a blue square", listed) == pytest.approx(0.0)
     # A quarter off per word that tells of later, down to nothing.
     assert score_caption(f"{true}, which moves", true) == 0.75
     assert score_caption(f"{true}, moving gradually", true) == 0.5
     assert score_caption(f"{true} then turns and grows and blinks while fading", true) == 0.0
     assert later_words(true) == []
     assert score_caption("", "") == 1.0
+
+
+def test_captions_of_counts():
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(300):
+        scene = make_scene("generative_numeracy", rng)
+        brief, planned = brief_caption(scene), planned_caption(scene)
+        numbers = [int(number) for number in scene.meta["numbers"].split(", ")]
+        seen.add(sum(numbers))
+        assert [item[0] for item in parse_caption(brief)] == numbers
+        places = [place for _, _, _, place in parse_caption(planned)]
+        assert len(places) == len(set(places)) == len(scene.objects)
+        for caption in (scene.caption, brief, planned):
+            assert caption.startswith(CAPTION_START) and score_written_caption(caption, scene) == 1.0
+        # The true caption names every object where it is.
+        true = sorted((item.colour, item.shape, place_name(item.x, item.y)) for item in scene.objects)
+        assert sorted(item[1:] for item in parse_caption(scene.caption)) == true
+    assert seen == set(range(1, 10))
+    other = make_scene("motion_binding", rng)
+    assert brief_caption(other) == planned_caption(other) == other.caption
 
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------
@@ -478,11 +507,11 @@ def test_text_tokenizer_ids(text_tokenizer, tmp_path):
     assert batch.input_ids[0][2:] == [2, 1, 0, 0]
     assert batch.attention_mask == [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]]
     # Cut texts still end with the end token.
-    assert text_tokenizer("red " * 60, truncation=True).input_ids[-1] == 1
+    assert text_tokenizer("red " * 120, truncation=True).input_ids[-1] == 1
     text_tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded("A Ball rolls left.").input_ids == text_tokenizer("A Ball rolls left.").input_ids
-    assert loaded.model_max_length == 48
+    assert loaded.model_max_length == 112
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,9 @@ def test_joined_texts():
     assert joined_text("prompt, objects", "A red circle grows", caption) == (
         "A red circle grows, a red circle at the centre"
     )
-    assert joined_text("caption. prompt, 48 tokens", "A red circle grows", caption) == f"{caption}. A red circle grows"
+    assert (
+        joined_text("caption. prompt, 104 tokens", "A red circle grows", caption) == f"{caption}. A red circle grows"
+    )
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------

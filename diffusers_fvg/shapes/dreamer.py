@@ -46,7 +46,6 @@ from .world import render
 if TYPE_CHECKING:
     from ..dreamer.unet import FactorizedDreamerUNet
     from ..pipeline_factorized_dreamer import FactorizedDreamerPipeline
-    from ..pipeline_factorized_video import FactorizedVideoPipeline
 
 # Shares of clips without texts, without the motion's own text, and without the image.
 PROMPT_DROPOUT, MOTION_DROPOUT, IMAGE_DROPOUT = 0.1, 0.05, 0.1
@@ -219,7 +218,7 @@ def train_video(
 
 
 def build_dreamer(folder: Path, name: str = "video", designs: Designs | None = None) -> FactorizedDreamerPipeline:
-    """The pipeline of stage 3 with the video UNet `folder/<name>`; stages 1 and 2 are put in by [`with_stages`]."""
+    """The pipeline of stage 3 with the video UNet `folder/<name>`; stages 1 and 2 are put in by [`embedded.load_embedded_dreamer`]."""
     from diffusers import AutoencoderKL
     from transformers import AutoTokenizer, CLIPTextModel, CLIPVisionModelWithProjection, UMT5EncoderModel
 
@@ -247,12 +246,6 @@ def build_dreamer(folder: Path, name: str = "video", designs: Designs | None = N
     return pipe
 
 
-def with_stages(pipe: FactorizedDreamerPipeline, embedded: FactorizedVideoPipeline) -> FactorizedDreamerPipeline:
-    """Gives it stages 1 and 2 of the embedded pipeline."""
-    pipe.register_modules(rewriter=embedded.rewriter, composer=embedded.composer)
-    return pipe
-
-
 def assemble_dreamer(folder: Path, output: Path) -> None:
     """Writes the repository of stage 3, in float16. Stages 1 and 2 are the embedded pipeline's, which has them already."""
     build_dreamer(folder).to(torch.float16).save_pretrained(output)
@@ -263,23 +256,9 @@ def assemble_dreamer(folder: Path, output: Path) -> None:
             path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_dreamer(folder: Path, dtype: torch.dtype = torch.float32) -> FactorizedDreamerPipeline:
-    """The repository of [`assemble_dreamer`] with all three stages.
-
-    Args:
-        folder (`Path`): of the repository.
-        dtype (`torch.dtype`, *optional*): of every stage; float32 is the fastest on a CPU.
-    """
-    from ..embedded import load_embedded
-    from ..pipeline_factorized_dreamer import FactorizedDreamerPipeline
-
-    pipe = FactorizedDreamerPipeline.from_pretrained(folder, dtype=dtype)
-    return with_stages(pipe, load_embedded(dtype))
-
-
 # -- all of it --------------------------------------------------------------------------------------------------------
 
-VIDEO_STEPS, DESIGN_STEPS = 3000, 200
+VIDEO_STEPS, DESIGN_STEPS = 3000, 300
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from ..dreamer.conditions import embed_images, encode_pixels
 from .held_out import held_out_scenes
 from .loop import train, training_device
-from .prompts import CATEGORIES, motion_caption
+from .prompts import CATEGORIES, brief_caption, motion_caption
 from .scorer import score_video
 from .train_models import MAX_SEQUENCE_LENGTH, count, optimizers, tokenize, training_scene
 from .train_vae import reconstruction_loss
@@ -85,7 +85,7 @@ def train_vae(folder: Path, steps: int = 1800, seed: int = 0) -> dict[str, int]:
     return {"samples": 12 * steps, **count(vae)}
 
 
-def train_decoder(folder: Path, steps: int = 2400, seed: int = 8, peak: float = 1e-3) -> dict[str, int]:
+def train_decoder(folder: Path, steps: int = 4000, seed: int = 8, peak: float = 1e-3) -> dict[str, int]:
     """The VAE's decoder alone for longer: the latents stay what they are, so that all that is built on them can be trained
     beside it."""
     from diffusers import AutoencoderKL
@@ -183,7 +183,7 @@ def train_clip(folder: Path, steps: int = 500, batch_size: int = 48, peak: float
         rng = np.random.default_rng((3, step))
         scenes = [training_scene(rng) for _ in range(batch_size)]
         texts = [
-            scene.caption if captioned else scene.prompt
+            brief_caption(scene) if captioned else scene.prompt
             for scene, captioned in zip(scenes, rng.random(batch_size) < 0.7)
         ]
         pixels = as_pixels(np.stack([render(scene.objects, 1)[0] for scene in scenes]))
@@ -205,7 +205,7 @@ def train_clip(folder: Path, steps: int = 500, batch_size: int = 48, peak: float
     with torch.no_grad():
         scenes = held_out_scenes(6, categories=CATEGORIES)
         pixels = as_pixels(np.stack([render(scene.objects, 1)[0] for scene in scenes]))
-        found = likeness(modules, pixels, tokenize(tokenizer, [scene.caption for scene in scenes])).argmax(1)
+        found = likeness(modules, pixels, tokenize(tokenizer, [brief_caption(scene) for scene in scenes])).argmax(1)
     right = (found == torch.arange(len(scenes))).float().mean().item()
     return {"samples": steps * batch_size, **count(*modules.values()), f"right_of_{len(scenes)}": round(right, 4)}
 
@@ -241,7 +241,7 @@ def build_clips(folder: Path, num_clips: int = 4000, seed: int = 7) -> None:
     rng = np.random.default_rng((seed, 1))
     scenes = [training_scene(rng) for _ in range(num_clips)]
     encoded = encode_scenes(folder, scenes)
-    texts = [(scene.prompt, scene.caption, motion_caption(scene)) for scene in scenes]
+    texts = [(scene.prompt, brief_caption(scene), motion_caption(scene)) for scene in scenes]
     (folder / "dreamer_texts.json").write_text(json.dumps(texts))
     save_file(encoded, folder / "dreamer_clips.tmp")
     (folder / "dreamer_clips.tmp").rename(folder / "dreamer_clips.safetensors")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..storyboard import Moment
-from .prompts import CATEGORIES, make_scene, moment_caption, motion_caption, storyboard
+from .prompts import CATEGORIES, brief_caption, make_scene, moment_caption, motion_caption, storyboard
 from .scorer import parse_caption, score_caption
 from .world import Scene
 
@@ -59,7 +59,7 @@ def settled_caption(scene: Scene, time: float = 0.0) -> str:
         scene (`Scene`).
         time (`float`, *optional*): of the moment, one of the scene's true storyboard; the first frame when left out.
     """
-    caption = scene.caption if time == 0 else moment_caption(scene, time)
+    caption = brief_caption(scene) if time == 0 else moment_caption(scene, time)
     if scene.category not in OPEN_PLACES:
         return caption
     sides = {}

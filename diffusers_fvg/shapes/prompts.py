@@ -35,12 +35,21 @@ EFFECTS = ("knocking it away to the right", "making it disappear", "turning it")
 SETTLED_LATER = ("dynamic_attr", "motion_binding", "action_binding", "interaction")
 _ROWS = ("top", "middle", "bottom")
 _COLUMNS = ("left", "centre", "right")
+_PLACES = tuple("centre" if (r, c) == ("middle", "centre") else f"{r} {c}" for r in _ROWS for c in _COLUMNS)
+# As on dice: which of the nine places none to nine objects take.
+_SPOTS = tuple(
+    tuple(map(int, spots))
+    for spots in ("", "4", "08", "048", "0268", "02468", "023568", "0234568", "01235678", "012345678")
+)
 
 
 def place_name(x: float, y: float) -> str:
     """Names the third of the frame that holds a point: `"top left"`, `"middle right"`, `"centre"`, ..."""
-    row, column = _ROWS[min(int(y * 3), 2)], _COLUMNS[min(int(x * 3), 2)]
-    return "centre" if (row, column) == ("middle", "centre") else f"{row} {column}"
+    return _PLACES[_place(x, y)]
+
+
+def _place(x: float, y: float) -> int:
+    return 3 * min(int(y * 3), 2) + min(int(x * 3), 2)
 
 
 def place_centre(name: str) -> tuple[float, float]:
@@ -51,8 +60,27 @@ def place_centre(name: str) -> tuple[float, float]:
 
 def first_frame_caption(objects: tuple[ShapeObject, ...]) -> str:
     """The true caption of the first frame: every object with its colour, shape and place, and no word of what follows."""
-    parts = [f"a {item.colour} {item.shape} at the {place_name(item.x, item.y)}" for item in objects]
+    return _caption([(item.colour, item.shape, place_name(item.x, item.y)) for item in objects])
+
+
+def _caption(named: list[tuple[str, str, str]]) -> str:
+    parts = [f"a {colour} {shape} at the {place}" for colour, shape, place in named]
     return f"{CAPTION_START} {', '.join(parts)}"
+
+
+def brief_caption(scene: Scene) -> str:
+    """The caption of a scene without what its prompt leaves open of a count: objects that it only counts have no places."""
+    if scene.category != "generative_numeracy":
+        return scene.caption
+    return f"{CAPTION_START} {re.sub(r' rests? on .*', '', scene.prompt.lower())}"
+
+
+def planned_caption(scene: Scene) -> str:
+    """The caption of a scene as stage 1 writes it: objects that the prompt only counts lie as the spots on a die."""
+    if scene.category != "generative_numeracy":
+        return scene.caption
+    spots = _SPOTS[len(scene.objects)]
+    return _caption([(item.colour, item.shape, _PLACES[spot]) for item, spot in zip(scene.objects, spots)])
 
 
 def object_at(item: ShapeObject, time: float) -> ShapeObject | None:
@@ -311,7 +339,9 @@ def _numeracy(rng: np.random.Generator) -> Scene:
         "numbers": ", ".join(str(k) for k, _, _ in groups),
     }
     prompt = f"{names.capitalize()} {verb} on a plain background"
-    return Scene("generative_numeracy", prompt, f"{CAPTION_START} {names}", objects, meta)
+    # Group by group, each as it is read.
+    listed = sorted(objects, key=lambda item: ((item.colour, item.shape) != (c1, s1), _place(item.x, item.y)))
+    return Scene("generative_numeracy", prompt, first_frame_caption(tuple(listed)), objects, meta)
 
 
 def _placement(rng: np.random.Generator) -> Scene:

@@ -550,6 +550,13 @@ def _lies_at(blob: Blob, place: str, tolerance: float = 0.03) -> bool:
     return any(_place_fits(name, place) for name in names)
 
 
+def _gathered(named: list[tuple], kinds: set[tuple[str, str]]) -> list[tuple]:
+    """The entries of a caption; of those of the kinds (colour, shape) one, with the sum of their counts and no place."""
+    totals = {kind: sum(item[0] for item in named if item[1:3] == kind) for kind in kinds}
+    merged = [(total, *kind, None) for kind, total in totals.items() if total]
+    return [item for item in named if item[1:3] not in kinds] + merged
+
+
 def _f1(matches: int, named: int, wanted: int) -> float:
     return 2 * matches / (named + wanted) if named + wanted else 1.0
 
@@ -557,9 +564,12 @@ def _f1(matches: int, named: int, wanted: int) -> float:
 def score_caption(caption: str, true_caption: str) -> float:
     """F1 over (count, colour, shape, place) of a caption's objects, minus 0.25 for each word that tells of later.
 
-    A place counts only where the true caption names one; `"left"` there accepts each of the three on the left.
+    A place counts only where the true caption names one; `"left"` there accepts each of the three on the left. Where it names
+    none, objects of one kind count as one entry, whether they are listed or counted.
     """
-    named, wanted = parse_caption(caption), parse_caption(true_caption)
+    wanted = parse_caption(true_caption)
+    placed = {item[1:3] for item in wanted if item[3] is not None}
+    named = _gathered(parse_caption(caption), {item[1:3] for item in wanted} - placed)
     rest, matches = list(named), 0
     for item in wanted:
         hit = next((other for other in rest if other[:3] == item[:3] and _place_fits(other[3], item[3])), None)

@@ -65,7 +65,7 @@ ARMS = {
 FORMS: dict[str, tuple[str, int | None]] = {
     "prompt, objects": ("{prompt}, {objects}", None),
     "objects. prompt": ("{objects}. {prompt}", None),
-    "caption. prompt, 48 tokens": ("{caption}. {prompt}", 48),
+    "caption. prompt, 104 tokens": ("{caption}. {prompt}", 104),
 }
 ANCHOR_SEEDS = 10_000
 

@@ -177,7 +177,7 @@ def _word_level() -> Tokenizer:
 
 
 def text_tokenizer() -> PreTrainedTokenizerFast:
-    """Tokenizer of the text encoder: lower-cased words, `</s>` at the end, at most 48 tokens."""
+    """Tokenizer of the text encoder: lower-cased words, `</s>` at the end, at most 112 tokens."""
     tokenizer = _word_level()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {EOS}", special_tokens=[(EOS, vocabulary()[EOS])]
@@ -187,7 +187,7 @@ def text_tokenizer() -> PreTrainedTokenizerFast:
         pad_token=PAD,
         eos_token=EOS,
         unk_token=UNKNOWN,
-        model_max_length=48,
+        model_max_length=112,
         model_input_names=["input_ids", "attention_mask"],
     )
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from ..training.objectives import anchored_flow_loss, sample_sigmas
 from .held_out import held_out_scenes
 from .loop import train, training_device
-from .prompts import make_scene
+from .prompts import brief_caption, make_scene
 from .world import Scene, render
 
 
-MAX_SEQUENCE_LENGTH = 28
+# Of a prompt or a brief caption, and of a caption that names the places of nine objects.
+MAX_SEQUENCE_LENGTH, MAX_CAPTION_LENGTH = 28, 84
 TRANSFORMER_CONFIG = {
     "num_attention_heads": 4,
     "attention_head_dim": 36,
@@ -36,8 +36,6 @@ TRANSFORMER_CONFIG = {
     "num_layers": 5,
     "rope_max_seq_len": 32,
 }
-# An image costs a fifth of a clip, so the composer can be larger, as image models beside video models are.
-COMPOSER_CONFIG = TRANSFORMER_CONFIG | {"num_attention_heads": 6, "ffn_dim": 648, "num_layers": 6}
 TEXT_ENCODER_CONFIG = {
     "d_model": 128,
     "d_kv": 32,
@@ -58,11 +56,11 @@ CATEGORY_WEIGHTS = {
     "generative_numeracy": 0.08,
     "placement": 0.08,
 }
-# Of the composer's images. What is hardest to compose has the larger share: counts, then one object before another.
-IMAGE_WEIGHTS = dict.fromkeys(CATEGORY_WEIGHTS, 0.07) | {"generative_numeracy": 0.34, "spatial_relationships": 0.24}
+# Of the composer's images. What is hardest to compose has the larger share: one object before another, then many objects.
+IMAGE_WEIGHTS = dict.fromkeys(CATEGORY_WEIGHTS, 0.07) | {"generative_numeracy": 0.24, "spatial_relationships": 0.34}
 CLIP_SHIFT, IMAGE_SHIFT = 3.0, 1.5
 TEXT_DROPOUT = 0.1
-MAX_PHRASES = 12
+MAX_PHRASES = 24
 
 
 def training_scene(rng: np.random.Generator, weights: dict[str, float] = CATEGORY_WEIGHTS) -> Scene:
@@ -114,7 +112,12 @@ def build_cache(
     std = (sum(part.square().mean((0, 2, 3, 4)) for part in centred) / 2).sqrt()
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     vae.save_pretrained(folder / "vae")
-    texts = {name: [(scene.prompt, scene.caption) for scene in scenes] for name, scenes in scenes_of.items()}
+    # The base reads texts as short as its prompts; the composer reads what stage 1 writes, and now and then less.
+    brief = {"clips": 1, "images": 1, "composer_images": 4}
+    texts = {
+        name: [(s.prompt, s.caption if k % brief[name] else brief_caption(s)) for k, s in enumerate(scenes)]
+        for name, scenes in scenes_of.items()
+    }
     (folder / "texts.json").write_text(json.dumps(texts))
     save_file(latents, folder / "latents.tmp")
     (folder / "latents.tmp").rename(folder / "latents.safetensors")
@@ -126,9 +129,10 @@ class LatentData:
     Args:
         folder (`Path`): with the cache and what made it.
         images (`Sequence[str]`): what the first frames are taken from: names in the cache, `"clips"` for those of the clips.
+        text_length (`int`): of every text, in tokens.
     """
 
-    def __init__(self, folder: Path, images: Sequence[str]):
+    def __init__(self, folder: Path, images: Sequence[str], text_length: int):
         from diffusers import AutoencoderKLWan
         from transformers import AutoTokenizer
 
@@ -138,11 +142,12 @@ class LatentData:
         texts = json.loads((folder / "texts.json").read_text())
         # The saved one: parts that are trained later must read texts as the text encoder learnt them.
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-        self.empty = tokenize(tokenizer, [""])
-        self.clips = (cached["clips"].float() - mean) / std, tokenize(tokenizer, [text for text, _ in texts["clips"]])
+        self.empty = tokenize(tokenizer, [""], text_length)
+        prompts = [prompt for prompt, _ in texts["clips"]]
+        self.clips = (cached["clips"].float() - mean) / std, tokenize(tokenizer, prompts, text_length)
         first_frames = torch.cat([cached[name][:, :, :1] for name in images]).float()
         captions = [caption for name in images for _, caption in texts[name]]
-        self.images = (first_frames - mean) / std, tokenize(tokenizer, captions)
+        self.images = (first_frames - mean) / std, tokenize(tokenizer, captions, text_length)
 
     def batch(self, rng: np.random.Generator, batch_size: int, images: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Clean latents `(B, 16, f, 8, 8)` and token ids `(B, L)`, a tenth of them of the empty text."""
@@ -153,9 +158,9 @@ class LatentData:
         return latents[index], tokens
 
 
-def tokenize(tokenizer, texts: list[str]) -> torch.Tensor:
-    """Token ids `(B, MAX_SEQUENCE_LENGTH)`, padded with 0."""
-    return tokenizer(texts, padding="max_length", max_length=MAX_SEQUENCE_LENGTH, return_tensors="pt").input_ids
+def tokenize(tokenizer, texts: list[str], length: int = MAX_SEQUENCE_LENGTH) -> torch.Tensor:
+    """Token ids `(B, length)`, padded with 0."""
+    return tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt").input_ids
 
 
 def encode_text(text_encoder, tokens: torch.Tensor) -> torch.Tensor:
@@ -234,7 +239,7 @@ def train_text(folder: Path, steps: int = 2500, batch_size: int = 64, peak: floa
         texts = [
             (scene.caption, scene.prompt, loose_wording(scene.prompt, rng))[kind] for scene, kind in zip(scenes, kinds)
         ]
-        tokens = tokenize(tokenizer, texts).to(training_device())
+        tokens = tokenize(tokenizer, texts, MAX_CAPTION_LENGTH).to(training_device())
         together, phrase = phrase_targets(tokens, words)
         embeds = encode_text(text_encoder, tokens)
         counted = (tokens > 1).float()
@@ -258,7 +263,8 @@ def text_score(folder: Path, per_category: int = 40) -> float:
         for key, parameter in module.named_parameters():
             parameter.copy_(average[f"{name}.{key}"])
     scenes = held_out_scenes(per_category, seed=1)
-    tokens = tokenize(tokenizer, [text for scene in scenes for text in (scene.prompt, scene.caption)])
+    texts = [text for scene in scenes for text in (scene.prompt, scene.caption)]
+    tokens = tokenize(tokenizer, texts, MAX_CAPTION_LENGTH)
     together, _ = phrase_targets(tokens, tokenizer.get_vocab())
     known = (modules["heads"]["words"](encode_text(modules["text_encoder"], tokens)) > 0) == (together > 0)
     return known.all(-1)[tokens > 1].float().mean().item()
@@ -270,7 +276,7 @@ def train_transformer(
     steps: int,
     clip_share: float,
     images: Sequence[str],
-    config: dict[str, Any] = TRANSFORMER_CONFIG,
+    text_length: int = MAX_SEQUENCE_LENGTH,
     peak: float = 2e-3,
     clip_batch: int = 24,
     image_batch: int = 64,
@@ -279,8 +285,7 @@ def train_transformer(
 
     Args:
         clip_share (`float`): share of the steps that take clips with prompts. The others take first frames with captions.
-        images (`Sequence[str]`): of [`LatentData`].
-        config (`dict`): of the transformer.
+        images (`Sequence[str]`), text_length (`int`): of [`LatentData`].
     """
     from transformers import UMT5EncoderModel
 
@@ -289,10 +294,10 @@ def train_transformer(
     torch.manual_seed(0)
     text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder").requires_grad_(False)
     text_encoder.to(training_device())
-    transformer = AnchorConditionedTransformer3D(**config)
+    transformer = AnchorConditionedTransformer3D(**TRANSFORMER_CONFIG)
     # A zero output layer: the first prediction is zero, not noise of the untrained network's own.
     torch.nn.init.zeros_(transformer.proj_out.weight)
-    data = LatentData(folder, images)
+    data = LatentData(folder, images, text_length)
 
     def takes_clips(step: int) -> bool:
         # Spread evenly: the whole part of step * share goes up by one at a step that takes clips.
@@ -321,8 +326,7 @@ def train_base(folder: Path) -> dict[str, int]:
 
 def train_composer(folder: Path) -> dict[str, int]:
     """The image transformer: 403,200 images, fewer than the base's samples."""
-    images = ("composer_images",)
-    return train_transformer(folder, "composer", steps=6300, clip_share=0.0, images=images, config=COMPOSER_CONFIG)
+    return train_transformer(folder, "composer", 6300, 0.0, ("composer_images",), MAX_CAPTION_LENGTH)
 
 
 def count(*modules: torch.nn.Module) -> dict[str, int]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_fvg.embedded import EMBEDDED_FOLDER
+from diffusers_fvg.embedded import EMBEDDED_FOLDER, load_embedded_dreamer
 from diffusers_fvg.shapes import dreamer, dreamer_image
 from diffusers_fvg.shapes.dreamer import DESIGNS, PLAIN, train_dreamer
 from diffusers_fvg.shapes.dreamer_report import claims, detail, flow_error, report_text, still_region
@@ -85,7 +85,7 @@ def test_every_part_trains_and_one_call_continues(tmp_path, monkeypatch):
     train_dreamer(tmp_path, EMBEDDED_FOLDER, ["plain"])
     assert weights.stat().st_mtime_ns == before
 
-    pipe = dreamer.load_dreamer(tmp_path / "repository")
+    pipe = load_embedded_dreamer(folder=tmp_path / "repository")
     out = pipe("A red circle moves to the left", num_inference_steps=2, num_frames=10)
     assert out.frames.shape == (1, 10, 64, 64, 3) and out.motion_prompts == ["the red circle moves to the left"]
 
