@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import json
 import os
-from collections.abc import Callable, Set
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -356,7 +358,8 @@ class AnchorComposer(torch.nn.Module):
             `list[PIL.Image.Image]`: the first frame of each result.
         """
         self._show_offload_hooks()
-        output = pipeline(**arguments, output_type="pil")
+        with _seeded_steps(pipeline, arguments.get("generator")):
+            output = pipeline(**arguments, output_type="pil")
         if hasattr(output, "images"):
             return list(output.images)
         return [frames[0] for frames in output.frames]
@@ -376,6 +379,22 @@ class AnchorComposer(torch.nn.Module):
             for model in self.models.values():
                 if not hasattr(model, "_hf_hook"):
                     add_hook_to_module(model, ModelHook())
+
+
+@contextlib.contextmanager
+def _seeded_steps(
+    pipeline: DiffusionPipeline, generator: torch.Generator | list[torch.Generator] | None
+) -> Iterator[None]:
+    """Within it, a scheduler that draws noise at its steps takes it from `generator`; pipelines of flow models pass none on."""
+    scheduler = getattr(pipeline, "scheduler", None)
+    if scheduler is None or "generator" not in inspect.signature(scheduler.step).parameters:
+        yield
+        return
+    scheduler.step = functools.partial(scheduler.step, generator=generator)
+    try:
+        yield
+    finally:
+        del scheduler.step
 
 
 def _call_arguments(pipeline: DiffusionPipeline) -> Set[str]:

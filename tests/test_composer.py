@@ -10,6 +10,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -167,6 +168,23 @@ def test_derive_equals_the_image_to_image_pipeline_of_the_family(classical, stre
     assert np.array_equal(pixels(ours), pixels(expected))
     count = 2 * int(4 * strength)
     assert steps == [(step, count) for step in range(1, count + 1)]
+
+
+def test_noise_of_the_steps_comes_from_the_generators(wan):
+    """A scheduler that draws new noise at each step repeats with the seed too, whatever else is in the batch."""
+    scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    composer = AnchorComposer(WanPipeline(**wan.pipeline.components | {"scheduler": scheduler}), WAN_DEFAULTS, batch_size=2)
+
+    def compose(captions: list[str], seeds: list[int]) -> list[np.ndarray]:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return [np.asarray(image) for image in composer.compose(captions, 32, 32, generator=generators)]
+
+    first, second = compose(CAPTIONS, [1, 2])
+    torch.manual_seed(7)
+    again, other = compose(CAPTIONS, [1, 3])
+    assert np.abs(first.astype(int) - again).max() <= 1 and np.abs(second.astype(int) - other).max() > 1
+    np.testing.assert_allclose(compose(CAPTIONS[1:], [2])[0].astype(int), second, atol=1)
+    assert "step" not in vars(scheduler)
 
 
 def test_derive_scales_pictures_as_compose_does(classical):
