@@ -242,10 +242,15 @@ def _dreamer_card() -> ModelCard:
         Part("video layers", "nowhere: this project has not trained any", License("other", "none")),
         Part("code", "this package", PACKAGE_LICENSE),
     ]
+    status = _status("FactorizedDreamerPipeline", "the paper's own weights, which are not published")
+    small = (
+        "A small one, of the world of coloured shapes, ships with diffusers_fvg: `diffusers_fvg.load_embedded_dreamer()`. Its "
+        "scores, all synthetic, are in `examples/results/dreamer_shapes/dreamer.txt`."
+    )
     limits = "- The paper's authors have published neither code nor weights: what the paper leaves open is our choice."
     sections = [
         ("", intro),
-        ("Status", _status("FactorizedDreamerPipeline", "the paper's own weights, which are not published")),
+        ("Status", f"{status}\n\n{small}"),
         ("Parts and licences", parts_table(parts)),
         ("Scores", "None."),
         ("Hardware and memory", "Nothing was measured on this model's weights."),

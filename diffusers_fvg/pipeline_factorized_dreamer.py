@@ -17,7 +17,13 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLo
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from diffusers.utils.torch_utils import get_module_execution_device, randn_tensor
 from diffusers.video_processor import VideoProcessor
-from transformers import CLIPTextModel, CLIPVisionModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
+from transformers import (
+    CLIPTextModel,
+    CLIPVisionModelWithProjection,
+    PreTrainedTokenizerBase,
+    T5EncoderModel,
+    UMT5EncoderModel,
+)
 
 from .anchor import Anchor, crop_and_resize, pictures_of
 from .checks import check_size, check_texts
@@ -98,7 +104,7 @@ class FactorizedDreamerPipeline(
         vae: AutoencoderKL,
         scheduler: SchedulerMixin,
         tokenizer_2: PreTrainedTokenizerBase | None,
-        text_encoder_2: T5EncoderModel | None,
+        text_encoder_2: T5EncoderModel | UMT5EncoderModel | None,
         image_encoder: CLIPVisionModelWithProjection | None,
         rewriter: FirstFrameRewriter | None,
         composer: AnchorComposer | None,
@@ -633,7 +639,7 @@ def check_components(
     unet: FactorizedDreamerUNet,
     vae: AutoencoderKL,
     text_encoder: CLIPTextModel,
-    text_encoder_2: T5EncoderModel | None,
+    text_encoder_2: T5EncoderModel | UMT5EncoderModel | None,
     tokenizer_2: PreTrainedTokenizerBase | None,
     image_encoder: CLIPVisionModelWithProjection | None,
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from diffusers import AutoencoderKL
 from diffusers.utils import logging
-from transformers import CLIPVisionModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel
+from transformers import CLIPVisionModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel, UMT5EncoderModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..anchor import crop_and_resize
@@ -41,7 +41,7 @@ def embed_images(image_encoder: CLIPVisionModelWithProjection, pixels: torch.Ten
 
 
 def embed_motion(
-    text_encoder: T5EncoderModel,
+    text_encoder: T5EncoderModel | UMT5EncoderModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: list[str],
     max_sequence_length: int,

@@ -11,6 +11,7 @@ from diffusers_fvg.embedded import EMBEDDED_FOLDER, load_embedded_dreamer
 from diffusers_fvg.shapes import dreamer, dreamer_image
 from diffusers_fvg.shapes.dreamer import DESIGNS, PLAIN, train_dreamer
 from diffusers_fvg.shapes.dreamer_report import claims, detail, flow_error, report_text, still_region
+from diffusers_fvg.shapes.scorer import find_objects
 from diffusers_fvg.shapes.train import Part
 from diffusers_fvg.shapes.world import Change, Scene, ShapeObject, render
 
@@ -88,6 +89,21 @@ def test_every_part_trains_and_one_call_continues(tmp_path, monkeypatch):
     pipe = load_embedded_dreamer(folder=tmp_path / "repository")
     out = pipe("A red circle moves to the left", num_inference_steps=2, num_frames=10)
     assert out.frames.shape == (1, 10, 64, 64, 3) and out.motion_prompts == ["the red circle moves to the left"]
+
+
+def test_the_shipped_model_moves_what_it_is_shown():
+    pipe = load_embedded_dreamer()
+    pipe.set_progress_bar_config(disable=True)
+    prompts = ["A red circle moves to the left", "A yellow square moves upwards"]
+    out = pipe(prompts, generator=[torch.Generator().manual_seed(seed) for seed in (0, 3)])
+    assert out.motion_prompts == ["the red circle moves to the left", "the yellow square moves upwards"]
+    frames = np.round(out.frames * 255).astype(np.uint8)
+    assert frames.shape == (2, 8, 64, 64, 3)
+    for video, colour, axis in zip(frames, ("red", "yellow"), (0, 1)):
+        (first,), (last,) = find_objects(video[0]), find_objects(video[-1])
+        assert first.colour == last.colour == colour
+        # To the left, or up, by a good part of the two fifths of the frame that rendered ones go.
+        assert first.place[axis] - last.place[axis] > 0.2
 
 
 def test_report_names_what_was_not_run():

@@ -1,0 +1,1 @@
+from diffusers_fvg import FactorizedDreamerPipeline  # noqa: F401
