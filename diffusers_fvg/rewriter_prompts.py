@@ -222,9 +222,9 @@ def find_in_answer(answer: str, read: Callable[[dict], Value | None], wanted: st
 def caption_problem(prompt: str, caption: str, read: Callable[[str], str] = str) -> str | None:
     """Says why a caption is no first frame of a prompt, or returns `None` where nothing speaks against it.
 
-    What the prompt names before its first word of change or time must be there: each colour, each number, or as many things
-    one by one, and each thing that has an article or a number ("a wooden table": one of its words). What it changes into must not be, nor words of
-    change and time. Verbs, places and directions are not compared, since a good caption has others.
+    What the prompt names before its first word of change or time must be there: each colour, each number (or as many things one
+    by one), and each thing that has an article or a number ("a wooden table": one of its words). What it changes into must not
+    be, nor words of change and time. Verbs, places and directions are not compared, since a good caption has others.
 
     Args:
         prompt (`str`): what should happen in the video.

@@ -218,7 +218,7 @@ def train_video(
 
 
 def build_dreamer(folder: Path, name: str = "video", designs: Designs | None = None) -> FactorizedDreamerPipeline:
-    """The pipeline of stage 3 with the video UNet `folder/<name>`; stages 1 and 2 are put in by [`embedded.load_embedded_dreamer`]."""
+    """The pipeline of stage 3 with the video UNet `folder/<name>`, without stages 1 and 2."""
     from diffusers import AutoencoderKL
     from transformers import AutoTokenizer, CLIPTextModel, CLIPVisionModelWithProjection, UMT5EncoderModel
 
