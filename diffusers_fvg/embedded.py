@@ -40,9 +40,11 @@ def load_embedded_dreamer(
         folder (`str` or `os.PathLike`, *optional*): a repository that `fvg shapes dreamer` made; the one that ships when left
             out.
     """
+    from .composer import AnchorComposer
     from .pipeline_factorized_dreamer import FactorizedDreamerPipeline
+    from .rewriter import FirstFrameRewriter
 
-    pipe = FactorizedDreamerPipeline.from_pretrained(folder, dtype=dtype or torch.float32)
-    embedded = load_embedded(dtype)
-    pipe.register_modules(rewriter=embedded.rewriter, composer=embedded.composer)
-    return pipe
+    dtype = dtype or torch.float32
+    rewriter = FirstFrameRewriter.from_pretrained(EMBEDDED_FOLDER / "rewriter", dtype=dtype)
+    composer = AnchorComposer.from_pretrained(EMBEDDED_FOLDER / "composer", dtype=dtype)
+    return FactorizedDreamerPipeline.from_pretrained(folder, rewriter=rewriter, composer=composer, dtype=dtype)

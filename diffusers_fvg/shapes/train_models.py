@@ -112,12 +112,11 @@ def build_cache(
     std = (sum(part.square().mean((0, 2, 3, 4)) for part in centred) / 2).sqrt()
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     vae.save_pretrained(folder / "vae")
-    # The base reads texts as short as its prompts; the composer reads what stage 1 writes, and now and then less.
-    brief = {"clips": 1, "images": 1, "composer_images": 4}
-    texts = {
-        name: [(s.prompt, s.caption if k % brief[name] else brief_caption(s)) for k, s in enumerate(scenes)]
-        for name, scenes in scenes_of.items()
-    }
+    # The base reads texts as short as its prompts; the composer what stage 1 writes, and every fourth time less.
+    texts = {name: [(scene.prompt, brief_caption(scene)) for scene in scenes_of[name]] for name in ("clips", "images")}
+    texts["composer_images"] = [
+        (scene.prompt, scene.caption if k % 4 else brief_caption(scene)) for k, scene in enumerate(composer_images)
+    ]
     (folder / "texts.json").write_text(json.dumps(texts))
     save_file(latents, folder / "latents.tmp")
     (folder / "latents.tmp").rename(folder / "latents.safetensors")
@@ -326,7 +325,10 @@ def train_base(folder: Path) -> dict[str, int]:
 
 def train_composer(folder: Path) -> dict[str, int]:
     """The image transformer: 403,200 images, fewer than the base's samples."""
-    return train_transformer(folder, "composer", 6300, 0.0, ("composer_images",), MAX_CAPTION_LENGTH)
+    images = ("composer_images",)
+    return train_transformer(
+        folder, "composer", steps=6300, clip_share=0.0, images=images, text_length=MAX_CAPTION_LENGTH
+    )
 
 
 def count(*modules: torch.nn.Module) -> dict[str, int]:

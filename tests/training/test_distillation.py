@@ -34,12 +34,6 @@ from diffusers_fvg.training.trainer import main_train
 COGVIDEOX = {"targets": ("to_q", "ff.net.2"), "timestep_density": "uniform", "flow_shift": 1.0}
 
 
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     root = tmp_path_factory.mktemp("distillation")

@@ -64,12 +64,6 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """Models and videos on disk: options that say where."""

@@ -20,12 +20,6 @@ from diffusers_fvg.training.config import WAN_TARGETS
 from diffusers_fvg.training.trainer import learning_rate, main_train, sigma_ranges
 
 
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     root = tmp_path_factory.mktemp("training")

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from tiny import tiny_transformer
 from training_runs import (
     distilled_config,
@@ -19,12 +18,6 @@ from training_runs import (
 from diffusers_fvg import AnchorLora
 from diffusers_fvg.training.trainer import main_train
 from diffusers_fvg.transformer_anchor import AnchorConditionedTransformer3D
-
-
-@pytest.fixture(autouse=True)
-def on_cpu(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
