@@ -112,6 +112,7 @@ def parser() -> argparse.ArgumentParser:
     )
     dreamer.add_argument("folder", type=Path, help="for checkpoints, logs and the finished repository")
     dreamer.add_argument("--designs", nargs="*", default=(), help="also train these for the report, such as no_paca")
+    dreamer.add_argument("--design-steps", type=int, default=3000, help="how long each (default: %(default)s)")
     dreamer.add_argument("--report", type=Path, metavar="DIR", help="then score all that is trained (synthetic)")
     report = actions.add_parser("report", help="score a model on held-out prompts, arm by arm (synthetic)")
     report.add_argument("folder", type=Path, help="for records, JSON, tables and figures; continues what is there")
@@ -411,7 +412,7 @@ def _shapes(arguments: argparse.Namespace) -> None:
         from .shapes.dreamer import train_dreamer
         from .shapes.dreamer_report import write_dreamer_report
 
-        train_dreamer(arguments.folder, EMBEDDED_FOLDER, arguments.designs)
+        train_dreamer(arguments.folder, EMBEDDED_FOLDER, arguments.designs, arguments.design_steps)
         if arguments.report:
             print(write_dreamer_report(load_embedded(), arguments.folder, arguments.report))
         return

@@ -258,7 +258,7 @@ def assemble_dreamer(folder: Path, output: Path) -> None:
 
 # -- all of it --------------------------------------------------------------------------------------------------------
 
-VIDEO_STEPS, DESIGN_STEPS = 3000, 300
+VIDEO_STEPS = 3000
 
 
 @torch.no_grad()
@@ -290,7 +290,12 @@ DREAMER_PARTS: dict[str, Part] = {
 }
 
 
-def train_dreamer(folder: Path, shapes: Path, designs: Sequence[str] = ()) -> None:
+def design_part(name: str, steps: int) -> str:
+    """Name of the part in which the design `name` of `DESIGNS` is trained for `steps`."""
+    return f"design_{name}_{steps}"
+
+
+def train_dreamer(folder: Path, shapes: Path, designs: Sequence[str] = (), design_steps: int = VIDEO_STEPS) -> None:
     """Trains the shapes model of Factorized-Dreamer, writes it to `folder/repository`, then trains `designs` for the report.
 
     A part that is done is not trained again, one that was interrupted continues.
@@ -299,7 +304,8 @@ def train_dreamer(folder: Path, shapes: Path, designs: Sequence[str] = ()) -> No
         folder (`Path`): for checkpoints, logs, weights and `training.json`.
         shapes (`Path`): with `text_encoder` and `tokenizer` of the other shapes model: a folder that it was trained in, or
             the embedded repository.
-        designs (`Sequence[str]`, *optional*): of `DESIGNS`, each `DESIGN_STEPS` long.
+        designs (`Sequence[str]`, *optional*): of `DESIGNS`.
+        design_steps (`int`, *optional*): how long each of them is trained; `"all"` for `VIDEO_STEPS` is the model itself.
 
     Raises:
         `ValueError`: a part stays below its bar, or designs that there are not.
@@ -318,9 +324,8 @@ def train_dreamer(folder: Path, shapes: Path, designs: Sequence[str] = ()) -> No
     train_parts(
         folder,
         {
-            f"design_{name}": Part(
-                lambda folder, name=name: train_video(folder, f"design_{name}", DESIGNS[name], DESIGN_STEPS)
-            )
+            part: Part(lambda folder, name=name, part=part: train_video(folder, part, DESIGNS[name], design_steps))
             for name in designs
+            for part in (design_part(name, design_steps),)
         },
     )

@@ -10,7 +10,7 @@ import torch
 from diffusers_fvg.embedded import EMBEDDED_FOLDER, load_embedded_dreamer
 from diffusers_fvg.shapes import dreamer, dreamer_image
 from diffusers_fvg.shapes.dreamer import DESIGNS, PLAIN, train_dreamer
-from diffusers_fvg.shapes.dreamer_report import claims, detail, flow_error, report_text, still_region
+from diffusers_fvg.shapes.dreamer_report import claims, detail, flow_error, report_text, still_region, trained_steps
 from diffusers_fvg.shapes.scorer import find_objects
 from diffusers_fvg.shapes.train import Part
 from diffusers_fvg.shapes.world import Change, Scene, ShapeObject, render
@@ -56,11 +56,25 @@ def test_plain_is_stable_diffusions_noise_and_no_design():
     assert (alphas - (1 - betas).cumprod(0)).abs().max() < 1e-6
 
 
-def test_claims_are_of_what_is_trained():
-    rows = {"all": {"score_written": 0.6, "detail": 24.0, "flow": 2.0}, "plain": {"score_prompt": 0.52}}
+def test_claims_compare_designs_trained_for_as_long():
+    rows = {("all", 9): {"score_written": 0.6, "detail": 24.0, "flow": 2.0}, ("plain", 9): {"score_prompt": 0.52}}
     assert [(claim["value"], claim["met"]) for claim in claims(rows)] == [(0.08, False)]
-    rows |= {"no_paca": {"detail": 21.0}, "no_predict_net": {"flow": 2.1}}
-    assert [(claim["value"], claim["met"]) for claim in claims(rows)] == [(0.08, False), (3.0, True), (0.05, False)]
+    rows |= {
+        ("no_paca", 9): {"detail": 21.0},
+        ("no_predict_net", 5): {"flow": 2.1},
+        ("plain", 5): {"score_prompt": 0.1},
+    }
+    assert [(claim["value"], claim["met"]) for claim in claims(rows)] == [(0.08, False), (3.0, True)]
+    rows |= {("all", 5): {"score_written": 0.2, "detail": 20.0, "flow": 2.0}}
+    found = [(claim["trained_steps"], claim["value"], claim["met"]) for claim in claims(rows)]
+    assert found == [(9, 0.08, False), (9, 3.0, True), (5, 0.1, True), (5, 0.05, False)]
+
+
+def test_designs_are_found_by_how_long_they_were_trained(tmp_path):
+    for name in ("design_plain_30", "design_plain_300", "design_plain_30_flow", "design_paca_alone_30"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "design_plain_40.ckpt").touch()
+    assert trained_steps(tmp_path, "plain") == [300, 30]
 
 
 def test_every_part_trains_and_one_call_continues(tmp_path, monkeypatch):
@@ -73,17 +87,16 @@ def test_every_part_trains_and_one_call_continues(tmp_path, monkeypatch):
         "video": Part(lambda folder: dreamer.train_video(folder, "video", DESIGNS["all"], 2, batch_size=2)),
     }
     monkeypatch.setattr(dreamer, "DREAMER_PARTS", parts)
-    monkeypatch.setattr(dreamer, "DESIGN_STEPS", 1)
     with pytest.raises(ValueError, match="sharpness"):
         train_dreamer(tmp_path, EMBEDDED_FOLDER, ["sharpness"])
-    train_dreamer(tmp_path, EMBEDDED_FOLDER, ["plain"])
+    train_dreamer(tmp_path, EMBEDDED_FOLDER, ["plain"], design_steps=1)
     summary = json.loads((tmp_path / "training.json").read_text())
-    assert [*parts, "design_plain"] == list(summary)
+    assert [*parts, "design_plain_1"] == list(summary)
     weights = tmp_path / "repository" / "unet" / "diffusion_pytorch_model.safetensors"
     size = sum(path.stat().st_size for path in (tmp_path / "repository").rglob("*") if path.is_file())
     assert size < 20e6
     before = weights.stat().st_mtime_ns
-    train_dreamer(tmp_path, EMBEDDED_FOLDER, ["plain"])
+    train_dreamer(tmp_path, EMBEDDED_FOLDER, ["plain"], design_steps=1)
     assert weights.stat().st_mtime_ns == before
 
     pipe = load_embedded_dreamer(folder=tmp_path / "repository")
@@ -109,6 +122,10 @@ def test_the_shipped_model_moves_what_it_is_shown():
 def test_report_names_what_was_not_run():
     row = {"row": "all designs", "score_written": 0.5, "trained_steps": 300}
     drift = {"frames": 32, "window_ends": [7, 14], "kept": [1.0, 0.5], "detail": [30.0, 20.0]}
-    report = {"claims": [{"figure": "f", "value": 0.2, "bar": 0.1, "met": True}], "rows": [row], "drift": [drift]}
+    report = {
+        "claims": [{"figure": "f", "trained_steps": 300, "value": 0.2, "bar": 0.1, "met": True}],
+        "rows": [row],
+        "drift": [drift],
+    }
     text = report_text(report | {"not_run": ["PACA alone"], "motion_caption_score": 1.0})
     assert "not run: PACA alone" in text and "synthetic" in text and "0.500" in text
