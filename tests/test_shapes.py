@@ -419,6 +419,10 @@ def test_unknown_names_are_refused():
             [(1, "red", "circle", None), (1, "cyan", "square", "centre")],
         ),
         (
+            "a red circle behind the top left of a cyan square at the centre",
+            [(1, "red", "circle", None), (1, "cyan", "square", "centre")],
+        ),
+        (
             "The small yellow square at the top, 2 magenta circles",
             [(1, "yellow", "square", "top"), (2, "magenta", "circle", None)],
         ),
@@ -473,6 +477,31 @@ def test_captions_of_counts():
     assert seen == set(range(1, 10))
     other = make_scene("motion_binding", rng)
     assert brief_caption(other) == planned_caption(other) == other.caption
+
+
+def test_captions_of_overlaps_say_the_side():
+    rng = np.random.default_rng(0)
+    signs = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
+    seen = set()
+    for _ in range(400):
+        scene = make_scene("spatial_relationships", rng)
+        relation = scene.meta["spatial"]
+        if relation not in ("in front of", "behind"):
+            assert brief_caption(scene) == planned_caption(scene) == scene.caption
+            continue
+        start, _, rest = scene.caption.partition(f"{relation} the ")
+        side, _, end = rest.partition(" of a ")
+        assert brief_caption(scene) == f"{start}{relation} a {end}"
+        assert planned_caption(scene) == f"{start}{relation} the left of a {end}"
+        for caption in (scene.caption, brief_caption(scene), planned_caption(scene)):
+            assert score_written_caption(caption, scene) == 1.0
+        # The first object lies on that side: of eight directions, none is nearer.
+        first, second = scene.objects[::-1] if relation == "in front of" else scene.objects
+        direction = complex(first.x - second.x, first.y - second.y)
+        toward = sum(complex(*signs[word]) for word in side.split())
+        assert abs(np.angle(direction / toward, deg=True)) <= 22.5
+        seen.add(side)
+    assert len(seen) == 8
 
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 
 from ..anchor_lora import WEIGHT_NAME
 from ..schedules import SchedulerPresets, unipc_preset
-from .train_models import IMAGE_SHIFT, MAX_CAPTION_LENGTH, MAX_SEQUENCE_LENGTH
+from .train_models import MAX_CAPTION_LENGTH, MAX_SEQUENCE_LENGTH
 
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ SHAPES_PRESETS = SchedulerPresets.of(
 COMPOSER_DEFAULTS = {
     "num_frames": 1,
     "num_inference_steps": 20,
-    "guidance_scale": 2.0,
+    "guidance_scale": 3.0,
     "max_sequence_length": MAX_CAPTION_LENGTH,
 }
 CALL_DEFAULTS = {
@@ -57,7 +57,7 @@ def build_composer(folder: Path) -> AnchorComposer:
         transformer=WanTransformer3DModel.from_pretrained(folder / "composer"),
         # New noise at every step mends pictures that began with one object too many or too few: more counts come out right
         # than with UniPC.
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=IMAGE_SHIFT, stochastic_sampling=True),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.5, stochastic_sampling=True),
     )
     return AnchorComposer(text_to_image, COMPOSER_DEFAULTS, batch_size=16)
 

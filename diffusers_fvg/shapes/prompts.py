@@ -43,6 +43,9 @@ _SPOTS = tuple(
 )
 
 
+_OVERLAP_SIDE = re.compile(r"((?:in front of|behind) )the [a-z ]+ of (?=a )")
+
+
 def place_name(x: float, y: float) -> str:
     """Names the third of the frame that holds a point: `"top left"`, `"middle right"`, `"centre"`, ..."""
     return _PLACES[_place(x, y)]
@@ -50,6 +53,12 @@ def place_name(x: float, y: float) -> str:
 
 def _place(x: float, y: float) -> int:
     return 3 * min(int(y * 3), 2) + min(int(x * 3), 2)
+
+
+def side_name(dx: float, dy: float) -> str:
+    """Names the direction of a vector, one of eight: `"left"`, `"top left"`, `"top"`, ..."""
+    sector = round(float(np.arctan2(dy, dx)) / (np.pi / 4)) % 8
+    return ("right", "bottom right", "bottom", "bottom left", "left", "top left", "top", "top right")[sector]
 
 
 def place_centre(name: str) -> tuple[float, float]:
@@ -68,17 +77,24 @@ def _caption(named: list[tuple[str, str, str]]) -> str:
     return f"{CAPTION_START} {', '.join(parts)}"
 
 
+def overlap_caption(first: str, relation: str, side: str, second: str) -> str:
+    """The caption of two objects that overlap, such as `"a red circle in front of the top left of a blue square at the centre"`."""
+    return f"{CAPTION_START} a {first} {relation} {f'the {side} of ' if side else ''}a {second} at the centre"
+
+
 def brief_caption(scene: Scene) -> str:
-    """The caption of a scene without what its prompt leaves open of a count: objects that it only counts have no places."""
-    if scene.category != "generative_numeracy":
-        return scene.caption
-    return f"{CAPTION_START} {re.sub(r' rests? on .*', '', scene.prompt.lower())}"
+    """The caption of a scene without what its prompt leaves open: objects that it only counts have no places, and the side on
+    which one of two covers the other is not said."""
+    if scene.category == "generative_numeracy":
+        return f"{CAPTION_START} {re.sub(r' rests? on .*', '', scene.prompt.lower())}"
+    return _OVERLAP_SIDE.sub(r"\1", scene.caption)
 
 
 def planned_caption(scene: Scene) -> str:
-    """The caption of a scene as stage 1 writes it: objects that the prompt only counts lie as the spots on a die."""
+    """The caption of a scene as stage 1 writes it: objects that the prompt only counts lie as the spots on a die, and of two that
+    overlap the first is on the left."""
     if scene.category != "generative_numeracy":
-        return scene.caption
+        return _OVERLAP_SIDE.sub(r"\1the left of ", scene.caption)
     spots = _SPOTS[len(scene.objects)]
     return _caption([(item.colour, item.shape, _PLACES[spot]) for item, spot in zip(scene.objects, spots)])
 
@@ -235,7 +251,7 @@ def _spatial(rng: np.random.Generator) -> Scene:
         x1, y1 = x2 + 1.05 * max(r1, r2) * np.cos(angle), y2 + 1.05 * max(r1, r2) * np.sin(angle)
         first, second = ShapeObject(c1, s1, x1, y1, r1), ShapeObject(c2, s2, x2, y2, r2)
         objects = (second, first) if relation == "in front of" else (first, second)
-        caption = f"{CAPTION_START} a {c1} {s1} {relation} a {c2} {s2} at the centre"
+        caption = overlap_caption(f"{c1} {s1}", relation, side_name(x1 - x2, y1 - y2), f"{c2} {s2}")
     else:
         axis, sign = {"on the left of": (0, -1), "on the right of": (0, 1), "above": (1, -1), "below": (1, 1)}[
             relation

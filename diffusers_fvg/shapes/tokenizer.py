@@ -32,6 +32,8 @@ MOTION_START = '{"motion": "'
 _TO_LEFT = (
     r"(?:to|towards?) the (?:left|west)(?: (?:side|edge|part))?(?: of the (?:frame|screen|picture|image|video))?"
 )
+# Not before the side on which one object covers another: "in front of the top left of a red circle".
+_NO_SIDE = r"(?<!in front of |in front of the |behind |behind the |top |bottom )"
 _MOVE = r"(?:go|roll|travel|glide|fly|run|walk|mov|float|shift)"
 REWORDINGS = (
     (r"\b(?:balls|discs|disks|dots|orbs)\b", "circles"),
@@ -70,8 +72,8 @@ REWORDINGS = (
     (_TO_LEFT.replace("left|west", "right|east") + r"\b(?! of)", "to the right"),
     (r"\bleftwards?\b", "to the left"),
     (r"\brightwards?\b", "to the right"),
-    (r"\b(?:(?:to|at|on) )?(?:the )?left (?:side )?of\b", "on the left of"),
-    (r"\b(?:(?:to|at|on) )?(?:the )?right (?:side )?of\b", "on the right of"),
+    (_NO_SIDE + r"\b(?:(?:to|at|on) )?(?:the )?left (?:side )?of\b", "on the left of"),
+    (_NO_SIDE + r"\b(?:(?:to|at|on) )?(?:the )?right (?:side )?of\b", "on the right of"),
     (r"\b(?:on top of|over)\b", "above"),
     (r"\b(?:under|underneath|beneath)\b", "below"),
     (r"\bbefore\b", "in front of"),

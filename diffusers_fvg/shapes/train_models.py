@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ TRANSFORMER_CONFIG = {
     "num_layers": 5,
     "rope_max_seq_len": 32,
 }
+# An image costs a fifth of a clip, so the composer can be larger, as image models beside video models are.
+COMPOSER_CONFIG = TRANSFORMER_CONFIG | {"num_attention_heads": 6, "ffn_dim": 648, "num_layers": 6}
 TEXT_ENCODER_CONFIG = {
     "d_model": 128,
     "d_kv": 32,
@@ -276,6 +279,7 @@ def train_transformer(
     clip_share: float,
     images: Sequence[str],
     text_length: int = MAX_SEQUENCE_LENGTH,
+    config: dict[str, Any] = TRANSFORMER_CONFIG,
     peak: float = 2e-3,
     clip_batch: int = 24,
     image_batch: int = 64,
@@ -285,6 +289,7 @@ def train_transformer(
     Args:
         clip_share (`float`): share of the steps that take clips with prompts. The others take first frames with captions.
         images (`Sequence[str]`), text_length (`int`): of [`LatentData`].
+        config (`dict`): of the transformer.
     """
     from transformers import UMT5EncoderModel
 
@@ -293,7 +298,7 @@ def train_transformer(
     torch.manual_seed(0)
     text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder").requires_grad_(False)
     text_encoder.to(training_device())
-    transformer = AnchorConditionedTransformer3D(**TRANSFORMER_CONFIG)
+    transformer = AnchorConditionedTransformer3D(**config)
     # A zero output layer: the first prediction is zero, not noise of the untrained network's own.
     torch.nn.init.zeros_(transformer.proj_out.weight)
     data = LatentData(folder, images, text_length)
@@ -325,9 +330,14 @@ def train_base(folder: Path) -> dict[str, int]:
 
 def train_composer(folder: Path) -> dict[str, int]:
     """The image transformer: 403,200 images, fewer than the base's samples."""
-    images = ("composer_images",)
     return train_transformer(
-        folder, "composer", steps=6300, clip_share=0.0, images=images, text_length=MAX_CAPTION_LENGTH
+        folder,
+        "composer",
+        steps=6300,
+        clip_share=0.0,
+        images=("composer_images",),
+        text_length=MAX_CAPTION_LENGTH,
+        config=COMPOSER_CONFIG,
     )
 
 
