@@ -50,6 +50,8 @@ if TYPE_CHECKING:
 # Shares of clips without texts, without the motion's own text, and without the image.
 PROMPT_DROPOUT, MOTION_DROPOUT, IMAGE_DROPOUT = 0.1, 0.05, 0.1
 STEPS, GUIDANCE_SCALE = 10, 1.5
+# Of a UNet that has no first frame to go by: what it draws is the text's.
+TEXT_GUIDANCE_SCALE = 5.0
 CALL_DEFAULTS = {
     "height": 64,
     "width": 64,
@@ -90,9 +92,10 @@ class Designs:
 
     def presets(self) -> SchedulerPresets:
         source = "chosen on the shapes world's held-out prompts (synthetic)"
+        guidance_scale = GUIDANCE_SCALE if self.takes_image else TEXT_GUIDANCE_SCALE
         return SchedulerPresets.of(
             *(
-                TimestepPreset(name, "CogVideoXDDIMScheduler", self.schedule(), steps, GUIDANCE_SCALE, source=source)
+                TimestepPreset(name, "CogVideoXDDIMScheduler", self.schedule(), steps, guidance_scale, source=source)
                 for name, steps in (("quick-10", STEPS), ("full-50", 50))
             )
         )
