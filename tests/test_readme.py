@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_fvg.shapes.dreamer_report import report_text
+
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,6 +56,20 @@ def test_dreamer_s_table_is_that_of_its_report():
     for steps, text in ((3000, "3,000"), (300, "300")):
         plain = rows["none: plain video UNet", steps]["score_prompt"]
         assert cells(f"plain video UNet, reads the prompt alone | {text}") == [f"{plain:.3f}", "", "", ""]
+
+    # What the text below the table says, and the table beside the JSON.
+    claims = {(claim["figure"], claim["trained_steps"]): claim["value"] for claim in report["claims"]}
+    model, kept = rows["Factorized-Dreamer", 3000], report["drift"][0]["kept"][-1]
+    for said in (
+        f"beats the plain UNet by {claims['score, all designs minus plain', 3000]:.2f} (bar 0.10)",
+        f"{model['categories_written']['dynamic_attr']:.2f} of all stages' videos",
+        f"{model['categories_true']['dynamic_attr']:.2f} from true first frames",
+        f"is {100 * claims['flow error added without PredictNet', 300]:.0f} % larger (bar 10 %, missed)",
+        f"{claims['detail in dB that goes without PACA', 300]:.1f} dB of the first frame's detail",
+        f"after 31 frames {100 * kept:.0f} % of videos",
+    ):
+        assert said in " ".join(README.split())
+    assert (RESULTS / "dreamer_shapes" / "dreamer.txt").read_text() == report_text(report) + "\n"
 
 
 def test_figures_beside_a_report_stand_in_it():

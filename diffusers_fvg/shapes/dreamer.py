@@ -327,8 +327,11 @@ def train_dreamer(folder: Path, shapes: Path, designs: Sequence[str] = (), desig
     train_parts(
         folder,
         {
-            part: Part(lambda folder, name=name, part=part: train_video(folder, part, DESIGNS[name], design_steps))
+            design_part(name, design_steps): Part(
+                lambda folder, name=name: train_video(
+                    folder, design_part(name, design_steps), DESIGNS[name], design_steps
+                )
+            )
             for name in designs
-            for part in (design_part(name, design_steps),)
         },
     )

@@ -21,7 +21,7 @@ import torch
 
 from ..anchor import Anchor
 from ..dreamer.flow import dis_flow, exact_flow
-from .dreamer import DESIGNS, STEPS, VIDEO_STEPS, build_dreamer, design_part
+from .dreamer import DESIGNS, GUIDANCE_SCALE, STEPS, TEXT_GUIDANCE_SCALE, VIDEO_STEPS, build_dreamer, design_part
 from .held_out import attributes_stay, score_written_motion, split_scenes
 from .prompts import motion_caption
 from .report import provenance
@@ -35,9 +35,10 @@ if TYPE_CHECKING:
     from ..pipeline_factorized_dreamer import FactorizedDreamerPipeline
 
 
-HOW = """All numbers are synthetic: a world of coloured shapes, scored by its own pixel reader, on held-out prompts.
+HOW = f"""All numbers are synthetic: a world of coloured shapes, scored by its own pixel reader, on held-out prompts.
 Each row is trained for its number of steps, on the same clips in the same order, from the same image model; the claims compare
-rows of as many steps. Guidance is 1.5, and 5 for a UNet that takes no first frame, chosen on other held-out prompts.
+rows of as many steps. Guidance is {GUIDANCE_SCALE:g}, and {TEXT_GUIDANCE_SCALE:g} for a UNet that takes no first frame, each chosen on other held-out
+prompts.
 score: mean of the seven categories. "written": all stages' own (first frame drawn from the written caption, written caption of
 the motion). "true": the rendered first frame and the true caption of the motion. "prompt": no first frame; a UNet that takes
 none reads the whole prompt instead. motion: mean path of an object, in fractions of the frame.
@@ -144,7 +145,7 @@ def digest(*folders: Path) -> str:
 
 
 def trained_steps(parts: Path, name: str) -> list[int]:
-    """For how many steps each the design `name` is there in `parts`."""
+    """For how many steps each the design `name` was trained in `parts`, the longest first."""
     found = (re.fullmatch(rf"design_{re.escape(name)}_(\d+)", path.name) for path in parts.iterdir() if path.is_dir())
     return sorted((int(match[1]) for match in found if match), reverse=True)
 

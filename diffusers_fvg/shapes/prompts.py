@@ -79,7 +79,7 @@ def _caption(named: list[tuple[str, str, str]]) -> str:
 
 def overlap_caption(first: str, relation: str, side: str, second: str) -> str:
     """The caption of two objects that overlap, such as `"a red circle in front of the top left of a blue square at the centre"`."""
-    return f"{CAPTION_START} a {first} {relation} {f'the {side} of ' if side else ''}a {second} at the centre"
+    return f"{CAPTION_START} a {first} {relation} the {side} of a {second} at the centre"
 
 
 def brief_caption(scene: Scene) -> str:

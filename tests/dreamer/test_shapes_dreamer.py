@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from diffusers_fvg.cli import parser
 from diffusers_fvg.embedded import EMBEDDED_FOLDER, load_embedded_dreamer
 from diffusers_fvg.shapes import dreamer, dreamer_image
-from diffusers_fvg.shapes.dreamer import DESIGNS, PLAIN, train_dreamer
+from diffusers_fvg.shapes.dreamer import DESIGNS, PLAIN, VIDEO_STEPS, train_dreamer
 from diffusers_fvg.shapes.dreamer_report import claims, detail, flow_error, report_text, still_region, trained_steps
 from diffusers_fvg.shapes.scorer import find_objects
 from diffusers_fvg.shapes.train import Part
@@ -75,6 +76,7 @@ def test_designs_are_found_by_how_long_they_were_trained(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "design_plain_40.ckpt").touch()
     assert trained_steps(tmp_path, "plain") == [300, 30]
+    assert parser().parse_args(["shapes", "dreamer", "folder"]).design_steps == VIDEO_STEPS
 
 
 def test_every_part_trains_and_one_call_continues(tmp_path, monkeypatch):
