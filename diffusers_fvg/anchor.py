@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import torch
 
+from .locks import exclusive
 from .schedules import add_noise
 
 
@@ -166,6 +167,29 @@ def resolve_anchors(anchors: Sequence[Anchor], num_frames: int, temporal: int = 
     return sorted(pairs, key=lambda pair: pair[0].start)
 
 
+def pair_anchors(anchors, num_prompts: int, num_videos_per_prompt: int) -> list[list[Anchor]]:
+    """One list of anchors for each video, from an anchor or a list for all, or lists per prompt or per video."""
+    anchors = [anchors] if isinstance(anchors, Anchor) else list(anchors)
+    for item in anchors:
+        members = item if isinstance(item, (list, tuple)) else [item]
+        wrong = [type(member).__name__ for member in members if not isinstance(member, Anchor)]
+        if wrong:
+            raise ValueError(
+                f"`anchors` must hold `Anchor`s or lists of them, but holds {wrong[0]}; use `Anchor(image)`."
+            )
+    num_videos = num_prompts * num_videos_per_prompt
+    if all(isinstance(item, Anchor) for item in anchors):
+        return [anchors] * num_videos
+    if len(anchors) == num_videos:
+        return [list(item) for item in anchors]
+    if len(anchors) == num_prompts:
+        return [list(item) for item in anchors for _ in range(num_videos_per_prompt)]
+    raise ValueError(
+        f"`anchors` has {len(anchors)} lists for {num_prompts} prompts and {num_videos} videos; give one list for all, one "
+        "per prompt or one per video."
+    )
+
+
 def picture_tensor(image: Picture) -> torch.Tensor:
     """A picture as `(3, H, W)`, float32 in [0, 1].
 
@@ -266,5 +290,7 @@ def encode_anchor(vae, pixels: torch.Tensor, index: int, device: torch.device | 
         held = clip[:, :, :1].expand(-1, -1, 1 + (before - 1) * temporal, -1, -1)
         own = clip.expand(-1, -1, temporal, -1, -1) if clip.shape[2] == 1 else clip
         clip = torch.cat([held, own], dim=2)
-    latents = vae.encode(clip.to(device=device, dtype=vae.dtype)).latent_dist.mode()[:, :, before:]
+    # It keeps what its convolutions need of earlier frames in attributes of the VAE.
+    with exclusive(vae):
+        latents = vae.encode(clip.to(device=device, dtype=vae.dtype)).latent_dist.mode()[:, :, before:]
     return normalize_latents(latents.float(), vae)

@@ -1,27 +1,14 @@
-"""Checks of what a caller passes, made before any model runs.
+"""Checks of what a caller passes, made before any model runs, and of what a stage made.
 
-What cannot work raises `ValueError` naming the value and the fix; what a model was not trained on warns, once.
+What cannot work raises `ValueError` naming the value and the fix.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING
+import math
+import numbers
 
 import torch
-from diffusers.utils import logging
-
-from .anchor import Anchor
-from .models import ModelFacts
-from .schedules import SchedulerPreset, SchedulerPresets
-
-
-if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
-
-    from .schedules_cogvideox import TimestepPreset
-
-logger = logging.get_logger(__name__)
 
 
 # Text encoders read 512 tokens; a prompt longer than this many characters is a mistake (a file, a log), not a prompt.
@@ -43,10 +30,16 @@ def check_texts(name: str, texts: list[str]) -> None:
             )
 
 
+def _check_whole(name: str, value: int) -> None:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise ValueError(f"`{name}={value!r}` must be a whole number.")
+
+
 def check_size(name: str, value: int, multiple: int) -> None:
     """Pixels: a positive multiple of what a patch of the video model covers."""
-    if not isinstance(value, int) or value < multiple or value % multiple:
-        below = max(multiple, int(value) // multiple * multiple)
+    _check_whole(name, value)
+    if value < multiple or value % multiple:
+        below = max(multiple, value // multiple * multiple)
         raise ValueError(
             f"`{name}={value}` must be a positive multiple of {multiple}; nearest: {below} and {below + multiple}."
         )
@@ -54,14 +47,65 @@ def check_size(name: str, value: int, multiple: int) -> None:
 
 def check_num_frames(num_frames: int, step: int) -> None:
     """Frames: 1, then `step` for every further latent."""
-    if not isinstance(num_frames, int) or num_frames < 1 or (num_frames - 1) % step:
-        below = max(1, (int(num_frames) - 1) // step * step + 1)
+    _check_whole("num_frames", num_frames)
+    if num_frames < 1 or (num_frames - 1) % step:
+        below = max(1, (num_frames - 1) // step * step + 1)
         raise ValueError(f"`num_frames={num_frames}` must be {step}k + 1; nearest: {below} and {below + step}.")
 
 
 def check_at_least_one(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
+    """A count: a whole number from 1 on, or `None` where it is left out."""
+    if value is None:
+        return
+    _check_whole(name, value)
+    if value < 1:
         raise ValueError(f"`{name}={value}` must be at least 1.")
+
+
+def check_number(name: str, value: float | None) -> None:
+    """A finite number, or `None` where it is left out."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"`{name}={value!r}` must be a finite number.")
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    if not (values.is_floating_point() or values.is_complex()):
+        return True
+    # Eight-bit floats have no `isfinite` of their own.
+    return bool(torch.isfinite(values if values.element_size() > 1 else values.float()).all())
+
+
+def check_finite(name: str, values: torch.Tensor | None) -> None:
+    """A tensor that a caller passes, or a file holds, has finite values.
+
+    Raises:
+        `ValueError`: NaN or infinity among them.
+    """
+    if values is not None and not is_finite(values):
+        raise ValueError(f"`{name}` ({values.dtype}) holds values that are not finite (NaN or infinity).")
+
+
+def stop_unless_finite(stage: str, values: torch.Tensor, dtype: torch.dtype | None = None, step: str = "") -> None:
+    """What a stage made is finite: NaN would go on as a black picture.
+
+    Args:
+        stage (`str`): its name.
+        values (`torch.Tensor`): what it made.
+        dtype (`torch.dtype`, *optional*): what the model computes in; that of the values when left out.
+        step (`str`): where in the stage, such as `"step 3 of 15"`.
+
+    Raises:
+        `FloatingPointError`: NaN or infinity among the values.
+    """
+    if not is_finite(values):
+        raise FloatingPointError(
+            f"Stage `{stage}` made values that are not finite{f' at {step}' * bool(step)}, computing in "
+            f"{dtype or values.dtype}. If the inputs and the weights are sound, the range of that dtype is too small for the "
+            "model: load it in bfloat16 or float32."
+        )
 
 
 def check_generators(generator: torch.Generator | list[torch.Generator] | None, count: int, things: str) -> None:
@@ -69,85 +113,3 @@ def check_generators(generator: torch.Generator | list[torch.Generator] | None, 
         raise ValueError(
             f"`generator` is a list of {len(generator)} for {count} {things}; give one generator or {count}."
         )
-
-
-def check_steps(num_inference_steps: int | None, preset: SchedulerPreset | TimestepPreset | None) -> None:
-    """At least one, and as many as the preset can make."""
-    check_at_least_one("num_inference_steps", num_inference_steps)
-    if isinstance(preset, SchedulerPreset):
-        preset.steps(num_inference_steps)
-
-
-def warn_untrained(
-    facts: ModelFacts,
-    height: int,
-    width: int,
-    num_frames: int,
-    preset: SchedulerPreset | TimestepPreset | None,
-    scheduler: SchedulerMixin,
-    presets: SchedulerPresets,
-) -> None:
-    """Warns of a size, a length, or a flow shift for the size that the model was not trained with. Each once in a process.
-
-    Args:
-        facts ([`ModelFacts`]): of the model.
-        height, width, num_frames (`int`): of the video.
-        preset (*optional*): of the call; `None` where the pipeline's own scheduler is used.
-        scheduler (`SchedulerMixin`): of the pipeline.
-        presets ([`SchedulerPresets`]): of the pipeline, to name a better one.
-    """
-    size = facts.size(height, width)
-    if size is None:
-        trained = ", ".join(f"{size.height} x {size.width}" for size in facts.sizes)
-        _warn_once(
-            f"{facts.name} was trained at {trained} (`height` x `width`); expect less of `height={height}`, `width={width}`."
-        )
-    if num_frames not in facts.frame_counts:
-        trained = " or ".join(map(str, facts.frame_counts))
-        _warn_once(
-            f"{facts.name} was trained on videos of {trained} frames; expect less of `num_frames={num_frames}`."
-        )
-    if size is None or size.flow_shift is None or getattr(preset, "weights", ""):
-        return  # Distilled weights have a shift of their own.
-    config = scheduler.config
-    used = config.get("flow_shift", config.get("shift")) if preset is None else preset.flow_shift
-    if used in (None, size.flow_shift):
-        return
-    user = "scheduler" if preset is None else f"preset {preset.name!r}"
-    better = [
-        f"`preset={name!r}`"
-        for name, other in presets.items()
-        if other.flow_shift == size.flow_shift and not other.weights
-    ]
-    fix = f"use {' or '.join(better)}" if better else "the pipeline has no preset for it"
-    _warn_once(
-        f"The {user} has flow shift {used}, but at {height} x {width} {facts.name}'s is {size.flow_shift}: {fix}."
-    )
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
-
-
-def pair_anchors(anchors, num_prompts: int, num_videos_per_prompt: int) -> list[list[Anchor]]:
-    """One list of anchors for each video, from an anchor or a list for all, or lists per prompt or per video."""
-    anchors = [anchors] if isinstance(anchors, Anchor) else list(anchors)
-    for item in anchors:
-        members = item if isinstance(item, (list, tuple)) else [item]
-        wrong = [type(member).__name__ for member in members if not isinstance(member, Anchor)]
-        if wrong:
-            raise ValueError(
-                f"`anchors` must hold `Anchor`s or lists of them, but holds {wrong[0]}; use `Anchor(image)`."
-            )
-    num_videos = num_prompts * num_videos_per_prompt
-    if all(isinstance(item, Anchor) for item in anchors):
-        return [anchors] * num_videos
-    if len(anchors) == num_videos:
-        return [list(item) for item in anchors]
-    if len(anchors) == num_prompts:
-        return [list(item) for item in anchors for _ in range(num_videos_per_prompt)]
-    raise ValueError(
-        f"`anchors` has {len(anchors)} lists for {num_prompts} prompts and {num_videos} videos; give one list for all, one "
-        "per prompt or one per video."
-    )

@@ -438,7 +438,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         COMMANDS[arguments.command](arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"fvg {arguments.command}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -11,15 +11,18 @@ from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
 
 from .anchor import crop_and_resize
-from .checks import check_at_least_one, check_generators, check_texts
+from .checks import check_at_least_one, check_generators, check_number, check_texts, stop_unless_finite
 from .hub import load_pipeline
 from .loading import call_argument, nested_quantization
+from .locks import exclusive
 
 
 CONFIG_NAME = "composer_config.json"
@@ -276,6 +279,7 @@ class AnchorComposer(torch.nn.Module):
         """Checks what a stage is called with and returns the arguments of the pipeline's call that all prompts share."""
         check_texts("prompts", prompts)
         check_at_least_one("num_inference_steps", num_inference_steps)
+        check_number("guidance_scale", guidance_scale)
         check_generators(generator, len(prompts), "prompts")
         if isinstance(negative_prompt, list) and len(negative_prompt) != len(prompts):
             raise ValueError(
@@ -328,6 +332,9 @@ class AnchorComposer(torch.nn.Module):
 
             def after_step(pipeline, step: int, timestep, tensors: dict, done: int = number) -> dict:
                 nonlocal stopped
+                place = f"step {step + 1} of {pipeline.num_timesteps}"
+                for latents in tensors.values():
+                    stop_unless_finite("compose", latents, step=place)
                 if on_progress is not None:
                     on_progress(done * pipeline.num_timesteps + step + 1, len(batches) * pipeline.num_timesteps)
                 if should_stop():
@@ -356,13 +363,18 @@ class AnchorComposer(torch.nn.Module):
 
         Returns:
             `list[PIL.Image.Image]`: the first frame of each result.
+
+        Raises:
+            `FloatingPointError`: a result that is not finite.
         """
         self._show_offload_hooks()
-        with _seeded_steps(pipeline, arguments.get("generator")):
-            output = pipeline(**arguments, output_type="pil")
-        if hasattr(output, "images"):
-            return list(output.images)
-        return [frames[0] for frames in output.frames]
+        with exclusive(*pipeline.components.values()), _seeded_steps(pipeline, arguments.get("generator")):
+            # Numbers, not pictures: what is not finite would be black in a picture.
+            output = pipeline(**arguments, output_type="np")
+        frames = output.images if hasattr(output, "images") else [frames[0] for frames in output.frames]
+        for picture in frames:
+            stop_unless_finite("compose", torch.from_numpy(picture), self.dtype)
+        return VaeImageProcessor.numpy_to_pil(np.stack(frames))
 
     def _check_arguments(self, arguments: dict[str, Any], pipeline: DiffusionPipeline) -> None:
         unknown = sorted(arguments.keys() - _call_arguments(pipeline))

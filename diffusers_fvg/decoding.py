@@ -18,6 +18,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, un
 from diffusers.utils.torch_utils import get_module_execution_device
 
 from .anchor import denormalize_latents
+from .checks import stop_unless_finite
 
 
 # Final pixels `(B, 3, n, H, W)` in [-1, 1] to what is kept of them, same shape.
@@ -56,12 +57,12 @@ def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def decode_video(
-    vae: AutoencoderKLWan | AutoencoderKLCogVideoX, latents: torch.Tensor, output_type: str
+    vae: AutoencoderKLWan | AutoencoderKLCogVideoX, latents: torch.Tensor, output_type: str, tile: bool = False
 ) -> np.ndarray | torch.Tensor | list[list[PIL.Image.Image]]:
     """`vae.decode(latents)` as frames, with at most one chunk of the float video on the VAE's device, but for `"pt"`.
 
     Args:
-        vae, latents: of [`decode_chunks`].
+        vae, latents, tile: of [`decode_chunks`].
         output_type (`str`): `"np"` float32 in [0, 1] and `"uint8"`, both `np.ndarray` of shape `(B, F, H, W, 3)`; `"pt"`
             `torch.Tensor` of shape `(B, F, 3, H, W)` on the VAE's device and in its dtype; `"pil"` a list for each video.
 
@@ -71,12 +72,14 @@ def decode_video(
     if output_type not in ("np", "uint8", "pt", "pil"):
         raise ValueError(f'Unknown `output_type` {output_type!r}: use "np", "uint8", "pt", "pil" or "latent".')
     if output_type == "pt":
-        chunks = decode_chunks(vae, latents, lambda pixels: (pixels * 0.5 + 0.5).clamp(0, 1))
+        chunks = decode_chunks(vae, latents, tile=tile, convert=lambda pixels: (pixels * 0.5 + 0.5).clamp(0, 1))
         return torch.cat(list(chunks), dim=2).transpose(1, 2)
     if output_type == "np":
-        chunks = decode_chunks(vae, latents, lambda pixels: (pixels * 0.5 + 0.5).clamp(0, 1).cpu().float())
+        chunks = decode_chunks(
+            vae, latents, tile=tile, convert=lambda pixels: (pixels * 0.5 + 0.5).clamp(0, 1).cpu().float()
+        )
     else:
-        chunks = decode_chunks(vae, latents, to_uint8)
+        chunks = decode_chunks(vae, latents, to_uint8, tile)
     video = np.concatenate([chunk.permute(0, 2, 3, 4, 1).numpy() for chunk in chunks], axis=1)
     if output_type == "pil":
         return [[PIL.Image.fromarray(frame) for frame in frames] for frames in video]
@@ -85,7 +88,7 @@ def decode_video(
 
 @torch.no_grad()
 def decode_chunks(
-    vae: AutoencoderKLWan | AutoencoderKLCogVideoX, latents: torch.Tensor, convert: Convert
+    vae: AutoencoderKLWan | AutoencoderKLCogVideoX, latents: torch.Tensor, convert: Convert, tile: bool = False
 ) -> Iterator[torch.Tensor]:
     """`vae.decode(latents)`, in pieces of consecutive frames.
 
@@ -93,15 +96,19 @@ def decode_chunks(
         vae (`AutoencoderKLWan` or `AutoencoderKLCogVideoX`): slicing and tiling as they are set.
         latents (`torch.Tensor` of shape `(B, C, f, h, w)`): as the VAE takes them, on its device and in its dtype.
         convert (`Callable`): called with final pixels, frame after frame or tile after tile; what it returns is kept.
+        tile (`bool`): in tiles, though `vae.use_tiling` is not set. The VAE is not changed.
 
     Yields:
         `torch.Tensor` of shape `(B, 3, n, H, W)`: what `convert` made, in the order of the frames.
+
+    Raises:
+        `FloatingPointError`: the decoder made values that are not finite.
     """
     if hasattr(vae, "_hf_hook"):
         # Offloading brings a model when it is called, or as here is about to be used past its `forward`.
         vae._hf_hook.pre_forward(vae)
     if vae.use_slicing and latents.shape[0] > 1:
-        videos = [list(decode_chunks(vae, video, convert)) for video in latents.split(1)]
+        videos = [list(decode_chunks(vae, video, convert, tile)) for video in latents.split(1)]
         yield from (torch.cat(chunks) for chunks in zip(*videos, strict=True))
         return
     if isinstance(vae, AutoencoderKLCogVideoX):
@@ -109,7 +116,7 @@ def decode_chunks(
         return
     tile_height = vae.tile_sample_min_height // vae.spatial_compression_ratio
     tile_width = vae.tile_sample_min_width // vae.spatial_compression_ratio
-    if vae.use_tiling and (latents.shape[3] > tile_height or latents.shape[4] > tile_width):
+    if (vae.use_tiling or tile) and (latents.shape[3] > tile_height or latents.shape[4] > tile_width):
         yield from _tiled_chunks(vae, latents, convert)
         return
     for decoded in _decoded(vae, vae.post_quant_conv(latents)):
@@ -125,6 +132,7 @@ def _decoded(vae: AutoencoderKLWan, features: torch.Tensor) -> Iterator[torch.Te
 
 
 def _pixels(vae: AutoencoderKLWan, decoded: torch.Tensor) -> torch.Tensor:
+    stop_unless_finite("decode", decoded)
     if vae.config.patch_size is not None:
         decoded = unpatchify(decoded, patch_size=vae.config.patch_size)
     return decoded.clamp(-1, 1)
@@ -169,7 +177,9 @@ def _cogvideox_chunks(vae: AutoencoderKLCogVideoX, latents: torch.Tensor, conver
     """The same for CogVideoX: its VAE decodes two latents at a time, three at first where their number is odd."""
     height, width = latents.shape[3:]
     if vae.use_tiling and (height > vae.tile_latent_min_height or width > vae.tile_latent_min_width):
-        yield convert(vae.tiled_decode(latents, return_dict=False)[0])
+        decoded = vae.tiled_decode(latents, return_dict=False)[0]
+        stop_unless_finite("decode", decoded)
+        yield convert(decoded)
         return
     step, cache = vae.num_latent_frames_batch_size, None
     rest = latents.shape[2] % step
@@ -179,5 +189,6 @@ def _cogvideox_chunks(vae: AutoencoderKLCogVideoX, latents: torch.Tensor, conver
         if vae.post_quant_conv is not None:
             frames = vae.post_quant_conv(frames)
         decoded, cache = vae.decoder(frames, conv_cache=cache)
+        stop_unless_finite("decode", decoded)
         yield convert(decoded)
         begin = end

@@ -6,6 +6,7 @@ there, and calls [`FactorizedStages._add_stages`] at the end of its `__init__`.
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,26 +18,21 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from transformers import PreTrainedTokenizerBase
 
-from .anchor import Anchor, picture_tensor, pictures_of
+from .anchor import Anchor, pair_anchors, picture_tensor, pictures_of
 from .anchor_lora import ADAPTER_NAME, AnchorLora
-from .checks import (
-    check_at_least_one,
-    check_generators,
-    check_num_frames,
-    check_steps,
-    check_texts,
-    pair_anchors,
-    warn_untrained,
-)
+from .checks import check_at_least_one, check_finite, check_generators, check_num_frames, check_number, check_texts
 from .composer import AnchorComposer
 from .hub import as_saved, forget_origins, push
-from .models import ModelFacts, match_model, model_presets
+from .locks import exclusive
+from .lora_scales import AdapterScales
+from .models import ModelFacts, match_model, model_presets, warn_untrained
 from .pipeline_output import FactorizedVideoPipelineOutput
 from .progress import StageProgress
 from .rewriter import FirstFrameRewriter
 from .safety import guard_loading
-from .schedules import SchedulerPresets
+from .schedules import SchedulerPresets, check_steps
 from .storyboard import Moment, moment_frames, pair_storyboards
 
 
@@ -49,6 +45,15 @@ NO_REWRITER = (
 NO_COMPOSER = (
     "This pipeline has no `composer`, which draws the anchor: pass `image=` or `anchors=`, use "
     '`mode="direct"`, or load a composer.'
+)
+
+# Of what a call takes; its tensors are checked as well.
+FINITE_NUMBERS = (
+    "guidance_scale",
+    "guidance_scale_2",
+    "guidance_rescale",
+    "fps",
+    "attention_kwargs['scale']",
 )
 
 guard_loading()
@@ -96,7 +101,6 @@ class FactorizedStages:
             for name, expert in self._experts().items():
                 if ADAPTER_NAME not in getattr(expert, "peft_config", {}):
                     anchor_lora.load_into(expert, prefix=name)
-        self._progress: StageProgress | None = None
         self._interrupt = False
 
     def _experts(self) -> dict[str, torch.nn.Module]:
@@ -195,39 +199,55 @@ class FactorizedStages:
 
     @contextmanager
     def _running(self, callback: Callable | None = None) -> Iterator[StageProgress]:
-        """Starts a run, or joins the one under way: `__call__` and a stage called by hand share their code."""
-        if self._progress is not None:
-            yield self._progress
-            return
-        self._progress = StageProgress(self, callback)
-        self._interrupt = False
-        try:
-            yield self._progress
-        finally:
-            self._progress.close()
-            self._progress = None
-            self.maybe_free_model_hooks()
+        """Starts a run, or continues the one under way: `__call__` and a stage called by hand share their code.
 
-    @contextmanager
-    def _without_anchor_lora(self) -> Iterator[None]:
-        """Scales the anchor LoRA to zero: without an anchor the base model is what is asked for."""
-        layers = [
-            module
-            for expert in self._experts().values()
-            for module in expert.modules()
-            if ADAPTER_NAME in getattr(module, "scaling", {})
-        ]
-        if any(ADAPTER_NAME in layer.merged_adapters for layer in layers):
-            raise ValueError("The anchor LoRA is fused, and without an anchor it is off: call `unfuse_lora()` first.")
-        scalings = [layer.scaling for layer in layers]
-        values = [scaling[ADAPTER_NAME] for scaling in scalings]
-        for scaling in scalings:
-            scaling[ADAPTER_NAME] = 0.0
+        Raises:
+            `RuntimeError`: the pipeline runs already, in another thread or in a stage whose callback this is.
+        """
+        progress = StageProgress(self, callback)
+        # One look and change: of two threads that get here at once, one finds the other's.
+        running = self.__dict__.setdefault("_progress", progress)
+        if running is not progress:
+            if not running.may_continue:
+                raise RuntimeError(
+                    f"This {type(self).__name__} is already running, and a pipeline makes one call at a time. Wait for it, or "
+                    "make another pipeline of the same components, which shares their weights."
+                )
+            yield running
+            return
         try:
-            yield
+            self._interrupt = False
+            with exclusive(*self._parts_of_a_run()):
+                try:
+                    yield progress
+                finally:
+                    self.maybe_free_model_hooks()
         finally:
-            for scaling, value in zip(scalings, values):
-                scaling[ADAPTER_NAME] = value
+            del self.__dict__["_progress"]
+            progress.close()
+
+    def _parts_of_a_run(self) -> list[Any]:
+        """What other pipelines leave alone during a run: all, where hooks keep state from one forward to the next (offload,
+        layerwise casting, step caches); otherwise each part is taken only while it works.
+        """
+        pipelines = [self] if self.composer is None else [self, self.composer.pipeline]
+        parts = [part for pipeline in pipelines for part in pipeline.components.values()]
+        parts += [] if self.rewriter is None else [self.rewriter.model, self.rewriter.tokenizer]
+        models = [part for part in parts if isinstance(part, torch.nn.Module)]
+        if not any(_is_hooked(module) for model in models for module in model.modules()):
+            return []
+        return models + [part for part in parts if isinstance(part, PreTrainedTokenizerBase)]
+
+    def _adapter_scales(self, attention_kwargs: dict[str, Any] | None, anchored: bool) -> dict[str, AdapterScales]:
+        """Strengths of the experts' adapters in a call: without an anchor the base model is what is asked for."""
+        scale, off = (attention_kwargs or {}).get("scale", 1.0), () if anchored else (ADAPTER_NAME,)
+        return {name: AdapterScales(expert, scale, off) for name, expert in self._experts().items()}
+
+    def _own_scheduler(self, num_inference_steps: int, device: torch.device):
+        """The user's own scheduler for one call: a copy, since it keeps the state of a run and may be shared."""
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(num_inference_steps, device=device)
+        return scheduler
 
     # -- checks -------------------------------------------------------------------------------------------------------
 
@@ -242,6 +262,14 @@ class FactorizedStages:
         if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
             inputs["callback_on_step_end_tensor_inputs"] = callback.tensor_inputs
 
+        for name in ("max_sequence_length", "num_videos_per_prompt"):
+            check_at_least_one(name, inputs[name])
+        scale = (inputs["attention_kwargs"] or {}).get("scale")
+        for name, value in {**inputs, "attention_kwargs['scale']": scale}.items():
+            if name in FINITE_NUMBERS:
+                check_number(name, value)
+            elif isinstance(value, torch.Tensor):
+                check_finite(name, value)
         self._check_size(inputs["height"], inputs["width"])
         check_num_frames(inputs["num_frames"], self._frame_step())
         if prompts is not None:
@@ -260,7 +288,6 @@ class FactorizedStages:
         if self.facts is not None:
             size = inputs["height"], inputs["width"], inputs["num_frames"]
             warn_untrained(self.facts, *size, preset, self.scheduler, self.presets)
-        check_at_least_one("num_videos_per_prompt", inputs["num_videos_per_prompt"])
         num_videos = num_prompts * inputs["num_videos_per_prompt"]
         check_generators(inputs["generator"], num_videos, "videos")
         if inputs["latents"] is not None:
@@ -469,6 +496,13 @@ class FactorizedStages:
                     f"`image` has {len(pictures)} pictures for {num_prompts} prompts; give one or {num_prompts}."
                 )
             anchors = [[Anchor(picture)] for picture in pictures]
+        for name, value in (
+            ("num_moments", num_moments),
+            ("rewriter_max_new_tokens", rewriter_max_new_tokens),
+            ("composer_num_inference_steps", composer_num_inference_steps),
+        ):
+            check_at_least_one(name, value)
+        check_number("composer_guidance_scale", composer_guidance_scale)
         compose = mode != "direct" and anchors is None
         boards = None if storyboard is None else pair_storyboards(storyboard, num_prompts)
         if compose:
@@ -591,6 +625,11 @@ class FactorizedStages:
             check_texts("first_frame_prompt", captions)
             if len(captions) != num_prompts:
                 raise ValueError(f"`first_frame_prompt` has {len(captions)} texts for {num_prompts} prompts.")
+
+
+def _is_hooked(module: torch.nn.Module) -> bool:
+    hooks = getattr(module, "_diffusers_hook", None)
+    return hasattr(module, "_hf_hook") or (hooks is not None and bool(hooks.hooks))
 
 
 def draw_seed(generator: torch.Generator | None = None) -> int:

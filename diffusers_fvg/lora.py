@@ -23,6 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import nn
 
+from .checks import check_finite, check_number
 from .lora_deltas import ParameterDeltas, base_parameter
 from .lora_formats import EXPERTS, FORMATS, OTHER_METHODS, LoraFit, fit_tensors, split_key
 from .safety import check_name, refuse_pickles
@@ -236,9 +237,11 @@ def load_lora(
         [`LoraReport`]
 
     Raises:
-        `ValueError`: no key fits, some do not and `strict` is set, a pickle, an unsupported method (DoRA, LoHa, LoKr),
-            an adapter name in use, or other adapters are fused. The model is then as it was.
+        `ValueError`: no key fits, some do not and `strict` is set, a pickle, values that are not finite, an unsupported
+            method (DoRA, LoHa, LoKr), an adapter name in use, or other adapters are fused. The model is then as it was.
     """
+    check_number("strength", strength)
+    check_number("strength_2", strength_2)
     transformers, pipe = _transformers(pipe_or_transformers)
     files = read_lora(weights, transformers, **file_arguments)
     loaded = [expert for expert in transformers if expert in files.fits]
@@ -321,6 +324,8 @@ def _collect(source: _Source, expert: str | None, transformers: dict[str, nn.Mod
             f"{source.label} is not a plain LoRA but a DoRA, LoHa, LoKr, OFT or Tucker file ({foreign[0]}); merge it into "
             "the model's weights or convert it to a LoRA first."
         )
+    for key, tensor in source.tensors.items():
+        check_finite(f"{source.label}: {key}", tensor)
     groups: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
     left: dict[str, str] = {}
     for key in source.tensors:

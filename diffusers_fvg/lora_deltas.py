@@ -86,13 +86,16 @@ class ParameterDeltas(nn.Module, BaseTunerLayer):
         strengths = self._strengths()
         if strengths == self._applied:
             return
-        for name in self.originals:
-            parameter = self._parameter(name)
+        parameters = {name: self._parameter(name) for name in self.originals}
+        for name, parameter in parameters.items():
             if parameter.is_meta:
                 raise ValueError(
                     f"The LoRA changes `{name}`, which sequential offload has moved away: load LoRAs and set their "
                     "strengths before `enable_sequential_cpu_offload()`, or use `enable_model_cpu_offload()`."
                 )
+        # Not known until all are written: an error in between must not leave a mixture that counts as up to date.
+        self._applied = None
+        for name, parameter in parameters.items():
             parameter.data.copy_(self._value(name, strengths, parameter.device))
         self._applied = dict(strengths)
 

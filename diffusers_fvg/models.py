@@ -6,6 +6,8 @@ Every value has its source in `sources`. Repositories that are named there were 
 
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from .schedules import SchedulerPresets
+    from diffusers import SchedulerMixin
+
+    from .schedules import SchedulerPreset, SchedulerPresets
+    from .schedules_cogvideox import TimestepPreset
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -492,3 +499,55 @@ def model_presets(facts: ModelFacts, height: int | None = None, width: int | Non
             guidance = {"guidance_scale": facts.guidance_scale, "guidance_scale_2": facts.guidance_scale_2}
             presets.append(unipc_preset(name + suffixes[shift], number, shift, source=source, **guidance))
     return SchedulerPresets.of(*presets, *DISTILLED_PRESETS.get(facts.name, ()))
+
+
+def warn_untrained(
+    facts: ModelFacts,
+    height: int,
+    width: int,
+    num_frames: int,
+    preset: SchedulerPreset | TimestepPreset | None,
+    scheduler: SchedulerMixin,
+    presets: SchedulerPresets,
+) -> None:
+    """Warns of a size, a length, or a flow shift for the size that the model was not trained with. Each once in a process.
+
+    Args:
+        facts ([`ModelFacts`]): of the model.
+        height, width, num_frames (`int`): of the video.
+        preset (*optional*): of the call; `None` where the pipeline's own scheduler is used.
+        scheduler (`SchedulerMixin`): of the pipeline.
+        presets ([`SchedulerPresets`]): of the pipeline, to name a better one.
+    """
+    size = facts.size(height, width)
+    if size is None:
+        trained = ", ".join(f"{size.height} x {size.width}" for size in facts.sizes)
+        _warn_once(
+            f"{facts.name} was trained at {trained} (`height` x `width`); expect less of `height={height}`, `width={width}`."
+        )
+    if num_frames not in facts.frame_counts:
+        trained = " or ".join(map(str, facts.frame_counts))
+        _warn_once(
+            f"{facts.name} was trained on videos of {trained} frames; expect less of `num_frames={num_frames}`."
+        )
+    if size is None or size.flow_shift is None or getattr(preset, "weights", ""):
+        return  # Distilled weights have a shift of their own.
+    config = scheduler.config
+    used = config.get("flow_shift", config.get("shift")) if preset is None else preset.flow_shift
+    if used in (None, size.flow_shift):
+        return
+    user = "scheduler" if preset is None else f"preset {preset.name!r}"
+    better = [
+        f"`preset={name!r}`"
+        for name, other in presets.items()
+        if other.flow_shift == size.flow_shift and not other.weights
+    ]
+    fix = f"use {' or '.join(better)}" if better else "the pipeline has no preset for it"
+    _warn_once(
+        f"The {user} has flow shift {used}, but at {height} x {width} {facts.name}'s is {size.flow_shift}: {fix}."
+    )
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)

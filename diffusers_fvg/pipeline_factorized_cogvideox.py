@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -30,11 +29,13 @@ from .anchor_cogvideox import (
     resolve_patch_anchors,
 )
 from .anchor_lora import AnchorLora
-from .checks import check_size
+from .checks import check_finite, check_size, stop_unless_finite
 from .composer import AnchorComposer
 from .decoding import decode_video
 from .factorized_stages import FactorizedStages, Image, StepCallback
 from .fidelity import check_anchor_decode, check_has_anchors, decode_anchored
+from .locks import exclusive
+from .lora_scales import without_scale
 from .pipeline_output import FactorizedVideoPipelineOutput
 from .rewriter import FirstFrameRewriter
 from .schedules import SchedulerPresets
@@ -251,7 +252,8 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
             "preset": preset,
             "anchor_decode": anchor_decode,
         }
-        return self._animate(**self._video_inputs(prompts, anchors, inputs))
+        with self._running():
+            return self._animate(**self._video_inputs(prompts, anchors, inputs))
 
     def _animate(
         self,
@@ -292,16 +294,18 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
 
             # 1. Encode prompts, then draw noise, then encode anchors: a seed means the same clip with and without them
             with progress.stage("encode"):
-                embeds = self.encode_prompt(
-                    prompts,
-                    negative_prompt,
-                    do_classifier_free_guidance=guidance_scale > 1,
-                    num_videos_per_prompt=num_videos_per_prompt,
-                    prompt_embeds=prompt_embeds,
-                    negative_prompt_embeds=negative_prompt_embeds,
-                    max_sequence_length=max_sequence_length,
-                    device=device,
-                )
+                # A fast tokenizer keeps padding and truncation of its last call.
+                with exclusive(self.tokenizer):
+                    embeds = self.encode_prompt(
+                        prompts,
+                        negative_prompt,
+                        do_classifier_free_guidance=guidance_scale > 1,
+                        num_videos_per_prompt=num_videos_per_prompt,
+                        prompt_embeds=prompt_embeds,
+                        negative_prompt_embeds=negative_prompt_embeds,
+                        max_sequence_length=max_sequence_length,
+                        device=device,
+                    )
                 # Texts come back once per video, given embeddings as they are.
                 prompt_embeds, negative_prompt_embeds = (
                     made
@@ -317,25 +321,26 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
                 anchor_latents = None
                 if anchors is not None and any(anchors):
                     anchor_latents = self.encode_anchors(anchors, latents, height, width, num_frames, generator)
+                    stop_unless_finite("encode", anchor_latents.latents, self.vae.dtype)
+                for made in (prompt_embeds, negative_prompt_embeds):
+                    if made is not None:
+                        stop_unless_finite("encode", made)
 
             # 2. Prepare timesteps
             if sampling is None:
-                scheduler = self.scheduler
-                scheduler.set_timesteps(num_inference_steps or 50, device=device)
+                scheduler = self._own_scheduler(num_inference_steps or 50, device)
             else:
-                # A fresh one: the pipeline's own is shared and keeps its state.
                 scheduler = sampling.make_scheduler(num_inference_steps, device)
             timesteps, training = scheduler.timesteps, training_sigmas(scheduler).to(device)
+            check_finite("scheduler.alphas_cumprod", training)
             # Noise levels of the steps and the final one.
             sigmas = torch.cat([training[timesteps], training.new_zeros(1)])
             self._num_timesteps = len(timesteps)
             rotary = self.transformer.rotary_embedding(shape[1], *shape[3:], device=device)
 
             # 3. Denoising loop
-            with (
-                progress.stage("denoise", len(timesteps)) as report,
-                nullcontext() if anchor_latents is not None else self._without_anchor_lora(),
-            ):
+            scaled = self._adapter_scales(attention_kwargs, anchored=anchor_latents is not None)["transformer"].applied
+            with progress.stage("denoise", len(timesteps)) as report:
                 previous_clean = None
                 for i, t in enumerate(timesteps):
                     if self.interrupt:
@@ -351,13 +356,13 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
                         "hidden_states": hidden_states.transpose(1, 2).to(dtype),
                         "timestep": timestep,
                         "image_rotary_emb": rotary,
-                        "attention_kwargs": attention_kwargs,
+                        "attention_kwargs": without_scale(attention_kwargs),
                         "return_dict": False,
                     }
-                    with self.transformer.cache_context("cond"):
+                    with scaled(), self.transformer.cache_context("cond"):
                         prediction = self.transformer(encoder_hidden_states=prompt_embeds, **inputs)[0].float()
                     if guidance_scale > 1:
-                        with self.transformer.cache_context("uncond"):
+                        with scaled(), self.transformer.cache_context("uncond"):
                             unguided = self.transformer(encoder_hidden_states=negative_prompt_embeds, **inputs)[
                                 0
                             ].float()
@@ -387,6 +392,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
                         latents = changed.pop("latents", latents)
                         prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
                         negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
+                    stop_unless_finite("denoise", latents, dtype, f"step {i + 1} of {len(timesteps)}")
                     report(i + 1, len(timesteps))
             self._current_timestep = None
 

@@ -26,12 +26,14 @@ from transformers import (
 )
 
 from .anchor import Anchor, crop_and_resize, pictures_of
-from .checks import check_size, check_texts
+from .checks import check_size, check_texts, stop_unless_finite
 from .composer import AnchorComposer
 from .dreamer.conditions import decode_latents, embed_images, embed_motion, encode_pixels
 from .dreamer.schedule import DREAMER_PRESETS
 from .dreamer.unet import FactorizedDreamerUNet
 from .factorized_stages import FactorizedStages, Image, StepCallback
+from .locks import exclusive
+from .lora_scales import AdapterScales, without_scale
 from .pipeline_output import FactorizedVideoPipelineOutput
 from .rewriter import FirstFrameRewriter
 from .schedules import SchedulerPresets
@@ -127,7 +129,6 @@ class FactorizedDreamerPipeline(
             schedulers=schedulers,
         )
         self.register_to_config(call_defaults=call_defaults)
-        self._progress = None
         self._interrupt = False
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
@@ -293,7 +294,9 @@ class FactorizedDreamerPipeline(
         """T5 tokens of the motion's text, `(B, max_sequence_length, motion_embed_dim)`, or `None` for a UNet without."""
         if self.unet.config.motion_embed_dim is None:
             return None
-        return embed_motion(self.text_encoder_2, self.tokenizer_2, texts, max_sequence_length, self._execution_device)
+        device = self._execution_device
+        with exclusive(self.tokenizer_2):
+            return embed_motion(self.text_encoder_2, self.tokenizer_2, texts, max_sequence_length, device)
 
     @torch.no_grad()
     def animate(
@@ -358,7 +361,8 @@ class FactorizedDreamerPipeline(
             "write_motion_prompt": False,
             "rewriter_max_new_tokens": None,
         }
-        return self._animate(**self._video_inputs(prompts, anchors, inputs))[0]
+        with self._running():
+            return self._animate(**self._video_inputs(prompts, anchors, inputs))[0]
 
     def _animate(
         self,
@@ -407,7 +411,7 @@ class FactorizedDreamerPipeline(
 
             # 1. Encode texts, then draw noise, then encode anchors: a seed means the same noise with and without them
             with progress.stage("encode"):
-                guided = guidance_scale > 1
+                guided, scale = guidance_scale > 1, (attention_kwargs or {}).get("scale", 1.0)
                 motion = prompt_embeds_2
                 if motion is None:
                     motion = self.encode_motion(texts, max_sequence_length)
@@ -415,16 +419,18 @@ class FactorizedDreamerPipeline(
                 if unguided_motion is None and guided:
                     num_prompts = len(texts) if texts is not None else prompt_embeds.shape[0]
                     unguided_motion = self.encode_motion(negative_prompt or [""] * num_prompts, max_sequence_length)
-                prompt_embeds, negative_prompt_embeds = self.encode_prompt(
-                    texts,
-                    device,
-                    num_videos_per_prompt,
-                    guided,
-                    negative_prompt,
-                    prompt_embeds=prompt_embeds,
-                    negative_prompt_embeds=negative_prompt_embeds,
-                    lora_scale=(attention_kwargs or {}).get("scale"),
-                )
+                # A fast tokenizer keeps padding and truncation of its last call.
+                adapters = AdapterScales(self.text_encoder, scale).applied
+                with exclusive(self.tokenizer, self.text_encoder), adapters():
+                    prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+                        texts,
+                        device,
+                        num_videos_per_prompt,
+                        guided,
+                        negative_prompt,
+                        prompt_embeds=prompt_embeds,
+                        negative_prompt_embeds=negative_prompt_embeds,
+                    )
                 motion, unguided_motion = (
                     tokens if tokens is None else tokens.to(device).repeat_interleave(num_videos_per_prompt, 0)
                     for tokens in (motion, unguided_motion)
@@ -436,6 +442,9 @@ class FactorizedDreamerPipeline(
                 conditions = {}
                 if anchors is not None and any(anchors):
                     conditions = self.encode_anchors(anchors, height, width)
+                for encoded in (prompt_embeds, negative_prompt_embeds, motion, unguided_motion, *conditions.values()):
+                    if encoded is not None:
+                        stop_unless_finite("encode", encoded)
                 if self.unet.config.fps_conditioning:
                     fps = torch.full((num_videos,), float(self._default("frame_rate", fps)), device=device)
 
@@ -443,12 +452,13 @@ class FactorizedDreamerPipeline(
             num_windows, window_length = self._windows(num_frames)
             noise, made = latents.to(device).split(window_length, dim=2), []
             steps = num_inference_steps or (50 if sampling is None else sampling.num_inference_steps)
+            scaled = self._adapter_scales(attention_kwargs, anchored=True)["transformer"].applied
             with progress.stage("denoise", num_windows * steps) as report:
                 for window, latents in enumerate(noise):
-                    # Its own scheduler is shared and keeps its state.
-                    scheduler = self.scheduler if sampling is None else sampling.make_scheduler(steps, device)
                     if sampling is None:
-                        scheduler.set_timesteps(steps, device=device)
+                        scheduler = self._own_scheduler(steps, device)
+                    else:
+                        scheduler = sampling.make_scheduler(steps, device)
                     latents = latents * scheduler.init_noise_sigma
                     self._num_timesteps = num_windows * len(scheduler.timesteps)
                     image_cache: dict[str, Any] = {}
@@ -461,24 +471,26 @@ class FactorizedDreamerPipeline(
                             "timestep": t,
                             "fps": fps,
                             "image_cache": image_cache,
-                            "cross_attention_kwargs": attention_kwargs,
+                            "cross_attention_kwargs": without_scale(attention_kwargs),
                             "return_dict": False,
                             **conditions,
                         }
-                        prediction = self.unet(
-                            encoder_hidden_states=prompt_embeds.to(dtype),
-                            motion_embeds=motion,
-                            motion_cache=motion_caches[0],
-                            **inputs,
-                        )[0].float()
-                        if guided:
-                            # The image stays in the branch without text.
-                            unguided = self.unet(
-                                encoder_hidden_states=negative_prompt_embeds.to(dtype),
-                                motion_embeds=unguided_motion,
-                                motion_cache=motion_caches[1],
+                        with scaled():
+                            prediction = self.unet(
+                                encoder_hidden_states=prompt_embeds.to(dtype),
+                                motion_embeds=motion,
+                                motion_cache=motion_caches[0],
                                 **inputs,
                             )[0].float()
+                        if guided:
+                            # The image stays in the branch without text.
+                            with scaled():
+                                unguided = self.unet(
+                                    encoder_hidden_states=negative_prompt_embeds.to(dtype),
+                                    motion_embeds=unguided_motion,
+                                    motion_cache=motion_caches[1],
+                                    **inputs,
+                                )[0].float()
                             wanted = unguided + guidance_scale * (prediction - unguided)
                             prediction = rescale_noise_cfg(wanted, prediction, guidance_rescale)
                         latents = scheduler.step(prediction, t, latents, return_dict=False)[0].float()
@@ -491,7 +503,9 @@ class FactorizedDreamerPipeline(
                             latents = changed.pop("latents", latents)
                             prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
                             negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
-                        report(i + 1, num_windows * len(scheduler.timesteps))
+                        step = f"step {i + 1} of {self._num_timesteps}"
+                        stop_unless_finite("denoise", latents, dtype, step)
+                        report(i + 1, self._num_timesteps)
                     # Its first frame is the last one of the window before.
                     made.append(latents if window == 0 else latents[:, :, 1:])
                     if self.interrupt:
@@ -510,7 +524,9 @@ class FactorizedDreamerPipeline(
     def decode(self, latents: torch.Tensor, output_type: str = "np"):
         """Latents `(B, C, F, h, w)` to frames."""
         frames = latents.transpose(1, 2).flatten(0, 1).to(get_module_execution_device(self.vae))
-        video = decode_latents(self.vae, frames).unflatten(0, (latents.shape[0], -1)).transpose(1, 2)
+        decoded = decode_latents(self.vae, frames)
+        stop_unless_finite("decode", decoded, self.vae.dtype)
+        video = decoded.unflatten(0, (latents.shape[0], -1)).transpose(1, 2)
         return self.video_processor.postprocess_video(video, output_type=output_type)
 
     # -- all of it ----------------------------------------------------------------------------------------------------

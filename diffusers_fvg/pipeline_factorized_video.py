@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,13 +22,15 @@ from .anchor import (
     resolve_anchors,
 )
 from .anchor_lora import AnchorLora
-from .checks import check_size
+from .checks import check_finite, check_number, check_size, stop_unless_finite
 from .composer import AnchorComposer
 from .decoding import decode_video
 from .factorized_stages import FactorizedStages, Image, StepCallback
 from .fidelity import check_anchor_decode, check_has_anchors, decode_anchored
 from .hub import PIPELINE_SHIM
+from .locks import exclusive
 from .lora import FactorizedVideoLoraLoaderMixin
+from .lora_scales import without_scale
 from .memory import decoder_bytes, free_bytes
 from .pipeline_output import FactorizedVideoPipelineOutput
 from .rewriter import FirstFrameRewriter
@@ -94,6 +95,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
     ):
         if transformer is None:
             raise ValueError("`transformer` is None: the repository has no video model, which every mode needs.")
+        check_number("boundary_ratio", boundary_ratio)
         experts = {"transformer": transformer, "transformer_2": transformer_2}
         experts = {
             name: AnchorConditionedTransformer3D.from_stock(expert)
@@ -241,7 +243,8 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             "preset": preset,
             "anchor_decode": anchor_decode,
         }
-        return self._animate(**self._video_inputs(prompts, anchors, inputs))
+        with self._running():
+            return self._animate(**self._video_inputs(prompts, anchors, inputs))
 
     def _animate(
         self,
@@ -286,16 +289,18 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
 
             # 1. Encode prompts, then draw noise, then encode anchors: a seed means the same clip with and without them
             with progress.stage("encode"):
-                embeds = self.encode_prompt(
-                    prompts,
-                    negative_prompt=negative_prompt,
-                    do_classifier_free_guidance=self.do_classifier_free_guidance,
-                    num_videos_per_prompt=num_videos_per_prompt,
-                    prompt_embeds=prompt_embeds,
-                    negative_prompt_embeds=negative_prompt_embeds,
-                    max_sequence_length=max_sequence_length,
-                    device=device,
-                )
+                # A fast tokenizer keeps padding and truncation of its last call.
+                with exclusive(self.tokenizer):
+                    embeds = self.encode_prompt(
+                        prompts,
+                        negative_prompt=negative_prompt,
+                        do_classifier_free_guidance=self.do_classifier_free_guidance,
+                        num_videos_per_prompt=num_videos_per_prompt,
+                        prompt_embeds=prompt_embeds,
+                        negative_prompt_embeds=negative_prompt_embeds,
+                        max_sequence_length=max_sequence_length,
+                        device=device,
+                    )
                 # Texts come back once per video, given embeddings as they are.
                 prompt_embeds, negative_prompt_embeds = (
                     made
@@ -317,15 +322,18 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
                 anchor_latents = None
                 if anchors is not None and any(anchors):
                     anchor_latents = self.encode_anchors(anchors, latents, height, width, num_frames, generator)
+                    stop_unless_finite("encode", anchor_latents.latents, self.vae.dtype)
+                for made in (prompt_embeds, negative_prompt_embeds):
+                    if made is not None:
+                        stop_unless_finite("encode", made)
 
             # 2. Prepare timesteps
             if sampling is None:
-                scheduler = self.scheduler
-                scheduler.set_timesteps(num_inference_steps or 50, device=device)
+                scheduler = self._own_scheduler(num_inference_steps or 50, device)
             else:
-                # A fresh one: the pipeline's own is shared and keeps its state.
                 scheduler = sampling.make_scheduler(num_inference_steps, device)
             timesteps, sigmas = scheduler.timesteps, _sigmas(scheduler)
+            check_finite("scheduler.sigmas", torch.tensor(sigmas))
             self._num_timesteps = len(timesteps)
             boundary = (self.config.boundary_ratio or 0.0) * scheduler.config.num_train_timesteps
             if hasattr(scheduler, "set_begin_index"):
@@ -334,11 +342,8 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             draws = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
 
             # 3. Denoising loop
-            with (
-                progress.stage("denoise", len(timesteps)) as report,
-                nullcontext() if anchor_latents is not None else self._without_anchor_lora(),
-                nullcontext() if sampling is None else self._attending_within(sampling.anchor_window),
-            ):
+            adapters = self._adapter_scales(attention_kwargs, anchored=anchor_latents is not None)
+            with progress.stage("denoise", len(timesteps)) as report:
                 if anchor_latents is not None:
                     latents = anchor_latents.impose(latents, sigmas[0])
                 for i, t in enumerate(timesteps):
@@ -347,6 +352,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
                     self._current_timestep = t
                     first_expert = self.transformer_2 is None or t >= boundary
                     expert = self.transformer if first_expert else self.transformer_2
+                    scaled = adapters["transformer" if first_expert else "transformer_2"].applied
                     scale = self._guidance_scale if first_expert else self._guidance_scale_2
 
                     hidden_states, timestep = anchored_model_input(
@@ -355,14 +361,15 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
                     inputs = {
                         "hidden_states": hidden_states.to(dtype),
                         "timestep": timestep,
-                        "attention_kwargs": attention_kwargs,
+                        "attention_kwargs": without_scale(attention_kwargs),
+                        "anchor_window": None if sampling is None else sampling.anchor_window,
                         "return_dict": False,
                     }
                     context = {"step_index": i, "sigma": sigmas[i], "num_inference_steps": len(timesteps)}
-                    with expert.cache_context("cond", **context):
+                    with scaled(), expert.cache_context("cond", **context):
                         noise_pred = expert(encoder_hidden_states=prompt_embeds, **inputs)[0].float()
                     if self.do_classifier_free_guidance and low <= sigmas[i] <= high:
-                        with expert.cache_context("uncond", **context):
+                        with scaled(), expert.cache_context("uncond", **context):
                             noise_uncond = expert(encoder_hidden_states=negative_prompt_embeds, **inputs)[0].float()
                         noise_pred = noise_uncond + scale * (noise_pred - noise_uncond)
 
@@ -381,6 +388,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
                         latents = changed.pop("latents", latents)
                         prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
                         negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
+                    stop_unless_finite("denoise", latents, dtype, f"step {i + 1} of {len(timesteps)}")
                     report(i + 1, len(timesteps))
             self._current_timestep = None
 
@@ -389,19 +397,6 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
                 return latents
             with progress.stage("decode"):
                 return decode_anchored(partial(self.decode, latents), anchors, anchor_decode, output_type)
-
-    @contextmanager
-    def _attending_within(self, window: int | None) -> Iterator[None]:
-        """A preset's window of attention in all experts, afterwards their own again, which they keep without one."""
-        experts = self._experts().values()
-        before = [expert.anchor_window for expert in experts]
-        try:
-            for expert in experts:
-                expert.set_anchor_window(expert.anchor_window if window is None else window)
-            yield
-        finally:
-            for expert, own in zip(experts, before):
-                expert.set_anchor_window(own)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, output_type: str = "np"):
@@ -412,14 +407,8 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         latents = denormalize_latents(
             latents.to(get_module_execution_device(self.vae), dtype=self.vae.dtype), self.vae
         )
-        tile = not self.vae.use_tiling and decoder_bytes(self.vae, latents) > free_bytes(latents.device)
-        if tile:
-            self.vae.enable_tiling()
-        try:
-            return decode_video(self.vae, latents, output_type)
-        finally:
-            if tile:
-                self.vae.disable_tiling()
+        tile = decoder_bytes(self.vae, latents) > free_bytes(latents.device)
+        return decode_video(self.vae, latents, output_type, tile)
 
     # -- all of it ----------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,12 @@ class StageProgress:
         self.pipeline, self.callback = pipeline, callback
         self.timings: dict[str, float] = {}
         self.bar = None
+        self._thread, self._stage = threading.get_ident(), ""
+
+    @property
+    def may_continue(self) -> bool:
+        """Whether who asks is the run itself: its own thread, between two stages."""
+        return self._thread == threading.get_ident() and not self._stage
 
     @contextmanager
     def stage(self, name: str, steps: int = 1) -> Iterator[Callable[[int, int], None]]:
@@ -26,6 +33,7 @@ class StageProgress:
         self.bar.total += steps
         self.bar.set_description(name)
         done, planned, started = 0, steps, time.perf_counter()
+        self._stage = name
 
         def report(step: int, steps: int) -> None:
             nonlocal done, planned
@@ -37,10 +45,11 @@ class StageProgress:
 
         try:
             yield report
+            if done < planned and not self.pipeline.interrupt:
+                report(planned, planned)
         finally:
             self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - started
-        if done < planned and not self.pipeline.interrupt:
-            report(planned, planned)
+            self._stage = ""
 
     def close(self) -> None:
         if self.bar is not None:

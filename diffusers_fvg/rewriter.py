@@ -7,8 +7,7 @@ import os
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,14 +21,19 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    LogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
 )
 
-from .checks import check_at_least_one, check_texts
+from .checks import check_at_least_one, check_texts, stop_unless_finite
 from .hub import component_files, fetch
 from .loading import call_argument, hub_arguments
+from .locks import exclusive
 from .rewriter_prompts import build_messages, build_retry, without_system_role
 from .rewriter_tasks import FIRST_FRAME, MOTION, TASK_NAMES, RewriterTask, storyboard_task
 from .safety import check_folder, safetensors_only
@@ -42,7 +46,7 @@ CONFIG_NAME = "rewriter_config.json"
 # Prompts that are answered in one batch. A 7B model's cache of 8 chats with our examples is about half a gigabyte.
 BATCH_SIZE = 8
 # Greedy decoding would tend to repeat the answer that was just refused; a small model loses the thread when it is hotter.
-RETRY_SEED, RETRY_TEMPERATURE, RETRY_TOP_P = 0, 0.3, 0.9
+RETRY_SEED, RETRY_TEMPERATURE, RETRY_TOP_P, RETRY_TOP_K = 0, 0.3, 0.9, 50
 ENDPOINT_TIMEOUT_SECONDS, MAX_ERROR_BYTES = 120, 100_000
 
 
@@ -319,6 +323,18 @@ class FirstFrameRewriter(torch.nn.Module):
         should_stop: Callable[[], bool] | None,
     ) -> list[Any]:
         """One answer of a task per prompt."""
+        # A fast tokenizer keeps padding and truncation of its last call.
+        with exclusive(self.model, self.tokenizer):
+            return self._answer(task, prompts, max_new_tokens, on_progress, should_stop)
+
+    def _answer(
+        self,
+        task: RewriterTask,
+        prompts: list[str],
+        max_new_tokens: int | None,
+        on_progress: Callable[[int, int], None] | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> list[Any]:
         check_texts("prompts", prompts)
         check_at_least_one("max_new_tokens", max_new_tokens)
         limit = max_new_tokens or self.max_new_tokens * task.captions
@@ -362,7 +378,7 @@ class FirstFrameRewriter(torch.nn.Module):
         Args:
             chats (`list[list[dict[str, str]]]`): turns with a `role` and a `content`.
             max_new_tokens (`int`): longest answer in tokens.
-            seed (`int`, *optional*): sample with this seed, leaving the global random state as it was; greedy without it.
+            seed (`int`, *optional*): sample with this seed, apart from the global random state; greedy without it.
             should_stop (`Callable`, *optional*): ends all answers where they are once it returns `True`.
 
         Returns:
@@ -376,13 +392,21 @@ class FirstFrameRewriter(torch.nn.Module):
         # On the left, so that every answer begins in the same column. The padding is masked: its id does not matter.
         input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left")
-        with nullcontext() if seed is None else _seeded(seed, device):
-            output = self.model.generate(
-                input_ids=input_ids.to(device),
-                attention_mask=mask.to(device),
-                generation_config=self._generation_config(max_new_tokens, do_sample=seed is not None),
-                stopping_criteria=[_Stop(should_stop)] if should_stop is not None else None,
-            )
+        processors = [_Finite()]
+        if seed is not None:
+            processors += [
+                TemperatureLogitsWarper(RETRY_TEMPERATURE),
+                TopKLogitsWarper(RETRY_TOP_K),
+                TopPLogitsWarper(RETRY_TOP_P),
+                _Sample(seed),
+            ]
+        output = self.model.generate(
+            input_ids=input_ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=self._generation_config(max_new_tokens),
+            logits_processor=processors,
+            stopping_criteria=[_Stop(should_stop)] if should_stop is not None else None,
+        )
         return self.tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
 
     def _checked(
@@ -430,18 +454,15 @@ class FirstFrameRewriter(torch.nn.Module):
         context = None if self.model is None else getattr(self.model.config, "max_position_embeddings", None)
         return 0 if context is None else len(self._token_ids(self.chat_text(chat))) + max_new_tokens - context
 
-    def _generation_config(self, max_new_tokens: int, do_sample: bool) -> GenerationConfig:
+    def _generation_config(self, max_new_tokens: int) -> GenerationConfig:
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         # A base model's end of text may be all that the model knows of, where the chat ends its turns with another token.
         ends = sorted({end for end in (*ends, self.tokenizer.eos_token_id) if end is not None})
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
+            do_sample=False,
             num_beams=1,
-            temperature=RETRY_TEMPERATURE if do_sample else 1.0,
-            top_p=RETRY_TOP_P if do_sample else 1.0,
-            top_k=50,
             # Chat models come with a penalty on words that were there before; here they should be repeated.
             repetition_penalty=1.0,
             eos_token_id=ends,
@@ -529,14 +550,30 @@ class _Stop(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.should_stop(), dtype=torch.bool, device=input_ids.device)
 
 
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds torch's generators and puts their states back at the end; `generate` takes no generator of its own."""
-    # `fork_rng` keeps the CPU's state in any case, and cannot keep that of mps.
-    devices = [] if device.type in ("cpu", "mps") else [device]
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        torch.manual_seed(seed)
-        yield
+class _Finite(LogitsProcessor):
+    def __init__(self):
+        self.token = 0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self.token += 1
+        # A model may rule tokens out with minus infinity.
+        stop_unless_finite("rewrite", scores.clamp(min=torch.finfo(scores.dtype).min), step=f"token {self.token}")
+        return scores
+
+
+class _Sample(LogitsProcessor):
+    """Makes the most likely token a draw: the largest of log probabilities plus Gumbel noise has those probabilities.
+
+    `generate` samples from torch's global random state; here the draws have a generator of their own, so that threads do not
+    disturb each other.
+    """
+
+    def __init__(self, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        noise = -torch.empty(scores.shape).exponential_(generator=self.generator).log()
+        return scores + noise.to(scores.device)
 
 
 def _has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:

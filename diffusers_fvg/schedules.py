@@ -16,11 +16,17 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from .checks import check_at_least_one, check_number
 from .safety import check_name
+
+
+if TYPE_CHECKING:
+    from .schedules_cogvideox import TimestepPreset
 
 
 def add_noise(clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -90,6 +96,11 @@ class SchedulerPreset:
         falling = all(a > b for a, b in zip(self.sigmas, self.sigmas[1:]))
         if not self.sigmas or not falling or self.sigmas[0] > 1 or self.sigmas[-1] <= 0:
             raise ValueError(f"Preset {self.name!r}: `sigmas` must fall within (0, 1], but are {self.sigmas}.")
+        numbers = {"flow_shift": self.flow_shift, "guidance_scale": self.guidance_scale}
+        numbers |= {"guidance_scale_2": self.guidance_scale_2}
+        numbers |= {f"guidance_interval[{side}]": value for side, value in enumerate(self.guidance_interval)}
+        for name, value in numbers.items():
+            check_number(name, value)
 
     @property
     def num_inference_steps(self) -> int:
@@ -128,6 +139,13 @@ class SchedulerPreset:
         return type(scheduler).__name__ == self.scheduler_class and all(
             config.get(key) == value for key, value in self.scheduler_config.items()
         )
+
+
+def check_steps(num_inference_steps: int | None, preset: SchedulerPreset | TimestepPreset | None) -> None:
+    """At least one, and as many as the preset can make."""
+    check_at_least_one("num_inference_steps", num_inference_steps)
+    if isinstance(preset, SchedulerPreset):
+        preset.steps(num_inference_steps)
 
 
 # UniPC keeps second order at 15 steps where Euler loses detail. flow_shift=1 here: the shift is in the explicit sigmas.

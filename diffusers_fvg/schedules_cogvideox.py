@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .checks import check_at_least_one, check_number
 from .safety import check_name
 from .schedules import SchedulerPresets
 
@@ -137,6 +138,8 @@ class TimestepPreset:
             raise ValueError(
                 f"Preset {self.name!r}: `scheduler_class={self.scheduler_class!r}`; use {SCHEDULER_CLASSES}."
             )
+        check_at_least_one("num_inference_steps", self.num_inference_steps)
+        check_number("guidance_scale", self.guidance_scale)
 
     def make_scheduler(self, num_inference_steps: int | None = None, device: torch.device | str | None = None):
         """A fresh scheduler of the preset's class and config, its timesteps set."""

@@ -27,7 +27,7 @@ from torch import nn
 
 from .attention import choose_backend
 from .kernels import frame_attention, gated_residual, modulated_layer_norm, rms_norm_rope
-from .kernels.attention import anchor_window
+from .kernels.attention import anchor_window as frames_within_window
 from .stock_weights import StockWeights
 
 
@@ -236,6 +236,7 @@ class AnchorConditionedTransformer3D(StockWeights, WanTransformer3DModel):
         encoder_hidden_states_image: torch.Tensor | None = None,
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
+        anchor_window: int | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predict `noise - clean` for every latent.
 
@@ -254,6 +255,8 @@ class AnchorConditionedTransformer3D(StockWeights, WanTransformer3DModel):
                 Return a [`Transformer2DModelOutput`] instead of a tuple.
             attention_kwargs (`dict`, *optional*):
                 `{"scale": s}` weighs LoRA adapters by `s`.
+            anchor_window (`int`, *optional*):
+                As in [`set_anchor_window`], for this forward; the model's own when left out.
 
         Returns:
             [`Transformer2DModelOutput`] or `tuple`: `sample` of shape `(B, out_channels, F, H, W)`.
@@ -265,8 +268,9 @@ class AnchorConditionedTransformer3D(StockWeights, WanTransformer3DModel):
         num_tokens = grid[0] * grid[1] * grid[2]
         timestep = self._check_timestep(timestep, hidden_states.shape[0], grid)
         seen = None
-        if self.anchor_window is not None and timestep.shape[1] > 1:
-            seen = self._seen_frames(timestep, grid[0])
+        window = self.anchor_window if anchor_window is None else anchor_window
+        if window is not None and timestep.shape[1] > 1:
+            seen = self._seen_frames(timestep, grid[0], window)
         # Rows cost next to nothing, and a compiled block with one row is not the one with a row for each frame.
         if timestep.shape[1] == 1:
             timestep = timestep.expand(-1, grid[0])
@@ -329,13 +333,13 @@ class AnchorConditionedTransformer3D(StockWeights, WanTransformer3DModel):
             )
         return timestep.unsqueeze(1) if timestep.ndim == 1 else timestep
 
-    def _seen_frames(self, timestep: torch.Tensor, num_frames: int) -> torch.Tensor:
+    def _seen_frames(self, timestep: torch.Tensor, num_frames: int, window: int) -> torch.Tensor:
         """Which frames see which, `(B, F, F)`, from times per frame or per token."""
         if any(block.attn1.processor._parallel_config is not None for block in self.blocks):
             raise ValueError(
                 "Window attention needs all tokens on one device; call set_anchor_window(None) for context parallelism."
             )
-        return anchor_window(timestep.unflatten(1, (num_frames, -1)).amax(dim=2), self.anchor_window)
+        return frames_within_window(timestep.unflatten(1, (num_frames, -1)).amax(dim=2), window)
 
     def _time_rows(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Times `(B, R)` to embeddings `(B, R, D)` and block modulation `(B, R, 6, D)`, float32 or wider.

@@ -6,17 +6,18 @@ import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler, UniPCMultistepScheduler
 from tiny import tiny_pipeline
 
-from diffusers_fvg import checks
-from diffusers_fvg.checks import check_num_frames, check_size, check_steps, warn_untrained
-from diffusers_fvg.models import MODELS, model_presets
+from diffusers_fvg import models
+from diffusers_fvg.checks import check_num_frames, check_size
+from diffusers_fvg.models import MODELS, model_presets, warn_untrained
+from diffusers_fvg.schedules import check_steps
 
 
 @pytest.fixture
 def warned(caplog):
     """Messages so far, in a process that has seen none."""
-    checks._warn_once.cache_clear()
-    yield lambda: [record.message for record in caplog.records if record.name == checks.logger.name]
-    checks._warn_once.cache_clear()
+    models._warn_once.cache_clear()
+    yield lambda: [record.message for record in caplog.records if record.name == models.logger.name]
+    models._warn_once.cache_clear()
 
 
 def ask(name, height, width, num_frames, preset="anchored-15", scheduler=None):

@@ -1,0 +1,505 @@
+"""One call at a time on one pipeline, nothing left behind by a call that fails, nothing that is not finite goes on."""
+
+import contextlib
+import copy
+import random
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from tiny import tiny_pipeline, tiny_transformer
+from tiny_cogvideox import tiny_cogvideox_pipeline
+
+from diffusers_fvg import Anchor, AnchorLora, FactorizedVideoPipeline, load_lora
+from diffusers_fvg.locks import exclusive
+from diffusers_fvg.lora_scales import AdapterScales
+from diffusers_fvg.schedules import WAN_PRESETS, SchedulerPresets, unipc_preset
+
+
+sys.path.insert(0, str(Path(__file__).parent / "dreamer"))
+from tiny_dreamer import tiny_dreamer_pipeline  # noqa: E402
+
+
+SIZE = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16, "output_type": "pt"}
+CALL = {**SIZE, "num_inference_steps": 2}
+PROMPT = "a red circle moves to the right"
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def picture(seed=0):
+    return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def lora():
+    donor = tiny_transformer()
+    torch.manual_seed(9)
+    donor.add_adapter(LoraConfig(r=4, target_modules=["to_q", "ffn.net.2"], init_lora_weights=False))
+    return AnchorLora({f"transformer.{key}": value for key, value in get_peft_model_state_dict(donor).items()})
+
+
+def lora_pipeline(**changes):
+    """A pipeline with an anchor LoRA, and a preset with a window of attention."""
+    window = unipc_preset("window", 2, 5.0, 5.0, "this test", anchor_window=0)
+    return quiet(
+        tiny_pipeline(anchor_lora=lora(), schedulers=SchedulerPresets.of(*WAN_PRESETS.values(), window), **changes)
+    )
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return lora_pipeline()
+
+
+# What each kind of call changes while it runs.
+CALLS = {
+    "factorized": lambda pipe: pipe(PROMPT, generator=seeded(1), **CALL).frames,
+    "direct": lambda pipe: pipe(PROMPT, mode="direct", generator=seeded(2), **CALL).frames,
+    "storyboard": lambda pipe: pipe(PROMPT, mode="storyboard", generator=seeded(3), **CALL).frames,
+    "image": lambda pipe: pipe(PROMPT, image=picture(), generator=seeded(4), **CALL).frames,
+    "scale": lambda pipe: (
+        pipe(PROMPT, image=picture(), generator=seeded(4), attention_kwargs={"scale": 0.3}, **CALL).frames
+    ),
+    "scale 0": lambda pipe: (
+        pipe(PROMPT, image=picture(), generator=seeded(4), attention_kwargs={"scale": 0}, **CALL).frames
+    ),
+    "window": lambda pipe: pipe(PROMPT, image=picture(), generator=seeded(4), preset="window", **SIZE).frames,
+    "text of another length": lambda pipe: (
+        pipe(PROMPT, mode="direct", generator=seeded(5), **CALL | {"max_sequence_length": 8}).frames
+    ),
+    "animate": lambda pipe: pipe.animate(
+        PROMPT, Anchor(picture(1), -1), generator=seeded(6), guidance_scale=1.0, **CALL
+    ),
+    "compose": lambda pipe: torch.from_numpy(
+        np.stack([np.asarray(image) for image in pipe.compose(["a star"], 32, 32, generator=[seeded(7)])])
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def expected(pipe):
+    """What each call gives, one after the other. All differ, so that a mixture shows."""
+    frames = {name: call(pipe) for name, call in CALLS.items()}
+    values = [value for value in frames.values() if value.shape == frames["image"].shape]
+    assert len({value.numpy().tobytes() for value in values}) == len(values)
+    return frames
+
+
+def state(pipe):
+    """All that a call may change in what the pipeline holds."""
+    layers = [module for module in pipe.transformer.modules() if isinstance(module, BaseTunerLayer)]
+    return {
+        "strengths": [dict(layer.scaling) for layer in layers],
+        "active": [list(layer.active_adapters) for layer in layers],
+        "window": pipe.transformer.anchor_window,
+        "scheduler": {name: repr(value) for name, value in vars(pipe.scheduler).items()},
+        "tiling": pipe.vae.use_tiling,
+        "running": "_progress" in vars(pipe),
+        "composer's scheduler": "step" in vars(pipe.composer.pipeline.scheduler),
+        "random": torch.random.get_rng_state().tolist(),
+    }
+
+
+def equal(pipe, expected, names=CALLS):
+    for name in names:
+        assert torch.equal(CALLS[name](pipe), expected[name]), name
+
+
+# -- threads
+
+
+def test_a_call_while_one_runs_is_refused_and_the_other_is_right(pipe, expected):
+    before, right, refused, wrong = state(pipe), [], [], []
+    start = threading.Barrier(8)
+
+    def call(seed):
+        chosen = random.Random(seed)
+        start.wait()
+        for _ in range(20):
+            name = chosen.choice(list(CALLS))
+            try:
+                made = CALLS[name](pipe)
+            except RuntimeError as error:
+                assert "FactorizedVideoPipeline is already running" in str(error)
+                refused.append(name)
+                time.sleep(chosen.random() / 20)
+            else:
+                (right if torch.equal(made, expected[name]) else wrong).append(name)
+
+    threads = [threading.Thread(target=call, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [] and len(right) + len(refused) == 160 and len(right) >= 8 and len(refused) >= 8
+    assert state(pipe) == before
+    equal(pipe, expected, ["image", "direct"])
+
+
+def test_pipelines_of_the_same_components_run_in_threads_as_one_after_the_other(pipe, expected):
+    other = quiet(FactorizedVideoPipeline(**pipe.components))
+    assert other.transformer is pipe.transformer
+    made = {id(pipe): [], id(other): []}
+
+    def call(pipe, names):
+        for name in names:
+            made[id(pipe)].append((name, CALLS[name](pipe)))
+
+    names = list(CALLS)
+    threads = [threading.Thread(target=call, args=pair) for pair in ((pipe, names), (other, names[::-1]))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(map(len, made.values())) == 2 * len(CALLS)
+    for name, frames in sum(made.values(), []):
+        assert torch.equal(frames, expected[name]), name
+
+
+@pytest.mark.parametrize("outer", ["direct", "scale", "window", "text of another length"])
+def test_nothing_of_a_run_shows_in_another_pipeline_of_the_same_components(pipe, expected, outer):
+    # In the middle of each stage of one pipeline's call, a whole call of another.
+    other = quiet(FactorizedVideoPipeline(**pipe.components))
+    inner = []
+
+    class Interleaved(FactorizedVideoPipeline):
+        def __call__(self, *args, **kwargs):
+            def call_other(_, stage, step, steps):
+                inner.append(CALLS["image"](other))
+
+            return super().__call__(*args, callback_on_stage_step=call_other, **kwargs)
+
+    made = CALLS[outer](quiet(Interleaved(**pipe.components)))
+    assert torch.equal(made, expected[outer])
+    assert len(inner) >= 4 and all(torch.equal(frames, expected["image"]) for frames in inner)
+
+
+def test_a_user_s_own_scheduler_is_shared_and_not_changed():
+    pipe = lora_pipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+    before = {name: repr(value) for name, value in vars(pipe.scheduler).items()}
+    alone = pipe(PROMPT, image=picture(), generator=seeded(), **CALL).frames
+    other = quiet(FactorizedVideoPipeline(**pipe.components))
+
+    def between(_, step, timestep, tensors):
+        other(PROMPT, mode="direct", generator=seeded(), **CALL | {"num_inference_steps": 3})
+        return tensors
+
+    made = pipe(PROMPT, image=picture(), generator=seeded(), callback_on_step_end=between, **CALL).frames
+    assert torch.equal(made, alone)
+    assert {name: repr(value) for name, value in vars(pipe.scheduler).items()} == before
+
+
+def test_a_callback_cannot_call_its_own_pipeline(pipe, expected):
+    for call in (CALLS["image"], CALLS["compose"], lambda pipe: pipe.rewrite(PROMPT)):
+        with pytest.raises(RuntimeError, match="already running.*another pipeline of the same components"):
+            pipe(PROMPT, image=picture(), callback_on_step_end=lambda *_, call=call: call(pipe), **CALL)
+        with pytest.raises(RuntimeError, match="already running"):
+            pipe(PROMPT, image=picture(), callback_on_stage_step=lambda *_, call=call: call(pipe), **CALL)
+    equal(pipe, expected, ["image"])
+
+
+def test_exclusive_is_entered_again_by_its_thread_and_by_no_other():
+    a, b = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    order = []
+
+    def wait():
+        with exclusive(b, a):
+            order.append("thread")
+
+    with exclusive(a, b, None):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        with exclusive(b):
+            time.sleep(0.05)
+            order.append("here")
+    thread.join()
+    assert order == ["here", "thread"]
+
+
+# -- what fails
+
+
+class Planted(Exception):
+    pass
+
+
+def models(pipe):
+    """What runs in a call, by name."""
+    inner = pipe.composer.pipeline
+    parts = {"rewriter": pipe.rewriter.model, "text_encoder": pipe.text_encoder, "transformer": pipe.transformer}
+    parts |= {"encoder": pipe.vae.encoder, "decoder": pipe.vae.decoder, "block": pipe.transformer.blocks[-1]}
+    return parts | {"composer": inner.transformer, "composer's decoder": inner.vae.decoder}
+
+
+@contextlib.contextmanager
+def failing(module, at, error):
+    """The module's forward number `at` raises; yields a list of all forwards."""
+    forwards = []
+
+    def hook(*_):
+        forwards.append(module)
+        if len(forwards) == at:
+            raise error
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield forwards
+    finally:
+        handle.remove()
+
+
+def test_the_call_after_a_failed_one_is_right_wherever_it_failed(pipe, expected):
+    whole = {"attention_kwargs": {"scale": 0.5}, **CALL}
+    before, errors, places = (
+        state(pipe),
+        [Planted("planted"), KeyboardInterrupt(), torch.OutOfMemoryError("planted")],
+        0,
+    )
+    calls = ({"mode": "factorized"}, {"mode": "direct"})
+    for name, module in models(pipe).items():
+        with failing(module, 0, None) as forwards:
+            pipe(PROMPT, generator=seeded(), **whole)
+        assert forwards, name
+        # The first, one in the middle and the last forward of every model.
+        for at in sorted({1, (len(forwards) + 1) // 2, len(forwards)}):
+            error = errors[places % len(errors)]
+            places += 1
+            with failing(module, at, error), pytest.raises(type(error)):
+                pipe(PROMPT, generator=seeded(), **whole)
+            assert state(pipe) == before, (name, at)
+            equal(pipe, expected, ["image" if places % 2 else "direct"])
+    assert places >= 14
+    reports = []
+    for arguments in calls:
+        arguments |= {"generator": seeded()} | whole
+        pipe(PROMPT, callback_on_stage_step=lambda _, *report: reports.append(report), **arguments)
+        for number in range(len(reports)):
+            error, seen = errors[number % len(errors)], []
+
+            def fail(_, *report, seen=seen, number=number, error=error):
+                seen.append(report)
+                if len(seen) == number + 1:
+                    raise error
+
+            with pytest.raises(type(error)):
+                pipe(PROMPT, callback_on_stage_step=fail, **arguments)
+            assert state(pipe) == before, reports[number]
+        reports.clear()
+    equal(pipe, expected)
+
+
+def test_a_bad_scale_is_refused_and_the_next_call_is_right(pipe, expected):
+    for scale in (float("nan"), float("inf"), "0.5"):
+        with pytest.raises(ValueError, match=r"attention_kwargs\['scale'\].*finite number"):
+            pipe(PROMPT, image=picture(), attention_kwargs={"scale": scale}, **CALL)
+    equal(pipe, expected, ["image"])
+
+
+def test_strengths_of_deltas_are_put_back_in_the_weights():
+    transformer = tiny_transformer(anchored=True)
+    bias = transformer.proj_out.bias.detach().clone()
+    load_lora(transformer, {"transformer.proj_out.diff_b": torch.ones_like(bias)}, "delta", strength=0.25)
+    transformer.parameter_deltas.refresh()
+    assert torch.allclose(transformer.proj_out.bias, bias + 0.25)
+    with pytest.raises(Planted), AdapterScales(transformer, 2.0).applied():
+        transformer.parameter_deltas.refresh()
+        assert torch.allclose(transformer.proj_out.bias, bias + 0.5)
+        raise Planted
+    assert torch.allclose(transformer.proj_out.bias, bias + 0.25)
+
+
+def test_an_error_between_two_deltas_does_not_count_as_written(monkeypatch):
+    transformer = tiny_transformer(anchored=True)
+    bias = transformer.proj_out.bias.detach().clone()
+    load_lora(transformer, {"transformer.proj_out.diff_b": torch.ones_like(bias)}, "delta")
+    deltas = transformer.parameter_deltas
+    deltas.refresh()
+    deltas.set_scale("delta", 3.0)
+    value = type(deltas)._value
+    monkeypatch.setattr(type(deltas), "_value", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("planted")))
+    with pytest.raises(torch.OutOfMemoryError):
+        deltas.refresh()
+    monkeypatch.setattr(type(deltas), "_value", value)
+    deltas.set_scale("delta", 1.0)
+    deltas.refresh()
+    assert torch.allclose(transformer.proj_out.bias, bias + 1)
+
+
+# -- NaN and infinity
+
+BAD_NUMBERS = [float("nan"), float("inf"), -float("inf")]
+PIPELINES = {"wan": tiny_pipeline, "cogvideox": tiny_cogvideox_pipeline, "dreamer": tiny_dreamer_pipeline}
+SIZES = {
+    "wan": {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16, "num_inference_steps": 1},
+    "cogvideox": {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16, "num_inference_steps": 1},
+    "dreamer": {"height": 32, "width": 32, "num_frames": 4, "max_sequence_length": 8, "num_inference_steps": 1},
+}
+NUMBERS = {
+    "wan": ["guidance_scale", "guidance_scale_2"],
+    "cogvideox": ["guidance_scale"],
+    "dreamer": ["guidance_scale", "guidance_rescale", "fps"],
+}
+COUNTS = [
+    "height",
+    "width",
+    "num_frames",
+    "num_inference_steps",
+    "num_videos_per_prompt",
+    "max_sequence_length",
+    "rewriter_max_new_tokens",
+    "composer_num_inference_steps",
+]
+
+
+@pytest.fixture(scope="module", params=PIPELINES)
+def family(request):
+    return request.param, quiet(PIPELINES[request.param]())
+
+
+def untouched(pipe, monkeypatch):
+    """Any forward of a model fails."""
+
+    def forward(*_, **__):
+        raise AssertionError("a model ran before the input was checked")
+
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            monkeypatch.setattr(type(component), "forward", forward)
+
+
+def test_a_number_that_is_not_finite_is_refused_before_a_model_runs(family, monkeypatch):
+    name, pipe = family
+    untouched(pipe, monkeypatch)
+    names = [*NUMBERS[name], *COUNTS, "composer_guidance_scale", *(["num_moments"] if name != "dreamer" else [])]
+    for argument in names:
+        for value in [*BAD_NUMBERS, "2"]:
+            with pytest.raises(ValueError, match=f"`{argument}=.*(finite|whole) number"):
+                pipe(PROMPT, **SIZES[name] | {argument: value})
+    for value in (*BAD_NUMBERS, 1.5, True):
+        with pytest.raises(ValueError, match="`num_videos_per_prompt=.*whole number"):
+            pipe(PROMPT, **SIZES[name], num_videos_per_prompt=value)
+        with pytest.raises(ValueError, match="`num_inference_steps=.*whole number"):
+            pipe.animate(PROMPT, **SIZES[name] | {"num_inference_steps": value})
+    for value in BAD_NUMBERS:
+        with pytest.raises(ValueError, match="strength"):
+            pipe.animate(PROMPT, Anchor(picture(), strength=value), **SIZES[name])
+
+
+def test_a_tensor_that_is_not_finite_is_refused_before_a_model_runs(family, monkeypatch):
+    name, pipe = family
+    untouched(pipe, monkeypatch)
+    latents = torch.zeros(pipe._latents_shape(1, SIZES[name]))
+    embeds = torch.zeros(1, SIZES[name]["max_sequence_length"], 32)
+    pair = {"prompt_embeds": embeds, "negative_prompt_embeds": embeds}
+    if name == "dreamer":
+        motion = torch.zeros(1, SIZES[name]["max_sequence_length"], pipe.unet.config.motion_embed_dim)
+        pair |= {"prompt_embeds_2": motion, "negative_prompt_embeds_2": motion}
+    for argument, value in {"latents": latents, **pair}.items():
+        for bad in BAD_NUMBERS:
+            planted = value.clone()
+            planted.view(-1)[-1] = bad
+            given = {"latents": planted, "prompts": PROMPT} if argument == "latents" else pair | {argument: planted}
+            with pytest.raises(ValueError, match=rf"`{argument}` \(torch.float32\) holds values that are not finite"):
+                pipe.animate(**given, **SIZES[name])
+    bad = np.full((32, 32, 3), np.nan, dtype=np.float32)
+    with pytest.raises(ValueError, match="finite"):
+        pipe.animate(PROMPT, Anchor(bad), **SIZES[name])
+
+
+@contextlib.contextmanager
+def planted_nan(module):
+    """NaN in the last parameter of a model: all that it makes is NaN."""
+    parameter = list(module.parameters())[-1]
+    kept = parameter.detach().clone()
+    with torch.no_grad():
+        parameter.fill_(float("nan"))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            parameter.copy_(kept)
+
+
+def stages(name, pipe):
+    """Part that goes wrong -> stage that stops, and where."""
+    video = {"wan": "transformer", "cogvideox": "transformer", "dreamer": "unet"}[name]
+    parts = {
+        "rewrite": (pipe.rewriter.model.lm_head, "token 1"),
+        "compose": (pipe.composer.pipeline.transformer, "step 1 of"),
+        "encode": (pipe.text_encoder, ""),
+        "denoise": (getattr(pipe, video), "step 1 of 1"),
+        "decode": (pipe.vae.decoder, ""),
+    }
+    return parts
+
+
+def test_a_stage_that_makes_nan_stops_with_its_name_step_and_dtype(family):
+    name, pipe = family
+    for stage, (module, place) in stages(name, pipe).items():
+        with planted_nan(module), pytest.raises(FloatingPointError) as caught:
+            pipe(PROMPT, **SIZES[name], output_type="pil")
+        assert f"Stage `{stage}` made values that are not finite" in str(caught.value)
+        assert place in str(caught.value) and "torch.float32" in str(caught.value)
+    with planted_nan(pipe.vae.encoder), pytest.raises(FloatingPointError, match="Stage `encode`"):
+        pipe(PROMPT, image=picture(), **SIZES[name])
+    assert len(pipe(PROMPT, **SIZES[name]).frames) == 1
+
+
+def test_a_composer_whose_decoder_makes_nan_draws_no_black_picture(pipe):
+    with planted_nan(pipe.composer.pipeline.vae.decoder), pytest.raises(FloatingPointError, match="Stage `compose`"):
+        pipe.compose(["a star"], 32, 32)
+
+
+def test_a_callback_s_nan_stops_at_its_step(family):
+    name, pipe = family
+    nan = {"latents": torch.full(pipe._latents_shape(1, SIZES[name]), float("nan"))}
+    call = SIZES[name] | {"num_inference_steps": 3}
+    with pytest.raises(FloatingPointError, match="Stage `denoise` .* step 2 of 3, computing in torch.float32"):
+        pipe(PROMPT, mode="direct", callback_on_step_end=lambda _, step, *__: dict(nan) if step == 1 else {}, **call)
+
+
+def test_a_scheduler_and_a_preset_with_nan_are_refused():
+    with pytest.raises(ValueError, match="`sigmas`"):
+        unipc_preset("bad", 3, float("nan"), 5.0, "this test")
+    with pytest.raises(ValueError, match="`guidance_scale=nan`"):
+        unipc_preset("bad", 3, 5.0, float("nan"), "this test")
+    with pytest.raises(ValueError, match="`guidance_interval.*finite"):
+        unipc_preset("bad", 3, 5.0, 5.0, "this test", guidance_interval=(0.0, float("nan")))
+    pipe = lora_pipeline(scheduler=FlowMatchEulerDiscreteScheduler(shift=float("nan")))
+    with pytest.raises(ValueError, match="`scheduler.sigmas` .* not finite"):
+        pipe(PROMPT, mode="direct", **CALL)
+    with pytest.raises(ValueError, match="`boundary_ratio=nan`"):
+        tiny_pipeline(boundary_ratio=float("nan"))
+
+
+def test_a_lora_with_nan_is_refused():
+    state_dict = copy.deepcopy(lora().state_dict)
+    key = next(iter(state_dict))
+    state_dict[key][0, 0] = float("inf")
+    with pytest.raises(ValueError, match=f"{key}.*not finite"):
+        tiny_pipeline(anchor_lora=AnchorLora(state_dict))
+    pipe = lora_pipeline()
+    with pytest.raises(ValueError, match=f"{key}.*not finite"):
+        pipe.load_lora_weights(state_dict, "other")
+    with pytest.raises(ValueError, match="`strength=nan`"):
+        pipe.load_lora_weights(lora().state_dict, "other", strength=float("nan"))
+    assert pipe.get_active_adapters() == ["anchor"]
+    pipe.set_adapters("anchor", float("nan"))
+    with pytest.raises(FloatingPointError, match="Stage `denoise` .* step 1 of 2"):
+        pipe(PROMPT, image=picture(), **CALL)
