@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLWan
 from test_placement import SIZE, present, run, two_experts, walk  # noqa: F401
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffusers_fvg import profiles
+from diffusers_fvg import decoding, profiles
 from diffusers_fvg.decoding import decode_chunks
 from diffusers_fvg.memory import decode_bytes
 from diffusers_fvg.models import MODELS
@@ -101,7 +101,9 @@ def test_room_of_a_forward_is_that_of_its_live_tensors(name):
 
 
 @pytest.mark.parametrize("channels", profiles.WAN_VAES)
-def test_room_of_a_decode_is_that_of_its_live_tensors(channels):
+def test_room_of_a_decode_is_that_of_its_live_tensors(channels, monkeypatch):
+    # Tensors without values cannot be asked whether they are finite.
+    monkeypatch.setattr(decoding, "stop_unless_finite", lambda *_: None)
     latents = (1, channels, 3, 6, 5)
     with FakeTensorMode(), torch.no_grad():
         vae = AutoencoderKLWan(**profiles.WAN_VAES[channels]).eval()
