@@ -370,6 +370,7 @@ def _composer(
 def _rewriter(name: str, light: bool, hub: dict[str, Any]) -> list[Part]:
     source = Source.of(name, hub)
     if rewriters.CONFIG_NAME in source.files:
+        rewriters.read_config(source.fetch([rewriters.CONFIG_NAME]) / rewriters.CONFIG_NAME)
         files = {file: f"rewriter/{file}" for file in source.files if not file.startswith(".")}
         return [Part("rewriter", source, files, False, _nothing, source.license())]
     model, texts = component_files(source.files), component_files(source.files, weights=False)

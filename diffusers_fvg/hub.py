@@ -346,7 +346,8 @@ def _component_class(library: str, class_name: str) -> type:
 def as_saved(pipe: DiffusionPipeline, bundle: bool) -> DiffusionPipeline:
     """A shallow copy of a pipeline as `save_pretrained` should write it.
 
-    What came by reference is a reference again, or with `bundle` has its weights written.
+    What came by reference is a reference again, or with `bundle` has its weights written. A rewriter that asks an endpoint
+    is left out, with a warning: who loads the repository names one.
 
     Raises:
         `ValueError`: a component that came by reference has LoRAs fused into its weights, which the reference would lose.
@@ -354,7 +355,10 @@ def as_saved(pipe: DiffusionPipeline, bundle: bool) -> DiffusionPipeline:
     saved = copy.copy(pipe)
     for name, component in pipe.components.items():
         reference = getattr(component, "hub_reference", None)
-        if reference is not None and not bundle:
+        if getattr(component, "endpoint", None) is not None:
+            logger.warning(f"`{name}` asks an endpoint and is not saved; pass it again as `{name}=` when you load.")
+            setattr(saved, name, None)
+        elif reference is not None and not bundle:
             if any(isinstance(module, BaseTunerLayer) and module.merged for module in _modules(component)):
                 raise ValueError(
                     f"`{name}` came from {reference['repository']} and has LoRAs fused into it, which a reference would "

@@ -19,13 +19,15 @@ from diffusers_fvg import (
     Anchor,
     AnchorComposer,
     AnchorLora,
+    ChatEndpoint,
     FactorizedVideoPipeline,
     FirstFrameRewriter,
     SchedulerPreset,
     SchedulerPresets,
+    assemble,
     load_lora,
 )
-from diffusers_fvg.rewriter import ChatEndpoint
+from diffusers_fvg.cli import main
 from diffusers_fvg.safety import check_folder, check_name
 
 
@@ -338,7 +340,7 @@ def test_the_key_stays_where_it_is(answer, monkeypatch, tmp_path, capfd, caplog)
         seen = []
         try:
             out = pipe("a red circle", height=32, width=32, num_frames=5, num_inference_steps=1)
-        except RuntimeError as error:
+        except OSError as error:
             while error is not None:
                 seen += [str(error), repr(error), repr(error.__notes__ if hasattr(error, "__notes__") else "")]
                 error = error.__cause__ or error.__context__
@@ -347,8 +349,12 @@ def test_the_key_stays_where_it_is(answer, monkeypatch, tmp_path, capfd, caplog)
             write_video(tmp_path / "video.mp4", out.frames[0], 8, {"first_frame_prompt": out.first_frame_prompts[0]})
     assert server.requests[0][1] == f"Bearer {KEY}"
 
+    warnings = []
+    monkeypatch.setattr("diffusers_fvg.hub.logger.warning", warnings.append)
     pipe.save_pretrained(tmp_path / "repository")
+    assert any("asks an endpoint and is not saved" in warning for warning in warnings)
     seen += [
+        *warnings,
         repr(pipe),
         repr(pipe.config),
         repr(pipe.rewriter),
@@ -358,7 +364,91 @@ def test_the_key_stays_where_it_is(answer, monkeypatch, tmp_path, capfd, caplog)
     seen += [str(repository_card(tmp_path / "repository")), caplog.text, *capfd.readouterr()]
     assert not any(KEY in text for text in seen)
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
-    assert len(files) > 10 and not any(KEY.encode() in file.read_bytes() for file in files)
+    hidden = [word.encode() for word in (KEY, "PLANTED_KEY", server.url)]
+    assert len(files) > 10 and not any(word in file.read_bytes() for word in hidden for file in files)
+    # The repository has no rewriter, and takes one.
+    assert json.loads((tmp_path / "repository" / "model_index.json").read_text())["rewriter"] == [None, None]
+    again = DiffusionPipeline.from_pretrained(tmp_path / "repository", rewriter=pipe.rewriter, composer=None)
+    assert again.rewriter is pipe.rewriter
+
+
+@pytest.fixture
+def thief(monkeypatch):
+    """A server whose author would like to have this machine's token."""
+    monkeypatch.setenv("HF_TOKEN", KEY)
+    with ChatServer(*[reply(CAPTION)] * 2) as server:
+        yield server
+
+
+def name_an_endpoint(repository, server):
+    shutil.rmtree(repository / "rewriter")
+    (repository / "rewriter").mkdir()
+    config = {"endpoint": server.url, "model": "chat", "api_key_env": "HF_TOKEN"}
+    (repository / "rewriter" / "rewriter_config.json").write_text(json.dumps(config))
+
+
+def test_a_repository_that_names_an_endpoint_is_refused(repository, thief):
+    name_an_endpoint(repository, thief)
+    message = (
+        r"rewriter_config.json' names an endpoint at '127.0.0.1'.*rewriter=FirstFrameRewriter.*--rewriter URL.*=None"
+    )
+    for load in (DiffusionPipeline, FactorizedVideoPipeline):
+        with pytest.raises(ValueError, match=message):
+            load.from_pretrained(repository)
+    with pytest.raises(ValueError, match=message):
+        FirstFrameRewriter.from_pretrained(repository / "rewriter")
+    assert thief.requests == []
+    # What it says opts in.
+    DiffusionPipeline.from_pretrained(repository, rewriter=None)
+    own = FirstFrameRewriter(endpoint=ChatEndpoint(thief.url, "chat", "HF_TOKEN"))
+    assert DiffusionPipeline.from_pretrained(repository, rewriter=own).rewrite("a red circle")
+    assert thief.requests[0][1] == f"Bearer {KEY}"
+
+
+def test_a_repository_on_the_hub_that_names_an_endpoint_is_refused(
+    hub, repository, thief, tmp_path, monkeypatch, capsys
+):
+    name_an_endpoint(repository, thief)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    api = HfApi(token=hub.token)
+    api.create_repo("org/fvg", private=True)
+    api.upload_folder(folder_path=repository, repo_id="org/fvg")
+    arguments = ["a red circle", "--model", "org/fvg", "--quiet", "--device", "cpu", "--dtype", "float32"]
+    size = [
+        "--height",
+        "32",
+        "--width",
+        "32",
+        "--num-frames",
+        "5",
+        "--steps",
+        "1",
+        "--output",
+        str(tmp_path / "a.mp4"),
+    ]
+    for command in (["generate", *arguments, *size], ["rewrite", *arguments]):
+        assert main(command) == 2
+        error = capsys.readouterr().err
+        assert "names an endpoint at '127.0.0.1'" in error and "--rewriter URL" in error
+    assert thief.requests == []
+    server = ["--rewriter", thief.url, "--rewriter-model", "chat"]
+    assert main(["generate", *arguments, *size, *server]) == 0
+    assert "A red circle on the left" in capsys.readouterr().out
+    # Asked without a key, since the command names none.
+    assert [key for _, key, _ in thief.requests] == [None]
+
+
+def test_assemble_refuses_a_rewriter_that_names_an_endpoint(hub, repository, thief, tmp_path, monkeypatch):
+    name_an_endpoint(repository, thief)
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    api = HfApi(token=hub.token)
+    api.create_repo("org/rewriter")
+    api.upload_folder(folder_path=repository / "rewriter", repo_id="org/rewriter")
+    for place in (str(repository / "rewriter"), "org/rewriter"):
+        with pytest.raises(ValueError, match="names an endpoint"):
+            assemble(tmp_path / "out", str(repository), rewriter=place, cache_dir=tmp_path / "cache")
+        assert not (tmp_path / "out").exists()
+    assert thief.requests == []
 
 
 # -- the anchor's check -----------------------------------------------------------------------------------------------
