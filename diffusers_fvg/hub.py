@@ -37,7 +37,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .loading import HUB_ARGUMENTS, call_argument, hub_arguments
-from .safety import PICKLES, check_name, safetensors_only
+from .safety import PICKLES, check_folder, check_name, safetensors_only
 
 
 logger = logging.get_logger(__name__)
@@ -199,9 +199,11 @@ def load_pipeline(source: str | Path, revision: str | None, place: str, **argume
             names = repository_files(source, revision, **hub)[1]
         variant = available_variant(names, arguments.pop("variant", None) or call_argument("variant"), place)
         with safetensors_only(source):
-            return DiffusionPipeline.from_pretrained(
-                source, revision=revision, variant=variant, use_safetensors=True, **hub, **arguments
-            )
+            arguments |= {"variant": variant, "use_safetensors": True, **hub}
+            if not isinstance(source, Path):
+                # By its name a folder of this machine would be taken in its place.
+                source = DiffusionPipeline.download(source, revision=revision, **arguments)
+            return DiffusionPipeline.from_pretrained(source, **arguments)
     except OSError as error:
         raise OSError(f"{place} names {_title(source, revision)}, which cannot be loaded: {error}") from error
 
@@ -315,6 +317,7 @@ class HubReference(torch.nn.Module, metaclass=ABCMeta):
             if quantization_config is not None:
                 arguments["quantization_config"] = quantization_config
             arguments["torch_dtype" if issubclass(component_class, ModelMixin) else "dtype"] = torch_dtype
+        check_folder(folder / values["subfolder"])
         component = component_class.from_pretrained(folder / values["subfolder"], **arguments)
         component.hub_reference = dict(values)
         return component

@@ -169,7 +169,8 @@ class FirstFrameRewriter(torch.nn.Module):
             model_path = tokenizer_path = fetch(
                 reference["model"], reference.get("revision"), partial(_chat_files, **source), "The rewriter", **hub
             )[0]
-        check_folder(model_path)
+        for place in (model_path,) if reference else (folder, model_path, tokenizer_path):
+            check_folder(place)
         try:
             with safetensors_only(model_path):
                 model = AutoModelForCausalLM.from_pretrained(
