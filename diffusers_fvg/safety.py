@@ -275,3 +275,11 @@ def _check_class(arguments: dict[str, Any]) -> None:
             f"model_index.json says that `{arguments['name']}` is {arguments['library_name']}'s {arguments['class_name']}, which is "
             "no model, scheduler, tokenizer or processor."
         )
+    files = Path(arguments["cached_folder"], arguments["name"]).glob("*.json")
+    # A processor asks at the terminal whether to run code of its parts; all others are told not to.
+    if issubclass(found, transformers.ProcessorMixin) and any(
+        "auto_map" in dict(_settings(_read_json(file))) for file in files
+    ):
+        raise ValueError(
+            f"`{arguments['name']}` has an `auto_map`, which names code; pass the processor itself to run it."
+        )

@@ -523,6 +523,19 @@ def test_a_file_called_none_is_no_pipeline(repository, trap):
     assert not sprung.exists()
 
 
+def test_a_processor_does_not_ask_whether_to_run_code(repository, monkeypatch):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda text="": asked.append(text) or "n")
+    edit_json(repository / "composer" / "model_index.json", vae=["transformers", "CLIPProcessor"])
+    shutil.copytree(repository / "rewriter" / "tokenizer", repository / "composer" / "vae", dirs_exist_ok=True)
+    file = repository / "composer" / "vae" / "tokenizer_config.json"
+    edit_json(file, auto_map={"AutoTokenizer": ["evil.P", "evil.P"]}, tokenizer_class="P")
+    (file.parent / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "CLIPImageProcessor"}))
+    with pytest.raises(ValueError, match="auto_map|custom code"):
+        AnchorComposer.from_pretrained(repository / "composer")
+    assert asked == []
+
+
 def test_custom_generate_does_not_run(repository, trap):
     sprung, code = trap
     folder = repository / "rewriter" / "model"
