@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -161,6 +162,36 @@ def test_an_adapter_in_a_components_folder_is_refused(repository):
     (repository / "text_encoder" / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}')
     with pytest.raises(ValueError, match="adapter_config.json.*load_lora_weights"):
         DiffusionPipeline.from_pretrained(repository)
+
+
+def test_a_lora_s_metadata_gives_alpha_alone(quiet_hub, tmp_path, monkeypatch):
+    # PEFT imports `megatron_core`, and reads and writes the files of other settings.
+    (tmp_path / "evil_module.py").write_text("raise SystemExit")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = {"r": 1, "lora_alpha": 3, "peft_type": "LORA", "base_model_name_or_path": "org/base"}
+    config |= {
+        "megatron_config": {"x": 1},
+        "megatron_core": "evil_module",
+        "auto_mapping": {"parent_library": "evil_module"},
+    }
+    config |= {"init_lora_weights": "corda", "corda_config": {"cache_file": str(tmp_path / "cache")}}
+    save_file(LORA, tmp_path / "diffusers.safetensors", {"lora_adapter_metadata": json.dumps(config)})
+    (tmp_path / "peft").mkdir()
+    # PEFT's own names, of the transformer alone.
+    tensors = {name.replace("transformer.", "base_model.model.", 1): tensor for name, tensor in LORA.items()}
+    save_file(tensors, tmp_path / "peft" / "adapter_model.safetensors")
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
+    for place in ("diffusers.safetensors", "peft"):
+        transformer = tiny_transformer(anchored=True)
+        load_lora(transformer, tmp_path / place, "a")
+        made = transformer.peft_config["a"]
+        assert (made.megatron_config, made.auto_mapping, made.corda_config, made.init_lora_weights) == (None,) * 3 + (
+            True,
+        )
+        # Alpha 3 at rank 1, multiplied into the pair.
+        layer = transformer.blocks[0].attn1.to_q
+        assert torch.allclose(layer.get_delta_weight("a"), torch.full((24, 24), 3.0))
+    assert not (tmp_path / "cache").exists()
 
 
 # -- paths ------------------------------------------------------------------------------------------------------------
@@ -776,3 +807,18 @@ def test_the_checker_is_not_part_of_the_repository(tmp_path):
     assert "safety_checker" not in json.loads((tmp_path / "model_index.json").read_text())
     assert FactorizedVideoPipeline.from_pretrained(tmp_path).safety_checker is None
     assert os.path.isfile(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+
+
+# -- what SECURITY.md says --------------------------------------------------------------------------------------------
+
+
+def test_security_md_names_tests_that_exist():
+    tests = Path(__file__).parent
+    lines = (tests.parent / "SECURITY.md").read_text().splitlines()
+    named = {name for line in lines for name in re.findall(r"`(test_\w+)`", line)}
+    there = {
+        name for file in tests.glob("test_*.py") for name in re.findall(r"^def (test_\w+)", file.read_text(), re.M)
+    }
+    assert len(named) > 30 and named <= there
+    rows = [line for line in lines if line.startswith("| ") and " Test |" not in line]
+    assert all(re.search(r"`test_\w+` \|$", row) for row in rows) and len(lines) < 80
