@@ -10,7 +10,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, DiffusionPipeline, WanPipeline
+from diffusers import AutoencoderKLWan, DiffusionPipeline, ModularPipeline, WanPipeline
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from test_rewriter import ChatServer, reply
@@ -467,6 +467,19 @@ def test_a_component_is_of_a_kind_that_is_data(quiet_hub, repository, library, n
     for load in (DiffusionPipeline, AnchorComposer):
         with pytest.raises(ValueError, match="which is no model, scheduler, tokenizer or processor"):
             load.from_pretrained(repository if load is DiffusionPipeline else repository / "composer")
+
+
+def test_a_modular_index_names_no_other_repository(quiet_hub, repository):
+    kind = ["diffusers", "AutoencoderKLWan"]
+    component = [*kind, {"pretrained_model_name_or_path": "org/other", "subfolder": "vae", "type_hint": kind}]
+    index = {"_class_name": "FactorizedVideoModularPipeline", "_blocks_class_name": "FactorizedVideoBlocks"}
+    (repository / "modular_model_index.json").write_text(json.dumps(index | {"vae": component}))
+    pipe = ModularPipeline.from_pretrained(str(repository))
+    pipe.load_components("vae")
+    assert pipe.vae.config._name_or_path == str(repository / "vae")
+    (repository / "modular_config.json").write_text(json.dumps({"auto_map": {"ModularPipelineBlocks": "evil.P"}}))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        ModularPipeline.from_pretrained(str(repository))
 
 
 def test_a_module_that_nobody_imported_is_not_imported(repository, tmp_path, monkeypatch):
