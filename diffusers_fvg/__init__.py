@@ -17,6 +17,7 @@ _MODULES = {
     "AnchorConditionedCogVideoXTransformer3D": "transformer_anchor_cogvideox",
     "AnchorConditionedTransformer3D": "transformer_anchor",
     "AnchorLora": "anchor_lora",
+    "ChatEndpoint": "rewriter",
     "FactorizedCogVideoXPipeline": "pipeline_factorized_cogvideox",
     "FactorizedDreamerPipeline": "pipeline_factorized_dreamer",
     "FactorizedDreamerUNet": "dreamer.unet",

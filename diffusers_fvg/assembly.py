@@ -87,9 +87,14 @@ class Source:
             return cls(folder.resolve().name, folder, None, files, hub)
         repository, _, revision = str(name).partition("@")
         try:
-            commit, files = repository_files(repository, revision or None, **hub)
+            return cls.on_hub(repository, revision or None, hub)
         except (OSError, ValueError) as error:
             raise OSError(f"{str(name)!r} is no folder, and on the Hub: {error}") from error
+
+    @classmethod
+    def on_hub(cls, repository: str, revision: str | None, hub: dict[str, Any]) -> Source:
+        """A repository on the Hub, whatever folders there are here."""
+        commit, files = repository_files(repository, revision, **hub)
         return cls(repository, None, commit, {path: file["size"] for path, file in files.items()}, hub)
 
     def fetch(self, names: Sequence[str]) -> Path:
@@ -314,11 +319,11 @@ def _base_part(
 ) -> tuple[list[str], Part]:
     subfolder, (library, class_name) = name, entry
     if class_name == HubReference.__name__:
-        reference = source.read_json(f"{name}/{REFERENCE_NAME}")
-        at = f"@{reference['revision']}" if reference.get("revision") else ""
-        source = Source.of(reference["repository"] + at, source.hub)
-        library, class_name, subfolder = reference["library"], reference["class"], reference.get("subfolder", "")
-        variant = variant or reference.get("variant")
+        values = source.read_json(f"{name}/{REFERENCE_NAME}")
+        reference = HubReference(class_name=values.pop("class"), **values).values
+        source = Source.on_hub(reference["repository"], reference["revision"], source.hub)
+        library, class_name, subfolder = reference["library"], reference["class"], reference["subfolder"]
+        variant = variant or reference["variant"]
     if class_name in FAMILIES:
         library, class_name = "diffusers", FAMILIES[class_name][0].__name__
     weights = name != "tokenizer"
@@ -370,6 +375,7 @@ def _composer(
 def _rewriter(name: str, light: bool, hub: dict[str, Any]) -> list[Part]:
     source = Source.of(name, hub)
     if rewriters.CONFIG_NAME in source.files:
+        rewriters.read_config(source.fetch([rewriters.CONFIG_NAME]) / rewriters.CONFIG_NAME)
         files = {file: f"rewriter/{file}" for file in source.files if not file.startswith(".")}
         return [Part("rewriter", source, files, False, _nothing, source.license())]
     model, texts = component_files(source.files), component_files(source.files, weights=False)

@@ -369,13 +369,11 @@ def _parts(folder: Path, license_inside: License | None) -> list[Part]:
 
 
 def _reference(folder: Path) -> dict[str, str]:
-    """What a component's folder names instead of having weights. An endpoint's address stays off cards."""
+    """What a component's folder names instead of having weights."""
     config: dict[str, Any] = {}
     for name in ("reference.json", "rewriter_config.json", "composer_config.json"):
         if (folder / name).is_file():
             config = read_json(folder / name)
-    if "endpoint" in config:
-        return {"origin": "an OpenAI-compatible endpoint"}
     repository = config.get("repository") or config.get("model")
     return {"repository": repository, "revision": config.get("revision", "")} if repository else {}
 

@@ -25,6 +25,16 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
+def _add_rewriter(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rewriter", metavar="URL", help="OpenAI-compatible server to ask in place of the model's rewriter"
+    )
+    parser.add_argument("--rewriter-model", metavar="NAME", help="the server's name of the chat model")
+    parser.add_argument(
+        "--rewriter-api-key-env", metavar="VAR", help="environment variable that holds the server's key"
+    )
+
+
 def _add_video(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("video.mp4"), help="mp4 to write (default: %(default)s)")
     parser.add_argument("--preset", help="sampling preset, such as anchored-15 or full-50")
@@ -46,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="a prompt becomes a video, through all three stages")
     generate.add_argument("prompt")
     _add_model(generate)
+    _add_rewriter(generate)
     _add_video(generate)
     generate.add_argument("--mode", choices=("factorized", "direct", "storyboard"), default="factorized")
     generate.add_argument("--num-moments", type=int, default=2, help="of a storyboard, at most (default: %(default)s)")
@@ -58,6 +69,7 @@ def parser() -> argparse.ArgumentParser:
     rewrite = commands.add_parser("rewrite", help="stage 1: prompt to first-frame prompt")
     rewrite.add_argument("prompt", nargs="+")
     _add_model(rewrite)
+    _add_rewriter(rewrite)
 
     compose = commands.add_parser("compose", help="stage 2: first-frame prompt to anchor image")
     compose.add_argument("first_frame_prompt")
@@ -142,25 +154,46 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _rewriter(arguments: argparse.Namespace):
+    """What `--rewriter` names, and `None` without it."""
+    if arguments.rewriter is None:
+        if arguments.rewriter_model is not None or arguments.rewriter_api_key_env is not None:
+            raise ValueError(
+                "--rewriter-model and --rewriter-api-key-env belong to a server: name it with --rewriter URL."
+            )
+        return None
+    if not arguments.rewriter.startswith(("http://", "https://")):
+        raise ValueError(f"--rewriter {arguments.rewriter} must be the http:// or https:// address of a server.")
+    if arguments.rewriter_model is None:
+        raise ValueError("--rewriter needs --rewriter-model NAME, the server's name of the chat model.")
+    from . import ChatEndpoint, FirstFrameRewriter
+
+    endpoint = ChatEndpoint(arguments.rewriter, arguments.rewriter_model, arguments.rewriter_api_key_env)
+    return FirstFrameRewriter(endpoint=endpoint)
+
+
 def _load(arguments: argparse.Namespace):
     import diffusers
     import torch
     import transformers
 
-    from . import FactorizedVideoPipeline, load_embedded
+    from . import FactorizedVideoPipeline
+    from .embedded import EMBEDDED_FOLDER
 
     # One bar, that of the stages: loading would draw one for every component.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     if arguments.model is not None and Path(arguments.model).exists() and not Path(arguments.model).is_dir():
         raise ValueError(f"--model {arguments.model} is a file; give a folder or a Hub repository.")
+    rewriter = _rewriter(arguments) if "rewriter" in arguments else None
+    # One that is passed keeps the repository's own from being loaded.
+    parts = {} if rewriter is None else {"rewriter": rewriter}
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     if arguments.model is None:
         # Its operations are too small to be split: more threads gain nothing, and on a busy machine they wait for each other.
         torch.set_num_threads(1)
-        pipe = load_embedded(dtype)
-    else:
-        pipe = FactorizedVideoPipeline.from_pretrained(arguments.model, dtype=dtype or torch.bfloat16)
+    place, default = (EMBEDDED_FOLDER, torch.float32) if arguments.model is None else (arguments.model, torch.bfloat16)
+    pipe = FactorizedVideoPipeline.from_pretrained(place, dtype=dtype or default, **parts)
     device = arguments.device
     if device is None and torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator().type

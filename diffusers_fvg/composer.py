@@ -432,6 +432,11 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not config.keys() <= known:
         unknown = sorted(config.keys() - known) if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{str(path)!r} must be an object with keys of {sorted(known)}, but has {unknown}.")
+    for name, value in (config.get("call_defaults") or {}).items():
+        # Some pipelines open pictures that they are given by name.
+        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        if any(os.path.isfile(text) or "://" in text for text in texts):
+            raise ValueError(f"{str(path)!r} sets `{name}` to {value!r}, a file of this machine or an address.")
     if "revision" in config and "repository" not in config:
         raise ValueError(f"{str(path)!r} has a `revision` but names no `repository`.")
     return config

@@ -37,7 +37,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .loading import HUB_ARGUMENTS, call_argument, hub_arguments
-from .safety import PICKLES, check_name, safetensors_only
+from .safety import PICKLES, check_folder, check_name, safetensors_only
 
 
 logger = logging.get_logger(__name__)
@@ -199,9 +199,11 @@ def load_pipeline(source: str | Path, revision: str | None, place: str, **argume
             names = repository_files(source, revision, **hub)[1]
         variant = available_variant(names, arguments.pop("variant", None) or call_argument("variant"), place)
         with safetensors_only(source):
-            return DiffusionPipeline.from_pretrained(
-                source, revision=revision, variant=variant, use_safetensors=True, **hub, **arguments
-            )
+            arguments |= {"variant": variant, "use_safetensors": True, **hub}
+            if not isinstance(source, Path):
+                # By its name a folder of this machine would be taken in its place.
+                source = DiffusionPipeline.download(source, revision=revision, **arguments)
+            return DiffusionPipeline.from_pretrained(source, **arguments)
     except OSError as error:
         raise OSError(f"{place} names {_title(source, revision)}, which cannot be loaded: {error}") from error
 
@@ -315,6 +317,7 @@ class HubReference(torch.nn.Module, metaclass=ABCMeta):
             if quantization_config is not None:
                 arguments["quantization_config"] = quantization_config
             arguments["torch_dtype" if issubclass(component_class, ModelMixin) else "dtype"] = torch_dtype
+        check_folder(folder / values["subfolder"])
         component = component_class.from_pretrained(folder / values["subfolder"], **arguments)
         component.hub_reference = dict(values)
         return component
@@ -346,7 +349,8 @@ def _component_class(library: str, class_name: str) -> type:
 def as_saved(pipe: DiffusionPipeline, bundle: bool) -> DiffusionPipeline:
     """A shallow copy of a pipeline as `save_pretrained` should write it.
 
-    What came by reference is a reference again, or with `bundle` has its weights written.
+    What came by reference is a reference again, or with `bundle` has its weights written. A rewriter that asks an endpoint
+    is left out, with a warning: who loads the repository names one.
 
     Raises:
         `ValueError`: a component that came by reference has LoRAs fused into its weights, which the reference would lose.
@@ -354,7 +358,10 @@ def as_saved(pipe: DiffusionPipeline, bundle: bool) -> DiffusionPipeline:
     saved = copy.copy(pipe)
     for name, component in pipe.components.items():
         reference = getattr(component, "hub_reference", None)
-        if reference is not None and not bundle:
+        if getattr(component, "endpoint", None) is not None:
+            logger.warning(f"`{name}` asks an endpoint and is not saved; pass it again as `{name}=` when you load.")
+            setattr(saved, name, None)
+        elif reference is not None and not bundle:
             if any(isinstance(module, BaseTunerLayer) and module.merged for module in _modules(component)):
                 raise ValueError(
                     f"`{name}` came from {reference['repository']} and has LoRAs fused into it, which a reference would "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import ipaddress
 import json
 import os
 import urllib.error
@@ -57,8 +59,9 @@ class FirstFrameRewriter(torch.nn.Module):
     later, is asked for once more with the reason; after that the prompt itself stands in, with a warning. Greedy decoding:
     equal prompts give equal captions, alone or in a batch.
 
-    It is either a transformers causal language model (`model` and `tokenizer`) or an `endpoint`. As a component of a
-    pipeline it gets the pipeline's dtype, moves with it and can be offloaded: a model runs within `forward` only.
+    It is either a transformers causal language model (`model` and `tokenizer`) or an `endpoint`, which is named by the
+    caller alone: no file names one, and none is saved. As a component of a pipeline it gets the pipeline's dtype, moves with
+    it and can be offloaded: a model runs within `forward` only.
 
     Args:
         model (`PreTrainedModel`, *optional*): a causal language model.
@@ -135,9 +138,8 @@ class FirstFrameRewriter(torch.nn.Module):
         """Loads a rewriter from its folder, or makes one of a chat model's repository on the Hub.
 
         Args:
-            path (`str` or `os.PathLike`): a folder with a `rewriter_config.json`, which either names a Hub repository or
-                an endpoint, or else has the weights beside it in `model/` and `tokenizer/`; or a Hub repository of a
-                transformers chat model.
+            path (`str` or `os.PathLike`): a folder with a `rewriter_config.json`, which either names a Hub repository, or
+                has the weights beside it in `model/` and `tokenizer/`; or a Hub repository of a transformers chat model.
             torch_dtype, dtype (`torch.dtype`, *optional*): of the weights; both names mean the same, since diffusers passes
                 the first. Left out: as stored.
             revision, gguf_file (`str`, *optional*): of the Hub repository that `path` is; a folder names its own.
@@ -147,8 +149,8 @@ class FirstFrameRewriter(torch.nn.Module):
                 does; pass it the rewriter.
 
         Raises:
-            `ValueError`: a folder without a valid `rewriter_config.json`, weights that are a pickle, or a model with code of
-                its own that is not trusted.
+            `ValueError`: a folder without a valid `rewriter_config.json`, or with one that names an endpoint; weights that
+                are a pickle, or a model with code of its own that is not trusted.
             `OSError`: the model is not where it should be.
         """
         if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
@@ -159,12 +161,9 @@ class FirstFrameRewriter(torch.nn.Module):
                 raise ValueError(
                     f"`revision` and `gguf_file` are for a Hub repository, and {str(path)!r} is a folder."
                 )
-            config = _read_config(folder / CONFIG_NAME)
+            config = read_config(folder / CONFIG_NAME)
         else:
             config = {"model": str(path), "revision": revision, "gguf_file": gguf_file}
-        if "endpoint" in config:
-            url, model, key = config.pop("endpoint"), config.pop("model", ""), config.pop("api_key_env", None)
-            return cls(endpoint=ChatEndpoint(url, model, key), **config)
         reference = {key: config.pop(key, None) for key in ("model", "revision", "gguf_file")}
         reference = {key: value for key, value in reference.items() if value is not None}
         source = {"gguf_file": reference["gguf_file"]} if "gguf_file" in reference else {}
@@ -174,7 +173,8 @@ class FirstFrameRewriter(torch.nn.Module):
             model_path = tokenizer_path = fetch(
                 reference["model"], reference.get("revision"), partial(_chat_files, **source), "The rewriter", **hub
             )[0]
-        check_folder(model_path)
+        for place in (model_path,) if reference else (folder, model_path, tokenizer_path):
+            check_folder(place)
         try:
             with safetensors_only(model_path):
                 model = AutoModelForCausalLM.from_pretrained(
@@ -204,15 +204,17 @@ class FirstFrameRewriter(torch.nn.Module):
         Args:
             path (`str` or `os.PathLike`): the folder, made if it is not there.
             safe_serialization (`bool`, *optional*): as in diffusers; weights are safetensors files in any case.
+
+        Raises:
+            `ValueError`: the rewriter has an endpoint, which no file may name.
         """
+        if self.endpoint is not None:
+            raise ValueError("A rewriter with an endpoint is not saved: make it anew and pass it where it is needed.")
         if not safe_serialization:
             logger.warning("The rewriter is saved as safetensors: transformers writes no other format.")
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         config = dict(self.reference or {})
-        if self.endpoint is not None:
-            config |= {"endpoint": self.endpoint.url, "model": self.endpoint.model}
-            config |= {} if self.endpoint.api_key_env is None else {"api_key_env": self.endpoint.api_key_env}
         if self.instruction is not None:
             config["instruction"] = self.instruction if isinstance(self.instruction, str) else dict(self.instruction)
         examples = self.examples if isinstance(self.examples, bool) else [list(pair) for pair in self.examples]
@@ -484,6 +486,10 @@ class ChatEndpoint:
         url (`str`): base address, to which `/chat/completions` is added, as in `"http://127.0.0.1:8000/v1"`.
         model (`str`): the server's name of the model.
         api_key_env (`str`, *optional*): environment variable that holds the key. It is read at each call and kept nowhere.
+            With one the address must be https, or this machine.
+
+    Raises:
+        `ValueError`: an address that is not http(s), or holds a secret; no model; or a key that would go over plain http.
     """
 
     url: str
@@ -495,20 +501,25 @@ class ChatEndpoint:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"The endpoint {self.url!r} must be an address that begins with http:// or https://.")
         if parts.username is not None or parts.query:
-            # The address is saved, so it must hold no secret; nor does this message.
+            # Messages show the address, so it must hold no secret; nor does this one.
             raise ValueError(
                 f"The endpoint at {parts.hostname!r} must have no user, password or query in its address; name the "
                 "environment variable that holds the key in `api_key_env`."
             )
         if not self.model:
             raise ValueError(f"The endpoint {self.url!r} needs the name of a `model`.")
+        if self.api_key_env is not None and parts.scheme == "http" and not _is_this_machine(parts.hostname):
+            raise ValueError(
+                f"The endpoint {self.url!r} would get the key of {self.api_key_env} over plain http; use https://, or a server "
+                "on this machine (localhost, 127.0.0.1, [::1])."
+            )
 
     def answer(self, messages: list[dict[str, str]], max_new_tokens: int, seed: int | None = None) -> str:
         """Asks the server; without a `seed` at temperature 0.
 
         Raises:
             `ValueError`: the environment variable of the key is not set.
-            `RuntimeError`: the server cannot be reached, refuses, or answers something else than a chat completion.
+            `OSError`: the server cannot be reached, refuses, or answers something else than a chat completion.
         """
         body = {"model": self.model, "messages": messages, "max_tokens": max_new_tokens, "seed": seed or 0}
         body |= {"temperature": 0} if seed is None else {"temperature": RETRY_TEMPERATURE, "top_p": RETRY_TOP_P}
@@ -525,13 +536,17 @@ class ChatEndpoint:
         request = urllib.request.Request(
             f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers, method="POST"
         )
-        opener = urllib.request.build_opener(_NoRedirect)
+        handlers: list = [_NoRedirect]
+        if _is_this_machine(urllib.parse.urlsplit(self.url).hostname):
+            # `http_proxy` would see the key, and is elsewhere than this machine.
+            handlers.append(urllib.request.ProxyHandler({}))
+        opener = urllib.request.build_opener(*handlers)
         try:
             with opener.open(request, timeout=ENDPOINT_TIMEOUT_SECONDS) as response:
                 content = json.load(response)["choices"][0]["message"]["content"]
         except urllib.error.HTTPError as error:
             problem = f"status {error.code}: {error.read(MAX_ERROR_BYTES).decode(errors='replace')}"
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
             problem = f"{type(error).__name__}: {error}"
         else:
             if isinstance(content, str):
@@ -539,7 +554,14 @@ class ChatEndpoint:
             problem = "the message has no text"
         # Some servers repeat the key that they refuse. Raised outside of `except`: the cause would show it too.
         problem = problem if key is None else problem.replace(key, "***")
-        raise RuntimeError(f"The rewriter's endpoint {self.url} failed ({problem[:500]}).")
+        raise OSError(f"The rewriter's endpoint {self.url} failed ({problem[:500]}).")
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class _Stop(StoppingCriteria):
@@ -593,23 +615,33 @@ def _chat_files(names: list[str], gguf_file: str | None = None) -> list[str]:
     return sorted({*weights, *component_files(names, weights=False)})
 
 
-def _read_config(path: Path) -> dict:
-    """Reads a `rewriter_config.json` and refuses what this version does not know."""
+def read_config(path: Path) -> dict:
+    """Reads a `rewriter_config.json` and refuses what this version does not know, and an endpoint."""
     if not path.is_file():
         raise ValueError(f"{str(path.parent)!r} is no rewriter: it has no {CONFIG_NAME}.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{str(path)!r} is no valid JSON ({error}).") from error
-    known = {"model", "revision", "gguf_file", "endpoint", "api_key_env"}
-    known |= {"instruction", "examples", "answer_format", "max_new_tokens"}
+    if isinstance(config, dict) and config.keys() & {"endpoint", "api_key_env"}:
+        # The file's author would get every prompt, and the value of any variable of this machine.
+        raise ValueError(
+            f"{str(path)!r} names an endpoint at {_host(config.get('endpoint'))!r}, to which prompts would be sent. Only you can "
+            "name one: pass `rewriter=FirstFrameRewriter(endpoint=ChatEndpoint(url, model, api_key_env=...))`, or to `fvg` "
+            "`--rewriter URL`. `rewriter=None` loads without a rewriter."
+        )
+    known = {"model", "revision", "gguf_file", "instruction", "examples", "answer_format", "max_new_tokens"}
     if not isinstance(config, dict) or not config.keys() <= known:
         unknown = sorted(config.keys() - known) if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{str(path)!r} must be an object with keys of {sorted(known)}, but has {unknown}.")
-    if "endpoint" in config and config.keys() & {"revision", "gguf_file"}:
-        raise ValueError(f"{str(path)!r} names an endpoint, which has no `revision` and no `gguf_file`.")
-    if "endpoint" not in config and "api_key_env" in config:
-        raise ValueError(f"{str(path)!r} has an `api_key_env` but no `endpoint`.")
     if "model" not in config and config.keys() & {"revision", "gguf_file"}:
         raise ValueError(f"{str(path)!r} has a `revision` or `gguf_file` but names no `model`.")
     return config
+
+
+def _host(url: Any) -> str:
+    """The host alone: the rest of an address may hold a secret."""
+    try:
+        return urllib.parse.urlsplit(url).hostname or ""
+    except (AttributeError, TypeError, ValueError):
+        return ""

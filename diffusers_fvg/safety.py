@@ -1,14 +1,17 @@
-"""What a repository may not do: bring its weights as a pickle, or name files outside of itself.
+"""What a repository may not do: bring its weights as a pickle, or name files and repositories outside of itself.
 
 diffusers and transformers look for a pickle when a folder has no safetensors weights, unless `use_safetensors=True` is
-passed, and follow any file name in an index of shards. [`guard_loading`] closes both for pipelines of this package, on
-whatever class `from_pretrained` is called, and leaves all other pipelines alone.
+passed, follow any file name in an index of shards, and fetch what some settings name. [`guard_loading`] closes this for
+pipelines of this package, on whatever class `from_pretrained` is called, and leaves all other pipelines alone. `SECURITY.md`
+lists the settings and what holds them.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,6 +22,12 @@ from huggingface_hub import get_cached_repo_tree
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Settings of transformers whose value may be a repository with code to run.
+_KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+# Settings of transformers that are names of files beside the configuration.
+_FILES = ("transformers_weights", "configuration_files", "fast_tokenizer_files", "extra_files")
+# Settings of a model for which some class of transformers or diffusers fetches another model or a tokenizer.
+_REPOSITORIES = ("backbone", "tokenizer")
 
 _guarded: ContextVar[bool] = ContextVar("guarded", default=False)
 
@@ -56,8 +65,8 @@ def check_folder(folder: str | Path) -> None:
 
     Raises:
         `ValueError`: a link that leaves the repository (that of the Hub's cache may point at the cache's own files), an
-            index of shards that names anything but safetensors files beside it, or an adapter of PEFT, which transformers
-            would load from wherever it says.
+            index of shards that names anything but safetensors files beside it, an adapter of PEFT, which transformers
+            would load from wherever it says, or a setting that names a file or a repository elsewhere.
     """
     root = _repository(Path(folder))
     for path in Path(folder).rglob("*"):
@@ -66,11 +75,74 @@ def check_folder(folder: str | Path) -> None:
                 f"{path} is a link to {path.resolve()}, outside of its repository: put the files in its place, or pass "
                 "the component itself to `from_pretrained`."
             )
-        if path.name == "adapter_config.json":
+        if path.name.lower() == "adapter_config.json":
             raise ValueError(f"{path} makes the model a PEFT adapter; load that with `load_lora_weights`.")
         if ".safetensors.index." in path.name:
             for shard in set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()):
                 refuse_pickles([check_name(shard, f"A shard in {path}")])
+        if path.is_file() and re.fullmatch(r".*config.*\.json|special_tokens_map\.json", path.name, re.IGNORECASE):
+            for name, value in _settings(_read_json(path)):
+                _check_setting(path, name, value)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None  # The component's own loader says so.
+
+
+def _texts(value: Any) -> list[str]:
+    """The strings in a value, at any depth."""
+    if isinstance(value, (list, dict)):
+        return [text for item in (value.values() if isinstance(value, dict) else value) for text in _texts(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def _settings(values: Any) -> Iterator[tuple[str, Any]]:
+    """Names and values in a configuration, at any depth."""
+    if isinstance(values, list):
+        for value in values:
+            yield from _settings(value)
+    elif isinstance(values, dict):
+        for name, value in values.items():
+            yield name, value
+            # It names what a model was quantized with, and is not followed.
+            if name != "quantization_config":
+                yield from _settings(value)
+
+
+def _check_setting(path: Path, name: str, value: Any) -> None:
+    """Refuses a setting for which transformers or diffusers would open a file, or fetch a repository, that it names."""
+    texts, problem = _texts(value), None
+    if name in _KERNELS:
+        from transformers.utils import import_utils
+
+        # Where `kernels` is installed, transformers takes flash attention from the Hub as well.
+        fetched = ("/", "flash") if import_utils.is_kernels_available() else ("/",)
+        if any(word in text for text in texts for word in fetched):
+            problem = "would run code from another repository"
+    elif name in _FILES:
+        refuse_pickles([check_name(text, f"A file of `{name}` in {path}") for text in texts])
+    elif path.name.lower() == "config.json" and isinstance(value, str):
+        # `architecture` is timm's name of a network, or "hf-hub:org/name".
+        if name in _REPOSITORIES or name == "architecture" and re.search("[:/]", value):
+            problem = "would be fetched from elsewhere"
+    elif path.name.lower() in ("tokenizer_config.json", "special_tokens_map.json"):
+        if name in ("gguf_file", "init_inputs") and value:
+            problem = "would have the tokenizer open another file"
+        # What older programs wrote is often a path on their own machine, and does nothing on this one.
+        elif name.endswith(("_file", "_path", "_dir")) and any(_is_elsewhere(text, path.parent) for text in texts):
+            problem = "is a file of this machine"
+    if problem is not None:
+        raise ValueError(
+            f"`{name}` in {path} is {value!r}, which {problem}: take it out, or pass the component itself to "
+            "`from_pretrained`."
+        )
+
+
+def _is_elsewhere(name: str, folder: Path) -> bool:
+    return os.path.exists(name) and not Path(os.path.abspath(name)).is_relative_to(folder.absolute())
 
 
 def _repository(folder: Path) -> Path:
@@ -135,12 +207,35 @@ def guard_loading() -> None:
     """
     from diffusers.pipelines import pipeline_utils
 
-    load = pipeline_utils.load_sub_model
+    load, find_class = pipeline_utils.load_sub_model, pipeline_utils._get_pipeline_class
+    connect = pipeline_utils._update_init_kwargs_with_connected_pipeline
+
+    def is_guarded(pipeline_class: type | None = None) -> bool:
+        return _guarded.get() or getattr(pipeline_class, "safetensors_only", False)
+
+    @functools.wraps(find_class)
+    def _get_pipeline_class(class_obj, *args, class_name=None, trust_remote_code=False, **kwargs):
+        # A class in code: the repository's own, or one of diffusers' community pipelines, which it would fetch and run (0.42.1).
+        if class_name is not None and not trust_remote_code and is_guarded(class_obj):
+            raise ValueError(
+                f"model_index.json names the pipeline class {class_name!r}, which is code; pass `trust_remote_code=True` to run it."
+            )
+        return find_class(class_obj, *args, class_name=class_name, trust_remote_code=trust_remote_code, **kwargs)
+
+    @functools.wraps(connect)
+    def _update_init_kwargs_with_connected_pipeline(*args, folder, **kwargs):
+        if is_guarded():
+            raise ValueError(
+                f"{folder} is a pipeline whose README.md names others to fetch; save it with all its parts."
+            )
+        return connect(*args, folder=folder, **kwargs)
 
     @functools.wraps(load)
     def load_sub_model(**arguments: Any):
-        if not (_guarded.get() or getattr(arguments["pipeline_class"], "safetensors_only", False)):
+        if not is_guarded(arguments["pipeline_class"]):
             return load(**arguments)
+        if not arguments.get("trust_remote_code"):
+            _check_class(arguments)
         if arguments["use_safetensors"] is False:
             raise ValueError(
                 "`use_safetensors=False` asks for pickles, which can run code; weights are read from safetensors only."
@@ -153,3 +248,38 @@ def guard_loading() -> None:
             return load(**arguments | {"use_safetensors": True})
 
     pipeline_utils.load_sub_model = load_sub_model
+    pipeline_utils._get_pipeline_class = _get_pipeline_class
+    pipeline_utils._update_init_kwargs_with_connected_pipeline = _update_init_kwargs_with_connected_pipeline
+
+
+def _check_class(arguments: dict[str, Any]) -> None:
+    """Checks that a component is of a kind that diffusers saves: its loader takes any class with a `from_pretrained`.
+
+    Raises:
+        `ValueError`: another class, or one whose files are not safetensors and JSON.
+    """
+    import diffusers
+    import transformers
+    from diffusers.pipelines.pipeline_loading_utils import get_class_obj_and_candidates
+
+    names = ("library_name", "class_name", "importable_classes", "pipelines", "is_pipeline_module")
+    found, _ = get_class_obj_and_candidates(
+        **{name: arguments[name] for name in names},
+        component_name=arguments["name"],
+        cache_dir=arguments["cached_folder"],
+    )
+    kinds = [name for name in arguments["importable_classes"] if name not in ("OnnxRuntimeModel", "ORTModule")]
+    kinds = [getattr(diffusers, name, None) or getattr(transformers, name, None) for name in kinds]
+    if not isinstance(found, type) or not issubclass(found, tuple(kind for kind in kinds if kind is not None)):
+        raise ValueError(
+            f"model_index.json says that `{arguments['name']}` is {arguments['library_name']}'s {arguments['class_name']}, which is "
+            "no model, scheduler, tokenizer or processor."
+        )
+    files = Path(arguments["cached_folder"], arguments["name"]).glob("*.json")
+    # A processor asks at the terminal whether to run code of its parts; all others are told not to.
+    if issubclass(found, transformers.ProcessorMixin) and any(
+        "auto_map" in dict(_settings(_read_json(file))) for file in files
+    ):
+        raise ValueError(
+            f"`{arguments['name']}` has an `auto_map`, which names code; pass the processor itself to run it."
+        )

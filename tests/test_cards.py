@@ -182,7 +182,7 @@ def light(folder: Path) -> Path:
     for path in folder.rglob("*.safetensors"):
         if "anchor_lora" not in path.parts:
             path.unlink()
-    rewriter = {"endpoint": "https://user:secret@host/v1", "model": "chat", "api_key_env": "MY_KEY", "examples": False}
+    rewriter = {"model": "org/chat", "revision": "c" * 40, "examples": False}
     (folder / "rewriter" / "rewriter_config.json").write_text(json.dumps(rewriter))
     composer = {"repository": "org/painter", "revision": "b" * 40, "call_defaults": {}, "batch_size": 1}
     (folder / "composer" / "composer_config.json").write_text(json.dumps(composer))
@@ -228,13 +228,14 @@ def test_light_repository(bundled):
         assert rows[name][3:] == ["", "apache-2.0"]
     assert "Fetched at the first loading: 7.5 MB." in section(card, "Hardware and memory")
     assert "b" * 40 in rows["composer"][2] and rows["composer"][4] == "mit"
-    assert rows["rewriter"][2:] == ["an OpenAI-compatible endpoint", "", "not stated"]
-    assert data["base_model"] == ["org/painter", BASE] and "license" not in data
+    assert "c" * 40 in rows["rewriter"][2] and rows["rewriter"][3:] == ["", "not stated"]
+    assert data["base_model"] == ["org/painter", "org/chat", BASE] and "license" not in data
 
 
 def test_an_endpoint_s_address_and_key_stay_off_the_card(bundled):
-    card = str(repository_card(light(bundled)))
-    assert not re.search("secret|MY_KEY|host/v1", card)
+    rewriter = {"endpoint": "https://user:secret@host/v1", "model": "chat", "api_key_env": "MY_KEY"}
+    (light(bundled) / "rewriter" / "rewriter_config.json").write_text(json.dumps(rewriter))
+    assert not re.search("secret|MY_KEY|host/v1", str(repository_card(bundled)))
 
 
 def test_machine_s_paths_stay_off_the_card(bundled):

@@ -74,6 +74,14 @@ def test_a_seed_repeats_the_video_and_stages_chain(tmp_path, capsys):
         (["generate", "a", "--output", "video.avi"], "must end in .mp4"),
         (["generate", "a", "--image", "missing.png"], "missing.png cannot be read"),
         (["generate", "a", "--model", __file__], "is a file"),
+        (["generate", "a", "--rewriter", "org/chat"], "must be the http:// or https:// address"),
+        (["rewrite", "a", "--rewriter", "http://localhost/v1"], "needs --rewriter-model"),
+        (["rewrite", "a", "--rewriter-api-key-env", "KEY"], "name it with --rewriter URL"),
+        (
+            ["rewrite", "a", "--rewriter", "http://host/v1", "--rewriter-model", "m", "--rewriter-api-key-env", "KEY"],
+            "plain http",
+        ),
+        (["rewrite", "a", "--rewriter", "http://127.0.0.1:9/v1", "--rewriter-model", "m"], "endpoint .* failed"),
         (["shapes", "report", "new", "--window", "near=there"], "number of latent frames"),
         (["shapes", "report", "new", "--window", "1=there"], "No pytorch_lora_weights.safetensors in there"),
         (["shapes", "report", "new", "--ablation", "name"], "give NAME=DIR"),
@@ -105,5 +113,6 @@ def test_flags_mirror_argument_names():
 
     names = set(inspect.signature(FactorizedVideoPipeline.__call__).parameters)
     own = {"command", "model", "dtype", "device", "seed", "quiet", "output", "strip", "save_stages"}
+    own |= {"rewriter", "rewriter_model", "rewriter_api_key_env"}
     flags = set(vars(parser().parse_args(["generate", "a prompt"])))
     assert flags - own <= names

@@ -1,6 +1,10 @@
+import email
 import importlib.util
+import io
 import json
 import threading
+import urllib.request
+import urllib.response
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -454,10 +458,9 @@ def test_folder_that_names_a_hub_repository(school, hub, tmp_path):
         ("[]", "list"),
         ('{"modell": "org/name"}', "modell"),
         ('{"revision": "abc"}', "names no `model`"),
-        ('{"api_key_env": "KEY"}', "no `endpoint`"),
-        ('{"endpoint": "http://localhost/v1", "model": "m", "gguf_file": "x"}', "no `gguf_file`"),
-        ('{"endpoint": "file:///etc/passwd", "model": "m"}', "http:// or https://"),
-        ('{"endpoint": "http://localhost/v1"}', "needs the name of a `model`"),
+        ('{"api_key_env": "KEY"}', "Only you can name one"),
+        ('{"endpoint": "file:///etc/passwd", "model": "m"}', "Only you can name one"),
+        ('{"endpoint": ["http://[", 1]}', "Only you can name one"),
     ],
 )
 def test_from_pretrained_refuses_a_broken_folder(tmp_path, config, message):
@@ -485,7 +488,7 @@ class ChatServer:
                 server.requests.append((self.path, self.headers.get("Authorization"), json.loads(body)))
                 status, reply = server.replies.pop(0)
                 self.send_response(status)
-                if status == 302:
+                if 300 <= status < 400:
                     self.send_header("Location", reply)
                 self.end_headers()
                 self.wfile.write((reply if isinstance(reply, str) else json.dumps(reply)).encode())
@@ -502,7 +505,7 @@ class ChatServer:
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
 
     def __enter__(self):
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
         return self
 
     def __exit__(self, *error):
@@ -550,24 +553,75 @@ def test_endpoint_without_a_key_sends_none():
 )
 def test_endpoint_errors_never_show_the_key(answer, message, monkeypatch):
     monkeypatch.setenv("CHAT_KEY", KEY)
-    with ChatServer(answer) as server, pytest.raises(RuntimeError, match=message) as caught:
+    with ChatServer(answer) as server, pytest.raises(OSError, match=message) as caught:
         FirstFrameRewriter(endpoint=ChatEndpoint(server.url, "m", "CHAT_KEY")).rewrite([BALL])
     assert server.url in str(caught.value)
     assert KEY not in str(caught.getrepr(style="long", showlocals=False))
 
 
-def test_endpoint_keeps_the_key_from_redirects(monkeypatch):
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_endpoint_keeps_the_key_from_redirects(host, status, monkeypatch):
     monkeypatch.setenv("CHAT_KEY", KEY)
-    with ChatServer() as other, ChatServer((302, f"{other.url}/stolen")) as server:
-        with pytest.raises(RuntimeError, match="status 302"):
+    with ChatServer() as other:
+        target = other.url.replace("127.0.0.1", host) + "/stolen"
+        with ChatServer((status, target)) as server, pytest.raises(OSError, match=f"status {status}"):
             FirstFrameRewriter(endpoint=ChatEndpoint(server.url, "m", "CHAT_KEY")).rewrite([BALL])
         assert other.requests == []
+
+
+def test_endpoint_keeps_the_key_from_a_redirect_from_https_to_http(monkeypatch):
+    # The answer of an https server, without its certificate: all of urllib but the connection.
+    monkeypatch.setenv("CHAT_KEY", KEY)
+    sent = []
+
+    def https_open(handler, request):
+        sent.append((request.full_url, request.get_header("Authorization")))
+        headers = email.message_from_string(f"Location: {other.url}/stolen\n\n")
+        response = urllib.response.addinfourl(io.BytesIO(), headers, request.full_url, 302)
+        response.msg = "Found"
+        return response
+
+    monkeypatch.setattr(urllib.request.HTTPSHandler, "https_open", https_open)
+    with ChatServer() as other, pytest.raises(OSError, match="status 302"):
+        FirstFrameRewriter(endpoint=ChatEndpoint("https://example.org/v1", "m", "CHAT_KEY")).rewrite([BALL])
+    assert sent == [("https://example.org/v1/chat/completions", f"Bearer {KEY}")]
+    assert other.requests == []
+
+
+def test_endpoint_on_this_machine_is_asked_without_a_proxy(monkeypatch):
+    monkeypatch.setenv("CHAT_KEY", KEY)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with ChatServer() as proxy, ChatServer(*[reply(format_answer(BALL_CAPTION))] * 2) as server:
+        for name in ("http_proxy", "all_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, proxy.url.removesuffix("/v1"))
+        for host in ("127.0.0.1", "localhost"):
+            endpoint = ChatEndpoint(server.url.replace("127.0.0.1", host), "m", "CHAT_KEY")
+            assert FirstFrameRewriter(endpoint=endpoint).rewrite([BALL]) == [BALL_CAPTION]
+        assert proxy.requests == [] and len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://example.org/v1", "http://127.0.0.1.example.org", "http://10.0.0.1/v1", "http://127.1", "http://[::2]/v1"],
+)
+def test_endpoint_with_a_key_is_https_or_this_machine(url):
+    with pytest.raises(ValueError, match="plain http; use https://"):
+        ChatEndpoint(url, "m", "CHAT_KEY")
+    ChatEndpoint(url, "m")
+    ChatEndpoint(url.replace("http:", "https:"), "m", "CHAT_KEY")
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8000", "127.0.0.1:1", "127.3.2.1", "[::1]:8000"])
+def test_endpoint_with_a_key_may_be_on_this_machine(host):
+    ChatEndpoint(f"http://{host}/v1", "m", "CHAT_KEY")
 
 
 def test_endpoint_that_is_not_there():
     with ChatServer() as server:
         pass
-    with pytest.raises(RuntimeError, match="refused"):
+    with pytest.raises(OSError, match="refused"):
         FirstFrameRewriter(endpoint=ChatEndpoint(server.url, "m")).rewrite([BALL])
 
 
@@ -590,20 +644,16 @@ def test_endpoint_address_must_hold_no_secret():
         ChatEndpoint(f"https://example.org/v1?key={KEY}", "m")
 
 
-def test_endpoint_folder_round_trips_as_a_component(tmp_path, monkeypatch):
-    monkeypatch.setenv("CHAT_KEY", KEY)
-    endpoint = ChatEndpoint("http://127.0.0.1:9/v1", "m", "CHAT_KEY")
-    FirstFrameRewriter(endpoint=endpoint, instruction="Short.").save_pretrained(tmp_path)
-    assert KEY not in (tmp_path / "rewriter_config.json").read_text()
-    rewriter = FirstFrameRewriter.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    assert rewriter.endpoint == endpoint
-    assert rewriter.instruction == "Short."
-    # Offloading asks each component for its first parameter.
-    accelerate.cpu_offload_with_hook(rewriter, torch.device("cpu"))
+def test_endpoint_is_a_component_that_is_not_saved(tmp_path):
     with ChatServer(reply(format_answer(BALL_CAPTION))) as server:
-        rewriter.endpoint = ChatEndpoint(server.url, "m", "CHAT_KEY")
+        rewriter = FirstFrameRewriter(endpoint=ChatEndpoint(server.url, "m"))
+        # Offloading asks each component for its first parameter.
+        accelerate.cpu_offload_with_hook(rewriter, torch.device("cpu"))
         assert rewriter.rewrite([BALL]) == [BALL_CAPTION]
     assert rewriter.to(torch.float64).dtype == torch.float64
+    with pytest.raises(ValueError, match="is not saved"):
+        rewriter.save_pretrained(tmp_path / "rewriter")
+    assert not (tmp_path / "rewriter").exists()
 
 
 # -- a real instruct model ------------------------------------------------------------------------------------------------

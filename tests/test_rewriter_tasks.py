@@ -2,6 +2,7 @@ import json
 
 import pytest
 from test_rewriter import ChatServer, reply
+from tiny import tiny_rewriter
 
 from diffusers_fvg.rewriter import ChatEndpoint, FirstFrameRewriter
 from diffusers_fvg.rewriter_tasks import (
@@ -175,19 +176,20 @@ def test_a_motion_caption_is_asked_for():
 
 def test_instructions_of_one_s_own_reach_their_question(tmp_path):
     settings = {"instruction": {"first_frame": "", "storyboard": "board {num_moments}"}, "examples": False}
-    rewriter = FirstFrameRewriter(endpoint=ChatEndpoint("http://127.0.0.1:9/v1", "m"), **settings)
-    rewriter.save_pretrained(tmp_path)
+    tiny = tiny_rewriter()
+    FirstFrameRewriter(tiny.model, tiny.tokenizer, **settings).save_pretrained(tmp_path)
     assert json.loads((tmp_path / "rewriter_config.json").read_text())["instruction"] == settings["instruction"]
     loaded = FirstFrameRewriter.from_pretrained(tmp_path)
     assert [turn["content"] for turn in loaded.messages("a cat")] == ["a cat"]
     assert [turn["content"] for turn in loaded.messages("a cat", storyboard_task(4))] == ["board 4", "a cat"]
     assert loaded.messages("a cat", MOTION)[0]["content"] == MOTION_INSTRUCTION
     # One text is that of the first frame, and examples of one's own are examples of it.
-    own = FirstFrameRewriter(endpoint=rewriter.endpoint, instruction="Short.", examples=[["a", "b"]])
+    endpoint = ChatEndpoint("http://127.0.0.1:9/v1", "m")
+    own = FirstFrameRewriter(endpoint=endpoint, instruction="Short.", examples=[["a", "b"]])
     assert own.messages("a cat")[0]["content"] == "Short."
     assert own.messages("a cat", MOTION)[1]["content"] == MOTION_EXAMPLES[0][0]
     with pytest.raises(ValueError, match="'storybord'"):
-        FirstFrameRewriter(endpoint=rewriter.endpoint, instruction={"storybord": "x"})
+        FirstFrameRewriter(endpoint=endpoint, instruction={"storybord": "x"})
 
 
 def test_a_storyboard_has_at_least_two_moments():
