@@ -22,10 +22,10 @@ from diffusers.models.transformers.transformer_wan import (
     _get_qkv_projections,
 )
 from diffusers.utils import apply_lora_scale
-from diffusers.utils.torch_utils import get_module_execution_device
 from torch import nn
 
 from .attention import choose_backend
+from .devices import get_module_execution_device
 from .kernels import frame_attention, gated_residual, modulated_layer_norm, rms_norm_rope
 from .kernels.attention import anchor_window
 from .stock_weights import StockWeights

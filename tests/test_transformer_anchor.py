@@ -2,17 +2,17 @@
 
 import json
 
+import diffusers
 import pytest
 import torch
 import torch.multiprocessing as mp
 from accelerate import cpu_offload
-from diffusers import WanTransformer3DModel
+from diffusers import WanTransformer3DModel, hooks
 from diffusers.hooks import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
     MagCacheConfig,
     PyramidAttentionBroadcastConfig,
-    SeaCacheConfig,
     TaylorSeerCacheConfig,
 )
 from diffusers.hooks.context_parallel import apply_context_parallel
@@ -190,7 +190,7 @@ CACHES = {
     "mag": lambda: MagCacheConfig(
         threshold=10.0, retention_ratio=0.2, num_inference_steps=4, mag_ratios=torch.tensor([1.0, 0.9, 0.8, 0.7])
     ),
-    "sea": lambda: SeaCacheConfig(threshold=100.0),
+    "sea": lambda: hooks.SeaCacheConfig(threshold=100.0),
     "taylorseer": lambda: TaylorSeerCacheConfig(
         cache_interval=2,
         disable_cache_before_step=1,
@@ -213,6 +213,8 @@ CACHES = {
 
 @pytest.mark.parametrize("name", CACHES)
 def test_step_caches(name):
+    if name == "sea" and not hasattr(hooks, "SeaCacheConfig"):
+        pytest.skip(f"diffusers {diffusers.__version__} has no SeaCacheConfig")
     stock, ours = make_pair()
     inputs, stock_inputs = make_inputs("frame")
 
