@@ -31,11 +31,11 @@ from .checks import (
 )
 from .composer import AnchorComposer
 from .hub import as_saved, forget_origins, push
+from .loading_patches import NOT_ONNX
 from .models import ModelFacts, match_model, model_presets
 from .pipeline_output import FactorizedVideoPipelineOutput
 from .progress import StageProgress
 from .rewriter import FirstFrameRewriter
-from .safety import guard_loading
 from .schedules import SchedulerPresets
 from .storyboard import Moment, moment_frames, pair_storyboards
 
@@ -50,8 +50,6 @@ NO_COMPOSER = (
     "This pipeline has no `composer`, which draws the anchor: pass `image=` or `anchors=`, use "
     '`mode="direct"`, or load a composer.'
 )
-
-guard_loading()
 
 Image = PIL.Image.Image | np.ndarray | torch.Tensor
 StepCallback = Callable | PipelineCallback | MultiPipelineCallbacks
@@ -74,8 +72,9 @@ class FactorizedStages:
     returns `True`, or what is wrong with it as text, for one that must not be animated. It is no component and not saved.
     """
 
-    # What `guard_loading` asks a pipeline's class.
+    # What `loading_patches` asks a pipeline's class, and tells our classes by.
     safetensors_only = True
+    _is_onnx = NOT_ONNX
     safety_checker: Callable[[PIL.Image.Image], bool | str | None] | None = None
     default_presets: SchedulerPresets
     default_call: dict[str, Any]

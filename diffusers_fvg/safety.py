@@ -1,15 +1,14 @@
 """What a repository may not do: bring its weights as a pickle, or name files outside of itself.
 
 diffusers and transformers look for a pickle when a folder has no safetensors weights, unless `use_safetensors=True` is
-passed, and follow any file name in an index of shards. [`guard_loading`] closes both for pipelines of this package, on
-whatever class `from_pretrained` is called, and leaves all other pipelines alone.
+passed, and follow any file name in an index of shards. [`load_guarded`] closes both for pipelines of this package, on
+whatever class `from_pretrained` is called; `loading_patches.py` has the loader call it.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path, PureWindowsPath
@@ -126,30 +125,24 @@ def safetensors_only(folder: str | Path) -> Iterator[None]:
         _guarded.reset(reset)
 
 
-@functools.cache
-def guard_loading() -> None:
-    """Has diffusers' loader check the components of pipelines whose class has `safetensors_only = True`.
+def is_guarded() -> bool:
+    """Whether this runs within [`safetensors_only`]."""
+    return _guarded.get()
 
-    The loader calls nothing of such a class before it loads components, and most components are stock classes: what loads
-    one component is the only place that knows pipeline class, component and folder.
+
+def load_guarded(load: Callable, arguments: dict[str, Any]) -> Any:
+    """Loads a component by `load(**arguments)`, which is diffusers' `load_sub_model`, after checking its folder.
+
+    Raises:
+        `ValueError`: `use_safetensors=False`, or what [`check_folder`] and [`safetensors_only`] refuse.
     """
-    from diffusers.pipelines import pipeline_utils
-
-    load = pipeline_utils.load_sub_model
-
-    @functools.wraps(load)
-    def load_sub_model(**arguments: Any):
-        if not (_guarded.get() or getattr(arguments["pipeline_class"], "safetensors_only", False)):
-            return load(**arguments)
-        if arguments["use_safetensors"] is False:
-            raise ValueError(
-                "`use_safetensors=False` asks for pickles, which can run code; weights are read from safetensors only."
-            )
-        repository = Path(arguments["cached_folder"])
-        component = repository / arguments["name"]
-        # A component without a folder of its own is looked for in the pipeline's.
-        check_folder(component if component.is_dir() else repository)
-        with safetensors_only(repository):
-            return load(**arguments | {"use_safetensors": True})
-
-    pipeline_utils.load_sub_model = load_sub_model
+    if arguments["use_safetensors"] is False:
+        raise ValueError(
+            "`use_safetensors=False` asks for pickles, which can run code; weights are read from safetensors only."
+        )
+    repository = Path(arguments["cached_folder"])
+    component = repository / arguments["name"]
+    # A component without a folder of its own is looked for in the pipeline's.
+    check_folder(component if component.is_dir() else repository)
+    with safetensors_only(repository):
+        return load(**arguments | {"use_safetensors": True})

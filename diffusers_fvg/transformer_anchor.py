@@ -6,6 +6,8 @@ frame: (B, frames, 6, D) is 2 MB at the width of Wan2.2-5B and 31 latent frames,
 """
 
 import functools
+import inspect
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -226,6 +228,11 @@ class AnchorConditionedTransformer3D(StockWeights, WanTransformer3DModel):
         # Only here: the active backend of the process, which the base class sets as well, is also that of other models.
         for attention in attentions:
             attention.set_attention_backend(backend)
+
+    def cache_context(self, name: str, **step: Any) -> AbstractContextManager:
+        """As in diffusers. One without `SeaCacheConfig` takes the name alone: none of its caches asks for the step."""
+        cache_context = super().cache_context
+        return cache_context(name, **(step if len(inspect.signature(cache_context).parameters) > 1 else {}))
 
     @apply_lora_scale("attention_kwargs")
     def forward(
