@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -151,6 +152,10 @@ def record(name: str) -> dict:
         seen[kind] = attempt(name, **arguments)
     seen["wrong"] = attempt(name, vae=pipe.scheduler)
     seen["no such variant"] = attempt(name, variant="int8")
+    shutil.copytree(name, f"{name}-pickle")
+    shutil.rmtree(f"{name}-pickle/vae")
+    pipe.vae.save_pretrained(f"{name}-pickle/vae", safe_serialization=False)
+    seen["pickle"] = attempt(f"{name}-pickle")
     DiffusionPipeline.from_pretrained(name).save_pretrained(f"{name}-again")
     seen["saved again"] = tree(f"{name}-again")
     for kind in ("plain", "variant", "passed"):

@@ -68,6 +68,7 @@ def test_with_and_without_the_import(folders, run_python, tmp_path):
     wan = seen["wan"]
     assert "should be <class 'diffusers.models.modeling_utils.ModelMixin'>" in wan["wrong"]
     assert "variant=int8" in wan["no such variant"] and "variant=int8" in wan["hub without a variant"]
+    assert wan["pickle"]["vae"] == wan["plain"]["vae"]
     assert wan["hub plain"]["vae"] == wan["plain"]["vae"] != wan["half"]["vae"]
     assert ("org/sdxl", "vae/diffusion_pytorch_model.fp16.safetensors", False) in fetched
     assert seen["said"]

@@ -20,6 +20,7 @@ from diffusers.hooks.context_parallel import apply_context_parallel
 from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from group_offload import skip_without_group_offload
 from peft import LoraConfig
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.device_mesh import init_device_mesh
@@ -246,6 +247,7 @@ def test_step_caches(name):
 
 @pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
 def test_group_offload(offload_type, tmp_path):
+    skip_without_group_offload()
     # With the disk as the store the weights really leave: on a CPU-only machine, CPU to CPU would move nothing.
     stock, ours = make_pair()
     inputs, stock_inputs = make_inputs("frame")
@@ -300,7 +302,9 @@ def test_qkv_fusion():
     assert (run(ours, inputs) - expected).abs().max() > 1e-3
 
 
-def test_attention_backend():
+def test_attention_backend(monkeypatch):
+    # diffusers sets that of the process with it: back to what it was afterwards.
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
     stock, ours = make_pair()
     inputs, stock_inputs = make_inputs("frame")
     ours.set_attention_backend("_native_math")
@@ -504,6 +508,7 @@ def test_anchor_window_with_offload(offload, tmp_path):
     stock, ours, inputs, stock_inputs = make_windowed_pair()
     cpu = torch.device("cpu")
     if offload == "group":
+        skip_without_group_offload()
         ours.enable_group_offload(cpu, cpu, offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
     else:
         cpu_offload(ours, execution_device=cpu)
