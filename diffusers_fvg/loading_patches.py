@@ -95,9 +95,9 @@ def add_names() -> None:
     """Makes our classes attributes of `diffusers`, looked up when asked for.
 
     diffusers looks the class of a pipeline, and of a component of the library "diffusers", up in its own module (since
-    0.1; from 0.23 on any other library of a component must bring its code along in the repository, and since 0.42.1 it is
-    not imported by name; upstream: issue 6563, open, and pull request 5728, declined). No class of a name of diffusers'
-    own is looked up here, and its module stays what it is: this is Python's own hook for absent attributes.
+    0.1). The classes of another library must come along as code in a repository on the Hub (since 0.22, pull request 5472;
+    issue 6563 is open, pull request 5728 was declined), and that library is no longer imported (since 0.42.1, no thread
+    found). This is Python's own hook for attributes that a module lacks, and knows no name but ours.
     """
     import diffusers
 
@@ -147,8 +147,8 @@ def keep_arguments(load: Callable) -> Callable:
     diffusers hands a component its dtype and its quantization and keeps the rest to itself: token, cache and the variant
     of what is behind a reference would be lost (since 0.1; no thread found). What is kept only our components read.
 
-    And a light repository has no files of a variant, those that it names have: diffusers refuses to load it (since 0.32,
-    pull request 9253, and with a warning since 0.18, pull request 4011), so it is loaded again without.
+    And a light repository has no files of a variant, those that it names have: diffusers refuses to load it (since 0.31,
+    pull request 9253; it warned since 0.19, pull request 4011), so it is loaded again without.
     """
 
     @functools.wraps(load)
@@ -228,8 +228,8 @@ def load_component(load: Callable) -> Callable:
 
     diffusers calls nothing of a pipeline's class before it loads components, and most of ours are stock classes: what
     loads one component is the only place that knows pipeline class, component and folder. It reads pickles where there are
-    no safetensors files, unless told not to, and follows file names in an index of shards (since 0.12; told by
-    `use_safetensors` since 0.31, issue 9576).
+    no safetensors files, unless told not to (which it hears since 0.31, issue 9576), and follows any file name in an index
+    of shards (no thread found).
     """
 
     def load_sub_model(**arguments: Any):
@@ -245,8 +245,8 @@ def load_component(load: Callable) -> Callable:
 def check_passed(check: Callable) -> Callable:
     """Checks a component that is passed in place of one of ours against that very class.
 
-    diffusers compares with the last class of a table that the component in `model_index.json` is of (since 0.1; no thread
-    found on adding to it): an entry of ours there would be asked about the components of all pipelines. A `HubReference`
+    diffusers compares with the last class of a table that the component in `model_index.json` is of (since 0.2, pull
+    request 188; no thread found on adding to it): an entry of ours there would be asked about the components of all pipelines. A `HubReference`
     says itself what may be passed in its place.
     """
     signature = inspect.signature(check)
