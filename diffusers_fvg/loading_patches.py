@@ -246,8 +246,8 @@ def check_passed(check: Callable) -> Callable:
     """Checks a component that is passed in place of one of ours against that very class.
 
     diffusers compares with the last class of a table that the component in `model_index.json` is of (since 0.2, pull
-    request 188; no thread found on adding to it): an entry of ours there would be asked about the components of all pipelines. A `HubReference`
-    says itself what may be passed in its place.
+    request 188; no thread found on adding to it): an entry of ours there would be asked about the components of all
+    pipelines. A `HubReference` says itself what may be passed in its place.
     """
     signature = inspect.signature(check)
 
@@ -262,8 +262,10 @@ def check_passed(check: Callable) -> Callable:
 
 def _importable(classes: dict[str, list[str]], library: str, class_name: str) -> dict[str, list[str]]:
     """The loader's table of base classes for one component: for one of ours its own class alone."""
-    if library == "diffusers":
-        return {class_name: SAVE_AND_LOAD} if class_name in COMPONENTS else classes
+    from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+
+    if library in LOADABLE_CLASSES:
+        return {class_name: SAVE_AND_LOAD} if library == "diffusers" and class_name in COMPONENTS else classes
     component_class = getattr(sys.modules.get(library), class_name, None)
     if isinstance(component_class, type) and issubclass(component_class, FactorizedVideoComponent):
         # Somebody's subclass of one. The loader looks for its base in the module that has it.
