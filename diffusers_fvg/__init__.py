@@ -41,21 +41,6 @@ _MODULES = {
 }
 __all__ = ["__version__", "register", *sorted(_MODULES)]
 
-# What a `model_index.json` may name. The loader looks a class up in diffusers and, unless it is a `ModelMixin` or a
-# pipeline, its save and load methods in a table.
-_LOADABLE = ("AnchorComposer", "AnchorLora", "FirstFrameRewriter", "HubReference", "SchedulerPresets")
-_REGISTERED = (
-    "AnchorConditionedCogVideoXTransformer3D",
-    "AnchorConditionedTransformer3D",
-    "FactorizedCogVideoXPipeline",
-    "FactorizedDreamerPipeline",
-    "FactorizedDreamerUNet",
-    "FactorizedVideoBlocks",
-    "FactorizedVideoModularPipeline",
-    "FactorizedVideoPipeline",
-    *_LOADABLE,
-)
-
 
 def __getattr__(name: str):
     if name not in _MODULES:
@@ -71,29 +56,9 @@ def __dir__() -> list[str]:
 
 def register() -> None:
     """Makes our classes attributes of `diffusers` and loadable components. Runs by itself once diffusers is imported."""
-    import diffusers
-    from diffusers.pipelines import pipeline_loading_utils as loader
+    from .loading_patches import patch
 
-    from .loading import remember_arguments
-
-    class DiffusersWithOurs(type(diffusers)):
-        # Looked up when asked for: our modules import diffusers themselves and may be what is being imported now.
-        def __getattr__(self, name: str):
-            if name == "FactorizedVideoPipeline" and "diffusers.pipelines.auto_pipeline" in sys.modules:
-                # `ModularPipeline.from_pretrained` looks it up in tables, which this module enters it in.
-                importlib.import_module(".modular", __name__)
-            if name in _REGISTERED:
-                return __getattr__(name)
-            return super().__getattr__(name)
-
-    diffusers.__class__ = DiffusersWithOurs
-    methods = {name: ["save_pretrained", "from_pretrained"] for name in _LOADABLE}
-    loader.LOADABLE_CLASSES["diffusers"].update(methods)
-    # In front: anything may be passed in place of a reference, so it must not be the last class that fits a component.
-    importable = {"HubReference": methods["HubReference"], **loader.ALL_IMPORTABLE_CLASSES, **methods}
-    loader.ALL_IMPORTABLE_CLASSES.clear()
-    loader.ALL_IMPORTABLE_CLASSES.update(importable)
-    remember_arguments()
+    patch()
 
 
 class _RegisterAfterDiffusers(importlib.abc.MetaPathFinder):

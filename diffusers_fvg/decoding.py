@@ -15,10 +15,10 @@ import PIL.Image
 import torch
 from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
-from diffusers.utils.torch_utils import get_module_execution_device
 
 from .anchor import denormalize_latents
 from .checks import stop_unless_finite
+from .devices import get_module_execution_device
 
 
 # Final pixels `(B, 3, n, H, W)` in [-1, 1] to what is kept of them, same shape.

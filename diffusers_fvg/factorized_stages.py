@@ -25,13 +25,13 @@ from .anchor_lora import ADAPTER_NAME, AnchorLora
 from .checks import check_at_least_one, check_finite, check_generators, check_num_frames, check_number, check_texts
 from .composer import AnchorComposer
 from .hub import as_saved, forget_origins, push
+from .loading_patches import NOT_ONNX
 from .locks import exclusive
 from .lora_scales import AdapterScales
 from .models import ModelFacts, match_model, model_presets, warn_untrained
 from .pipeline_output import FactorizedVideoPipelineOutput
 from .progress import StageProgress
 from .rewriter import FirstFrameRewriter
-from .safety import guard_loading
 from .schedules import SchedulerPresets, check_steps
 from .storyboard import Moment, moment_frames, pair_storyboards
 
@@ -56,8 +56,6 @@ FINITE_NUMBERS = (
     "attention_kwargs['scale']",
 )
 
-guard_loading()
-
 Image = PIL.Image.Image | np.ndarray | torch.Tensor
 StepCallback = Callable | PipelineCallback | MultiPipelineCallbacks
 
@@ -79,8 +77,9 @@ class FactorizedStages:
     returns `True`, or what is wrong with it as text, for one that must not be animated. It is no component and not saved.
     """
 
-    # What `guard_loading` asks a pipeline's class.
+    # What `loading_patches` asks a pipeline's class, and tells our classes by.
     safetensors_only = True
+    _is_onnx = NOT_ONNX
     safety_checker: Callable[[PIL.Image.Image], bool | str | None] | None = None
     default_presets: SchedulerPresets
     default_call: dict[str, Any]

@@ -33,8 +33,6 @@ from diffusers.modular_pipelines import (
     PipelineState,
     SequentialPipelineBlocks,
 )
-from diffusers.modular_pipelines.modular_pipeline import MODULAR_PIPELINE_MAPPING
-from diffusers.pipelines.auto_pipeline import AUTO_TEXT2VIDEO_PIPELINES_MAPPING
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from .anchor import Anchor
@@ -42,6 +40,7 @@ from .anchor_lora import AnchorLora
 from .checks import check_texts
 from .composer import AnchorComposer
 from .factorized_stages import NO_COMPOSER, NO_REWRITER, anchor_seeds, draw_seed
+from .loading_patches import add_modular
 from .pipeline_factorized_video import FactorizedVideoPipeline
 from .rewriter import FirstFrameRewriter
 from .schedules import SchedulerPresets
@@ -452,6 +451,4 @@ class FactorizedVideoModularPipeline(ModularPipeline):
         super().set_progress_bar_config(**kwargs)
 
 
-# Where `ModularPipeline.from_pretrained` looks: class in `model_index.json` -> name of the model -> modular pipeline.
-AUTO_TEXT2VIDEO_PIPELINES_MAPPING[MODEL_NAME] = FactorizedVideoPipeline
-MODULAR_PIPELINE_MAPPING[MODEL_NAME] = lambda config=None: FactorizedVideoModularPipeline.__name__
+add_modular(MODEL_NAME, FactorizedVideoPipeline, FactorizedVideoModularPipeline)

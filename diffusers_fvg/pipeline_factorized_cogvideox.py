@@ -17,7 +17,7 @@ from diffusers import (
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
 )
-from diffusers.utils.torch_utils import get_module_execution_device, randn_tensor
+from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
 from .anchor import Anchor, AnchorLatents, anchor_pixels
@@ -32,6 +32,7 @@ from .anchor_lora import AnchorLora
 from .checks import check_finite, check_size, stop_unless_finite
 from .composer import AnchorComposer
 from .decoding import decode_video
+from .devices import get_module_execution_device
 from .factorized_stages import FactorizedStages, Image, StepCallback
 from .fidelity import check_anchor_decode, check_has_anchors, decode_anchored
 from .locks import exclusive

@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, StableDiffusionPipeline
 from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
-from diffusers.utils.torch_utils import get_module_execution_device, randn_tensor
+from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from transformers import (
     CLIPTextModel,
@@ -28,6 +28,7 @@ from transformers import (
 from .anchor import Anchor, crop_and_resize, pictures_of
 from .checks import check_size, check_texts, stop_unless_finite
 from .composer import AnchorComposer
+from .devices import get_module_execution_device
 from .dreamer.conditions import decode_latents, embed_images, embed_motion, encode_pixels
 from .dreamer.schedule import DREAMER_PRESETS
 from .dreamer.unet import FactorizedDreamerUNet

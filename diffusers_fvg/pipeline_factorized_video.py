@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, SchedulerMixin, WanPipeline
-from diffusers.utils.torch_utils import get_module_execution_device, randn_tensor
+from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from .anchor import (
@@ -25,6 +25,7 @@ from .anchor_lora import AnchorLora
 from .checks import check_finite, check_number, check_size, stop_unless_finite
 from .composer import AnchorComposer
 from .decoding import decode_video
+from .devices import get_module_execution_device
 from .factorized_stages import FactorizedStages, Image, StepCallback
 from .fidelity import check_anchor_decode, check_has_anchors, decode_anchored
 from .hub import PIPELINE_SHIM

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import get_module_execution_device
 from jinja2 import TemplateError
 from transformers import (
     AutoModelForCausalLM,
@@ -33,6 +32,7 @@ from transformers import (
 )
 
 from .checks import check_at_least_one, check_texts, stop_unless_finite
+from .devices import get_module_execution_device
 from .hub import component_files, fetch
 from .loading import call_argument, hub_arguments
 from .locks import exclusive

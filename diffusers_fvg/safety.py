@@ -1,24 +1,25 @@
 """What a repository may not do: bring its weights as a pickle, or name files and repositories outside of itself.
 
 diffusers and transformers look for a pickle when a folder has no safetensors weights, unless `use_safetensors=True` is
-passed, follow any file name in an index of shards, and fetch what some settings name. [`guard_loading`] closes this for
-pipelines of this package, on whatever class `from_pretrained` is called, and leaves all other pipelines alone. `SECURITY.md`
-lists the settings and what holds them.
+passed, follow any file name in an index of shards, and fetch what some settings name. [`load_guarded`] closes this for
+pipelines of this package, on whatever class `from_pretrained` is called; `loading_patches.py` has the loader call it.
+`SECURITY.md` lists the settings and what holds them.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import get_cached_repo_tree
+
+from .loading import call_argument
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -198,58 +199,29 @@ def safetensors_only(folder: str | Path) -> Iterator[None]:
         _guarded.reset(reset)
 
 
-@functools.cache
-def guard_loading() -> None:
-    """Has diffusers' loader check the components of pipelines whose class has `safetensors_only = True`.
+def is_guarded() -> bool:
+    """Whether this runs within [`safetensors_only`]."""
+    return _guarded.get()
 
-    The loader calls nothing of such a class before it loads components, and most components are stock classes: what loads
-    one component is the only place that knows pipeline class, component and folder.
+
+def load_guarded(load: Callable, arguments: dict[str, Any]) -> Any:
+    """Loads a component by `load(**arguments)`, which is diffusers' `load_sub_model`, after checking its folder.
+
+    Raises:
+        `ValueError`: `use_safetensors=False`, or what [`check_folder`] and [`safetensors_only`] refuse.
     """
-    from diffusers.pipelines import pipeline_utils
-
-    load, find_class = pipeline_utils.load_sub_model, pipeline_utils._get_pipeline_class
-    connect = pipeline_utils._update_init_kwargs_with_connected_pipeline
-
-    def is_guarded(pipeline_class: type | None = None) -> bool:
-        return _guarded.get() or getattr(pipeline_class, "safetensors_only", False)
-
-    @functools.wraps(find_class)
-    def _get_pipeline_class(class_obj, *args, class_name=None, trust_remote_code=False, **kwargs):
-        # A class in code: the repository's own, or one of diffusers' community pipelines, which it would fetch and run (0.42.1).
-        if class_name is not None and not trust_remote_code and is_guarded(class_obj):
-            raise ValueError(
-                f"model_index.json names the pipeline class {class_name!r}, which is code; pass `trust_remote_code=True` to run it."
-            )
-        return find_class(class_obj, *args, class_name=class_name, trust_remote_code=trust_remote_code, **kwargs)
-
-    @functools.wraps(connect)
-    def _update_init_kwargs_with_connected_pipeline(*args, folder, **kwargs):
-        if is_guarded():
-            raise ValueError(
-                f"{folder} is a pipeline whose README.md names others to fetch; save it with all its parts."
-            )
-        return connect(*args, folder=folder, **kwargs)
-
-    @functools.wraps(load)
-    def load_sub_model(**arguments: Any):
-        if not is_guarded(arguments["pipeline_class"]):
-            return load(**arguments)
-        if not arguments.get("trust_remote_code"):
-            _check_class(arguments)
-        if arguments["use_safetensors"] is False:
-            raise ValueError(
-                "`use_safetensors=False` asks for pickles, which can run code; weights are read from safetensors only."
-            )
-        repository = Path(arguments["cached_folder"])
-        component = repository / arguments["name"]
-        # A component without a folder of its own is looked for in the pipeline's.
-        check_folder(component if component.is_dir() else repository)
-        with safetensors_only(repository):
-            return load(**arguments | {"use_safetensors": True})
-
-    pipeline_utils.load_sub_model = load_sub_model
-    pipeline_utils._get_pipeline_class = _get_pipeline_class
-    pipeline_utils._update_init_kwargs_with_connected_pipeline = _update_init_kwargs_with_connected_pipeline
+    if not call_argument("trust_remote_code"):
+        _check_class(arguments)
+    if arguments["use_safetensors"] is False:
+        raise ValueError(
+            "`use_safetensors=False` asks for pickles, which can run code; weights are read from safetensors only."
+        )
+    repository = Path(arguments["cached_folder"])
+    component = repository / arguments["name"]
+    # A component without a folder of its own is looked for in the pipeline's.
+    check_folder(component if component.is_dir() else repository)
+    with safetensors_only(repository):
+        return load(**arguments | {"use_safetensors": True})
 
 
 def _check_class(arguments: dict[str, Any]) -> None:

@@ -6,6 +6,8 @@ frame: (B, frames, 6, D) is 2 MB at the width of Wan2.2-5B and 31 latent frames,
 """
 
 import functools
+import inspect
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,10 +24,10 @@ from diffusers.models.transformers.transformer_wan import (
     _get_qkv_projections,
 )
 from diffusers.utils import apply_lora_scale
-from diffusers.utils.torch_utils import get_module_execution_device
 from torch import nn
 
 from .attention import choose_backend
+from .devices import get_module_execution_device
 from .kernels import frame_attention, gated_residual, modulated_layer_norm, rms_norm_rope
 from .kernels.attention import anchor_window as frames_within_window
 from .stock_weights import StockWeights
@@ -226,6 +228,11 @@ class AnchorConditionedTransformer3D(StockWeights, WanTransformer3DModel):
         # Only here: the active backend of the process, which the base class sets as well, is also that of other models.
         for attention in attentions:
             attention.set_attention_backend(backend)
+
+    def cache_context(self, name: str, **step: Any) -> AbstractContextManager:
+        """As in diffusers. One without `SeaCacheConfig` takes the name alone: none of its caches asks for the step."""
+        cache_context = super().cache_context
+        return cache_context(name, **(step if len(inspect.signature(cache_context).parameters) > 1 else {}))
 
     @apply_lora_scale("attention_kwargs")
     def forward(

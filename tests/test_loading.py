@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline, UniPCMultistepScheduler
 from tiny import tiny_pipeline, tiny_transformer
 
-from diffusers_fvg import FactorizedVideoPipeline, SchedulerPresets
+from diffusers_fvg import AnchorComposer, FactorizedVideoPipeline, SchedulerPresets
 from diffusers_fvg.anchor_lora import AnchorLora
 
 
@@ -115,6 +115,24 @@ def test_a_stage_can_be_left_out_or_replaced(bundled, cls):
     pipe = cls.from_pretrained(bundled, rewriter=None, anchor_lora=None, composer=other)
     assert pipe.rewriter is None and pipe.anchor_lora is None and pipe.composer is other
     assert not getattr(pipe.transformer, "peft_config", None)
+
+
+class OtherComposer(AnchorComposer):
+    """Somebody's own, in a module of theirs."""
+
+
+def test_a_passed_component_is_checked_against_the_class_that_it_replaces(bundled, tmp_path):
+    whole = tiny_pipeline()
+    for component in (whole.rewriter, whole.schedulers, whole.vae):
+        with pytest.raises(ValueError, match="should be .*AnchorComposer"):
+            DiffusionPipeline.from_pretrained(bundled, composer=component)
+    other = OtherComposer(whole.composer.pipeline)
+    assert DiffusionPipeline.from_pretrained(bundled, composer=other, rewriter=None).composer is other
+    tiny_pipeline(composer=other, rewriter=None).save_pretrained(tmp_path)
+    assert type(DiffusionPipeline.from_pretrained(tmp_path).composer) is OtherComposer
+    assert DiffusionPipeline.from_pretrained(tmp_path, composer=whole.composer).composer is whole.composer
+    with pytest.raises(ValueError, match="should be .*AnchorComposer"):
+        DiffusionPipeline.from_pretrained(tmp_path, composer=whole.vae)
 
 
 def test_stock_diffusers_reads_the_scheduler_configs(bundled):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from group_offload import skip_without_group_offload
 from test_placement import SIZE, present, run, two_experts, walk  # noqa: F401
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -156,6 +157,7 @@ def test_model_offload_has_the_largest_stage_at_once_and_not_the_sum(present, ex
 
 
 def test_group_offload_has_a_few_layers_at_once(present, expected, monkeypatch):  # noqa: F811
+    skip_without_group_offload()
     pipe = two_experts()
     monkeypatch.setattr(profiles, "ALLOWANCE", 0)
     stages = {stage.name: stage for stage in of_size(pipe)}
