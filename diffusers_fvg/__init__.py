@@ -12,32 +12,32 @@ __version__ = "0.1.0"
 
 # Public name -> module. Loaded when first used: torch, diffusers and transformers take seconds to import.
 _MODULES = {
-    "Anchor": "anchor",
-    "AnchorComposer": "composer",
-    "AnchorConditionedCogVideoXTransformer3D": "transformer_anchor_cogvideox",
-    "AnchorConditionedTransformer3D": "transformer_anchor",
-    "AnchorLora": "anchor_lora",
-    "ChatEndpoint": "rewriter",
-    "FactorizedCogVideoXPipeline": "pipeline_factorized_cogvideox",
-    "FactorizedDreamerPipeline": "pipeline_factorized_dreamer",
+    "Anchor": "animate.anchor",
+    "AnchorComposer": "compose.composer",
+    "AnchorConditionedCogVideoXTransformer3D": "animate.transformer_anchor_cogvideox",
+    "AnchorConditionedTransformer3D": "animate.transformer_anchor",
+    "AnchorLora": "lora.anchor_lora",
+    "ChatEndpoint": "rewrite.rewriter",
+    "FactorizedCogVideoXPipeline": "pipelines.pipeline_factorized_cogvideox",
+    "FactorizedDreamerPipeline": "pipelines.pipeline_factorized_dreamer",
     "FactorizedDreamerUNet": "dreamer.unet",
-    "FactorizedVideoBlocks": "modular",
-    "FactorizedVideoModularPipeline": "modular",
-    "FactorizedVideoPipeline": "pipeline_factorized_video",
-    "FactorizedVideoPipelineOutput": "pipeline_output",
-    "FirstFrameRewriter": "rewriter",
-    "HubReference": "hub",
-    "LoraReport": "lora",
-    "Moment": "storyboard",
-    "SchedulerPreset": "schedules",
-    "SchedulerPresets": "schedules",
-    "apply_memory_profile": "profiles",
-    "assemble": "assembly",
-    "decode_frames": "decoding",
+    "FactorizedVideoBlocks": "pipelines.modular",
+    "FactorizedVideoModularPipeline": "pipelines.modular",
+    "FactorizedVideoPipeline": "pipelines.pipeline_factorized_video",
+    "FactorizedVideoPipelineOutput": "pipelines.output",
+    "FirstFrameRewriter": "rewrite.rewriter",
+    "HubReference": "loading.hub",
+    "LoraReport": "lora.loader",
+    "Moment": "rewrite.storyboard",
+    "SchedulerPreset": "schedules.presets",
+    "SchedulerPresets": "schedules.presets",
+    "apply_memory_profile": "pipelines.profiles",
+    "assemble": "publishing.assembly",
+    "decode_frames": "animate.decoding",
     "load_embedded": "embedded",
     "load_embedded_dreamer": "embedded",
-    "load_lora": "lora",
-    "push": "hub",
+    "load_lora": "lora.loader",
+    "push": "loading.hub",
 }
 __all__ = ["__version__", "register", *sorted(_MODULES)]
 
@@ -56,7 +56,7 @@ def __dir__() -> list[str]:
 
 def register() -> None:
     """Makes our classes attributes of `diffusers` and loadable components. Runs by itself once diffusers is imported."""
-    from .loading_patches import patch
+    from .loading.patches import patch
 
     patch()
 

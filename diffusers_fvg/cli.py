@@ -365,7 +365,7 @@ def _train(arguments: argparse.Namespace) -> None:
             return
     config, validate = TrainConfig.load(arguments.config), None
     if config.validation_every:
-        from .validation import make_validate
+        from .evaluation.validation import make_validate
 
         validate = make_validate(config)
     print(f"LoRA: {main_train(arguments.config, validate)}")

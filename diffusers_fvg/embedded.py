@@ -10,8 +10,8 @@ import torch
 
 
 if TYPE_CHECKING:
-    from .pipeline_factorized_dreamer import FactorizedDreamerPipeline
-    from .pipeline_factorized_video import FactorizedVideoPipeline
+    from .pipelines.pipeline_factorized_dreamer import FactorizedDreamerPipeline
+    from .pipelines.pipeline_factorized_video import FactorizedVideoPipeline
 
 EMBEDDED_FOLDER = Path(__file__).parent / "shapes" / "weights"
 EMBEDDED_DREAMER_FOLDER = Path(__file__).parent / "shapes" / "dreamer_weights"
@@ -24,7 +24,7 @@ def load_embedded(dtype: torch.dtype | None = None) -> FactorizedVideoPipeline:
         dtype (`torch.dtype`, *optional*): of every stage; float32 when left out, which is the fastest on a CPU. The
             weights are stored in float16.
     """
-    from .pipeline_factorized_video import FactorizedVideoPipeline
+    from .pipelines.pipeline_factorized_video import FactorizedVideoPipeline
 
     return FactorizedVideoPipeline.from_pretrained(EMBEDDED_FOLDER, dtype=dtype or torch.float32)
 
@@ -40,9 +40,9 @@ def load_embedded_dreamer(
         folder (`str` or `os.PathLike`, *optional*): a repository that `fvg shapes dreamer` made; the one that ships when left
             out.
     """
-    from .composer import AnchorComposer
-    from .pipeline_factorized_dreamer import FactorizedDreamerPipeline
-    from .rewriter import FirstFrameRewriter
+    from .compose.composer import AnchorComposer
+    from .pipelines.pipeline_factorized_dreamer import FactorizedDreamerPipeline
+    from .rewrite.rewriter import FirstFrameRewriter
 
     dtype = dtype or torch.float32
     rewriter = FirstFrameRewriter.from_pretrained(EMBEDDED_FOLDER / "rewriter", dtype=dtype)

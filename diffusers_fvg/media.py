@@ -80,7 +80,7 @@ def write_video(
     Args:
         path (`str` or `Path`): the file, ending in `.mp4`.
         frames (see [`frames_to_uint8`], or an iterator of `np.ndarray` of shape `(H, W, 3)`): what to show. An iterator, such
-            as [`~decoding.decode_frames`], is asked for the next frame when the one before is written.
+            as [`~animate.decoding.decode_frames`], is asked for the next frame when the one before is written.
         frame_rate (`float`): frames per second.
         metadata (`dict`, *optional*): anything JSON holds, kept as the file's comment; its `"prompt"` is also the title.
             [`read_video_metadata`] gives it back.

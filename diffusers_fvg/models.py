@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from diffusers import SchedulerMixin
 
-    from .schedules import SchedulerPreset, SchedulerPresets
-    from .schedules_cogvideox import TimestepPreset
+    from .schedules.cogvideox import TimestepPreset
+    from .schedules.presets import SchedulerPreset, SchedulerPresets
 
 logger = logging.getLogger(__name__)
 
@@ -479,11 +479,11 @@ def model_presets(facts: ModelFacts, height: int | None = None, width: int | Non
             when left out or not trained.
     """
     if facts.prediction == "v":
-        from .schedules_cogvideox import COGVIDEOX_PRESETS
+        from .schedules.cogvideox import COGVIDEOX_PRESETS
 
         return COGVIDEOX_PRESETS
-    from .schedules import SchedulerPresets, unipc_preset
-    from .schedules_distilled import DISTILLED_PRESETS
+    from .schedules.distilled import DISTILLED_PRESETS
+    from .schedules.presets import SchedulerPresets, unipc_preset
 
     # Shift -> name; the first of its sizes names it.
     suffixes: dict[float | None, str] = {facts.sizes[0].flow_shift: ""}

@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 from tiny import tiny_vae
 
-from diffusers_fvg.anchor import (
+from diffusers_fvg.animate.anchor import (
     Anchor,
     AnchorLatents,
     anchor_pixels,

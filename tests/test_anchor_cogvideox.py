@@ -3,8 +3,8 @@ import torch
 from diffusers import CogVideoXDDIMScheduler
 from tiny_cogvideox import tiny_cogvideox_transformer, tiny_cogvideox_vae
 
-from diffusers_fvg.anchor import Anchor, AnchorLatents
-from diffusers_fvg.anchor_cogvideox import (
+from diffusers_fvg.animate.anchor import Anchor, AnchorLatents
+from diffusers_fvg.animate.anchor_cogvideox import (
     anchored_model_input,
     channels_first,
     encode_anchor,
@@ -13,7 +13,7 @@ from diffusers_fvg.anchor_cogvideox import (
     patch_frames,
     resolve_patch_anchors,
 )
-from diffusers_fvg.schedules_cogvideox import COGVIDEOX_1_5_SCHEDULE, training_sigmas
+from diffusers_fvg.schedules.cogvideox import COGVIDEOX_1_5_SCHEDULE, training_sigmas
 
 
 SIGMAS = training_sigmas(CogVideoXDDIMScheduler(**COGVIDEOX_1_5_SCHEDULE))

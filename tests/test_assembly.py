@@ -12,10 +12,10 @@ from tiny import tiny_wan_family
 from tiny_cogvideox import tiny_cogvideox_components, tiny_cogvideox_transformer
 
 from diffusers_fvg import FactorizedCogVideoXPipeline, FactorizedVideoPipeline, assemble
+from diffusers_fvg.animate.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
 from diffusers_fvg.models import MODELS, WAN_NEGATIVE_PROMPT
-from diffusers_fvg.schedules import SchedulerPresets
-from diffusers_fvg.schedules_cogvideox import COGVIDEOX_1_5_SCHEDULE, COGVIDEOX_PRESETS
-from diffusers_fvg.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
+from diffusers_fvg.schedules.cogvideox import COGVIDEOX_1_5_SCHEDULE, COGVIDEOX_PRESETS
+from diffusers_fvg.schedules.presets import SchedulerPresets
 
 
 def write_base(folder, name):

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
-from diffusers_fvg import attention
-from diffusers_fvg.attention import backend_problem, choose_backend, rank_backends
+from diffusers_fvg.animate import attention
+from diffusers_fvg.animate.attention import backend_problem, choose_backend, rank_backends
 
 
 ALL = ("_flash_3", "_native_cudnn", "sage", "flash")

@@ -15,7 +15,7 @@ import harness  # noqa: E402
 import render  # noqa: E402
 from harness import SIZES, LiveBytes, at_full_depth, bar, count_flops, gate, interleaved_seconds  # noqa: E402
 
-from diffusers_fvg.transformer_anchor import AnchorConditionedTransformer3D  # noqa: E402
+from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D  # noqa: E402
 
 
 def test_page_is_what_the_reports_say():

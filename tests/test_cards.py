@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from tiny import tiny_composer, tiny_pipeline, tiny_transformer, tiny_wan_components
 
 from diffusers_fvg import FactorizedVideoPipeline, assemble
-from diffusers_fvg.anchor_lora import WEIGHT_NAME, AnchorLora
-from diffusers_fvg.card_sections import Scores, license_of, shapes_report, training_parts_table
-from diffusers_fvg.cards import CARDS, render, repository_card, training_card, write_cards
+from diffusers_fvg.lora.anchor_lora import WEIGHT_NAME, AnchorLora
 from diffusers_fvg.models import License
+from diffusers_fvg.publishing.card_sections import Scores, license_of, shapes_report, training_parts_table
+from diffusers_fvg.publishing.cards import CARDS, render, repository_card, training_card, write_cards
 from diffusers_fvg.training.config import TrainConfig
 
 
@@ -86,7 +86,7 @@ def lora(prefixes: tuple[str, ...] = ("transformer",)) -> dict[str, torch.Tensor
 @pytest.mark.parametrize("name", CARDS)
 def test_a_committed_card_is_what_the_data_say(name):
     committed = (COMMITTED / f"{name}.md").read_text(encoding="utf-8")
-    assert committed == str(render(name)), "write it again: python -m diffusers_fvg.cards model_cards"
+    assert committed == str(render(name)), "write it again: python -m diffusers_fvg.publishing.cards model_cards"
     check_metadata(ModelCard(committed))
 
 
@@ -375,7 +375,7 @@ def test_code_of_a_training_card_loads_the_lora(tmp_path, experts):
 
 def test_cards_are_light_to_import(run_python):
     code = """
-    import sys, diffusers_fvg.cards
+    import sys, diffusers_fvg.publishing.cards
     print([name for name in ("torch", "diffusers", "transformers", "numpy") if name in sys.modules])
     """
     assert run_python(code).strip() == "[]"

@@ -9,7 +9,7 @@ from tiny import tiny_pipeline
 from diffusers_fvg import models
 from diffusers_fvg.checks import check_num_frames, check_size
 from diffusers_fvg.models import MODELS, model_presets, warn_untrained
-from diffusers_fvg.schedules import check_steps
+from diffusers_fvg.schedules.presets import check_steps
 
 
 @pytest.fixture

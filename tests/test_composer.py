@@ -20,7 +20,7 @@ from huggingface_hub import HfApi
 from tiny import tiny_composer, tiny_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from diffusers_fvg.composer import AnchorComposer
+from diffusers_fvg.compose.composer import AnchorComposer
 
 
 CAPTIONS = ["a red circle at the top", "two green leaf and a white ball"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from diffusers_fvg import Anchor, load_embedded
-from diffusers_fvg.fidelity import (
+from diffusers_fvg.animate.fidelity import (
     colour_corrections,
     colour_shift,
     correct_frames,

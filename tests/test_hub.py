@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_composer, tiny_pipeline, tiny_rewriter, tiny_transformer, tiny_vae, tiny_wan_components
 
 from diffusers_fvg import AnchorLora, FactorizedVideoPipeline, HubReference, assemble, load_lora, push
-from diffusers_fvg.assembly import PARTS_NAME
 from diffusers_fvg.cli import main
+from diffusers_fvg.publishing.assembly import PARTS_NAME
 
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}

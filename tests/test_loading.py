@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline, UniPCMultistepScheduler
 from tiny import tiny_pipeline, tiny_transformer
 
 from diffusers_fvg import AnchorComposer, FactorizedVideoPipeline, SchedulerPresets
-from diffusers_fvg.anchor_lora import AnchorLora
+from diffusers_fvg.lora.anchor_lora import AnchorLora
 
 
 STAGES = ("rewriter", "composer", "text_encoder", "vae", "transformer")

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from tiny import tiny_pipeline, tiny_transformer
 from torch._dynamo.testing import CompileCounter
 
-from diffusers_fvg.anchor_lora import AnchorLora
-from diffusers_fvg.lora import FactorizedVideoLoraLoaderMixin, LoraReport, load_lora
-from diffusers_fvg.lora_formats import module_names
+from diffusers_fvg.lora.anchor_lora import AnchorLora
+from diffusers_fvg.lora.formats import module_names
+from diffusers_fvg.lora.loader import FactorizedVideoLoraLoaderMixin, LoraReport, load_lora
 
 
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
@@ -197,7 +197,7 @@ def lightx2v(pairs, deltas):
 @pytest.fixture
 def warnings(caplog):
     """Messages of this package's logger, which does not propagate (it is diffusers' logging)."""
-    logger = get_logger("diffusers_fvg.lora")
+    logger = get_logger("diffusers_fvg.lora.loader")
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)

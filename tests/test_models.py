@@ -11,9 +11,9 @@ import torch
 from accelerate import init_empty_weights
 
 import diffusers_fvg
-from diffusers_fvg.lora import read_lora
+from diffusers_fvg.lora.loader import read_lora
 from diffusers_fvg.models import MODELS, WAN_NEGATIVE_PROMPT, ModelFacts, find_model, match_model, model_presets
-from diffusers_fvg.schedules import WAN_PRESETS
+from diffusers_fvg.schedules.presets import WAN_PRESETS
 
 
 CONFIGS = sorted((Path(__file__).parents[1] / "examples" / "training").glob("*.toml"))

@@ -9,9 +9,14 @@ from diffusers.modular_pipelines import InputParam, ModularPipelineBlocks, Seque
 from tiny import tiny_pipeline, tiny_transformer
 
 from diffusers_fvg import Anchor, FactorizedVideoPipeline, load_embedded
-from diffusers_fvg.anchor_lora import AnchorLora
 from diffusers_fvg.embedded import EMBEDDED_FOLDER
-from diffusers_fvg.modular import ComposeStep, FactorizedVideoBlocks, FactorizedVideoModularPipeline, RewriteStep
+from diffusers_fvg.lora.anchor_lora import AnchorLora
+from diffusers_fvg.pipelines.modular import (
+    ComposeStep,
+    FactorizedVideoBlocks,
+    FactorizedVideoModularPipeline,
+    RewriteStep,
+)
 
 
 PROMPT = "a red circle moves to the right"

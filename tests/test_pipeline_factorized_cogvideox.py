@@ -14,12 +14,12 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from tiny_cogvideox import CONFIG_1_0, tiny_cogvideox_pipeline, tiny_cogvideox_transformer
 
-from diffusers_fvg.anchor import Anchor, anchor_pixels, crop_and_resize
-from diffusers_fvg.anchor_cogvideox import encode_anchor
-from diffusers_fvg.anchor_lora import AnchorLora
-from diffusers_fvg.pipeline_factorized_cogvideox import FactorizedCogVideoXPipeline
-from diffusers_fvg.schedules_cogvideox import COGVIDEOX_1_5_SCHEDULE
-from diffusers_fvg.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
+from diffusers_fvg.animate.anchor import Anchor, anchor_pixels, crop_and_resize
+from diffusers_fvg.animate.anchor_cogvideox import encode_anchor
+from diffusers_fvg.animate.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
+from diffusers_fvg.lora.anchor_lora import AnchorLora
+from diffusers_fvg.pipelines.pipeline_factorized_cogvideox import FactorizedCogVideoXPipeline
+from diffusers_fvg.schedules.cogvideox import COGVIDEOX_1_5_SCHEDULE
 
 
 SIZE = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16, "output_type": "pt"}

@@ -18,11 +18,11 @@ from diffusers import (
 from tiny import tiny_pipeline, tiny_transformer
 
 from diffusers_fvg import Anchor, AnchorConditionedTransformer3D, FactorizedVideoPipeline
-from diffusers_fvg import pipeline_factorized_video as module
-from diffusers_fvg.anchor import anchor_pixels, crop_and_resize, encode_anchor
-from diffusers_fvg.anchor_lora import AnchorLora
-from diffusers_fvg.schedules import WAN_PRESETS, SchedulerPresets
-from diffusers_fvg.schedules_distilled import DISTILLED_PRESETS
+from diffusers_fvg.animate.anchor import anchor_pixels, crop_and_resize, encode_anchor
+from diffusers_fvg.lora.anchor_lora import AnchorLora
+from diffusers_fvg.pipelines import pipeline_factorized_video as module
+from diffusers_fvg.schedules.distilled import DISTILLED_PRESETS
+from diffusers_fvg.schedules.presets import WAN_PRESETS, SchedulerPresets
 
 
 SIZE = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16, "output_type": "pt"}

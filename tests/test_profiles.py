@@ -12,12 +12,20 @@ from group_offload import skip_without_group_offload
 from test_placement import SIZE, present, run, two_experts, walk  # noqa: F401
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffusers_fvg import decoding, profiles
-from diffusers_fvg.decoding import decode_chunks
-from diffusers_fvg.memory import decode_bytes
+from diffusers_fvg.animate import decoding
+from diffusers_fvg.animate.decoding import decode_chunks
+from diffusers_fvg.animate.memory import decode_bytes
+from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
 from diffusers_fvg.models import MODELS
-from diffusers_fvg.profiles import GIB, Stage, apply_memory_profile, model_stages, pipeline_stages, plan_memory
-from diffusers_fvg.transformer_anchor import AnchorConditionedTransformer3D
+from diffusers_fvg.pipelines import profiles
+from diffusers_fvg.pipelines.profiles import (
+    GIB,
+    Stage,
+    apply_memory_profile,
+    model_stages,
+    pipeline_stages,
+    plan_memory,
+)
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))

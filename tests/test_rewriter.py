@@ -17,8 +17,7 @@ from huggingface_hub import HfApi
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from diffusers_fvg.rewriter import ChatEndpoint, FirstFrameRewriter
-from diffusers_fvg.rewriter_prompts import (
+from diffusers_fvg.rewrite.prompts import (
     EXAMPLES,
     INSTRUCTION,
     build_messages,
@@ -27,6 +26,7 @@ from diffusers_fvg.rewriter_prompts import (
     format_answer,
     parse_answer,
 )
+from diffusers_fvg.rewrite.rewriter import ChatEndpoint, FirstFrameRewriter
 from diffusers_fvg.shapes.prompts import CATEGORIES, make_scene
 from diffusers_fvg.shapes.tokenizer import chat_tokenizer
 

@@ -4,8 +4,9 @@ import pytest
 from test_rewriter import ChatServer, reply
 from tiny import tiny_rewriter
 
-from diffusers_fvg.rewriter import ChatEndpoint, FirstFrameRewriter
-from diffusers_fvg.rewriter_tasks import (
+from diffusers_fvg.rewrite.rewriter import ChatEndpoint, FirstFrameRewriter
+from diffusers_fvg.rewrite.storyboard import Moment
+from diffusers_fvg.rewrite.tasks import (
     MOTION,
     MOTION_EXAMPLES,
     MOTION_INSTRUCTION,
@@ -19,7 +20,6 @@ from diffusers_fvg.rewriter_tasks import (
     write_moments,
     write_motion,
 )
-from diffusers_fvg.storyboard import Moment
 
 
 LEAF = "A green leaf slowly turns yellow while a white cat sleeps."

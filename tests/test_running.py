@@ -21,8 +21,8 @@ from tiny_cogvideox import tiny_cogvideox_pipeline
 
 from diffusers_fvg import Anchor, AnchorLora, FactorizedVideoPipeline, load_lora
 from diffusers_fvg.locks import exclusive
-from diffusers_fvg.lora_scales import AdapterScales
-from diffusers_fvg.schedules import WAN_PRESETS, SchedulerPresets, unipc_preset
+from diffusers_fvg.lora.scales import AdapterScales
+from diffusers_fvg.schedules.presets import WAN_PRESETS, SchedulerPresets, unipc_preset
 
 
 sys.path.insert(0, str(Path(__file__).parent / "dreamer"))

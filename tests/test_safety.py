@@ -29,7 +29,7 @@ from diffusers_fvg import (
     load_lora,
 )
 from diffusers_fvg.cli import main
-from diffusers_fvg.safety import check_folder, check_name
+from diffusers_fvg.loading.safety import check_folder, check_name
 
 
 LORA = {
@@ -627,8 +627,8 @@ CAPTION = json.dumps({"first_frame": f"A red circle on the left. {KEY}"})
     ids=["refused", "long", "no answer", "in the caption"],
 )
 def test_the_key_stays_where_it_is(answer, monkeypatch, tmp_path, capfd, caplog):
-    from diffusers_fvg.cards import repository_card
     from diffusers_fvg.media import write_video
+    from diffusers_fvg.publishing.cards import repository_card
 
     monkeypatch.setenv("PLANTED_KEY", KEY)
     caplog.set_level(logging.DEBUG)
@@ -647,7 +647,7 @@ def test_the_key_stays_where_it_is(answer, monkeypatch, tmp_path, capfd, caplog)
     assert server.requests[0][1] == f"Bearer {KEY}"
 
     warnings = []
-    monkeypatch.setattr("diffusers_fvg.hub.logger.warning", warnings.append)
+    monkeypatch.setattr("diffusers_fvg.loading.hub.logger.warning", warnings.append)
     pipe.save_pretrained(tmp_path / "repository")
     assert any("asks an endpoint and is not saved" in warning for warning in warnings)
     seen += [

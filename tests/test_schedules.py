@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from diffusers_fvg.schedules import (
+from diffusers_fvg.schedules.presets import (
     WAN_PRESETS,
     SchedulerPreset,
     SchedulerPresets,

@@ -7,8 +7,7 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
-from diffusers_fvg.schedules import SchedulerPresets
-from diffusers_fvg.schedules_cogvideox import (
+from diffusers_fvg.schedules.cogvideox import (
     COGVIDEOX_1_5_SCHEDULE,
     COGVIDEOX_PRESETS,
     TimestepPreset,
@@ -21,6 +20,7 @@ from diffusers_fvg.schedules_cogvideox import (
     uniform_sigmas,
     velocity,
 )
+from diffusers_fvg.schedules.presets import SchedulerPresets
 
 
 SCHEDULERS = (CogVideoXDDIMScheduler, CogVideoXDPMScheduler)

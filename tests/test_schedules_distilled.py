@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from diffusers_fvg.models import MODELS, model_presets
-from diffusers_fvg.schedules_distilled import DISTILLED_PRESETS
+from diffusers_fvg.schedules.distilled import DISTILLED_PRESETS
 
 
 PRESETS = [(name, preset) for name, presets in DISTILLED_PRESETS.items() for preset in presets]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from tiny import tiny_pipeline
 
-from diffusers_fvg.rewriter_tasks import MOTION, read_moments, read_motion, storyboard_task
+from diffusers_fvg.rewrite.storyboard import Moment
+from diffusers_fvg.rewrite.tasks import MOTION, read_moments, read_motion, storyboard_task
 from diffusers_fvg.shapes import storyboard as study
 from diffusers_fvg.shapes.held_out import score_written_motion, score_written_storyboard, settled_caption
 from diffusers_fvg.shapes.prompts import (
@@ -24,7 +25,6 @@ from diffusers_fvg.shapes.scorer import score_anchor, score_video
 from diffusers_fvg.shapes.tokenizer import MOMENT_TIMES, chat_tokenizer
 from diffusers_fvg.shapes.train_rewriter import INSTRUCTIONS, TASKS, training_pair, true_answer
 from diffusers_fvg.shapes.world import Change, Scene, ShapeObject, render
-from diffusers_fvg.storyboard import Moment
 
 
 def scenes(category: str, count: int = 12) -> list[Scene]:

@@ -5,7 +5,7 @@ from tiny import tiny_pipeline
 from tiny_cogvideox import tiny_cogvideox_pipeline
 
 from diffusers_fvg import Anchor
-from diffusers_fvg.storyboard import Moment, check_moments, moment_frames, pair_storyboards
+from diffusers_fvg.rewrite.storyboard import Moment, check_moments, moment_frames, pair_storyboards
 
 
 SIZE = {"height": 32, "width": 32, "max_sequence_length": 16, "output_type": "pt", "num_inference_steps": 2}

@@ -27,8 +27,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffusers_fvg import transformer_anchor
-from diffusers_fvg.transformer_anchor import AnchorConditionedTransformer3D
+from diffusers_fvg.animate import transformer_anchor
+from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
 
 
 CONFIG = {

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from diffusers_fvg.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
+from diffusers_fvg.animate.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
 
 
 BATCH, FRAMES, HEIGHT, WIDTH, TEXT = 2, 6, 4, 6, 5

@@ -12,10 +12,10 @@ sys.path.append(str(Path(__file__).parent / "training"))
 
 from training_runs import moving_square, save_cogvideox_model, save_config, save_model, save_videos, tiny_config
 
+from diffusers_fvg.evaluation.validation import make_validate
 from diffusers_fvg.media import read_video, read_video_metadata
-from diffusers_fvg.pipeline_factorized_video import FactorizedVideoPipeline
+from diffusers_fvg.pipelines.pipeline_factorized_video import FactorizedVideoPipeline
 from diffusers_fvg.training.trainer import main_train
-from diffusers_fvg.validation import make_validate
 
 
 @pytest.fixture(autouse=True)

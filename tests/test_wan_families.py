@@ -12,7 +12,7 @@ from tiny import WAN_FAMILIES, tiny_transformer, tiny_wan_family
 
 from diffusers_fvg import Anchor, AnchorLora, FactorizedVideoPipeline, load_lora
 from diffusers_fvg.models import MODELS, model_presets
-from diffusers_fvg.schedules_distilled import DISTILLED_PRESETS
+from diffusers_fvg.schedules.distilled import DISTILLED_PRESETS
 
 
 SIZE = {"height": 64, "width": 32, "num_frames": 9, "max_sequence_length": 16, "output_type": "latent"}

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from diffusers_fvg import AnchorComposer, FactorizedVideoPipeline, FirstFrameRewriter
-from diffusers_fvg.schedules import WAN_PRESETS
-from diffusers_fvg.transformer_anchor import AnchorConditionedTransformer3D
+from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
+from diffusers_fvg.schedules.presets import WAN_PRESETS
 
 
 WORDS = """a an and the is are of in on to from with at it its one two three four five red green blue yellow purple orange

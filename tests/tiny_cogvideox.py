@@ -5,9 +5,9 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from tiny import WORDS, tiny_composer, tiny_rewriter, tiny_tokenizer
 from transformers import T5Config, T5EncoderModel
 
-from diffusers_fvg.pipeline_factorized_cogvideox import FactorizedCogVideoXPipeline
-from diffusers_fvg.schedules_cogvideox import COGVIDEOX_PRESETS
-from diffusers_fvg.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
+from diffusers_fvg.animate.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
+from diffusers_fvg.pipelines.pipeline_factorized_cogvideox import FactorizedCogVideoXPipeline
+from diffusers_fvg.schedules.cogvideox import COGVIDEOX_PRESETS
 
 
 TRANSFORMER_CONFIG = {

@@ -8,7 +8,7 @@ from diffusers.utils import logging
 from transformers import CLIPVisionModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel, UMT5EncoderModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from ..anchor import crop_and_resize
+from ..animate.anchor import crop_and_resize
 
 
 logger = logging.get_logger(__name__)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..schedules_cogvideox import add_noise, velocity
+from ..schedules.cogvideox import add_noise, velocity
 from .predict_net import PredictNet, flow_loss
 from .unet import FactorizedDreamerUNet
 

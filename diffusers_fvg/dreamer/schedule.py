@@ -12,7 +12,7 @@ and its neighbours (Emu Video, FancyVideo, DynamiCrafter) all take zero. Noise p
 noise, hence velocity (arXiv 2202.00512).
 
 diffusers' CogVideoX schedulers do exactly this, in this order: they divide the SNR by `snr_shift_scale`, here `s^-power`. Noise
-levels, noising and the velocity are those of [`schedules_cogvideox`]. The cleanest time still has noise, 0.23 of it with the
+levels, noising and the velocity are those of [`schedules.cogvideox`]. The cleanest time still has noise, 0.23 of it with the
 default; the last step goes from there to none (`set_alpha_to_one`).
 """
 
@@ -20,8 +20,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..schedules import SchedulerPresets
-from ..schedules_cogvideox import TimestepPreset
+from ..schedules.cogvideox import TimestepPreset
+from ..schedules.presets import SchedulerPresets
 
 
 SHIFT = 0.125

@@ -133,7 +133,7 @@ def rms_norm_rope(
 
 
 def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """Attention between the frames that a table names; see [`attention.frame_attention`].
+    """Attention between the frames that a table names; see [`animate.attention.frame_attention`].
 
     Without Triton, frames attend one after the other to the keys they see. A graph of torch.compile cannot read the table
     on the host: there it is FlexAttention on a GPU and the masked definition elsewhere.

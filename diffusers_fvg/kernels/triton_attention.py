@@ -1,4 +1,4 @@
-"""Triton form of [`attention.frame_attention`]: blocks of unseen frames are never read, forward or backward.
+"""Triton form of [`animate.attention.frame_attention`]: blocks of unseen frames are never read, forward or backward.
 
 B batch, L tokens, N heads, H channels of a head, F frames of T = L / F tokens. A program owns BLOCK_Q tokens of one frame
 and head and passes over the frames that it sees, BLOCK_K tokens at a time; blocks begin with their frame, so that any T
@@ -268,7 +268,7 @@ _frame_attention_op.register_autograd(_frame_attention_backward, setup_context=_
 
 
 def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """[`attention.frame_attention`] for float32, float16 and bfloat16 and heads of at most 128 channels.
+    """[`animate.attention.frame_attention`] for float32, float16 and bfloat16 and heads of at most 128 channels.
 
     Kept for backward: the inputs, the output, and one sum per token and head.
     """

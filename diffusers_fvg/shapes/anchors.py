@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..anchor import Anchor, anchor_pixels, encode_anchor
-from ..fidelity import ANCHOR_DECODES, colour_shift, decode_anchored, low_frequency_drift
+from ..animate.anchor import Anchor, anchor_pixels, encode_anchor
+from ..animate.fidelity import ANCHOR_DECODES, colour_shift, decode_anchored, low_frequency_drift
 from .held_out import attributes_stay, split_scenes
 from .prompts import object_at
 from .report import claims_table, provenance

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..anchor_lora import WEIGHT_NAME
-from ..schedules import SchedulerPresets, unipc_preset
+from ..lora.anchor_lora import WEIGHT_NAME
+from ..schedules.presets import SchedulerPresets, unipc_preset
 from .train_models import MAX_CAPTION_LENGTH, MAX_SEQUENCE_LENGTH
 
 
 if TYPE_CHECKING:
-    from ..composer import AnchorComposer
-    from ..pipeline_factorized_video import FactorizedVideoPipeline
+    from ..compose.composer import AnchorComposer
+    from ..pipelines.pipeline_factorized_video import FactorizedVideoPipeline
 
 SHAPES_SOURCE = "chosen on the shapes world's held-out prompts (synthetic)"
 # Guidance and shift for the tiny model; the steps are those of arXiv 2512.16371.
@@ -48,7 +48,7 @@ def build_composer(folder: Path) -> AnchorComposer:
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
     from transformers import AutoTokenizer, UMT5EncoderModel
 
-    from ..composer import AnchorComposer
+    from ..compose.composer import AnchorComposer
 
     text_to_image = WanPipeline(
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
@@ -68,10 +68,10 @@ def build_pipeline(folder: Path) -> FactorizedVideoPipeline:
     from diffusers import AutoencoderKLWan
     from transformers import AutoTokenizer, UMT5EncoderModel
 
-    from ..anchor_lora import AnchorLora
-    from ..pipeline_factorized_video import FactorizedVideoPipeline
-    from ..rewriter import FirstFrameRewriter
-    from ..transformer_anchor import AnchorConditionedTransformer3D
+    from ..animate.transformer_anchor import AnchorConditionedTransformer3D
+    from ..lora.anchor_lora import AnchorLora
+    from ..pipelines.pipeline_factorized_video import FactorizedVideoPipeline
+    from ..rewrite.rewriter import FirstFrameRewriter
 
     def optional(name: str, load: Callable[[Path], Any]) -> Any:
         return load(folder / name) if (folder / name).is_dir() else None

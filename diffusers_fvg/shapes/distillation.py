@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..anchor_lora import ADAPTER_NAME
-from ..schedules import SchedulerPreset, SchedulerPresets
+from ..lora.anchor_lora import ADAPTER_NAME
+from ..schedules.presets import SchedulerPreset, SchedulerPresets
 from .ablation import WEIGHT_FILE
 from .held_out import split_scenes
 from .report import provenance

@@ -18,9 +18,9 @@ import numpy as np
 import PIL.Image
 import torch
 
-from ..anchor import Anchor
-from ..schedules import SchedulerPresets
-from ..schedules_cogvideox import TimestepPreset
+from ..animate.anchor import Anchor
+from ..schedules.cogvideox import TimestepPreset
+from ..schedules.presets import SchedulerPresets
 from .dreamer_image import (
     CLIP_WIDTH,
     FRAME_RATE,
@@ -45,7 +45,7 @@ from .world import render
 
 if TYPE_CHECKING:
     from ..dreamer.unet import FactorizedDreamerUNet
-    from ..pipeline_factorized_dreamer import FactorizedDreamerPipeline
+    from ..pipelines.pipeline_factorized_dreamer import FactorizedDreamerPipeline
 
 # Shares of clips without texts, without the motion's own text, and without the image.
 PROMPT_DROPOUT, MOTION_DROPOUT, IMAGE_DROPOUT = 0.1, 0.05, 0.1
@@ -177,7 +177,7 @@ def train_video(
 
     from ..dreamer.objective import DreamerTrainee, dreamer_loss
     from ..dreamer.predict_net import PredictNet
-    from ..schedules_cogvideox import training_sigmas
+    from ..schedules.cogvideox import training_sigmas
 
     unet = make_video_unet(folder, designs)
     predict_net = PredictNet(unet.config.block_out_channels[0], 32) if designs.predict_net else None
@@ -226,7 +226,7 @@ def build_dreamer(folder: Path, name: str = "video", designs: Designs | None = N
     from transformers import AutoTokenizer, CLIPTextModel, CLIPVisionModelWithProjection, UMT5EncoderModel
 
     from ..dreamer.unet import FactorizedDreamerUNet
-    from ..pipeline_factorized_dreamer import FactorizedDreamerPipeline
+    from ..pipelines.pipeline_factorized_dreamer import FactorizedDreamerPipeline
 
     designs = designs or DESIGNS["all"]
     presets = designs.presets()

@@ -275,7 +275,7 @@ def image_sigmas() -> torch.Tensor:
     from diffusers import CogVideoXDDIMScheduler
 
     from ..dreamer.schedule import dreamer_schedule
-    from ..schedules_cogvideox import training_sigmas
+    from ..schedules.cogvideox import training_sigmas
 
     return training_sigmas(CogVideoXDDIMScheduler(**dreamer_schedule(shift=1.0, zero_terminal_snr=False)))
 
@@ -288,7 +288,7 @@ def train_image(folder: Path, steps: int = 400, batch_size: int = 48, peak: floa
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    from ..schedules_cogvideox import add_noise, velocity
+    from ..schedules.cogvideox import add_noise, velocity
 
     torch.manual_seed(1)
     unet = UNet2DConditionModel(**UNET_CONFIG)

@@ -19,7 +19,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from ..anchor import Anchor
+from ..animate.anchor import Anchor
 from ..dreamer.flow import dis_flow, exact_flow
 from .dreamer import DESIGNS, GUIDANCE_SCALE, STEPS, TEXT_GUIDANCE_SCALE, VIDEO_STEPS, build_dreamer, design_part
 from .held_out import attributes_stay, score_written_motion, split_scenes
@@ -32,7 +32,7 @@ from .world import Scene, render
 
 
 if TYPE_CHECKING:
-    from ..pipeline_factorized_dreamer import FactorizedDreamerPipeline
+    from ..pipelines.pipeline_factorized_dreamer import FactorizedDreamerPipeline
 
 
 HOW = f"""All numbers are synthetic: a world of coloured shapes, scored by its own pixel reader, on held-out prompts.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..storyboard import Moment
+from ..rewrite.storyboard import Moment
 from .prompts import CATEGORIES, brief_caption, make_scene, moment_caption, motion_caption, storyboard
 from .scorer import parse_caption, score_caption
 from .world import Scene

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..storyboard import Moment
+from ..rewrite.storyboard import Moment
 from .world import COLOURS, SHAPES, Change, Scene, ShapeObject
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 
-from ..anchor import Anchor
-from ..storyboard import moment_frames
+from ..animate.anchor import Anchor
+from ..rewrite.storyboard import moment_frames
 from .held_out import score_written_storyboard, split_scenes
 from .prompts import CATEGORIES, first_frame_caption, storyboard
 from .report import provenance

@@ -21,8 +21,8 @@ import numpy as np
 import PIL.Image
 import torch
 
-from ..anchor import Anchor
-from ..anchor_lora import ADAPTER_NAME
+from ..animate.anchor import Anchor
+from ..lora.anchor_lora import ADAPTER_NAME
 from .held_out import attributes_stay, score_written_caption, settled_caption, split_scenes
 from .prompts import CAPTION_START
 from .scorer import find_objects, label_iou, motion_amount, score_anchor, score_video

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from ..anchor_lora import WEIGHT_NAME
-from ..rewriter import FirstFrameRewriter
+from ..lora.anchor_lora import WEIGHT_NAME
+from ..rewrite.rewriter import FirstFrameRewriter
 from ..training.config import TrainConfig
 from . import train_models, train_rewriter, train_vae
 from .assemble import CALL_DEFAULTS, SHAPES_PRESETS, assemble, build_composer, build_pipeline

@@ -293,7 +293,7 @@ def train_transformer(
     """
     from transformers import UMT5EncoderModel
 
-    from ..transformer_anchor import AnchorConditionedTransformer3D
+    from ..animate.transformer_anchor import AnchorConditionedTransformer3D
 
     torch.manual_seed(0)
     text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder").requires_grad_(False)

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..rewriter_prompts import build_messages
-from ..rewriter_tasks import FIRST_FRAME, MOTION, RewriterTask, storyboard_task
+from ..rewrite.prompts import build_messages
+from ..rewrite.tasks import FIRST_FRAME, MOTION, RewriterTask, storyboard_task
 from .held_out import held_out_scenes, score_written_caption, score_written_motion, score_written_storyboard
 from .loop import train, training_device
 from .prompts import CATEGORIES, make_scene, motion_caption, planned_caption, storyboard
@@ -102,7 +102,7 @@ def train_rewriter(
     """Trains and writes `folder/rewriter` (float16)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from ..rewriter import FirstFrameRewriter
+    from ..rewrite.rewriter import FirstFrameRewriter
     from .tokenizer import chat_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)

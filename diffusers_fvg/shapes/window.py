@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..anchor_lora import ADAPTER_NAME
+from ..lora.anchor_lora import ADAPTER_NAME
 from .ablation import INPUTS, OWN, WEIGHT_FILE
 from .held_out import split_scenes
 from .report import provenance

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from ..anchor_lora import ADAPTER_NAME, AnchorLora
-from ..lora import EXPERTS, load_lora
+from ..lora.anchor_lora import ADAPTER_NAME, AnchorLora
+from ..lora.loader import EXPERTS, load_lora
 from .config import TrainConfig
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..anchor import AnchorLatents, latent_index
+from ..animate.anchor import AnchorLatents, latent_index
 from .config import TrainConfig
 from .objectives import FLOW_MATCHING, FlowMatching, VPrediction, velocity_loss
 

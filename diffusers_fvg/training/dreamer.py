@@ -23,7 +23,7 @@ from ..dreamer.objective import DreamerTrainee, dreamer_loss
 from ..dreamer.predict_net import PredictNet
 from ..dreamer.schedule import dreamer_schedule
 from ..dreamer.unet import FactorizedDreamerUNet
-from ..schedules_cogvideox import training_sigmas
+from ..schedules.cogvideox import training_sigmas
 from .batches import Clips, Prefetcher, _read
 from .data import _text_dtype, build_cache, model_folder, read_examples, without_padding
 from .draws import generator_for

@@ -17,11 +17,11 @@ from diffusers import (
 )
 from transformers import AutoTokenizer, T5EncoderModel, UMT5EncoderModel
 
-from ..anchor import normalize_latents
+from ..animate.anchor import normalize_latents
+from ..animate.transformer_anchor import AnchorConditionedTransformer3D
+from ..animate.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
 from ..checks import check_num_frames, check_size
-from ..schedules_cogvideox import training_sigmas
-from ..transformer_anchor import AnchorConditionedTransformer3D
-from ..transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
+from ..schedules.cogvideox import training_sigmas
 from .config import TrainConfig
 from .objectives import FlowMatching, VPrediction
 

@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 import torch
 
-from .. import anchor_cogvideox, schedules_cogvideox
-from ..anchor import AnchorLatents, anchored_model_input
-from ..schedules import add_noise, velocity
+from ..animate import anchor_cogvideox
+from ..animate.anchor import AnchorLatents, anchored_model_input
+from ..schedules import cogvideox as schedules_cogvideox
+from ..schedules.presets import add_noise, velocity
 
 
 class FlowMatching:
@@ -49,7 +50,7 @@ FLOW_MATCHING = FlowMatching()
 
 class VPrediction:
     """CogVideoX's, with the methods of [`FlowMatching`]: variance-preserving noise from a table, velocity along that arc
-    ([`schedules_cogvideox`]); a time for every patch of latent frames.
+    ([`schedules.cogvideox`]); a time for every patch of latent frames.
 
     Args:
         sigmas (`torch.Tensor` of shape `(T,)`): from `schedules_cogvideox.training_sigmas`.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..anchor_lora import ADAPTER_NAME, WEIGHT_NAME
+from ..lora.anchor_lora import ADAPTER_NAME, WEIGHT_NAME
 from .config import TrainConfig, without_paths
 from .files import write_whole
 
@@ -50,7 +50,7 @@ def write_lora(config: TrainConfig, weights: dict[str, dict[str, torch.Tensor]])
 def write_card(config: TrainConfig) -> None:
     """Writes the model card of the run beside its LoRA, from its log."""
     # Only here: it knows every model of the package, of which training needs nothing.
-    from ..cards import training_card
+    from ..publishing.cards import training_card
 
     output = Path(config.output_dir)
     log = {

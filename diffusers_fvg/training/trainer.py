@@ -26,8 +26,8 @@ from peft import LoraConfig
 from peft.helpers import disable_input_dtype_casting
 from tqdm.auto import tqdm
 
-from ..anchor import AnchorLatents
-from ..anchor_lora import ADAPTER_NAME, WEIGHT_NAME
+from ..animate.anchor import AnchorLatents
+from ..lora.anchor_lora import ADAPTER_NAME, WEIGHT_NAME
 from .batches import BatchOrder, Clips, Prefetcher
 from .config import TrainConfig
 from .data import build_cache, model_folder, read_examples

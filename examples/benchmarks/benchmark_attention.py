@@ -27,9 +27,9 @@ from harness import (
 )
 
 from diffusers_fvg import kernels
-from diffusers_fvg.attention import choose_backend
+from diffusers_fvg.animate.attention import choose_backend
+from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
 from diffusers_fvg.kernels import attention
-from diffusers_fvg.transformer_anchor import AnchorConditionedTransformer3D
 
 
 # Relative RMS. bfloat16 rounds weights and outputs to 8 bits, and a step adds up what its blocks round differently.

@@ -33,8 +33,8 @@ from harness import (
 )
 from peft import LoraConfig
 
+from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
 from diffusers_fvg.training.config import WAN_TARGETS
-from diffusers_fvg.transformer_anchor import AnchorConditionedTransformer3D
 
 
 # In bfloat16 a product of twice the rows may round in another order.

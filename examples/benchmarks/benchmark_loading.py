@@ -23,8 +23,8 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from harness import SIZES, bar, build_transformer, describe, make_clock, make_parser, write_report
 
 import diffusers_fvg
+from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
 from diffusers_fvg.embedded import EMBEDDED_FOLDER
-from diffusers_fvg.transformer_anchor import AnchorConditionedTransformer3D
 
 
 CHILD = r"""

@@ -22,7 +22,7 @@ from diffusers import WanTransformer3DModel
 from harness import RESULTS, SIZES, Size, bar, build_transformer, gate, peak_bytes, transformer_inputs, write_report
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffusers_fvg.transformer_anchor import AnchorConditionedTransformer3D
+from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
 
 
 LAYERS = 2

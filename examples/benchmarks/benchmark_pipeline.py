@@ -39,9 +39,9 @@ from PIL import Image
 
 import diffusers_fvg
 from diffusers_fvg import FactorizedVideoPipeline
-from diffusers_fvg.profiles import WAN_VAES
-from diffusers_fvg.schedules import WAN_PRESETS
-from diffusers_fvg.transformer_anchor import AnchorConditionedTransformer3D
+from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
+from diffusers_fvg.pipelines.profiles import WAN_VAES
+from diffusers_fvg.schedules.presets import WAN_PRESETS
 
 
 GATES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}

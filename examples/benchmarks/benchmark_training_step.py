@@ -40,9 +40,9 @@ from peft import LoraConfig
 from peft.helpers import disable_input_dtype_casting
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
 from diffusers_fvg.training.config import WAN_TARGETS
 from diffusers_fvg.training.objectives import velocity_loss
-from diffusers_fvg.transformer_anchor import AnchorConditionedTransformer3D
 
 
 CLASSES = {"stock": WanTransformer3DModel, "ours": AnchorConditionedTransformer3D}

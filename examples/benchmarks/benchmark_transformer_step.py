@@ -32,7 +32,7 @@ from harness import (
     write_report,
 )
 
-from diffusers_fvg.transformer_anchor import AnchorConditionedTransformer3D
+from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
 
 
 CLASSES = {"stock": WanTransformer3DModel, "ours": AnchorConditionedTransformer3D}

@@ -5,8 +5,8 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, DDIMScheduler
 
 from diffusers_fvg.dreamer.schedule import DREAMER_PRESETS, dreamer_schedule
-from diffusers_fvg.schedules import SchedulerPresets
-from diffusers_fvg.schedules_cogvideox import add_noise, training_sigmas, velocity
+from diffusers_fvg.schedules.cogvideox import add_noise, training_sigmas, velocity
+from diffusers_fvg.schedules.presets import SchedulerPresets
 
 
 def log_snr(**config):

@@ -25,12 +25,12 @@ from tiny_dreamer import (
 )
 from transformers import CLIPImageProcessor
 
-from diffusers_fvg.anchor import Anchor, crop_and_resize
+from diffusers_fvg.animate.anchor import Anchor, crop_and_resize
 from diffusers_fvg.dreamer.conditions import embed_images, embed_motion, encode_pixels
 from diffusers_fvg.dreamer.schedule import dreamer_schedule
 from diffusers_fvg.dreamer.unet import FactorizedDreamerUNet
-from diffusers_fvg.pipeline_factorized_dreamer import FactorizedDreamerPipeline
-from diffusers_fvg.rewriter import FirstFrameRewriter
+from diffusers_fvg.pipelines.pipeline_factorized_dreamer import FactorizedDreamerPipeline
+from diffusers_fvg.rewrite.rewriter import FirstFrameRewriter
 
 
 SIZE = {"height": 32, "width": 32, "num_frames": 4, "max_sequence_length": 8, "num_inference_steps": 2}

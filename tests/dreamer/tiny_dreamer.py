@@ -19,7 +19,7 @@ from transformers import (
 
 from diffusers_fvg.dreamer.schedule import DREAMER_PRESETS
 from diffusers_fvg.dreamer.unet import FactorizedDreamerUNet
-from diffusers_fvg.pipeline_factorized_dreamer import FactorizedDreamerPipeline
+from diffusers_fvg.pipelines.pipeline_factorized_dreamer import FactorizedDreamerPipeline
 
 
 # A Stable Diffusion 1.5 in small: attention above, none at the coarsest level but in the middle.

@@ -99,7 +99,7 @@ def test_operator_is_well_formed(device):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_model_with_a_window(compiled, device):
     """Output and gradients of a whole transformer, all operations in Triton, against plain torch."""
-    from diffusers_fvg.transformer_anchor import AnchorConditionedTransformer3D
+    from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
 
     config = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 32, "ffn_dim": 32, "num_layers": 2}
     torch.manual_seed(0)

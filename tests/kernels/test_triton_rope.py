@@ -109,7 +109,7 @@ def test_the_model_on_these_kernels_equals_the_stock_class(compiled, device):
     """Output and gradients of a whole transformer with an anchor, all operations in Triton."""
     from diffusers import WanTransformer3DModel
 
-    from diffusers_fvg.transformer_anchor import AnchorConditionedTransformer3D
+    from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
 
     config = {
         "num_attention_heads": 2,

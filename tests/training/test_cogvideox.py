@@ -20,10 +20,10 @@ from training_runs import (
 )
 
 from diffusers_fvg import Anchor
-from diffusers_fvg.anchor import crop_and_resize
-from diffusers_fvg.anchor_cogvideox import encode_anchor
-from diffusers_fvg.schedules import SchedulerPresets
-from diffusers_fvg.schedules_cogvideox import COGVIDEOX_1_5_SCHEDULE, TimestepPreset, times_of, training_sigmas
+from diffusers_fvg.animate.anchor import crop_and_resize
+from diffusers_fvg.animate.anchor_cogvideox import encode_anchor
+from diffusers_fvg.schedules.cogvideox import COGVIDEOX_1_5_SCHEDULE, TimestepPreset, times_of, training_sigmas
+from diffusers_fvg.schedules.presets import SchedulerPresets
 from diffusers_fvg.training.config import TrainConfig
 from diffusers_fvg.training.draws import draw, draw_loss, generator_for
 from diffusers_fvg.training.families import CogVideoX, family_of

@@ -25,7 +25,7 @@ from training_runs import (
 )
 
 from diffusers_fvg import Anchor, AnchorLora, SchedulerPreset, SchedulerPresets
-from diffusers_fvg.anchor_lora import ADAPTER_NAME, WEIGHT_NAME
+from diffusers_fvg.lora.anchor_lora import ADAPTER_NAME, WEIGHT_NAME
 from diffusers_fvg.training.config import WAN_TARGETS
 from diffusers_fvg.training.distillation import GuidedTeacher
 from diffusers_fvg.training.trainer import main_train

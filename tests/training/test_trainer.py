@@ -14,7 +14,7 @@ from tiny import tiny_transformer, tiny_wan_components
 from training_runs import finish, kill_after, losses, save_config, save_model, save_videos, start, tiny_config
 
 from diffusers_fvg import AnchorLora
-from diffusers_fvg.anchor_lora import WEIGHT_NAME
+from diffusers_fvg.lora.anchor_lora import WEIGHT_NAME
 from diffusers_fvg.training import processes, trainer
 from diffusers_fvg.training.config import WAN_TARGETS
 from diffusers_fvg.training.trainer import learning_rate, main_train, sigma_ranges

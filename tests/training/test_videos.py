@@ -4,7 +4,7 @@ import pytest
 import torch
 from training_runs import OPTIONS, moving_square
 
-from diffusers_fvg.anchor import crop_and_resize
+from diffusers_fvg.animate.anchor import crop_and_resize
 from diffusers_fvg.media import read_video, write_video
 from diffusers_fvg.shapes.dataset import lossless_video
 from diffusers_fvg.training.config import TrainConfig

@@ -16,8 +16,8 @@ from training_runs import (
 )
 
 from diffusers_fvg import AnchorLora
+from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
 from diffusers_fvg.training.trainer import main_train
-from diffusers_fvg.transformer_anchor import AnchorConditionedTransformer3D
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from tiny_cogvideox import tiny_cogvideox_components
 
 from diffusers_fvg import AnchorLora
 from diffusers_fvg.media import write_video
-from diffusers_fvg.schedules_cogvideox import COGVIDEOX_1_5_SCHEDULE
+from diffusers_fvg.schedules.cogvideox import COGVIDEOX_1_5_SCHEDULE
 from diffusers_fvg.training.config import WAN_TARGETS, TrainConfig
 
 

@@ -1,0 +1,296 @@
+"""From an anchor image to what the video model sees: pure functions between stage 2 and stage 3.
+
+Shapes: B batch, C latent channels, F/H/W pixel frames/height/width, f/h/w latent ones. Wan's causal VAE turns frame 0 into
+latent 0 and every further four frames into one latent, so f = 1 + (F - 1) / 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+import torch
+
+from ..locks import exclusive
+from ..schedules.presets import add_noise
+
+
+# A causal VAE's latent depends on frames before it. A still picture held over this many latents has all but reached the
+# steady state of a resting scene: with the embedded VAE 1.3 % (rms) is left after 5, and half of it after each further one.
+STILL_LATENTS = 5
+
+
+Picture = PIL.Image.Image | np.ndarray | torch.Tensor
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A frame that is given, or a short run of frames.
+
+    Args:
+        image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): the picture; `uint8` (H, W, 3), float (H, W, 3) or tensor
+            (3, H, W) in [0, 1]. Another size is scaled and centre-cropped, never stretched. A list of pictures, an array
+            (F, H, W, 3) or a tensor (F, 3, H, W) is a run of frames, with which an existing clip is continued. A run covers
+            whole latent frames: 4k + 1 frames from frame 0 on, or 4k frames from a frame 4j + 1 on.
+        frame_index (`int`, *optional*): pixel frame of the picture, or of the run's first; negative from the end.
+        strength (`float`, *optional*): in (0, 1]. At 1 the frame is a fixed constraint with time 0. Below 1 the model
+            sees it with `1 - strength` of the clip's noise and of its time, so that the frames around may move away from it.
+    """
+
+    image: Picture | Sequence[Picture]
+    frame_index: int = 0
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class AnchorLatents:
+    """Anchors in latent form, the same for training and sampling.
+
+    Args:
+        latents (`torch.Tensor` of shape `(B, C, f, h, w)`): normalised clean latents, zero where nothing is anchored.
+        strength (`torch.Tensor` of shape `(B, f)`): in [0, 1]; 0 where nothing is anchored.
+        noise (`torch.Tensor` of shape `(B, C, f, h, w)`): what anchors of a strength below 1 are mixed with.
+    """
+
+    latents: torch.Tensor
+    strength: torch.Tensor
+    noise: torch.Tensor
+
+    def impose(self, latents: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
+        """Puts the anchors into `latents` `(B, C, f, h, w)` at noise level `sigma`, a number or of shape `(B,)`."""
+        sigma = torch.as_tensor(sigma, dtype=self.strength.dtype, device=self.strength.device)
+        frame_sigma = ((1 - self.strength) * sigma.reshape(-1, 1))[:, None, :, None, None]
+        anchored = (self.strength > 0)[:, None, :, None, None]
+        return torch.where(anchored, add_noise(self.latents, self.noise, frame_sigma).to(latents.dtype), latents)
+
+    def hold(self, velocity: torch.Tensor, latents: torch.Tensor, sigma: float) -> torch.Tensor:
+        """Replaces the predicted velocity of anchored frames by the one whose clean estimate is the anchor itself.
+
+        `clean = noisy - sigma * velocity`, so what a multistep solver keeps of such a frame is the anchor, not a guess.
+        """
+        anchored = (self.strength > 0)[:, None, :, None, None]
+        return torch.where(anchored, ((latents - self.latents) / sigma).to(velocity.dtype), velocity)
+
+
+def anchored_model_input(
+    latents: torch.Tensor, sigma: torch.Tensor | float, timestep: torch.Tensor, anchors: AnchorLatents | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `(hidden_states, timestep)` of one forward, for the trainer and the pipeline alike.
+
+    A fixed anchor is clean and has time 0, the other frames share the clip's time (Factorized Video Generation, arXiv
+    2512.16371, Figure 2; the per-frame time is that of Wan2.2-TI2V-5B).
+
+    Args:
+        latents (`torch.Tensor` of shape `(B, C, f, h, w)`): noisy latents of the clip.
+        sigma (`float` or `torch.Tensor` of shape `(B,)`): noise level in [0, 1].
+        timestep (`torch.Tensor` of shape `(B,)`): model time, `sigma * num_train_timesteps`.
+        anchors (`AnchorLatents`, *optional*): `None` for plain text-to-video.
+
+    Returns:
+        `hidden_states` of shape `(B, C, f, h, w)`, and `timestep` of shape `(B, f)`, or `(B,)` without anchors.
+    """
+    if anchors is None:
+        return latents, timestep
+    return anchors.impose(latents, sigma), (1 - anchors.strength) * timestep.to(anchors.strength.dtype)[:, None]
+
+
+def latent_index(frame_index: int, temporal: int = 4) -> int:
+    """Latent that holds a pixel frame: 0 for frame 0, then one for every `temporal` frames."""
+    return 0 if frame_index == 0 else 1 + (frame_index - 1) // temporal
+
+
+def pictures_of(image: Picture | Sequence[Picture]) -> list[Picture]:
+    """The pictures of an anchor in time order: one, or those of a run."""
+    several = isinstance(image, (list, tuple)) or (isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim == 4)
+    return list(image) if several else [image]
+
+
+def covered_latents(anchor: Anchor, num_frames: int, temporal: int = 4) -> range:
+    """Latents that an anchor of a clip of `num_frames` frames stands for.
+
+    Raises:
+        `ValueError`: outside the clip, or a run that covers a part of a latent frame.
+    """
+    if not -num_frames <= anchor.frame_index < num_frames:
+        raise ValueError(
+            f"Anchor at `frame_index={anchor.frame_index}` lies outside the clip of {num_frames} frames; use "
+            f"{-num_frames} to {num_frames - 1}."
+        )
+    count, frame = len(pictures_of(anchor.image)), anchor.frame_index % num_frames
+    first = latent_index(frame, temporal)
+    if count == 1:
+        return range(first, first + 1)
+    run = f"A run of {count} frames at `frame_index={anchor.frame_index}` in a clip of {num_frames} frames"
+    alone = int(frame == 0)
+    if not alone and (frame - 1) % temporal:
+        starts = [1 + (first - 1) * temporal, 1 + first * temporal]
+        # Counted as the caller did.
+        starts = [start + anchor.frame_index - frame for start in starts if start < num_frames]
+        raise ValueError(
+            f"{run} begins within a latent frame, which stands for {temporal} frames; nearest `frame_index`: "
+            f"{' and '.join(map(str, starts))}."
+        )
+    longest = num_frames - frame
+    if not 0 < count <= longest or (count - alone) % temporal:
+        below = alone + (min(count, longest) - alone) // temporal * temporal
+        counts = [fitting for fitting in (below, below + temporal) if 0 < fitting <= longest]
+        raise ValueError(
+            f"{run} must cover whole latent frames, {temporal}k{' + 1' * alone} frames that end within the clip; nearest: "
+            f"{' and '.join(map(str, counts))}."
+        )
+    return range(first, first + (count - alone) // temporal + alone)
+
+
+def resolve_anchors(anchors: Sequence[Anchor], num_frames: int, temporal: int = 4) -> list[tuple[range, Anchor]]:
+    """Checks the anchors of one clip and returns `(latents, anchor)` pairs in time order.
+
+    Raises:
+        `ValueError`: as in `covered_latents`; a strength outside (0, 1], or two anchors on one latent frame.
+    """
+    placed: dict[int, Anchor] = {}
+    pairs = []
+    for anchor in anchors:
+        latents = covered_latents(anchor, num_frames, temporal)
+        if not 0 < anchor.strength <= 1:
+            raise ValueError(f"Anchor `strength={anchor.strength}` must lie in (0, 1]; leave the anchor out for 0.")
+        for index in latents:
+            if index in placed:
+                frames = sorted(item.frame_index % num_frames for item in (placed[index], anchor))
+                raise ValueError(
+                    f"Anchors at frames {frames[0]} and {frames[1]} fall on the same latent frame {index}; keep one of them "
+                    f"or move one away. Frame 0 is a latent frame of its own, then each stands for {temporal} frames."
+                )
+            placed[index] = anchor
+        pairs.append((latents, anchor))
+    return sorted(pairs, key=lambda pair: pair[0].start)
+
+
+def pair_anchors(anchors, num_prompts: int, num_videos_per_prompt: int) -> list[list[Anchor]]:
+    """One list of anchors for each video, from an anchor or a list for all, or lists per prompt or per video."""
+    anchors = [anchors] if isinstance(anchors, Anchor) else list(anchors)
+    for item in anchors:
+        members = item if isinstance(item, (list, tuple)) else [item]
+        wrong = [type(member).__name__ for member in members if not isinstance(member, Anchor)]
+        if wrong:
+            raise ValueError(
+                f"`anchors` must hold `Anchor`s or lists of them, but holds {wrong[0]}; use `Anchor(image)`."
+            )
+    num_videos = num_prompts * num_videos_per_prompt
+    if all(isinstance(item, Anchor) for item in anchors):
+        return [anchors] * num_videos
+    if len(anchors) == num_videos:
+        return [list(item) for item in anchors]
+    if len(anchors) == num_prompts:
+        return [list(item) for item in anchors for _ in range(num_videos_per_prompt)]
+    raise ValueError(
+        f"`anchors` has {len(anchors)} lists for {num_prompts} prompts and {num_videos} videos; give one list for all, one "
+        "per prompt or one per video."
+    )
+
+
+def picture_tensor(image: Picture) -> torch.Tensor:
+    """A picture as `(3, H, W)`, float32 in [0, 1].
+
+    Raises:
+        `ValueError`: a picture that cannot be decoded, of another layout, or with values outside its range.
+    """
+    if isinstance(image, PIL.Image.Image):
+        try:
+            pixels = np.asarray(image.convert("RGB"))
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"The anchor image cannot be decoded ({error}); save it again as PNG or JPEG.") from error
+        image = pixels
+    if isinstance(image, np.ndarray):
+        if image.ndim != 3 or image.shape[-1] != 3:
+            raise ValueError(f"An anchor array must have shape (H, W, 3) or (F, H, W, 3), but has {image.shape}.")
+        scale = 255.0 if image.dtype == np.uint8 else 1.0
+        image = torch.tensor(image).permute(2, 0, 1).float() / scale
+    if not isinstance(image, torch.Tensor):
+        raise ValueError(f"An anchor image must be a PIL image, an array or a tensor, but is {type(image).__name__}.")
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"An anchor tensor must have shape (3, H, W) or (F, 3, H, W), but has {tuple(image.shape)}.")
+    if not torch.isfinite(image).all() or image.min() < 0 or image.max() > 1:
+        raise ValueError(
+            f"Anchor values must be finite and lie in [0, 1], but range from {image.min():.3g} to {image.max():.3g}."
+        )
+    return image.float()
+
+
+def fit_picture(image: Picture, height: int, width: int) -> torch.Tensor:
+    """Scales a picture until it covers `height` x `width`, crops the centre, and returns `(3, H, W)` in [0, 1].
+
+    Raises:
+        `ValueError`: as in `picture_tensor`.
+    """
+    image = picture_tensor(image)
+    source_height, source_width = image.shape[1:]
+    if (source_height, source_width) != (height, width):
+        factor = max(height / source_height, width / source_width)
+        size = (max(height, round(source_height * factor)), max(width, round(source_width * factor)))
+        image = torch.nn.functional.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+        top, left = (size[0] - height) // 2, (size[1] - width) // 2
+        image = image[:, top : top + height, left : left + width]
+    return image
+
+
+def crop_and_resize(image: Picture, height: int, width: int) -> torch.Tensor:
+    """[`fit_picture`] as models take it: `(3, H, W)` in [-1, 1]."""
+    return 2 * fit_picture(image, height, width) - 1
+
+
+def anchor_pixels(anchor: Anchor, height: int, width: int) -> torch.Tensor:
+    """The pictures of an anchor as a clip `(3, F, H, W)` in [-1, 1]."""
+    return torch.stack([crop_and_resize(image, height, width) for image in pictures_of(anchor.image)], dim=1)
+
+
+def _statistics(vae, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    mean, std = (
+        torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1, 1)
+        for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return mean, std
+
+
+def normalize_latents(latents: torch.Tensor, vae) -> torch.Tensor:
+    """`(latents - latents_mean) / latents_std`, per channel, as the video model wants them."""
+    mean, std = _statistics(vae, latents)
+    # Multiplied by the inverse, not divided: bit-equal to the stock pipelines.
+    return (latents - mean) * (1.0 / std)
+
+
+def denormalize_latents(latents: torch.Tensor, vae) -> torch.Tensor:
+    """Inverse of `normalize_latents`, as the VAE wants them."""
+    mean, std = _statistics(vae, latents)
+    return latents / (1.0 / std) + mean
+
+
+def encode_anchor(vae, pixels: torch.Tensor, index: int, device: torch.device | None = None) -> torch.Tensor:
+    """Encodes a picture, or a run of them, for the latent positions from `index` on.
+
+    A latent at position 0 is a single frame. A later one stands for four frames and was made with the frames before them in
+    view, so a single-image latent pasted there is out of phase: a single picture stands still for its four frames, and the
+    first picture is held still before them, over `min(index, STILL_LATENTS)` latents.
+
+    Args:
+        vae (`AutoencoderKLWan`): a causal video VAE.
+        pixels (`torch.Tensor` of shape `(B, 3, H, W)` or `(B, 3, F, H, W)`): in [-1, 1]; a run has 4k + 1 frames at position
+            0 and 4k frames at a later one.
+        index (`int`): latent position of the first, from `latent_index`.
+        device (`torch.device`, *optional*): where the VAE runs.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C, k, h, w)`, float32, normalised; the mode of the posterior, not a sample.
+    """
+    temporal = vae.config.scale_factor_temporal
+    clip = pixels if pixels.ndim == 5 else pixels[:, :, None]
+    before = min(index, STILL_LATENTS)
+    if before:
+        held = clip[:, :, :1].expand(-1, -1, 1 + (before - 1) * temporal, -1, -1)
+        own = clip.expand(-1, -1, temporal, -1, -1) if clip.shape[2] == 1 else clip
+        clip = torch.cat([held, own], dim=2)
+    # It keeps what its convolutions need of earlier frames in attributes of the VAE.
+    with exclusive(vae):
+        latents = vae.encode(clip.to(device=device, dtype=vae.dtype)).latent_dist.mode()[:, :, before:]
+    return normalize_latents(latents.float(), vae)

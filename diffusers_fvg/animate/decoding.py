@@ -1,0 +1,194 @@
+"""Latents to frames, a latent frame at a time: the float video is never held.
+
+Wan's VAE is causal and keeps what its convolutions need of earlier frames, so that decoding frame by frame is what the whole
+decode does inside as well; here each piece leaves as soon as it is final. In tiles the memory is that of one tile.
+
+Shape legend: B videos, C latent channels, f latent frames, h and w latent rows and columns; F, H, W the same in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
+
+from ..checks import stop_unless_finite
+from ..devices import get_module_execution_device
+from .anchor import denormalize_latents
+
+
+# Final pixels `(B, 3, n, H, W)` in [-1, 1] to what is kept of them, same shape.
+Convert = Callable[[torch.Tensor], torch.Tensor]
+
+
+@torch.no_grad()
+def decode_frames(vae: AutoencoderKLWan, latents: torch.Tensor) -> Iterator[np.ndarray]:
+    """Frames of one video, each as soon as it is decoded: for [`~media.write_video`].
+
+    Equal to rounding the frames of the whole decode. In tiles (`vae.enable_tiling()`) all frames come after the last tile,
+    held as uint8 until then. A VAE that is offloaded stays where it ran: `pipe.maybe_free_model_hooks()` takes it back.
+
+    Args:
+        vae (`AutoencoderKLWan`): of the pipeline.
+        latents (`torch.Tensor` of shape `(1, C, f, h, w)`): as the pipeline gives them with `output_type="latent"`.
+
+    Yields:
+        `np.ndarray` of shape `(H, W, 3)`, uint8: 4 (f - 1) + 1 of them.
+
+    Raises:
+        `ValueError`: latents of another number of videos.
+    """
+    if latents.ndim != 5 or latents.shape[0] != 1:
+        raise ValueError(
+            f"`latents` has the shape {tuple(latents.shape)}, but one video is (1, C, f, h, w): pass `latents[i : i + 1]`."
+        )
+    latents = denormalize_latents(latents.to(get_module_execution_device(vae), dtype=vae.dtype), vae)
+    for chunk in decode_chunks(vae, latents, to_uint8):
+        yield from chunk[0].permute(1, 2, 3, 0).numpy()
+
+
+def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] to uint8 on the CPU, by the arithmetic of diffusers' video processor and of [`~media.frames_to_uint8`]."""
+    return (pixels * 0.5 + 0.5).clamp(0, 1).float().mul(255).round().to("cpu", torch.uint8)
+
+
+def decode_video(
+    vae: AutoencoderKLWan | AutoencoderKLCogVideoX, latents: torch.Tensor, output_type: str, tile: bool = False
+) -> np.ndarray | torch.Tensor | list[list[PIL.Image.Image]]:
+    """`vae.decode(latents)` as frames, with at most one chunk of the float video on the VAE's device, but for `"pt"`.
+
+    Args:
+        vae, latents, tile: of [`decode_chunks`].
+        output_type (`str`): `"np"` float32 in [0, 1] and `"uint8"`, both `np.ndarray` of shape `(B, F, H, W, 3)`; `"pt"`
+            `torch.Tensor` of shape `(B, F, 3, H, W)` on the VAE's device and in its dtype; `"pil"` a list for each video.
+
+    Raises:
+        `ValueError`: another output type.
+    """
+    if output_type not in ("np", "uint8", "pt", "pil"):
+        raise ValueError(f'Unknown `output_type` {output_type!r}: use "np", "uint8", "pt", "pil" or "latent".')
+    if output_type == "pt":
+        chunks = decode_chunks(vae, latents, tile=tile, convert=lambda pixels: (pixels * 0.5 + 0.5).clamp(0, 1))
+        return torch.cat(list(chunks), dim=2).transpose(1, 2)
+    if output_type == "np":
+        chunks = decode_chunks(
+            vae, latents, tile=tile, convert=lambda pixels: (pixels * 0.5 + 0.5).clamp(0, 1).cpu().float()
+        )
+    else:
+        chunks = decode_chunks(vae, latents, to_uint8, tile)
+    video = np.concatenate([chunk.permute(0, 2, 3, 4, 1).numpy() for chunk in chunks], axis=1)
+    if output_type == "pil":
+        return [[PIL.Image.fromarray(frame) for frame in frames] for frames in video]
+    return video
+
+
+@torch.no_grad()
+def decode_chunks(
+    vae: AutoencoderKLWan | AutoencoderKLCogVideoX, latents: torch.Tensor, convert: Convert, tile: bool = False
+) -> Iterator[torch.Tensor]:
+    """`vae.decode(latents)`, in pieces of consecutive frames.
+
+    Args:
+        vae (`AutoencoderKLWan` or `AutoencoderKLCogVideoX`): slicing and tiling as they are set.
+        latents (`torch.Tensor` of shape `(B, C, f, h, w)`): as the VAE takes them, on its device and in its dtype.
+        convert (`Callable`): called with final pixels, frame after frame or tile after tile; what it returns is kept.
+        tile (`bool`): in tiles, though `vae.use_tiling` is not set. The VAE is not changed.
+
+    Yields:
+        `torch.Tensor` of shape `(B, 3, n, H, W)`: what `convert` made, in the order of the frames.
+
+    Raises:
+        `FloatingPointError`: the decoder made values that are not finite.
+    """
+    if hasattr(vae, "_hf_hook"):
+        # Offloading brings a model when it is called, or as here is about to be used past its `forward`.
+        vae._hf_hook.pre_forward(vae)
+    if vae.use_slicing and latents.shape[0] > 1:
+        videos = [list(decode_chunks(vae, video, convert, tile)) for video in latents.split(1)]
+        yield from (torch.cat(chunks) for chunks in zip(*videos, strict=True))
+        return
+    if isinstance(vae, AutoencoderKLCogVideoX):
+        yield from _cogvideox_chunks(vae, latents, convert)
+        return
+    tile_height = vae.tile_sample_min_height // vae.spatial_compression_ratio
+    tile_width = vae.tile_sample_min_width // vae.spatial_compression_ratio
+    if (vae.use_tiling or tile) and (latents.shape[3] > tile_height or latents.shape[4] > tile_width):
+        yield from _tiled_chunks(vae, latents, convert)
+        return
+    for decoded in _decoded(vae, vae.post_quant_conv(latents)):
+        yield convert(_pixels(vae, decoded))
+
+
+def _decoded(vae: AutoencoderKLWan, features: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The decoder's output for each latent frame in turn: one frame for the first, then four."""
+    cache = [None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
+    for index in range(features.shape[2]):
+        frame = features[:, :, index : index + 1]
+        yield vae.decoder(frame, feat_cache=cache, feat_idx=[0], first_chunk=index == 0)
+
+
+def _pixels(vae: AutoencoderKLWan, decoded: torch.Tensor) -> torch.Tensor:
+    stop_unless_finite("decode", decoded)
+    if vae.config.patch_size is not None:
+        decoded = unpatchify(decoded, patch_size=vae.config.patch_size)
+    return decoded.clamp(-1, 1)
+
+
+def _tiled_chunks(vae: AutoencoderKLWan, latents: torch.Tensor, convert: Convert) -> Iterator[torch.Tensor]:
+    """`vae.tiled_decode`, which keeps every tile's float video to the end; here only the edges that neighbours blend with."""
+    _, _, num_latents, height, width = latents.shape
+    ratio, patch = vae.spatial_compression_ratio, vae.config.patch_size or 1
+    tile_height, tile_width = vae.tile_sample_min_height // ratio, vae.tile_sample_min_width // ratio
+    step_height, step_width = vae.tile_sample_stride_height // ratio, vae.tile_sample_stride_width // ratio
+    # Blending comes before patches are unfolded, so what follows counts the decoder's pixels.
+    kept_height, kept_width = vae.tile_sample_stride_height // patch, vae.tile_sample_stride_width // patch
+    blend_height = vae.tile_sample_min_height // patch - kept_height
+    blend_width = vae.tile_sample_min_width // patch - kept_width
+
+    video, above = None, []
+    for row, top in enumerate(range(0, height, step_height)):
+        edges, left = [], None
+        for column, begin in enumerate(range(0, width, step_width)):
+            tile = latents[..., top : top + tile_height, begin : begin + tile_width]
+            # Frame by frame, as stock does it: one convolution over all frames may round differently.
+            features = torch.cat([vae.post_quant_conv(frame) for frame in tile.split(1, dim=2)], dim=2)
+            tile = torch.cat(list(_decoded(vae, features)), dim=2)
+            if row > 0:
+                tile = vae.blend_v(above[column], tile, blend_height)
+            if column > 0:
+                tile = vae.blend_h(left, tile, blend_width)
+            edges.append(tile[..., -blend_height:, :].clone())
+            left = tile[..., -blend_width:].clone()
+            piece = convert(_pixels(vae, tile[..., :kept_height, :kept_width]))
+            if video is None:
+                video = piece.new_empty(*piece.shape[:3], height * ratio, width * ratio)
+            y, x = row * kept_height * patch, column * kept_width * patch
+            video[..., y : y + piece.shape[3], x : x + piece.shape[4]] = piece
+        above = edges
+    lengths = [1] + [(video.shape[2] - 1) // max(num_latents - 1, 1)] * (num_latents - 1)
+    yield from video.split(lengths, dim=2)
+
+
+def _cogvideox_chunks(vae: AutoencoderKLCogVideoX, latents: torch.Tensor, convert: Convert) -> Iterator[torch.Tensor]:
+    """The same for CogVideoX: its VAE decodes two latents at a time, three at first where their number is odd."""
+    height, width = latents.shape[3:]
+    if vae.use_tiling and (height > vae.tile_latent_min_height or width > vae.tile_latent_min_width):
+        decoded = vae.tiled_decode(latents, return_dict=False)[0]
+        stop_unless_finite("decode", decoded)
+        yield convert(decoded)
+        return
+    step, cache = vae.num_latent_frames_batch_size, None
+    rest = latents.shape[2] % step
+    begin = 0
+    for end in range(min(step + rest, latents.shape[2]), latents.shape[2] + 1, step):
+        frames = latents[:, :, begin:end]
+        if vae.post_quant_conv is not None:
+            frames = vae.post_quant_conv(frames)
+        decoded, cache = vae.decoder(frames, conv_cache=cache)
+        stop_unless_finite("decode", decoded)
+        yield convert(decoded)
+        begin = end

@@ -1,0 +1,363 @@
+"""The anchored video transformer: diffusers' Wan transformer, told a time for every latent frame.
+
+An anchor is a clean frame (time 0) among noisy ones, so the frames of one sample have different times. A time acts on a
+Wan block through six modulation vectors. They are the same for all tokens of a frame, so they are kept as one row per
+frame: (B, frames, 6, D) is 2 MB at the width of Wan2.2-5B and 31 latent frames, one row per token is 2 GB.
+"""
+
+import functools
+import inspect
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.models._modeling_parallel import ContextParallelInput
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_wan import (
+    WanAttention,
+    WanAttnProcessor,
+    WanTransformerBlock,
+    _get_qkv_projections,
+)
+from diffusers.utils import apply_lora_scale
+from torch import nn
+
+from ..devices import get_module_execution_device
+from ..kernels import frame_attention, gated_residual, modulated_layer_norm, rms_norm_rope
+from ..kernels.attention import anchor_window as frames_within_window
+from .attention import choose_backend
+from .stock_weights import StockWeights
+
+
+class AnchorConditionedAttnProcessor(WanAttnProcessor):
+    """Wan self-attention with the norm and the rotary embedding of query and key in one pass over them, and with a table
+    of the frames that see each other, if there is one.
+
+    Weights and arithmetic are those of the stock processor; in a narrow dtype the normed query and key are not rounded
+    before they turn. Projections go through their modules (adapters, fused projections), attention without a table through
+    diffusers' dispatcher (backends, context parallelism).
+    """
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        seen: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            attn (`WanAttention`): the module that this computes.
+            hidden_states (`torch.Tensor` of shape `(B, L, D)`): video tokens.
+            encoder_hidden_states (`torch.Tensor`, *optional*): text tokens, in cross-attention.
+            attention_mask (`torch.Tensor`, *optional*): as the attention backend takes it.
+            rotary_emb (`tuple` of two `torch.Tensor` of shape `(1, L, 1, head_dim)`, *optional*): cosines and sines.
+            seen (`torch.Tensor` of shape `(B, F, F)`, *optional*): frames that each frame sees, in self-attention.
+
+        Returns:
+            `torch.Tensor` of shape `(B, L, D)`.
+        """
+        if encoder_hidden_states is not None or rotary_emb is None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+
+        query, key, value = _get_qkv_projections(attn, hidden_states, None)
+        # The fused pass reads the norms' weights past their modules. Hooks on those need the call: offloading fetches the
+        # weights when a module is called.
+        if _is_hooked(attn.norm_q) or _is_hooked(attn.norm_k):
+            query, key = (
+                _turn(norm(x).unflatten(2, (attn.heads, -1)), *rotary_emb)
+                for norm, x in ((attn.norm_q, query), (attn.norm_k, key))
+            )
+        else:
+            query, key = rms_norm_rope(
+                query, key, attn.norm_q.weight, attn.norm_k.weight, *rotary_emb, attn.norm_q.eps
+            )  # (B, L, heads, head_dim)
+        value = value.unflatten(2, (attn.heads, -1))
+        if seen is not None:
+            hidden_states = frame_attention(query, key, value, seen)
+        else:
+            hidden_states = dispatch_attention_fn(
+                query,
+                key,
+                value,
+                attn_mask=attention_mask,
+                dropout_p=0.0,
+                is_causal=False,
+                backend=self._attention_backend,
+                parallel_config=self._parallel_config,
+            )
+        hidden_states = hidden_states.flatten(2, 3).type_as(query)
+        return attn.to_out[1](attn.to_out[0](hidden_states))
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The rotary embedding alone, of `x` `(B, L, heads, head_dim)`."""
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2).type_as(x)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    # accelerate and diffusers hook a module by giving the instance a forward of its own.
+    return "forward" in module.__dict__ or bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+class AnchorConditionedTransformerBlock(WanTransformerBlock):
+    """A Wan block whose modulation comes in rows. Weights and arithmetic are those of the stock block."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor],
+        row_index: torch.Tensor | None = None,
+        seen: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, L, D)`): video tokens, frame by frame.
+            encoder_hidden_states (`torch.Tensor` of shape `(B, S, D)`): text tokens, image tokens before them.
+            temb (`torch.Tensor` of shape `(B, R, 6, D)`, float32): modulation rows, `R` as in [`kernels.reference`].
+            rotary_emb (`tuple` of two `torch.Tensor` of shape `(1, L, 1, head_dim)`): cosines and sines.
+            row_index (`torch.Tensor` of shape `(L,)`, *optional*): row of each token, if not in equal runs.
+            seen (`torch.Tensor` of shape `(B, F, F)`, *optional*): frames that each frame sees; all without it.
+
+        Returns:
+            `torch.Tensor` of shape `(B, L, D)`.
+        """
+        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = (
+            self.scale_shift_table.unsqueeze(1) + temb
+        ).unbind(dim=2)
+
+        normed = modulated_layer_norm(hidden_states, scale_attn, shift_attn, self.norm1.eps, row_index)
+        attended = self.attn1(normed, None, None, rotary_emb, seen=seen)
+        hidden_states = gated_residual(hidden_states, attended, gate_attn, row_index)
+
+        hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), encoder_hidden_states, None, None)
+
+        normed = modulated_layer_norm(hidden_states, scale_ffn, shift_ffn, self.norm3.eps, row_index)
+        return gated_residual(hidden_states, self.ffn(normed), gate_ffn, row_index)
+
+
+# Step caches (first-block cache and its like) look a block up by its exact class.
+TransformerBlockRegistry.register(
+    model_class=AnchorConditionedTransformerBlock,
+    metadata=TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
+)
+
+
+class RowIndex(nn.Module):
+    """Modulation row of every token: `(L,)`. A module of its own so that context parallelism can shard its output."""
+
+    def forward(self, num_rows: int, num_tokens: int, device: torch.device) -> torch.Tensor:
+        return torch.arange(num_rows, device=device).repeat_interleave(num_tokens // num_rows)
+
+
+class AnchorConditionedTransformer3D(StockWeights, WanTransformer3DModel):
+    """Wan video transformer with one time per latent frame.
+
+    Configuration and state dict are those of [`WanTransformer3DModel`], so Wan checkpoints and Wan LoRAs load into it and
+    its own load into the stock class. On the same weights and times its output is the stock one; with per-frame times
+    it needs no table the size of the tokens, and the modulation stays in float32 in a bfloat16 model
+    (load with `from_pretrained(..., dtype=torch.bfloat16)`; `.to(torch.bfloat16)` casts those weights too).
+    """
+
+    stock_class = WanTransformer3DModel
+    _no_split_modules = ["AnchorConditionedTransformerBlock"]
+    _repeated_blocks = ["AnchorConditionedTransformerBlock"]
+    # time_proj is added to the stock list: its output is the modulation.
+    _keep_in_fp32_modules = [*WanTransformer3DModel._keep_in_fp32_modules, "time_proj"]
+    # The stock plan shards a 2-D timestep as if it were per token. Here the times stay whole on every rank, and the row
+    # of each token is sharded with the tokens: a shard may begin in the middle of a frame.
+    _cp_plan = {
+        **{name: plan for name, plan in WanTransformer3DModel._cp_plan.items() if name != ""},
+        "row_index": {0: ContextParallelInput(split_dim=0, expected_dims=1, split_output=True)},
+    }
+
+    # The configuration is read from the signature: it is the stock one, whatever the version of diffusers.
+    @functools.wraps(WanTransformer3DModel.__init__)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        # Building the blocks a second time would double the memory and time of construction, for the same weights.
+        for block in self.blocks:
+            block.__class__ = AnchorConditionedTransformerBlock
+            block.attn1.set_processor(AnchorConditionedAttnProcessor())
+        self.row_index = RowIndex()
+        self.anchor_window: int | None = None
+
+    def set_anchor_window(self, window: int | None) -> None:
+        """Let each latent frame attend to the anchors and to the frames at most `window` away alone: less work, and a
+        changed model, which an anchor LoRA trained with the same window takes up.
+
+        Anchors are the frames whose time is below that of their clip. A clip without them, and any call with one time per
+        sample, attends to all of itself through the usual attention backend.
+
+        Args:
+            window (`int`, *optional*): in latent frames; `None` for all frames, as it is at first.
+
+        Raises:
+            `ValueError`: a negative window.
+        """
+        if window is not None and window < 0:
+            raise ValueError(f"window is {window}; pass a number of latent frames from 0, or None for all frames.")
+        self.anchor_window = window
+
+    def set_attention_backend(self, backend: str) -> None:
+        """As in diffusers, with one more name: `"auto"` is the fastest backend that is installed, fits the device, the
+        dtype and the heads, and agrees with the native one; see [`animate.attention.choose_backend`]. It is chosen for this model
+        as it is now, so set it after the model is on its device, and again after a change between `eval()` and `train()`.
+        """
+        if backend != "auto":
+            super().set_attention_backend(backend)
+            return
+        attentions = [module for module in self.modules() if isinstance(module, AttentionModuleMixin)]
+        backend = choose_backend(
+            get_module_execution_device(self),
+            self.dtype,
+            self.config.attention_head_dim,
+            self.training,
+            any(attention.processor._parallel_config is not None for attention in attentions),
+        )
+        # Only here: the active backend of the process, which the base class sets as well, is also that of other models.
+        for attention in attentions:
+            attention.set_attention_backend(backend)
+
+    def cache_context(self, name: str, **step: Any) -> AbstractContextManager:
+        """As in diffusers. One without `SeaCacheConfig` takes the name alone: none of its caches asks for the step."""
+        cache_context = super().cache_context
+        return cache_context(name, **(step if len(inspect.signature(cache_context).parameters) > 1 else {}))
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states_image: torch.Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        anchor_window: int | None = None,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Predict `noise - clean` for every latent.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, C, F, H, W)`):
+                Noisy latents, with anchors in place. `F`, `H`, `W` are multiples of the patch size.
+            timestep (`torch.Tensor` of shape `(B,)`, `(B, F)` or `(B, seq_len)`):
+                Times from 0 (clean) to 1000 (noise): one per sample, one per latent frame, or one per token (the stock
+                form: right, but with modulation the size of the tokens). With a temporal patch size above 1, none in
+                any Wan model, `F` here counts patches.
+            encoder_hidden_states (`torch.Tensor` of shape `(B, S, text_dim)`):
+                Text embeddings.
+            encoder_hidden_states_image (`torch.Tensor`, *optional*):
+                Image embeddings of Wan2.1 image-to-video models.
+            return_dict (`bool`, defaults to `True`):
+                Return a [`Transformer2DModelOutput`] instead of a tuple.
+            attention_kwargs (`dict`, *optional*):
+                `{"scale": s}` weighs LoRA adapters by `s`.
+            anchor_window (`int`, *optional*):
+                As in [`set_anchor_window`], for this forward; the model's own when left out.
+
+        Returns:
+            [`Transformer2DModelOutput`] or `tuple`: `sample` of shape `(B, out_channels, F, H, W)`.
+
+        Raises:
+            `ValueError`: if the latents do not divide into patches or the timestep has none of the three shapes.
+        """
+        grid = self._patch_grid(hidden_states)
+        num_tokens = grid[0] * grid[1] * grid[2]
+        timestep = self._check_timestep(timestep, hidden_states.shape[0], grid)
+        seen = None
+        window = self.anchor_window if anchor_window is None else anchor_window
+        if window is not None and timestep.shape[1] > 1:
+            seen = self._seen_frames(timestep, grid[0], window)
+        # Rows cost next to nothing, and a compiled block with one row is not the one with a row for each frame.
+        if timestep.shape[1] == 1:
+            timestep = timestep.expand(-1, grid[0])
+
+        rotary_emb = self.rope(hidden_states)
+        hidden_states = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
+
+        # All tokens' rows, or under context parallelism those of this rank's tokens. An index is needed only where the
+        # tokens are not equal runs of the rows: in a shard.
+        row_index = self.row_index(timestep.shape[1], num_tokens, hidden_states.device)
+        if timestep.shape[1] == num_tokens:
+            timestep, row_index = timestep[:, row_index], None
+        elif row_index.shape[0] == num_tokens:
+            row_index = None
+
+        temb, modulation = self._time_rows(timestep)
+        encoder_hidden_states = self.condition_embedder.text_embedder(encoder_hidden_states)
+        if encoder_hidden_states_image is not None:
+            image_states = self.condition_embedder.image_embedder(encoder_hidden_states_image)
+            encoder_hidden_states = torch.cat([image_states, encoder_hidden_states], dim=1)
+
+        for block in self.blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(
+                    block, hidden_states, encoder_hidden_states, modulation, rotary_emb, row_index, seen
+                )
+            else:
+                hidden_states = block(hidden_states, encoder_hidden_states, modulation, rotary_emb, row_index, seen)
+
+        shift, scale = (self.scale_shift_table.to(temb.device).unsqueeze(1) + temb.unsqueeze(2)).unbind(dim=2)
+        # With a device map the last block may sit on another device than the times.
+        shift, scale = shift.to(hidden_states.device), scale.to(hidden_states.device)
+        hidden_states = modulated_layer_norm(hidden_states, scale, shift, self.norm_out.eps, row_index)
+        hidden_states = self.proj_out(hidden_states)
+
+        # (B, f*h*w, p_t*p_h*p_w*C) -> (B, C, f*p_t, h*p_h, w*p_w)
+        hidden_states = hidden_states.unflatten(2, (*self.config.patch_size, -1)).unflatten(1, grid)
+        hidden_states = hidden_states.permute(0, 7, 1, 4, 2, 5, 3, 6)
+        sample = hidden_states.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _patch_grid(self, hidden_states: torch.Tensor) -> tuple[int, int, int]:
+        size, patch_size = tuple(hidden_states.shape[2:]), tuple(self.config.patch_size)
+        if any(n % p for n, p in zip(size, patch_size, strict=True)):
+            raise ValueError(
+                f"hidden_states has {size} latent frames, height and width; pass multiples of the patch size {patch_size}."
+            )
+        return tuple(n // p for n, p in zip(size, patch_size, strict=True))
+
+    @staticmethod
+    def _check_timestep(timestep: torch.Tensor, batch_size: int, grid: tuple[int, int, int]) -> torch.Tensor:
+        """Times in rows, `(B, R)`."""
+        num_frames, num_tokens = grid[0], grid[0] * grid[1] * grid[2]
+        accepted = ((batch_size,), (batch_size, num_frames), (batch_size, num_tokens))
+        if timestep.shape not in accepted:
+            raise ValueError(
+                f"timestep has shape {tuple(timestep.shape)}; pass {accepted[0]} for one time per sample, {accepted[1]} "
+                f"for one per latent frame, or {accepted[2]} for one per token."
+            )
+        return timestep.unsqueeze(1) if timestep.ndim == 1 else timestep
+
+    def _seen_frames(self, timestep: torch.Tensor, num_frames: int, window: int) -> torch.Tensor:
+        """Which frames see which, `(B, F, F)`, from times per frame or per token."""
+        if any(block.attn1.processor._parallel_config is not None for block in self.blocks):
+            raise ValueError(
+                "Window attention needs all tokens on one device; call set_anchor_window(None) for context parallelism."
+            )
+        return frames_within_window(timestep.unflatten(1, (num_frames, -1)).amax(dim=2), window)
+
+    def _time_rows(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Times `(B, R)` to embeddings `(B, R, D)` and block modulation `(B, R, 6, D)`, float32 or wider.
+
+        The stock model casts the embedding to the dtype of the tokens before it projects it, and autocast would do the
+        same: at bfloat16 that leaves 8 bits for a scale that multiplies every token. With few rows float32 is free.
+        """
+        embedder = self.condition_embedder
+        with torch.autocast(timestep.device.type, enabled=False):
+            frequencies = embedder.timesteps_proj(timestep.flatten()).unflatten(0, timestep.shape)
+            temb = embedder.time_embedder(frequencies.to(embedder.time_embedder.linear_1.weight.dtype))
+            modulation = embedder.time_proj(embedder.act_fn(temb).to(embedder.time_proj.weight.dtype))
+        dtype = torch.promote_types(temb.dtype, torch.float32)
+        return temb.to(dtype), modulation.unflatten(2, (6, -1)).to(dtype)

@@ -1,0 +1,442 @@
+"""Stage 2: a text-to-image pipeline draws the anchor image."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator, Set
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+
+from ..animate.anchor import crop_and_resize
+from ..checks import check_at_least_one, check_generators, check_number, check_texts, stop_unless_finite
+from ..loading.arguments import call_argument, nested_quantization
+from ..loading.hub import load_pipeline
+from ..locks import exclusive
+
+
+CONFIG_NAME = "composer_config.json"
+# What `compose` itself passes to the pipeline.
+_OWN_ARGUMENTS = frozenset(
+    ("self", "prompt", "generator", "output_type", "return_dict", "callback_on_step_end", "latents", "prompt_embeds")
+)
+# Noise that a derived picture starts from. Less keeps more of the first one, and at 0.85 objects no longer reach their new
+# places: of moved objects of the shapes world 100 % did at 0.95, 83 % at 0.85, 75 % at 0.75 (synthetic).
+DERIVE_STRENGTH = 0.95
+
+
+class AnchorComposer(torch.nn.Module):
+    """Any diffusers text-to-image pipeline as one component of another pipeline.
+
+    diffusers treats as components what is an `nn.Module`: those get the asked dtype, move with `.to()` and are offloaded. So
+    the inner pipeline's models are children of this module, and run within its `forward` only. A video pipeline draws
+    pictures as well, with `call_defaults={"num_frames": 1}`.
+
+    Args:
+        pipeline (`DiffusionPipeline`): makes `images` or `frames` of a `prompt`. Its own progress bar is switched off.
+        call_defaults (`dict`, *optional*): arguments of each of its calls, such as `num_inference_steps`, `guidance_scale` or
+            `max_sequence_length`. `height` and `width` are those that it draws best; the picture is then scaled and cropped to
+            what is asked for.
+        batch_size (`int`, *optional*): pictures drawn at once. A large model is not faster with more, and needs more memory.
+        reference (`dict`, *optional*): where the pipeline came from: the Hub `repository` and its `revision`. With it,
+            `save_pretrained` writes the reference and no weights; set it to `None` to bundle them.
+        derive_strength (`float`, *optional*): in (0, 1], how far [`derive`] may go from the picture it is given, where the
+            pipeline's family has an image-to-image form. `None` derives by shared noise in any case.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        call_defaults: dict[str, Any] | None = None,
+        batch_size: int = 1,
+        reference: dict[str, str] | None = None,
+        derive_strength: float | None = DERIVE_STRENGTH,
+    ):
+        super().__init__()
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise ValueError(f"`pipeline` must be a diffusers pipeline, but is a {type(pipeline).__name__}.")
+        check_at_least_one("batch_size", batch_size)
+        if derive_strength is not None and not 0 < derive_strength <= 1:
+            raise ValueError(f"`derive_strength={derive_strength}` must lie in (0, 1], or be None for shared noise.")
+        self.pipeline = pipeline
+        self.models = torch.nn.ModuleDict(
+            {name: model for name, model in pipeline.components.items() if isinstance(model, torch.nn.Module)}
+        )
+        self.call_defaults = dict(call_defaults or {})
+        self.batch_size = batch_size
+        self.reference = reference
+        self.derive_strength = derive_strength
+        if "prompt" not in _call_arguments(pipeline):
+            raise ValueError(f"{type(pipeline).__name__} takes no `prompt`: choose a text-to-image pipeline.")
+        taken = sorted(self.call_defaults.keys() & _OWN_ARGUMENTS)
+        if taken:
+            raise ValueError(f"`call_defaults` holds {taken}, which are set for each call.")
+        self._check_arguments(self.call_defaults, pipeline)
+        pipeline.set_progress_bar_config(disable=True)
+
+    # -- loading and saving -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        **kwargs,
+    ) -> AnchorComposer:
+        """Loads a composer from its folder, or makes one of a text-to-image repository on the Hub.
+
+        Args:
+            path (`str` or `os.PathLike`): a folder with a pipeline (`model_index.json`), with a `composer_config.json` that
+                names a Hub repository, or with both, the latter then holding the settings only; or a Hub repository.
+            torch_dtype, dtype (`torch.dtype`, *optional*): of the weights; both names mean the same, since diffusers passes
+                the first. Left out: float32.
+            revision (`str`, *optional*): of the Hub repository that `path` is; a folder names its own.
+            kwargs (*optional*): for `DiffusionPipeline.from_pretrained`, such as `token`, `cache_dir`, `local_files_only`.
+
+        Raises:
+            `ValueError`: a folder with neither file, or with a `composer_config.json` that is not valid.
+        """
+        if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
+            raise ValueError(f"`torch_dtype={torch_dtype}` and `dtype={dtype}` differ; give one of them.")
+        folder, config = Path(path), {}
+        if not folder.is_dir():
+            config = {"repository": str(path)} | ({} if revision is None else {"revision": revision})
+        elif revision is not None:
+            raise ValueError(f"`revision={revision!r}` is for a Hub repository, and {str(path)!r} is a folder.")
+        elif (folder / CONFIG_NAME).is_file():
+            config = _read_config(folder / CONFIG_NAME)
+        reference = {key: config.pop(key) for key in ("repository", "revision") if key in config}
+        if not reference and not (folder / DiffusionPipeline.config_name).is_file():
+            raise ValueError(
+                f"{str(path)!r} is no composer: it has no {DiffusionPipeline.config_name}, and no {CONFIG_NAME} that names "
+                "a repository."
+            )
+        arguments = {"dtype": dtype or torch_dtype, "device_map": call_argument("device_map")} | kwargs
+        if call_argument("quantization_config") is not None:
+            arguments["quantization_config"] = nested_quantization(folder.name)
+        pipeline = load_pipeline(
+            reference.get("repository", folder), reference.get("revision"), f"`{folder.name}`", **arguments
+        )
+        return cls(pipeline, reference=reference or None, **config)
+
+    def save_pretrained(
+        self, path: str | os.PathLike, safe_serialization: bool = True, max_shard_size: int | str | None = None
+    ) -> None:
+        """Writes the folder that `from_pretrained` reads: settings, and the pipeline if the composer has its own.
+
+        Args:
+            path (`str` or `os.PathLike`): the folder, made if it is not there.
+            safe_serialization, max_shard_size (*optional*): of `DiffusionPipeline.save_pretrained`.
+        """
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = dict(self.reference or {}) | {"call_defaults": self.call_defaults, "batch_size": self.batch_size}
+        config["derive_strength"] = self.derive_strength
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if self.reference is None:
+            self.pipeline.save_pretrained(folder, safe_serialization=safe_serialization, max_shard_size=max_shard_size)
+
+    # -- placement ----------------------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pipeline.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipeline.device
+
+    # -- the stage ----------------------------------------------------------------------------------------------------
+
+    def compose(
+        self,
+        prompts: list[str],
+        height: int,
+        width: int,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[PIL.Image.Image]:
+        """Draws one picture per prompt.
+
+        Args:
+            prompts (`list[str]`): captions of first frames.
+            height, width (`int`): pixels of the pictures. Where `call_defaults` hold no size they are the pipeline's as well,
+                and must be what it accepts.
+            num_inference_steps, guidance_scale, negative_prompt (*optional*): of the pipeline. Left out: `call_defaults`, and
+                what they leave open is the pipeline's own.
+            generator (`torch.Generator` or one per prompt, *optional*): for reproducible pictures.
+            on_progress (`Callable`, *optional*): `on_progress(step, steps)`, counted over all prompts, after each step, or
+                after each picture where the pipeline has no `callback_on_step_end`.
+            should_stop (`Callable`, *optional*): asked at the same times. Once it returns `True`, the rest is left out.
+
+        Returns:
+            `list[PIL.Image.Image]`: RGB pictures of `height` x `width`, fewer than prompts if stopped.
+
+        Raises:
+            `ValueError`: an argument that the pipeline does not have, or a value that its own checks refuse.
+        """
+        arguments = self._call_of(
+            self.pipeline, prompts, height, width, num_inference_steps, guidance_scale, generator, negative_prompt
+        )
+        pictures = self._draw(
+            self.pipeline, prompts, None, arguments, self.batch_size, generator, on_progress, should_stop
+        )
+        return [_fit(picture, height, width) for picture in pictures]
+
+    def derive(
+        self,
+        images: list[PIL.Image.Image],
+        prompts: list[str],
+        height: int,
+        width: int,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[PIL.Image.Image]:
+        """Draws one picture per prompt that shows the same scene as a picture that is there: a later moment of it.
+
+        Where diffusers has an image-to-image or editing pipeline of the composer's family (`AutoPipelineForImage2Image`), it
+        is made of the same models, without a copy of their weights, and draws from `images` with `derive_strength`, one
+        picture at a time. Other families, video models among them, draw from the caption alone, and the scene is held
+        together by **shared noise**: that needs generators seeded as those that drew `images`.
+
+        Args:
+            images (`list[PIL.Image.Image]`): one per prompt.
+            prompts (`list[str]`): captions of what is to be seen now.
+            height, width, num_inference_steps, guidance_scale, negative_prompt, on_progress, should_stop: as in [`compose`].
+                Image-to-image pipelines take `derive_strength` of the steps.
+            generator (`torch.Generator` or one per prompt, *optional*): seeded as for `images`.
+
+        Returns:
+            `list[PIL.Image.Image]`: RGB pictures of `height` x `width`, fewer than prompts if stopped.
+
+        Raises:
+            `ValueError`: as in [`compose`], or another number of images than of prompts.
+        """
+        if len(images) != len(prompts):
+            raise ValueError(f"`images` has {len(images)} pictures for {len(prompts)} prompts; give one for each.")
+        options = (num_inference_steps, guidance_scale, generator, negative_prompt)
+        if self.image_to_image_class is None:
+            return self.compose(prompts, height, width, *options, on_progress, should_stop)
+        # Imports the text-to-image pipelines of all families, which takes seconds.
+        from diffusers import AutoPipelineForImage2Image
+
+        # Made anew each time: it then has the components and the settings that the pipeline has now.
+        pipeline = AutoPipelineForImage2Image.from_pipe(self.pipeline)
+        pipeline.set_progress_bar_config(disable=True)
+        arguments = self._call_of(pipeline, prompts, height, width, *options)
+        size = [self.call_defaults.get(name, value) for name, value in (("height", height), ("width", width))]
+        sources = [_fit(image, *size) for image in images]
+        if "strength" in _call_arguments(pipeline):
+            arguments["strength"] = self.derive_strength
+        # One at a time: to some pipelines several images are several sources of one picture.
+        pictures = self._draw(pipeline, prompts, sources, arguments, 1, generator, on_progress, should_stop)
+        return [_fit(picture, height, width) for picture in pictures]
+
+    @property
+    def image_to_image_class(self) -> type[DiffusionPipeline] | None:
+        """What [`derive`] draws with: diffusers' image-to-image pipeline of the same family; `None` for shared noise."""
+        from diffusers.pipelines.auto_pipeline import (
+            AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+            AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+        )
+
+        name = type(self.pipeline).__name__
+        families = (family for family, made in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items() if made.__name__ == name)
+        family = None if self.derive_strength is None else next(families, None)
+        return AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.get(family)
+
+    def _call_of(
+        self,
+        pipeline: DiffusionPipeline,
+        prompts: list[str],
+        height: int,
+        width: int,
+        num_inference_steps: int | None,
+        guidance_scale: float | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        negative_prompt: str | list[str] | None,
+    ) -> dict[str, Any]:
+        """Checks what a stage is called with and returns the arguments of the pipeline's call that all prompts share."""
+        check_texts("prompts", prompts)
+        check_at_least_one("num_inference_steps", num_inference_steps)
+        check_number("guidance_scale", guidance_scale)
+        check_generators(generator, len(prompts), "prompts")
+        if isinstance(negative_prompt, list) and len(negative_prompt) != len(prompts):
+            raise ValueError(
+                f"`negative_prompt` is a list of {len(negative_prompt)} for {len(prompts)} prompts; give one text or "
+                f"{len(prompts)}."
+            )
+        asked = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "negative_prompt": negative_prompt,
+        }
+        asked = {name: value for name, value in asked.items() if value is not None}
+        self._check_arguments(asked, pipeline)
+        arguments = {"height": height, "width": width} | self.call_defaults
+        if pipeline is not self.pipeline:
+            # An image-to-image pipeline may take its size from the picture, and has no use for some of the settings.
+            arguments = {name: value for name, value in arguments.items() if name in _call_arguments(pipeline)}
+        return arguments | asked
+
+    def _draw(
+        self,
+        pipeline: DiffusionPipeline,
+        prompts: list[str],
+        images: list[PIL.Image.Image] | None,
+        arguments: dict[str, Any],
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        on_progress: Callable[[int, int], None] | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> list[PIL.Image.Image]:
+        """Calls a pipeline batch by batch; lists have one item per prompt."""
+        should_stop = should_stop or (lambda: False)
+        has_callback = "callback_on_step_end" in _call_arguments(pipeline)
+        batches = range(0, len(prompts), batch_size)
+        pictures: list[PIL.Image.Image] = []
+        for number, begin in enumerate(batches):
+            if should_stop():
+                break
+            chunk = slice(begin, begin + batch_size)
+            call = arguments | {"prompt": list(prompts[chunk])}
+            call["generator"] = generator[chunk] if isinstance(generator, list) else generator
+            if images is not None:
+                call["image"] = images[chunk]
+            negative = call.get("negative_prompt")
+            if negative is not None:
+                call["negative_prompt"] = (
+                    [negative] * len(call["prompt"]) if isinstance(negative, str) else negative[chunk]
+                )
+            stopped = False
+
+            def after_step(pipeline, step: int, timestep, tensors: dict, done: int = number) -> dict:
+                nonlocal stopped
+                place = f"step {step + 1} of {pipeline.num_timesteps}"
+                for latents in tensors.values():
+                    stop_unless_finite("compose", latents, step=place)
+                if on_progress is not None:
+                    on_progress(done * pipeline.num_timesteps + step + 1, len(batches) * pipeline.num_timesteps)
+                if should_stop():
+                    # The pipeline skips its other steps; a picture at its last step is finished.
+                    pipeline._interrupt = True
+                    stopped = step + 1 < pipeline.num_timesteps
+                return tensors
+
+            if has_callback:
+                call["callback_on_step_end"] = after_step
+            drawn = self(pipeline, **call)
+            if stopped:
+                break
+            pictures += drawn
+            if on_progress is not None and not has_callback:
+                on_progress(number + 1, len(batches))
+        return pictures
+
+    @torch.no_grad()
+    def forward(self, pipeline: DiffusionPipeline, **arguments) -> list[PIL.Image.Image]:
+        """Calls a pipeline. Offloading moves a component when its `forward` is called, so all use of its models is in here.
+
+        Args:
+            pipeline (`DiffusionPipeline`): the composer's own or another of the same models.
+            arguments: of the pipeline's call.
+
+        Returns:
+            `list[PIL.Image.Image]`: the first frame of each result.
+
+        Raises:
+            `FloatingPointError`: a result that is not finite.
+        """
+        self._show_offload_hooks()
+        with exclusive(*pipeline.components.values()), _seeded_steps(pipeline, arguments.get("generator")):
+            # Numbers, not pictures: what is not finite would be black in a picture.
+            output = pipeline(**arguments, output_type="np")
+        frames = output.images if hasattr(output, "images") else [frames[0] for frames in output.frames]
+        for picture in frames:
+            stop_unless_finite("compose", torch.from_numpy(picture), self.dtype)
+        return VaeImageProcessor.numpy_to_pil(np.stack(frames))
+
+    def _check_arguments(self, arguments: dict[str, Any], pipeline: DiffusionPipeline) -> None:
+        unknown = sorted(arguments.keys() - _call_arguments(pipeline))
+        if unknown:
+            raise ValueError(f"{type(pipeline).__name__} has no argument {', '.join(unknown)}; leave it out.")
+
+    def _show_offload_hooks(self) -> None:
+        """Lets the inner pipeline see that its models are offloaded layer by layer.
+
+        Sequential offload hooks the layers and the component, which is this module. A pipeline asks its own components for
+        their hook before it looks for the device of execution, and would else take that of their weights, which is meta.
+        """
+        if any(hasattr(module, "_hf_hook") for module in self.models.modules()):
+            for model in self.models.values():
+                if not hasattr(model, "_hf_hook"):
+                    add_hook_to_module(model, ModelHook())
+
+
+@contextlib.contextmanager
+def _seeded_steps(
+    pipeline: DiffusionPipeline, generator: torch.Generator | list[torch.Generator] | None
+) -> Iterator[None]:
+    """Within it, a scheduler that draws noise at its steps takes it from `generator`; pipelines of flow models pass none on."""
+    scheduler = getattr(pipeline, "scheduler", None)
+    if scheduler is None or "generator" not in inspect.signature(scheduler.step).parameters:
+        yield
+        return
+    scheduler.step = functools.partial(scheduler.step, generator=generator)
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+def _call_arguments(pipeline: DiffusionPipeline) -> Set[str]:
+    return inspect.signature(type(pipeline).__call__).parameters.keys()
+
+
+def _fit(picture: PIL.Image.Image, height: int, width: int) -> PIL.Image.Image:
+    """Scales a picture until it covers `height` x `width` and crops the centre."""
+    picture = picture.convert("RGB")
+    if picture.size == (width, height):
+        return picture
+    pixels = crop_and_resize(picture, height, width)
+    return PIL.Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Reads a `composer_config.json` and refuses what this version does not know."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(path)!r} is no valid JSON ({error}).") from error
+    known = {"repository", "revision", "call_defaults", "batch_size", "derive_strength"}
+    if not isinstance(config, dict) or not config.keys() <= known:
+        unknown = sorted(config.keys() - known) if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{str(path)!r} must be an object with keys of {sorted(known)}, but has {unknown}.")
+    for name, value in (config.get("call_defaults") or {}).items():
+        # Some pipelines open pictures that they are given by name.
+        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        if any(os.path.isfile(text) or "://" in text for text in texts):
+            raise ValueError(f"{str(path)!r} sets `{name}` to {value!r}, a file of this machine or an address.")
+    if "revision" in config and "repository" not in config:
+        raise ValueError(f"{str(path)!r} has a `revision` but names no `repository`.")
+    return config

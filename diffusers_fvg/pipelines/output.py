@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers.utils import BaseOutput
+
+from ..rewrite.storyboard import Moment
+
+
+@dataclass
+class FactorizedVideoPipelineOutput(BaseOutput):
+    """What every stage made.
+
+    Args:
+        frames (`torch.Tensor`, `np.ndarray` or `list[list[PIL.Image.Image]]`): the videos, one per prompt and
+            `num_videos_per_prompt`, in the form of `output_type` (`(B, F, H, W, 3)` in [0, 1] for `"np"`). Empty when the
+            run was interrupted before the video stage.
+        first_frame_prompts (`list[str]` or `None`): stage 1's captions, one per prompt; `None` when stages 1 and 2 were
+            skipped.
+        anchor_images (`list[PIL.Image.Image]`, `list[list[PIL.Image.Image]]` or `None`): stage 2's pictures, one per video,
+            or with `mode="storyboard"` a list per video with one of each moment.
+        seeds (`list[dict[str, int]]`): per video, `{"anchor": ..., "video": ...}` for the stages that drew random numbers.
+        timings (`dict[str, float]`): seconds per stage.
+        storyboards (`list[list[Moment]]` or `None`): the moments of each prompt, with `mode="storyboard"`.
+    """
+
+    frames: torch.Tensor | np.ndarray | list[list[PIL.Image.Image]]
+    first_frame_prompts: list[str] | None
+    anchor_images: list[PIL.Image.Image] | list[list[PIL.Image.Image]] | None
+    seeds: list[dict[str, int]]
+    timings: dict[str, float]
+    storyboards: list[list[Moment]] | None

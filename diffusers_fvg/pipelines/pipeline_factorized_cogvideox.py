@@ -1,0 +1,518 @@
+"""Factorized Video Generation (arXiv 2512.16371) on CogVideoX: the three stages of [`FactorizedVideoPipeline`], with
+CogVideoX's text encoder, VAE, transformer and schedulers in the third.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+)
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import PreTrainedTokenizerBase, T5EncoderModel
+
+from ..animate.anchor import Anchor, AnchorLatents, anchor_pixels
+from ..animate.anchor_cogvideox import (
+    anchored_model_input,
+    encode_anchor,
+    impose,
+    num_padding_frames,
+    resolve_patch_anchors,
+)
+from ..animate.decoding import decode_video
+from ..animate.fidelity import check_anchor_decode, check_has_anchors, decode_anchored
+from ..animate.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
+from ..checks import check_finite, check_size, stop_unless_finite
+from ..compose.composer import AnchorComposer
+from ..devices import get_module_execution_device
+from ..locks import exclusive
+from ..lora.anchor_lora import AnchorLora
+from ..lora.scales import without_scale
+from ..rewrite.rewriter import FirstFrameRewriter
+from ..rewrite.storyboard import Moment
+from ..schedules.cogvideox import COGVIDEOX_PRESETS, training_sigmas
+from ..schedules.presets import SchedulerPresets
+from .output import FactorizedVideoPipelineOutput
+from .stages import FactorizedStages, Image, StepCallback
+
+
+class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
+    r"""Text to video in three stages on CogVideoX: an LLM describes the first frame, a text-to-image model draws it, CogVideoX
+    animates it. Each stage is a public method that returns plain data: [`rewrite`], [`compose`], [`animate`].
+
+    Text encoding, LoRA loading and the no-anchor path are those of [`~diffusers.CogVideoXPipeline`].
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): of the text encoder.
+        text_encoder (`T5EncoderModel`): the video model's text encoder.
+        vae (`AutoencoderKLCogVideoX`): causal video VAE.
+        transformer (`AnchorConditionedCogVideoXTransformer3D`): text-to-video model, CogVideoX 1.5 or 1.0.
+        scheduler (`CogVideoXDDIMScheduler` or `CogVideoXDPMScheduler`): used when no preset is asked for.
+        rewriter (`FirstFrameRewriter`, *optional*): stage 1; not needed when `first_frame_prompt` or `image` is given.
+        composer (`AnchorComposer`, *optional*): stage 2; not needed when `image` or `anchors` is given.
+        anchor_lora (`AnchorLora`, *optional*): loaded into the transformer as adapter `"anchor"`. It is switched off while
+            there is no anchor, so that `mode="direct"` is the base model.
+        schedulers (`SchedulerPresets`, *optional*): what `preset=` selects from; `COGVIDEOX_PRESETS` when absent.
+        call_defaults (`dict`, *optional*): `height`, `width`, `num_frames`, `frame_rate`, `max_sequence_length` and
+            `negative_prompt` of the model, used where a call leaves them out.
+
+    The optional components have no default value: with one, `DiffusionPipeline.from_pretrained(..., rewriter=None)` would
+    load the component all the same.
+    """
+
+    model_cpu_offload_seq = "rewriter->composer->text_encoder->transformer->vae"
+    _optional_components = ["rewriter", "composer", "anchor_lora", "schedulers"]
+    default_presets = COGVIDEOX_PRESETS
+    # CogVideoX1.5-5B's own (zai-org/CogVideo, README.md).
+    default_call = {"height": 768, "width": 1360, "num_frames": 81, "frame_rate": 16, "max_sequence_length": 224}
+    pipeline_shim = "from diffusers_fvg import FactorizedCogVideoXPipeline  # noqa: F401\n"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: T5EncoderModel,
+        vae: AutoencoderKLCogVideoX,
+        transformer: AnchorConditionedCogVideoXTransformer3D | CogVideoXTransformer3DModel,
+        scheduler: CogVideoXDDIMScheduler | CogVideoXDPMScheduler,
+        rewriter: FirstFrameRewriter | None,
+        composer: AnchorComposer | None,
+        anchor_lora: AnchorLora | None,
+        schedulers: SchedulerPresets | None,
+        call_defaults: dict[str, Any] | None = None,
+    ):
+        if transformer is None:
+            raise ValueError("`transformer` is None: the repository has no video model, which every mode needs.")
+        transformer = AnchorConditionedCogVideoXTransformer3D.from_stock(transformer)
+        channels = transformer.config.in_channels
+        if channels != vae.config.latent_channels:
+            raise ValueError(
+                f"The transformer takes {channels} channels and the VAE's latents have {vae.config.latent_channels}: use a "
+                "text-to-video CogVideoX. An image-to-video one gets its first frame through channels of its own."
+            )
+        super().__init__(
+            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
+        )
+        self._add_stages(rewriter, composer, anchor_lora, schedulers, call_defaults)
+
+    # -- what FactorizedStages asks of a model ------------------------------------------------------------------------
+
+    def _frame_step(self) -> int:
+        # Its VAE decodes an even number of latents as if none was a first frame: 13 frames would come back as 16.
+        return 2 * self.vae_scale_factor_temporal
+
+    def _check_size(self, height: int, width: int) -> None:
+        multiple = self.vae_scale_factor_spatial * self.transformer.config.patch_size
+        check_size("height", height, multiple)
+        check_size("width", width, multiple)
+        self.transformer.check_size(height // self.vae_scale_factor_spatial, width // self.vae_scale_factor_spatial)
+
+    def _check_stock_inputs(self, prompts: list[str] | None, inputs: dict[str, Any]) -> None:
+        # Embeddings against prompts, tensor names of the callback.
+        self.check_inputs(
+            prompts,
+            inputs["height"],
+            inputs["width"],
+            inputs["negative_prompt"],
+            inputs["callback_on_step_end_tensor_inputs"],
+            inputs["prompt_embeds"],
+            inputs["negative_prompt_embeds"],
+        )
+        if not isinstance(self.scheduler, (CogVideoXDDIMScheduler, CogVideoXDPMScheduler)):
+            raise ValueError(
+                f"`scheduler` is a {type(self.scheduler).__name__}; use CogVideoXDDIMScheduler or CogVideoXDPMScheduler."
+            )
+
+    def _check_anchors(self, anchors: list[Anchor], num_frames: int) -> None:
+        self._resolve(anchors, num_frames)
+
+    def _resolve(self, anchors: list[Anchor], num_frames: int) -> list[tuple[range, Anchor]]:
+        return resolve_patch_anchors(
+            anchors, num_frames, self.transformer.patch_size_t, self.vae_scale_factor_temporal
+        )
+
+    def _latents_shape(self, num_videos: int, inputs: dict[str, Any]) -> tuple[int, ...]:
+        num_latent_frames = (inputs["num_frames"] - 1) // self.vae_scale_factor_temporal + 1
+        return (
+            num_videos,
+            num_latent_frames + num_padding_frames(num_latent_frames, self.transformer.patch_size_t),
+            self.transformer.config.in_channels,
+            inputs["height"] // self.vae_scale_factor_spatial,
+            inputs["width"] // self.vae_scale_factor_spatial,
+        )
+
+    # -- stage 3 ------------------------------------------------------------------------------------------------------
+
+    def encode_anchors(
+        self,
+        anchors: list[list[Anchor]],
+        latents: torch.Tensor,
+        height: int,
+        width: int,
+        num_frames: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> AnchorLatents:
+        """Encodes the anchors of each video.
+
+        Args:
+            anchors (`list[list[Anchor]]`): one list per video.
+            latents (`torch.Tensor` of shape `(B, f, C, h, w)`): padded to patches; gives shape, device and dtype.
+            height, width, num_frames (`int`): of the video, in pixels and frames.
+            generator (*optional*): draws the noise of anchors whose strength is below 1.
+
+        Returns:
+            [`AnchorLatents`], of shape `(B, C, f, h, w)` with the padding.
+        """
+        clean = torch.zeros_like(latents)
+        strength = latents.new_zeros(latents.shape[:2])
+        padding = latents.shape[1] - ((num_frames - 1) // self.vae_scale_factor_temporal + 1)
+        # Videos of one prompt share their picture: each is encoded once for each position.
+        encoded: dict[tuple[int, int], torch.Tensor] = {}
+        for video, video_anchors in enumerate(anchors):
+            for covered, anchor in self._resolve(video_anchors, num_frames):
+                key = (id(anchor.image), covered.start)
+                if key not in encoded:
+                    pixels = anchor_pixels(anchor, height, width)[None]
+                    device = get_module_execution_device(self.vae)
+                    encoded[key] = encode_anchor(self.vae, pixels, covered.start, device)[0].transpose(0, 1)
+                place = slice(padding + covered.start, padding + covered.stop)
+                clean[video, place] = encoded[key].to(latents)
+                strength[video, place] = anchor.strength
+        # Padding is a copy of frame 0 and anchored with it.
+        clean[:, :padding] = clean[:, padding : padding + 1]
+        strength[:, :padding] = strength[:, padding : padding + 1]
+        noise = torch.zeros_like(latents)
+        if ((strength > 0) & (strength < 1)).any():
+            noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+        return AnchorLatents(clean.transpose(1, 2), strength, noise.transpose(1, 2))
+
+    @torch.no_grad()
+    def animate(
+        self,
+        prompts: str | list[str] | None = None,
+        anchors: Anchor | list[Anchor] | list[list[Anchor]] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        use_dynamic_cfg: bool = False,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "np",
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int | None = None,
+        preset: str | None = None,
+        anchor_decode: str = "raw",
+    ):
+        """Stage 3: makes a video of each prompt that passes through its anchors; plain text-to-video without any.
+
+        Args:
+            prompts (`str` or `list[str]`, *optional*): what should happen; or give `prompt_embeds`.
+            anchors (`Anchor`, `list[Anchor]` or `list[list[Anchor]]`, *optional*): one list for all videos, one per
+                prompt, or one per video. In CogVideoX 1.5 two latent frames are a patch, anchored together: frame 0 has one to
+                itself, any other anchor needs a second one among the 8 frames of its patch, and a run of frames fills its
+                patches with 8k + 1 frames from frame 0 on or 8k from a frame 8j + 1 on.
+
+        The other arguments are those of `__call__`. Returns the frames alone.
+        """
+        check_anchor_decode(anchor_decode, output_type)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        inputs = {
+            "negative_prompt": negative_prompt,
+            "height": height,
+            "width": width,
+            "num_frames": num_frames,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "use_dynamic_cfg": use_dynamic_cfg,
+            "num_videos_per_prompt": num_videos_per_prompt,
+            "generator": generator,
+            "latents": latents,
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "output_type": output_type,
+            "attention_kwargs": attention_kwargs,
+            "callback_on_step_end": callback_on_step_end,
+            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+            "max_sequence_length": max_sequence_length,
+            "preset": preset,
+            "anchor_decode": anchor_decode,
+        }
+        with self._running():
+            return self._animate(**self._video_inputs(prompts, anchors, inputs))
+
+    def _animate(
+        self,
+        prompts: list[str] | None,
+        anchors: list[list[Anchor]] | None,
+        negative_prompt: list[str] | None,
+        height: int,
+        width: int,
+        num_frames: int,
+        num_inference_steps: int | None,
+        guidance_scale: float | None,
+        use_dynamic_cfg: bool,
+        num_videos_per_prompt: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+        output_type: str,
+        attention_kwargs: dict[str, Any] | None,
+        callback_on_step_end: StepCallback | None,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+        max_sequence_length: int,
+        preset: str | None,
+        anchor_decode: str,
+    ):
+        check_has_anchors(anchor_decode, anchors)
+        if self.safety_checker is not None and anchors is not None:
+            self._check_safety(anchors, num_videos_per_prompt)
+        sampling = self._sampling(preset)
+        if guidance_scale is None:
+            guidance_scale = 6.0 if sampling is None else sampling.guidance_scale
+        self._guidance_scale = guidance_scale
+        self._attention_kwargs = attention_kwargs
+        self._current_timestep = None
+
+        with self._running() as progress:
+            device, dtype = self._execution_device, self.transformer.dtype
+
+            # 1. Encode prompts, then draw noise, then encode anchors: a seed means the same clip with and without them
+            with progress.stage("encode"):
+                # A fast tokenizer keeps padding and truncation of its last call.
+                with exclusive(self.tokenizer):
+                    embeds = self.encode_prompt(
+                        prompts,
+                        negative_prompt,
+                        do_classifier_free_guidance=guidance_scale > 1,
+                        num_videos_per_prompt=num_videos_per_prompt,
+                        prompt_embeds=prompt_embeds,
+                        negative_prompt_embeds=negative_prompt_embeds,
+                        max_sequence_length=max_sequence_length,
+                        device=device,
+                    )
+                # Texts come back once per video, given embeddings as they are.
+                prompt_embeds, negative_prompt_embeds = (
+                    made
+                    if made is None
+                    else made.to(device, dtype).repeat_interleave(num_videos_per_prompt if given else 1, 0)
+                    for made, given in zip(embeds, (prompt_embeds is not None, negative_prompt_embeds is not None))
+                )
+                num_videos = prompt_embeds.shape[0]
+                shape = self._latents_shape(num_videos, {"num_frames": num_frames, "height": height, "width": width})
+                if latents is None:
+                    latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+                latents = latents.to(device)
+                anchor_latents = None
+                if anchors is not None and any(anchors):
+                    anchor_latents = self.encode_anchors(anchors, latents, height, width, num_frames, generator)
+                    stop_unless_finite("encode", anchor_latents.latents, self.vae.dtype)
+                for made in (prompt_embeds, negative_prompt_embeds):
+                    if made is not None:
+                        stop_unless_finite("encode", made)
+
+            # 2. Prepare timesteps
+            if sampling is None:
+                scheduler = self._own_scheduler(num_inference_steps or 50, device)
+            else:
+                scheduler = sampling.make_scheduler(num_inference_steps, device)
+            timesteps, training = scheduler.timesteps, training_sigmas(scheduler).to(device)
+            check_finite("scheduler.alphas_cumprod", training)
+            # Noise levels of the steps and the final one.
+            sigmas = torch.cat([training[timesteps], training.new_zeros(1)])
+            self._num_timesteps = len(timesteps)
+            rotary = self.transformer.rotary_embedding(shape[1], *shape[3:], device=device)
+
+            # 3. Denoising loop
+            scaled = self._adapter_scales(attention_kwargs, anchored=anchor_latents is not None)["transformer"].applied
+            with progress.stage("denoise", len(timesteps)) as report:
+                previous_clean = None
+                for i, t in enumerate(timesteps):
+                    if self.interrupt:
+                        break
+                    self._current_timestep = t
+                    if use_dynamic_cfg:
+                        self._guidance_scale = dynamic_guidance(guidance_scale, float(t), len(timesteps))
+
+                    hidden_states, timestep = anchored_model_input(
+                        latents.transpose(1, 2), sigmas[i], t.expand(num_videos), anchor_latents, training
+                    )
+                    inputs = {
+                        "hidden_states": hidden_states.transpose(1, 2).to(dtype),
+                        "timestep": timestep,
+                        "image_rotary_emb": rotary,
+                        "attention_kwargs": without_scale(attention_kwargs),
+                        "return_dict": False,
+                    }
+                    with scaled(), self.transformer.cache_context("cond"):
+                        prediction = self.transformer(encoder_hidden_states=prompt_embeds, **inputs)[0].float()
+                    if guidance_scale > 1:
+                        with scaled(), self.transformer.cache_context("uncond"):
+                            unguided = self.transformer(encoder_hidden_states=negative_prompt_embeds, **inputs)[
+                                0
+                            ].float()
+                        prediction = unguided + self._guidance_scale * (prediction - unguided)
+
+                    if isinstance(scheduler, CogVideoXDPMScheduler):
+                        latents, previous_clean = scheduler.step(
+                            prediction,
+                            previous_clean,
+                            t,
+                            timesteps[i - 1] if i > 0 else None,
+                            latents,
+                            generator=generator,
+                            return_dict=False,
+                        )
+                    else:
+                        latents = scheduler.step(prediction, t, latents, return_dict=False)[0]
+                    latents = latents.float()
+                    if anchor_latents is not None:
+                        latents = impose(anchor_latents, latents.transpose(1, 2), sigmas[i + 1]).transpose(1, 2)
+
+                    if callback_on_step_end is not None:
+                        callback_kwargs = {}
+                        for name in callback_on_step_end_tensor_inputs:
+                            callback_kwargs[name] = locals()[name]
+                        changed = callback_on_step_end(self, i, t, callback_kwargs)
+                        latents = changed.pop("latents", latents)
+                        prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
+                        negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
+                    stop_unless_finite("denoise", latents, dtype, f"step {i + 1} of {len(timesteps)}")
+                    report(i + 1, len(timesteps))
+            self._current_timestep = None
+
+            # 4. Decode
+            if output_type == "latent":
+                return latents
+            with progress.stage("decode"):
+                return decode_anchored(partial(self.decode, latents, num_frames), anchors, anchor_decode, output_type)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, num_frames: int, output_type: str = "np"):
+        """Latents `(B, f, C, h, w)` of a video of `num_frames`, padding included, to frames, two latent frames at a time.
+
+        `output_type="uint8"` gives a `np.ndarray` of shape `(B, F, H, W, 3)`.
+        """
+        num_latent_frames = (num_frames - 1) // self.vae_scale_factor_temporal + 1
+        latents = latents[:, -num_latent_frames:].to(get_module_execution_device(self.vae), dtype=self.vae.dtype)
+        latents = 1 / self.vae_scaling_factor_image * latents.permute(0, 2, 1, 3, 4)
+        return decode_video(self.vae, latents, output_type)
+
+    # -- all of it ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        use_dynamic_cfg: bool = False,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int | None = None,
+        preset: str | None = None,
+        mode: str = "factorized",
+        first_frame_prompt: str | list[str] | None = None,
+        image: Image | list[Image] | None = None,
+        anchors: Anchor | list[Anchor] | list[list[Anchor]] | None = None,
+        anchor_decode: str = "raw",
+        storyboard: list[Moment] | list[list[Moment]] | None = None,
+        num_moments: int = 2,
+        rewriter_max_new_tokens: int | None = None,
+        composer_num_inference_steps: int | None = None,
+        composer_guidance_scale: float | None = None,
+        composer_negative_prompt: str | list[str] | None = None,
+        callback_on_stage_step: Callable | None = None,
+    ) -> FactorizedVideoPipelineOutput | tuple:
+        r"""Generates videos. Arguments are those of [`FactorizedVideoPipeline.__call__`], except for these:
+
+        Args:
+            num_frames (`int`, *optional*): 8k + 1. CogVideoX 1.5 is trained on 16k + 1.
+            use_dynamic_cfg (`bool`, *optional*): lets guidance change from step to step, see [`dynamic_guidance`].
+            latents (`torch.Tensor` of shape `(B, f, C, h, w)`, *optional*): unit Gaussian start, padding included.
+            output_type (`str`, *optional*): `"latent"` gives `(B, f, C, h, w)`, padding included.
+            preset (`str`, *optional*): a name in `pipe.presets`. Left out: the preset that `pipe.scheduler` belongs to; a
+                scheduler of your own runs as it is, with 50 steps and guidance 6 unless given.
+
+        Returns:
+            [`FactorizedVideoPipelineOutput`] or `tuple`.
+
+        Raises:
+            `ValueError`: bad input, before any model runs.
+        """
+        check_anchor_decode(anchor_decode, output_type)
+        inputs = {
+            "negative_prompt": negative_prompt,
+            "height": height,
+            "width": width,
+            "num_frames": num_frames,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "use_dynamic_cfg": use_dynamic_cfg,
+            "num_videos_per_prompt": num_videos_per_prompt,
+            "generator": generator,
+            "latents": latents,
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "output_type": output_type,
+            "attention_kwargs": attention_kwargs,
+            "callback_on_step_end": callback_on_step_end,
+            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+            "max_sequence_length": max_sequence_length,
+            "preset": preset,
+            "anchor_decode": anchor_decode,
+        }
+        return self._generate(
+            prompt,
+            inputs,
+            mode=mode,
+            first_frame_prompt=first_frame_prompt,
+            image=image,
+            anchors=anchors,
+            storyboard=storyboard,
+            num_moments=num_moments,
+            rewriter_max_new_tokens=rewriter_max_new_tokens,
+            composer_num_inference_steps=composer_num_inference_steps,
+            composer_guidance_scale=composer_guidance_scale,
+            composer_negative_prompt=composer_negative_prompt,
+            callback_on_stage_step=callback_on_stage_step,
+            return_dict=return_dict,
+        )
+
+
+def dynamic_guidance(guidance_scale: float, timestep: float, num_inference_steps: int) -> float:
+    """CogVideoX's dynamic guidance, `1 + scale * (1 - cos(pi * ((n - t) / n)^5)) / 2`, as its own code and diffusers have it.
+
+    `t` is a time up to 999 and `n` the number of steps, so that guidance jumps between 1 and `1 + scale` until the last
+    steps. Its authors kept the wave for what it does to exposure (zai-org/CogVideo issue 267).
+    """
+    progress = (num_inference_steps - timestep) / num_inference_steps
+    return 1 + guidance_scale * (1 - math.cos(math.pi * progress**5.0)) / 2

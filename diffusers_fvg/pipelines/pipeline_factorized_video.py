@@ -1,0 +1,544 @@
+"""Factorized Video Generation (arXiv 2512.16371): prompt -> first-frame prompt -> anchor image -> video."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, SchedulerMixin, WanPipeline
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+from ..animate.anchor import (
+    Anchor,
+    AnchorLatents,
+    anchor_pixels,
+    anchored_model_input,
+    denormalize_latents,
+    encode_anchor,
+    resolve_anchors,
+)
+from ..animate.decoding import decode_video
+from ..animate.fidelity import check_anchor_decode, check_has_anchors, decode_anchored
+from ..animate.memory import decoder_bytes, free_bytes
+from ..animate.transformer_anchor import AnchorConditionedTransformer3D
+from ..checks import check_finite, check_number, check_size, stop_unless_finite
+from ..compose.composer import AnchorComposer
+from ..devices import get_module_execution_device
+from ..loading.hub import PIPELINE_SHIM
+from ..locks import exclusive
+from ..lora.anchor_lora import AnchorLora
+from ..lora.loader import FactorizedVideoLoraLoaderMixin
+from ..lora.scales import without_scale
+from ..rewrite.rewriter import FirstFrameRewriter
+from ..rewrite.storyboard import Moment
+from ..schedules.presets import WAN_PRESETS, SchedulerPresets
+from .output import FactorizedVideoPipelineOutput
+from .stages import FactorizedStages, Image, StepCallback
+
+
+# Used where neither the call nor the repository says: Wan2.2-TI2V-5B's own size and length.
+WAN_CALL_DEFAULTS = {"height": 704, "width": 1280, "num_frames": 121, "frame_rate": 24, "max_sequence_length": 512}
+
+
+class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, WanPipeline):
+    r"""Text to video in three stages: an LLM describes the first frame, a text-to-image model draws it, a video model
+    animates it. Each stage is a public method that returns plain data: [`rewrite`], [`compose`], [`animate`].
+
+    Text encoding, LoRA loading and the no-anchor path are those of [`~diffusers.WanPipeline`].
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): of the video model's text encoder.
+        text_encoder (`UMT5EncoderModel`): the video model's text encoder.
+        vae (`AutoencoderKLWan`): causal video VAE.
+        scheduler (`SchedulerMixin`): flow-matching scheduler used when no preset is asked for.
+        transformer (`AnchorConditionedTransformer3D`): video model, or its high-noise expert.
+        transformer_2 (`AnchorConditionedTransformer3D`, *optional*): low-noise expert (Wan2.2-A14B).
+        rewriter (`FirstFrameRewriter`, *optional*): stage 1; not needed when `first_frame_prompt` or `image` is given.
+        composer (`AnchorComposer`, *optional*): stage 2; not needed when `image` or `anchors` is given.
+        anchor_lora (`AnchorLora`, *optional*): loaded into the transformers as adapter `"anchor"`. It is switched off
+            while there is no anchor, so that `mode="direct"` is the base model.
+        schedulers (`SchedulerPresets`, *optional*): what `preset=` selects from; those of Wan when absent.
+        boundary_ratio (`float`, *optional*): share of the time range below which `transformer_2` takes over.
+        expand_timesteps (`bool`, *optional*): the base has a native first-frame mode (Wan2.2-TI2V-5B). Kept in the config
+            for stock pipelines; per-frame times are used here whenever there is an anchor.
+        call_defaults (`dict`, *optional*): `height`, `width`, `num_frames`, `frame_rate`, `max_sequence_length` and
+            `negative_prompt` of the model, used where a call leaves them out.
+
+    The optional components have no default value: with one, `DiffusionPipeline.from_pretrained(..., rewriter=None)` would
+    load the component all the same.
+    """
+
+    model_cpu_offload_seq = "rewriter->composer->text_encoder->transformer->transformer_2->vae"
+    _optional_components = ["transformer_2", "rewriter", "composer", "anchor_lora", "schedulers"]
+    default_presets = WAN_PRESETS
+    default_call = WAN_CALL_DEFAULTS
+    pipeline_shim = PIPELINE_SHIM
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: UMT5EncoderModel,
+        vae: AutoencoderKLWan,
+        scheduler: SchedulerMixin,
+        transformer: AnchorConditionedTransformer3D,
+        transformer_2: AnchorConditionedTransformer3D | None,
+        rewriter: FirstFrameRewriter | None,
+        composer: AnchorComposer | None,
+        anchor_lora: AnchorLora | None,
+        schedulers: SchedulerPresets | None,
+        boundary_ratio: float | None = None,
+        expand_timesteps: bool = False,
+        call_defaults: dict[str, Any] | None = None,
+    ):
+        if transformer is None:
+            raise ValueError("`transformer` is None: the repository has no video model, which every mode needs.")
+        check_number("boundary_ratio", boundary_ratio)
+        experts = {"transformer": transformer, "transformer_2": transformer_2}
+        experts = {
+            name: AnchorConditionedTransformer3D.from_stock(expert)
+            for name, expert in experts.items()
+            if expert is not None
+        }
+        super().__init__(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae,
+            scheduler=scheduler,
+            transformer=experts["transformer"],
+            transformer_2=experts.get("transformer_2"),
+            boundary_ratio=boundary_ratio,
+            expand_timesteps=expand_timesteps,
+        )
+        self._add_stages(rewriter, composer, anchor_lora, schedulers, call_defaults)
+
+    # -- what FactorizedStages asks of a model ------------------------------------------------------------------------
+
+    def _check_size(self, height: int, width: int) -> None:
+        _, patch_height, patch_width = self.transformer.config.patch_size
+        check_size("height", height, self.vae_scale_factor_spatial * patch_height)
+        check_size("width", width, self.vae_scale_factor_spatial * patch_width)
+
+    def _frame_step(self) -> int:
+        return self.vae_scale_factor_temporal
+
+    def _check_stock_inputs(self, prompts: list[str] | None, inputs: dict[str, Any]) -> None:
+        # Embeddings against prompts, tensor names of the callback, the second guidance scale.
+        self.check_inputs(
+            prompts,
+            inputs["negative_prompt"],
+            inputs["height"],
+            inputs["width"],
+            inputs["prompt_embeds"],
+            inputs["negative_prompt_embeds"],
+            inputs["callback_on_step_end_tensor_inputs"],
+            inputs["guidance_scale_2"],
+        )
+
+    def _check_anchors(self, anchors: list[Anchor], num_frames: int) -> None:
+        resolve_anchors(anchors, num_frames, self.vae_scale_factor_temporal)
+
+    def _latents_shape(self, num_videos: int, inputs: dict[str, Any]) -> tuple[int, ...]:
+        return (
+            num_videos,
+            self.transformer.config.in_channels,
+            (inputs["num_frames"] - 1) // self.vae_scale_factor_temporal + 1,
+            inputs["height"] // self.vae_scale_factor_spatial,
+            inputs["width"] // self.vae_scale_factor_spatial,
+        )
+
+    # -- stage 3 ------------------------------------------------------------------------------------------------------
+
+    def encode_anchors(
+        self,
+        anchors: list[list[Anchor]],
+        latents: torch.Tensor,
+        height: int,
+        width: int,
+        num_frames: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> AnchorLatents:
+        """Encodes the anchors of each video.
+
+        Args:
+            anchors (`list[list[Anchor]]`): one list per video.
+            latents (`torch.Tensor` of shape `(B, C, f, h, w)`): gives shape, device and dtype.
+            height, width, num_frames (`int`): of the video, in pixels and frames.
+            generator (*optional*): draws the noise of anchors whose strength is below 1.
+        """
+        clean = torch.zeros_like(latents)
+        strength = latents.new_zeros(latents.shape[0], latents.shape[2])
+        # Videos of one prompt share their picture: each is encoded once for each position.
+        encoded: dict[tuple[int, int], torch.Tensor] = {}
+        for video, video_anchors in enumerate(anchors):
+            for covered, anchor in resolve_anchors(video_anchors, num_frames, self.vae_scale_factor_temporal):
+                key = (id(anchor.image), covered.start)
+                if key not in encoded:
+                    pixels = anchor_pixels(anchor, height, width)[None]
+                    device = get_module_execution_device(self.vae)
+                    encoded[key] = encode_anchor(self.vae, pixels, covered.start, device)[0]
+                clean[video, :, covered.start : covered.stop] = encoded[key].to(latents)
+                strength[video, covered.start : covered.stop] = anchor.strength
+        noise = torch.zeros_like(latents)
+        if ((strength > 0) & (strength < 1)).any():
+            noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+        return AnchorLatents(clean, strength, noise)
+
+    @torch.no_grad()
+    def animate(
+        self,
+        prompts: str | list[str] | None = None,
+        anchors: Anchor | list[Anchor] | list[list[Anchor]] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_scale_2: float | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "np",
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int | None = None,
+        preset: str | None = None,
+        anchor_decode: str = "raw",
+    ):
+        """Stage 3: makes a video of each prompt that passes through its anchors; plain text-to-video without any.
+
+        Args:
+            prompts (`str` or `list[str]`, *optional*): what should happen; or give `prompt_embeds`.
+            anchors (`Anchor`, `list[Anchor]` or `list[list[Anchor]]`, *optional*): one list for all videos, one per
+                prompt, or one per video.
+
+        The other arguments are those of `__call__`. Returns the frames alone.
+        """
+        check_anchor_decode(anchor_decode, output_type)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        inputs = {
+            "negative_prompt": negative_prompt,
+            "height": height,
+            "width": width,
+            "num_frames": num_frames,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "guidance_scale_2": guidance_scale_2,
+            "num_videos_per_prompt": num_videos_per_prompt,
+            "generator": generator,
+            "latents": latents,
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "output_type": output_type,
+            "attention_kwargs": attention_kwargs,
+            "callback_on_step_end": callback_on_step_end,
+            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+            "max_sequence_length": max_sequence_length,
+            "preset": preset,
+            "anchor_decode": anchor_decode,
+        }
+        with self._running():
+            return self._animate(**self._video_inputs(prompts, anchors, inputs))
+
+    def _animate(
+        self,
+        prompts: list[str] | None,
+        anchors: list[list[Anchor]] | None,
+        negative_prompt: list[str] | None,
+        height: int,
+        width: int,
+        num_frames: int,
+        num_inference_steps: int | None,
+        guidance_scale: float | None,
+        guidance_scale_2: float | None,
+        num_videos_per_prompt: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+        output_type: str,
+        attention_kwargs: dict[str, Any] | None,
+        callback_on_step_end: StepCallback | None,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+        max_sequence_length: int,
+        preset: str | None,
+        anchor_decode: str,
+    ):
+        check_has_anchors(anchor_decode, anchors)
+        if self.safety_checker is not None and anchors is not None:
+            self._check_safety(anchors, num_videos_per_prompt)
+        sampling = self._sampling(preset)
+        if guidance_scale is None:
+            guidance_scale = 5.0 if sampling is None else sampling.guidance_scale
+            if guidance_scale_2 is None and sampling is not None:
+                guidance_scale_2 = sampling.guidance_scale_2
+        low, high = (0.0, 1.0) if sampling is None else sampling.guidance_interval
+        self._guidance_scale = guidance_scale
+        self._guidance_scale_2 = guidance_scale if guidance_scale_2 is None else guidance_scale_2
+        self._attention_kwargs = attention_kwargs
+        self._current_timestep = None
+
+        with self._running() as progress:
+            device, dtype = self._execution_device, self.transformer.dtype
+
+            # 1. Encode prompts, then draw noise, then encode anchors: a seed means the same clip with and without them
+            with progress.stage("encode"):
+                # A fast tokenizer keeps padding and truncation of its last call.
+                with exclusive(self.tokenizer):
+                    embeds = self.encode_prompt(
+                        prompts,
+                        negative_prompt=negative_prompt,
+                        do_classifier_free_guidance=self.do_classifier_free_guidance,
+                        num_videos_per_prompt=num_videos_per_prompt,
+                        prompt_embeds=prompt_embeds,
+                        negative_prompt_embeds=negative_prompt_embeds,
+                        max_sequence_length=max_sequence_length,
+                        device=device,
+                    )
+                # Texts come back once per video, given embeddings as they are.
+                prompt_embeds, negative_prompt_embeds = (
+                    made
+                    if made is None
+                    else made.to(device, dtype).repeat_interleave(num_videos_per_prompt if given else 1, dim=0)
+                    for made, given in zip(embeds, (prompt_embeds is not None, negative_prompt_embeds is not None))
+                )
+                latents = self.prepare_latents(
+                    prompt_embeds.shape[0],
+                    self.transformer.config.in_channels,
+                    height,
+                    width,
+                    num_frames,
+                    torch.float32,
+                    device,
+                    generator,
+                    latents,
+                )
+                anchor_latents = None
+                if anchors is not None and any(anchors):
+                    anchor_latents = self.encode_anchors(anchors, latents, height, width, num_frames, generator)
+                    stop_unless_finite("encode", anchor_latents.latents, self.vae.dtype)
+                for made in (prompt_embeds, negative_prompt_embeds):
+                    if made is not None:
+                        stop_unless_finite("encode", made)
+
+            # 2. Prepare timesteps
+            if sampling is None:
+                scheduler = self._own_scheduler(num_inference_steps or 50, device)
+            else:
+                scheduler = sampling.make_scheduler(num_inference_steps, device)
+            timesteps, sigmas = scheduler.timesteps, _sigmas(scheduler)
+            check_finite("scheduler.sigmas", torch.tensor(sigmas))
+            self._num_timesteps = len(timesteps)
+            boundary = (self.config.boundary_ratio or 0.0) * scheduler.config.num_train_timesteps
+            if hasattr(scheduler, "set_begin_index"):
+                scheduler.set_begin_index(0)
+            # Some (LCM) draw noise in every step.
+            draws = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+
+            # 3. Denoising loop
+            adapters = self._adapter_scales(attention_kwargs, anchored=anchor_latents is not None)
+            with progress.stage("denoise", len(timesteps)) as report:
+                if anchor_latents is not None:
+                    latents = anchor_latents.impose(latents, sigmas[0])
+                for i, t in enumerate(timesteps):
+                    if self.interrupt:
+                        break
+                    self._current_timestep = t
+                    first_expert = self.transformer_2 is None or t >= boundary
+                    expert = self.transformer if first_expert else self.transformer_2
+                    scaled = adapters["transformer" if first_expert else "transformer_2"].applied
+                    scale = self._guidance_scale if first_expert else self._guidance_scale_2
+
+                    hidden_states, timestep = anchored_model_input(
+                        latents, sigmas[i], t.expand(latents.shape[0]), anchor_latents
+                    )
+                    inputs = {
+                        "hidden_states": hidden_states.to(dtype),
+                        "timestep": timestep,
+                        "attention_kwargs": without_scale(attention_kwargs),
+                        "anchor_window": None if sampling is None else sampling.anchor_window,
+                        "return_dict": False,
+                    }
+                    context = {"step_index": i, "sigma": sigmas[i], "num_inference_steps": len(timesteps)}
+                    with scaled(), expert.cache_context("cond", **context):
+                        noise_pred = expert(encoder_hidden_states=prompt_embeds, **inputs)[0].float()
+                    if self.do_classifier_free_guidance and low <= sigmas[i] <= high:
+                        with scaled(), expert.cache_context("uncond", **context):
+                            noise_uncond = expert(encoder_hidden_states=negative_prompt_embeds, **inputs)[0].float()
+                        noise_pred = noise_uncond + scale * (noise_pred - noise_uncond)
+
+                    if anchor_latents is not None:
+                        # What a multistep solver remembers of an anchored frame is then the anchor itself.
+                        noise_pred = anchor_latents.hold(noise_pred, latents, sigmas[i])
+                    latents = scheduler.step(noise_pred, t, latents, return_dict=False, **draws)[0]
+                    if anchor_latents is not None:
+                        latents = anchor_latents.impose(latents, sigmas[i + 1])
+
+                    if callback_on_step_end is not None:
+                        callback_kwargs = {}
+                        for name in callback_on_step_end_tensor_inputs:
+                            callback_kwargs[name] = locals()[name]
+                        changed = callback_on_step_end(self, i, t, callback_kwargs)
+                        latents = changed.pop("latents", latents)
+                        prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
+                        negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
+                    stop_unless_finite("denoise", latents, dtype, f"step {i + 1} of {len(timesteps)}")
+                    report(i + 1, len(timesteps))
+            self._current_timestep = None
+
+            # 4. Decode
+            if output_type == "latent":
+                return latents
+            with progress.stage("decode"):
+                return decode_anchored(partial(self.decode, latents), anchors, anchor_decode, output_type)
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor, output_type: str = "np"):
+        """Normalised latents `(B, C, f, h, w)` to frames, a latent frame at a time, in tiles when it would not fit otherwise.
+
+        `output_type="uint8"` gives a `np.ndarray` of shape `(B, F, H, W, 3)`, a quarter of the memory of `"np"`.
+        """
+        latents = denormalize_latents(
+            latents.to(get_module_execution_device(self.vae), dtype=self.vae.dtype), self.vae
+        )
+        tile = decoder_bytes(self.vae, latents) > free_bytes(latents.device)
+        return decode_video(self.vae, latents, output_type, tile)
+
+    # -- all of it ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_scale_2: float | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int | None = None,
+        preset: str | None = None,
+        mode: str = "factorized",
+        first_frame_prompt: str | list[str] | None = None,
+        image: Image | list[Image] | None = None,
+        anchors: Anchor | list[Anchor] | list[list[Anchor]] | None = None,
+        anchor_decode: str = "raw",
+        storyboard: list[Moment] | list[list[Moment]] | None = None,
+        num_moments: int = 2,
+        rewriter_max_new_tokens: int | None = None,
+        composer_num_inference_steps: int | None = None,
+        composer_guidance_scale: float | None = None,
+        composer_negative_prompt: str | list[str] | None = None,
+        callback_on_stage_step: Callable | None = None,
+    ) -> FactorizedVideoPipelineOutput | tuple:
+        r"""Generates videos.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*): what should happen. May be left out with `prompt_embeds`.
+            negative_prompt (`str` or `list[str]`, *optional*): for the video model; the model's own when left out.
+            height, width (`int`, *optional*): pixels, multiples of VAE stride times patch size.
+            num_frames (`int`, *optional*): 4k + 1.
+            num_inference_steps (`int`, *optional*): steps of the video model; the preset's when left out.
+            guidance_scale (`float`, *optional*): 1 is off; the preset's when left out.
+            guidance_scale_2 (`float`, *optional*): of the low-noise expert.
+            num_videos_per_prompt (`int`, *optional*): each video gets an anchor of its own.
+            generator (`torch.Generator` or one per video, *optional*): the anchor's seed is derived from its state
+                without using it up, so that a seed draws the same video noise in every mode.
+            latents (`torch.Tensor` of shape `(B, C, f, h, w)`, *optional*): unit Gaussian start of the video.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(B, L, D)`, *optional*): instead of texts.
+            output_type (`str`, *optional*): `"np"`, `"uint8"`, `"pt"`, `"pil"` or `"latent"`; see [`decode`].
+            return_dict (`bool`, *optional*): `False` gives a tuple in the order of the output's fields.
+            attention_kwargs (`dict`, *optional*): passed on to the transformer.
+            callback_on_step_end (`Callable`, *optional*): as in every diffusers pipeline, after each video step.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): of `latents`, `prompt_embeds`,
+                `negative_prompt_embeds`.
+            max_sequence_length (`int`, *optional*): text tokens of the video model.
+            preset (`str`, *optional*): a name in `pipe.presets`. Left out: the preset that `pipe.scheduler` belongs to;
+                a scheduler of your own runs as it is, with 50 steps and guidance 5 unless given.
+            mode (`str`, *optional*): `"factorized"`; `"direct"` for plain text-to-video by the base model; `"storyboard"`
+                to write and draw the first frame and later moments ([`rewrite.storyboard`], [`compose`], [`derive`]) and anchor all.
+            first_frame_prompt (`str` or `list[str]`, *optional*): skips stage 1.
+            image (PIL image, array or tensor, or a list with one per prompt, *optional*): skips stages 1 and 2; the same
+                as `anchors=[Anchor(image)]`.
+            anchors (`Anchor` or lists of them, *optional*): skips stages 1 and 2; see [`animate`].
+            anchor_decode (`str`, *optional*): what is done where the VAE gives an anchor's colours back changed. `"raw"`:
+                nothing. `"match"`: the frames get the colours of their anchors, from one anchor to the next.
+                `"replace"`: so they do, and the anchored frames become the pictures themselves, pixel by pixel.
+            storyboard (`list[Moment]` or one list per prompt, *optional*): with `mode="storyboard"`, skips stage 1. A moment
+                becomes the frame nearest to its time; no two may share a latent frame.
+            num_moments (`int`, *optional*): with `mode="storyboard"`, the most that stage 1 writes.
+            rewriter_max_new_tokens (`int`, *optional*): stage 1.
+            composer_num_inference_steps, composer_guidance_scale, composer_negative_prompt (*optional*): stage 2.
+            callback_on_stage_step (`Callable`, *optional*): `callback(pipe, stage, step, steps)` after each step of each
+                stage. Setting `pipe._interrupt = True` in it, or in the other callback, stops the run.
+
+        Returns:
+            [`FactorizedVideoPipelineOutput`] or `tuple`.
+
+        Raises:
+            `ValueError`: bad input, before any model runs.
+        """
+        check_anchor_decode(anchor_decode, output_type)
+        inputs = {
+            "negative_prompt": negative_prompt,
+            "height": height,
+            "width": width,
+            "num_frames": num_frames,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "guidance_scale_2": guidance_scale_2,
+            "num_videos_per_prompt": num_videos_per_prompt,
+            "generator": generator,
+            "latents": latents,
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "output_type": output_type,
+            "attention_kwargs": attention_kwargs,
+            "callback_on_step_end": callback_on_step_end,
+            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
+            "max_sequence_length": max_sequence_length,
+            "preset": preset,
+            "anchor_decode": anchor_decode,
+        }
+        return self._generate(
+            prompt,
+            inputs,
+            mode=mode,
+            first_frame_prompt=first_frame_prompt,
+            image=image,
+            anchors=anchors,
+            storyboard=storyboard,
+            num_moments=num_moments,
+            rewriter_max_new_tokens=rewriter_max_new_tokens,
+            composer_num_inference_steps=composer_num_inference_steps,
+            composer_guidance_scale=composer_guidance_scale,
+            composer_negative_prompt=composer_negative_prompt,
+            callback_on_stage_step=callback_on_stage_step,
+            return_dict=return_dict,
+        )
+
+
+def _sigmas(scheduler) -> list[float]:
+    """Noise levels of the steps and the final one. Time is `sigma * num_train_timesteps` where there are none (LCM)."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is None:
+        sigmas = [*(scheduler.timesteps / scheduler.config.num_train_timesteps), 0.0]
+    return [float(sigma) for sigma in sigmas]

@@ -1,0 +1,465 @@
+"""`fvg assemble`: a repository made of a base, a text-to-image pipeline, a chat model and an anchor LoRA, given by name.
+
+No weights are loaded into memory: a light repository refers to the parts, a bundled one has copies of their files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path, PurePath
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+
+from ..animate.transformer_anchor import AnchorConditionedTransformer3D
+from ..animate.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
+from ..compose import composer as composers
+from ..loading.hub import (
+    PATH,
+    REFERENCE_NAME,
+    HubReference,
+    available_variant,
+    component_files,
+    fetch,
+    repository_files,
+)
+from ..lora.anchor_lora import AnchorLora
+from ..lora.loader import EXPERTS, read_lora
+from ..models import ModelFacts, match_model, model_presets
+from ..rewrite import rewriter as rewriters
+from ..schedules.cogvideox import COGVIDEOX_PRESETS
+from ..schedules.presets import WAN_PRESETS, SchedulerPresets
+
+
+BASE_COMPONENTS = ("tokenizer", "text_encoder", "transformer", "transformer_2", "vae")
+# Of the base's video model -> this package's class for it and its pipeline, and presets where the model is none of the table.
+FAMILIES: dict[str, tuple[type, str, SchedulerPresets]] = {
+    name: (kind, pipeline, presets)
+    for kind, pipeline, presets in (
+        (AnchorConditionedTransformer3D, "FactorizedVideoPipeline", WAN_PRESETS),
+        (AnchorConditionedCogVideoXTransformer3D, "FactorizedCogVideoXPipeline", COGVIDEOX_PRESETS),
+    )
+    for name in (kind.stock_class.__name__, kind.__name__)
+}
+PARTS_NAME = "parts.json"
+
+
+# -- where parts come from --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """A repository at a commit, or a folder.
+
+    Args:
+        name (`str`): of the repository or folder.
+        folder (`Path`, *optional*): `None` for a repository on the Hub.
+        revision (`str`, *optional*): the commit of a repository.
+        files (`dict`): path to bytes.
+        hub (`dict`): `token` and other arguments for the Hub.
+    """
+
+    name: str
+    folder: Path | None
+    revision: str | None
+    files: dict[str, int]
+    hub: dict[str, Any]
+
+    @classmethod
+    def of(cls, name: str | os.PathLike, hub: dict[str, Any]) -> Source:
+        """A folder if there is one of that name, else `"org/name"` or `"org/name@revision"` on the Hub, pinned."""
+        folder = Path(name)
+        if folder.is_dir():
+            paths = [path for path in folder.rglob("*") if path.is_file()]
+            files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+            return cls(folder.resolve().name, folder, None, files, hub)
+        repository, _, revision = str(name).partition("@")
+        try:
+            return cls.on_hub(repository, revision or None, hub)
+        except (OSError, ValueError) as error:
+            raise OSError(f"{str(name)!r} is no folder, and on the Hub: {error}") from error
+
+    @classmethod
+    def on_hub(cls, repository: str, revision: str | None, hub: dict[str, Any]) -> Source:
+        """A repository on the Hub, whatever folders there are here."""
+        commit, files = repository_files(repository, revision, **hub)
+        return cls(repository, None, commit, {path: file["size"] for path, file in files.items()}, hub)
+
+    def fetch(self, names: Sequence[str]) -> Path:
+        """The folder in which the files are."""
+        return self.folder or fetch(self.name, self.revision, lambda _: list(names), "`fvg assemble`", **self.hub)[0]
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        if name not in self.files:
+            raise ValueError(f"{self.title} has no {name}.")
+        return json.loads((self.fetch([name]) / name).read_text(encoding="utf-8"))
+
+    def license(self) -> str:
+        """What the model card says, `"not stated"` if nothing."""
+        if "README.md" not in self.files:
+            return "not stated"
+        data = ModelCard.load(self.fetch(["README.md"]) / "README.md", ignore_metadata_errors=True).data
+        license = data.get("license") or "not stated"
+        return data.get("license_name") or license if license == "other" else license
+
+    @property
+    def title(self) -> str:
+        return self.name if self.revision is None else f"{self.name}@{self.revision[:8]}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component of the repository that is put together.
+
+    Args:
+        name (`str`): of the component.
+        source (`Source`): where it comes from.
+        files (`dict`): path in the source to path in the repository, empty for what only `write` reads.
+        refers (`bool`): it stays where it is, and is fetched from there when the repository is loaded.
+        write (`Callable`): writes to the repository what is not one of `files`: a reference, settings, a LoRA.
+        license (`str`): of the source.
+    """
+
+    name: str
+    source: Source
+    files: dict[str, str]
+    refers: bool
+    write: Callable[[Path], None]
+    license: str
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.source.files[name] for name in self.files)
+
+
+@dataclass
+class Assembly:
+    """What a repository consists of. `str()` of it lists parts, licences, files and sizes."""
+
+    index: dict[str, Any]
+    presets: SchedulerPresets
+    parts: list[Part] = field(default_factory=list)
+
+    def write(self, output: Path) -> None:
+        """Writes the repository into an empty folder."""
+        output.mkdir(parents=True, exist_ok=True)
+        for part in self.parts:
+            if not part.refers:
+                source = part.source.fetch(list(part.files))
+                for name, target in part.files.items():
+                    if target:
+                        (output / target).parent.mkdir(parents=True, exist_ok=True)
+                        shutil.copyfile(source / name, output / target)
+            part.write(output / part.name)
+        self.presets.save_pretrained(output / "schedulers")
+        next(iter(self.presets.values())).make_scheduler().save_pretrained(output / "scheduler")
+        shim = f"from diffusers_fvg import {self.index['_class_name']}  # noqa: F401\n"
+        (output / "pipeline.py").write_text(shim)
+        write_json(output / DiffusionPipeline.config_name, self.index)
+        write_json(output / PARTS_NAME, {part.name: _record(part) for part in self.parts})
+
+    def __str__(self) -> str:
+        lines = []
+        for part in self.parts:
+            kept = "referred to" if part.refers else "copied"
+            lines.append(f"{part.name}: {part.source.title}, {kept}, licence {part.license}")
+            lines += [f"  {_size(part.source.files[name])}  {name}" for name in part.files]
+        inside, outside = (sum(part.bytes for part in self.parts if part.refers is refers) for refers in (False, True))
+        lines.append(f"in the repository:         {_size(inside)}")
+        lines.append(f"fetched at the first load: {_size(outside)}")
+        return "\n".join(lines)
+
+
+def _record(part: Part) -> dict[str, Any]:
+    if part.source.folder is not None:
+        return {"license": part.license, "bytes": part.bytes}
+    return {
+        "repository": part.source.name,
+        "revision": part.source.revision,
+        "license": part.license,
+        "bytes": part.bytes,
+    }
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:12,.3f} MB"
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# -- planning ---------------------------------------------------------------------------------------------------------
+
+
+def assemble(
+    output: str | os.PathLike,
+    base: str,
+    composer: str | None = None,
+    rewriter: str | None = None,
+    lora: str | Sequence[str] | None = None,
+    presets: Sequence[str] = (),
+    *,
+    light: bool = True,
+    dry_run: bool = False,
+    variant: str | None = None,
+    call_defaults: dict[str, Any] | None = None,
+    composer_call_defaults: dict[str, Any] | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> Assembly:
+    """Puts a repository together that `DiffusionPipeline.from_pretrained` loads.
+
+    Each part is a folder, or `"org/name"` or `"org/name@revision"` on the Hub. Revisions are pinned to their commits.
+
+    Args:
+        output (`str` or `os.PathLike`): an empty or new folder.
+        base (`str`): a Wan or CogVideoX pipeline in diffusers' format, light or not; its composer, rewriter and presets are
+            not taken. For a model of [`models.MODELS`] size, length, negative prompt and presets are the model's own.
+        composer (`str`, *optional*): a text-to-image pipeline. Without one there is no stage 2.
+        rewriter (`str`, *optional*): a chat model, or a rewriter's folder. Without one there is no stage 1.
+        lora (`str` or two of them, *optional*): the anchor LoRA, of any known format: a file, folder or repository, or a
+            pair for the high-noise and the low-noise expert.
+        presets (`Sequence[str]`): names of presets, the default first, or one folder of them; all of the model's when left
+            out, those for the repository's size first.
+        light (`bool`): refer to what is on the Hub; a folder's files are copied in any case. Otherwise copy all.
+        dry_run (`bool`): write nothing.
+        variant (`str`, *optional*): of the weights, such as `"fp16"`.
+        call_defaults (`dict`, *optional*): of the pipeline: `height`, `width`, `num_frames`, `frame_rate`, in place of the
+            base's or the model's own.
+        composer_call_defaults (`dict`, *optional*): of the composer, such as `num_inference_steps`.
+        token, cache_dir (*optional*): for the Hub.
+
+    Returns:
+        [`Assembly`]: its parts, with licences, files and sizes.
+
+    Raises:
+        `ValueError`: `output` is not empty, the base is no Wan or CogVideoX pipeline, or the LoRA does not fit it.
+        `OSError`: a part is not there.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{str(output)!r} is there and not an empty folder; choose another.")
+    hub = {name: value for name, value in (("token", token), ("cache_dir", cache_dir)) if value is not None}
+    source = Source.of(base, hub)
+    index = source.read_json(DiffusionPipeline.config_name)
+    class_name = index.get("transformer", [None, None])[1]
+    if class_name == HubReference.__name__:
+        class_name = source.read_json(f"transformer/{REFERENCE_NAME}")["class"]
+    if class_name not in FAMILIES:
+        raise ValueError(f"The base {source.title} has the video model {class_name!r}, not one of {tuple(FAMILIES)}.")
+    anchored, pipeline, family_presets = FAMILIES[class_name]
+    parts, entries = [], dict.fromkeys(BASE_COMPONENTS, [None, None])
+    for name in BASE_COMPONENTS:
+        if index.get(name, [None, None])[1] is not None:
+            entries[name], part = _base_part(name, index[name], source, light, variant)
+            parts.append(part)
+    boundary_ratio = index.get("boundary_ratio")
+    facts = match_model(_config(next(part for part in parts if part.name == "transformer")), boundary_ratio)
+    defaults = facts.call_defaults if facts else {}
+    defaults = defaults | (index.get("call_defaults") or {}) | (call_defaults or {})
+    chosen = _presets(presets, facts, defaults, family_presets)
+    repository = Assembly({"_class_name": pipeline, "_diffusers_version": diffusers.__version__}, chosen, parts)
+    repository.index |= {
+        "call_defaults": defaults or None,
+        "scheduler": ["diffusers", next(iter(chosen.values())).scheduler_class],
+        "schedulers": ["diffusers", "SchedulerPresets"],
+        **entries,
+    }
+    if anchored is AnchorConditionedTransformer3D:
+        repository.index |= {
+            "boundary_ratio": boundary_ratio,
+            "expand_timesteps": bool(index.get("expand_timesteps")),
+        }
+    else:
+        del repository.index["transformer_2"]
+    for name, class_name, value, plan in (
+        ("composer", "AnchorComposer", composer, partial(_composer, defaults=composer_call_defaults, variant=variant)),
+        ("rewriter", "FirstFrameRewriter", rewriter, _rewriter),
+        ("anchor_lora", "AnchorLora", lora, partial(_lora, anchored=anchored, base=list(parts))),
+    ):
+        repository.index[name] = [None, None] if value is None else ["diffusers", class_name]
+        if value is not None:
+            repository.parts += plan(value, light=light, hub=hub)
+    if variant is not None and not any(f".{variant}" in file for part in repository.parts for file in part.files):
+        raise ValueError(f"No part has weights of the variant {variant!r}; leave it out.")
+    if not dry_run:
+        repository.write(output)
+    return repository
+
+
+def _presets(
+    names: Sequence[str], facts: ModelFacts | None, defaults: dict[str, Any], of_family: SchedulerPresets
+) -> SchedulerPresets:
+    if len(names) == 1 and Path(names[0]).is_dir():
+        return SchedulerPresets.from_pretrained(names[0])
+    known = of_family if facts is None else model_presets(facts, defaults["height"], defaults["width"])
+    return SchedulerPresets.of(*(known[name] for name in names or known))
+
+
+def _config(part: Part) -> dict[str, Any]:
+    return part.source.read_json(next(file for file in part.files if file.endswith("config.json")))
+
+
+def _base_part(
+    name: str, entry: list[str], source: Source, light: bool, variant: str | None
+) -> tuple[list[str], Part]:
+    subfolder, (library, class_name) = name, entry
+    if class_name == HubReference.__name__:
+        values = source.read_json(f"{name}/{REFERENCE_NAME}")
+        reference = HubReference(class_name=values.pop("class"), **values).values
+        source = Source.on_hub(reference["repository"], reference["revision"], source.hub)
+        library, class_name, subfolder = reference["library"], reference["class"], reference["subfolder"]
+        variant = variant or reference["variant"]
+    if class_name in FAMILIES:
+        library, class_name = "diffusers", FAMILIES[class_name][0].__name__
+    weights = name != "tokenizer"
+    if weights:
+        inside = [file for file in source.files if file.startswith(f"{subfolder}/")]
+        variant = available_variant(inside, variant, f"`{name}` of {source.title}")
+    try:
+        names = component_files(source.files, subfolder, variant, weights)
+    except ValueError as error:
+        raise ValueError(f"`{name}` of {source.title}: {error}") from error
+    refers = light and source.folder is None
+    files = {file: f"{name}/{file.removeprefix(f'{subfolder}/')}" for file in names}
+    write: Callable[[Path], None] = _nothing
+    if refers:
+        reference = HubReference(source.name, library, class_name, source.revision, subfolder, variant)
+        entry, write = ["diffusers", HubReference.__name__], reference.save_pretrained
+    elif variant is not None and weights:
+        # A copy has only these weights, so that they are the standard ones.
+        files = {file: target.replace(f".{variant}", "", 1) for file, target in files.items()}
+    return (entry if refers else [library, class_name]), Part(name, source, files, refers, write, source.license())
+
+
+def _nothing(folder: Path) -> None:
+    """All of a copied component is in its files."""
+
+
+def _composer(
+    name: str, light: bool, hub: dict[str, Any], defaults: dict[str, Any] | None, variant: str | None
+) -> list[Part]:
+    source = Source.of(name, hub)
+    settings = {} if defaults is None else {"call_defaults": defaults}
+    index, names = source.read_json(DiffusionPipeline.config_name), [DiffusionPipeline.config_name]
+    for component, entry in index.items():
+        if isinstance(entry, list) and entry[0] is not None:
+            inside = [file for file in source.files if file.startswith(f"{component}/")]
+            is_model = any(file.endswith((".safetensors", ".bin")) for file in inside)
+            here = available_variant(inside, variant, f"`{component}` of {source.title}") if is_model else None
+            names += component_files(inside, component, here, weights=is_model)
+    refers = light and source.folder is None
+    if refers:
+        settings |= {"repository": source.name, "revision": source.revision}
+    elif composers.CONFIG_NAME in source.files:
+        settings = source.read_json(composers.CONFIG_NAME) | settings
+    files = {file: f"composer/{file if variant is None else file.replace(f'.{variant}', '', 1)}" for file in names}
+    write = partial(_write_settings, composers.CONFIG_NAME, settings)
+    return [Part("composer", source, files, refers, write, source.license())]
+
+
+def _rewriter(name: str, light: bool, hub: dict[str, Any]) -> list[Part]:
+    source = Source.of(name, hub)
+    if rewriters.CONFIG_NAME in source.files:
+        rewriters.read_config(source.fetch([rewriters.CONFIG_NAME]) / rewriters.CONFIG_NAME)
+        files = {file: f"rewriter/{file}" for file in source.files if not file.startswith(".")}
+        return [Part("rewriter", source, files, False, _nothing, source.license())]
+    model, texts = component_files(source.files), component_files(source.files, weights=False)
+    refers = light and source.folder is None
+    settings = {"model": source.name, "revision": source.revision} if refers else {}
+    files = {file: f"rewriter/model/{file}" for file in model}
+    # The tokenizer's class may be that of the model's configuration.
+    files |= {file: f"rewriter/tokenizer/{file}" for file in texts if file not in model}
+    write = partial(_write_rewriter, settings, None if refers else source)
+    return [Part("rewriter", source, files, refers, write, source.license())]
+
+
+def _write_settings(name: str, settings: dict[str, Any], folder: Path) -> None:
+    write_json(folder / name, settings)
+
+
+def _write_rewriter(settings: dict[str, Any], source: Source | None, folder: Path) -> None:
+    write_json(folder / rewriters.CONFIG_NAME, settings)
+    if source is not None:
+        shutil.copyfile(source.fetch(["config.json"]) / "config.json", folder / "tokenizer" / "config.json")
+
+
+def _lora(
+    value: str | Sequence[str], light: bool, hub: dict[str, Any], anchored: type, base: list[Part]
+) -> list[Part]:
+    names = [value] if isinstance(value, (str, os.PathLike)) else value
+    sources = [_lora_source(str(name), hub) for name in names]
+    write = partial(_write_lora, sources, anchored, base)
+    parts = []
+    for name, (source, files) in zip(("anchor_lora", "anchor_lora_2"), sources):
+        # They are not copied but read: the repository has one file in diffusers' format, whatever the format of these.
+        parts.append(Part(name, source, dict.fromkeys(files, ""), False, write, source.license()))
+        write = _nothing
+    return parts
+
+
+def _lora_source(name: str, hub: dict[str, Any]) -> tuple[Source, list[str]]:
+    """A file, a folder, a repository, or a file of a repository: `"org/name/high.safetensors"`."""
+    path = Path(name)
+    if path.is_file():
+        return Source(path.stem, path.parent, None, {path.name: path.stat().st_size}, hub), [path.name]
+    place, at, revision = name.partition("@")
+    owner, _, rest = place.partition("/")
+    if path.is_dir() or not rest.endswith(".safetensors"):
+        source = Source.of(name, hub)
+        return source, [
+            file for file in source.files if re.fullmatch(r"[^/]+\.safetensors|adapter_config\.json", file)
+        ]
+    repository, _, file = rest.partition("/")
+    source = Source.of(f"{owner}/{repository}{at}{revision}", hub)
+    if file not in source.files:
+        raise ValueError(f"{source.title} has no {file}.")
+    return source, [file]
+
+
+def _write_lora(sources: list[tuple[Source, list[str]]], anchored: type, base: list[Part], folder: Path) -> None:
+    experts: dict[str, torch.nn.Module] = {}
+    for part in base:
+        if part.name in EXPERTS:
+            # Without weights: only names and shapes count here.
+            with init_empty_weights(include_buffers=False):
+                experts[part.name] = anchored.from_config(_config(part))
+    roots = [(source.fetch(files), files) for source, files in sources]
+    paths = [str(root / files[0] if len(files) == 1 else root) for root, files in roots]
+    names = ", ".join(source.title for source, _ in sources)
+    lora = read_lora(paths[0] if len(paths) == 1 else tuple(paths), experts)
+    deltas = [name for fit in lora.fits.values() for name in fit.deltas]
+    if lora.unmatched or deltas:
+        raise ValueError(
+            f"The LoRA {names} is no anchor LoRA of this base: {[*lora.unmatched, *deltas][:8]} fit no layer as a pair of "
+            "low-rank matrices."
+        )
+    missing = [name for name in experts if name not in lora.fits]
+    if missing:
+        raise ValueError(
+            f"The LoRA {names} has nothing for {missing}, and the base has two experts; give a pair, high noise first."
+        )
+    metadata = {}
+    for path in lora.labels:
+        with safe_open(path, framework="pt") as file:
+            metadata |= file.metadata() or {}
+    # Alpha has been multiplied into the tensors, so what the file said of it no longer holds.
+    metadata.pop(LORA_ADAPTER_METADATA_KEY, None)
+    # A training config names folders of the machine that it ran on.
+    metadata = {key: PATH.sub(lambda match: PurePath(match[0]).name, value) for key, value in metadata.items()}
+    tensors = {f"{name}.{key}": tensor for name, fit in lora.fits.items() for key, tensor in fit.state_dict().items()}
+    AnchorLora(tensors, metadata).save_pretrained(folder)

@@ -1,0 +1,647 @@
+"""Stage 1: a language model describes the first frame of the video that a prompt asks for, its moments or its motion."""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import json
+import os
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import logging
+from jinja2 import TemplateError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ..checks import check_at_least_one, check_texts, stop_unless_finite
+from ..devices import get_module_execution_device
+from ..loading.arguments import call_argument, hub_arguments
+from ..loading.hub import component_files, fetch
+from ..loading.safety import check_folder, safetensors_only
+from ..locks import exclusive
+from .prompts import build_messages, build_retry, without_system_role
+from .storyboard import Moment
+from .tasks import FIRST_FRAME, MOTION, TASK_NAMES, RewriterTask, storyboard_task
+
+
+logger = logging.get_logger(__name__)
+
+CONFIG_NAME = "rewriter_config.json"
+# Prompts that are answered in one batch. A 7B model's cache of 8 chats with our examples is about half a gigabyte.
+BATCH_SIZE = 8
+# Greedy decoding would tend to repeat the answer that was just refused; a small model loses the thread when it is hotter.
+RETRY_SEED, RETRY_TEMPERATURE, RETRY_TOP_P, RETRY_TOP_K = 0, 0.3, 0.9, 50
+ENDPOINT_TIMEOUT_SECONDS, MAX_ERROR_BYTES = 120, 100_000
+
+
+class FirstFrameRewriter(torch.nn.Module):
+    """A chat model that turns the prompt of a video into the prompt of its first frame, a storyboard or a motion caption.
+
+    The answer is checked against the prompt. One that loses an object, a colour or a count, or that tells what happens
+    later, is asked for once more with the reason; after that the prompt itself stands in, with a warning. Greedy decoding:
+    equal prompts give equal captions, alone or in a batch.
+
+    It is either a transformers causal language model (`model` and `tokenizer`) or an `endpoint`, which is named by the
+    caller alone: no file names one, and none is saved. As a component of a pipeline it gets the pipeline's dtype, moves with
+    it and can be offloaded: a model runs within `forward` only.
+
+    Args:
+        model (`PreTrainedModel`, *optional*): a causal language model.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer, with a chat template.
+        endpoint (`ChatEndpoint`, *optional*): a server to ask in place of a model.
+        reference (`dict`, *optional*): where `model` came from: the Hub repository `model`, and `revision` and `gguf_file`
+            if they matter. With it, `save_pretrained` writes the reference and no weights; set it to `None` to bundle them.
+        instruction (`str` or `dict`, *optional*): the system turn of the question for a first frame, or that of several
+            kinds of question: `"first_frame"`, `"storyboard"` (where `{num_moments}` stands for the number) and `"motion"`.
+            Left out: those of `rewriter_tasks.py`. A model that is trained for nothing else needs none: `""`.
+        examples (`bool` or list of `[prompt, caption]`, *optional*): earlier turns of the chat; `True` for those of
+            `rewriter_tasks.py`, a list for first frames of your own.
+        answer_format (`str`, *optional*): `"json"`, an object with the caption under `first_frame`, `moments` or `motion`.
+        max_new_tokens (`int`, *optional*): longest caption when a call does not say.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        endpoint: ChatEndpoint | None = None,
+        reference: dict[str, str] | None = None,
+        instruction: str | Mapping[str, str] | None = None,
+        examples: bool | Sequence[Sequence[str]] = True,
+        answer_format: str = "json",
+        max_new_tokens: int = 256,
+    ):
+        super().__init__()
+        if (endpoint is None) == (model is None) or (model is None) != (tokenizer is None):
+            raise ValueError("A rewriter needs either `model` and `tokenizer`, or `endpoint`.")
+        if answer_format != "json":
+            raise ValueError(f"`answer_format={answer_format!r}` is not known; use 'json'.")
+        if not isinstance(examples, bool) and not all(
+            len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in examples
+        ):
+            raise ValueError(f"`examples` must be true, false or a list of [prompt, caption], but is {examples!r}.")
+        if isinstance(instruction, Mapping) and not instruction.keys() <= set(TASK_NAMES):
+            raise ValueError(f"`instruction` has keys {sorted(instruction)}, but may have {sorted(TASK_NAMES)}.")
+        check_at_least_one("max_new_tokens", max_new_tokens)
+        self.model = model
+        self.tokenizer = tokenizer
+        self.endpoint = endpoint
+        self.reference = reference
+        self.instruction = instruction
+        self.examples = examples
+        self.answer_format = answer_format
+        self.max_new_tokens = max_new_tokens
+        if model is None:
+            # Offloading asks every component for the device of its first parameter.
+            self.placement = torch.nn.Parameter(torch.empty(0), requires_grad=False)
+        else:
+            if tokenizer.chat_template is None:
+                raise ValueError(f"{tokenizer.name_or_path!r} has no chat template; choose an instruct or chat model.")
+            self._has_system_role = _has_system_role(tokenizer)
+
+    # -- loading and saving -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        revision: str | None = None,
+        gguf_file: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        quantization_config=None,
+        trust_remote_code: bool = False,
+    ) -> FirstFrameRewriter:
+        """Loads a rewriter from its folder, or makes one of a chat model's repository on the Hub.
+
+        Args:
+            path (`str` or `os.PathLike`): a folder with a `rewriter_config.json`, which either names a Hub repository, or
+                has the weights beside it in `model/` and `tokenizer/`; or a Hub repository of a transformers chat model.
+            torch_dtype, dtype (`torch.dtype`, *optional*): of the weights; both names mean the same, since diffusers passes
+                the first. Left out: as stored.
+            revision, gguf_file (`str`, *optional*): of the Hub repository that `path` is; a folder names its own.
+            token, cache_dir, local_files_only (*optional*): for the Hub, whether `path` or the folder names the repository.
+            quantization_config (*optional*): of transformers.
+            trust_remote_code (`bool`): run the code that a model brings with it. A pipeline that loads its rewriter never
+                does; pass it the rewriter.
+
+        Raises:
+            `ValueError`: a folder without a valid `rewriter_config.json`, or with one that names an endpoint; weights that
+                are a pickle, or a model with code of its own that is not trusted.
+            `OSError`: the model is not where it should be.
+        """
+        if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
+            raise ValueError(f"`torch_dtype={torch_dtype}` and `dtype={dtype}` differ; give one of them.")
+        folder = Path(path)
+        if folder.is_dir():
+            if revision is not None or gguf_file is not None:
+                raise ValueError(
+                    f"`revision` and `gguf_file` are for a Hub repository, and {str(path)!r} is a folder."
+                )
+            config = read_config(folder / CONFIG_NAME)
+        else:
+            config = {"model": str(path), "revision": revision, "gguf_file": gguf_file}
+        reference = {key: config.pop(key, None) for key in ("model", "revision", "gguf_file")}
+        reference = {key: value for key, value in reference.items() if value is not None}
+        source = {"gguf_file": reference["gguf_file"]} if "gguf_file" in reference else {}
+        model_path, tokenizer_path = folder / "model", folder / "tokenizer"
+        if reference:
+            hub = hub_arguments(cache_dir=cache_dir, local_files_only=local_files_only or None, token=token)
+            model_path = tokenizer_path = fetch(
+                reference["model"], reference.get("revision"), partial(_chat_files, **source), "The rewriter", **hub
+            )[0]
+        for place in (model_path,) if reference else (folder, model_path, tokenizer_path):
+            check_folder(place)
+        try:
+            with safetensors_only(model_path):
+                model = AutoModelForCausalLM.from_pretrained(
+                    model_path,
+                    dtype=dtype or torch_dtype or "auto",
+                    quantization_config=quantization_config,
+                    device_map=call_argument("device_map"),
+                    use_safetensors=True,
+                    trust_remote_code=trust_remote_code,
+                    **source,
+                )
+                # Without a value transformers would ask at the terminal.
+                tokenizer = AutoTokenizer.from_pretrained(
+                    tokenizer_path, trust_remote_code=trust_remote_code, **source
+                )
+        except OSError as error:
+            # transformers does not always say what it was looking for, and a user of the pipeline never named it.
+            raise OSError(f"The rewriter's model {str(model_path)!r} cannot be loaded: {error}") from error
+        return cls(model, tokenizer, reference=reference or None, **config)
+
+    def save_pretrained(self, path: str | os.PathLike, safe_serialization: bool = True) -> None:
+        """Writes the folder that `from_pretrained` reads: settings, and the weights if the rewriter has its own.
+
+        Weights lie one folder deeper: diffusers' download leaves everything but weights and `config.json` out of a
+        component's folder that holds weights itself.
+
+        Args:
+            path (`str` or `os.PathLike`): the folder, made if it is not there.
+            safe_serialization (`bool`, *optional*): as in diffusers; weights are safetensors files in any case.
+
+        Raises:
+            `ValueError`: the rewriter has an endpoint, which no file may name.
+        """
+        if self.endpoint is not None:
+            raise ValueError("A rewriter with an endpoint is not saved: make it anew and pass it where it is needed.")
+        if not safe_serialization:
+            logger.warning("The rewriter is saved as safetensors: transformers writes no other format.")
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = dict(self.reference or {})
+        if self.instruction is not None:
+            config["instruction"] = self.instruction if isinstance(self.instruction, str) else dict(self.instruction)
+        examples = self.examples if isinstance(self.examples, bool) else [list(pair) for pair in self.examples]
+        config |= {"examples": examples, "answer_format": self.answer_format, "max_new_tokens": self.max_new_tokens}
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if self.model is not None and self.reference is None:
+            self.model.save_pretrained(folder / "model")
+            self.tokenizer.save_pretrained(folder / "tokenizer")
+
+    # -- placement ----------------------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.placement.dtype if self.model is None else self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.placement.device if self.model is None else self.model.device
+
+    # -- the stage ----------------------------------------------------------------------------------------------------
+
+    def rewrite(
+        self,
+        prompts: list[str],
+        max_new_tokens: int | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[str]:
+        """Writes a caption of the first frame for each prompt.
+
+        Args:
+            prompts (`list[str]`): what should happen in the videos.
+            max_new_tokens (`int`, *optional*): longest answer in tokens; the rewriter's own when left out.
+            on_progress (`Callable`, *optional*): `on_progress(done, total)` with numbers of prompts.
+            should_stop (`Callable`, *optional*): asked before every token. Once it returns `True`, the prompts that have no
+                caption yet stand in for theirs.
+
+        Returns:
+            `list[str]`: one caption per prompt.
+
+        Raises:
+            `ValueError`: empty prompts, or one that does not fit into the model's context together with the answer.
+        """
+        return self._ask(FIRST_FRAME, prompts, max_new_tokens, on_progress, should_stop)
+
+    def storyboard(
+        self,
+        prompts: list[str],
+        num_moments: int = 2,
+        max_new_tokens: int | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[list[Moment]]:
+        """Writes captions of the first frame and of later moments for each prompt.
+
+        Checked, asked again and given up as in [`rewrite`]; what stands in is the prompt as the only moment.
+
+        Args:
+            prompts (`list[str]`): what should happen in the videos.
+            num_moments (`int`): the most moments, at least 2. There are fewer where the prompt does not settle what is seen
+                later, or where nothing changes that a picture shows.
+            max_new_tokens (`int`, *optional*): longest answer in tokens; left out, the rewriter's own for each moment.
+            on_progress, should_stop (*optional*): as in [`rewrite`].
+
+        Returns:
+            `list[list[Moment]]`: the moments of each prompt in the order of time, the first at time 0.
+
+        Raises:
+            `ValueError`: as in [`rewrite`], or fewer than two moments.
+        """
+        if num_moments < 2:
+            raise ValueError(
+                f"`num_moments={num_moments}` must be at least 2; `rewrite` writes the first frame alone."
+            )
+        return self._ask(storyboard_task(num_moments), prompts, max_new_tokens, on_progress, should_stop)
+
+    def describe_motion(
+        self,
+        prompts: list[str],
+        max_new_tokens: int | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[str]:
+        """Writes a short caption of what happens after the first frame for each prompt, for an image-to-video model.
+
+        Checked, asked again and given up as in [`rewrite`], whose arguments these are too.
+
+        Returns:
+            `list[str]`: one caption per prompt.
+        """
+        return self._ask(MOTION, prompts, max_new_tokens, on_progress, should_stop)
+
+    def messages(self, prompt: str, task: RewriterTask = FIRST_FRAME) -> list[dict[str, str]]:
+        """The chat that this rewriter answers for a prompt; a special-purpose model is trained on the same."""
+        own = {FIRST_FRAME.name: self.instruction} if isinstance(self.instruction, str) else self.instruction or {}
+        instruction = own.get(task.name, task.instruction).replace("{num_moments}", str(task.captions))
+        examples = task.examples if self.examples else ()
+        if not isinstance(self.examples, bool) and task is FIRST_FRAME:
+            examples = self.examples
+        return build_messages(prompt, instruction, examples, task.write)
+
+    def _ask(
+        self,
+        task: RewriterTask,
+        prompts: list[str],
+        max_new_tokens: int | None,
+        on_progress: Callable[[int, int], None] | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> list[Any]:
+        """One answer of a task per prompt."""
+        # A fast tokenizer keeps padding and truncation of its last call.
+        with exclusive(self.model, self.tokenizer):
+            return self._answer(task, prompts, max_new_tokens, on_progress, should_stop)
+
+    def _answer(
+        self,
+        task: RewriterTask,
+        prompts: list[str],
+        max_new_tokens: int | None,
+        on_progress: Callable[[int, int], None] | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> list[Any]:
+        check_texts("prompts", prompts)
+        check_at_least_one("max_new_tokens", max_new_tokens)
+        limit = max_new_tokens or self.max_new_tokens * task.captions
+        chats = [self.messages(prompt, task) for prompt in prompts]
+        for prompt, chat in zip(prompts, chats):
+            excess = self._excess_tokens(chat, limit)
+            if excess > 0:
+                raise ValueError(
+                    f"The prompt {prompt[:60]!r} with instruction and an answer of {limit} tokens exceeds the context of "
+                    f"the rewriter by {excess} tokens; shorten it or lower `max_new_tokens`."
+                )
+        should_stop = should_stop or (lambda: False)
+        made = [task.fallback(prompt) for prompt in prompts]
+        for begin in range(0, len(prompts), BATCH_SIZE):
+            answers = self(chats[begin : begin + BATCH_SIZE], limit, should_stop=should_stop)
+            for index, answer in enumerate(answers, start=begin):
+                if should_stop():
+                    return made
+                made[index] = self._checked(task, prompts[index], chats[index], answer, limit, should_stop)
+                if on_progress is not None:
+                    on_progress(index + 1, len(prompts))
+        return made
+
+    def chat_text(self, messages: list[dict[str, str]]) -> str:
+        """A chat as the text that the model continues with its answer."""
+        messages = messages if self._has_system_role else without_system_role(messages)
+        # Templates of reasoning models know the variable, others take no notice.
+        return self.tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+
+    def forward(
+        self,
+        chats: list[list[dict[str, str]]],
+        max_new_tokens: int,
+        seed: int | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[str]:
+        """Answers chats. Offloading moves a component when its `forward` is called, so all use of the model is in here.
+
+        Args:
+            chats (`list[list[dict[str, str]]]`): turns with a `role` and a `content`.
+            max_new_tokens (`int`): longest answer in tokens.
+            seed (`int`, *optional*): sample with this seed, apart from the global random state; greedy without it.
+            should_stop (`Callable`, *optional*): ends all answers where they are once it returns `True`.
+
+        Returns:
+            `list[str]`: the answers as the model gave them.
+        """
+        if self.endpoint is not None:
+            stopped = should_stop or (lambda: False)
+            return ["" if stopped() else self.endpoint.answer(chat, max_new_tokens, seed) for chat in chats]
+        device = get_module_execution_device(self)
+        rows = [torch.tensor(self._token_ids(self.chat_text(chat))) for chat in chats]
+        # On the left, so that every answer begins in the same column. The padding is masked: its id does not matter.
+        input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left")
+        processors = [_Finite()]
+        if seed is not None:
+            processors += [
+                TemperatureLogitsWarper(RETRY_TEMPERATURE),
+                TopKLogitsWarper(RETRY_TOP_K),
+                TopPLogitsWarper(RETRY_TOP_P),
+                _Sample(seed),
+            ]
+        output = self.model.generate(
+            input_ids=input_ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=self._generation_config(max_new_tokens),
+            logits_processor=processors,
+            stopping_criteria=[_Stop(should_stop)] if should_stop is not None else None,
+        )
+        return self.tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
+
+    def _checked(
+        self,
+        task: RewriterTask,
+        prompt: str,
+        chat: list[dict[str, str]],
+        answer: str,
+        limit: int,
+        should_stop: Callable[[], bool],
+    ) -> Any:
+        """What an answer holds, or a second answer if the first is not valid, or what stands in."""
+        made, reason = self._judge(task, prompt, answer)
+        if reason is None:
+            return made
+        retry = build_retry(chat, reason)
+        if self._excess_tokens(retry, limit) <= 0:
+            # One by one, each from the same seed: what a prompt gets does not depend on its neighbours.
+            (answer,) = self([retry], limit, seed=RETRY_SEED, should_stop=should_stop)
+            if should_stop():
+                return task.fallback(prompt)
+            made, reason = self._judge(task, prompt, answer)
+        if reason is None:
+            return made
+        logger.warning(f"No valid {task.subject} for {prompt!r} ({reason}); the prompt itself is used.")
+        return task.fallback(prompt)
+
+    def _judge(self, task: RewriterTask, prompt: str, answer: str) -> tuple[Any, str | None]:
+        """What an answer holds and what is wrong with it."""
+        try:
+            made = task.read(answer)
+        except ValueError as error:
+            return None, str(error)
+        return made, task.problem(prompt, made, self._read)
+
+    def _read(self, word: str) -> str:
+        """A word as the model's tokenizer has it; one that maps words to its own vocabulary returns others."""
+        return word if self.tokenizer is None else self.tokenizer.decode(self._token_ids(word))
+
+    def _token_ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _excess_tokens(self, chat: list[dict[str, str]], max_new_tokens: int) -> int:
+        """By how many tokens a chat and its answer exceed the context; an endpoint is left to say so itself."""
+        context = None if self.model is None else getattr(self.model.config, "max_position_embeddings", None)
+        return 0 if context is None else len(self._token_ids(self.chat_text(chat))) + max_new_tokens - context
+
+    def _generation_config(self, max_new_tokens: int) -> GenerationConfig:
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        # A base model's end of text may be all that the model knows of, where the chat ends its turns with another token.
+        ends = sorted({end for end in (*ends, self.tokenizer.eos_token_id) if end is not None})
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            # Chat models come with a penalty on words that were there before; here they should be repeated.
+            repetition_penalty=1.0,
+            eos_token_id=ends,
+            pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else ends[0],
+        )
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    # urllib would send the key along to wherever a redirect points.
+    def redirect_request(self, *args, **kwargs):
+        return None
+
+
+@dataclass(frozen=True)
+class ChatEndpoint:
+    """An OpenAI-compatible server that answers chats.
+
+    Args:
+        url (`str`): base address, to which `/chat/completions` is added, as in `"http://127.0.0.1:8000/v1"`.
+        model (`str`): the server's name of the model.
+        api_key_env (`str`, *optional*): environment variable that holds the key. It is read at each call and kept nowhere.
+            With one the address must be https, or this machine.
+
+    Raises:
+        `ValueError`: an address that is not http(s), or holds a secret; no model; or a key that would go over plain http.
+    """
+
+    url: str
+    model: str
+    api_key_env: str | None = None
+
+    def __post_init__(self) -> None:
+        parts = urllib.parse.urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"The endpoint {self.url!r} must be an address that begins with http:// or https://.")
+        if parts.username is not None or parts.query:
+            # Messages show the address, so it must hold no secret; nor does this one.
+            raise ValueError(
+                f"The endpoint at {parts.hostname!r} must have no user, password or query in its address; name the "
+                "environment variable that holds the key in `api_key_env`."
+            )
+        if not self.model:
+            raise ValueError(f"The endpoint {self.url!r} needs the name of a `model`.")
+        if self.api_key_env is not None and parts.scheme == "http" and not _is_this_machine(parts.hostname):
+            raise ValueError(
+                f"The endpoint {self.url!r} would get the key of {self.api_key_env} over plain http; use https://, or a server "
+                "on this machine (localhost, 127.0.0.1, [::1])."
+            )
+
+    def answer(self, messages: list[dict[str, str]], max_new_tokens: int, seed: int | None = None) -> str:
+        """Asks the server; without a `seed` at temperature 0.
+
+        Raises:
+            `ValueError`: the environment variable of the key is not set.
+            `OSError`: the server cannot be reached, refuses, or answers something else than a chat completion.
+        """
+        body = {"model": self.model, "messages": messages, "max_tokens": max_new_tokens, "seed": seed or 0}
+        body |= {"temperature": 0} if seed is None else {"temperature": RETRY_TEMPERATURE, "top_p": RETRY_TOP_P}
+        headers = {"Content-Type": "application/json"}
+        key = None
+        if self.api_key_env is not None:
+            key = os.environ.get(self.api_key_env, "").strip()
+            if not key or not key.isascii() or not key.isprintable():
+                raise ValueError(
+                    f"The endpoint {self.url} needs a key of printable ASCII characters in the environment variable "
+                    f"{self.api_key_env}."
+                )
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(
+            f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers, method="POST"
+        )
+        handlers: list = [_NoRedirect]
+        if _is_this_machine(urllib.parse.urlsplit(self.url).hostname):
+            # `http_proxy` would see the key, and is elsewhere than this machine.
+            handlers.append(urllib.request.ProxyHandler({}))
+        opener = urllib.request.build_opener(*handlers)
+        try:
+            with opener.open(request, timeout=ENDPOINT_TIMEOUT_SECONDS) as response:
+                content = json.load(response)["choices"][0]["message"]["content"]
+        except urllib.error.HTTPError as error:
+            problem = f"status {error.code}: {error.read(MAX_ERROR_BYTES).decode(errors='replace')}"
+        except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
+            problem = f"{type(error).__name__}: {error}"
+        else:
+            if isinstance(content, str):
+                return content if key is None else content.replace(key, "***")
+            problem = "the message has no text"
+        # Some servers repeat the key that they refuse. Raised outside of `except`: the cause would show it too.
+        problem = problem if key is None else problem.replace(key, "***")
+        raise OSError(f"The rewriter's endpoint {self.url} failed ({problem[:500]}).")
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class _Stop(StoppingCriteria):
+    def __init__(self, should_stop: Callable[[], bool]):
+        self.should_stop = should_stop
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        return torch.full((input_ids.shape[0],), self.should_stop(), dtype=torch.bool, device=input_ids.device)
+
+
+class _Finite(LogitsProcessor):
+    def __init__(self):
+        self.token = 0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self.token += 1
+        # A model may rule tokens out with minus infinity.
+        stop_unless_finite("rewrite", scores.clamp(min=torch.finfo(scores.dtype).min), step=f"token {self.token}")
+        return scores
+
+
+class _Sample(LogitsProcessor):
+    """Makes the most likely token a draw: the largest of log probabilities plus Gumbel noise has those probabilities.
+
+    `generate` samples from torch's global random state; here the draws have a generator of their own, so that threads do not
+    disturb each other.
+    """
+
+    def __init__(self, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        noise = -torch.empty(scores.shape).exponential_(generator=self.generator).log()
+        return scores + noise.to(scores.device)
+
+
+def _has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template shows a system turn: some refuse it, some leave it out."""
+    chat = [{"role": "system", "content": "probe"}, {"role": "user", "content": "question"}]
+    try:
+        return "probe" in tokenizer.apply_chat_template(chat, tokenize=False)
+    except TemplateError:
+        return False
+
+
+def _chat_files(names: list[str], gguf_file: str | None = None) -> list[str]:
+    """Of a repository's files those of its chat model and tokenizer."""
+    if gguf_file is not None and gguf_file not in names:
+        raise ValueError(f"no {gguf_file!r}; there are {sorted(name for name in names if name.endswith('.gguf'))}")
+    weights = [gguf_file] if gguf_file is not None else component_files(names)
+    return sorted({*weights, *component_files(names, weights=False)})
+
+
+def read_config(path: Path) -> dict:
+    """Reads a `rewriter_config.json` and refuses what this version does not know, and an endpoint."""
+    if not path.is_file():
+        raise ValueError(f"{str(path.parent)!r} is no rewriter: it has no {CONFIG_NAME}.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(path)!r} is no valid JSON ({error}).") from error
+    if isinstance(config, dict) and config.keys() & {"endpoint", "api_key_env"}:
+        # The file's author would get every prompt, and the value of any variable of this machine.
+        raise ValueError(
+            f"{str(path)!r} names an endpoint at {_host(config.get('endpoint'))!r}, to which prompts would be sent. Only you can "
+            "name one: pass `rewriter=FirstFrameRewriter(endpoint=ChatEndpoint(url, model, api_key_env=...))`, or to `fvg` "
+            "`--rewriter URL`. `rewriter=None` loads without a rewriter."
+        )
+    known = {"model", "revision", "gguf_file", "instruction", "examples", "answer_format", "max_new_tokens"}
+    if not isinstance(config, dict) or not config.keys() <= known:
+        unknown = sorted(config.keys() - known) if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{str(path)!r} must be an object with keys of {sorted(known)}, but has {unknown}.")
+    if "model" not in config and config.keys() & {"revision", "gguf_file"}:
+        raise ValueError(f"{str(path)!r} has a `revision` or `gguf_file` but names no `model`.")
+    return config
+
+
+def _host(url: Any) -> str:
+    """The host alone: the rest of an address may hold a secret."""
+    try:
+        return urllib.parse.urlsplit(url).hostname or ""
+    except (AttributeError, TypeError, ValueError):
+        return ""

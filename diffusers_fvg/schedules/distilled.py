@@ -1,0 +1,70 @@
+"""Sampling presets of weights that others have distilled to a few steps, to be used together with the anchor LoRA.
+
+Such weights know the noise levels that they were trained at and no others, and hold the guidance in themselves: its scale is 1.
+A LoRA is loaded beside the anchor's, `pipe.load_lora_weights("lightx2v/Wan2.2-Lightning", subfolder=...)`; whole weights are
+a transformer in place of the base's. That the anchor LoRA still holds its frame on top of them was not measured.
+
+Repositories that are named here were read at these commits: ModelTC/Wan2.2-Lightning 92efeb4, ModelTC/LightX2V f8aee98,
+hao-ai-lab/FastVideo 03e21aa.
+"""
+
+from __future__ import annotations
+
+from .presets import SchedulerPreset, shifted_sigmas
+
+
+# The shift is in the explicit sigmas.
+UNSHIFTED = {"num_train_timesteps": 1000, "shift": 1.0}
+
+# LightX2V's steps 1000, 750, 500 and 250 at shift 5: the times 1000, 937.5, 833.3 and 625. They are trained on re-noised
+# estimates, and sampled by their authors with Euler steps.
+LIGHTX2V_SHIFT = 5.0
+LIGHTX2V_SIGMAS = shifted_sigmas(4, LIGHTX2V_SHIFT)
+
+# FastWan's times 1000, 757 and 522, which no shift gives. After each step noise is drawn anew and mixed into the estimate.
+# The noise level that its authors read off a table of 1000 levels at shift 8 is the next one to time / 1000.
+FASTWAN_SIGMAS = (1.0, 0.757, 0.522)
+
+# Model, as in `models.MODELS` -> presets.
+DISTILLED_PRESETS: dict[str, tuple[SchedulerPreset, ...]] = {
+    "Wan2.2-T2V-A14B": (
+        SchedulerPreset(
+            "lightning-4",
+            "FlowMatchEulerDiscreteScheduler",
+            UNSHIFTED,
+            LIGHTX2V_SIGMAS,
+            LIGHTX2V_SHIFT,
+            guidance_scale=1.0,
+            weights="lightx2v/Wan2.2-Lightning",
+            source="ModelTC/Wan2.2-Lightning, wan/configs/wan_t2v_A14B.py: 4 steps, shift 5, guidance 1 and 1, boundary 0.875; "
+            "generate.py: Euler. lightx2v/Wan2.2-Distill-Loras has the same: ModelTC/LightX2V, configs/distill/wan22/"
+            "wan_moe_t2v_distill_lora.json",
+        ),
+    ),
+    "Wan2.1-T2V-14B": (
+        SchedulerPreset(
+            "lightx2v-4",
+            "FlowMatchEulerDiscreteScheduler",
+            UNSHIFTED,
+            LIGHTX2V_SIGMAS,
+            LIGHTX2V_SHIFT,
+            guidance_scale=1.0,
+            weights="lightx2v/Wan2.1-Distill-Loras",
+            source="ModelTC/LightX2V, configs/distill/wan21/wan_t2v_distill_lora_4step_cfg.json: steps, shift, guidance off; "
+            "lightx2v/models/schedulers/wan/step_distill/scheduler.py: Euler",
+        ),
+    ),
+    "Wan2.2-TI2V-5B": (
+        SchedulerPreset(
+            "fastwan-3",
+            "FlowMatchLCMScheduler",
+            UNSHIFTED,
+            FASTWAN_SIGMAS,
+            flow_shift=5.0,
+            guidance_scale=1.0,
+            weights="FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers",
+            source="hao-ai-lab/FastVideo, fastvideo/configs/pipelines/wan.py, FastWan2_2_TI2V_5B_Config; "
+            "fastvideo/pipelines/stages/denoising.py, DmdDenoisingStage: estimate and new noise, no guidance",
+        ),
+    ),
+}
