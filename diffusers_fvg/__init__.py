@@ -17,7 +17,7 @@ _MODULES = {
     "AnchorConditionedCogVideoXTransformer3D": "animate.transformer_anchor_cogvideox",
     "AnchorConditionedTransformer3D": "animate.transformer_anchor",
     "AnchorLora": "lora.anchor_lora",
-    "ChatEndpoint": "rewrite.rewriter",
+    "ChatEndpoint": "rewrite.chat_endpoint",
     "FactorizedCogVideoXPipeline": "pipelines.pipeline_factorized_cogvideox",
     "FactorizedDreamerPipeline": "pipelines.pipeline_factorized_dreamer",
     "FactorizedDreamerUNet": "dreamer.unet",
@@ -26,7 +26,7 @@ _MODULES = {
     "FactorizedVideoPipeline": "pipelines.pipeline_factorized_video",
     "FactorizedVideoPipelineOutput": "pipelines.output",
     "FirstFrameRewriter": "rewrite.rewriter",
-    "HubReference": "loading.hub",
+    "HubReference": "loading.references",
     "LoraReport": "lora.loader",
     "Moment": "rewrite.storyboard",
     "SchedulerPreset": "schedules.presets",
@@ -37,7 +37,7 @@ _MODULES = {
     "load_embedded": "embedded",
     "load_embedded_dreamer": "embedded",
     "load_lora": "lora.loader",
-    "push": "loading.hub",
+    "push": "publishing.push",
 }
 __all__ = ["__version__", "register", *sorted(_MODULES)]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from pathlib import PureWindowsPath
 
 import torch
 
@@ -113,3 +114,21 @@ def check_generators(generator: torch.Generator | list[torch.Generator] | None, 
         raise ValueError(
             f"`generator` is a list of {len(generator)} for {count} {things}; give one generator or {count}."
         )
+
+
+def check_name(name: str, what: str, folders: bool = False) -> str:
+    """Returns a name that a repository gives to a file or folder of its own.
+
+    Args:
+        name (`str`): the name.
+        what (`str`): what it names, for the message.
+        folders (`bool`): it may be a path, `"folder/file"`.
+
+    Raises:
+        `ValueError`: an absolute path, a drive, `..`, or a separator without `folders`.
+    """
+    parts = name.split("/") if folders else [name]
+    # Windows' rules on every system: a repository that is safe here is safe there.
+    if any(part in ("", ".", "..") or PureWindowsPath(part).name != part for part in parts):
+        raise ValueError(f"{what} is called {name!r}, which does not stay in its folder; use a plain name.")
+    return name

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from diffusers import SchedulerMixin
 
-    from .schedules.cogvideox import TimestepPreset
     from .schedules.presets import SchedulerPreset, SchedulerPresets
 
 logger = logging.getLogger(__name__)
@@ -506,7 +505,7 @@ def warn_untrained(
     height: int,
     width: int,
     num_frames: int,
-    preset: SchedulerPreset | TimestepPreset | None,
+    preset: SchedulerPreset | None,
     scheduler: SchedulerMixin,
     presets: SchedulerPresets,
 ) -> None:

@@ -28,8 +28,9 @@ from diffusers_fvg import (
     assemble,
     load_lora,
 )
+from diffusers_fvg.checks import check_name
 from diffusers_fvg.cli import main
-from diffusers_fvg.loading.safety import check_folder, check_name
+from diffusers_fvg.loading.safety import check_folder
 
 
 LORA = {
@@ -647,7 +648,7 @@ def test_the_key_stays_where_it_is(answer, monkeypatch, tmp_path, capfd, caplog)
     assert server.requests[0][1] == f"Bearer {KEY}"
 
     warnings = []
-    monkeypatch.setattr("diffusers_fvg.loading.hub.logger.warning", warnings.append)
+    monkeypatch.setattr("diffusers_fvg.loading.files.logger.warning", warnings.append)
     pipe.save_pretrained(tmp_path / "repository")
     assert any("asks an endpoint and is not saved" in warning for warning in warnings)
     seen += [

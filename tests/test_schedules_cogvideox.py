@@ -10,7 +10,6 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from diffusers_fvg.schedules.cogvideox import (
     COGVIDEOX_1_5_SCHEDULE,
     COGVIDEOX_PRESETS,
-    TimestepPreset,
     add_noise,
     clean_estimate,
     min_snr_weight,
@@ -20,7 +19,7 @@ from diffusers_fvg.schedules.cogvideox import (
     uniform_sigmas,
     velocity,
 )
-from diffusers_fvg.schedules.presets import SchedulerPresets
+from diffusers_fvg.schedules.presets import SchedulerPresets, timestep_preset
 
 
 SCHEDULERS = (CogVideoXDDIMScheduler, CogVideoXDPMScheduler)
@@ -123,7 +122,7 @@ def test_presets():
     other = CogVideoXDDIMScheduler(**COGVIDEOX_1_5_SCHEDULE | {"snr_shift_scale": 3.0})
     assert COGVIDEOX_PRESETS.matching(other) is None
     with pytest.raises(ValueError, match="'DDIMScheduler'`; use .*CogVideoXDDIMScheduler"):
-        TimestepPreset("other", "DDIMScheduler", {}, 10, 6.0)
+        timestep_preset("other", "DDIMScheduler", {}, 10, 6.0)
 
 
 def test_presets_round_trip(tmp_path):

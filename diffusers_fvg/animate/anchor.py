@@ -14,7 +14,7 @@ import PIL.Image
 import torch
 
 from ..locks import exclusive
-from ..schedules.presets import add_noise
+from ..schedules.flow import add_noise
 
 
 # A causal VAE's latent depends on frames before it. A still picture held over this many latents has all but reached the

@@ -21,7 +21,8 @@ from diffusers.image_processor import VaeImageProcessor
 from ..animate.anchor import crop_and_resize
 from ..checks import check_at_least_one, check_generators, check_number, check_texts, stop_unless_finite
 from ..loading.arguments import call_argument, nested_quantization
-from ..loading.hub import load_pipeline
+from ..loading.component_config import read_config
+from ..loading.files import load_pipeline
 from ..locks import exclusive
 
 
@@ -116,7 +117,7 @@ class AnchorComposer(torch.nn.Module):
         elif revision is not None:
             raise ValueError(f"`revision={revision!r}` is for a Hub repository, and {str(path)!r} is a folder.")
         elif (folder / CONFIG_NAME).is_file():
-            config = _read_config(folder / CONFIG_NAME)
+            config = _read_composer_config(folder / CONFIG_NAME)
         reference = {key: config.pop(key) for key in ("repository", "revision") if key in config}
         if not reference and not (folder / DiffusionPipeline.config_name).is_file():
             raise ValueError(
@@ -422,21 +423,17 @@ def _fit(picture: PIL.Image.Image, height: int, width: int) -> PIL.Image.Image:
     return PIL.Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """Reads a `composer_config.json` and refuses what this version does not know."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{str(path)!r} is no valid JSON ({error}).") from error
+def _read_composer_config(path: Path) -> dict[str, Any]:
+    """Reads a `composer_config.json` and refuses what this version does not know.
+
+    Raises:
+        `ValueError`: as in [`~loading.component_config.read_config`], or arguments that name a file or an address.
+    """
     known = {"repository", "revision", "call_defaults", "batch_size", "derive_strength"}
-    if not isinstance(config, dict) or not config.keys() <= known:
-        unknown = sorted(config.keys() - known) if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{str(path)!r} must be an object with keys of {sorted(known)}, but has {unknown}.")
+    config = read_config(path, known, "repository", {"revision"})
     for name, value in (config.get("call_defaults") or {}).items():
         # Some pipelines open pictures that they are given by name.
         texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
         if any(os.path.isfile(text) or "://" in text for text in texts):
             raise ValueError(f"{str(path)!r} sets `{name}` to {value!r}, a file of this machine or an address.")
-    if "revision" in config and "repository" not in config:
-        raise ValueError(f"{str(path)!r} has a `revision` but names no `repository`.")
     return config

@@ -20,8 +20,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..schedules.cogvideox import TimestepPreset
-from ..schedules.presets import SchedulerPresets
+from ..schedules.presets import SchedulerPresets, timestep_preset
 
 
 SHIFT = 0.125
@@ -59,7 +58,7 @@ def dreamer_schedule(shift: float = SHIFT, power: int = 2, zero_terminal_snr: bo
 
 # The paper names no sampler: DDIM, 50 steps and guidance 7.5 are those of ConsistI2V, DynamiCrafter and FancyVideo.
 DREAMER_PRESETS = SchedulerPresets.of(
-    TimestepPreset(
+    timestep_preset(
         "full-50",
         "CogVideoXDDIMScheduler",
         dreamer_schedule(),

@@ -14,11 +14,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import get_cached_repo_tree
 
+from ..checks import check_name
 from .arguments import call_argument
 
 
@@ -41,24 +42,6 @@ def refuse_pickles(names: Iterable[str]) -> None:
     pickles = [name for name in names if name.lower().endswith(PICKLES)]
     if pickles:
         raise ValueError(f"{pickles} would be read as pickles, which can run code; convert them to safetensors.")
-
-
-def check_name(name: str, what: str, folders: bool = False) -> str:
-    """Returns a name that a repository gives to a file or folder of its own.
-
-    Args:
-        name (`str`): the name.
-        what (`str`): what it names, for the message.
-        folders (`bool`): it may be a path, `"folder/file"`.
-
-    Raises:
-        `ValueError`: an absolute path, a drive, `..`, or a separator without `folders`.
-    """
-    parts = name.split("/") if folders else [name]
-    # Windows' rules on every system: a repository that is safe here is safe there.
-    if any(part in ("", ".", "..") or PureWindowsPath(part).name != part for part in parts):
-        raise ValueError(f"{what} is called {name!r}, which does not stay in its folder; use a plain name.")
-    return name
 
 
 def check_folder(folder: str | Path) -> None:

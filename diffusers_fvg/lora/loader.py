@@ -23,8 +23,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import nn
 
-from ..checks import check_finite, check_number
-from ..loading.safety import check_name, refuse_pickles
+from ..checks import check_finite, check_name, check_number
+from ..loading.safety import refuse_pickles
 from .deltas import ParameterDeltas, base_parameter
 from .formats import EXPERTS, FORMATS, OTHER_METHODS, LoraFit, fit_tensors, split_key
 

@@ -28,7 +28,6 @@ from ..animate.transformer_anchor import AnchorConditionedTransformer3D
 from ..checks import check_finite, check_number, check_size, stop_unless_finite
 from ..compose.composer import AnchorComposer
 from ..devices import get_module_execution_device
-from ..loading.hub import PIPELINE_SHIM
 from ..locks import exclusive
 from ..lora.anchor_lora import AnchorLora
 from ..lora.loader import FactorizedVideoLoraLoaderMixin
@@ -76,7 +75,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
     _optional_components = ["transformer_2", "rewriter", "composer", "anchor_lora", "schedulers"]
     default_presets = WAN_PRESETS
     default_call = WAN_CALL_DEFAULTS
-    pipeline_shim = PIPELINE_SHIM
+    pipeline_shim = "from diffusers_fvg import FactorizedVideoPipeline  # noqa: F401\n"
 
     def __init__(
         self,

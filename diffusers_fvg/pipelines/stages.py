@@ -23,17 +23,18 @@ from transformers import PreTrainedTokenizerBase
 from ..animate.anchor import Anchor, pair_anchors, picture_tensor, pictures_of
 from ..checks import check_at_least_one, check_finite, check_generators, check_num_frames, check_number, check_texts
 from ..compose.composer import AnchorComposer
-from ..loading.hub import as_saved, forget_origins, push
 from ..loading.patches import NOT_ONNX
 from ..locks import exclusive
 from ..lora.anchor_lora import ADAPTER_NAME, AnchorLora
 from ..lora.scales import AdapterScales
 from ..models import ModelFacts, match_model, model_presets, warn_untrained
+from ..publishing.push import push
 from ..rewrite.rewriter import FirstFrameRewriter
 from ..rewrite.storyboard import Moment, moment_frames, pair_storyboards
 from ..schedules.presets import SchedulerPresets, check_steps
 from .output import FactorizedVideoPipelineOutput
 from .progress import StageProgress
+from .saving import as_saved, forget_origins
 
 
 MODES = ("factorized", "direct", "storyboard")

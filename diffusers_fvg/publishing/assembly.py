@@ -26,21 +26,15 @@ from safetensors import safe_open
 from ..animate.transformer_anchor import AnchorConditionedTransformer3D
 from ..animate.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
 from ..compose import composer as composers
-from ..loading.hub import (
-    PATH,
-    REFERENCE_NAME,
-    HubReference,
-    available_variant,
-    component_files,
-    fetch,
-    repository_files,
-)
+from ..loading.files import available_variant, component_files, fetch, repository_files
+from ..loading.references import REFERENCE_NAME, HubReference
 from ..lora.anchor_lora import AnchorLora
 from ..lora.loader import EXPERTS, read_lora
 from ..models import ModelFacts, match_model, model_presets
 from ..rewrite import rewriter as rewriters
 from ..schedules.cogvideox import COGVIDEOX_PRESETS
 from ..schedules.presets import WAN_PRESETS, SchedulerPresets
+from .privacy import PATH
 
 
 BASE_COMPONENTS = ("tokenizer", "text_encoder", "transformer", "transformer_2", "vae")
@@ -375,7 +369,7 @@ def _composer(
 def _rewriter(name: str, light: bool, hub: dict[str, Any]) -> list[Part]:
     source = Source.of(name, hub)
     if rewriters.CONFIG_NAME in source.files:
-        rewriters.read_config(source.fetch([rewriters.CONFIG_NAME]) / rewriters.CONFIG_NAME)
+        rewriters.read_rewriter_config(source.fetch([rewriters.CONFIG_NAME]) / rewriters.CONFIG_NAME)
         files = {file: f"rewriter/{file}" for file in source.files if not file.startswith(".")}
         return [Part("rewriter", source, files, False, _nothing, source.license())]
     model, texts = component_files(source.files), component_files(source.files, weights=False)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..models import License, ModelFacts, find_model
-from ..training.config import without_paths
+from .privacy import without_paths
 
 
 if TYPE_CHECKING:

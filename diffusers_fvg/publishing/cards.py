@@ -17,7 +17,6 @@ from huggingface_hub import ModelCard
 
 from .. import __all__ as PUBLIC_NAMES
 from ..models import MODELS, License, ModelFacts, find_model, model_presets
-from ..training.config import hub_name
 from .card_sections import (
     CITATION,
     PROMPT,
@@ -40,6 +39,7 @@ from .card_sections import (
     shapes_report,
     training_parts_table,
 )
+from .privacy import hub_name
 
 
 if TYPE_CHECKING:

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import http.client
-import ipaddress
 import json
 import os
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,9 +28,11 @@ from transformers import (
 from ..checks import check_at_least_one, check_texts, stop_unless_finite
 from ..devices import get_module_execution_device
 from ..loading.arguments import call_argument, hub_arguments
-from ..loading.hub import component_files, fetch
+from ..loading.component_config import read_config
+from ..loading.files import component_files, fetch
 from ..loading.safety import check_folder, safetensors_only
 from ..locks import exclusive
+from .chat_endpoint import RETRY_TEMPERATURE, RETRY_TOP_P, ChatEndpoint, host_of
 from .prompts import build_messages, build_retry, without_system_role
 from .storyboard import Moment
 from .tasks import FIRST_FRAME, MOTION, TASK_NAMES, RewriterTask, storyboard_task
@@ -47,9 +43,7 @@ logger = logging.get_logger(__name__)
 CONFIG_NAME = "rewriter_config.json"
 # Prompts that are answered in one batch. A 7B model's cache of 8 chats with our examples is about half a gigabyte.
 BATCH_SIZE = 8
-# Greedy decoding would tend to repeat the answer that was just refused; a small model loses the thread when it is hotter.
-RETRY_SEED, RETRY_TEMPERATURE, RETRY_TOP_P, RETRY_TOP_K = 0, 0.3, 0.9, 50
-ENDPOINT_TIMEOUT_SECONDS, MAX_ERROR_BYTES = 120, 100_000
+RETRY_SEED, RETRY_TOP_K = 0, 50
 
 
 class FirstFrameRewriter(torch.nn.Module):
@@ -161,7 +155,7 @@ class FirstFrameRewriter(torch.nn.Module):
                 raise ValueError(
                     f"`revision` and `gguf_file` are for a Hub repository, and {str(path)!r} is a folder."
                 )
-            config = read_config(folder / CONFIG_NAME)
+            config = read_rewriter_config(folder / CONFIG_NAME)
         else:
             config = {"model": str(path), "revision": revision, "gguf_file": gguf_file}
         reference = {key: config.pop(key, None) for key in ("model", "revision", "gguf_file")}
@@ -472,98 +466,6 @@ class FirstFrameRewriter(torch.nn.Module):
         )
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    # urllib would send the key along to wherever a redirect points.
-    def redirect_request(self, *args, **kwargs):
-        return None
-
-
-@dataclass(frozen=True)
-class ChatEndpoint:
-    """An OpenAI-compatible server that answers chats.
-
-    Args:
-        url (`str`): base address, to which `/chat/completions` is added, as in `"http://127.0.0.1:8000/v1"`.
-        model (`str`): the server's name of the model.
-        api_key_env (`str`, *optional*): environment variable that holds the key. It is read at each call and kept nowhere.
-            With one the address must be https, or this machine.
-
-    Raises:
-        `ValueError`: an address that is not http(s), or holds a secret; no model; or a key that would go over plain http.
-    """
-
-    url: str
-    model: str
-    api_key_env: str | None = None
-
-    def __post_init__(self) -> None:
-        parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"The endpoint {self.url!r} must be an address that begins with http:// or https://.")
-        if parts.username is not None or parts.query:
-            # Messages show the address, so it must hold no secret; nor does this one.
-            raise ValueError(
-                f"The endpoint at {parts.hostname!r} must have no user, password or query in its address; name the "
-                "environment variable that holds the key in `api_key_env`."
-            )
-        if not self.model:
-            raise ValueError(f"The endpoint {self.url!r} needs the name of a `model`.")
-        if self.api_key_env is not None and parts.scheme == "http" and not _is_this_machine(parts.hostname):
-            raise ValueError(
-                f"The endpoint {self.url!r} would get the key of {self.api_key_env} over plain http; use https://, or a server "
-                "on this machine (localhost, 127.0.0.1, [::1])."
-            )
-
-    def answer(self, messages: list[dict[str, str]], max_new_tokens: int, seed: int | None = None) -> str:
-        """Asks the server; without a `seed` at temperature 0.
-
-        Raises:
-            `ValueError`: the environment variable of the key is not set.
-            `OSError`: the server cannot be reached, refuses, or answers something else than a chat completion.
-        """
-        body = {"model": self.model, "messages": messages, "max_tokens": max_new_tokens, "seed": seed or 0}
-        body |= {"temperature": 0} if seed is None else {"temperature": RETRY_TEMPERATURE, "top_p": RETRY_TOP_P}
-        headers = {"Content-Type": "application/json"}
-        key = None
-        if self.api_key_env is not None:
-            key = os.environ.get(self.api_key_env, "").strip()
-            if not key or not key.isascii() or not key.isprintable():
-                raise ValueError(
-                    f"The endpoint {self.url} needs a key of printable ASCII characters in the environment variable "
-                    f"{self.api_key_env}."
-                )
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(
-            f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers, method="POST"
-        )
-        handlers: list = [_NoRedirect]
-        if _is_this_machine(urllib.parse.urlsplit(self.url).hostname):
-            # `http_proxy` would see the key, and is elsewhere than this machine.
-            handlers.append(urllib.request.ProxyHandler({}))
-        opener = urllib.request.build_opener(*handlers)
-        try:
-            with opener.open(request, timeout=ENDPOINT_TIMEOUT_SECONDS) as response:
-                content = json.load(response)["choices"][0]["message"]["content"]
-        except urllib.error.HTTPError as error:
-            problem = f"status {error.code}: {error.read(MAX_ERROR_BYTES).decode(errors='replace')}"
-        except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
-            problem = f"{type(error).__name__}: {error}"
-        else:
-            if isinstance(content, str):
-                return content if key is None else content.replace(key, "***")
-            problem = "the message has no text"
-        # Some servers repeat the key that they refuse. Raised outside of `except`: the cause would show it too.
-        problem = problem if key is None else problem.replace(key, "***")
-        raise OSError(f"The rewriter's endpoint {self.url} failed ({problem[:500]}).")
-
-
-def _is_this_machine(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 class _Stop(StoppingCriteria):
     def __init__(self, should_stop: Callable[[], bool]):
         self.should_stop = should_stop
@@ -615,33 +517,23 @@ def _chat_files(names: list[str], gguf_file: str | None = None) -> list[str]:
     return sorted({*weights, *component_files(names, weights=False)})
 
 
-def read_config(path: Path) -> dict:
-    """Reads a `rewriter_config.json` and refuses what this version does not know, and an endpoint."""
+def read_rewriter_config(path: Path) -> dict[str, Any]:
+    """Reads a `rewriter_config.json` and refuses what this version does not know, and an endpoint.
+
+    Raises:
+        `ValueError`: as in [`~loading.component_config.read_config`], or the file names an endpoint.
+    """
     if not path.is_file():
         raise ValueError(f"{str(path.parent)!r} is no rewriter: it has no {CONFIG_NAME}.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{str(path)!r} is no valid JSON ({error}).") from error
-    if isinstance(config, dict) and config.keys() & {"endpoint", "api_key_env"}:
+    of_endpoint = {"endpoint", "api_key_env"}
+    settings = {"instruction", "examples", "answer_format", "max_new_tokens"}
+    known = {"model", "revision", "gguf_file", *settings, *of_endpoint}
+    config = read_config(path, known, "model", {"revision", "gguf_file"})
+    if config.keys() & of_endpoint:
         # The file's author would get every prompt, and the value of any variable of this machine.
         raise ValueError(
-            f"{str(path)!r} names an endpoint at {_host(config.get('endpoint'))!r}, to which prompts would be sent. Only you can "
-            "name one: pass `rewriter=FirstFrameRewriter(endpoint=ChatEndpoint(url, model, api_key_env=...))`, or to `fvg` "
+            f"{str(path)!r} names an endpoint at {host_of(config.get('endpoint'))!r}, to which prompts would be sent. Only you "
+            "can name one: pass `rewriter=FirstFrameRewriter(endpoint=ChatEndpoint(url, model, api_key_env=...))`, or to `fvg` "
             "`--rewriter URL`. `rewriter=None` loads without a rewriter."
         )
-    known = {"model", "revision", "gguf_file", "instruction", "examples", "answer_format", "max_new_tokens"}
-    if not isinstance(config, dict) or not config.keys() <= known:
-        unknown = sorted(config.keys() - known) if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{str(path)!r} must be an object with keys of {sorted(known)}, but has {unknown}.")
-    if "model" not in config and config.keys() & {"revision", "gguf_file"}:
-        raise ValueError(f"{str(path)!r} has a `revision` or `gguf_file` but names no `model`.")
     return config
-
-
-def _host(url: Any) -> str:
-    """The host alone: the rest of an address may hold a secret."""
-    try:
-        return urllib.parse.urlsplit(url).hostname or ""
-    except (AttributeError, TypeError, ValueError):
-        return ""

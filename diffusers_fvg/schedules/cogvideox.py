@@ -1,4 +1,4 @@
-"""CogVideoX's noise in the terms of [`schedules`], and its sampling presets.
+"""CogVideoX's noise in the terms of [`schedules.flow`], and its sampling presets.
 
 Sigma is the noise level here too: 1 is noise, 0 is data. CogVideoX preserves variance instead of mixing in a straight line,
 and predicts the velocity along that arc (arXiv 2202.00512, section 4), which has the orientation of the straight one:
@@ -13,17 +13,9 @@ exactly 1: zero terminal SNR, arXiv 2305.08891). Levels are float64: near 1 floa
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass
-
 import torch
 
-from ..checks import check_at_least_one, check_number
-from ..loading.safety import check_name
-from .presets import SchedulerPresets
-
-
-SCHEDULER_CLASSES = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
+from .presets import SchedulerPresets, timestep_preset
 
 
 def training_sigmas(scheduler) -> torch.Tensor:
@@ -110,51 +102,6 @@ def times_of(sigma: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
     return (above - 1 + (sigma - low) / (high - low)).clamp(min=0)
 
 
-@dataclass(frozen=True)
-class TimestepPreset:
-    """How to sample with a scheduler that takes a number of steps and no sigmas of one's own, as CogVideoX's do.
-
-    The counterpart of [`schedules.presets.SchedulerPreset`], with the same use.
-
-    Args:
-        name (`str`): what `preset=` selects.
-        scheduler_class (`str`): one of `SCHEDULER_CLASSES`.
-        scheduler_config (`dict`): its config, which with the number of steps says every timestep.
-        num_inference_steps (`int`): steps unless the call says otherwise.
-        guidance_scale (`float`): classifier-free guidance, 1 is off.
-        source (`str`): where the values come from.
-    """
-
-    name: str
-    scheduler_class: str
-    scheduler_config: dict
-    num_inference_steps: int
-    guidance_scale: float
-    source: str = ""
-
-    def __post_init__(self) -> None:
-        check_name(self.name, "A preset")
-        if self.scheduler_class not in SCHEDULER_CLASSES:
-            raise ValueError(
-                f"Preset {self.name!r}: `scheduler_class={self.scheduler_class!r}`; use {SCHEDULER_CLASSES}."
-            )
-        check_at_least_one("num_inference_steps", self.num_inference_steps)
-        check_number("guidance_scale", self.guidance_scale)
-
-    def make_scheduler(self, num_inference_steps: int | None = None, device: torch.device | str | None = None):
-        """A fresh scheduler of the preset's class and config, its timesteps set."""
-        scheduler = getattr(importlib.import_module("diffusers"), self.scheduler_class)(**self.scheduler_config)
-        scheduler.set_timesteps(num_inference_steps or self.num_inference_steps, device=device)
-        return scheduler
-
-    def is_scheduler(self, scheduler) -> bool:
-        """Whether a scheduler is of the preset's class and agrees with its config."""
-        config = scheduler.config
-        return type(scheduler).__name__ == self.scheduler_class and all(
-            config.get(key) == value for key, value in self.scheduler_config.items()
-        )
-
-
 # THUDM/CogVideoX1.5-5B, scheduler/scheduler_config.json.
 COGVIDEOX_1_5_SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -173,7 +120,7 @@ COGVIDEOX_1_5_SCHEDULE = {
 # Factorized Video Generation, arXiv 2512.16371. diffusers' schedulers step by 1000 // 15 = 66, a little less than the
 # distance of the timesteps, and so end at time 0 (sigma 0.03), not at sigma 0; 16 or 20 steps end at 0.
 COGVIDEOX_PRESETS = SchedulerPresets.of(
-    TimestepPreset(
+    timestep_preset(
         "anchored-15",
         "CogVideoXDDIMScheduler",
         COGVIDEOX_1_5_SCHEDULE,
@@ -181,7 +128,7 @@ COGVIDEOX_PRESETS = SchedulerPresets.of(
         6.0,
         source="arXiv 2512.16371: 15 steps; THUDM/CogVideoX1.5-5B: schedule; first author's code: DDIM, guidance 6",
     ),
-    TimestepPreset(
+    timestep_preset(
         "full-50",
         "CogVideoXDDIMScheduler",
         COGVIDEOX_1_5_SCHEDULE,

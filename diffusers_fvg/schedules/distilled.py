@@ -10,7 +10,8 @@ hao-ai-lab/FastVideo 03e21aa.
 
 from __future__ import annotations
 
-from .presets import SchedulerPreset, shifted_sigmas
+from .flow import shifted_sigmas
+from .presets import SchedulerPreset
 
 
 # The shift is in the explicit sigmas.

@@ -1,13 +1,4 @@
-"""The sign convention, and the sampling presets.
-
-Sigma is the noise level: 1 is noise, 0 is data, and with the rectified flow of Wan (arXiv 2503.20314, section 4.2.2)
-
-    noisy = (1 - sigma) * clean + sigma * noise
-    model output = noise - clean                      (the velocity)
-    Euler: noisy(sigma_next) = noisy(sigma) + (sigma_next - sigma) * velocity
-
-The model's time is `sigma * num_train_timesteps`. Training and sampling both import from here; nothing re-derives it.
-"""
+"""Sampling presets: data that says how to sample."""
 
 from __future__ import annotations
 
@@ -16,43 +7,16 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from ..checks import check_at_least_one, check_number
-from ..loading.safety import check_name
+from ..checks import check_at_least_one, check_name, check_number
+from .flow import shifted_sigmas
 
 
-if TYPE_CHECKING:
-    from .cogvideox import TimestepPreset
-
-
-def add_noise(clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """`(1 - sigma) * clean + sigma * noise`; `sigma` in [0, 1] broadcasts against the latents."""
-    return (1 - sigma) * clean + sigma * noise
-
-
-def velocity(clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """What the model is trained to predict: `noise - clean`."""
-    return noise - clean
-
-
-def shifted_sigmas(num_inference_steps: int, flow_shift: float) -> tuple[float, ...]:
-    """Sigmas of the steps, from 1 downwards, the final 0 left out.
-
-    `shift * u / (1 + (shift - 1) * u)` for `num_inference_steps` values u that divide
-    [0, 1] evenly and leave out 0 (time shifting of Stable Diffusion 3, arXiv 2403.03206, equation 23).
-
-    Args:
-        num_inference_steps (`int`): at least 1.
-        flow_shift (`float`): 1 leaves the spacing even, larger values spend more steps at high noise.
-    """
-    if num_inference_steps < 1:
-        raise ValueError(f"`num_inference_steps` must be at least 1, but is {num_inference_steps}.")
-    even = [1 - step / num_inference_steps for step in range(num_inference_steps)]
-    return tuple(round(flow_shift * u / (1 + (flow_shift - 1) * u), 6) for u in even)
+# Schedulers that take a number of steps and no sigmas of one's own.
+TIMESTEP_SCHEDULERS = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
 
 
 @dataclass(frozen=True)
@@ -61,11 +25,13 @@ class SchedulerPreset:
 
     Args:
         name (`str`): what `preset=` selects.
-        scheduler_class (`str`): a diffusers scheduler class whose `set_timesteps` takes `sigmas`.
+        scheduler_class (`str`): a diffusers scheduler class whose `set_timesteps` takes `sigmas`, or one of
+            `TIMESTEP_SCHEDULERS`.
         scheduler_config (`dict`): its config. It must not shift again what `sigmas` already holds.
-        sigmas (`tuple[float, ...]`): noise levels of the steps, decreasing, in (0, 1]; the final 0 is left out. They are
+        sigmas (`tuple[float, ...]` or `None`): noise levels of the steps, decreasing, in (0, 1]; the final 0 is left out. They are
             explicit because schedulers do not agree on their own (`FlowMatchEulerDiscreteScheduler` shifts twice).
-        flow_shift (`float`): the shift behind `sigmas`, from which another number of steps is derived.
+            `None` for a scheduler of `TIMESTEP_SCHEDULERS`, whose config and number of steps say every timestep.
+        flow_shift (`float` or `None`): the shift behind `sigmas`, from which another number of steps is derived.
         guidance_scale (`float`): classifier-free guidance, 1 is off; of the high-noise expert, where there are two.
         guidance_interval (`tuple[float, float]`): guidance runs at sigmas in this closed interval and is off elsewhere
             (arXiv 2404.07724).
@@ -75,44 +41,71 @@ class SchedulerPreset:
         source (`str`): where the values come from.
         anchor_window (`int`, *optional*): while the preset samples, frames attend to the anchors and to those so many latent
             frames away alone, as the anchor LoRA was trained; see [`AnchorConditionedTransformer3D.set_anchor_window`].
+        num_inference_steps (`int`, *optional*): steps unless the call says otherwise; with `sigmas` their number.
+
+    Raises:
+        `ValueError`: values that are out of range or do not belong together.
     """
 
     name: str
     scheduler_class: str
     scheduler_config: dict
-    sigmas: tuple[float, ...]
-    flow_shift: float
+    sigmas: tuple[float, ...] | None
+    flow_shift: float | None
     guidance_scale: float
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     guidance_scale_2: float | None = None
     weights: str = ""
     source: str = ""
     anchor_window: int | None = None
+    num_inference_steps: int | None = None
 
     def __post_init__(self) -> None:
         check_name(self.name, "A preset")
-        object.__setattr__(self, "sigmas", tuple(self.sigmas))
         object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
-        falling = all(a > b for a, b in zip(self.sigmas, self.sigmas[1:]))
-        if not self.sigmas or not falling or self.sigmas[0] > 1 or self.sigmas[-1] <= 0:
-            raise ValueError(f"Preset {self.name!r}: `sigmas` must fall within (0, 1], but are {self.sigmas}.")
         numbers = {"flow_shift": self.flow_shift, "guidance_scale": self.guidance_scale}
         numbers |= {"guidance_scale_2": self.guidance_scale_2}
         numbers |= {f"guidance_interval[{side}]": value for side, value in enumerate(self.guidance_interval)}
         for name, value in numbers.items():
             check_number(name, value)
+        if self.sigmas is None:
+            self._check_timesteps()
+            return
+        object.__setattr__(self, "sigmas", tuple(self.sigmas))
+        falling = all(a > b for a, b in zip(self.sigmas, self.sigmas[1:]))
+        if not self.sigmas or not falling or self.sigmas[0] > 1 or self.sigmas[-1] <= 0:
+            raise ValueError(f"Preset {self.name!r}: `sigmas` must fall within (0, 1], but are {self.sigmas}.")
+        if self.num_inference_steps not in (None, len(self.sigmas)):
+            raise ValueError(
+                f"Preset {self.name!r}: `num_inference_steps={self.num_inference_steps}` for {len(self.sigmas)} sigmas."
+            )
+        object.__setattr__(self, "num_inference_steps", len(self.sigmas))
 
-    @property
-    def num_inference_steps(self) -> int:
-        return len(self.sigmas)
+    def _check_timesteps(self) -> None:
+        if self.scheduler_class not in TIMESTEP_SCHEDULERS:
+            raise ValueError(
+                f"Preset {self.name!r}: `scheduler_class={self.scheduler_class!r}`; use {TIMESTEP_SCHEDULERS}, or give "
+                "`sigmas`."
+            )
+        if self.num_inference_steps is None:
+            raise ValueError(f"Preset {self.name!r} needs `sigmas` or `num_inference_steps`.")
+        check_at_least_one("num_inference_steps", self.num_inference_steps)
+        others = self.flow_shift, self.guidance_scale_2, self.anchor_window
+        if others != (None, None, None) or self.guidance_interval != (0.0, 1.0):
+            raise ValueError(
+                f"Preset {self.name!r}: shift, guidance interval, second guidance and window belong to `sigmas`; leave them out."
+            )
 
     def make_scheduler(self, num_inference_steps: int | None = None, device: torch.device | str | None = None):
-        """A fresh scheduler of the preset's class and config, its timesteps set from the preset's sigmas."""
+        """A fresh scheduler of the preset's class and config, its timesteps set."""
         diffusers = importlib.import_module("diffusers")
         scheduler_class = getattr(diffusers, self.scheduler_class, None)
         if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, diffusers.SchedulerMixin):
             raise ValueError(f"Preset {self.name!r}: {self.scheduler_class!r} is no scheduler class of diffusers.")
         scheduler = scheduler_class(**self.scheduler_config)
+        if self.sigmas is None:
+            scheduler.set_timesteps(num_inference_steps or self.num_inference_steps, device=device)
+            return scheduler
         # An array: UniPC multiplies what it is given.
         sigmas = np.array(self.steps(num_inference_steps))
         scheduler.set_timesteps(num_inference_steps=len(sigmas), sigmas=sigmas, device=device)
@@ -141,10 +134,10 @@ class SchedulerPreset:
         )
 
 
-def check_steps(num_inference_steps: int | None, preset: SchedulerPreset | TimestepPreset | None) -> None:
+def check_steps(num_inference_steps: int | None, preset: SchedulerPreset | None) -> None:
     """At least one, and as many as the preset can make."""
     check_at_least_one("num_inference_steps", num_inference_steps)
-    if isinstance(preset, SchedulerPreset):
+    if preset is not None and preset.sigmas is not None:
         preset.steps(num_inference_steps)
 
 
@@ -164,6 +157,27 @@ def unipc_preset(name: str, num_inference_steps: int, flow_shift: float, guidanc
     sigmas = shifted_sigmas(num_inference_steps, flow_shift)
     return SchedulerPreset(
         name, "UniPCMultistepScheduler", dict(UNIPC_CONFIG), sigmas, flow_shift, guidance_scale, source=source, **more
+    )
+
+
+def timestep_preset(
+    name: str,
+    scheduler_class: str,
+    scheduler_config: dict,
+    num_inference_steps: int,
+    guidance_scale: float,
+    source: str = "",
+) -> SchedulerPreset:
+    """A preset on one of `TIMESTEP_SCHEDULERS`."""
+    return SchedulerPreset(
+        name,
+        scheduler_class,
+        scheduler_config,
+        None,
+        None,
+        guidance_scale,
+        source=source,
+        num_inference_steps=num_inference_steps,
     )
 
 
@@ -207,7 +221,9 @@ class SchedulerPresets(Mapping):
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         for order, preset in enumerate(self.presets.values()):
-            values = asdict(preset)
+            values = {name: value for name, value in asdict(preset).items() if value is not None}
+            if preset.sigmas is not None:
+                del values["num_inference_steps"]
             config = {"_class_name": values.pop("scheduler_class"), **values.pop("scheduler_config")}
             folder = Path(save_directory) / preset.name
             folder.mkdir(parents=True, exist_ok=True)
@@ -223,10 +239,8 @@ class SchedulerPresets(Mapping):
             order = values.pop("order")
             if values["name"] != path.parent.name:
                 raise ValueError(f"{path} calls its preset {values['name']!r}; rename the folder or the preset.")
-            kind = SchedulerPreset
-            if "sigmas" not in values:
-                from .cogvideox import TimestepPreset as kind
-            found.append((order, kind(scheduler_class=scheduler_class, scheduler_config=config, **values)))
+            values = {"sigmas": None, "flow_shift": None, **values}
+            found.append((order, SchedulerPreset(scheduler_class=scheduler_class, scheduler_config=config, **values)))
         if not found:
             raise ValueError(f"No `<preset>/scheduler_config.json` in {pretrained_model_name_or_path}.")
         return cls.of(*(preset for _, preset in sorted(found, key=lambda item: item[0])))

@@ -19,8 +19,7 @@ import PIL.Image
 import torch
 
 from ..animate.anchor import Anchor
-from ..schedules.cogvideox import TimestepPreset
-from ..schedules.presets import SchedulerPresets
+from ..schedules.presets import SchedulerPresets, timestep_preset
 from .dreamer_image import (
     CLIP_WIDTH,
     FRAME_RATE,
@@ -95,7 +94,7 @@ class Designs:
         guidance_scale = GUIDANCE_SCALE if self.takes_image else TEXT_GUIDANCE_SCALE
         return SchedulerPresets.of(
             *(
-                TimestepPreset(name, "CogVideoXDDIMScheduler", self.schedule(), steps, guidance_scale, source=source)
+                timestep_preset(name, "CogVideoXDDIMScheduler", self.schedule(), steps, guidance_scale, source=source)
                 for name, steps in (("quick-10", STEPS), ("full-50", 50))
             )
         )

@@ -7,7 +7,7 @@ import json
 import tomllib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -284,31 +284,6 @@ class TrainConfig(TomlConfig):
         _require(in_range, "distill_guidance", self, "must be above 1, which is a prediction without guidance")
         _require(self.teacher_lora, "teacher_lora", self, "must name the anchor LoRA that is distilled")
         _require(self.prompt_dropout == 0, "prompt_dropout", self, "must be 0 with distill_guidance")
-
-
-def hub_name(name: str) -> str:
-    """`name` if it can be a repository on the Hub and is no folder here, else nothing."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return ""
-    return name if "/" in name and not Path(name).exists() else ""
-
-
-def without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a config, or some of them, for other people: of a place on this machine its last name alone, and
-    nothing of an option that is left out."""
-    shown = {name: value for name, value in values.items() if value is not None}
-    for name in shown.keys() & {"model", "data"}:
-        shown[name] = hub_name(shown[name]) or Path(shown[name]).name
-    for name in shown.keys() & {"cache_dir", "output_dir", "teacher_lora"}:
-        shown[name] = Path(shown[name]).name
-    if "validation_anchors" in shown:
-        shown["validation_anchors"] = [Path(path).name for path in shown["validation_anchors"]]
-    return shown
 
 
 def _require(condition: Any, name: str, config: TrainConfig, complaint: str) -> None:

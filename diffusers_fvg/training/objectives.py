@@ -12,7 +12,7 @@ import torch
 from ..animate import anchor_cogvideox
 from ..animate.anchor import AnchorLatents, anchored_model_input
 from ..schedules import cogvideox as schedules_cogvideox
-from ..schedules.presets import add_noise, velocity
+from ..schedules.flow import add_noise, velocity
 
 
 class FlowMatching:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from ..lora.anchor_lora import ADAPTER_NAME, WEIGHT_NAME
-from .config import TrainConfig, without_paths
+from ..publishing.privacy import without_paths
+from .config import TrainConfig
 from .files import write_whole
 
 

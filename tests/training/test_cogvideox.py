@@ -22,8 +22,8 @@ from training_runs import (
 from diffusers_fvg import Anchor
 from diffusers_fvg.animate.anchor import crop_and_resize
 from diffusers_fvg.animate.anchor_cogvideox import encode_anchor
-from diffusers_fvg.schedules.cogvideox import COGVIDEOX_1_5_SCHEDULE, TimestepPreset, times_of, training_sigmas
-from diffusers_fvg.schedules.presets import SchedulerPresets
+from diffusers_fvg.schedules.cogvideox import COGVIDEOX_1_5_SCHEDULE, times_of, training_sigmas
+from diffusers_fvg.schedules.presets import SchedulerPresets, timestep_preset
 from diffusers_fvg.training.config import TrainConfig
 from diffusers_fvg.training.draws import draw, draw_loss, generator_for
 from diffusers_fvg.training.families import CogVideoX, family_of
@@ -112,7 +112,7 @@ def test_a_whole_patch_is_anchored_and_masked():
 @torch.no_grad()
 def test_model_inputs_are_bit_equal_to_those_of_the_pipeline():
     frames = moving_square(0)
-    preset = TimestepPreset("one", "CogVideoXDDIMScheduler", COGVIDEOX_1_5_SCHEDULE, 4, 1.0)
+    preset = timestep_preset("one", "CogVideoXDDIMScheduler", COGVIDEOX_1_5_SCHEDULE, 4, 1.0)
     pipe = tiny_cogvideox_pipeline(schedulers=SchedulerPresets.of(preset))
     pipe.set_progress_bar_config(disable=True)
     seen = []

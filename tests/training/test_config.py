@@ -13,7 +13,8 @@ from tiny_cogvideox import tiny_cogvideox_transformer
 from training_runs import OPTIONS
 
 from diffusers_fvg.models import MODELS
-from diffusers_fvg.training.config import TrainConfig, without_paths
+from diffusers_fvg.publishing.privacy import without_paths
+from diffusers_fvg.training.config import TrainConfig
 from diffusers_fvg.training.estimate import estimated_memory
 from diffusers_fvg.training.trainer import check_model
 

@@ -1,0 +1,189 @@
+"""Files of repositories on the Hub: which a component needs, and fetching them."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging
+from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from ..checks import check_name
+from .arguments import HUB_ARGUMENTS, call_argument, hub_arguments
+from .safety import PICKLES, safetensors_only
+
+
+logger = logging.get_logger(__name__)
+
+COMMIT = re.compile("[0-9a-f]{40}")
+# The file names that diffusers and transformers load: "model.fp16-00001-of-00002.safetensors" and the index of the shards.
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?:\.(?P<a>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index(?:\.(?P<b>\w+))?\.json)?"
+)
+_MODEL_CONFIGS = ("config.json", "generation_config.json")
+_TEXT_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+
+
+def _variant(name: str) -> str | None:
+    match = _WEIGHTS.fullmatch(PurePosixPath(name).name)
+    return match and (match["a"] or match["b"])
+
+
+def available_variant(names: Iterable[str], variant: str | None, place: str) -> str | None:
+    """The variant if `names` hold it; else `None`, with a warning: as in diffusers, parts without it come as they are."""
+    if variant is None or any(_variant(name) == variant for name in names):
+        return variant
+    logger.warning(f"{place} has no files of the variant {variant!r}; its standard files are used.")
+    return None
+
+
+def component_files(
+    names: Iterable[str], subfolder: str = "", variant: str | None = None, weights: bool = True
+) -> list[str]:
+    """Of a repository's files those that one component needs.
+
+    Args:
+        names (`Iterable[str]`): paths in the repository.
+        subfolder (`str`): of the component; files deeper down are not its own.
+        variant (`str`, *optional*): of the weights.
+        weights (`bool`): a model: its safetensors files and configuration. Otherwise all configuration and vocabulary.
+
+    Raises:
+        `ValueError`: a model without safetensors files of that variant.
+    """
+    inside = [name for name in names if str(PurePosixPath(name).parent) == (subfolder or ".")]
+    if not weights:
+        return sorted(
+            name for name in inside if name.endswith(_TEXT_SUFFIXES) and ".index." not in PurePosixPath(name).name
+        )
+    found = [name for name in inside if _WEIGHTS.fullmatch(PurePosixPath(name).name) and _variant(name) == variant]
+    if not any(name.endswith(".safetensors") for name in found):
+        there = sorted(PurePosixPath(name).name for name in inside) or "nothing"
+        pickles = [name for name in inside if name.endswith(PICKLES)]
+        hint = f" {pickles} would be read as pickles, which can run code: convert them." if pickles else ""
+        raise ValueError(
+            f"no safetensors weights{f' of the variant {variant!r}' if variant else ''} in "
+            f"{subfolder or 'the root'!r}, which holds {there}.{hint}"
+        )
+    return sorted([*found, *(name for name in inside if PurePosixPath(name).name in _MODEL_CONFIGS)])
+
+
+def repository_files(repository: str, revision: str | None = None, **hub: Any) -> tuple[str, dict[str, dict]]:
+    """The commit of a revision, and its files: `{"size": bytes, "sha256": of its content if it is a large file}`.
+
+    Args:
+        repository (`str`): on the Hub.
+        revision (`str`, *optional*): a commit, whose listing is kept in the cache, or a branch or tag.
+        hub: as [`hub_arguments`] gives them.
+    """
+    validate_repo_id(repository)
+    if revision is not None:
+        check_name(revision, "The revision", folders=True)
+    offline = constants.HF_HUB_OFFLINE or hub.get("local_files_only")
+    if offline or COMMIT.fullmatch(revision or ""):
+        try:
+            tree = get_cached_repo_tree(repository, revision=revision, cache_dir=hub.get("cache_dir"))
+        except CachedRepoTreeNotFoundError as error:
+            if offline:
+                raise LocalEntryNotFoundError(
+                    f"it is not in the cache, and the Hub may not be asked ({error})"
+                ) from error
+        else:
+            return revision, {file.path: _file(file.size, file.lfs) for file in tree}
+    info = HfApi(token=hub.get("token")).model_info(repository, revision=revision, files_metadata=True)
+    return info.sha, {file.rfilename: _file(file.size, file.lfs) for file in info.siblings}
+
+
+def _file(size: int, lfs: Any) -> dict[str, Any]:
+    return {"size": size, "sha256": None if lfs is None else lfs.sha256}
+
+
+def fetch(
+    repository: str, revision: str | None, select: Callable[[list[str]], list[str]], place: str, **hub: Any
+) -> tuple[Path, list[str]]:
+    """Fetches chosen files of a repository into the Hub's cache.
+
+    Args:
+        repository, revision (`str`): on the Hub.
+        select (`Callable`): chooses among the repository's files; its `ValueError` says what is not there.
+        place (`str`): what names the repository, for messages.
+        hub: as [`hub_arguments`] gives them.
+
+    Returns:
+        `tuple[Path, list[str]]`: the folder of the snapshot, and the chosen files in it.
+
+    Raises:
+        `OSError`: the repository, the revision or a file is not there, or a file is not what the Hub says that it is. The
+            Hub's own error is the cause.
+    """
+    title = _title(repository, revision)
+    try:
+        commit, files = repository_files(repository, revision, **hub)
+        names = select(list(files))
+        there = [try_to_load_from_cache(repository, name, hub.get("cache_dir"), commit) for name in names]
+        cached = {name for name, path in zip(names, there) if isinstance(path, str)}
+        patterns = [glob.escape(name) for name in names]
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, **hub))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip() or type(error).__name__
+        raise OSError(f"{place} names {title} on the Hub, which cannot be loaded: {reason}") from error
+    for name in names:
+        path, expected = folder / name, files[name]
+        damage = None
+        if path.stat().st_size != expected["size"]:
+            damage = f"{path.stat().st_size} bytes, not {expected['size']}"
+        elif name not in cached and expected["sha256"] not in (None, _sha256(path)):
+            damage = f"another content than sha256 {expected['sha256']}"
+        if damage is not None:
+            for part in (path.resolve(), path):
+                part.unlink(missing_ok=True)
+            raise OSError(
+                f"{place} names {title} on the Hub, whose file {name} came with {damage}. It has been deleted: try again."
+            )
+    return folder, names
+
+
+def load_pipeline(source: str | Path, revision: str | None, place: str, **arguments: Any) -> DiffusionPipeline:
+    """Loads the pipeline that another one holds: from a folder, or the repository that its folder names.
+
+    Args:
+        source (`str` or `Path`): a repository on the Hub, or a folder as a `Path`.
+        revision (`str`, *optional*): of the repository.
+        place (`str`): what names the repository, for messages.
+        arguments: of `DiffusionPipeline.from_pretrained`; those of the running call are added.
+
+    Raises:
+        `OSError`: the repository or a file is not there. The Hub's own error is the cause.
+    """
+    own = {name: arguments.pop(name, None) for name in HUB_ARGUMENTS}
+    hub = hub_arguments(**own)
+    try:
+        if isinstance(source, Path):
+            names = [path.name for path in source.rglob("*.safetensors")]
+        else:
+            names = repository_files(source, revision, **hub)[1]
+        variant = available_variant(names, arguments.pop("variant", None) or call_argument("variant"), place)
+        with safetensors_only(source):
+            arguments |= {"variant": variant, "use_safetensors": True, **hub}
+            if not isinstance(source, Path):
+                # By its name a folder of this machine would be taken in its place.
+                source = DiffusionPipeline.download(source, revision=revision, **arguments)
+            return DiffusionPipeline.from_pretrained(source, **arguments)
+    except OSError as error:
+        raise OSError(f"{place} names {_title(source, revision)}, which cannot be loaded: {error}") from error
+
+
+def _title(source: str | Path, revision: str | None) -> str:
+    return f"{source}@{revision}" if revision else str(source)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

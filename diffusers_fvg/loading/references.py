@@ -1,0 +1,155 @@
+"""Light repositories: parts that stay in Hub repositories of their own.
+
+In place of a component's weights a folder holds `reference.json`: a Hub repository, the commit, the subfolder and the class.
+`DiffusionPipeline.from_pretrained` fetches what it names, and nothing else: the safetensors files of one variant and the
+component's own configuration. Composer and rewriter name their repositories in their own configurations, and fetch with
+the same functions, those of [`loading.files`].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from abc import ABCMeta
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin, SchedulerMixin
+from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
+from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .arguments import call_argument, hub_arguments
+from .files import available_variant, component_files, fetch
+from .safety import check_folder
+
+
+REFERENCE_NAME = "reference.json"
+# What a reference may stand for, and where its class is looked up.
+LIBRARIES = ("diffusers", "transformers")
+REFERABLE = (ModelMixin, SchedulerMixin, PreTrainedModel, PreTrainedTokenizerBase)
+
+
+class HubReference(torch.nn.Module, metaclass=ABCMeta):
+    """Stands in `model_index.json` for a component that stays in a Hub repository of its own.
+
+    [`from_pretrained`] reads the folder's `reference.json` and returns the component itself. It is an `nn.Module` because
+    diffusers tells only those the asked dtype.
+
+    Args:
+        repository (`str`): on the Hub.
+        library, class_name (`str`): what the component is: a model, scheduler or tokenizer of diffusers, of transformers or
+            of this package (as `"diffusers"`).
+        revision (`str`, *optional*): a commit, or a branch or tag, which are looked up at each loading.
+        subfolder (`str`): of the component in the repository.
+        variant (`str`, *optional*): of the weights, when the call names none.
+
+    Raises:
+        `ValueError`: a class that is none of these, or a repository or folder that is no name.
+    """
+
+    def __init__(
+        self,
+        repository: str,
+        library: str,
+        class_name: str,
+        revision: str | None = None,
+        subfolder: str = "",
+        variant: str | None = None,
+    ):
+        super().__init__()
+        validate_repo_id(repository)
+        if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*|", subfolder) or ".." in subfolder.split("/"):
+            raise ValueError(f"The subfolder {subfolder!r} of {repository} is no path within a repository.")
+        self.values = {"repository": repository, "revision": revision, "subfolder": subfolder}
+        self.values |= {"library": library, "class": class_name, "variant": variant}
+        self.component_class = _component_class(library, class_name)
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        # diffusers checks a component that is passed to `from_pretrained` against the class in `model_index.json`.
+        return issubclass(other, REFERABLE) or NotImplemented
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike, torch_dtype: torch.dtype | None = None, quantization_config=None
+    ):
+        """Fetches the component that a folder names, with the arguments of the running `DiffusionPipeline.from_pretrained`.
+
+        Args:
+            path (`str` or `os.PathLike`): a folder with `reference.json`. Its name is the component's.
+            torch_dtype (`torch.dtype`, *optional*): of the weights.
+            quantization_config (*optional*): of diffusers or transformers, for a model.
+
+        Raises:
+            `ValueError`: a `reference.json` that is not valid.
+            `OSError`: what it names is not there; the message says which reference it was and what was looked for.
+        """
+        file = Path(path) / REFERENCE_NAME
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            reference = cls(class_name=values.pop("class"), **values)
+        except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"{file} must name `repository`, `library` and `class`, and may name `revision`, `subfolder` and `variant`: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        return reference.load(Path(path).name, torch_dtype, quantization_config)
+
+    def load(self, name: str, torch_dtype: torch.dtype | None = None, quantization_config=None):
+        """The component itself, which remembers its reference. `name` is that of the component in the pipeline."""
+        values, component_class = self.values, self.component_class
+        is_model, place = issubclass(component_class, torch.nn.Module), f"`{name}/{REFERENCE_NAME}`"
+        variant = None
+
+        def select(names: list[str]) -> list[str]:
+            nonlocal variant
+            inside = [file for file in names if file.startswith(f"{values['subfolder']}/")]
+            variant = (
+                is_model and (available_variant(inside, call_argument("variant"), place) or values["variant"]) or None
+            )
+            files = component_files(names, values["subfolder"], variant, weights=is_model)
+            if not files:
+                folders = sorted({file.split("/")[0] for file in names if "/" in file})
+                raise ValueError(f"nothing in the subfolder {values['subfolder']!r}; there are {folders}")
+            return files
+
+        folder, _ = fetch(values["repository"], values["revision"], select, place, **hub_arguments())
+        arguments: dict[str, Any] = {}
+        if is_model:
+            arguments = {"use_safetensors": True, "device_map": call_argument("device_map")}
+            arguments |= {} if variant is None else {"variant": variant}
+            # diffusers makes the config for a class of transformers, not knowing what is behind the reference.
+            config = call_argument("quantization_config")
+            if config is not None:
+                is_diffusers = issubclass(component_class, ModelMixin)
+                quantization_config = config._resolve_quant_config(is_diffusers=is_diffusers, module_name=name)
+            if quantization_config is not None:
+                arguments["quantization_config"] = quantization_config
+            arguments["torch_dtype" if issubclass(component_class, ModelMixin) else "dtype"] = torch_dtype
+        check_folder(folder / values["subfolder"])
+        component = component_class.from_pretrained(folder / values["subfolder"], **arguments)
+        component.hub_reference = dict(values)
+        return component
+
+    def save_pretrained(self, path: str | os.PathLike) -> None:
+        """Writes `reference.json`."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {key: value for key, value in self.values.items() if value is not None}
+        (folder / REFERENCE_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _component_class(library: str, class_name: str) -> type:
+    """The class that a reference names. Only what `DiffusionPipeline` itself would load by that name, and no code."""
+    if library not in LIBRARIES:
+        raise ValueError(f"The library {library!r} is none of {LIBRARIES}.")
+    try:
+        component_class = simple_get_class_obj(library, class_name)
+    except AttributeError as error:
+        raise ValueError(f"{library} has no class {class_name!r}.") from error
+    if not isinstance(component_class, type) or not issubclass(component_class, REFERABLE):
+        raise ValueError(f"{library}'s {class_name} is no model, scheduler or tokenizer.")
+    return component_class

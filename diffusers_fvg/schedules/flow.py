@@ -1,0 +1,40 @@
+"""The sign convention of flow-matching models.
+
+Sigma is the noise level: 1 is noise, 0 is data, and with the rectified flow of Wan (arXiv 2503.20314, section 4.2.2)
+
+    noisy = (1 - sigma) * clean + sigma * noise
+    model output = noise - clean                      (the velocity)
+    Euler: noisy(sigma_next) = noisy(sigma) + (sigma_next - sigma) * velocity
+
+The model's time is `sigma * num_train_timesteps`. Training and sampling both import from here; nothing re-derives it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def add_noise(clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """`(1 - sigma) * clean + sigma * noise`; `sigma` in [0, 1] broadcasts against the latents."""
+    return (1 - sigma) * clean + sigma * noise
+
+
+def velocity(clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """What the model is trained to predict: `noise - clean`."""
+    return noise - clean
+
+
+def shifted_sigmas(num_inference_steps: int, flow_shift: float) -> tuple[float, ...]:
+    """Sigmas of the steps, from 1 downwards, the final 0 left out.
+
+    `shift * u / (1 + (shift - 1) * u)` for `num_inference_steps` values u that divide
+    [0, 1] evenly and leave out 0 (time shifting of Stable Diffusion 3, arXiv 2403.03206, equation 23).
+
+    Args:
+        num_inference_steps (`int`): at least 1.
+        flow_shift (`float`): 1 leaves the spacing even, larger values spend more steps at high noise.
+    """
+    if num_inference_steps < 1:
+        raise ValueError(f"`num_inference_steps` must be at least 1, but is {num_inference_steps}.")
+    even = [1 - step / num_inference_steps for step in range(num_inference_steps)]
+    return tuple(round(flow_shift * u / (1 + (flow_shift - 1) * u), 6) for u in even)
