@@ -367,6 +367,10 @@ COUNTS = [
 ]
 
 
+def shape_of(name, pipe):
+    return pipe._latents_shape(1, *(SIZES[name][size] for size in ("num_frames", "height", "width")))
+
+
 @pytest.fixture(scope="module", params=PIPELINES)
 def family(request):
     return request.param, quiet(PIPELINES[request.param]())
@@ -404,7 +408,7 @@ def test_a_number_that_is_not_finite_is_refused_before_a_model_runs(family, monk
 def test_a_tensor_that_is_not_finite_is_refused_before_a_model_runs(family, monkeypatch):
     name, pipe = family
     untouched(pipe, monkeypatch)
-    latents = torch.zeros(pipe._latents_shape(1, SIZES[name]))
+    latents = torch.zeros(shape_of(name, pipe))
     embeds = torch.zeros(1, SIZES[name]["max_sequence_length"], 32)
     pair = {"prompt_embeds": embeds, "negative_prompt_embeds": embeds}
     if name == "dreamer":
@@ -468,14 +472,14 @@ def test_a_composer_whose_decoder_makes_nan_draws_no_black_picture(pipe):
 
 def test_a_callback_s_nan_stops_at_its_step(family):
     name, pipe = family
-    nan = {"latents": torch.full(pipe._latents_shape(1, SIZES[name]), float("nan"))}
+    nan = {"latents": torch.full(shape_of(name, pipe), float("nan"))}
     call = SIZES[name] | {"num_inference_steps": 3}
     with pytest.raises(FloatingPointError, match="Stage `denoise` .* step 2 of 3, computing in torch.float32"):
         pipe(PROMPT, mode="direct", callback_on_step_end=lambda _, step, *__: dict(nan) if step == 1 else {}, **call)
 
 
 def test_a_scheduler_and_a_preset_with_nan_are_refused():
-    with pytest.raises(ValueError, match="`sigmas`"):
+    with pytest.raises(ValueError, match="`flow_shift=nan`"):
         unipc_preset("bad", 3, float("nan"), 5.0, "this test")
     with pytest.raises(ValueError, match="`guidance_scale=nan`"):
         unipc_preset("bad", 3, 5.0, float("nan"), "this test")

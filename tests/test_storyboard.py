@@ -59,9 +59,17 @@ def test_moments_are_in_order(moments, message):
 
 
 def test_a_moment_is_the_nearest_frame():
-    moments = [Moment(RED, time) for time in (0.0, 0.3, 0.5, 0.99, 1.0)]
-    assert moment_frames(moments, 17) == [0, 5, 8, 16, 16]
-    assert moment_frames(moments, 81) == [0, 24, 40, 79, 80]
+    times = (0.0, 0.3, 0.6, 0.99)
+    assert moment_frames(times, 17, 4) == [0, 5, 10, 16]
+    assert moment_frames((*times, 1.0), 81, 1) == [0, 24, 48, 79, 80]
+
+
+def test_moments_on_one_latent_frame_are_refused():
+    # Frame 0 has a latent to itself, frames 1 to 4 and 5 to 8 share one each.
+    assert moment_frames((0.0, 1 / 8, 5 / 8), 9, 4) == [0, 1, 5]
+    for times in ((0.0, 1 / 8, 4 / 8), (0.0, 5 / 8, 1.0), (0.0, 0.01)):
+        with pytest.raises(ValueError, match="same latent frame.*4 frames after frame 0"):
+            moment_frames(times, 9, 4)
 
 
 def test_storyboards_pair_with_prompts():

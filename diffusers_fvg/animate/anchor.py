@@ -7,7 +7,8 @@ latent 0 and every further four frames into one latent, so f = 1 + (F - 1) / 4.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -188,6 +189,20 @@ def pair_anchors(anchors, num_prompts: int, num_videos_per_prompt: int) -> list[
         f"`anchors` has {len(anchors)} lists for {num_prompts} prompts and {num_videos} videos; give one list for all, one "
         "per prompt or one per video."
     )
+
+
+def decoded_anchors(anchors: list[list[Anchor]]) -> list[list[Anchor]]:
+    """The anchors of each video with tensors for pictures; those that share a picture share its tensor.
+
+    Raises:
+        `ValueError`: as in [`picture_tensor`].
+    """
+    decoded: dict[int, Any] = {}
+    for anchor in (anchor for video in anchors for anchor in video):
+        if id(anchor.image) not in decoded:
+            tensors = [picture_tensor(picture) for picture in pictures_of(anchor.image)]
+            decoded[id(anchor.image)] = tensors if len(tensors) > 1 else tensors[0]
+    return [[replace(anchor, image=decoded[id(anchor.image)]) for anchor in video] for video in anchors]
 
 
 def picture_tensor(image: Picture) -> torch.Tensor:

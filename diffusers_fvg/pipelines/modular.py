@@ -44,7 +44,8 @@ from ..lora.anchor_lora import AnchorLora
 from ..rewrite.rewriter import FirstFrameRewriter
 from ..schedules.presets import SchedulerPresets
 from .pipeline_factorized_video import FactorizedVideoPipeline
-from .stages import NO_COMPOSER, NO_REWRITER, anchor_seeds, draw_seed
+from .request import NO_COMPOSER, NO_REWRITER
+from .seeds import anchor_seeds
 
 
 MODEL_NAME = "factorized-video"
@@ -175,30 +176,16 @@ class InputStep(_VideoStep):
         ]
 
     def run(self, components: FactorizedVideoModularPipeline, block_state) -> None:
-        prompts, captions = _as_list(block_state.prompt), _as_list(block_state.first_frame_prompt)
         if block_state.mode not in MODES:
             raise ValueError(f"Unknown mode {block_state.mode!r}; use one of {MODES}.")
-        if prompts is None and block_state.prompt_embeds is None:
-            raise ValueError("Provide `prompt` or `prompt_embeds`: the video model follows it in every mode.")
-        num_prompts = len(prompts) if prompts is not None else block_state.prompt_embeds.shape[0]
-        given = [name for name in ("first_frame_prompt", "image", "anchors") if block_state[name] is not None]
-        if given and block_state.mode == "direct":
-            raise ValueError(
-                f'`mode="direct"` uses no first frame, but `{given[0]}` was given; leave one of them out.'
-            )
-        if len(given) > 1:
-            raise ValueError(f"Only one of `first_frame_prompt`, `image` and `anchors` can be used, but got {given}.")
-        pipeline = components.pipeline
-        if captions is not None:
-            pipeline._check_stages(prompts, captions, num_prompts)
-        anchors = block_state.anchors if block_state.image is None else _as_anchors(block_state.image)
-        inputs = {name: block_state[name] for name in VIDEO_INPUTS}
-        inputs |= {"callback_on_step_end": None, "callback_on_step_end_tensor_inputs": (), "output_type": "latent"}
-        checked = pipeline._video_inputs(prompts, anchors, inputs)
-        block_state.height, block_state.width = checked["height"], checked["width"]
-        if block_state.generator is None:
-            num_videos = num_prompts * block_state.num_videos_per_prompt
-            block_state.generator = [torch.Generator().manual_seed(draw_seed()) for _ in range(num_videos)]
+        arguments = {name: block_state[name] for name in ("prompt", "mode", "first_frame_prompt", "image", "anchors")}
+        arguments |= {name: block_state[name] for name in VIDEO_INPUTS} | {"output_type": "latent"}
+        if block_state.mode == "factorized" and block_state.first_frame_prompt is None:
+            # Whether a picture will be there is for the blocks to say that a workflow consists of.
+            arguments["mode"] = None
+        request = components.pipeline._request(arguments)
+        block_state.height, block_state.width = request.height, request.width
+        block_state.generator = request.with_generator()[0].generator
 
 
 class RewriteStep(_Step):

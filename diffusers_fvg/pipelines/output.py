@@ -33,3 +33,15 @@ class FactorizedVideoPipelineOutput(BaseOutput):
     seeds: list[dict[str, int]]
     timings: dict[str, float]
     storyboards: list[list[Moment]] | None
+
+
+@dataclass
+class FactorizedDreamerPipelineOutput(FactorizedVideoPipelineOutput):
+    """What every stage made.
+
+    Args:
+        frames, first_frame_prompts, anchor_images, seeds, timings, storyboards: of [`FactorizedVideoPipelineOutput`].
+        motion_prompts (`list[str]` or `None`): what the video model was told, one per prompt; `None` for embeddings.
+    """
+
+    motion_prompts: list[str] | None = None

@@ -29,7 +29,7 @@ from ..animate.anchor_cogvideox import (
     resolve_patch_anchors,
 )
 from ..animate.decoding import decode_video
-from ..animate.fidelity import check_anchor_decode, check_has_anchors, decode_anchored
+from ..animate.fidelity import decode_anchored
 from ..animate.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
 from ..checks import check_finite, check_size, stop_unless_finite
 from ..compose.composer import AnchorComposer
@@ -42,7 +42,9 @@ from ..rewrite.storyboard import Moment
 from ..schedules.cogvideox import COGVIDEOX_PRESETS, training_sigmas
 from ..schedules.presets import SchedulerPresets
 from .output import FactorizedVideoPipelineOutput
-from .stages import FactorizedStages, Image, StepCallback
+from .progress import StageProgress
+from .request import AnchorResolver, Image, StepCallback, VideoRequest
+from .stages import FactorizedStages
 
 
 class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
@@ -115,38 +117,24 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
         check_size("width", width, multiple)
         self.transformer.check_size(height // self.vae_scale_factor_spatial, width // self.vae_scale_factor_spatial)
 
-    def _check_stock_inputs(self, prompts: list[str] | None, inputs: dict[str, Any]) -> None:
-        # Embeddings against prompts, tensor names of the callback.
-        self.check_inputs(
-            prompts,
-            inputs["height"],
-            inputs["width"],
-            inputs["negative_prompt"],
-            inputs["callback_on_step_end_tensor_inputs"],
-            inputs["prompt_embeds"],
-            inputs["negative_prompt_embeds"],
-        )
+    def _check_own(self, request: VideoRequest) -> None:
         if not isinstance(self.scheduler, (CogVideoXDDIMScheduler, CogVideoXDPMScheduler)):
             raise ValueError(
                 f"`scheduler` is a {type(self.scheduler).__name__}; use CogVideoXDDIMScheduler or CogVideoXDPMScheduler."
             )
 
-    def _check_anchors(self, anchors: list[Anchor], num_frames: int) -> None:
-        self._resolve(anchors, num_frames)
+    def _anchor_resolver(self) -> AnchorResolver:
+        temporal = self.vae_scale_factor_temporal
+        return partial(resolve_patch_anchors, patch_size_t=self.transformer.patch_size_t, temporal=temporal)
 
-    def _resolve(self, anchors: list[Anchor], num_frames: int) -> list[tuple[range, Anchor]]:
-        return resolve_patch_anchors(
-            anchors, num_frames, self.transformer.patch_size_t, self.vae_scale_factor_temporal
-        )
-
-    def _latents_shape(self, num_videos: int, inputs: dict[str, Any]) -> tuple[int, ...]:
-        num_latent_frames = (inputs["num_frames"] - 1) // self.vae_scale_factor_temporal + 1
+    def _latents_shape(self, num_videos: int, num_frames: int, height: int, width: int) -> tuple[int, ...]:
+        num_latent_frames = (num_frames - 1) // self.vae_scale_factor_temporal + 1
         return (
             num_videos,
             num_latent_frames + num_padding_frames(num_latent_frames, self.transformer.patch_size_t),
             self.transformer.config.in_channels,
-            inputs["height"] // self.vae_scale_factor_spatial,
-            inputs["width"] // self.vae_scale_factor_spatial,
+            height // self.vae_scale_factor_spatial,
+            width // self.vae_scale_factor_spatial,
         )
 
     # -- stage 3 ------------------------------------------------------------------------------------------------------
@@ -176,8 +164,9 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
         padding = latents.shape[1] - ((num_frames - 1) // self.vae_scale_factor_temporal + 1)
         # Videos of one prompt share their picture: each is encoded once for each position.
         encoded: dict[tuple[int, int], torch.Tensor] = {}
+        resolve = self._anchor_resolver()
         for video, video_anchors in enumerate(anchors):
-            for covered, anchor in self._resolve(video_anchors, num_frames):
+            for covered, anchor in resolve(video_anchors, num_frames):
                 key = (id(anchor.image), covered.start)
                 if key not in encoded:
                     pixels = anchor_pixels(anchor, height, width)[None]
@@ -230,178 +219,142 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
 
         The other arguments are those of `__call__`. Returns the frames alone.
         """
-        check_anchor_decode(anchor_decode, output_type)
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        inputs = {
-            "negative_prompt": negative_prompt,
-            "height": height,
-            "width": width,
-            "num_frames": num_frames,
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "use_dynamic_cfg": use_dynamic_cfg,
-            "num_videos_per_prompt": num_videos_per_prompt,
-            "generator": generator,
-            "latents": latents,
-            "prompt_embeds": prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds,
-            "output_type": output_type,
-            "attention_kwargs": attention_kwargs,
-            "callback_on_step_end": callback_on_step_end,
-            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
-            "max_sequence_length": max_sequence_length,
-            "preset": preset,
-            "anchor_decode": anchor_decode,
-        }
+        request = self._request(locals())
         with self._running():
-            return self._animate(**self._video_inputs(prompts, anchors, inputs))
+            return self._animate(request)
 
-    def _animate(
-        self,
-        prompts: list[str] | None,
-        anchors: list[list[Anchor]] | None,
-        negative_prompt: list[str] | None,
-        height: int,
-        width: int,
-        num_frames: int,
-        num_inference_steps: int | None,
-        guidance_scale: float | None,
-        use_dynamic_cfg: bool,
-        num_videos_per_prompt: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        prompt_embeds: torch.Tensor | None,
-        negative_prompt_embeds: torch.Tensor | None,
-        output_type: str,
-        attention_kwargs: dict[str, Any] | None,
-        callback_on_step_end: StepCallback | None,
-        callback_on_step_end_tensor_inputs: Sequence[str],
-        max_sequence_length: int,
-        preset: str | None,
-        anchor_decode: str,
-    ):
-        check_has_anchors(anchor_decode, anchors)
-        if self.safety_checker is not None and anchors is not None:
-            self._check_safety(anchors, num_videos_per_prompt)
-        sampling = self._sampling(preset)
-        if guidance_scale is None:
-            guidance_scale = 6.0 if sampling is None else sampling.guidance_scale
-        self._guidance_scale = guidance_scale
-        self._attention_kwargs = attention_kwargs
-        self._current_timestep = None
-
+    def _animate(self, request: VideoRequest):
         with self._running() as progress:
-            device, dtype = self._execution_device, self.transformer.dtype
-
-            # 1. Encode prompts, then draw noise, then encode anchors: a seed means the same clip with and without them
-            with progress.stage("encode"):
-                # A fast tokenizer keeps padding and truncation of its last call.
-                with exclusive(self.tokenizer):
-                    embeds = self.encode_prompt(
-                        prompts,
-                        negative_prompt,
-                        do_classifier_free_guidance=guidance_scale > 1,
-                        num_videos_per_prompt=num_videos_per_prompt,
-                        prompt_embeds=prompt_embeds,
-                        negative_prompt_embeds=negative_prompt_embeds,
-                        max_sequence_length=max_sequence_length,
-                        device=device,
-                    )
-                # Texts come back once per video, given embeddings as they are.
-                prompt_embeds, negative_prompt_embeds = (
-                    made
-                    if made is None
-                    else made.to(device, dtype).repeat_interleave(num_videos_per_prompt if given else 1, 0)
-                    for made, given in zip(embeds, (prompt_embeds is not None, negative_prompt_embeds is not None))
-                )
-                num_videos = prompt_embeds.shape[0]
-                shape = self._latents_shape(num_videos, {"num_frames": num_frames, "height": height, "width": width})
-                if latents is None:
-                    latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-                latents = latents.to(device)
-                anchor_latents = None
-                if anchors is not None and any(anchors):
-                    anchor_latents = self.encode_anchors(anchors, latents, height, width, num_frames, generator)
-                    stop_unless_finite("encode", anchor_latents.latents, self.vae.dtype)
-                for made in (prompt_embeds, negative_prompt_embeds):
-                    if made is not None:
-                        stop_unless_finite("encode", made)
-
-            # 2. Prepare timesteps
-            if sampling is None:
-                scheduler = self._own_scheduler(num_inference_steps or 50, device)
-            else:
-                scheduler = sampling.make_scheduler(num_inference_steps, device)
-            timesteps, training = scheduler.timesteps, training_sigmas(scheduler).to(device)
-            check_finite("scheduler.alphas_cumprod", training)
-            # Noise levels of the steps and the final one.
-            sigmas = torch.cat([training[timesteps], training.new_zeros(1)])
-            self._num_timesteps = len(timesteps)
-            rotary = self.transformer.rotary_embedding(shape[1], *shape[3:], device=device)
-
-            # 3. Denoising loop
-            scaled = self._adapter_scales(attention_kwargs, anchored=anchor_latents is not None)["transformer"].applied
-            with progress.stage("denoise", len(timesteps)) as report:
-                previous_clean = None
-                for i, t in enumerate(timesteps):
-                    if self.interrupt:
-                        break
-                    self._current_timestep = t
-                    if use_dynamic_cfg:
-                        self._guidance_scale = dynamic_guidance(guidance_scale, float(t), len(timesteps))
-
-                    hidden_states, timestep = anchored_model_input(
-                        latents.transpose(1, 2), sigmas[i], t.expand(num_videos), anchor_latents, training
-                    )
-                    inputs = {
-                        "hidden_states": hidden_states.transpose(1, 2).to(dtype),
-                        "timestep": timestep,
-                        "image_rotary_emb": rotary,
-                        "attention_kwargs": without_scale(attention_kwargs),
-                        "return_dict": False,
-                    }
-                    with scaled(), self.transformer.cache_context("cond"):
-                        prediction = self.transformer(encoder_hidden_states=prompt_embeds, **inputs)[0].float()
-                    if guidance_scale > 1:
-                        with scaled(), self.transformer.cache_context("uncond"):
-                            unguided = self.transformer(encoder_hidden_states=negative_prompt_embeds, **inputs)[
-                                0
-                            ].float()
-                        prediction = unguided + self._guidance_scale * (prediction - unguided)
-
-                    if isinstance(scheduler, CogVideoXDPMScheduler):
-                        latents, previous_clean = scheduler.step(
-                            prediction,
-                            previous_clean,
-                            t,
-                            timesteps[i - 1] if i > 0 else None,
-                            latents,
-                            generator=generator,
-                            return_dict=False,
-                        )
-                    else:
-                        latents = scheduler.step(prediction, t, latents, return_dict=False)[0]
-                    latents = latents.float()
-                    if anchor_latents is not None:
-                        latents = impose(anchor_latents, latents.transpose(1, 2), sigmas[i + 1]).transpose(1, 2)
-
-                    if callback_on_step_end is not None:
-                        callback_kwargs = {}
-                        for name in callback_on_step_end_tensor_inputs:
-                            callback_kwargs[name] = locals()[name]
-                        changed = callback_on_step_end(self, i, t, callback_kwargs)
-                        latents = changed.pop("latents", latents)
-                        prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
-                        negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
-                    stop_unless_finite("denoise", latents, dtype, f"step {i + 1} of {len(timesteps)}")
-                    report(i + 1, len(timesteps))
+            request.check_safety(self.safety_checker)
+            sampling = request.sampling(self)
+            self._guidance_scale = request.guidance_scale
+            if self._guidance_scale is None:
+                self._guidance_scale = 6.0 if sampling is None else sampling.guidance_scale
+            self._attention_kwargs = request.attention_kwargs
             self._current_timestep = None
-
-            # 4. Decode
-            if output_type == "latent":
+            # A seed means the same clip with and without anchors: noise is drawn before they are encoded.
+            with progress.stage("encode"):
+                embeds = self._encode_texts(request)
+                latents, device = request.latents, self._execution_device
+                size = request.height, request.width, request.num_frames
+                if latents is None:
+                    shape = self._latents_shape(request.num_videos, request.num_frames, request.height, request.width)
+                    latents = randn_tensor(shape, request.generator, device, torch.float32)
+                latents = latents.to(device)
+                anchors = None
+                if request.is_anchored:
+                    anchors = self.encode_anchors(request.anchors, latents, *size, request.generator)
+                    stop_unless_finite("encode", anchors.latents, self.vae.dtype)
+            latents = self._denoise(request, progress, latents, *embeds, anchors)
+            if request.output_type == "latent":
                 return latents
             with progress.stage("decode"):
-                return decode_anchored(partial(self.decode, latents, num_frames), anchors, anchor_decode, output_type)
+                decode = partial(self.decode, latents, request.num_frames)
+                return decode_anchored(decode, request.anchors, request.anchor_decode, request.output_type)
+
+    def _encode_texts(self, request: VideoRequest) -> list[torch.Tensor | None]:
+        """Embeddings of prompts and negative prompts, one for each video; the latter are `None` without guidance."""
+        device, dtype = self._execution_device, self.transformer.dtype
+        # A fast tokenizer keeps padding and truncation of its last call.
+        with exclusive(self.tokenizer):
+            embeds = self.encode_prompt(
+                request.prompt,
+                request.negative_prompt,
+                do_classifier_free_guidance=self._guidance_scale > 1,
+                num_videos_per_prompt=request.num_videos_per_prompt,
+                prompt_embeds=request.prompt_embeds,
+                negative_prompt_embeds=request.negative_prompt_embeds,
+                max_sequence_length=request.max_sequence_length,
+                device=device,
+            )
+        return request.embeds_of_videos(embeds, device, dtype)
+
+    def _denoise(
+        self,
+        request: VideoRequest,
+        progress: StageProgress,
+        latents: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor | None,
+        anchors: AnchorLatents | None,
+    ) -> torch.Tensor:
+        """The sampling loop, from noise to clean latents `(B, f, C, h, w)`, padding included."""
+        dtype, guidance_scale = self.transformer.dtype, self._guidance_scale
+        scheduler = request.make_scheduler(self, latents.device)
+        timesteps, training = scheduler.timesteps, training_sigmas(scheduler).to(latents.device)
+        check_finite("scheduler.alphas_cumprod", training)
+        # Noise levels of the steps and the final one.
+        sigmas = torch.cat([training[timesteps], training.new_zeros(1)])
+        self._num_timesteps = len(timesteps)
+        step = self._stepper(scheduler, request.generator)
+        predict = self._predictor(request, latents, anchored=anchors is not None)
+
+        with progress.stage("denoise", len(timesteps)) as report:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    break
+                self._current_timestep = t
+                if request.use_dynamic_cfg:
+                    self._guidance_scale = dynamic_guidance(guidance_scale, float(t), len(timesteps))
+                hidden_states, timestep = anchored_model_input(
+                    latents.transpose(1, 2), sigmas[i], t.expand(len(latents)), anchors, training
+                )
+                inputs = {"hidden_states": hidden_states.transpose(1, 2).to(dtype), "timestep": timestep}
+                prediction = predict("cond", prompt_embeds, inputs)
+                if guidance_scale > 1:
+                    unguided = predict("uncond", negative_prompt_embeds, inputs)
+                    prediction = unguided + self._guidance_scale * (prediction - unguided)
+                latents = step(prediction, i, latents)
+                if anchors is not None:
+                    latents = impose(anchors, latents.transpose(1, 2), sigmas[i + 1]).transpose(1, 2)
+                tensors = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+                latents, prompt_embeds, negative_prompt_embeds = request.after_step(
+                    self, i, t, latents=latents, **tensors
+                )
+                stop_unless_finite("denoise", latents, dtype, f"step {i + 1} of {len(timesteps)}")
+                report(i + 1, len(timesteps))
+        self._current_timestep = None
+        return latents
+
+    def _predictor(
+        self, request: VideoRequest, latents: torch.Tensor, anchored: bool
+    ) -> Callable[[str, torch.Tensor, dict[str, Any]], torch.Tensor]:
+        """`predict(branch, embeds, inputs)`: the velocity."""
+        adapters = self._adapter_scales(request.attention_kwargs, anchored)["transformer"]
+        options = {
+            "image_rotary_emb": self.transformer.rotary_embedding(
+                latents.shape[1], *latents.shape[3:], device=latents.device
+            ),
+            "attention_kwargs": without_scale(request.attention_kwargs),
+            "return_dict": False,
+        }
+
+        def predict(branch: str, embeds: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+            with adapters.applied(), self.transformer.cache_context(branch):
+                return self.transformer(encoder_hidden_states=embeds, **inputs, **options)[0].float()
+
+        return predict
+
+    @staticmethod
+    def _stepper(
+        scheduler: CogVideoXDDIMScheduler | CogVideoXDPMScheduler, generator: Any
+    ) -> Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]:
+        """`step(prediction, index, latents)`: the next latents. The second-order scheduler also takes its estimate before."""
+        timesteps, clean = scheduler.timesteps, None
+
+        def step(prediction: torch.Tensor, index: int, latents: torch.Tensor) -> torch.Tensor:
+            nonlocal clean
+            t = timesteps[index]
+            if isinstance(scheduler, CogVideoXDPMScheduler):
+                before = timesteps[index - 1] if index > 0 else None
+                latents, clean = scheduler.step(
+                    prediction, clean, t, before, latents, generator=generator, return_dict=False
+                )
+            else:
+                latents = scheduler.step(prediction, t, latents, return_dict=False)[0]
+            return latents.float()
+
+        return step
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, num_frames: int, output_type: str = "np"):
@@ -468,44 +421,18 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
         Raises:
             `ValueError`: bad input, before any model runs.
         """
-        check_anchor_decode(anchor_decode, output_type)
-        inputs = {
-            "negative_prompt": negative_prompt,
-            "height": height,
-            "width": width,
-            "num_frames": num_frames,
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "use_dynamic_cfg": use_dynamic_cfg,
-            "num_videos_per_prompt": num_videos_per_prompt,
-            "generator": generator,
-            "latents": latents,
-            "prompt_embeds": prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds,
-            "output_type": output_type,
-            "attention_kwargs": attention_kwargs,
-            "callback_on_step_end": callback_on_step_end,
-            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
-            "max_sequence_length": max_sequence_length,
-            "preset": preset,
-            "anchor_decode": anchor_decode,
-        }
-        return self._generate(
-            prompt,
-            inputs,
-            mode=mode,
-            first_frame_prompt=first_frame_prompt,
-            image=image,
-            anchors=anchors,
-            storyboard=storyboard,
-            num_moments=num_moments,
-            rewriter_max_new_tokens=rewriter_max_new_tokens,
-            composer_num_inference_steps=composer_num_inference_steps,
-            composer_guidance_scale=composer_guidance_scale,
-            composer_negative_prompt=composer_negative_prompt,
-            callback_on_stage_step=callback_on_stage_step,
-            return_dict=return_dict,
-        )
+        request = self._request(locals())
+        moments = images = None
+        with self._running(callback_on_stage_step) as progress:
+            request, seeds = request.with_generator()
+            if request.draws_anchors:
+                # Stage 1: a language model describes the first frame, or several moments
+                moments = self._write_moments(request)
+                # Stage 2: a text-to-image model draws them
+                images, request = self._draw_moments(request, moments, seeds)
+            # Stage 3: the video model animates them
+            frames = [] if self.interrupt else self._animate(request)
+        return request.output(frames, moments, images, seeds, progress.timings)
 
 
 def dynamic_guidance(guidance_scale: float, timestep: float, num_inference_steps: int) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,9 +26,10 @@ from transformers import (
 )
 
 from ..animate.anchor import Anchor, crop_and_resize, pictures_of
-from ..checks import check_size, check_texts, stop_unless_finite
+from ..checks import check_size, stop_unless_finite
 from ..compose.composer import AnchorComposer
 from ..devices import get_module_execution_device
+from ..dreamer.components import check_components
 from ..dreamer.conditions import decode_latents, embed_images, embed_motion, encode_pixels
 from ..dreamer.schedule import DREAMER_PRESETS
 from ..dreamer.unet import FactorizedDreamerUNet
@@ -36,20 +37,10 @@ from ..locks import exclusive
 from ..lora.scales import AdapterScales, without_scale
 from ..rewrite.rewriter import FirstFrameRewriter
 from ..schedules.presets import SchedulerPresets
-from .output import FactorizedVideoPipelineOutput
-from .stages import FactorizedStages, Image, StepCallback
-
-
-@dataclass
-class FactorizedDreamerPipelineOutput(FactorizedVideoPipelineOutput):
-    """What every stage made.
-
-    Args:
-        frames, first_frame_prompts, anchor_images, seeds, timings, storyboards: of [`FactorizedVideoPipelineOutput`].
-        motion_prompts (`list[str]` or `None`): what the video model was told, one per prompt; `None` for embeddings.
-    """
-
-    motion_prompts: list[str] | None = None
+from .output import FactorizedDreamerPipelineOutput
+from .progress import StageProgress
+from .request import OWN_STEPS, AnchorResolver, Image, StepCallback, VideoRequest
+from .stages import FactorizedStages
 
 
 class FactorizedDreamerPipeline(
@@ -160,50 +151,34 @@ class FactorizedDreamerPipeline(
         check_size("height", height, self.vae_scale_factor)
         check_size("width", width, self.vae_scale_factor)
 
-    def _check_stock_inputs(self, prompts: list[str] | None, inputs: dict[str, Any]) -> None:
-        # Embeddings against prompts, tensor names of the callback.
-        self.check_inputs(
-            prompts,
-            inputs["height"],
-            inputs["width"],
-            None,
-            inputs["negative_prompt"],
-            inputs["prompt_embeds"],
-            inputs["negative_prompt_embeds"],
-            callback_on_step_end_tensor_inputs=inputs["callback_on_step_end_tensor_inputs"],
-        )
-        config, motion = self.unet.config, inputs["motion_prompt"]
-        num_prompts = len(prompts) if prompts is not None else inputs["prompt_embeds"].shape[0]
-        if motion is not None:
-            check_texts("motion_prompt", motion)
-            if prompts is None:
-                raise ValueError(
-                    "Only one of `motion_prompt` and `prompt_embeds` can be used: both are the video's text."
-                )
-            if len(motion) != num_prompts:
-                raise ValueError(f"`motion_prompt` has {len(motion)} texts for {num_prompts} prompts.")
-        for name, other in (
-            ("prompt_embeds_2", "prompt_embeds"),
-            ("negative_prompt_embeds_2", "negative_prompt_embeds"),
-        ):
-            embeds = inputs[name]
-            if config.motion_embed_dim is not None and (embeds is None) != (inputs[other] is None):
-                raise ValueError(f"`{other}` are of CLIP and `{name}` of T5; give both or none.")
+    def _check_own(self, request: VideoRequest) -> None:
+        if request.mode == "storyboard":
+            raise ValueError('This model takes a first frame only: `mode="storyboard"` is not for it.')
+        config = self.unet.config
+        if request.motion_prompt is not None and request.prompt is None:
+            raise ValueError("Only one of `motion_prompt` and `prompt_embeds` can be used: both are the video's text.")
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            embeds = getattr(request, f"{name}_2")
+            if config.motion_embed_dim is not None and (embeds is None) != (getattr(request, name) is None):
+                raise ValueError(f"`{name}` are of CLIP and `{name}_2` of T5; give both or none.")
             if embeds is not None and (
-                embeds.ndim != 3 or embeds.shape[::2] != (num_prompts, config.motion_embed_dim)
+                embeds.ndim != 3 or embeds.shape[::2] != (request.num_prompts, config.motion_embed_dim)
             ):
                 raise ValueError(
-                    f"`{name}` has shape {tuple(embeds.shape)}, but this call needs ({num_prompts}, tokens, "
+                    f"`{name}_2` has shape {tuple(embeds.shape)}, but this call needs ({request.num_prompts}, tokens, "
                     f"{config.motion_embed_dim})."
                 )
-        if inputs["fps"] is not None and not config.fps_conditioning:
-            raise ValueError(f"`fps={inputs['fps']}` was given, but the UNet has no `fps_conditioning`; leave it out.")
-        sampling = self._sampling(inputs["preset"])
+        if request.fps is not None and not config.fps_conditioning:
+            raise ValueError(f"`fps={request.fps}` was given, but the UNet has no `fps_conditioning`; leave it out.")
+        sampling = request.sampling(self)
         scheduler = type(self.scheduler).__name__ if sampling is None else sampling.scheduler_class
         if scheduler == "CogVideoXDPMScheduler":
             raise ValueError(f"{scheduler} steps in a way of its own; use CogVideoXDDIMScheduler or DDIMScheduler.")
 
-    def _check_anchors(self, anchors: list[Anchor], num_frames: int) -> None:
+    def _anchor_resolver(self) -> AnchorResolver:
+        return self._first_frame
+
+    def _first_frame(self, anchors: Sequence[Anchor], num_frames: int) -> list[tuple[range, Anchor]]:
         if anchors and self.unet.config.paca is None and self.unet.config.t2i_adapter is None:
             raise ValueError(
                 'The UNet has neither `paca` nor `t2i_adapter`, so it takes no first frame; use `mode="direct"`.'
@@ -223,19 +198,20 @@ class FactorizedDreamerPipeline(
                 )
         if len(anchors) > 1:
             raise ValueError(f"This model takes one anchor, its first frame, but got {len(anchors)}.")
+        return [(range(1), anchor) for anchor in anchors]
 
     def _windows(self, num_frames: int) -> tuple[int, int]:
         """Number of windows and frames of each. Every window after the first repeats the last frame of the one before."""
         length = self.unet.config.num_frames
         return (1, num_frames) if num_frames <= length else (math.ceil((num_frames - 1) / (length - 1)), length)
 
-    def _latents_shape(self, num_videos: int, inputs: dict[str, Any]) -> tuple[int, ...]:
+    def _latents_shape(self, num_videos: int, num_frames: int, height: int, width: int) -> tuple[int, ...]:
         return (
             num_videos,
             self.unet.config.in_channels,
-            math.prod(self._windows(inputs["num_frames"])),
-            inputs["height"] // self.vae_scale_factor,
-            inputs["width"] // self.vae_scale_factor,
+            math.prod(self._windows(num_frames)),
+            height // self.vae_scale_factor,
+            width // self.vae_scale_factor,
         )
 
     # -- stage 1, its second output -----------------------------------------------------------------------------------
@@ -335,191 +311,146 @@ class FactorizedDreamerPipeline(
 
         The other arguments are those of `__call__`. Returns the frames alone.
         """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        inputs = {
-            "negative_prompt": negative_prompt,
-            "height": height,
-            "width": width,
-            "num_frames": num_frames,
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "guidance_rescale": guidance_rescale,
-            "num_videos_per_prompt": num_videos_per_prompt,
-            "generator": generator,
-            "latents": latents,
-            "prompt_embeds": prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds,
-            "prompt_embeds_2": prompt_embeds_2,
-            "negative_prompt_embeds_2": negative_prompt_embeds_2,
-            "output_type": output_type,
-            "attention_kwargs": attention_kwargs,
-            "callback_on_step_end": callback_on_step_end,
-            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
-            "max_sequence_length": max_sequence_length,
-            "preset": preset,
-            "fps": fps,
-            "motion_prompt": None,
-            "write_motion_prompt": False,
-            "rewriter_max_new_tokens": None,
-        }
+        request = self._request(locals())
         with self._running():
-            return self._animate(**self._video_inputs(prompts, anchors, inputs))[0]
+            return self._animate(request)
 
-    def _animate(
-        self,
-        prompts: list[str] | None,
-        anchors: list[list[Anchor]] | None,
-        negative_prompt: list[str] | None,
-        height: int,
-        width: int,
-        num_frames: int,
-        num_inference_steps: int | None,
-        guidance_scale: float | None,
-        guidance_rescale: float,
-        num_videos_per_prompt: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        prompt_embeds: torch.Tensor | None,
-        negative_prompt_embeds: torch.Tensor | None,
-        prompt_embeds_2: torch.Tensor | None,
-        negative_prompt_embeds_2: torch.Tensor | None,
-        output_type: str,
-        attention_kwargs: dict[str, Any] | None,
-        callback_on_step_end: StepCallback | None,
-        callback_on_step_end_tensor_inputs: Sequence[str],
-        max_sequence_length: int,
-        preset: str | None,
-        fps: float | None,
-        motion_prompt: list[str] | None,
-        write_motion_prompt: bool,
-        rewriter_max_new_tokens: int | None,
-    ) -> tuple[Any, list[str] | None]:
-        """Frames, and the captions of the motion that they follow."""
-        if self.safety_checker is not None and anchors is not None:
-            self._check_safety(anchors, num_videos_per_prompt)
-        sampling = self._sampling(preset)
-        if guidance_scale is None:
-            guidance_scale = 7.5 if sampling is None else sampling.guidance_scale
-        self._guidance_scale = guidance_scale
+    def _write_motion(self, request: VideoRequest) -> VideoRequest:
+        """Stage 1, second output: the request with captions of the motion, where the rewriter also wrote the first frame's."""
+        writes = request.mode == "factorized" and request.motion_prompt is None and request.first_frame_prompt is None
+        if not writes or self.interrupt:
+            return request
+        return replace(request, motion_prompt=self.describe_motion(request.prompt, request.rewriter_max_new_tokens))
 
+    def _animate(self, request: VideoRequest):
         with self._running() as progress:
-            if write_motion_prompt:
-                motion_prompt = self.describe_motion(prompts, rewriter_max_new_tokens)
-            if self.interrupt:
-                return [], motion_prompt
-            texts = prompts if motion_prompt is None else motion_prompt
-            device, dtype = self._execution_device, self.unet.dtype
-
-            # 1. Encode texts, then draw noise, then encode anchors: a seed means the same noise with and without them
+            request.check_safety(self.safety_checker)
+            sampling = request.sampling(self)
+            self._guidance_scale = request.guidance_scale
+            if self._guidance_scale is None:
+                self._guidance_scale = 7.5 if sampling is None else sampling.guidance_scale
+            # A seed means the same noise with and without anchors: it is drawn before they are encoded.
             with progress.stage("encode"):
-                guided, scale = guidance_scale > 1, (attention_kwargs or {}).get("scale", 1.0)
-                motion = prompt_embeds_2
-                if motion is None:
-                    motion = self.encode_motion(texts, max_sequence_length)
-                unguided_motion = negative_prompt_embeds_2
-                if unguided_motion is None and guided:
-                    num_prompts = len(texts) if texts is not None else prompt_embeds.shape[0]
-                    unguided_motion = self.encode_motion(negative_prompt or [""] * num_prompts, max_sequence_length)
-                # A fast tokenizer keeps padding and truncation of its last call.
-                adapters = AdapterScales(self.text_encoder, scale).applied
-                with exclusive(self.tokenizer, self.text_encoder), adapters():
-                    prompt_embeds, negative_prompt_embeds = self.encode_prompt(
-                        texts,
-                        device,
-                        num_videos_per_prompt,
-                        guided,
-                        negative_prompt,
-                        prompt_embeds=prompt_embeds,
-                        negative_prompt_embeds=negative_prompt_embeds,
-                    )
-                motion, unguided_motion = (
-                    tokens if tokens is None else tokens.to(device).repeat_interleave(num_videos_per_prompt, 0)
-                    for tokens in (motion, unguided_motion)
-                )
-                num_videos = prompt_embeds.shape[0]
-                shape = self._latents_shape(num_videos, {"num_frames": num_frames, "height": height, "width": width})
+                device, latents = self._execution_device, request.latents
+                texts = self._encode_texts(request, device)
                 if latents is None:
-                    latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+                    shape = self._latents_shape(request.num_videos, request.num_frames, request.height, request.width)
+                    latents = randn_tensor(shape, request.generator, device, torch.float32)
                 conditions = {}
-                if anchors is not None and any(anchors):
-                    conditions = self.encode_anchors(anchors, height, width)
-                for encoded in (prompt_embeds, negative_prompt_embeds, motion, unguided_motion, *conditions.values()):
+                if request.is_anchored:
+                    conditions = self.encode_anchors(request.anchors, request.height, request.width)
+                for encoded in (*texts.values(), *conditions.values()):
                     if encoded is not None:
                         stop_unless_finite("encode", encoded)
-                if self.unet.config.fps_conditioning:
-                    fps = torch.full((num_videos,), float(self._default("frame_rate", fps)), device=device)
+            latents = self._denoise(request, progress, latents.to(device), texts, conditions)
+            if request.output_type == "latent":
+                return latents
+            with progress.stage("decode"):
+                return self.decode(latents, request.output_type)
 
-            # 2. Denoising, window after window
-            num_windows, window_length = self._windows(num_frames)
-            noise, made = latents.to(device).split(window_length, dim=2), []
-            steps = num_inference_steps or (50 if sampling is None else sampling.num_inference_steps)
-            scaled = self._adapter_scales(attention_kwargs, anchored=True)["transformer"].applied
-            with progress.stage("denoise", num_windows * steps) as report:
-                for window, latents in enumerate(noise):
-                    if sampling is None:
-                        scheduler = self._own_scheduler(steps, device)
-                    else:
-                        scheduler = sampling.make_scheduler(steps, device)
-                    latents = latents * scheduler.init_noise_sigma
-                    self._num_timesteps = num_windows * len(scheduler.timesteps)
-                    image_cache: dict[str, Any] = {}
-                    motion_caches: tuple[dict, dict] = ({}, {})
-                    for i, t in enumerate(scheduler.timesteps, start=window * len(scheduler.timesteps)):
-                        if self.interrupt:
-                            break
-                        inputs = {
-                            "sample": scheduler.scale_model_input(latents, t).to(dtype),
-                            "timestep": t,
-                            "fps": fps,
-                            "image_cache": image_cache,
-                            "cross_attention_kwargs": without_scale(attention_kwargs),
-                            "return_dict": False,
-                            **conditions,
-                        }
-                        with scaled():
-                            prediction = self.unet(
-                                encoder_hidden_states=prompt_embeds.to(dtype),
-                                motion_embeds=motion,
-                                motion_cache=motion_caches[0],
-                                **inputs,
-                            )[0].float()
-                        if guided:
-                            # The image stays in the branch without text.
-                            with scaled():
-                                unguided = self.unet(
-                                    encoder_hidden_states=negative_prompt_embeds.to(dtype),
-                                    motion_embeds=unguided_motion,
-                                    motion_cache=motion_caches[1],
-                                    **inputs,
-                                )[0].float()
-                            wanted = unguided + guidance_scale * (prediction - unguided)
-                            prediction = rescale_noise_cfg(wanted, prediction, guidance_rescale)
-                        latents = scheduler.step(prediction, t, latents, return_dict=False)[0].float()
+    def _encode_texts(self, request: VideoRequest, device: torch.device) -> dict[str, torch.Tensor | None]:
+        """What the UNet reads, one for each video: CLIP's `prompt_embeds` and T5's `prompt_embeds_2`, and both negative."""
+        texts = request.prompt if request.motion_prompt is None else request.motion_prompt
+        guided, length = self._guidance_scale > 1, request.max_sequence_length
+        motion, unguided = request.prompt_embeds_2, request.negative_prompt_embeds_2
+        if motion is None:
+            motion = self.encode_motion(texts, length)
+        if unguided is None and guided:
+            unguided = self.encode_motion(request.negative_prompt or [""] * request.num_prompts, length)
+        adapters = AdapterScales(self.text_encoder, (request.attention_kwargs or {}).get("scale", 1.0))
+        # A fast tokenizer keeps padding and truncation of its last call.
+        with exclusive(self.tokenizer, self.text_encoder), adapters.applied():
+            embeds = self.encode_prompt(
+                texts,
+                device,
+                request.num_videos_per_prompt,
+                guided,
+                request.negative_prompt,
+                prompt_embeds=request.prompt_embeds,
+                negative_prompt_embeds=request.negative_prompt_embeds,
+            )
+        motion, unguided = (
+            tokens if tokens is None else tokens.to(device).repeat_interleave(request.num_videos_per_prompt, 0)
+            for tokens in (motion, unguided)
+        )
+        names = ("prompt_embeds", "negative_prompt_embeds", "prompt_embeds_2", "negative_prompt_embeds_2")
+        return dict(zip(names, (*embeds, motion, unguided)))
 
-                        if callback_on_step_end is not None:
-                            callback_kwargs = {}
-                            for name in callback_on_step_end_tensor_inputs:
-                                callback_kwargs[name] = locals()[name]
-                            changed = callback_on_step_end(self, i, t, callback_kwargs)
-                            latents = changed.pop("latents", latents)
-                            prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
-                            negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
-                        step = f"step {i + 1} of {self._num_timesteps}"
-                        stop_unless_finite("denoise", latents, dtype, step)
-                        report(i + 1, self._num_timesteps)
-                    # Its first frame is the last one of the window before.
-                    made.append(latents if window == 0 else latents[:, :, 1:])
+    def _denoise(
+        self,
+        request: VideoRequest,
+        progress: StageProgress,
+        latents: torch.Tensor,
+        texts: dict[str, torch.Tensor | None],
+        conditions: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """The sampling loop, window after window, from noise to clean latents `(B, C, F, h, w)`."""
+        num_windows, window_length = self._windows(request.num_frames)
+        noise, made = latents.split(window_length, dim=2), []
+        sampling = request.sampling(self)
+        steps = request.num_inference_steps or (OWN_STEPS if sampling is None else sampling.num_inference_steps)
+        with progress.stage("denoise", num_windows * steps) as report:
+            for window, latents in enumerate(noise):
+                scheduler = request.make_scheduler(self, latents.device)
+                latents = latents * scheduler.init_noise_sigma
+                first = window * len(scheduler.timesteps)
+                self._num_timesteps = num_windows * len(scheduler.timesteps)
+                predict = self._predictor(request, len(latents), conditions)
+                for i, t in enumerate(scheduler.timesteps, start=first):
                     if self.interrupt:
                         break
-                    if window + 1 < num_windows:
-                        conditions = self._next_anchor(latents)
-            latents = torch.cat(made, dim=2)[:, :, :num_frames]
+                    sample = scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+                    prediction = predict(sample, t, texts)
+                    latents = scheduler.step(prediction, t, latents, return_dict=False)[0].float()
+                    named = {name: texts[name] for name in ("prompt_embeds", "negative_prompt_embeds")}
+                    latents, texts["prompt_embeds"], texts["negative_prompt_embeds"] = request.after_step(
+                        self, i, t, latents=latents, **named
+                    )
+                    place = f"step {i + 1} of {self._num_timesteps}"
+                    stop_unless_finite("denoise", latents, self.unet.dtype, place)
+                    report(i + 1, self._num_timesteps)
+                # Its first frame is the last one of the window before.
+                made.append(latents if window == 0 else latents[:, :, 1:])
+                if self.interrupt:
+                    break
+                if window + 1 < num_windows:
+                    conditions = self._next_anchor(latents)
+        return torch.cat(made, dim=2)[:, :, : request.num_frames]
 
-            # 3. Decode
-            if output_type == "latent":
-                return latents, texts
-            with progress.stage("decode"):
-                return self.decode(latents, output_type), texts
+    def _predictor(
+        self, request: VideoRequest, num_videos: int, conditions: dict[str, torch.Tensor]
+    ) -> Callable[..., torch.Tensor]:
+        """`predict(sample, t, texts)` in one window: the guided prediction. Guidance is to text alone: the image stays."""
+        fps = request.fps
+        if self.unet.config.fps_conditioning:
+            fps = self.call_defaults["frame_rate"] if fps is None else fps
+            fps = torch.full((num_videos,), float(fps), device=self._execution_device)
+        # What image and text are to the layers stays the same from step to step.
+        options = {"fps": fps, "image_cache": {}, "return_dict": False, **conditions}
+        options["cross_attention_kwargs"] = without_scale(request.attention_kwargs)
+        caches: dict[str, dict] = {"": {}, "negative_": {}}
+        adapters = self._adapter_scales(request.attention_kwargs, anchored=True)["transformer"]
+
+        def branch(kind: str, sample: torch.Tensor, t: torch.Tensor, texts: dict[str, torch.Tensor]) -> torch.Tensor:
+            with adapters.applied():
+                return self.unet(
+                    sample=sample,
+                    timestep=t,
+                    encoder_hidden_states=texts[f"{kind}prompt_embeds"].to(self.unet.dtype),
+                    motion_embeds=texts[f"{kind}prompt_embeds_2"],
+                    motion_cache=caches[kind],
+                    **options,
+                )[0].float()
+
+        def predict(sample: torch.Tensor, t: torch.Tensor, texts: dict[str, torch.Tensor]) -> torch.Tensor:
+            prediction = branch("", sample, t, texts)
+            if self._guidance_scale <= 1:
+                return prediction
+            unguided = branch("negative_", sample, t, texts)
+            wanted = unguided + self._guidance_scale * (prediction - unguided)
+            return rescale_noise_cfg(wanted, prediction, request.guidance_rescale)
+
+        return predict
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, output_type: str = "np"):
@@ -596,103 +527,18 @@ class FactorizedDreamerPipeline(
         Raises:
             `ValueError`: bad input, before any model runs.
         """
-        motion_prompt = [motion_prompt] if isinstance(motion_prompt, str) else motion_prompt
-        first_frames = (first_frame_prompt, image, anchors)
-        inputs = {
-            "negative_prompt": negative_prompt,
-            "height": height,
-            "width": width,
-            "num_frames": num_frames,
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "guidance_rescale": guidance_rescale,
-            "num_videos_per_prompt": num_videos_per_prompt,
-            "generator": generator,
-            "latents": latents,
-            "prompt_embeds": prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds,
-            "prompt_embeds_2": prompt_embeds_2,
-            "negative_prompt_embeds_2": negative_prompt_embeds_2,
-            "output_type": output_type,
-            "attention_kwargs": attention_kwargs,
-            "callback_on_step_end": callback_on_step_end,
-            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
-            "max_sequence_length": max_sequence_length,
-            "preset": preset,
-            "fps": fps,
-            "motion_prompt": motion_prompt,
-            "write_motion_prompt": mode == "factorized"
-            and motion_prompt is None
-            and all(given is None for given in first_frames),
-            "rewriter_max_new_tokens": rewriter_max_new_tokens,
-        }
-        made = self._generate(
-            prompt,
-            inputs,
-            mode=mode,
-            first_frame_prompt=first_frame_prompt,
-            image=image,
-            anchors=anchors,
-            # One anchor is no storyboard: its mode is refused by the check of anchors.
-            storyboard=None,
-            num_moments=2,
-            rewriter_max_new_tokens=rewriter_max_new_tokens,
-            composer_num_inference_steps=composer_num_inference_steps,
-            composer_guidance_scale=composer_guidance_scale,
-            composer_negative_prompt=composer_negative_prompt,
-            callback_on_stage_step=callback_on_stage_step,
-            return_dict=True,
-        )
-        # Nothing when the run was interrupted before stage 3.
-        frames, motion_prompts = made.frames or ([], motion_prompt)
-        output = FactorizedDreamerPipelineOutput(
-            **{name: getattr(made, name) for name in made.__dataclass_fields__} | {"frames": frames},
-            motion_prompts=motion_prompts,
-        )
-        return output if return_dict else tuple(getattr(output, name) for name in output.__dataclass_fields__)
-
-
-def check_components(
-    unet: FactorizedDreamerUNet,
-    vae: AutoencoderKL,
-    text_encoder: CLIPTextModel,
-    text_encoder_2: T5EncoderModel | UMT5EncoderModel | None,
-    tokenizer_2: PreTrainedTokenizerBase | None,
-    image_encoder: CLIPVisionModelWithProjection | None,
-) -> None:
-    """Refuses what does not fit the UNet, naming both shapes."""
-    if not isinstance(unet, FactorizedDreamerUNet):
-        raise ValueError(
-            f"`unet` is a {type(unet).__name__}; make a video UNet of it with `FactorizedDreamerUNet.from_unet2d(unet)`."
-        )
-    config = unet.config
-    fits = [
-        ("vae", vae, "makes latents of {} channels", "latent_channels", "in_channels", "takes {}"),
-        ("text_encoder", text_encoder, "makes tokens of width {}", "hidden_size", "cross_attention_dim", "takes {}"),
-        ("text_encoder_2", text_encoder_2, "makes tokens of width {}", "d_model", "motion_embed_dim", "takes {}"),
-        (
-            "image_encoder",
-            image_encoder,
-            "makes embeddings of width {}",
-            "projection_dim",
-            "image_embed_dim",
-            "takes {}",
-        ),
-    ]
-    unused = {"text_encoder_2": config.motion_embed_dim is None, "image_encoder": config.t2i_adapter is None}
-    for name, component, makes, attribute, key, takes in fits:
-        if unused.get(name):
-            if component is not None:
-                switch = "motion_embed_dim" if name == "text_encoder_2" else "t2i_adapter"
-                raise ValueError(f"`{name}` was given, but the UNet has no `{switch}`; leave it out.")
-            continue
-        if component is None:
-            raise ValueError(f"`{name}` is None, but the UNet needs one, with `{key}={config[key]}`.")
-        value = getattr(component.config, attribute)
-        if value != config[key]:
-            raise ValueError(
-                f"`{name}` {makes.format(value)} (`{attribute}`), but the UNet {takes.format(config[key])} (`{key}`): load the "
-                "one that it was trained with."
-            )
-    if (text_encoder_2 is None) != (tokenizer_2 is None):
-        raise ValueError("`text_encoder_2` and `tokenizer_2` belong together; give both or none.")
+        request = self._request(locals())
+        moments = images = None
+        with self._running(callback_on_stage_step) as progress:
+            request, seeds = request.with_generator()
+            if request.draws_anchors:
+                # Stage 1: a language model describes the first frame, and the motion
+                moments = self._write_moments(request)
+                request = self._write_motion(request)
+                # Stage 2: a text-to-image model draws the frame
+                images, request = self._draw_moments(request, moments, seeds)
+            # Stage 3: the video model animates it
+            told = request.motion_prompt or (None if self.interrupt else request.prompt)
+            frames = [] if self.interrupt else self._animate(request)
+        made = (frames, moments, images, seeds, progress.timings)
+        return request.output(*made, FactorizedDreamerPipelineOutput, motion_prompts=told)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from ..animate.anchor import (
     resolve_anchors,
 )
 from ..animate.decoding import decode_video
-from ..animate.fidelity import check_anchor_decode, check_has_anchors, decode_anchored
+from ..animate.fidelity import decode_anchored
 from ..animate.memory import decoder_bytes, free_bytes
 from ..animate.transformer_anchor import AnchorConditionedTransformer3D
 from ..checks import check_finite, check_number, check_size, stop_unless_finite
@@ -36,7 +36,9 @@ from ..rewrite.rewriter import FirstFrameRewriter
 from ..rewrite.storyboard import Moment
 from ..schedules.presets import WAN_PRESETS, SchedulerPresets
 from .output import FactorizedVideoPipelineOutput
-from .stages import FactorizedStages, Image, StepCallback
+from .progress import StageProgress
+from .request import AnchorResolver, Image, StepCallback, VideoRequest
+from .stages import FactorizedStages
 
 
 # Used where neither the call nor the repository says: Wan2.2-TI2V-5B's own size and length.
@@ -124,29 +126,16 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
     def _frame_step(self) -> int:
         return self.vae_scale_factor_temporal
 
-    def _check_stock_inputs(self, prompts: list[str] | None, inputs: dict[str, Any]) -> None:
-        # Embeddings against prompts, tensor names of the callback, the second guidance scale.
-        self.check_inputs(
-            prompts,
-            inputs["negative_prompt"],
-            inputs["height"],
-            inputs["width"],
-            inputs["prompt_embeds"],
-            inputs["negative_prompt_embeds"],
-            inputs["callback_on_step_end_tensor_inputs"],
-            inputs["guidance_scale_2"],
-        )
+    def _anchor_resolver(self) -> AnchorResolver:
+        return partial(resolve_anchors, temporal=self.vae_scale_factor_temporal)
 
-    def _check_anchors(self, anchors: list[Anchor], num_frames: int) -> None:
-        resolve_anchors(anchors, num_frames, self.vae_scale_factor_temporal)
-
-    def _latents_shape(self, num_videos: int, inputs: dict[str, Any]) -> tuple[int, ...]:
+    def _latents_shape(self, num_videos: int, num_frames: int, height: int, width: int) -> tuple[int, ...]:
         return (
             num_videos,
             self.transformer.config.in_channels,
-            (inputs["num_frames"] - 1) // self.vae_scale_factor_temporal + 1,
-            inputs["height"] // self.vae_scale_factor_spatial,
-            inputs["width"] // self.vae_scale_factor_spatial,
+            (num_frames - 1) // self.vae_scale_factor_temporal + 1,
+            height // self.vae_scale_factor_spatial,
+            width // self.vae_scale_factor_spatial,
         )
 
     # -- stage 3 ------------------------------------------------------------------------------------------------------
@@ -172,8 +161,9 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         strength = latents.new_zeros(latents.shape[0], latents.shape[2])
         # Videos of one prompt share their picture: each is encoded once for each position.
         encoded: dict[tuple[int, int], torch.Tensor] = {}
+        resolve = self._anchor_resolver()
         for video, video_anchors in enumerate(anchors):
-            for covered, anchor in resolve_anchors(video_anchors, num_frames, self.vae_scale_factor_temporal):
+            for covered, anchor in resolve(video_anchors, num_frames):
                 key = (id(anchor.image), covered.start)
                 if key not in encoded:
                     pixels = anchor_pixels(anchor, height, width)[None]
@@ -220,183 +210,141 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
 
         The other arguments are those of `__call__`. Returns the frames alone.
         """
-        check_anchor_decode(anchor_decode, output_type)
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        inputs = {
-            "negative_prompt": negative_prompt,
-            "height": height,
-            "width": width,
-            "num_frames": num_frames,
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "guidance_scale_2": guidance_scale_2,
-            "num_videos_per_prompt": num_videos_per_prompt,
-            "generator": generator,
-            "latents": latents,
-            "prompt_embeds": prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds,
-            "output_type": output_type,
-            "attention_kwargs": attention_kwargs,
-            "callback_on_step_end": callback_on_step_end,
-            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
-            "max_sequence_length": max_sequence_length,
-            "preset": preset,
-            "anchor_decode": anchor_decode,
-        }
+        request = self._request(locals())
         with self._running():
-            return self._animate(**self._video_inputs(prompts, anchors, inputs))
+            return self._animate(request)
 
-    def _animate(
-        self,
-        prompts: list[str] | None,
-        anchors: list[list[Anchor]] | None,
-        negative_prompt: list[str] | None,
-        height: int,
-        width: int,
-        num_frames: int,
-        num_inference_steps: int | None,
-        guidance_scale: float | None,
-        guidance_scale_2: float | None,
-        num_videos_per_prompt: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        prompt_embeds: torch.Tensor | None,
-        negative_prompt_embeds: torch.Tensor | None,
-        output_type: str,
-        attention_kwargs: dict[str, Any] | None,
-        callback_on_step_end: StepCallback | None,
-        callback_on_step_end_tensor_inputs: Sequence[str],
-        max_sequence_length: int,
-        preset: str | None,
-        anchor_decode: str,
-    ):
-        check_has_anchors(anchor_decode, anchors)
-        if self.safety_checker is not None and anchors is not None:
-            self._check_safety(anchors, num_videos_per_prompt)
-        sampling = self._sampling(preset)
-        if guidance_scale is None:
-            guidance_scale = 5.0 if sampling is None else sampling.guidance_scale
-            if guidance_scale_2 is None and sampling is not None:
-                guidance_scale_2 = sampling.guidance_scale_2
-        low, high = (0.0, 1.0) if sampling is None else sampling.guidance_interval
-        self._guidance_scale = guidance_scale
-        self._guidance_scale_2 = guidance_scale if guidance_scale_2 is None else guidance_scale_2
-        self._attention_kwargs = attention_kwargs
-        self._current_timestep = None
-
+    def _animate(self, request: VideoRequest):
         with self._running() as progress:
-            device, dtype = self._execution_device, self.transformer.dtype
-
-            # 1. Encode prompts, then draw noise, then encode anchors: a seed means the same clip with and without them
+            request.check_safety(self.safety_checker)
+            self._settle_guidance(request)
+            # A seed means the same clip with and without anchors: noise is drawn before they are encoded.
             with progress.stage("encode"):
-                # A fast tokenizer keeps padding and truncation of its last call.
-                with exclusive(self.tokenizer):
-                    embeds = self.encode_prompt(
-                        prompts,
-                        negative_prompt=negative_prompt,
-                        do_classifier_free_guidance=self.do_classifier_free_guidance,
-                        num_videos_per_prompt=num_videos_per_prompt,
-                        prompt_embeds=prompt_embeds,
-                        negative_prompt_embeds=negative_prompt_embeds,
-                        max_sequence_length=max_sequence_length,
-                        device=device,
-                    )
-                # Texts come back once per video, given embeddings as they are.
-                prompt_embeds, negative_prompt_embeds = (
-                    made
-                    if made is None
-                    else made.to(device, dtype).repeat_interleave(num_videos_per_prompt if given else 1, dim=0)
-                    for made, given in zip(embeds, (prompt_embeds is not None, negative_prompt_embeds is not None))
-                )
+                embeds = self._encode_texts(request)
                 latents = self.prepare_latents(
-                    prompt_embeds.shape[0],
+                    request.num_videos,
                     self.transformer.config.in_channels,
-                    height,
-                    width,
-                    num_frames,
+                    request.height,
+                    request.width,
+                    request.num_frames,
                     torch.float32,
-                    device,
-                    generator,
-                    latents,
+                    self._execution_device,
+                    request.generator,
+                    request.latents,
                 )
-                anchor_latents = None
-                if anchors is not None and any(anchors):
-                    anchor_latents = self.encode_anchors(anchors, latents, height, width, num_frames, generator)
-                    stop_unless_finite("encode", anchor_latents.latents, self.vae.dtype)
-                for made in (prompt_embeds, negative_prompt_embeds):
-                    if made is not None:
-                        stop_unless_finite("encode", made)
-
-            # 2. Prepare timesteps
-            if sampling is None:
-                scheduler = self._own_scheduler(num_inference_steps or 50, device)
-            else:
-                scheduler = sampling.make_scheduler(num_inference_steps, device)
-            timesteps, sigmas = scheduler.timesteps, _sigmas(scheduler)
-            check_finite("scheduler.sigmas", torch.tensor(sigmas))
-            self._num_timesteps = len(timesteps)
-            boundary = (self.config.boundary_ratio or 0.0) * scheduler.config.num_train_timesteps
-            if hasattr(scheduler, "set_begin_index"):
-                scheduler.set_begin_index(0)
-            # Some (LCM) draw noise in every step.
-            draws = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
-
-            # 3. Denoising loop
-            adapters = self._adapter_scales(attention_kwargs, anchored=anchor_latents is not None)
-            with progress.stage("denoise", len(timesteps)) as report:
-                if anchor_latents is not None:
-                    latents = anchor_latents.impose(latents, sigmas[0])
-                for i, t in enumerate(timesteps):
-                    if self.interrupt:
-                        break
-                    self._current_timestep = t
-                    first_expert = self.transformer_2 is None or t >= boundary
-                    expert = self.transformer if first_expert else self.transformer_2
-                    scaled = adapters["transformer" if first_expert else "transformer_2"].applied
-                    scale = self._guidance_scale if first_expert else self._guidance_scale_2
-
-                    hidden_states, timestep = anchored_model_input(
-                        latents, sigmas[i], t.expand(latents.shape[0]), anchor_latents
-                    )
-                    inputs = {
-                        "hidden_states": hidden_states.to(dtype),
-                        "timestep": timestep,
-                        "attention_kwargs": without_scale(attention_kwargs),
-                        "anchor_window": None if sampling is None else sampling.anchor_window,
-                        "return_dict": False,
-                    }
-                    context = {"step_index": i, "sigma": sigmas[i], "num_inference_steps": len(timesteps)}
-                    with scaled(), expert.cache_context("cond", **context):
-                        noise_pred = expert(encoder_hidden_states=prompt_embeds, **inputs)[0].float()
-                    if self.do_classifier_free_guidance and low <= sigmas[i] <= high:
-                        with scaled(), expert.cache_context("uncond", **context):
-                            noise_uncond = expert(encoder_hidden_states=negative_prompt_embeds, **inputs)[0].float()
-                        noise_pred = noise_uncond + scale * (noise_pred - noise_uncond)
-
-                    if anchor_latents is not None:
-                        # What a multistep solver remembers of an anchored frame is then the anchor itself.
-                        noise_pred = anchor_latents.hold(noise_pred, latents, sigmas[i])
-                    latents = scheduler.step(noise_pred, t, latents, return_dict=False, **draws)[0]
-                    if anchor_latents is not None:
-                        latents = anchor_latents.impose(latents, sigmas[i + 1])
-
-                    if callback_on_step_end is not None:
-                        callback_kwargs = {}
-                        for name in callback_on_step_end_tensor_inputs:
-                            callback_kwargs[name] = locals()[name]
-                        changed = callback_on_step_end(self, i, t, callback_kwargs)
-                        latents = changed.pop("latents", latents)
-                        prompt_embeds = changed.pop("prompt_embeds", prompt_embeds)
-                        negative_prompt_embeds = changed.pop("negative_prompt_embeds", negative_prompt_embeds)
-                    stop_unless_finite("denoise", latents, dtype, f"step {i + 1} of {len(timesteps)}")
-                    report(i + 1, len(timesteps))
-            self._current_timestep = None
-
-            # 4. Decode
-            if output_type == "latent":
+                anchors = None
+                if request.is_anchored:
+                    size = request.height, request.width, request.num_frames
+                    anchors = self.encode_anchors(request.anchors, latents, *size, request.generator)
+                    stop_unless_finite("encode", anchors.latents, self.vae.dtype)
+            latents = self._denoise(request, progress, latents, *embeds, anchors)
+            if request.output_type == "latent":
                 return latents
             with progress.stage("decode"):
-                return decode_anchored(partial(self.decode, latents), anchors, anchor_decode, output_type)
+                decode = partial(self.decode, latents)
+                return decode_anchored(decode, request.anchors, request.anchor_decode, request.output_type)
+
+    def _settle_guidance(self, request: VideoRequest) -> None:
+        """Sets what the stock pipeline's properties tell of a run."""
+        sampling = request.sampling(self)
+        scale, scale_2 = request.guidance_scale, request.guidance_scale_2
+        if scale is None:
+            scale = 5.0 if sampling is None else sampling.guidance_scale
+            if scale_2 is None and sampling is not None:
+                scale_2 = sampling.guidance_scale_2
+        self._guidance_scale, self._guidance_scale_2 = scale, scale if scale_2 is None else scale_2
+        self._attention_kwargs = request.attention_kwargs
+        self._current_timestep = None
+
+    def _encode_texts(self, request: VideoRequest) -> list[torch.Tensor | None]:
+        """Embeddings of prompts and negative prompts, one for each video; the latter are `None` without guidance."""
+        device, dtype = self._execution_device, self.transformer.dtype
+        # A fast tokenizer keeps padding and truncation of its last call.
+        with exclusive(self.tokenizer):
+            embeds = self.encode_prompt(
+                request.prompt,
+                negative_prompt=request.negative_prompt,
+                do_classifier_free_guidance=self.do_classifier_free_guidance,
+                num_videos_per_prompt=request.num_videos_per_prompt,
+                prompt_embeds=request.prompt_embeds,
+                negative_prompt_embeds=request.negative_prompt_embeds,
+                max_sequence_length=request.max_sequence_length,
+                device=device,
+            )
+        return request.embeds_of_videos(embeds, device, dtype)
+
+    def _denoise(
+        self,
+        request: VideoRequest,
+        progress: StageProgress,
+        latents: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor | None,
+        anchors: AnchorLatents | None,
+    ) -> torch.Tensor:
+        """The sampling loop, from noise to clean latents `(B, C, f, h, w)`."""
+        dtype, sampling = self.transformer.dtype, request.sampling(self)
+        scheduler = request.make_scheduler(self, latents.device)
+        timesteps, sigmas = scheduler.timesteps, _sigmas(scheduler)
+        check_finite("scheduler.sigmas", torch.tensor(sigmas))
+        self._num_timesteps = len(timesteps)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(0)
+        # Some (LCM) draw noise in every step.
+        draws = {"generator": request.generator} if "generator" in signature(scheduler.step).parameters else {}
+        low, high = (0.0, 1.0) if sampling is None else sampling.guidance_interval
+        boundary = (self.config.boundary_ratio or 0.0) * scheduler.config.num_train_timesteps
+        predict = self._predictor(request, boundary, anchored=anchors is not None)
+
+        with progress.stage("denoise", len(timesteps)) as report:
+            if anchors is not None:
+                latents = anchors.impose(latents, sigmas[0])
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    break
+                self._current_timestep = t
+                hidden_states, timestep = anchored_model_input(latents, sigmas[i], t.expand(len(latents)), anchors)
+                inputs = {"hidden_states": hidden_states.to(dtype), "timestep": timestep}
+                place = {"step_index": i, "sigma": sigmas[i], "num_inference_steps": len(timesteps)}
+                noise_pred, scale = predict("cond", t, prompt_embeds, inputs, place)
+                if self.do_classifier_free_guidance and low <= sigmas[i] <= high:
+                    noise_uncond, _ = predict("uncond", t, negative_prompt_embeds, inputs, place)
+                    noise_pred = noise_uncond + scale * (noise_pred - noise_uncond)
+                if anchors is not None:
+                    # What a multistep solver remembers of an anchored frame is then the anchor itself.
+                    noise_pred = anchors.hold(noise_pred, latents, sigmas[i])
+                latents = scheduler.step(noise_pred, t, latents, return_dict=False, **draws)[0]
+                if anchors is not None:
+                    latents = anchors.impose(latents, sigmas[i + 1])
+                tensors = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+                latents, prompt_embeds, negative_prompt_embeds = request.after_step(
+                    self, i, t, latents=latents, **tensors
+                )
+                stop_unless_finite("denoise", latents, dtype, f"step {i + 1} of {len(timesteps)}")
+                report(i + 1, len(timesteps))
+        self._current_timestep = None
+        return latents
+
+    def _predictor(
+        self, request: VideoRequest, boundary: float, anchored: bool
+    ) -> Callable[..., tuple[torch.Tensor, float]]:
+        """`predict(branch, t, embeds, inputs, place)`: the velocity by the expert of time `t`, and its guidance scale."""
+        adapters = self._adapter_scales(request.attention_kwargs, anchored)
+        sampling = request.sampling(self)
+        options = {
+            "attention_kwargs": without_scale(request.attention_kwargs),
+            "anchor_window": None if sampling is None else sampling.anchor_window,
+            "return_dict": False,
+        }
+
+        def predict(branch: str, t: torch.Tensor, embeds: torch.Tensor, inputs: dict[str, Any], place: dict[str, Any]):
+            is_first = self.transformer_2 is None or t >= boundary
+            name = "transformer" if is_first else "transformer_2"
+            expert, scale = getattr(self, name), self._guidance_scale if is_first else self._guidance_scale_2
+            with adapters[name].applied(), expert.cache_context(branch, **place):
+                return expert(encoder_hidden_states=embeds, **inputs, **options)[0].float(), scale
+
+        return predict
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, output_type: str = "np"):
@@ -495,44 +443,18 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         Raises:
             `ValueError`: bad input, before any model runs.
         """
-        check_anchor_decode(anchor_decode, output_type)
-        inputs = {
-            "negative_prompt": negative_prompt,
-            "height": height,
-            "width": width,
-            "num_frames": num_frames,
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "guidance_scale_2": guidance_scale_2,
-            "num_videos_per_prompt": num_videos_per_prompt,
-            "generator": generator,
-            "latents": latents,
-            "prompt_embeds": prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds,
-            "output_type": output_type,
-            "attention_kwargs": attention_kwargs,
-            "callback_on_step_end": callback_on_step_end,
-            "callback_on_step_end_tensor_inputs": callback_on_step_end_tensor_inputs,
-            "max_sequence_length": max_sequence_length,
-            "preset": preset,
-            "anchor_decode": anchor_decode,
-        }
-        return self._generate(
-            prompt,
-            inputs,
-            mode=mode,
-            first_frame_prompt=first_frame_prompt,
-            image=image,
-            anchors=anchors,
-            storyboard=storyboard,
-            num_moments=num_moments,
-            rewriter_max_new_tokens=rewriter_max_new_tokens,
-            composer_num_inference_steps=composer_num_inference_steps,
-            composer_guidance_scale=composer_guidance_scale,
-            composer_negative_prompt=composer_negative_prompt,
-            callback_on_stage_step=callback_on_stage_step,
-            return_dict=return_dict,
-        )
+        request = self._request(locals())
+        moments = images = None
+        with self._running(callback_on_stage_step) as progress:
+            request, seeds = request.with_generator()
+            if request.draws_anchors:
+                # Stage 1: a language model describes the first frame, or several moments
+                moments = self._write_moments(request)
+                # Stage 2: a text-to-image model draws them
+                images, request = self._draw_moments(request, moments, seeds)
+            # Stage 3: the video model animates them
+            frames = [] if self.interrupt else self._animate(request)
+        return request.output(frames, moments, images, seeds, progress.timings)
 
 
 def _sigmas(scheduler) -> list[float]:

@@ -41,14 +41,25 @@ def check_moments(moments: Sequence[Moment]) -> None:
         raise ValueError(f"The times of a storyboard must begin with 0 and increase, but are {times}.")
 
 
-def moment_frames(moments: Sequence[Moment], num_frames: int) -> list[int]:
+def moment_frames(times: Sequence[float], num_frames: int, frame_step: int) -> list[int]:
     """Pixel frame of each moment of one video, the nearest to its time.
 
     Args:
-        moments (`Sequence[Moment]`): in time order.
+        times (`Sequence[float]`): shares of the video, increasing from 0.
         num_frames (`int`): length of the video.
+        frame_step (`int`): frames that have one time in the model; frame 0 has one to itself.
+
+    Raises:
+        `ValueError`: two moments fall on frames that have one time.
     """
-    return [round(moment.time * (num_frames - 1)) for moment in moments]
+    frames = [round(time * (num_frames - 1)) for time in times]
+    groups = [-(-frame // frame_step) for frame in frames]
+    if len(set(groups)) < len(groups):
+        raise ValueError(
+            f"Moments at the times {list(times)} cannot all be anchored in {num_frames} frames: some fall on the same latent "
+            f"frame, which stands for {frame_step} frames after frame 0. Use fewer moments or more frames."
+        )
+    return frames
 
 
 def pair_storyboards(

@@ -103,7 +103,7 @@ def test_three_stages(pipe):
         **SIZE,
     )
     assert out.frames.shape == (4, 4, 32, 32, 3)
-    assert list(dict.fromkeys(stages)) == ["rewrite", "compose", "describe_motion", "encode", "denoise", "decode"]
+    assert list(dict.fromkeys(stages)) == ["rewrite", "describe_motion", "compose", "encode", "denoise", "decode"]
     assert out.timings.keys() == set(stages)
     assert len(out.first_frame_prompts) == len(out.motion_prompts) == 2 and len(out.anchor_images) == 4
     # Each stage's output, fed back by hand, gives the same video.

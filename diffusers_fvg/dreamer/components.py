@@ -1,0 +1,60 @@
+"""Whether the parts of a Factorized-Dreamer pipeline fit together."""
+
+from __future__ import annotations
+
+from diffusers import AutoencoderKL
+from transformers import (
+    CLIPTextModel,
+    CLIPVisionModelWithProjection,
+    PreTrainedTokenizerBase,
+    T5EncoderModel,
+    UMT5EncoderModel,
+)
+
+from .unet import FactorizedDreamerUNet
+
+
+def check_components(
+    unet: FactorizedDreamerUNet,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    text_encoder_2: T5EncoderModel | UMT5EncoderModel | None,
+    tokenizer_2: PreTrainedTokenizerBase | None,
+    image_encoder: CLIPVisionModelWithProjection | None,
+) -> None:
+    """Refuses what does not fit the UNet, naming both shapes."""
+    if not isinstance(unet, FactorizedDreamerUNet):
+        raise ValueError(
+            f"`unet` is a {type(unet).__name__}; make a video UNet of it with `FactorizedDreamerUNet.from_unet2d(unet)`."
+        )
+    config = unet.config
+    fits = [
+        ("vae", vae, "makes latents of {} channels", "latent_channels", "in_channels", "takes {}"),
+        ("text_encoder", text_encoder, "makes tokens of width {}", "hidden_size", "cross_attention_dim", "takes {}"),
+        ("text_encoder_2", text_encoder_2, "makes tokens of width {}", "d_model", "motion_embed_dim", "takes {}"),
+        (
+            "image_encoder",
+            image_encoder,
+            "makes embeddings of width {}",
+            "projection_dim",
+            "image_embed_dim",
+            "takes {}",
+        ),
+    ]
+    unused = {"text_encoder_2": config.motion_embed_dim is None, "image_encoder": config.t2i_adapter is None}
+    for name, component, makes, attribute, key, takes in fits:
+        if unused.get(name):
+            if component is not None:
+                switch = "motion_embed_dim" if name == "text_encoder_2" else "t2i_adapter"
+                raise ValueError(f"`{name}` was given, but the UNet has no `{switch}`; leave it out.")
+            continue
+        if component is None:
+            raise ValueError(f"`{name}` is None, but the UNet needs one, with `{key}={config[key]}`.")
+        value = getattr(component.config, attribute)
+        if value != config[key]:
+            raise ValueError(
+                f"`{name}` {makes.format(value)} (`{attribute}`), but the UNet {takes.format(config[key])} (`{key}`): load the "
+                "one that it was trained with."
+            )
+    if (text_encoder_2 is None) != (tokenizer_2 is None):
+        raise ValueError("`text_encoder_2` and `tokenizer_2` belong together; give both or none.")
