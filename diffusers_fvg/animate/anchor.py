@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 
 from ..locks import exclusive
@@ -236,17 +237,16 @@ def picture_tensor(image: Picture) -> torch.Tensor:
 def fit_picture(image: Picture, height: int, width: int) -> torch.Tensor:
     """Scales a picture until it covers `height` x `width`, crops the centre, and returns `(3, H, W)` in [0, 1].
 
+    Bicubic with antialiasing, from the largest box of that shape about the centre.
+
     Raises:
         `ValueError`: as in `picture_tensor`.
     """
     image = picture_tensor(image)
-    source_height, source_width = image.shape[1:]
-    if (source_height, source_width) != (height, width):
-        factor = max(height / source_height, width / source_width)
-        size = (max(height, round(source_height * factor)), max(width, round(source_width * factor)))
-        image = torch.nn.functional.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0].clamp(0, 1)
-        top, left = (size[0] - height) // 2, (size[1] - width) // 2
-        image = image[:, top : top + height, left : left + width]
+    if image.shape[1:] != (height, width):
+        # Planes of floats: their box has fractions of a pixel, and nothing is rounded between the two directions.
+        planes = [PIL.ImageOps.fit(PIL.Image.fromarray(plane), (width, height)) for plane in image.numpy(force=True)]
+        image = torch.from_numpy(np.stack(planes)).clamp(0, 1).to(image.device)
     return image
 
 

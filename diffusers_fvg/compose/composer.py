@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 
-from ..animate.anchor import crop_and_resize
 from ..checks import check_at_least_one, check_generators, check_number, check_texts, stop_unless_finite
 from ..loading.arguments import call_argument, nested_quantization
 from ..loading.component_config import read_config
@@ -416,11 +416,7 @@ def _call_arguments(pipeline: DiffusionPipeline) -> Set[str]:
 
 def _fit(picture: PIL.Image.Image, height: int, width: int) -> PIL.Image.Image:
     """Scales a picture until it covers `height` x `width` and crops the centre."""
-    picture = picture.convert("RGB")
-    if picture.size == (width, height):
-        return picture
-    pixels = crop_and_resize(picture, height, width)
-    return PIL.Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+    return PIL.ImageOps.fit(picture.convert("RGB"), (width, height))
 
 
 def _read_composer_config(path: Path) -> dict[str, Any]:

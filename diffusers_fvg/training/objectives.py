@@ -85,7 +85,10 @@ def sample_sigmas(
     batch_size: int, flow_shift: float = 1.0, generator: torch.Generator | None = None, std: float = 1.0
 ) -> torch.Tensor:
     """Logit-normal noise levels (arXiv 2403.03206, section 3.1), shifted as in `shifted_sigmas`. Shape `(B,)`, in (0, 1)."""
-    even = torch.sigmoid(std * torch.randn(batch_size, generator=generator))
+    # Takes seconds to import.
+    from diffusers.training_utils import compute_density_for_timestep_sampling
+
+    even = compute_density_for_timestep_sampling("logit_normal", batch_size, 0.0, std, generator=generator)
     return flow_shift * even / (1 + (flow_shift - 1) * even)
 
 

@@ -7,11 +7,11 @@ from training_runs import OPTIONS, moving_square
 
 from diffusers_fvg import Anchor, SchedulerPreset, SchedulerPresets
 from diffusers_fvg.animate.anchor import crop_and_resize
-from diffusers_fvg.schedules.presets import add_noise
+from diffusers_fvg.schedules.flow import add_noise
 from diffusers_fvg.training.config import TrainConfig
 from diffusers_fvg.training.draws import anchor_index, draw, draw_loss, drawn_times, generator_for
 from diffusers_fvg.training.families import Wan
-from diffusers_fvg.training.objectives import anchored_flow_loss
+from diffusers_fvg.training.objectives import anchored_flow_loss, sample_sigmas
 
 
 def config(**options) -> TrainConfig:
@@ -28,6 +28,19 @@ class Recorder:
     def __call__(self, hidden_states, timestep, encoder_hidden_states, return_dict):
         self.hidden_states, self.timestep = hidden_states, timestep
         return (torch.zeros_like(hidden_states),)
+
+
+@pytest.mark.parametrize(("batch_size", "std"), [(1, 1.0), (7, 1.0), (24, 1.2), (64, 1.2), (100, 0.7)])
+def test_sampled_sigmas_are_those_of_their_formula_bit_for_bit(batch_size, std):
+    for seed in range(20):
+        normal = torch.randn(batch_size, generator=generator_for("sigmas", seed))
+        even = torch.sigmoid(std * normal)
+        sigmas = sample_sigmas(batch_size, 3.0, generator_for("sigmas", seed), std)
+        assert torch.equal(sigmas, 3.0 * even / (1 + 2.0 * even))
+    torch.manual_seed(0)
+    sigmas = sample_sigmas(batch_size, std=std)
+    torch.manual_seed(0)
+    assert torch.equal(sigmas, torch.sigmoid(std * torch.randn(batch_size)))
 
 
 def test_drawn_times_closed_forms():
