@@ -18,7 +18,7 @@ from pathlib import Path
 from types import CodeType, FrameType, ModuleType
 from typing import Any, NamedTuple
 
-import PIL.Image
+import torch
 from tiny import tiny_pipeline
 
 import diffusers_fvg
@@ -67,7 +67,9 @@ def trace_pipeline(argument: str) -> list[Station]:
     pipe = tiny_pipeline()
     pipe.set_progress_bar_config(disable=True)
     # Joined at run time: no literal is the same object.
-    prompt, picture = " ".join(["a", "red", "circle"]), PIL.Image.new("RGB", (32, 32))
+    prompt = " ".join(["a", "red", "circle"])
+    # A tensor, which stays the same object where pictures of other kinds are decoded.
+    picture = torch.zeros(3, 32, 32)
     if argument == "anchors":
         return trace(lambda: pipe(prompt, anchors=[Anchor(picture)], **SIZE), picture)
     # The prompt stands in as caption. A copy of it: what stage 2 receives is a caption, not the prompt.

@@ -167,9 +167,9 @@ def check_anchor_decode(anchor_decode: str, output_type: str) -> None:
         )
 
 
-def check_has_anchors(anchor_decode: str, anchors: Sequence[Sequence[Anchor]] | None) -> None:
+def check_has_anchors(anchor_decode: str, is_anchored: bool) -> None:
     """Raises `ValueError` where there is nothing to correct frames towards."""
-    if anchor_decode != "raw" and not (anchors and any(anchors)):
+    if anchor_decode != "raw" and not is_anchored:
         raise ValueError(
             f"`anchor_decode={anchor_decode!r}` corrects frames towards their anchors, and there is no anchor; give one or use "
             '`anchor_decode="raw"`.'

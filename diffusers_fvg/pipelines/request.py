@@ -265,7 +265,7 @@ class VideoRequest:
                 resolve(video_anchors, self.num_frames)
             anchors = decoded_anchors(anchors)
         if not self.draws_anchors:
-            check_has_anchors(self.anchor_decode, anchors)
+            check_has_anchors(self.anchor_decode, anchors is not None and any(anchors))
         boards = None if self.storyboard is None else pair_storyboards(self.storyboard, num_prompts)
         return replace(self, anchors=anchors, image=None, storyboard=boards)
 
