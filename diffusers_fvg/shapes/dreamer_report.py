@@ -20,8 +20,9 @@ import PIL.Image
 import torch
 
 from ..animate.anchor import Anchor
-from ..dreamer.flow import dis_flow, exact_flow
+from ..dreamer.flow import dis_flow
 from .dreamer import DESIGNS, GUIDANCE_SCALE, STEPS, TEXT_GUIDANCE_SCALE, VIDEO_STEPS, build_dreamer, design_part
+from .flow import exact_flow
 from .held_out import attributes_stay, score_written_motion, split_scenes
 from .prompts import motion_caption
 from .report import provenance
