@@ -24,7 +24,7 @@ lint: $(STAMP)
 
 # Writes the model cards again from facts and results.
 cards: $(STAMP)
-	$(BIN)/python -m diffusers_fvg.publishing.cards model_cards
+	$(BIN)/python model_cards/render.py
 
 # The same tests on the oldest supported versions, in an environment of their own.
 test-lowest:
