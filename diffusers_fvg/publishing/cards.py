@@ -1,6 +1,6 @@
 """Model cards, rendered from data: of a pipeline's folder and of a training run. Light to import.
 
-No number is on a card that was not read from a file, from the run's log, or from the table of [`models`].
+No number is on a card that was not read from a file, from the run's log, or from the table of [`model_facts`].
 """
 
 from __future__ import annotations
