@@ -26,7 +26,7 @@ from diffusers_fvg.publishing.cards import repository_card, training_card
 from diffusers_fvg.training.config import TrainConfig
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMITTED = ROOT / "model_cards"
 CARDS, render, write_cards = map(runpy.run_path(str(COMMITTED / "render.py")).get, ("CARDS", "render", "write_cards"))
 BASE = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
