@@ -5,10 +5,11 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DIFFUSERS := 0.40.0 0.41.0 0.42.0 0.42.1
-DIFFUSERS_TESTS := $(addprefix tests/,$(addsuffix .py,test_stock_pipelines test_loading test_placement test_hub \
-	test_hub_server test_safety test_transformer_anchor test_transformer_anchor_cogvideox test_wan_families \
-	test_pipeline_factorized_video test_pipeline_factorized_cogvideox test_modular test_profiles test_embedded \
-	test_compile test_decoding dreamer/test_dreamer_loading))
+DIFFUSERS_TESTS := $(addprefix tests/,$(addsuffix .py,$(addprefix loading/,test_stock_pipelines test_loading test_safety) \
+	$(addprefix pipelines/,test_placement test_wan_families test_pipeline_factorized_video \
+	test_pipeline_factorized_cogvideox test_modular test_profiles test_compile) \
+	$(addprefix animate/,test_transformer_anchor test_transformer_anchor_cogvideox test_decoding) \
+	publishing/test_hub test_hub_server test_embedded dreamer/test_dreamer_loading))
 
 .PHONY: demo test lint cards test-lowest test-versions clean
 
@@ -24,7 +25,7 @@ lint: $(STAMP)
 
 # Writes the model cards again from facts and results.
 cards: $(STAMP)
-	$(BIN)/python -m diffusers_fvg.publishing.cards model_cards
+	$(BIN)/python model_cards/render.py
 
 # The same tests on the oldest supported versions, in an environment of their own.
 test-lowest:

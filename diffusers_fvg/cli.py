@@ -6,13 +6,10 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-
-# In the order of training: each part builds on those before it.
-SHAPES_PARTS = ("vae", "rewriter", "cache", "text", "base", "composer", "lora", "distilled")
+from .shapes.command import add_shapes, run_shapes
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -48,109 +45,86 @@ def _add_video(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strip", type=Path, help="also write a PNG with prompt, anchor and some frames")
 
 
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("generate", help="a prompt becomes a video, through all three stages")
+    parser.add_argument("prompt")
+    _add_model(parser)
+    _add_rewriter(parser)
+    _add_video(parser)
+    parser.add_argument("--mode", choices=("factorized", "direct", "storyboard"), default="factorized")
+    parser.add_argument("--num-moments", type=int, default=2, help="of a storyboard, at most (default: %(default)s)")
+    parser.add_argument("--first-frame-prompt", help="skips stage 1")
+    parser.add_argument("--image", type=Path, help="anchor image; skips stages 1 and 2")
+    parser.add_argument("--save-stages", type=Path, metavar="DIR", help="also write caption, anchor and frames there")
+
+
+def _add_rewrite(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("rewrite", help="stage 1: prompt to first-frame prompt")
+    parser.add_argument("prompt", nargs="+")
+    _add_model(parser)
+    _add_rewriter(parser)
+
+
+def _add_compose(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("compose", help="stage 2: first-frame prompt to anchor image")
+    parser.add_argument("first_frame_prompt")
+    _add_model(parser)
+    parser.add_argument("--output", type=Path, default=Path("anchor.png"), help="PNG to write (default: %(default)s)")
+    parser.add_argument("--num-inference-steps", "--steps", type=int, help="steps of the text-to-image model")
+
+
+def _add_animate(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("animate", help="stage 3: prompt and anchor image to video")
+    parser.add_argument("prompt")
+    parser.add_argument("--image", type=Path, required=True)
+    parser.add_argument("--frame-index", type=int, default=0, help="frame that the image is (default: %(default)s)")
+    parser.add_argument("--strength", type=float, default=1.0, help="in (0, 1] (default: %(default)s)")
+    _add_model(parser)
+    _add_video(parser)
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "train", help="train an anchor LoRA, or a stage of Factorized-Dreamer, on videos; continues where it stopped"
+    )
+    parser.add_argument("config", type=Path, help="TOML file, see examples/training")
+
+
+def _add_assemble(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("assemble", help="make a repository of parts given by name")
+    parser.add_argument("output", type=Path, help="an empty or new folder")
+    parser.add_argument("--base", required=True, help="Wan pipeline: folder, org/name or org/name@revision")
+    parser.add_argument("--composer", help="text-to-image pipeline")
+    parser.add_argument("--rewriter", help="chat model")
+    parser.add_argument(
+        "--lora", nargs="+", help="anchor LoRA of any format, or one for each expert, high noise first"
+    )
+    parser.add_argument("--presets", nargs="+", default=(), help="names, the default first, or a folder of them")
+    parser.add_argument("--variant", help="of the weights, such as fp16")
+    for name in ("height", "width", "num-frames", "frame-rate"):
+        parser.add_argument(f"--{name}", type=int, help="default of the repository")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--light", action="store_true", help="refer to what is on the Hub (the default)")
+    kind.add_argument("--bundled", action="store_true", help="copy all weights")
+    parser.add_argument("--dry-run", action="store_true", help="list parts, licences, files and sizes only")
+
+
+def _add_push(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("push", help="upload a saved pipeline to the Hub, with its card")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("repository", help="org/name; made if it is not there")
+    parser.add_argument("--commit-message")
+    parser.add_argument("--private", action="store_true", help="if it is made now")
+    parser.add_argument("--create-pr", action="store_true", help="as a pull request")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line, without anything heavy imported."""
     top = argparse.ArgumentParser(prog="fvg", description="Factorized Video Generation with diffusers.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    generate = commands.add_parser("generate", help="a prompt becomes a video, through all three stages")
-    generate.add_argument("prompt")
-    _add_model(generate)
-    _add_rewriter(generate)
-    _add_video(generate)
-    generate.add_argument("--mode", choices=("factorized", "direct", "storyboard"), default="factorized")
-    generate.add_argument("--num-moments", type=int, default=2, help="of a storyboard, at most (default: %(default)s)")
-    generate.add_argument("--first-frame-prompt", help="skips stage 1")
-    generate.add_argument("--image", type=Path, help="anchor image; skips stages 1 and 2")
-    generate.add_argument(
-        "--save-stages", type=Path, metavar="DIR", help="also write caption, anchor and frames there"
-    )
-
-    rewrite = commands.add_parser("rewrite", help="stage 1: prompt to first-frame prompt")
-    rewrite.add_argument("prompt", nargs="+")
-    _add_model(rewrite)
-    _add_rewriter(rewrite)
-
-    compose = commands.add_parser("compose", help="stage 2: first-frame prompt to anchor image")
-    compose.add_argument("first_frame_prompt")
-    _add_model(compose)
-    compose.add_argument("--output", type=Path, default=Path("anchor.png"), help="PNG to write (default: %(default)s)")
-    compose.add_argument("--num-inference-steps", "--steps", type=int, help="steps of the text-to-image model")
-
-    animate = commands.add_parser("animate", help="stage 3: prompt and anchor image to video")
-    animate.add_argument("prompt")
-    animate.add_argument("--image", type=Path, required=True)
-    animate.add_argument("--frame-index", type=int, default=0, help="frame that the image is (default: %(default)s)")
-    animate.add_argument("--strength", type=float, default=1.0, help="in (0, 1] (default: %(default)s)")
-    _add_model(animate)
-    _add_video(animate)
-
-    train = commands.add_parser(
-        "train", help="train an anchor LoRA, or a stage of Factorized-Dreamer, on videos; continues where it stopped"
-    )
-    train.add_argument("config", type=Path, help="TOML file, see examples/training")
-
-    assemble = commands.add_parser("assemble", help="make a repository of parts given by name")
-    assemble.add_argument("output", type=Path, help="an empty or new folder")
-    assemble.add_argument("--base", required=True, help="Wan pipeline: folder, org/name or org/name@revision")
-    assemble.add_argument("--composer", help="text-to-image pipeline")
-    assemble.add_argument("--rewriter", help="chat model")
-    assemble.add_argument(
-        "--lora", nargs="+", help="anchor LoRA of any format, or one for each expert, high noise first"
-    )
-    assemble.add_argument("--presets", nargs="+", default=(), help="names, the default first, or a folder of them")
-    assemble.add_argument("--variant", help="of the weights, such as fp16")
-    for name in ("height", "width", "num-frames", "frame-rate"):
-        assemble.add_argument(f"--{name}", type=int, help="default of the repository")
-    kind = assemble.add_mutually_exclusive_group()
-    kind.add_argument("--light", action="store_true", help="refer to what is on the Hub (the default)")
-    kind.add_argument("--bundled", action="store_true", help="copy all weights")
-    assemble.add_argument("--dry-run", action="store_true", help="list parts, licences, files and sizes only")
-
-    push = commands.add_parser("push", help="upload a saved pipeline to the Hub, with its card")
-    push.add_argument("folder", type=Path)
-    push.add_argument("repository", help="org/name; made if it is not there")
-    push.add_argument("--commit-message")
-    push.add_argument("--private", action="store_true", help="if it is made now")
-    push.add_argument("--create-pr", action="store_true", help="as a pull request")
-
-    shapes = commands.add_parser("shapes", help="the embedded model's world: train the model again, or score one")
-    actions = shapes.add_subparsers(dest="action", required=True, metavar="ACTION")
-    train = actions.add_parser("train", help="train all parts from nothing; continues where it stopped")
-    train.add_argument("folder", type=Path, help="for checkpoints, logs and the finished repository")
-    train.add_argument("--parts", nargs="+", choices=SHAPES_PARTS, default=SHAPES_PARTS)
-    dreamer = actions.add_parser(
-        "dreamer", help="train the shapes model of Factorized-Dreamer; continues where it stopped"
-    )
-    dreamer.add_argument("folder", type=Path, help="for checkpoints, logs and the finished repository")
-    dreamer.add_argument("--designs", nargs="*", default=(), help="also train these for the report, such as no_paca")
-    dreamer.add_argument("--design-steps", type=int, default=3000, help="how long each (default: %(default)s)")
-    dreamer.add_argument("--report", type=Path, metavar="DIR", help="then score all that is trained (synthetic)")
-    report = actions.add_parser("report", help="score a model on held-out prompts, arm by arm (synthetic)")
-    report.add_argument("folder", type=Path, help="for records, JSON, tables and figures; continues what is there")
-    _add_model(report)
-    report.add_argument("--per-category", type=int, default=9, help="prompts (default: %(default)s)")
-    report.add_argument("--seeds", type=int, help="how many (default: 3, with --quick 1)")
-    kind = report.add_mutually_exclusive_group()
-    kind.add_argument(
-        "--quick", action="store_true", help="instead one table: three arms, 15 steps, guidance as it is"
-    )
-    kind.add_argument("--storyboard", action="store_true", help="instead several anchors against one")
-    kind.add_argument(
-        "--anchors", action="store_true", help="instead both ends, continued clips, colours of anchors; one seed"
-    )
-    kind.add_argument(
-        "--ablation",
-        nargs="+",
-        metavar="NAME=DIR",
-        help="instead compare anchor LoRAs: folders with pytorch_lora_weights.safetensors, each at strengths 0.55, 1, 1.4",
-    )
-    kind.add_argument(
-        "--distilled", metavar="DIR", type=Path, help="instead ways to guide, a LoRA with guidance in it"
-    )
-    kind.add_argument(
-        "--window", nargs="*", metavar="WINDOW=DIR", help="instead window attention, with LoRAs trained under it"
-    )
+    for add in (_add_generate, _add_rewrite, _add_compose, _add_animate, _add_train, _add_assemble, _add_push):
+        add(commands)
+    add_shapes(commands, _add_model)
     return top
 
 
@@ -391,71 +365,8 @@ def _push(arguments: argparse.Namespace) -> None:
     print(push(arguments.folder, arguments.repository, arguments.commit_message, private, arguments.create_pr))
 
 
-def _named_folders(flag: str, name: str, pairs: Sequence[str]) -> dict[str, Path]:
-    folders = dict(pair.partition("=")[::2] for pair in pairs)
-    for key, path in folders.items():
-        if not key or not path:
-            raise ValueError(f"{flag} {key}{path}: give {name}=DIR.")
-    return {key: Path(path) for key, path in folders.items()}
-
-
-def _report(arguments: argparse.Namespace) -> None:
-    loras = _named_folders("--ablation", "NAME", arguments.ablation or ())
-    windows = _named_folders("--window", "WINDOW", arguments.window or ())
-    wrong = [window for window in windows if not window.isdecimal()]
-    if wrong:
-        raise ValueError(f"--window {wrong[0]}={windows[wrong[0]]}: WINDOW is a number of latent frames.")
-    seeds = arguments.seeds if arguments.seeds is not None else 1 if arguments.quick else 3
-    if min(seeds, arguments.per_category) < 1:
-        raise ValueError(f"--seeds {seeds} and --per-category {arguments.per_category} must be at least 1.")
-    from .shapes.ablation import write_ablation
-    from .shapes.anchors import write_anchors_report
-    from .shapes.distillation import write_guidance_report
-    from .shapes.report import write_quick_report, write_study
-    from .shapes.storyboard import write_storyboard_report
-    from .shapes.study import StudySettings
-    from .shapes.window import write_window_report
-
-    pipe = _load(arguments)
-    pipe.set_progress_bar_config(disable=True)
-    size = {"per_category": arguments.per_category, "seeds": seeds}
-    if arguments.quick:
-        print(write_quick_report(pipe, arguments.folder, **size))
-    elif arguments.storyboard:
-        print(write_storyboard_report(pipe, arguments.folder, **size))
-    elif arguments.anchors:
-        print(write_anchors_report(pipe, arguments.folder, arguments.per_category))
-    elif loras:
-        print(write_ablation(pipe, arguments.folder, loras, **size))
-    elif arguments.distilled:
-        print(write_guidance_report(pipe, arguments.folder, arguments.distilled, **size))
-    elif arguments.window is not None:
-        trained = {int(window): path for window, path in windows.items()}
-        print(write_window_report(pipe, arguments.folder, loras=trained, **size))
-    else:
-        print(write_study(pipe, arguments.folder, StudySettings(**size)))
-
-
-def _shapes(arguments: argparse.Namespace) -> None:
-    if arguments.action == "report":
-        _report(arguments)
-        return
-    if arguments.action == "dreamer":
-        from .embedded import EMBEDDED_FOLDER, load_embedded
-        from .shapes.dreamer import train_dreamer
-        from .shapes.dreamer_report import write_dreamer_report
-
-        train_dreamer(arguments.folder, EMBEDDED_FOLDER, arguments.designs, arguments.design_steps)
-        if arguments.report:
-            print(write_dreamer_report(load_embedded(), arguments.folder, arguments.report))
-        return
-    from .shapes.train import train_all
-
-    train_all(arguments.folder, arguments.parts)
-
-
 COMMANDS = {
-    "shapes": _shapes,
+    "shapes": lambda arguments: run_shapes(arguments, _load),
     "generate": _generate,
     "rewrite": _rewrite,
     "compose": _compose,

@@ -28,6 +28,8 @@ from hub_server import HubServer  # noqa: E402
 
 
 TESTS = Path(__file__).parent
+# Some tests use what lies in the folder of others, which pytest makes importable only with a test of that folder.
+sys.path += [str(folder) for folder in sorted(TESTS.iterdir()) if folder.is_dir() and folder.name != "__pycache__"]
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Tiny stock pipelines, and a record of all that loading and saving them reads, writes, fetches and says.
 
-Imports nothing of the package: `tests/test_stock_pipelines.py` runs it in processes with and without.
+Imports nothing of the package: `tests/loading/test_stock_pipelines.py` runs it in processes with and without.
 """
 
 import contextlib

@@ -3,7 +3,7 @@
 `DiffusionPipeline.from_pretrained` is called on the base class, so nothing that a class of ours overrides is asked before
 its components are loaded. Each function here says what diffusers does (versions 0.40 to 0.42.1, if no other is named) and
 acts only for a pipeline class of this package or a repository that names a class of this package;
-`tests/test_stock_pipelines.py` compares what stock pipelines read, write, fetch and say with and without it.
+`tests/loading/test_stock_pipelines.py` compares what stock pipelines read, write, fetch and say with and without it.
 """
 
 from __future__ import annotations

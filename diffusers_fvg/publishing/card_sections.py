@@ -199,15 +199,16 @@ def presets_table(presets: SchedulerPresets) -> str:
     rows = []
     for preset in presets.values():
         # Presets of schedulers that take no sigmas have neither shift nor interval.
-        interval = " to ".join(map(str, getattr(preset, "guidance_interval", ())))
-        numbers = (preset.num_inference_steps, preset.scheduler_class, getattr(preset, "flow_shift", ""))
-        low_noise = getattr(preset, "guidance_scale_2", None)
+        interval = "" if preset.sigmas is None else " to ".join(map(str, preset.guidance_interval))
+        shift = "" if preset.flow_shift is None else preset.flow_shift
+        numbers = (preset.num_inference_steps, preset.scheduler_class, shift)
+        low_noise = preset.guidance_scale_2
         guidance = preset.guidance_scale if low_noise is None else f"{preset.guidance_scale}, low noise {low_noise}"
         rows.append((f"`{preset.name}`", *numbers, guidance, interval, preset.source))
     heads = ("preset", "steps", "scheduler", "shift", "guidance", "guided noise levels", "from")
     notes = ["The first is the default."]
     for preset in presets.values():
-        if weights := getattr(preset, "weights", ""):
+        if weights := preset.weights:
             if "/" not in weights:
                 notes.append(f"`{preset.name}` is for the LoRA in `{weights}`, loaded in place of the anchor LoRA.")
                 continue

@@ -1,6 +1,6 @@
 """The text side of stage 1: what the language model is told, and what its answer must look like. Pure functions on strings.
 
-This is about captions of first frames; `rewriter_tasks.py` has the other questions. The checks know English. In a prompt of
+This is about captions of first frames; `tasks.py` has the other questions. The checks know English. In a prompt of
 another language they see digits only, so an answer is then judged by its form.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 
 Value = TypeVar("Value")
@@ -140,47 +140,6 @@ _BEFORE_COLOUR = _word_set("from to a an the it its colour color")
 def format_answer(caption: str) -> str:
     """The answer that a rewriter is asked for, and that a special-purpose one is trained to give."""
     return json.dumps({"first_frame": caption}, ensure_ascii=False)
-
-
-def build_messages(
-    prompt: str,
-    instruction: str = INSTRUCTION,
-    examples: Sequence[tuple[str, Any]] = EXAMPLES,
-    write: Callable[[Any], str] = format_answer,
-) -> list[dict[str, str]]:
-    """The chat that asks about a prompt, for sampling and for training a rewriter alike.
-
-    Args:
-        prompt (`str`): what should happen in the video.
-        instruction (`str`, *optional*): the system turn; left out of the chat where it is empty.
-        examples (sequence of `(prompt, answer)`, *optional*): earlier turns.
-        write (`Callable`, *optional*): an answer of the examples as text.
-
-    Returns:
-        `list[dict[str, str]]`: turns with a `role` and a `content`, the last one the user's.
-    """
-    messages = [{"role": "system", "content": instruction}] if instruction else []
-    for question, answer in examples:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": write(answer)}]
-    return [*messages, {"role": "user", "content": prompt}]
-
-
-def build_retry(messages: list[dict[str, str]], reason: str) -> list[dict[str, str]]:
-    """The chat that asks again after an answer that was not valid.
-
-    The bad answer is not in it: small models go on with what they wrote, or discuss it, and lose the prompt.
-    """
-    *earlier, question = messages
-    hint = f"(An earlier answer was not valid: {reason}.)"
-    return [*earlier, {"role": "user", "content": f"{question['content']}\n{hint}"}]
-
-
-def without_system_role(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The same chat for a template that knows no system role: the instruction opens the first user turn."""
-    if messages[0]["role"] != "system":
-        return messages
-    system, first, *rest = messages
-    return [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
 
 def parse_answer(answer: str) -> str:

@@ -11,29 +11,18 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging
-from jinja2 import TemplateError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    LogitsProcessor,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checks import check_at_least_one, check_texts, stop_unless_finite
+from ..checks import check_at_least_one, check_texts
 from ..devices import get_module_execution_device
 from ..loading.arguments import call_argument, hub_arguments
 from ..loading.component_config import read_config
-from ..loading.files import component_files, fetch
+from ..loading.files import fetch
 from ..loading.safety import check_folder, safetensors_only
 from ..locks import exclusive
-from .chat_endpoint import RETRY_TEMPERATURE, RETRY_TOP_P, ChatEndpoint, host_of
-from .prompts import build_messages, build_retry, without_system_role
+from .chat_endpoint import ChatEndpoint, host_of
+from .generation import StopWhen, chat_files, generation_config, has_system_role, token_processors
+from .prompts import EXAMPLES, INSTRUCTION, format_answer
 from .storyboard import Moment
 from .tasks import FIRST_FRAME, MOTION, TASK_NAMES, RewriterTask, storyboard_task
 
@@ -43,7 +32,7 @@ logger = logging.get_logger(__name__)
 CONFIG_NAME = "rewriter_config.json"
 # Prompts that are answered in one batch. A 7B model's cache of 8 chats with our examples is about half a gigabyte.
 BATCH_SIZE = 8
-RETRY_SEED, RETRY_TOP_K = 0, 50
+RETRY_SEED = 0
 
 
 class FirstFrameRewriter(torch.nn.Module):
@@ -65,9 +54,9 @@ class FirstFrameRewriter(torch.nn.Module):
             if they matter. With it, `save_pretrained` writes the reference and no weights; set it to `None` to bundle them.
         instruction (`str` or `dict`, *optional*): the system turn of the question for a first frame, or that of several
             kinds of question: `"first_frame"`, `"storyboard"` (where `{num_moments}` stands for the number) and `"motion"`.
-            Left out: those of `rewriter_tasks.py`. A model that is trained for nothing else needs none: `""`.
+            Left out: those of `tasks.py`. A model that is trained for nothing else needs none: `""`.
         examples (`bool` or list of `[prompt, caption]`, *optional*): earlier turns of the chat; `True` for those of
-            `rewriter_tasks.py`, a list for first frames of your own.
+            `tasks.py`, a list for first frames of your own.
         answer_format (`str`, *optional*): `"json"`, an object with the caption under `first_frame`, `moments` or `motion`.
         max_new_tokens (`int`, *optional*): longest caption when a call does not say.
     """
@@ -110,7 +99,7 @@ class FirstFrameRewriter(torch.nn.Module):
         else:
             if tokenizer.chat_template is None:
                 raise ValueError(f"{tokenizer.name_or_path!r} has no chat template; choose an instruct or chat model.")
-            self._has_system_role = _has_system_role(tokenizer)
+            self._has_system_role = has_system_role(tokenizer)
 
     # -- loading and saving -------------------------------------------------------------------------------------------
 
@@ -165,7 +154,7 @@ class FirstFrameRewriter(torch.nn.Module):
         if reference:
             hub = hub_arguments(cache_dir=cache_dir, local_files_only=local_files_only or None, token=token)
             model_path = tokenizer_path = fetch(
-                reference["model"], reference.get("revision"), partial(_chat_files, **source), "The rewriter", **hub
+                reference["model"], reference.get("revision"), partial(chat_files, **source), "The rewriter", **hub
             )[0]
         for place in (model_path,) if reference else (folder, model_path, tokenizer_path):
             check_folder(place)
@@ -388,20 +377,12 @@ class FirstFrameRewriter(torch.nn.Module):
         # On the left, so that every answer begins in the same column. The padding is masked: its id does not matter.
         input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left")
-        processors = [_Finite()]
-        if seed is not None:
-            processors += [
-                TemperatureLogitsWarper(RETRY_TEMPERATURE),
-                TopKLogitsWarper(RETRY_TOP_K),
-                TopPLogitsWarper(RETRY_TOP_P),
-                _Sample(seed),
-            ]
         output = self.model.generate(
             input_ids=input_ids.to(device),
             attention_mask=mask.to(device),
-            generation_config=self._generation_config(max_new_tokens),
-            logits_processor=processors,
-            stopping_criteria=[_Stop(should_stop)] if should_stop is not None else None,
+            generation_config=generation_config(self.model, self.tokenizer, max_new_tokens),
+            logits_processor=token_processors(seed),
+            stopping_criteria=[StopWhen(should_stop)] if should_stop is not None else None,
         )
         return self.tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
 
@@ -450,72 +431,6 @@ class FirstFrameRewriter(torch.nn.Module):
         context = None if self.model is None else getattr(self.model.config, "max_position_embeddings", None)
         return 0 if context is None else len(self._token_ids(self.chat_text(chat))) + max_new_tokens - context
 
-    def _generation_config(self, max_new_tokens: int) -> GenerationConfig:
-        ends = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        # A base model's end of text may be all that the model knows of, where the chat ends its turns with another token.
-        ends = sorted({end for end in (*ends, self.tokenizer.eos_token_id) if end is not None})
-        return GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            # Chat models come with a penalty on words that were there before; here they should be repeated.
-            repetition_penalty=1.0,
-            eos_token_id=ends,
-            pad_token_id=self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else ends[0],
-        )
-
-
-class _Stop(StoppingCriteria):
-    def __init__(self, should_stop: Callable[[], bool]):
-        self.should_stop = should_stop
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        return torch.full((input_ids.shape[0],), self.should_stop(), dtype=torch.bool, device=input_ids.device)
-
-
-class _Finite(LogitsProcessor):
-    def __init__(self):
-        self.token = 0
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self.token += 1
-        # A model may rule tokens out with minus infinity.
-        stop_unless_finite("rewrite", scores.clamp(min=torch.finfo(scores.dtype).min), step=f"token {self.token}")
-        return scores
-
-
-class _Sample(LogitsProcessor):
-    """Makes the most likely token a draw: the largest of log probabilities plus Gumbel noise has those probabilities.
-
-    `generate` samples from torch's global random state; here the draws have a generator of their own, so that threads do not
-    disturb each other.
-    """
-
-    def __init__(self, seed: int):
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        noise = -torch.empty(scores.shape).exponential_(generator=self.generator).log()
-        return scores + noise.to(scores.device)
-
-
-def _has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template shows a system turn: some refuse it, some leave it out."""
-    chat = [{"role": "system", "content": "probe"}, {"role": "user", "content": "question"}]
-    try:
-        return "probe" in tokenizer.apply_chat_template(chat, tokenize=False)
-    except TemplateError:
-        return False
-
-
-def _chat_files(names: list[str], gguf_file: str | None = None) -> list[str]:
-    """Of a repository's files those of its chat model and tokenizer."""
-    if gguf_file is not None and gguf_file not in names:
-        raise ValueError(f"no {gguf_file!r}; there are {sorted(name for name in names if name.endswith('.gguf'))}")
-    weights = [gguf_file] if gguf_file is not None else component_files(names)
-    return sorted({*weights, *component_files(names, weights=False)})
-
 
 def read_rewriter_config(path: Path) -> dict[str, Any]:
     """Reads a `rewriter_config.json` and refuses what this version does not know, and an endpoint.
@@ -537,3 +452,44 @@ def read_rewriter_config(path: Path) -> dict[str, Any]:
             "`--rewriter URL`. `rewriter=None` loads without a rewriter."
         )
     return config
+
+
+def build_messages(
+    prompt: str,
+    instruction: str = INSTRUCTION,
+    examples: Sequence[tuple[str, Any]] = EXAMPLES,
+    write: Callable[[Any], str] = format_answer,
+) -> list[dict[str, str]]:
+    """The chat that asks about a prompt, for sampling and for training a rewriter alike.
+
+    Args:
+        prompt (`str`): what should happen in the video.
+        instruction (`str`, *optional*): the system turn; left out of the chat where it is empty.
+        examples (sequence of `(prompt, answer)`, *optional*): earlier turns.
+        write (`Callable`, *optional*): an answer of the examples as text.
+
+    Returns:
+        `list[dict[str, str]]`: turns with a `role` and a `content`, the last one the user's.
+    """
+    messages = [{"role": "system", "content": instruction}] if instruction else []
+    for question, answer in examples:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": write(answer)}]
+    return [*messages, {"role": "user", "content": prompt}]
+
+
+def build_retry(messages: list[dict[str, str]], reason: str) -> list[dict[str, str]]:
+    """The chat that asks again after an answer that was not valid.
+
+    The bad answer is not in it: small models go on with what they wrote, or discuss it, and lose the prompt.
+    """
+    *earlier, question = messages
+    hint = f"(An earlier answer was not valid: {reason}.)"
+    return [*earlier, {"role": "user", "content": f"{question['content']}\n{hint}"}]
+
+
+def without_system_role(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The same chat for a template that knows no system role: the instruction opens the first user turn."""
+    if messages[0]["role"] != "system":
+        return messages
+    system, first, *rest = messages
+    return [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest]

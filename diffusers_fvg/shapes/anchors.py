@@ -18,10 +18,11 @@ import torch
 
 from ..animate.anchor import Anchor, anchor_pixels, encode_anchor
 from ..animate.fidelity import ANCHOR_DECODES, colour_shift, decode_anchored, low_frequency_drift
+from .blobs import find_objects
 from .held_out import attributes_stay, split_scenes
 from .prompts import object_at
 from .report import claims_table, provenance
-from .scorer import find_objects, score_anchor, score_video
+from .scorer import score_anchor, score_video
 from .study import noise
 from .summary import average, category_means
 from .world import Scene, ShapeObject, render

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..dreamer.conditions import embed_images, encode_pixels
+from .flow import exact_flow
 from .held_out import held_out_scenes
 from .loop import train, training_device
 from .prompts import CATEGORIES, brief_caption, motion_caption
@@ -218,7 +219,7 @@ def encode_scenes(folder: Path, scenes: list[Scene]) -> dict[str, torch.Tensor]:
     from diffusers import AutoencoderKL
     from transformers import CLIPVisionModelWithProjection
 
-    from ..dreamer.flow import exact_flow, latent_flow
+    from ..dreamer.flow import latent_flow
 
     vae = AutoencoderKL.from_pretrained(folder / "vae")
     image_encoder = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder")

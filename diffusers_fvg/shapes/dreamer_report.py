@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +21,14 @@ import PIL.Image
 import torch
 
 from ..animate.anchor import Anchor
-from ..dreamer.flow import dis_flow, exact_flow
+from ..dreamer.flow import dis_flow
+from .blobs import find_objects, label_maps
 from .dreamer import DESIGNS, GUIDANCE_SCALE, STEPS, TEXT_GUIDANCE_SCALE, VIDEO_STEPS, build_dreamer, design_part
+from .flow import exact_flow
 from .held_out import attributes_stay, score_written_motion, split_scenes
 from .prompts import motion_caption
 from .report import provenance
-from .scorer import label_maps, motion_amount, score_video
+from .scorer import motion_amount, score_video
 from .study import Cell, FirstFrames, Journal, journal_header, noise
 from .summary import average, standard_error
 from .world import Scene, render
@@ -222,10 +225,6 @@ def drift(pipe, scenes: Sequence[Scene], lengths: Sequence[int] = (32, 48), batc
 
 
 def _same_objects(frame: np.ndarray, scene: Scene) -> bool:
-    from collections import Counter
-
-    from .scorer import find_objects
-
     wanted = Counter((item.colour, item.shape) for item in scene.objects)
     return Counter((blob.colour, blob.shape) for blob in find_objects(frame)) == wanted
 

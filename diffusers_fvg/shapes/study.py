@@ -23,9 +23,10 @@ import torch
 
 from ..animate.anchor import Anchor
 from ..lora.anchor_lora import ADAPTER_NAME
+from .blobs import find_objects
 from .held_out import attributes_stay, score_written_caption, settled_caption, split_scenes
 from .prompts import CAPTION_START
-from .scorer import find_objects, label_iou, motion_amount, score_anchor, score_video
+from .scorer import label_iou, motion_amount, score_anchor, score_video
 from .summary import average
 from .world import Scene, render
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..rewrite.prompts import build_messages
+from ..rewrite.rewriter import FirstFrameRewriter, build_messages
 from ..rewrite.tasks import FIRST_FRAME, MOTION, RewriterTask, storyboard_task
 from .held_out import held_out_scenes, score_written_caption, score_written_motion, score_written_storyboard
 from .loop import train, training_device
@@ -102,7 +102,6 @@ def train_rewriter(
     """Trains and writes `folder/rewriter` (float16)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from ..rewrite.rewriter import FirstFrameRewriter
     from .tokenizer import chat_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,16 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
+from tiny_dreamer import (
+    clip_tokenizer,
+    tiny_clip_text,
+    tiny_clip_vision,
+    tiny_dreamer_pipeline,
+    tiny_image_vae,
+    tiny_motion_encoder,
+    tiny_tokenizer,
+    tiny_unet2d,
+)
 from training_runs import CAPTIONS, save_videos
 
 from diffusers_fvg import Anchor
@@ -31,19 +41,6 @@ from diffusers_fvg.training.dreamer import (
     text_encoding,
 )
 from diffusers_fvg.training.dreamer_config import DreamerConfig
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "dreamer"))
-from tiny_dreamer import (  # noqa: E402
-    clip_tokenizer,
-    tiny_clip_text,
-    tiny_clip_vision,
-    tiny_dreamer_pipeline,
-    tiny_image_vae,
-    tiny_motion_encoder,
-    tiny_tokenizer,
-    tiny_unet2d,
-)
 
 
 OPTIONS = {

@@ -10,9 +10,9 @@ import torch
 from diffusers_fvg.cli import parser
 from diffusers_fvg.embedded import EMBEDDED_FOLDER, load_embedded_dreamer
 from diffusers_fvg.shapes import dreamer, dreamer_image
+from diffusers_fvg.shapes.blobs import find_objects
 from diffusers_fvg.shapes.dreamer import DESIGNS, PLAIN, VIDEO_STEPS, train_dreamer
 from diffusers_fvg.shapes.dreamer_report import claims, detail, flow_error, report_text, still_region, trained_steps
-from diffusers_fvg.shapes.scorer import find_objects
 from diffusers_fvg.shapes.train import Part
 from diffusers_fvg.shapes.world import Change, Scene, ShapeObject, render
 

@@ -3,10 +3,8 @@
 import contextlib
 import copy
 import random
-import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -18,15 +16,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from tiny import tiny_pipeline, tiny_transformer
 from tiny_cogvideox import tiny_cogvideox_pipeline
+from tiny_dreamer import tiny_dreamer_pipeline
 
 from diffusers_fvg import Anchor, AnchorLora, FactorizedVideoPipeline, load_lora
 from diffusers_fvg.locks import exclusive
 from diffusers_fvg.lora.scales import AdapterScales
 from diffusers_fvg.schedules.presets import WAN_PRESETS, SchedulerPresets, unipc_preset
-
-
-sys.path.insert(0, str(Path(__file__).parent / "dreamer"))
-from tiny_dreamer import tiny_dreamer_pipeline  # noqa: E402
 
 
 SIZE = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16, "output_type": "pt"}

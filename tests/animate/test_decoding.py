@@ -16,7 +16,7 @@ from diffusers_fvg.animate.decoding import decode_chunks, decode_frames, decode_
 from diffusers_fvg.media import frames_to_uint8, read_video, write_video
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
 from harness import LiveBytes  # noqa: E402
 
 

@@ -24,7 +24,7 @@ from diffusers_fvg.shapes.scorer import score_anchor
 from diffusers_fvg.shapes.world import Change, Scene, ShapeObject, render
 
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from diffusers_fvg.pipelines.profiles import (
 )
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
 from harness import SIZES, LiveBytes, build_transformer, transformer_inputs  # noqa: E402
 
 
@@ -215,7 +215,7 @@ def test_no_accelerator():
 
 def test_readme_s_table_is_what_is_planned(real):
     words = {"none": "all", "model": "stages", "group": "layers"}
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (Wan2\.2-\S+), \d+x\d+, \d+ frames \| (.*) \|$", readme, re.MULTILINE)
     assert len(rows) == 2
     for model, cells in rows:

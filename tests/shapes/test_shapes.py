@@ -12,7 +12,8 @@ import pytest
 from scipy import ndimage
 from transformers import AutoTokenizer
 
-from diffusers_fvg.shapes import scorer, tokenizer
+from diffusers_fvg.shapes import blobs, tokenizer
+from diffusers_fvg.shapes.blobs import find_objects
 from diffusers_fvg.shapes.held_out import score_written_caption
 from diffusers_fvg.shapes.prompts import (
     CAPTION_START,
@@ -26,7 +27,6 @@ from diffusers_fvg.shapes.prompts import (
     planned_caption,
 )
 from diffusers_fvg.shapes.scorer import (
-    find_objects,
     label_iou,
     later_words,
     motion_amount,
@@ -210,7 +210,7 @@ def test_partly_hidden_shapes_are_read_from_what_shows():
 def test_median_is_the_median():
     frames = np.random.default_rng(0).integers(0, 256, size=(2, 11, 13, 3), dtype=np.uint8)
     expected = ndimage.median_filter(frames, size=(1, 3, 3, 1), mode="nearest")
-    np.testing.assert_array_equal(scorer._median(frames), expected)
+    np.testing.assert_array_equal(blobs._median(frames), expected)
 
 
 # --- scores of clips -------------------------------------------------------------------------------------------------

@@ -5,15 +5,8 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from diffusers_fvg.schedules.presets import (
-    WAN_PRESETS,
-    SchedulerPreset,
-    SchedulerPresets,
-    add_noise,
-    shifted_sigmas,
-    unipc_preset,
-    velocity,
-)
+from diffusers_fvg.schedules.flow import add_noise, shifted_sigmas, velocity
+from diffusers_fvg.schedules.presets import WAN_PRESETS, SchedulerPreset, SchedulerPresets, unipc_preset
 
 
 def test_sign_convention_is_noise_at_one_and_data_at_zero():

@@ -1,4 +1,3 @@
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,10 +5,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-
-
-sys.path.append(str(Path(__file__).parent / "training"))
-
 from training_runs import moving_square, save_cogvideox_model, save_config, save_model, save_videos, tiny_config
 
 from diffusers_fvg.evaluation.validation import make_validate

@@ -20,13 +20,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from diffusers_fvg.rewrite.prompts import (
     EXAMPLES,
     INSTRUCTION,
-    build_messages,
-    build_retry,
     caption_problem,
     format_answer,
     parse_answer,
 )
-from diffusers_fvg.rewrite.rewriter import ChatEndpoint, FirstFrameRewriter
+from diffusers_fvg.rewrite.rewriter import ChatEndpoint, FirstFrameRewriter, build_messages, build_retry
 from diffusers_fvg.shapes.prompts import CATEGORIES, make_scene
 from diffusers_fvg.shapes.tokenizer import chat_tokenizer
 

@@ -1,0 +1,108 @@
+"""How a chat model of transformers is fetched and made to write: its files, its template, and what acts on every token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jinja2 import TemplateError
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ..checks import stop_unless_finite
+from ..loading.files import component_files
+from .chat_endpoint import RETRY_TEMPERATURE, RETRY_TOP_P
+
+
+RETRY_TOP_K = 50
+
+
+def chat_files(names: list[str], gguf_file: str | None = None) -> list[str]:
+    """Of a repository's files those of its chat model and tokenizer."""
+    if gguf_file is not None and gguf_file not in names:
+        raise ValueError(f"no {gguf_file!r}; there are {sorted(name for name in names if name.endswith('.gguf'))}")
+    weights = [gguf_file] if gguf_file is not None else component_files(names)
+    return sorted({*weights, *component_files(names, weights=False)})
+
+
+def has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template shows a system turn: some refuse it, some leave it out."""
+    chat = [{"role": "system", "content": "probe"}, {"role": "user", "content": "question"}]
+    try:
+        return "probe" in tokenizer.apply_chat_template(chat, tokenize=False)
+    except TemplateError:
+        return False
+
+
+def generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+) -> GenerationConfig:
+    """Greedy, up to any of the tokens that end a turn."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    # A base model's end of text may be all that the model knows of, where the chat ends its turns with another token.
+    ends = sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        # Chat models come with a penalty on words that were there before; here they should be repeated.
+        repetition_penalty=1.0,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0],
+    )
+
+
+def token_processors(seed: int | None) -> list[LogitsProcessor]:
+    """What acts on the scores of every token: a check, and with a seed a draw in place of the most likely one."""
+    processors: list[LogitsProcessor] = [StopUnlessFinite()]
+    if seed is not None:
+        processors += [
+            TemperatureLogitsWarper(RETRY_TEMPERATURE),
+            TopKLogitsWarper(RETRY_TOP_K),
+            TopPLogitsWarper(RETRY_TOP_P),
+            SeededDraw(seed),
+        ]
+    return processors
+
+
+class StopWhen(StoppingCriteria):
+    def __init__(self, should_stop: Callable[[], bool]):
+        self.should_stop = should_stop
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        return torch.full((input_ids.shape[0],), self.should_stop(), dtype=torch.bool, device=input_ids.device)
+
+
+class StopUnlessFinite(LogitsProcessor):
+    def __init__(self):
+        self.token = 0
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self.token += 1
+        # A model may rule tokens out with minus infinity.
+        stop_unless_finite("rewrite", scores.clamp(min=torch.finfo(scores.dtype).min), step=f"token {self.token}")
+        return scores
+
+
+class SeededDraw(LogitsProcessor):
+    """Makes the most likely token a draw: the largest of log probabilities plus Gumbel noise has those probabilities.
+
+    `generate` samples from torch's global random state; here the draws have a generator of their own, so that threads do not
+    disturb each other.
+    """
+
+    def __init__(self, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        noise = -torch.empty(scores.shape).exponential_(generator=self.generator).log()
+        return scores + noise.to(scores.device)

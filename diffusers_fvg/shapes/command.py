@@ -1,0 +1,124 @@
+"""`fvg shapes`: the embedded model's world on the command line. Light to import."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from ..pipelines.pipeline_factorized_video import FactorizedVideoPipeline
+
+# In the order of training: each part builds on those before it.
+SHAPES_PARTS = ("vae", "rewriter", "cache", "text", "base", "composer", "lora", "distilled")
+
+
+def add_shapes(commands: argparse._SubParsersAction, add_model: Callable[[argparse.ArgumentParser], None]) -> None:
+    """Adds `shapes` to the commands of `fvg`; `add_model` adds the flags that name a pipeline."""
+    shapes = commands.add_parser("shapes", help="the embedded model's world: train the model again, or score one")
+    actions = shapes.add_subparsers(dest="action", required=True, metavar="ACTION")
+    train = actions.add_parser("train", help="train all parts from nothing; continues where it stopped")
+    train.add_argument("folder", type=Path, help="for checkpoints, logs and the finished repository")
+    train.add_argument("--parts", nargs="+", choices=SHAPES_PARTS, default=SHAPES_PARTS)
+    dreamer = actions.add_parser(
+        "dreamer", help="train the shapes model of Factorized-Dreamer; continues where it stopped"
+    )
+    dreamer.add_argument("folder", type=Path, help="for checkpoints, logs and the finished repository")
+    dreamer.add_argument("--designs", nargs="*", default=(), help="also train these for the report, such as no_paca")
+    dreamer.add_argument("--design-steps", type=int, default=3000, help="how long each (default: %(default)s)")
+    dreamer.add_argument("--report", type=Path, metavar="DIR", help="then score all that is trained (synthetic)")
+    _add_report(actions, add_model)
+
+
+def _add_report(actions: argparse._SubParsersAction, add_model: Callable[[argparse.ArgumentParser], None]) -> None:
+    report = actions.add_parser("report", help="score a model on held-out prompts, arm by arm (synthetic)")
+    report.add_argument("folder", type=Path, help="for records, JSON, tables and figures; continues what is there")
+    add_model(report)
+    report.add_argument("--per-category", type=int, default=9, help="prompts (default: %(default)s)")
+    report.add_argument("--seeds", type=int, help="how many (default: 3, with --quick 1)")
+    kind = report.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--quick", action="store_true", help="instead one table: three arms, 15 steps, guidance as it is"
+    )
+    kind.add_argument("--storyboard", action="store_true", help="instead several anchors against one")
+    kind.add_argument(
+        "--anchors", action="store_true", help="instead both ends, continued clips, colours of anchors; one seed"
+    )
+    kind.add_argument(
+        "--ablation",
+        nargs="+",
+        metavar="NAME=DIR",
+        help="instead compare anchor LoRAs: folders with pytorch_lora_weights.safetensors, each at strengths 0.55, 1, 1.4",
+    )
+    kind.add_argument(
+        "--distilled", metavar="DIR", type=Path, help="instead ways to guide, a LoRA with guidance in it"
+    )
+    kind.add_argument(
+        "--window", nargs="*", metavar="WINDOW=DIR", help="instead window attention, with LoRAs trained under it"
+    )
+
+
+def run_shapes(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], FactorizedVideoPipeline]) -> None:
+    """Runs `fvg shapes`; `load` loads the pipeline that `--model` names."""
+    if arguments.action == "report":
+        _report(arguments, load)
+        return
+    if arguments.action == "dreamer":
+        from ..embedded import EMBEDDED_FOLDER, load_embedded
+        from .dreamer import train_dreamer
+        from .dreamer_report import write_dreamer_report
+
+        train_dreamer(arguments.folder, EMBEDDED_FOLDER, arguments.designs, arguments.design_steps)
+        if arguments.report:
+            print(write_dreamer_report(load_embedded(), arguments.folder, arguments.report))
+        return
+    from .train import train_all
+
+    train_all(arguments.folder, arguments.parts)
+
+
+def _named_folders(flag: str, name: str, pairs: Sequence[str]) -> dict[str, Path]:
+    folders = dict(pair.partition("=")[::2] for pair in pairs)
+    for key, path in folders.items():
+        if not key or not path:
+            raise ValueError(f"{flag} {key}{path}: give {name}=DIR.")
+    return {key: Path(path) for key, path in folders.items()}
+
+
+def _report(arguments: argparse.Namespace, load: Callable) -> None:
+    loras = _named_folders("--ablation", "NAME", arguments.ablation or ())
+    windows = _named_folders("--window", "WINDOW", arguments.window or ())
+    wrong = [window for window in windows if not window.isdecimal()]
+    if wrong:
+        raise ValueError(f"--window {wrong[0]}={windows[wrong[0]]}: WINDOW is a number of latent frames.")
+    seeds = arguments.seeds if arguments.seeds is not None else 1 if arguments.quick else 3
+    if min(seeds, arguments.per_category) < 1:
+        raise ValueError(f"--seeds {seeds} and --per-category {arguments.per_category} must be at least 1.")
+    from .ablation import write_ablation
+    from .anchors import write_anchors_report
+    from .distillation import write_guidance_report
+    from .report import write_quick_report, write_study
+    from .storyboard import write_storyboard_report
+    from .study import StudySettings
+    from .window import write_window_report
+
+    pipe = load(arguments)
+    pipe.set_progress_bar_config(disable=True)
+    size = {"per_category": arguments.per_category, "seeds": seeds}
+    if arguments.quick:
+        print(write_quick_report(pipe, arguments.folder, **size))
+    elif arguments.storyboard:
+        print(write_storyboard_report(pipe, arguments.folder, **size))
+    elif arguments.anchors:
+        print(write_anchors_report(pipe, arguments.folder, arguments.per_category))
+    elif loras:
+        print(write_ablation(pipe, arguments.folder, loras, **size))
+    elif arguments.distilled:
+        print(write_guidance_report(pipe, arguments.folder, arguments.distilled, **size))
+    elif arguments.window is not None:
+        trained = {int(window): path for window, path in windows.items()}
+        print(write_window_report(pipe, arguments.folder, loras=trained, **size))
+    else:
+        print(write_study(pipe, arguments.folder, StudySettings(**size)))
