@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from diffusers import AutoencoderKL
 from transformers import (
     CLIPTextModel,
@@ -58,3 +59,22 @@ def check_components(
             )
     if (text_encoder_2 is None) != (tokenizer_2 is None):
         raise ValueError("`text_encoder_2` and `tokenizer_2` belong together; give both or none.")
+
+
+def check_embeds(
+    name: str, embeds: torch.Tensor | None, motion_embeds: torch.Tensor | None, num_prompts: int, width: int | None
+) -> None:
+    """Refuses embeddings of a call that do not belong together, or have another shape than the UNet takes.
+
+    Args:
+        name (`str`): of CLIP's; T5's have `_2` after it.
+        embeds, motion_embeds (`torch.Tensor`, *optional*): CLIP's and T5's.
+        num_prompts (`int`): of the call.
+        width (`int`, *optional*): `motion_embed_dim` of the UNet.
+    """
+    if width is not None and (motion_embeds is None) != (embeds is None):
+        raise ValueError(f"`{name}` are of CLIP and `{name}_2` of T5; give both or none.")
+    if motion_embeds is not None and (motion_embeds.ndim != 3 or motion_embeds.shape[::2] != (num_prompts, width)):
+        raise ValueError(
+            f"`{name}_2` has shape {tuple(motion_embeds.shape)}, but this call needs ({num_prompts}, tokens, {width})."
+        )

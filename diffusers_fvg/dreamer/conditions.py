@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from diffusers import AutoencoderKL
 from diffusers.utils import logging
 from transformers import CLIPVisionModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel, UMT5EncoderModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from ..animate.anchor import crop_and_resize
+from ..animate.anchor import Anchor, crop_and_resize, pictures_of
+from ..devices import get_module_execution_device
 
 
 logger = logging.get_logger(__name__)
@@ -59,3 +63,54 @@ def embed_motion(
             )
     mask = tokens.attention_mask.to(device)
     return text_encoder(tokens.input_ids.to(device), mask).last_hidden_state * mask[..., None]
+
+
+def image_conditions(
+    unet_config: Mapping[str, Any],
+    vae: AutoencoderKL,
+    image_encoder: CLIPVisionModelWithProjection | None,
+    pixels: torch.Tensor,
+    image_latents: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """What the designs of a UNet take of first frames: `image_latents`, `image_embeds`, both or none.
+
+    Args:
+        unet_config (`Mapping`): of the UNet.
+        vae, image_encoder: of the pipeline; each runs where it is.
+        pixels (`torch.Tensor` of shape `(N, 3, H, W)`): in [-1, 1].
+        image_latents (`torch.Tensor` of shape `(N, C, h, w)`, *optional*): of the same pictures, where they are known.
+    """
+    conditions = {}
+    if unet_config["paca"] is not None:
+        if image_latents is None:
+            image_latents = encode_pixels(vae, pixels.to(get_module_execution_device(vae)))
+        conditions["image_latents"] = image_latents
+    if unet_config["t2i_adapter"] is not None:
+        conditions["image_embeds"] = embed_images(image_encoder, pixels.to(get_module_execution_device(image_encoder)))
+    return conditions
+
+
+def resolve_first_frame(
+    anchors: Sequence[Anchor], num_frames: int, unet_config: Mapping[str, Any]
+) -> list[tuple[range, Anchor]]:
+    """Checks the anchors of one video, of which this model takes one, and returns it with the frame that it is.
+
+    Raises:
+        `ValueError`: anything but one fixed picture at frame 0, or a UNet without a design that takes one.
+    """
+    if anchors and unet_config["paca"] is None and unet_config["t2i_adapter"] is None:
+        raise ValueError(
+            'The UNet has neither `paca` nor `t2i_adapter`, so it takes no first frame; use `mode="direct"`.'
+        )
+    for anchor in anchors:
+        if len(pictures_of(anchor.image)) > 1:
+            raise ValueError("This model takes one picture as its first frame, but the anchor is a run of several.")
+        if anchor.frame_index not in (0, -num_frames):
+            raise ValueError(
+                f"Anchor at `frame_index={anchor.frame_index}`: this model takes a first frame only; use 0."
+            )
+        if anchor.strength != 1:
+            raise ValueError(f"Anchor `strength={anchor.strength}`: this model takes a fixed first frame only; use 1.")
+    if len(anchors) > 1:
+        raise ValueError(f"This model takes one anchor, its first frame, but got {len(anchors)}.")
+    return [(range(1), anchor) for anchor in anchors]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,12 +26,12 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from ..animate.anchor import Anchor, crop_and_resize, pictures_of
+from ..animate.anchor import Anchor, crop_and_resize
 from ..checks import check_size, stop_unless_finite
 from ..compose.composer import AnchorComposer
 from ..devices import get_module_execution_device
-from ..dreamer.components import check_components
-from ..dreamer.conditions import decode_latents, embed_images, embed_motion, encode_pixels
+from ..dreamer.components import check_components, check_embeds
+from ..dreamer.conditions import decode_latents, embed_motion, image_conditions, resolve_first_frame
 from ..dreamer.schedule import DREAMER_PRESETS
 from ..dreamer.unet import FactorizedDreamerUNet
 from ..locks import exclusive
@@ -158,16 +159,8 @@ class FactorizedDreamerPipeline(
         if request.motion_prompt is not None and request.prompt is None:
             raise ValueError("Only one of `motion_prompt` and `prompt_embeds` can be used: both are the video's text.")
         for name in ("prompt_embeds", "negative_prompt_embeds"):
-            embeds = getattr(request, f"{name}_2")
-            if config.motion_embed_dim is not None and (embeds is None) != (getattr(request, name) is None):
-                raise ValueError(f"`{name}` are of CLIP and `{name}_2` of T5; give both or none.")
-            if embeds is not None and (
-                embeds.ndim != 3 or embeds.shape[::2] != (request.num_prompts, config.motion_embed_dim)
-            ):
-                raise ValueError(
-                    f"`{name}_2` has shape {tuple(embeds.shape)}, but this call needs ({request.num_prompts}, tokens, "
-                    f"{config.motion_embed_dim})."
-                )
+            pair = getattr(request, name), getattr(request, f"{name}_2")
+            check_embeds(name, *pair, request.num_prompts, config.motion_embed_dim)
         if request.fps is not None and not config.fps_conditioning:
             raise ValueError(f"`fps={request.fps}` was given, but the UNet has no `fps_conditioning`; leave it out.")
         sampling = request.sampling(self)
@@ -176,29 +169,7 @@ class FactorizedDreamerPipeline(
             raise ValueError(f"{scheduler} steps in a way of its own; use CogVideoXDDIMScheduler or DDIMScheduler.")
 
     def _anchor_resolver(self) -> AnchorResolver:
-        return self._first_frame
-
-    def _first_frame(self, anchors: Sequence[Anchor], num_frames: int) -> list[tuple[range, Anchor]]:
-        if anchors and self.unet.config.paca is None and self.unet.config.t2i_adapter is None:
-            raise ValueError(
-                'The UNet has neither `paca` nor `t2i_adapter`, so it takes no first frame; use `mode="direct"`.'
-            )
-        for anchor in anchors:
-            if len(pictures_of(anchor.image)) > 1:
-                raise ValueError(
-                    "This model takes one picture as its first frame, but the anchor is a run of several."
-                )
-            if anchor.frame_index not in (0, -num_frames):
-                raise ValueError(
-                    f"Anchor at `frame_index={anchor.frame_index}`: this model takes a first frame only; use 0."
-                )
-            if anchor.strength != 1:
-                raise ValueError(
-                    f"Anchor `strength={anchor.strength}`: this model takes a fixed first frame only; use 1."
-                )
-        if len(anchors) > 1:
-            raise ValueError(f"This model takes one anchor, its first frame, but got {len(anchors)}.")
-        return [(range(1), anchor) for anchor in anchors]
+        return partial(resolve_first_frame, unet_config=self.unet.config)
 
     def _windows(self, num_frames: int) -> tuple[int, int]:
         """Number of windows and frames of each. Every window after the first repeats the last frame of the one before."""
@@ -250,16 +221,7 @@ class FactorizedDreamerPipeline(
     def _image_conditions(
         self, pixels: torch.Tensor, image_latents: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """Of pictures `(N, 3, H, W)` in [-1, 1], whose latents may be known."""
-        conditions = {}
-        if self.unet.config.paca is not None:
-            if image_latents is None:
-                image_latents = encode_pixels(self.vae, pixels.to(get_module_execution_device(self.vae)))
-            conditions["image_latents"] = image_latents
-        if self.unet.config.t2i_adapter is not None:
-            device = get_module_execution_device(self.image_encoder)
-            conditions["image_embeds"] = embed_images(self.image_encoder, pixels.to(device))
-        return conditions
+        return image_conditions(self.unet.config, self.vae, self.image_encoder, pixels, image_latents)
 
     def _next_anchor(self, latents: torch.Tensor) -> dict[str, torch.Tensor]:
         """The last frame as the anchor of the next window. Its latents are not decoded and encoded again, which would blur."""
