@@ -214,20 +214,16 @@ class FactorizedDreamerPipeline(
         device = self._execution_device
         numbers = {key: number for number, key in enumerate(pictures)}
         index = torch.tensor([numbers[id(video[0].image)] if video else 0 for video in anchors], device=device)
-        conditions = self._image_conditions(pixels)
+        conditions = image_conditions(self.unet.config, self.vae, self.image_encoder, pixels)
         conditions = {name: value.to(device)[index] for name, value in conditions.items()}
         return conditions | {"image_mask": torch.tensor([float(bool(video)) for video in anchors], device=device)}
-
-    def _image_conditions(
-        self, pixels: torch.Tensor, image_latents: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
-        return image_conditions(self.unet.config, self.vae, self.image_encoder, pixels, image_latents)
 
     def _next_anchor(self, latents: torch.Tensor) -> dict[str, torch.Tensor]:
         """The last frame as the anchor of the next window. Its latents are not decoded and encoded again, which would blur."""
         last = latents[:, :, -1]
         pixels = decode_latents(self.vae, last.to(get_module_execution_device(self.vae)))
-        return {name: value.to(last.device) for name, value in self._image_conditions(pixels, last).items()}
+        conditions = image_conditions(self.unet.config, self.vae, self.image_encoder, pixels, last)
+        return {name: value.to(last.device) for name, value in conditions.items()}
 
     def encode_motion(self, texts: list[str], max_sequence_length: int) -> torch.Tensor | None:
         """T5 tokens of the motion's text, `(B, max_sequence_length, motion_embed_dim)`, or `None` for a UNet without."""
@@ -355,10 +351,9 @@ class FactorizedDreamerPipeline(
             for window, latents in enumerate(noise):
                 scheduler = request.make_scheduler(self, latents.device)
                 latents = latents * scheduler.init_noise_sigma
-                first = window * len(scheduler.timesteps)
                 self._num_timesteps = num_windows * len(scheduler.timesteps)
                 predict = self._predictor(request, len(latents), conditions)
-                for i, t in enumerate(scheduler.timesteps, start=first):
+                for i, t in enumerate(scheduler.timesteps, start=window * len(scheduler.timesteps)):
                     if self.interrupt:
                         break
                     sample = scheduler.scale_model_input(latents, t).to(self.unet.dtype)
@@ -368,8 +363,7 @@ class FactorizedDreamerPipeline(
                     latents, texts["prompt_embeds"], texts["negative_prompt_embeds"] = request.after_step(
                         self, i, t, latents=latents, **named
                     )
-                    place = f"step {i + 1} of {self._num_timesteps}"
-                    stop_unless_finite("denoise", latents, self.unet.dtype, place)
+                    stop_unless_finite("denoise", latents, self.unet.dtype, f"step {i + 1} of {self._num_timesteps}")
                     report(i + 1, self._num_timesteps)
                 # Its first frame is the last one of the window before.
                 made.append(latents if window == 0 else latents[:, :, 1:])

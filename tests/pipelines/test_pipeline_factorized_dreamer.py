@@ -29,6 +29,7 @@ from diffusers_fvg.animate.anchor import Anchor, crop_and_resize
 from diffusers_fvg.dreamer.conditions import embed_images, embed_motion, encode_pixels
 from diffusers_fvg.dreamer.schedule import dreamer_schedule
 from diffusers_fvg.dreamer.unet import FactorizedDreamerUNet
+from diffusers_fvg.pipelines import pipeline_factorized_dreamer as module
 from diffusers_fvg.pipelines.pipeline_factorized_dreamer import FactorizedDreamerPipeline
 from diffusers_fvg.rewrite.rewriter import FirstFrameRewriter
 
@@ -210,7 +211,7 @@ def test_image_and_motion_are_read_once(pipe):
 # -- longer clips
 
 
-def test_windows_begin_where_the_last_one_ended(pipe):
+def test_windows_begin_where_the_last_one_ended(pipe, monkeypatch):
     # 4 frames are trained: 0-3, 3-6, 6-9, of which the last two are not asked for.
     latents = torch.randn(1, 4, 12, 8, 8, generator=seeded())
     steps = []
@@ -228,10 +229,10 @@ def test_windows_begin_where_the_last_one_ended(pipe):
     first = pipe(PROMPT, image=picture(), latents=latents[:, :, :4], **LATENTS).frames
     assert torch.equal(made[:, :, :4], first)
     pixels = pipe.decode(first[:, :, 3:], "pt")[0, 0]
-    image_latents, find = first[:, :, 3], pipe._image_conditions
-    pipe._image_conditions = lambda pixels: find(pixels, image_latents)
+    image_latents, find = first[:, :, 3], module.image_conditions
+    monkeypatch.setattr(module, "image_conditions", lambda *parts: find(*parts, image_latents))
     second = pipe(PROMPT, anchors=Anchor(pixels), latents=latents[:, :, 4:8], **LATENTS).frames
-    del pipe._image_conditions
+    monkeypatch.undo()
     assert (made[:, :, 4:7] - second[:, :, 1:]).abs().max() < 1e-5
     with pytest.raises(
         ValueError, match=r"`latents` has shape \(1, 4, 4, 8, 8\), but this call needs \(1, 4, 12, 8, 8\)"
