@@ -1,7 +1,7 @@
 """What `DiffusionPipeline.from_pretrained` was called with, for the components that it loads.
 
 diffusers hands a component its dtype and its share of the quantization config, and keeps the rest to itself. A component that
-fetches from another repository needs the rest too. `loading_patches.py` keeps it while the call runs.
+fetches from another repository needs the rest too. `loading/patches.py` keeps it while the call runs.
 """
 
 from __future__ import annotations

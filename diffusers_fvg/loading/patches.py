@@ -144,7 +144,7 @@ def add_modular(model_name: str, pipeline_class: type, modular_class: type) -> N
 
 
 def keep_arguments(load: Callable) -> Callable:
-    """Keeps what `DiffusionPipeline.from_pretrained` was called with while it runs; see `loading.py`.
+    """Keeps what `DiffusionPipeline.from_pretrained` was called with while it runs; see `loading/arguments.py`.
 
     diffusers hands a component its dtype and its quantization and keeps the rest to itself: token, cache and the variant
     of what is behind a reference would be lost (since 0.1; no thread found). What is kept only our components read.

@@ -2,7 +2,7 @@
 
 diffusers and transformers look for a pickle when a folder has no safetensors weights, unless `use_safetensors=True` is
 passed, follow any file name in an index of shards, and fetch what some settings name. [`load_guarded`] closes this for
-pipelines of this package, on whatever class `from_pretrained` is called; `loading_patches.py` has the loader call it.
+pipelines of this package, on whatever class `from_pretrained` is called; `loading/patches.py` has the loader call it.
 `SECURITY.md` lists the settings and what holds them.
 """
 

@@ -1,4 +1,4 @@
-"""LoRA keys of every known format, and what their tensors are for a transformer. Pure functions; `lora.py` loads.
+"""LoRA keys of every known format, and what their tensors are for a transformer. Pure functions; `loader.py` loads.
 
 A key is read as prefixes, a module, and a kind of tensor. Module names of three vocabularies lead to a module of the
 transformer at hand; they are derived from the model itself, so that there is one path for all formats and none of them

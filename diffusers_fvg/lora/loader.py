@@ -1,6 +1,6 @@
 """LoRA files of every known key format, loaded into the video transformers with nothing lost in silence.
 
-`lora_formats.py` says what the keys of a file are for. Low-rank pairs become layers of PEFT, deltas of norms, modulation
+`formats.py` says what the keys of a file are for. Low-rank pairs become layers of PEFT, deltas of norms, modulation
 tables and biases a [`~lora.deltas.ParameterDeltas`].
 """
 

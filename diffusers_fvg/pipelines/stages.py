@@ -44,7 +44,7 @@ class FactorizedStages(ABC):
     returns `True`, or what is wrong with it as text, for one that must not be animated. It is no component and not saved.
     """
 
-    # What `loading_patches` asks a pipeline's class, and tells our classes by.
+    # What `loading/patches.py` asks a pipeline's class, and tells our classes by.
     safetensors_only = True
     _is_onnx = NOT_ONNX
     safety_checker: Callable[[PIL.Image.Image], bool | str | None] | None = None

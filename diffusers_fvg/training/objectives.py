@@ -53,7 +53,7 @@ class VPrediction:
     ([`schedules.cogvideox`]); a time for every patch of latent frames.
 
     Args:
-        sigmas (`torch.Tensor` of shape `(T,)`): from `schedules_cogvideox.training_sigmas`.
+        sigmas (`torch.Tensor` of shape `(T,)`): from [`schedules.cogvideox.training_sigmas`].
         frames_per_patch (`int`): of the model, `patch_size_t`.
     """
 
