@@ -84,7 +84,9 @@ def test_parameters_of_a_wan_model_by_hand(name):
 
 
 @every_model
-def test_an_anchor_lora_fits_every_expert(facts):
+def test_an_anchor_lora_fits_every_expert(facts, monkeypatch):
+    # Tensors on the meta device have no values to check.
+    monkeypatch.setattr("diffusers_fvg.lora.loader.check_finite", lambda name, values: None)
     experts = ["transformer"] if facts.boundary_ratio is None else ["transformer", "transformer_2"]
     models = [on_meta(diffusers_fvg, facts.anchored_class, facts) for _ in experts]
     # Attention and feed-forward layers, as training adapts them.
