@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from typing import Any, Self
+from collections import OrderedDict
+from typing import Self
 
-import torch
 from accelerate import init_empty_weights
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from diffusers import ModelMixin
+from diffusers.hooks.hooks import HookRegistry
+from torch import nn
 
 
 class StockWeights:
@@ -36,11 +40,15 @@ class StockWeights:
 
     @classmethod
     def from_stock(cls, transformer: ModelMixin) -> Self:
-        """The same model as this class, sharing its weights: no copy is made. One of this class is returned as it is.
+        """The same model as this class. One of this class is returned as it is.
+
+        Layers are taken over as they are, quantized, cast or offloaded, with their weights: nothing is copied. What holds them
+        is new, so that neither model sees an adapter, a processor or a window that the other gets.
 
         Raises:
-            `ValueError`: anything but a `stock_class`, or one with adapters (load them afterwards).
+            `ValueError`: anything but a `stock_class`, one with adapters, or one with attention processors of somebody's own.
         """
+        transformer = getattr(transformer, "_orig_mod", transformer)
         if isinstance(transformer, cls):
             return transformer
         if not isinstance(transformer, cls.stock_class):
@@ -52,14 +60,17 @@ class StockWeights:
                 f"The {cls.stock_class.__name__} has adapters {sorted(transformer.peft_config)}; load them after the pipeline "
                 "is made."
             )
-        return cls._sharing(transformer.config, transformer.state_dict())
+        holders = _copied_holders(transformer)
+        model = holders[transformer]
+        model.__class__ = cls
+        model._convert()
+        for holder, copied in holders.items():
+            _copy_hooks(holder, copied, holders)
+        return model
 
-    @classmethod
-    def _sharing(cls, config: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> Self:
-        with init_empty_weights(include_buffers=False):
-            model = cls.from_config(config)
-        model.load_state_dict(state_dict, assign=True)
-        return model.eval()
+    def _convert(self) -> None:
+        """Gives the parts of a stock model the classes that this one has. Defined by the model."""
+        raise NotImplementedError
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Saves the base weights in the stock format. Adapters are left out: they are files of their own.
@@ -77,4 +88,59 @@ class StockWeights:
         # Deltas of norms and modulation tables act on the weights themselves.
         if hasattr(self, "parameter_deltas"):
             base |= self.parameter_deltas.originals
-        self._sharing(self.config, base).save_pretrained(save_directory, *args, **kwargs)
+        with init_empty_weights(include_buffers=False):
+            model = type(self).from_config(self.config)
+        model.load_state_dict(base, assign=True)
+        model.save_pretrained(save_directory, *args, **kwargs)
+
+
+# What hooks put on an instance: bound to it, they are made anew on a copy.
+_HOOKED = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook")
+
+
+def _copied_holders(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Copies of the modules that hold others, which hold copies in turn and the layers at the ends as they are.
+
+    Returns:
+        `dict`: module -> copy, the model itself last. Parameters and buffers are the same objects.
+    """
+    holders: dict[nn.Module, nn.Module] = {}
+
+    def copied(module: nn.Module) -> nn.Module:
+        if not module._modules:
+            return module
+        if module not in holders:
+            other = module.__class__.__new__(module.__class__)
+            state = {name: value for name, value in vars(module).items() if name not in _HOOKED}
+            # Plain dictionaries only: a configuration is one too, and cannot be changed.
+            state = {
+                name: copy.copy(value) if type(value) in (dict, OrderedDict, set) else value
+                for name, value in state.items()
+            }
+            other.__dict__ = state
+            other._modules = {name: child and copied(child) for name, child in module._modules.items()}
+            holders[module] = other
+        return holders[module]
+
+    copied(model)
+    return holders
+
+
+def _copy_hooks(module: nn.Module, copied: nn.Module, holders: dict[nn.Module, nn.Module]) -> None:
+    """Hooks of diffusers (group offload, casting) and of accelerate (sequential offload) for the copy of a module."""
+    registry = getattr(module, "_diffusers_hook", None)
+    for name in [] if registry is None else registry._hook_order:
+        hook = copy.copy(registry.hooks[name])
+        if hasattr(hook, "group"):
+            # A group's weights come and go with the modules that lead it.
+            hook.group = copy.copy(hook.group)
+            for leader in ("onload_leader", "offload_leader"):
+                led = getattr(hook.group, leader)
+                setattr(hook.group, leader, holders.get(led, led))
+        HookRegistry.check_if_exists_or_initialize(copied).register_hook(hook, name)
+    hook = getattr(module, "_hf_hook", None)
+    if isinstance(hook, AlignDevicesHook):
+        # Its weights are where it has put them already.
+        hook = copy.copy(hook)
+        hook.init_hook = lambda module: module
+        add_hook_to_module(copied, hook)

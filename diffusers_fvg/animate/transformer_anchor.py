@@ -185,10 +185,23 @@ class AnchorConditionedTransformer3D(StockWeights, WanTransformer3DModel):
     @functools.wraps(WanTransformer3DModel.__init__)
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self._convert()
+
+    def _convert(self) -> None:
         # Building the blocks a second time would double the memory and time of construction, for the same weights.
         for block in self.blocks:
             block.__class__ = AnchorConditionedTransformerBlock
-            block.attn1.set_processor(AnchorConditionedAttnProcessor())
+            before, processor = block.attn1.processor, AnchorConditionedAttnProcessor()
+            if type(before) is not WanAttnProcessor:
+                raise ValueError(
+                    f"The transformer's self-attention runs by a {type(before).__name__}, and only WanAttnProcessor can be "
+                    "taken over: set that first."
+                )
+            processor._attention_backend, processor._parallel_config = (
+                before._attention_backend,
+                before._parallel_config,
+            )
+            block.attn1.set_processor(processor)
         self.row_index = RowIndex()
         self.anchor_window: int | None = None
 

@@ -133,6 +133,9 @@ class AnchorConditionedCogVideoXTransformer3D(StockWeights, CogVideoXTransformer
     @functools.wraps(CogVideoXTransformer3DModel.__init__)
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self._convert()
+
+    def _convert(self) -> None:
         # Building the blocks a second time would double the memory and time of construction, for the same weights.
         for block in self.transformer_blocks:
             block.__class__ = AnchorConditionedCogVideoXBlock

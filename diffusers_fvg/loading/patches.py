@@ -291,10 +291,24 @@ def check_passed(check: Callable) -> Callable:
     def maybe_raise_or_warn(*args, **kwargs):
         call = signature.bind(*args, **kwargs)
         names = call.arguments["library_name"], call.arguments["class_name"]
+        if names in _MADE_OF_OTHERS and _makes_one(call.arguments["passed_class_obj"][call.arguments["name"]]):
+            return None
         call.arguments["importable_classes"] = _importable(call.arguments["importable_classes"], *names)
         return check(*call.args, **call.kwargs)
 
     return maybe_raise_or_warn
+
+
+# What our pipelines make of a pipeline, of a model and its tokenizer, of an endpoint, or of a name.
+_MADE_OF_OTHERS = {("diffusers", "AnchorComposer"), ("diffusers", "FirstFrameRewriter")}
+
+
+def _makes_one(component: Any) -> bool:
+    from diffusers import DiffusionPipeline
+
+    if type(component).__module__.split(".")[0] == PACKAGE:
+        return True
+    return isinstance(component, (str, os.PathLike, tuple, list, DiffusionPipeline))
 
 
 def _importable(classes: dict[str, list[str]], library: str, class_name: str) -> dict[str, list[str]]:

@@ -42,6 +42,7 @@ from ..rewrite.storyboard import Moment
 from ..schedules.cogvideox import COGVIDEOX_PRESETS, training_sigmas
 from ..schedules.presets import SchedulerPresets
 from .output import FactorizedVideoPipelineOutput
+from .parts import with_optional_components
 from .progress import StageProgress
 from .request import AnchorResolver, Image, StepCallback, VideoRequest
 from .stages import FactorizedStages
@@ -67,8 +68,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
         call_defaults (`dict`, *optional*): `height`, `width`, `num_frames`, `frame_rate`, `max_sequence_length` and
             `negative_prompt` of the model, used where a call leaves them out.
 
-    The optional components have no default value: with one, `DiffusionPipeline.from_pretrained(..., rewriter=None)` would
-    load the component all the same.
+    Components may come as people have them, see [`FactorizedVideoPipeline`].
     """
 
     model_cpu_offload_seq = "rewriter->composer->text_encoder->transformer->vae"
@@ -78,6 +78,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
     default_call = {"height": 768, "width": 1360, "num_frames": 81, "frame_rate": 16, "max_sequence_length": 224}
     pipeline_shim = "from diffusers_fvg import FactorizedCogVideoXPipeline  # noqa: F401\n"
 
+    @with_optional_components
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -93,19 +94,26 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
     ):
         if transformer is None:
             raise ValueError("`transformer` is None: the repository has no video model, which every mode needs.")
-        transformer = AnchorConditionedCogVideoXTransformer3D.from_stock(transformer)
-        channels = transformer.config.in_channels
-        if channels != vae.config.latent_channels:
-            raise ValueError(
-                f"The transformer takes {channels} channels and the VAE's latents have {vae.config.latent_channels}: use a "
-                "text-to-video CogVideoX. An image-to-video one gets its first frame through channels of its own."
-            )
+        # `register_modules` asks the VAE which latents a transformer must take.
+        self.vae = vae
         super().__init__(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
         )
         self._add_stages(rewriter, composer, anchor_lora, schedulers, call_defaults)
 
     # -- what FactorizedStages asks of a model ------------------------------------------------------------------------
+
+    def _taken_over(self, name: str, component: Any) -> Any:
+        if name != "transformer" or component is None:
+            return super()._taken_over(name, component)
+        transformer = AnchorConditionedCogVideoXTransformer3D.from_stock(component)
+        channels = transformer.config.in_channels
+        if channels != self.vae.config.latent_channels:
+            raise ValueError(
+                f"The transformer takes {channels} channels and the VAE's latents have {self.vae.config.latent_channels}: use a "
+                "text-to-video CogVideoX. An image-to-video one gets its first frame through channels of its own."
+            )
+        return transformer
 
     def _frame_step(self) -> int:
         # Its VAE decodes an even number of latents as if none was a first frame: 13 frames would come back as 16.

@@ -39,6 +39,7 @@ from ..lora.scales import AdapterScales, without_scale
 from ..rewrite.rewriter import FirstFrameRewriter
 from ..schedules.presets import SchedulerPresets
 from .output import FactorizedDreamerPipelineOutput
+from .parts import with_optional_components
 from .progress import StageProgress
 from .request import OWN_STEPS, AnchorResolver, Image, StepCallback, VideoRequest
 from .stages import FactorizedStages
@@ -72,14 +73,7 @@ class FactorizedDreamerPipeline(
     """
 
     model_cpu_offload_seq = "rewriter->composer->text_encoder->text_encoder_2->image_encoder->unet->vae"
-    _optional_components = [
-        "tokenizer_2",
-        "text_encoder_2",
-        "image_encoder",
-        "rewriter",
-        "composer",
-        "schedulers",
-    ]
+    _optional_components = ["tokenizer_2", "text_encoder_2", "image_encoder", "rewriter", "composer", "schedulers"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
     default_presets = DREAMER_PRESETS
     # 512 pixels and 16 frames are the paper's, 8 frames per second those of Emu Video's, arXiv 2311.10709.
@@ -89,8 +83,8 @@ class FactorizedDreamerPipeline(
     pipeline_shim = "from diffusers_fvg import FactorizedDreamerPipeline  # noqa: F401\n"
 
     encode_prompt = StableDiffusionPipeline.encode_prompt
-    check_inputs = StableDiffusionPipeline.check_inputs
 
+    @with_optional_components
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,

@@ -8,7 +8,7 @@ from inspect import signature
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, SchedulerMixin, WanPipeline
+from diffusers import AutoencoderKLWan, SchedulerMixin, WanPipeline, WanTransformer3DModel
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
@@ -25,7 +25,7 @@ from ..animate.decoding import decode_video
 from ..animate.fidelity import decode_anchored
 from ..animate.memory import decoder_bytes, free_bytes
 from ..animate.transformer_anchor import AnchorConditionedTransformer3D
-from ..checks import check_finite, check_number, check_size, stop_unless_finite
+from ..checks import check_finite, check_size, stop_unless_finite
 from ..compose.composer import AnchorComposer
 from ..devices import get_module_execution_device
 from ..locks import exclusive
@@ -36,6 +36,7 @@ from ..rewrite.rewriter import FirstFrameRewriter
 from ..rewrite.storyboard import Moment
 from ..schedules.presets import WAN_PRESETS, SchedulerPresets
 from .output import FactorizedVideoPipelineOutput
+from .parts import with_optional_components
 from .progress import StageProgress
 from .request import AnchorResolver, Image, StepCallback, VideoRequest
 from .stages import FactorizedStages
@@ -69,8 +70,11 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         call_defaults (`dict`, *optional*): `height`, `width`, `num_frames`, `frame_rate`, `max_sequence_length` and
             `negative_prompt` of the model, used where a call leaves them out.
 
-    The optional components have no default value: with one, `DiffusionPipeline.from_pretrained(..., rewriter=None)` would
-    load the component all the same.
+    Components may come as people have them: a stock transformer, a text-to-image pipeline or the name of one as `composer`,
+    `(model, tokenizer)`, a [`ChatEndpoint`] or the name of a chat model as `rewriter`. Optional ones may be left out.
+
+    Raises:
+        `ValueError`: a component that does not fit.
     """
 
     model_cpu_offload_seq = "rewriter->composer->text_encoder->transformer->transformer_2->vae"
@@ -79,14 +83,15 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
     default_call = WAN_CALL_DEFAULTS
     pipeline_shim = "from diffusers_fvg import FactorizedVideoPipeline  # noqa: F401\n"
 
+    @with_optional_components
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         text_encoder: UMT5EncoderModel,
         vae: AutoencoderKLWan,
         scheduler: SchedulerMixin,
-        transformer: AnchorConditionedTransformer3D,
-        transformer_2: AnchorConditionedTransformer3D | None,
+        transformer: AnchorConditionedTransformer3D | WanTransformer3DModel,
+        transformer_2: AnchorConditionedTransformer3D | WanTransformer3DModel | None,
         rewriter: FirstFrameRewriter | None,
         composer: AnchorComposer | None,
         anchor_lora: AnchorLora | None,
@@ -97,26 +102,34 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
     ):
         if transformer is None:
             raise ValueError("`transformer` is None: the repository has no video model, which every mode needs.")
-        check_number("boundary_ratio", boundary_ratio)
-        experts = {"transformer": transformer, "transformer_2": transformer_2}
-        experts = {
-            name: AnchorConditionedTransformer3D.from_stock(expert)
-            for name, expert in experts.items()
-            if expert is not None
-        }
+        # `register_modules` asks the VAE which latents a transformer must take.
+        self.vae = vae
         super().__init__(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
             vae=vae,
             scheduler=scheduler,
-            transformer=experts["transformer"],
-            transformer_2=experts.get("transformer_2"),
+            transformer=transformer,
+            transformer_2=transformer_2,
             boundary_ratio=boundary_ratio,
             expand_timesteps=expand_timesteps,
         )
         self._add_stages(rewriter, composer, anchor_lora, schedulers, call_defaults)
 
     # -- what FactorizedStages asks of a model ------------------------------------------------------------------------
+
+    def _taken_over(self, name: str, component: Any) -> Any:
+        if name not in ("transformer", "transformer_2") or component is None:
+            return super()._taken_over(name, component)
+        transformer = AnchorConditionedTransformer3D.from_stock(component)
+        channels, config = self.vae.config.z_dim, transformer.config
+        if config.in_channels != channels or config.image_dim is not None:
+            raise ValueError(
+                f"`{name}` takes {config.in_channels} channels{' and image embeddings' * (config.image_dim is not None)}, and the "
+                f"VAE's latents have {channels}: it is an image-to-video model, whose first frame comes through channels of its "
+                "own. Use the text-to-video model of its family, to which anchors are frames of the video."
+            )
+        return transformer
 
     def _check_size(self, height: int, width: int) -> None:
         _, patch_height, patch_width = self.transformer.config.patch_size

@@ -6,6 +6,7 @@ methods and attributes, and calls [`FactorizedStages._add_stages`] at the end of
 
 from __future__ import annotations
 
+import inspect
 import os
 import tempfile
 from abc import ABC, abstractmethod
@@ -13,10 +14,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import PIL.Image
 import torch
+from diffusers import DiffusionPipeline
 from transformers import PreTrainedTokenizerBase
 
 from ..animate.anchor import Anchor, decoded_anchors
@@ -31,6 +33,7 @@ from ..publishing.push import push
 from ..rewrite.rewriter import FirstFrameRewriter
 from ..rewrite.storyboard import Moment, moment_frames
 from ..schedules.presets import SchedulerPresets
+from .parts import as_composer, as_rewriter
 from .progress import StageProgress
 from .request import NO_COMPOSER, NO_REWRITER, AnchorResolver, VideoRequest
 from .saving import as_saved, forget_origins
@@ -75,14 +78,54 @@ class FactorizedStages(ABC):
 
     # -- loading ------------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> Self:
+        """Makes a pipeline of the components of another, such as the stock pipeline of the same base, without a copy.
+
+        The other pipeline keeps its own transformer and gives what it gave: see [`StockWeights.from_stock`].
+
+        Args:
+            pipeline (`DiffusionPipeline`): has the video model; what else it has that this class takes is used too.
+            kwargs: components and settings of this class, in place of the other's or beside them.
+
+        Raises:
+            `ValueError`: a component that this class needs is in neither, or does not fit.
+        """
+        names = set(inspect.signature(cls.__init__).parameters) - {"self"}
+        found = {**pipeline.config, **pipeline.components}
+        parts = {name: value for name, value in found.items() if name in names} | kwargs
+        missing = sorted(cls._get_signature_keys(cls)[0] - parts.keys() - set(cls._optional_components))
+        if missing:
+            raise ValueError(
+                f"{type(pipeline).__name__} has no {', '.join(missing)}, which {cls.__name__} needs; pass it."
+            )
+        return cls(**parts)
+
     def register_modules(self, **kwargs) -> None:
+        kwargs = {name: self._taken_over(name, value) for name, value in kwargs.items()}
         super().register_modules(**kwargs)
         self._record_own_classes(kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in getattr(self, "_internal_dict", {}):
+            value = self._taken_over(name, value)
         super().__setattr__(name, value)
         if name in getattr(self, "_internal_dict", {}):
             self._record_own_classes({name: value})
+
+    def _taken_over(self, name: str, component: Any) -> Any:
+        """A component in the form that the stages take, of one in the form that people have.
+
+        Raises:
+            `ValueError`: one that does not fit.
+        """
+        if component is None:
+            return None
+        if name == "rewriter":
+            return as_rewriter(component)
+        if name == "composer":
+            return as_composer(component)
+        return component
 
     def _record_own_classes(self, components: dict[str, Any]) -> None:
         # diffusers would record our module path, which makes a file's place a wire format and which a Hub download

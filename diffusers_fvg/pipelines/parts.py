@@ -1,0 +1,68 @@
+"""Components as people have them: a pipeline for a composer, a model and its tokenizer for a rewriter, names of both."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from ..compose.composer import AnchorComposer
+from ..rewrite.chat_endpoint import ChatEndpoint
+from ..rewrite.rewriter import FirstFrameRewriter
+
+
+def as_composer(composer: AnchorComposer | DiffusionPipeline | str) -> AnchorComposer:
+    """A composer of a text-to-image pipeline, or of the name of one: a folder or a repository on the Hub.
+
+    Raises:
+        `ValueError`: something else.
+    """
+    if isinstance(composer, DiffusionPipeline):
+        return AnchorComposer(composer)
+    if isinstance(composer, (str, os.PathLike)):
+        return AnchorComposer.from_pretrained(composer)
+    if not isinstance(composer, AnchorComposer):
+        raise ValueError(
+            f"`composer` must be an AnchorComposer, a text-to-image pipeline or its name, but is a {type(composer).__name__}."
+        )
+    return composer
+
+
+def as_rewriter(rewriter: FirstFrameRewriter | ChatEndpoint | Sequence[Any] | str) -> FirstFrameRewriter:
+    """A rewriter of `(model, tokenizer)`, of an endpoint, or of the name of a chat model: a folder or one on the Hub.
+
+    Raises:
+        `ValueError`: something else.
+    """
+    if isinstance(rewriter, ChatEndpoint):
+        return FirstFrameRewriter(endpoint=rewriter)
+    if isinstance(rewriter, (str, os.PathLike)):
+        return FirstFrameRewriter.from_pretrained(rewriter)
+    if isinstance(rewriter, (tuple, list)) and len(rewriter) == 2:
+        return FirstFrameRewriter(*rewriter)
+    if not isinstance(rewriter, FirstFrameRewriter):
+        raise ValueError(
+            "`rewriter` must be a FirstFrameRewriter, `(model, tokenizer)`, a ChatEndpoint or the name of a chat model, but is "
+            f"a {type(rewriter).__name__}."
+        )
+    return rewriter
+
+
+def with_optional_components(init: Callable) -> Callable:
+    """Lets an `__init__` be called with the components that one has; others in `_optional_components` are `None`.
+
+    Its signature has no defaults for them: with one, `from_pretrained(..., rewriter=None)` would load the component all the
+    same.
+    """
+
+    @functools.wraps(init)
+    def __init__(self, *args, **kwargs):
+        given = list(inspect.signature(init).parameters)[1 : 1 + len(args)]
+        absent = {name: None for name in self._optional_components if name not in given}
+        init(self, *args, **absent | kwargs)
+
+    return __init__
