@@ -109,14 +109,36 @@ def gguf(transformer):
     return transformer
 
 
-WAYS = [plain, layerwise_cast, offloaded_by_leaf, offloaded_by_block, compiled, gguf]
+def torchao(transformer):
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(transformer, Int8WeightOnlyConfig())
+    return transformer
+
+
+def bitsandbytes(transformer):
+    """Linear layers of the blocks in 4 bits."""
+    import bitsandbytes as library
+
+    for block in transformer.blocks:
+        for name, layer in list(block.named_modules()):
+            if isinstance(layer, torch.nn.Linear):
+                made = library.nn.Linear4bit(
+                    layer.in_features, layer.out_features, layer.bias is not None, torch.float32, quant_type="nf4"
+                )
+                made.load_state_dict(layer.state_dict())
+                block.set_submodule(name, made.to("cpu"))
+    return transformer
+
+
+WAYS = [plain, layerwise_cast, offloaded_by_leaf, offloaded_by_block, compiled, gguf, torchao, bitsandbytes]
 
 
 @pytest.fixture(params=WAYS, ids=lambda way: way.__name__)
 def stock(request):
     way = request.param
-    if way is gguf and importlib.util.find_spec("gguf") is None:
-        pytest.skip("needs the package gguf")
+    if way in (gguf, torchao, bitsandbytes) and importlib.util.find_spec(way.__name__) is None:
+        pytest.skip(f"needs the package {way.__name__}")
     # Wide enough for blocks of 32 weights, which GGUF has.
     return wan(transformer=way(tiny_transformer(num_attention_heads=4, attention_head_dim=16, ffn_dim=64)))
 
