@@ -67,7 +67,8 @@ def arm_inputs(arm: str, scenes: Sequence[Scene], size: Sequence[int]) -> dict:
     anchors = []
     for scene, moments in zip(scenes, boards):
         clip = render(scene.objects, *size)
-        frames = moment_frames(moments, size[0])[: 1 if arm == "true_first" else None]
+        # Four frames share a latent of the shapes model's VAE.
+        frames = moment_frames([moment.time for moment in moments], size[0], 4)[: 1 if arm == "true_first" else None]
         anchors.append([Anchor(PIL.Image.fromarray(clip[frame]), frame) for frame in frames])
     return {"anchors": anchors}
 

@@ -204,7 +204,14 @@ def test_import_orders_and_cost(run_python):
 
 
 @pytest.mark.parametrize(
-    "module", ["rewriter", "composer", "transformer_anchor", "pipeline_factorized_video", "anchor"]
+    "module",
+    [
+        "rewrite.rewriter",
+        "compose.composer",
+        "animate.transformer_anchor",
+        "pipelines.pipeline_factorized_video",
+        "animate.anchor",
+    ],
 )
 def test_any_module_can_be_imported_first(run_python, module):
     code = f"""
