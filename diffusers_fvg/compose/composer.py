@@ -19,6 +19,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 
+from ..animate.pictures import picture_image
 from ..checks import check_at_least_one, check_generators, check_texts, stop_unless_finite
 from ..loading.arguments import call_argument, nested_quantization
 from ..loading.component_config import read_config
@@ -244,7 +245,7 @@ class AnchorComposer(torch.nn.Module):
         pipeline = self._image_to_image()
         arguments = self._call_of(pipeline, prompts, height, width, *options)
         size = [self.call_defaults.get(name, value) for name, value in (("height", height), ("width", width))]
-        sources = [_fit(image, *size) for image in images]
+        sources = [_fit(picture_image(image), *size) for image in images]
         if "strength" in call_arguments(pipeline):
             arguments["strength"] = self.derive_strength
         # One at a time: to some pipelines several images are several sources of one picture.
