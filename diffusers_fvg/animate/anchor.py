@@ -11,20 +11,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 import torch
 
 from ..locks import exclusive
 from ..schedules.flow import add_noise
+from .pictures import Picture, crop_and_resize, picture_tensor
 
 
 # A causal VAE's latent depends on frames before it. A still picture held over this many latents has all but reached the
 # steady state of a resting scene: with the embedded VAE 1.3 % (rms) is left after 5, and half of it after each further one.
 STILL_LATENTS = 5
-
-
-Picture = PIL.Image.Image | np.ndarray | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -33,9 +29,10 @@ class Anchor:
 
     Args:
         image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): the picture; `uint8` (H, W, 3), float (H, W, 3) or tensor
-            (3, H, W) in [0, 1]. Another size is scaled and centre-cropped, never stretched. A list of pictures, an array
-            (F, H, W, 3) or a tensor (F, 3, H, W) is a run of frames, with which an existing clip is continued. A run covers
-            whole latent frames: 4k + 1 frames from frame 0 on, or 4k frames from a frame 4j + 1 on.
+            (3, H, W) in [0, 1], read by [`~animate.pictures.picture_tensor`]. Another size is scaled and centre-cropped, never
+            stretched. A list of pictures, an array (F, H, W, 3) or a tensor (F, 3, H, W) is a run of frames, with which an
+            existing clip is continued. A run covers whole latent frames: 4k + 1 frames from frame 0 on, or 4k frames from a
+            frame 4j + 1 on.
         frame_index (`int`, *optional*): pixel frame of the picture, or of the run's first; negative from the end.
         strength (`float`, *optional*): in (0, 1]. At 1 the frame is a fixed constraint with time 0. Below 1 the model
             sees it with `1 - strength` of the clip's noise and of its time, so that the frames around may move away from it.
@@ -204,55 +201,6 @@ def decoded_anchors(anchors: list[list[Anchor]]) -> list[list[Anchor]]:
             tensors = [picture_tensor(picture) for picture in pictures_of(anchor.image)]
             decoded[id(anchor.image)] = tensors if len(tensors) > 1 else tensors[0]
     return [[replace(anchor, image=decoded[id(anchor.image)]) for anchor in video] for video in anchors]
-
-
-def picture_tensor(image: Picture) -> torch.Tensor:
-    """A picture as `(3, H, W)`, float32 in [0, 1].
-
-    Raises:
-        `ValueError`: a picture that cannot be decoded, of another layout, or with values outside its range.
-    """
-    if isinstance(image, PIL.Image.Image):
-        try:
-            pixels = np.asarray(image.convert("RGB"))
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"The anchor image cannot be decoded ({error}); save it again as PNG or JPEG.") from error
-        image = pixels
-    if isinstance(image, np.ndarray):
-        if image.ndim != 3 or image.shape[-1] != 3:
-            raise ValueError(f"An anchor array must have shape (H, W, 3) or (F, H, W, 3), but has {image.shape}.")
-        scale = 255.0 if image.dtype == np.uint8 else 1.0
-        image = torch.tensor(image).permute(2, 0, 1).float() / scale
-    if not isinstance(image, torch.Tensor):
-        raise ValueError(f"An anchor image must be a PIL image, an array or a tensor, but is {type(image).__name__}.")
-    if image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"An anchor tensor must have shape (3, H, W) or (F, 3, H, W), but has {tuple(image.shape)}.")
-    if not torch.isfinite(image).all() or image.min() < 0 or image.max() > 1:
-        raise ValueError(
-            f"Anchor values must be finite and lie in [0, 1], but range from {image.min():.3g} to {image.max():.3g}."
-        )
-    return image.float()
-
-
-def fit_picture(image: Picture, height: int, width: int) -> torch.Tensor:
-    """Scales a picture until it covers `height` x `width`, crops the centre, and returns `(3, H, W)` in [0, 1].
-
-    Bicubic with antialiasing, from the largest box of that shape about the centre.
-
-    Raises:
-        `ValueError`: as in `picture_tensor`.
-    """
-    image = picture_tensor(image)
-    if image.shape[1:] != (height, width):
-        # Planes of floats: their box has fractions of a pixel, and nothing is rounded between the two directions.
-        planes = [PIL.ImageOps.fit(PIL.Image.fromarray(plane), (width, height)) for plane in image.numpy(force=True)]
-        image = torch.from_numpy(np.stack(planes)).clamp(0, 1).to(image.device)
-    return image
-
-
-def crop_and_resize(image: Picture, height: int, width: int) -> torch.Tensor:
-    """[`fit_picture`] as models take it: `(3, H, W)` in [-1, 1]."""
-    return 2 * fit_picture(image, height, width) - 1
 
 
 def anchor_pixels(anchor: Anchor, height: int, width: int) -> torch.Tensor:

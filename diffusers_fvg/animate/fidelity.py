@@ -14,7 +14,8 @@ import numpy as np
 import PIL.Image
 import torch
 
-from .anchor import Anchor, fit_picture, pictures_of
+from .anchor import Anchor, pictures_of
+from .pictures import fit_picture
 
 
 ANCHOR_DECODES = ("raw", "match", "replace")

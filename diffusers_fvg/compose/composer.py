@@ -7,7 +7,7 @@ import functools
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 
-from ..checks import check_at_least_one, check_generators, check_number, check_texts, stop_unless_finite
+from ..animate.pictures import picture_image
+from ..checks import check_at_least_one, check_generators, check_texts, stop_unless_finite
 from ..loading.arguments import call_argument, nested_quantization
 from ..loading.component_config import read_config
 from ..loading.files import load_pipeline
 from ..locks import exclusive
+from .guidance import call_arguments, check_negative_prompt, guided_call, with_negative_prompt
 
 
 CONFIG_NAME = "composer_config.json"
@@ -77,12 +79,12 @@ class AnchorComposer(torch.nn.Module):
         self.batch_size = batch_size
         self.reference = reference
         self.derive_strength = derive_strength
-        if "prompt" not in _call_arguments(pipeline):
+        if "prompt" not in call_arguments(pipeline):
             raise ValueError(f"{type(pipeline).__name__} takes no `prompt`: choose a text-to-image pipeline.")
         taken = sorted(self.call_defaults.keys() & _OWN_ARGUMENTS)
         if taken:
             raise ValueError(f"`call_defaults` holds {taken}, which are set for each call.")
-        self._check_arguments(self.call_defaults, pipeline)
+        self._arguments_of(pipeline, 1)
         pipeline.set_progress_bar_config(disable=True)
 
     # -- loading and saving -------------------------------------------------------------------------------------------
@@ -180,7 +182,8 @@ class AnchorComposer(torch.nn.Module):
             height, width (`int`): pixels of the pictures. Where `call_defaults` hold no size they are the pipeline's as well,
                 and must be what it accepts.
             num_inference_steps, guidance_scale, negative_prompt (*optional*): of the pipeline. Left out: `call_defaults`, and
-                what they leave open is the pipeline's own.
+                what they leave open is the pipeline's own. `guidance_scale` goes to what guides the family
+                ([`~compose.guidance`]).
             generator (`torch.Generator` or one per prompt, *optional*): for reproducible pictures.
             on_progress (`Callable`, *optional*): `on_progress(step, steps)`, counted over all prompts, after each step, or
                 after each picture where the pipeline has no `callback_on_step_end`.
@@ -190,7 +193,8 @@ class AnchorComposer(torch.nn.Module):
             `list[PIL.Image.Image]`: RGB pictures of `height` x `width`, fewer than prompts if stopped.
 
         Raises:
-            `ValueError`: an argument that the pipeline does not have, or a value that its own checks refuse.
+            `ValueError`: an argument that the pipeline does not have or that would change no picture, or a value that its own
+                checks refuse.
         """
         arguments = self._call_of(
             self.pipeline, prompts, height, width, num_inference_steps, guidance_scale, generator, negative_prompt
@@ -238,16 +242,11 @@ class AnchorComposer(torch.nn.Module):
         options = (num_inference_steps, guidance_scale, generator, negative_prompt)
         if self.image_to_image_class is None:
             return self.compose(prompts, height, width, *options, on_progress, should_stop)
-        # Imports the text-to-image pipelines of all families, which takes seconds.
-        from diffusers import AutoPipelineForImage2Image
-
-        # Made anew each time: it then has the components and the settings that the pipeline has now.
-        pipeline = AutoPipelineForImage2Image.from_pipe(self.pipeline)
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline = self._image_to_image()
         arguments = self._call_of(pipeline, prompts, height, width, *options)
         size = [self.call_defaults.get(name, value) for name, value in (("height", height), ("width", width))]
-        sources = [_fit(image, *size) for image in images]
-        if "strength" in _call_arguments(pipeline):
+        sources = [_fit(picture_image(image), *size) for image in images]
+        if "strength" in call_arguments(pipeline):
             arguments["strength"] = self.derive_strength
         # One at a time: to some pipelines several images are several sources of one picture.
         pictures = self._draw(pipeline, prompts, sources, arguments, 1, generator, on_progress, should_stop)
@@ -266,6 +265,39 @@ class AnchorComposer(torch.nn.Module):
         family = None if self.derive_strength is None else next(families, None)
         return AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.get(family)
 
+    def check_call(
+        self,
+        num_prompts: int,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | list[str] | None = None,
+        derive: bool = False,
+    ) -> None:
+        """Checks what [`compose`] would be called with, without running a model.
+
+        Args:
+            num_prompts (`int`): pictures to draw.
+            num_inference_steps, guidance_scale, negative_prompt (*optional*): as in [`compose`].
+            derive (`bool`): later moments are to be drawn by [`derive`] as well.
+
+        Raises:
+            `ValueError`: an argument that the pipeline does not have, or that would change no picture.
+        """
+        pipelines = [self.pipeline]
+        if derive and self.image_to_image_class is not None:
+            pipelines.append(self._image_to_image())
+        for pipeline in pipelines:
+            self._arguments_of(pipeline, num_prompts, num_inference_steps, guidance_scale, negative_prompt)
+
+    def _image_to_image(self) -> DiffusionPipeline:
+        """Made anew each time: it then has the components and the settings that the pipeline has now."""
+        # Imports the text-to-image pipelines of all families, which takes seconds.
+        from diffusers import AutoPipelineForImage2Image
+
+        pipeline = AutoPipelineForImage2Image.from_pipe(self.pipeline)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
     def _call_of(
         self,
         pipeline: DiffusionPipeline,
@@ -279,26 +311,42 @@ class AnchorComposer(torch.nn.Module):
     ) -> dict[str, Any]:
         """Checks what a stage is called with and returns the arguments of the pipeline's call that all prompts share."""
         check_texts("prompts", prompts)
-        check_at_least_one("num_inference_steps", num_inference_steps)
-        check_number("guidance_scale", guidance_scale)
         check_generators(generator, len(prompts), "prompts")
-        if isinstance(negative_prompt, list) and len(negative_prompt) != len(prompts):
-            raise ValueError(
-                f"`negative_prompt` is a list of {len(negative_prompt)} for {len(prompts)} prompts; give one text or "
-                f"{len(prompts)}."
-            )
+        size = {"height": height, "width": width}
+        if pipeline is not self.pipeline:
+            # An image-to-image pipeline may take its size from the picture.
+            size = {name: value for name, value in size.items() if name in call_arguments(pipeline)}
+        return size | self._arguments_of(pipeline, len(prompts), num_inference_steps, guidance_scale, negative_prompt)
+
+    def _arguments_of(
+        self,
+        pipeline: DiffusionPipeline,
+        num_prompts: int,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | list[str] | None = None,
+    ) -> dict[str, Any]:
+        """Arguments of a pipeline's call: those given, checked, and `call_defaults`."""
+        check_at_least_one("num_inference_steps", num_inference_steps)
+        _check_negative_texts(negative_prompt, num_prompts)
         asked = {
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
             "negative_prompt": negative_prompt,
         }
-        asked = {name: value for name, value in asked.items() if value is not None}
-        self._check_arguments(asked, pipeline)
-        arguments = {"height": height, "width": width} | self.call_defaults
+        asked = guided_call(pipeline, {name: value for name, value in asked.items() if value is not None})
+        defaults = guided_call(pipeline, self.call_defaults)
         if pipeline is not self.pipeline:
-            # An image-to-image pipeline may take its size from the picture, and has no use for some of the settings.
-            arguments = {name: value for name, value in arguments.items() if name in _call_arguments(pipeline)}
-        return arguments | asked
+            # An image-to-image pipeline has no use for some of the settings.
+            defaults = {name: value for name, value in defaults.items() if name in call_arguments(pipeline)}
+        unknown = sorted((asked.keys() | defaults.keys()) - call_arguments(pipeline).keys())
+        if unknown:
+            raise ValueError(f"{type(pipeline).__name__} has no argument {', '.join(unknown)}; leave it out.")
+        arguments = defaults | asked
+        # A call may switch off the guidance that a negative prompt of the defaults is for.
+        if not asked or "negative_prompt" in asked:
+            check_negative_prompt(pipeline, arguments)
+        return with_negative_prompt(pipeline, arguments)
 
     def _draw(
         self,
@@ -313,7 +361,7 @@ class AnchorComposer(torch.nn.Module):
     ) -> list[PIL.Image.Image]:
         """Calls a pipeline batch by batch; lists have one item per prompt."""
         should_stop = should_stop or (lambda: False)
-        has_callback = "callback_on_step_end" in _call_arguments(pipeline)
+        has_callback = "callback_on_step_end" in call_arguments(pipeline)
         batches = range(0, len(prompts), batch_size)
         pictures: list[PIL.Image.Image] = []
         for number, begin in enumerate(batches):
@@ -377,11 +425,6 @@ class AnchorComposer(torch.nn.Module):
             stop_unless_finite("compose", torch.from_numpy(picture), self.dtype)
         return VaeImageProcessor.numpy_to_pil(np.stack(frames))
 
-    def _check_arguments(self, arguments: dict[str, Any], pipeline: DiffusionPipeline) -> None:
-        unknown = sorted(arguments.keys() - _call_arguments(pipeline))
-        if unknown:
-            raise ValueError(f"{type(pipeline).__name__} has no argument {', '.join(unknown)}; leave it out.")
-
     def _show_offload_hooks(self) -> None:
         """Lets the inner pipeline see that its models are offloaded layer by layer.
 
@@ -410,8 +453,17 @@ def _seeded_steps(
         del scheduler.step
 
 
-def _call_arguments(pipeline: DiffusionPipeline) -> Set[str]:
-    return inspect.signature(type(pipeline).__call__).parameters.keys()
+def _check_negative_texts(negative_prompt: str | list[str] | None, num_prompts: int) -> None:
+    """A text for all prompts, or a list of one for each; unlike prompts they may be empty."""
+    if negative_prompt is None or isinstance(negative_prompt, str):
+        return
+    if not isinstance(negative_prompt, list) or not all(isinstance(text, str) for text in negative_prompt):
+        raise ValueError(f"The composer's `negative_prompt` must be a text or a list of texts: {negative_prompt!r}.")
+    if len(negative_prompt) != num_prompts:
+        raise ValueError(
+            f"The composer's `negative_prompt` is a list of {len(negative_prompt)} for {num_prompts} prompts; give one text or "
+            f"{num_prompts}."
+        )
 
 
 def _fit(picture: PIL.Image.Image, height: int, width: int) -> PIL.Image.Image:

@@ -11,7 +11,8 @@ from diffusers.utils import logging
 from transformers import CLIPVisionModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel, UMT5EncoderModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from ..animate.anchor import Anchor, crop_and_resize, pictures_of
+from ..animate.anchor import Anchor, pictures_of
+from ..animate.pictures import cover
 from ..devices import get_module_execution_device
 
 
@@ -39,9 +40,9 @@ def embed_images(image_encoder: CLIPVisionModelWithProjection, pixels: torch.Ten
     Scaled to cover CLIP's square and cropped at the centre, as CLIP is trained.
     """
     size = image_encoder.config.image_size
-    pictures = torch.stack([crop_and_resize((picture.clamp(-1, 1) + 1) / 2, size, size) for picture in pixels.float()])
+    pictures = torch.stack([cover((picture.clamp(-1, 1) + 1) / 2, size, size) for picture in pixels.float()])
     mean, std = (pictures.new_tensor(values).view(1, 3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
-    return image_encoder(((pictures + 1) / 2 - mean).div(std).to(image_encoder.dtype)).image_embeds
+    return image_encoder((pictures - mean).div(std).to(image_encoder.dtype)).image_embeds
 
 
 def embed_motion(

@@ -12,6 +12,7 @@ import PIL.Image
 import torch
 
 from ..animate.anchor import Anchor
+from ..animate.pictures import picture_tensor
 from ..animate.transformer_anchor import AnchorConditionedTransformer3D
 from ..media import read_video, write_video
 from ..pipelines.pipeline_factorized_cogvideox import FactorizedCogVideoXPipeline
@@ -77,10 +78,10 @@ def make_validate(config: TrainConfig) -> Callable[[Validation], None]:
     return validate
 
 
-def _first_frame(path: Path) -> PIL.Image.Image | np.ndarray:
+def _first_frame(path: Path) -> torch.Tensor | np.ndarray:
     """The picture in a file, or the first one of the video in it."""
     try:
         with PIL.Image.open(path) as image:
-            return image.convert("RGB")
+            return picture_tensor(image)
     except PIL.UnidentifiedImageError:
         return read_video(path)[0][0]

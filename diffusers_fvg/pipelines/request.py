@@ -354,6 +354,13 @@ class VideoRequest:
             raise ValueError(NO_REWRITER)
         if pipe.composer is None:
             raise ValueError(NO_COMPOSER)
+        pipe.composer.check_call(
+            self.num_videos,
+            self.composer_num_inference_steps,
+            self.composer_guidance_scale,
+            self.composer_negative_prompt,
+            derive=self.mode == "storyboard",
+        )
 
     def _check_sampling(self, pipe: FactorizedStages) -> None:
         preset = self.sampling(pipe)

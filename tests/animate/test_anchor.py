@@ -1,6 +1,5 @@
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
@@ -12,10 +11,8 @@ from diffusers_fvg.animate.anchor import (
     anchor_pixels,
     anchored_model_input,
     covered_latents,
-    crop_and_resize,
     denormalize_latents,
     encode_anchor,
-    fit_picture,
     latent_index,
     normalize_latents,
     resolve_anchors,
@@ -102,89 +99,6 @@ def test_runs_and_pictures_share_no_latent():
 def test_resolve_anchors_refuses(anchors, message):
     with pytest.raises(ValueError, match=message):
         resolve_anchors(anchors, 17)
-
-
-def test_crop_and_resize_keeps_an_exact_fit_bit_for_bit():
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
-    expected = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255 * 2 - 1
-    for image in (pixels, PIL.Image.fromarray(pixels), torch.from_numpy(pixels).permute(2, 0, 1).float() / 255):
-        torch.testing.assert_close(crop_and_resize(image, 32, 48), expected, atol=1e-6, rtol=0)
-
-
-def test_an_exact_fit_keeps_every_byte():
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 48), dtype=np.uint8)
-    fitted = fit_picture(PIL.Image.fromarray(pixels.transpose(1, 2, 0)), 32, 48)
-    assert np.array_equal((fitted * 255).round().byte().numpy(), pixels)
-
-
-# Scaled to cover the size, the first has an odd number of columns too many, the second of rows, the third a width of 53.33.
-CROPS = [
-    ((36, 59), (36, 32)),
-    ((62, 32), (45, 32)),
-    ((36, 60), (32, 32)),
-    ((64, 64), (224, 224)),
-    ((27, 48), (60, 104)),
-]
-
-
-@pytest.mark.parametrize(("source", "size"), CROPS)
-def test_a_symmetric_picture_stays_symmetric(source, size):
-    half = torch.rand(3, *source, generator=torch.Generator().manual_seed(0))
-    picture = (half + half.flip(1) + half.flip(2) + half.flip(1, 2)) / 4
-    fitted = fit_picture(picture, *size)
-    for axis in (1, 2):
-        torch.testing.assert_close(fitted, fitted.flip(axis), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize(("source", "size"), CROPS)
-def test_the_crop_is_centred_and_scaled_alike_in_both_directions(source, size):
-    # Each pixel of the picture holds its own place, and each fitted one what it stands for.
-    places = torch.tensor(np.mgrid[0 : source[0], 0 : source[1]] + 0.5) / 64
-    fitted = 64 * fit_picture(torch.cat([places, places[:1]]), *size)
-    scale = min(source[0] / size[0], source[1] / size[1])
-    for axis, (before, after) in enumerate(zip(source, size)):
-        expected = before / 2 + scale * (torch.arange(after) + 0.5 - after / 2)
-        # A filter that reaches over the picture's edge is cut there.
-        inner = (expected > 2 * max(scale, 1)) & (expected < before - 2 * max(scale, 1))
-        error = fitted[axis].transpose(axis, 1) - expected
-        assert error[:, inner].abs().max() < 0.02
-
-
-@pytest.mark.parametrize(("source", "size"), CROPS)
-def test_all_kinds_of_pictures_are_fitted_alike(source, size):
-    places = np.mgrid[0 : source[0], 0 : source[1]].sum(0) / 12
-    pixels = (127.5 + 100 * np.stack([np.sin(places), np.cos(places), np.sin(2 * places)], axis=2)).astype(np.uint8)
-    floats = pixels / np.float32(255)
-    fitted = fit_picture(PIL.Image.fromarray(pixels), *size)
-    for other in (pixels, floats, torch.tensor(floats).permute(2, 0, 1)):
-        assert torch.equal(fit_picture(other, *size), fitted)
-    # PIL rounds bytes after each direction.
-    whole = np.asarray(PIL.ImageOps.fit(PIL.Image.fromarray(pixels), size[::-1]), dtype=int)
-    assert np.abs(whole - (255 * fitted).round().permute(1, 2, 0).numpy()).max() <= 1
-
-
-def test_crop_and_resize_never_stretches():
-    # A disc in a wide picture stays a disc: equal extents up and across.
-    rows, columns = np.mgrid[0:120, 0:300]
-    disc = (np.hypot(rows - 60, columns - 150) < 40).astype(np.float32)
-    out = crop_and_resize(np.repeat(disc[..., None], 3, axis=2), 64, 64)[0] > 0
-    assert abs(int(out.any(0).sum()) - int(out.any(1).sum())) <= 1
-    assert abs(int(out.any(0).sum()) - round(80 * 64 / 120)) <= 1
-
-
-def test_crop_and_resize_refuses(tmp_path):
-    (tmp_path / "cut.png").write_bytes(b"")
-    noisy = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    noisy.save(tmp_path / "whole.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:4000])
-    with pytest.raises(ValueError, match="cannot be decoded"):
-        crop_and_resize(PIL.Image.open(tmp_path / "cut.png"), 32, 32)
-    with pytest.raises(ValueError, match=r"\(H, W, 3\).*\(32, 32\)"):
-        crop_and_resize(np.zeros((32, 32)), 32, 32)
-    with pytest.raises(ValueError, match="-1 to 1"):
-        crop_and_resize(torch.linspace(-1, 1, 3 * 4).view(3, 2, 2), 32, 32)
-    with pytest.raises(ValueError, match="str"):
-        crop_and_resize("picture.png", 32, 32)
 
 
 def test_normalize_latents_is_inverted(vae):

@@ -210,6 +210,15 @@ def test_other_families_derive_by_shared_noise(composer):
         assert composer.derive_strength is not None and composer.image_to_image_class is None
 
 
+def test_derive_sees_pictures_upright(classical):
+    (first,) = classical.compose(CAPTIONS[:1], 32, 48, generator=seeded(0))
+    sideways = first.transpose(PIL.Image.Transpose.ROTATE_90)
+    sideways.getexif()[0x0112] = 6
+    # Tag 6: to be turned clockwise by a quarter.
+    later = [classical.derive([image], CAPTIONS[1:], 32, 48, generator=seeded(0)) for image in (first, sideways)]
+    assert np.array_equal(*map(pixels, later))
+
+
 def test_derive_refuses_bad_input(classical):
     with pytest.raises(ValueError, match="1 pictures for 2 prompts"):
         classical.derive([PIL.Image.new("RGB", (32, 32))], CAPTIONS, 32, 32)

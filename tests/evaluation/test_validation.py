@@ -81,6 +81,11 @@ def test_what_cannot_be_validated_is_said_before_training(config, tmp_path):
     with pytest.raises(ValueError, match="`validation_every=2` needs `validation_prompts`"):
         make_validate(replace(config, validation_prompts=(), validation_anchors=()))
     save_model(tmp_path / "other")
+    frames = [PIL.Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    anchors = (str(tmp_path / "moving.gif"), config.validation_anchors[1])
+    with pytest.raises(ValueError, match="is animated"):
+        make_validate(replace(config, model=str(tmp_path / "other"), validation_anchors=anchors))
     (tmp_path / "notes.txt").write_text("no picture")
     anchors = (str(tmp_path / "notes.txt"), config.validation_anchors[1])
     with pytest.raises(ValueError, match=r"notes\.txt is no video"):

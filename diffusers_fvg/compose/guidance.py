@@ -1,0 +1,132 @@
+"""Which argument of a text-to-image pipeline guides it, and when a negative prompt has an effect.
+
+Decided by the signature of the pipeline's call and the configs of its models; the families are those of diffusers 0.42.1:
+
+| family                    | `guidance_scale` becomes          | a negative prompt has an effect                       |
+|---------------------------|-----------------------------------|-------------------------------------------------------|
+| Qwen-Image                | `true_cfg_scale`                  | with `true_cfg_scale` > 1, the default                |
+| Qwen-Image-2.1            | `true_cfg_scale`, its only one    | with `true_cfg_scale` > 1, not the default            |
+| FLUX.1-dev                | itself, an input of the model     | with `true_cfg_scale` > 1, not the default            |
+| FLUX.1-schnell            | nothing: refused                  | as FLUX.1-dev                                         |
+| FLUX.2-dev, Sana-Sprint   | itself, an input of the model     | never: no such argument                               |
+| FLUX.2-klein              | itself; refused if `is_distilled` | never: no such argument                               |
+| SD, SDXL, SD3, Sana, Wan  | itself                            | with `guidance_scale` > 1                             |
+| LCM (`time_cond_proj_dim`)| itself, an input of the model     | never                                                 |
+| Z-Image, Krea 2           | itself                            | with `guidance_scale` > 0: it is a scale of 1 + s     |
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from ..checks import check_number
+
+
+# What Qwen-Image's documentation gives for guidance without a negative prompt: without one it does not guide.
+NO_NEGATIVE_PROMPT = " "
+
+
+def call_arguments(pipeline: DiffusionPipeline) -> Mapping[str, inspect.Parameter]:
+    """Arguments of a pipeline's call, as its class declares them."""
+    return MappingProxyType(inspect.signature(type(pipeline).__call__).parameters)
+
+
+def guided_call(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a pipeline's call in which `guidance_scale` has become what guides this family.
+
+    Raises:
+        `ValueError`: guidance, a scale above 1, that has no effect; a scale that is no finite number.
+    """
+    for argument in ("guidance_scale", "true_cfg_scale"):
+        check_number(argument, arguments.get(argument))
+    scale, name = arguments.get("guidance_scale"), type(pipeline).__name__
+    if scale is None:
+        return arguments
+    if _true_cfg_guides(pipeline):
+        if "true_cfg_scale" in arguments:
+            raise ValueError(
+                f"`guidance_scale={scale}` and `true_cfg_scale={arguments['true_cfg_scale']}` are one and the same to {name}; "
+                "leave one of them out."
+            )
+        others = {key: value for key, value in arguments.items() if key != "guidance_scale"}
+        return others | {"true_cfg_scale": scale}
+    if scale > 1 and "guidance_scale" in call_arguments(pipeline) and not _takes_guidance(pipeline):
+        raise ValueError(
+            f"The composer's `guidance_scale={scale}` has no effect: {name} has models that were distilled to do without. "
+            "Leave it out."
+        )
+    return arguments
+
+
+def with_negative_prompt(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Adds the empty negative prompt without which `true_cfg_scale` does nothing, where that is what guides."""
+    if _true_cfg_guides(pipeline) and arguments.get("true_cfg_scale", 1) > 1:
+        return {"negative_prompt": NO_NEGATIVE_PROMPT} | arguments
+    return arguments
+
+
+def check_negative_prompt(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> None:
+    """A negative prompt among arguments that [`guided_call`] made has an effect.
+
+    Raises:
+        `ValueError`: guidance is off.
+    """
+    declared = call_arguments(pipeline)
+    name = next((name for name in ("true_cfg_scale", "guidance_scale") if name in declared), None)
+    if name is None or arguments.get("negative_prompt") is None:
+        return
+    scale = arguments.get(name, declared[name].default)
+    if scale > 1 if name == "true_cfg_scale" else _computes_negative(pipeline, scale):
+        return
+    fix = "Leave it out"
+    if name == "true_cfg_scale" and not _true_cfg_guides(pipeline):
+        fix += ", or set `true_cfg_scale` above 1 in the composer's `call_defaults`"
+    elif name == "true_cfg_scale" or _computes_negative(pipeline, float("inf")):
+        fix += ", or raise `guidance_scale`"
+    raise ValueError(
+        f"The composer's `negative_prompt` has no effect: with `{name}={scale}` {type(pipeline).__name__} does not compute it. "
+        f"{fix}."
+    )
+
+
+def _true_cfg_guides(pipeline: DiffusionPipeline) -> bool:
+    """Whether `true_cfg_scale` is the family's guidance: it has no other, or keeps the other for distilled models."""
+    declared = call_arguments(pipeline)
+    if "true_cfg_scale" not in declared or _embeds_guidance(pipeline):
+        return False
+    return "guidance_scale" not in declared or declared["guidance_scale"].default is None
+
+
+def _embeds_guidance(pipeline: DiffusionPipeline) -> bool:
+    """Whether the scale is an input of the model, which was distilled from guided ones (arXiv 2210.03142)."""
+    transformer, unet = getattr(pipeline, "transformer", None), getattr(pipeline, "unet", None)
+    if transformer is not None and transformer.config.get("guidance_embeds"):
+        return True
+    return unet is not None and unet.config.get("time_cond_proj_dim") is not None
+
+
+def _takes_guidance(pipeline: DiffusionPipeline) -> bool:
+    """Whether any `guidance_scale` changes pictures."""
+    if "true_cfg_scale" in call_arguments(pipeline):
+        return _embeds_guidance(pipeline)
+    return _embeds_guidance(pipeline) or _computes_negative(pipeline, float("inf"))
+
+
+def _computes_negative(pipeline: DiffusionPipeline, scale: float | None) -> bool:
+    """Whether a call with this `guidance_scale` computes the negative prompt: what the pipeline itself says, if it does."""
+    if scale is None or not hasattr(type(pipeline), "do_classifier_free_guidance"):
+        return scale is None or scale > 1
+    # Calls write the scale to the attribute that the property reads.
+    called = copy.copy(pipeline)
+    called._guidance_scale = scale
+    try:
+        return called.do_classifier_free_guidance
+    except AttributeError:
+        # It reads more of its call.
+        return scale > 1
