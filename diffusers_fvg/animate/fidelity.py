@@ -14,8 +14,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from .anchor import Anchor, pictures_of
-from .pictures import fit_picture
+from .anchor import Anchor, fit_picture, pictures_of
 
 
 ANCHOR_DECODES = ("raw", "match", "replace")

@@ -19,7 +19,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 
-from ..animate.pictures import picture_image
+from ..animate.anchor import picture_image
 from ..checks import check_at_least_one, check_generators, check_texts, stop_unless_finite
 from ..loading.arguments import call_argument, nested_quantization
 from ..loading.component_config import read_config

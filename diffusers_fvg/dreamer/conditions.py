@@ -11,8 +11,7 @@ from diffusers.utils import logging
 from transformers import CLIPVisionModelWithProjection, PreTrainedTokenizerBase, T5EncoderModel, UMT5EncoderModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from ..animate.anchor import Anchor, pictures_of
-from ..animate.pictures import cover
+from ..animate.anchor import Anchor, cover, pictures_of
 from ..devices import get_module_execution_device
 
 

@@ -11,8 +11,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from ..animate.anchor import Anchor
-from ..animate.pictures import picture_tensor
+from ..animate.anchor import Anchor, picture_tensor
 from ..animate.transformer_anchor import AnchorConditionedTransformer3D
 from ..media import read_video, write_video
 from ..pipelines.pipeline_factorized_cogvideox import FactorizedCogVideoXPipeline

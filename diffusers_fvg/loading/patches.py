@@ -306,9 +306,9 @@ _MADE_OF_OTHERS = {("diffusers", "AnchorComposer"), ("diffusers", "FirstFrameRew
 def _makes_one(component: Any) -> bool:
     from diffusers import DiffusionPipeline
 
-    if type(component).__module__.split(".")[0] == PACKAGE:
-        return True
-    return isinstance(component, (str, os.PathLike, tuple, list, DiffusionPipeline))
+    return type(component).__name__ == "ChatEndpoint" or isinstance(
+        component, (str, os.PathLike, tuple, list, DiffusionPipeline)
+    )
 
 
 def _importable(classes: dict[str, list[str]], library: str, class_name: str) -> dict[str, list[str]]:

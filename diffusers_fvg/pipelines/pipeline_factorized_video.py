@@ -25,7 +25,7 @@ from ..animate.decoding import decode_video
 from ..animate.fidelity import decode_anchored
 from ..animate.memory import decoder_bytes, free_bytes
 from ..animate.transformer_anchor import AnchorConditionedTransformer3D
-from ..checks import check_finite, check_size, stop_unless_finite
+from ..checks import check_finite, check_number, check_size, stop_unless_finite
 from ..compose.composer import AnchorComposer
 from ..devices import get_module_execution_device
 from ..locks import exclusive
@@ -102,6 +102,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
     ):
         if transformer is None:
             raise ValueError("`transformer` is None: the repository has no video model, which every mode needs.")
+        check_number("boundary_ratio", boundary_ratio)
         # `register_modules` asks the VAE which latents a transformer must take.
         self.vae = vae
         super().__init__(
@@ -122,7 +123,9 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         if name not in ("transformer", "transformer_2") or component is None:
             return super()._taken_over(name, component)
         transformer = AnchorConditionedTransformer3D.from_stock(component)
-        channels, config = self.vae.config.z_dim, transformer.config
+        # A modular pipeline's components come one by one.
+        vae, config = getattr(self, "vae", None), transformer.config
+        channels = config.in_channels if vae is None else vae.config.z_dim
         if config.in_channels != channels or config.image_dim is not None:
             raise ValueError(
                 f"`{name}` takes {config.in_channels} channels{' and image embeddings' * (config.image_dim is not None)}, and the "

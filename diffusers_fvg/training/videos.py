@@ -14,7 +14,7 @@ import av
 import torch
 from av.video.reformatter import VideoReformatter
 
-from ..animate.pictures import crop_and_resize
+from ..animate.anchor import crop_and_resize
 from .config import TrainConfig
 
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from diffusers_fvg import Anchor
-from diffusers_fvg.animate import pictures
-from diffusers_fvg.animate.anchor import anchor_pixels
-from diffusers_fvg.animate.pictures import crop_and_resize, fit_picture, picture_image, picture_tensor
+from diffusers_fvg.animate import anchor as pictures
+from diffusers_fvg.animate.anchor import anchor_pixels, crop_and_resize, fit_picture, picture_image, picture_tensor
 
 
 RED, GREY = (255, 0, 0), (51, 102, 204)
