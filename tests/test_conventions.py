@@ -19,7 +19,7 @@ LEVELS = [
     {"compose", "dreamer"},
     {"publishing"},
     {"pipelines", "training"},
-    {"embedded", "evaluation"},
+    {"embedded", "evaluation", "recipes"},
     {"shapes"},
     {"cli"},
 ]
