@@ -109,7 +109,16 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "train", help="train an anchor LoRA, or a stage of Factorized-Dreamer, on videos; continues where it stopped"
     )
-    parser.add_argument("config", type=Path, help="TOML file, see examples/training")
+    parser.add_argument("config", type=Path, nargs="?", help="TOML file, see examples/training")
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="print a file for the anchor LoRA of a recipe, with data and cost; trains nothing",
+    )
+
+
+def _add_models(commands: argparse._SubParsersAction) -> None:
+    commands.add_parser("models", help="list recipes: first frame, memory, licences, sizes on disk")
 
 
 def _add_assemble(commands: argparse._SubParsersAction) -> None:
@@ -144,7 +153,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line, without anything heavy imported."""
     top = argparse.ArgumentParser(prog="fvg", description="Factorized Video Generation with diffusers.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_generate, _add_rewrite, _add_compose, _add_animate, _add_train, _add_assemble, _add_push):
+    adders = (_add_generate, _add_rewrite, _add_compose, _add_animate, _add_train, _add_assemble, _add_push)
+    for add in (*adders, _add_models):
         add(commands)
     add_shapes(commands, _add_model)
     return top
@@ -353,6 +363,17 @@ def _animate(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     import tomllib
 
+    if (arguments.config is None) == (arguments.recipe is None):
+        raise ValueError("give either the TOML file of a run or --recipe NAME, which prints one.")
+    if arguments.recipe is not None:
+        from .recipe_texts import training_text
+        from .recipes import RECIPES
+
+        if arguments.recipe not in RECIPES:
+            raise ValueError(f"--recipe {arguments.recipe} must be one of {', '.join(RECIPES)}.")
+        print(training_text(RECIPES[arguments.recipe]), end="")
+        return
+
     from .training.config import TrainConfig
     from .training.trainer import main_train
 
@@ -383,6 +404,12 @@ def _assemble(arguments: argparse.Namespace) -> None:
         print(f"repository: {arguments.output}")
 
 
+def _models(arguments: argparse.Namespace) -> None:
+    from .recipe_texts import models_text
+
+    print(models_text())
+
+
 def _push(arguments: argparse.Namespace) -> None:
     from . import push
 
@@ -400,6 +427,7 @@ COMMANDS = {
     "train": _train,
     "assemble": _assemble,
     "push": _push,
+    "models": _models,
 }
 
 

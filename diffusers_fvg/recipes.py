@@ -126,6 +126,14 @@ Z_IMAGE_TURBO = PartFacts(
     },
 )
 
+# Bytes of weights on disk, where published: for when the Hub does not answer. The 5B's transformer (4,999,787,712 numbers) and
+# VAE (704,688,668) are float32, its text encoder (5,680,910,336) is bfloat16: card of
+# AbstractFramework/wan2.2-ti2v-5b-diffusers-8bit. Qwen3-4B (4,022,468,096) is bfloat16: its config.json.
+STORED = {
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 4 * (4_999_787_712 + 704_688_668) + 2 * 5_680_910_336,
+    "Qwen/Qwen3-4B-Instruct-2507": 2 * 4_022_468_096,
+}
+
 # Keys beside those that follow from the facts: those of examples/training, with the reasons there.
 _TRAINING = {"anchor_position": "uniform", "batch_size": 1, "learning_rate": 1e-4}
 

@@ -20,6 +20,7 @@ LEVELS = [
     {"publishing"},
     {"pipelines", "training"},
     {"embedded", "evaluation", "recipes"},
+    {"recipe_texts"},
     {"shapes"},
     {"cli"},
 ]
