@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from . import __version__
 from .shapes.command import add_shapes, run_shapes
 
 
@@ -117,8 +118,9 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     )
 
 
-def _add_models(commands: argparse._SubParsersAction) -> None:
+def _add_overview(commands: argparse._SubParsersAction) -> None:
     commands.add_parser("models", help="list recipes: first frame, memory, licences, sizes on disk")
+    commands.add_parser("doctor", help="versions, devices, attention backends, kernels, and what would run here")
 
 
 def _add_assemble(commands: argparse._SubParsersAction) -> None:
@@ -152,9 +154,10 @@ def _add_push(commands: argparse._SubParsersAction) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line, without anything heavy imported."""
     top = argparse.ArgumentParser(prog="fvg", description="Factorized Video Generation with diffusers.")
+    top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     adders = (_add_generate, _add_rewrite, _add_compose, _add_animate, _add_train, _add_assemble, _add_push)
-    for add in (*adders, _add_models):
+    for add in (*adders, _add_overview):
         add(commands)
     add_shapes(commands, _add_model)
     return top
@@ -235,8 +238,6 @@ def _versions() -> dict[str, str]:
     import diffusers
     import torch
     import transformers
-
-    from . import __version__
 
     modules = {"diffusers": diffusers, "torch": torch, "transformers": transformers}
     return {"diffusers-fvg": __version__} | {name: module.__version__ for name, module in modules.items()}
@@ -366,7 +367,7 @@ def _train(arguments: argparse.Namespace) -> None:
     if (arguments.config is None) == (arguments.recipe is None):
         raise ValueError("give either the TOML file of a run or --recipe NAME, which prints one.")
     if arguments.recipe is not None:
-        from .recipe_texts import training_text
+        from .overview import training_text
         from .recipes import RECIPES
 
         if arguments.recipe not in RECIPES:
@@ -405,9 +406,15 @@ def _assemble(arguments: argparse.Namespace) -> None:
 
 
 def _models(arguments: argparse.Namespace) -> None:
-    from .recipe_texts import models_text
+    from .overview import models_text
 
     print(models_text())
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from .overview import doctor_text
+
+    print(doctor_text())
 
 
 def _push(arguments: argparse.Namespace) -> None:
@@ -428,6 +435,7 @@ COMMANDS = {
     "assemble": _assemble,
     "push": _push,
     "models": _models,
+    "doctor": _doctor,
 }
 
 

@@ -20,7 +20,7 @@ LEVELS = [
     {"publishing"},
     {"pipelines", "training"},
     {"embedded", "evaluation", "recipes"},
-    {"recipe_texts"},
+    {"overview"},
     {"shapes"},
     {"cli"},
 ]

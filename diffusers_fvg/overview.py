@@ -1,9 +1,10 @@
-"""What is printed of recipes: the list of `fvg models`, and how an anchor LoRA is made, by `fvg train --recipe NAME`."""
+"""What is printed of recipes and of this machine: by `fvg models`, `fvg train --recipe NAME` and `fvg doctor`."""
 
 from __future__ import annotations
 
 import json
 import textwrap
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -54,7 +55,7 @@ def _memory(recipe: Recipe, profiles: list[str]) -> list[str]:
         return [NOT_KNOWN] * len(profiles)
     from .pipelines.profiles import model_stages, plan_memory
 
-    stages, cells = model_stages(recipe.facts, make_parts=lambda: make_parts(recipe)), []
+    stages, cells = model_stages(recipe.facts, make_parts=partial(make_parts, recipe)), []
     for profile in profiles:
         try:
             plan = plan_memory(stages, profile)
@@ -175,3 +176,65 @@ def training_values(recipe: Recipe) -> dict[str, Any]:
         "flow_shift": facts.sizes[0].flow_shift or 1.0,
         **recipe.training,
     }
+
+
+# What runs without them, too: attention backends and kernels, bits of weights, training's extras.
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "huggingface_hub", "safetensors", "triton")
+PACKAGES += ("flash_attn", "sageattention", "bitsandbytes", "torchao", "gguf", "cv2", "tensorboard", "datasets")
+
+
+def doctor_text() -> str:
+    """Versions, devices, attention backends, kernels, and what of the recipes would run here."""
+    import platform
+    from importlib import metadata
+
+    import torch
+
+    from . import __version__
+
+    by_module = metadata.packages_distributions()
+    lines = [f"python {platform.python_version()} on {platform.platform()}", f"diffusers-fvg {__version__}"]
+    found = {name: by_module[name][0] for name in PACKAGES if name in by_module}
+    lines += [f"{name} {metadata.version(distribution)}" for name, distribution in found.items()]
+    lines.append(f"not installed: {', '.join(name for name in PACKAGES if name not in found) or 'nothing'}")
+    devices = [torch.device("cpu")]
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        devices = [torch.device(kind, index) for index in range(torch.accelerator.device_count())] + devices
+    for device in devices:
+        lines += ["", f"{device}: {_device_name(device)}", *_runs_on(device)]
+    lines += ["", f"`fvg` uses {devices[0]} unless --device says otherwise."]
+    return "\n".join(lines)
+
+
+def _device_name(device: Any) -> str:
+    import torch
+
+    from .animate.memory import free_bytes
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return f"{name}, {free_bytes(device) / GIB:.1f} GiB free"
+
+
+def _runs_on(device: Any) -> list[str]:
+    import torch
+
+    from .animate.attention import choose_backend
+    from .animate.memory import free_bytes
+    from .kernels.dispatch import kernel_report
+    from .pipelines.profiles import USABLE, model_stages, plan_memory
+
+    lines = [f"  attention: {choose_backend(device, torch.bfloat16, 128)}", f"  kernels: {kernel_report(device)}"]
+    lines.append("  embedded shapes model: yes")
+    profile = "cpu" if device.type == "cpu" else "80GB"
+    for recipe in RECIPES.values():
+        answer = f"not known; its authors, for the base alone: {recipe.facts.memory}"
+        if recipe not in _unplanned():
+            stages = model_stages(recipe.facts, make_parts=partial(make_parts, recipe))
+            try:
+                plan = plan_memory(stages, profile, int(USABLE * free_bytes(device)))
+                answer = f"fits with offload {plan.offload!r}, {plan.peak / GIB:.1f} GiB (computed)"
+            except ValueError as error:
+                answer = f"too large: {str(error).partition(', but ')[2].partition(':')[0]}"
+        lines.append(f"  {recipe.name}: {answer}")
+    return lines

@@ -1,8 +1,9 @@
-"""What `fvg models` and `fvg train --recipe` print, against published counts, training examples and the tests' Hub."""
+"""What `fvg models`, `fvg train --recipe` and `fvg doctor` print, against published counts, training examples and the tests' Hub."""
 
 import json
 import re
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ from transformers import UMT5Config, UMT5EncoderModel
 import diffusers_fvg
 from diffusers_fvg import RECIPES, assemble
 from diffusers_fvg.cli import main
+from diffusers_fvg.kernels.dispatch import kernel_report, use_kernels
 from diffusers_fvg.loading.references import HubReference
+from diffusers_fvg.overview import make_parts, models_text, training_text, weight_bytes
 from diffusers_fvg.pipelines.profiles import WAN_VAES
-from diffusers_fvg.recipe_texts import make_parts, models_text, training_text, weight_bytes
 from diffusers_fvg.recipes import STORED
 from diffusers_fvg.schedules.presets import SchedulerPresets
 from diffusers_fvg.training.config import TrainConfig
@@ -110,7 +112,7 @@ def test_the_table_fits_a_terminal_and_says_what_is_not_known(capsys):
 
 
 def test_sizes_are_what_the_hub_has(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusers_fvg.recipe_texts._memory", lambda recipe, profiles: ["-"] * len(profiles))
+    monkeypatch.setattr("diffusers_fvg.overview._memory", lambda recipe, profiles: ["-"] * len(profiles))
     for repository in {name for recipe in RECIPES.values() for name in recipe.repositories.values()}:
         folder = tmp_path / repository / "transformer"
         folder.mkdir(parents=True)
@@ -166,3 +168,37 @@ def test_cost_by_hand():
 def test_train_refuses(arguments, message, capsys):
     assert main(["train", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+# -- fvg doctor -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("gibibytes", "fits"), [(100, True), (20, False)])
+def test_doctor_tells_what_there_is_and_what_would_run(gibibytes, fits, capsys, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr("diffusers_fvg.animate.memory.free_bytes", lambda device: gibibytes * 2**30)
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for package in ("torch", "diffusers", "transformers"):
+        assert f"\n{package} {version(package)}\n" in text
+    assert f", {gibibytes}.0 GiB free\n  attention: native\n  kernels: torch (FVG_KERNELS=reference" in text
+    # 8.04 + 20.35 + 11.36 + 10.00 + 1.41 GB of weights, and what the VAE or the transformer works in.
+    if fits:
+        (peak,) = re.findall(r"wan2.2-5b: fits with offload 'none', ([\d.]+) GiB", text)
+        assert 51.16e9 / 2**30 < float(peak) < 60
+    else:
+        assert re.search(r"wan2.2-5b: too large: `\w+` needs [\d.]+ GiB \(computed\) with offload 'none'\n", text)
+    assert "cogvideox1.5-5b: not known" in text and "`fvg` uses cpu" in text
+
+
+def test_kernels_are_reported_as_they_are_chosen():
+    cpu = torch.device("cpu")
+    assert kernel_report(cpu).startswith("torch (FVG_KERNELS=reference, the default); Triton cannot: ")
+    with use_kernels("auto"):
+        assert kernel_report(cpu).startswith("torch (FVG_KERNELS=auto); Triton is not for cpu: ")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0 and capsys.readouterr().out == f"fvg {version('diffusers-fvg')}\n"
