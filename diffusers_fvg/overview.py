@@ -108,7 +108,7 @@ def _sizes() -> dict[str, str]:
         if answers:
             try:
                 size = weight_bytes({name: file["size"] for name, file in repository_files(repository)[1].items()})
-            except Exception:  # A missing connection is told by whatever HTTP library the client uses.
+            except OSError:
                 answers = False
         sizes[repository] = NOT_KNOWN if size is None else f"{size / 1e9:.1f}"
     return sizes

@@ -1,5 +1,6 @@
 """Recipes: from published configs without weights, and end to end with tiny weights under the real names."""
 
+import re
 from pathlib import Path
 
 import PIL.Image
@@ -218,6 +219,18 @@ def test_a_wrong_part_is_said_before_weights_are_fetched(hub, repositories, lora
     with pytest.raises(ValueError, match="fits"):
         load("wan2.2-5b", lora=lora("cogvideox1.5-5b"))
     assert not [path for _, path, _ in hub.downloads if path.endswith(".safetensors")]
+
+
+def test_without_a_connection_it_is_one_line_and_the_cache_still_works(
+    hub, repositories, tmp_path, capsys, monkeypatch
+):
+    expected = hub_revisions(load("wan2.2-5b"))
+    hub.stop()
+    assert generate("wan2.2-5b", tmp_path / "video.mp4") == 2
+    assert re.search(r"the Hub does not answer \(.*HF_HUB_OFFLINE=1", capsys.readouterr().err.splitlines()[-1])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert generate("wan2.2-5b", tmp_path / "video.mp4") == 0
+    assert read_video_metadata(tmp_path / "video.mp4")["hub_revisions"] == expected
 
 
 def test_unknown_names_and_a_lora_for_no_recipe(hub, folders):
