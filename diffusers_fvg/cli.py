@@ -9,11 +9,14 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from . import __version__
 from .shapes.command import add_shapes, run_shapes
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="folder or Hub repository; the embedded shapes model when left out")
+    parser.add_argument(
+        "--model", help="recipe (see fvg models), folder or Hub repository; the embedded shapes model when left out"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of every stage")
     parser.add_argument("--device", help="cuda, mps or cpu; the fastest there is when left out")
     parser.add_argument("--seed", type=int, help="makes the run repeatable; drawn and printed when left out")
@@ -24,12 +27,26 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_rewriter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--rewriter", metavar="URL", help="OpenAI-compatible server to ask in place of the model's rewriter"
+        "--rewriter",
+        metavar="NAME|URL",
+        help="in place of the model's: chat model (folder, org/name or org/name@revision), or OpenAI-compatible server",
     )
     parser.add_argument("--rewriter-model", metavar="NAME", help="the server's name of the chat model")
     parser.add_argument(
         "--rewriter-api-key-env", metavar="VAR", help="environment variable that holds the server's key"
     )
+
+
+def _add_composer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--composer",
+        metavar="NAME",
+        help="in place of the model's: text-to-image pipeline (folder, org/name or org/name@revision)",
+    )
+
+
+def _add_lora(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lora", metavar="NAME", help="anchor LoRA for a recipe, of any format")
 
 
 def _add_video(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +67,8 @@ def _add_generate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("prompt")
     _add_model(parser)
     _add_rewriter(parser)
+    _add_composer(parser)
+    _add_lora(parser)
     _add_video(parser)
     parser.add_argument("--mode", choices=("factorized", "direct", "storyboard"), default="factorized")
     parser.add_argument("--num-moments", type=int, default=2, help="of a storyboard, at most (default: %(default)s)")
@@ -63,12 +82,15 @@ def _add_rewrite(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("prompt", nargs="+")
     _add_model(parser)
     _add_rewriter(parser)
+    _add_lora(parser)
 
 
 def _add_compose(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("compose", help="stage 2: first-frame prompt to anchor image")
     parser.add_argument("first_frame_prompt")
     _add_model(parser)
+    _add_composer(parser)
+    _add_lora(parser)
     parser.add_argument("--output", type=Path, default=Path("anchor.png"), help="PNG to write (default: %(default)s)")
     parser.add_argument("--num-inference-steps", "--steps", type=int, help="steps of the text-to-image model")
 
@@ -80,6 +102,7 @@ def _add_animate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--frame-index", type=int, default=0, help="frame that the image is (default: %(default)s)")
     parser.add_argument("--strength", type=float, default=1.0, help="in (0, 1] (default: %(default)s)")
     _add_model(parser)
+    _add_lora(parser)
     _add_video(parser)
 
 
@@ -87,7 +110,17 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "train", help="train an anchor LoRA, or a stage of Factorized-Dreamer, on videos; continues where it stopped"
     )
-    parser.add_argument("config", type=Path, help="TOML file, see examples/training")
+    parser.add_argument("config", type=Path, nargs="?", help="TOML file, see examples/training")
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="print a file for the anchor LoRA of a recipe, with data and cost; trains nothing",
+    )
+
+
+def _add_overview(commands: argparse._SubParsersAction) -> None:
+    commands.add_parser("models", help="list recipes: first frame, memory, licences, sizes on disk")
+    commands.add_parser("doctor", help="versions, devices, attention backends, kernels, and what would run here")
 
 
 def _add_assemble(commands: argparse._SubParsersAction) -> None:
@@ -121,23 +154,24 @@ def _add_push(commands: argparse._SubParsersAction) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line, without anything heavy imported."""
     top = argparse.ArgumentParser(prog="fvg", description="Factorized Video Generation with diffusers.")
+    top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_generate, _add_rewrite, _add_compose, _add_animate, _add_train, _add_assemble, _add_push):
+    adders = (_add_generate, _add_rewrite, _add_compose, _add_animate, _add_train, _add_assemble, _add_push)
+    for add in (*adders, _add_overview):
         add(commands)
     add_shapes(commands, _add_model)
     return top
 
 
 def _rewriter(arguments: argparse.Namespace):
-    """What `--rewriter` names, and `None` without it."""
-    if arguments.rewriter is None:
+    """What `--rewriter` names: a name, or what asks a server; `None` without it."""
+    is_server = (arguments.rewriter or "").startswith(("http://", "https://"))
+    if not is_server:
         if arguments.rewriter_model is not None or arguments.rewriter_api_key_env is not None:
             raise ValueError(
                 "--rewriter-model and --rewriter-api-key-env belong to a server: name it with --rewriter URL."
             )
-        return None
-    if not arguments.rewriter.startswith(("http://", "https://")):
-        raise ValueError(f"--rewriter {arguments.rewriter} must be the http:// or https:// address of a server.")
+        return arguments.rewriter
     if arguments.rewriter_model is None:
         raise ValueError("--rewriter needs --rewriter-model NAME, the server's name of the chat model.")
     from . import ChatEndpoint, FirstFrameRewriter
@@ -151,23 +185,23 @@ def _load(arguments: argparse.Namespace):
     import torch
     import transformers
 
-    from . import FactorizedVideoPipeline
     from .embedded import EMBEDDED_FOLDER
+    from .recipes import load
 
     # One bar, that of the stages: loading would draw one for every component.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     if arguments.model is not None and Path(arguments.model).exists() and not Path(arguments.model).is_dir():
         raise ValueError(f"--model {arguments.model} is a file; give a folder or a Hub repository.")
-    rewriter = _rewriter(arguments) if "rewriter" in arguments else None
-    # One that is passed keeps the repository's own from being loaded.
-    parts = {} if rewriter is None else {"rewriter": rewriter}
+    # One that is passed keeps the model's own from being loaded.
+    parts = {name: getattr(arguments, name) for name in ("composer", "lora") if name in arguments}
+    parts |= {"rewriter": _rewriter(arguments)} if "rewriter" in arguments else {}
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     if arguments.model is None:
         # Its operations are too small to be split: more threads gain nothing, and on a busy machine they wait for each other.
         torch.set_num_threads(1)
-    place, default = (EMBEDDED_FOLDER, torch.float32) if arguments.model is None else (arguments.model, torch.bfloat16)
-    pipe = FactorizedVideoPipeline.from_pretrained(place, dtype=dtype or default, **parts)
+        dtype = dtype or torch.float32
+    pipe = load(EMBEDDED_FOLDER if arguments.model is None else arguments.model, dtype=dtype, **parts)
     device = arguments.device
     if device is None and torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator().type
@@ -205,8 +239,6 @@ def _versions() -> dict[str, str]:
     import torch
     import transformers
 
-    from . import __version__
-
     modules = {"diffusers": diffusers, "torch": torch, "transformers": transformers}
     return {"diffusers-fvg": __version__} | {name: module.__version__ for name, module in modules.items()}
 
@@ -214,10 +246,15 @@ def _versions() -> dict[str, str]:
 def _write(arguments: argparse.Namespace, pipe, frames, record: dict, captions, anchors) -> None:
     """Video and strip; `record` tells how the video was made, pictures and their captions are those of the strip."""
     from .media import write_strip, write_video
+    from .recipes import hub_revisions
 
     frame_rate = pipe.call_defaults["frame_rate"]
+    model = arguments.model or "embedded"
     metadata = {
         **record,
+        # Of a folder nothing but its name: paths are those of this machine.
+        "model": Path(model).resolve().name if Path(model).is_dir() else model,
+        "hub_revisions": hub_revisions(pipe),
         "preset": arguments.preset or next(iter(pipe.presets)),
         "versions": _versions(),
     }
@@ -327,6 +364,17 @@ def _animate(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     import tomllib
 
+    if (arguments.config is None) == (arguments.recipe is None):
+        raise ValueError("give either the TOML file of a run or --recipe NAME, which prints one.")
+    if arguments.recipe is not None:
+        from .overview import training_text
+        from .recipes import RECIPES
+
+        if arguments.recipe not in RECIPES:
+            raise ValueError(f"--recipe {arguments.recipe} must be one of {', '.join(RECIPES)}.")
+        print(training_text(RECIPES[arguments.recipe]), end="")
+        return
+
     from .training.config import TrainConfig
     from .training.trainer import main_train
 
@@ -357,6 +405,18 @@ def _assemble(arguments: argparse.Namespace) -> None:
         print(f"repository: {arguments.output}")
 
 
+def _models(arguments: argparse.Namespace) -> None:
+    from .overview import models_text
+
+    print(models_text())
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from .overview import doctor_text
+
+    print(doctor_text())
+
+
 def _push(arguments: argparse.Namespace) -> None:
     from . import push
 
@@ -374,6 +434,8 @@ COMMANDS = {
     "train": _train,
     "assemble": _assemble,
     "push": _push,
+    "models": _models,
+    "doctor": _doctor,
 }
 
 

@@ -22,6 +22,7 @@ def test_generate_writes_video_strip_and_stages(tmp_path, capsys):
     assert frames.shape == (17, 384, 384, 3) and frame_rate == 8
     metadata = read_video_metadata(tmp_path / "out" / "video.mp4")
     assert metadata["prompt"] == PROMPT and metadata["seeds"]["video"] == 3 and metadata["preset"] == "anchored-15"
+    assert metadata["model"] == "embedded" and metadata["hub_revisions"] == {}
     assert "red circle" in metadata["first_frame_prompt"] and "moves" not in metadata["first_frame_prompt"]
     assert metadata["versions"].keys() == {"diffusers-fvg", "diffusers", "torch", "transformers"}
     printed = capsys.readouterr().out
@@ -74,7 +75,13 @@ def test_a_seed_repeats_the_video_and_stages_chain(tmp_path, capsys):
         (["generate", "a", "--output", "video.avi"], "must end in .mp4"),
         (["generate", "a", "--image", "missing.png"], "missing.png cannot be read"),
         (["generate", "a", "--model", __file__], "is a file"),
-        (["generate", "a", "--rewriter", "org/chat"], "must be the http:// or https:// address"),
+        (
+            ["generate", "a", "--rewriter", "org/chat"],
+            "The rewriter names org/chat on the Hub, which cannot be loaded",
+        ),
+        (["generate", "a", "--composer", "org/t2i"], "The composer names org/t2i on the Hub, which cannot be loaded"),
+        (["generate", "a", "--lora", "org/lora"], "An anchor LoRA can be given to a recipe"),
+        (["generate", "a", "--model", "none"], "'none' is no folder and no recipe; recipes are wan2.2-5b, "),
         (["rewrite", "a", "--rewriter", "http://localhost/v1"], "needs --rewriter-model"),
         (["rewrite", "a", "--rewriter-api-key-env", "KEY"], "name it with --rewriter URL"),
         (
@@ -113,6 +120,6 @@ def test_flags_mirror_argument_names():
 
     names = set(inspect.signature(FactorizedVideoPipeline.__call__).parameters)
     own = {"command", "model", "dtype", "device", "seed", "quiet", "output", "strip", "save_stages"}
-    own |= {"rewriter", "rewriter_model", "rewriter_api_key_env"}
+    own |= {"composer", "lora", "rewriter", "rewriter_model", "rewriter_api_key_env"}
     flags = set(vars(parser().parse_args(["generate", "a prompt"])))
     assert flags - own <= names

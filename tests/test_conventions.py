@@ -19,7 +19,8 @@ LEVELS = [
     {"compose", "dreamer"},
     {"publishing"},
     {"pipelines", "training"},
-    {"embedded", "evaluation"},
+    {"embedded", "evaluation", "recipes"},
+    {"overview"},
     {"shapes"},
     {"cli"},
 ]

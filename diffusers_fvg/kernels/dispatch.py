@@ -164,6 +164,16 @@ def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     return attention.frame_attention(query, key, value, seen)
 
 
+def kernel_report(device: torch.device) -> str:
+    """What computes the package's kernels on a device, and why."""
+    problem = _device_problem(device)
+    if _kernels == "reference":
+        return f"torch (FVG_KERNELS=reference, the default); Triton {'could run' if problem is None else f'cannot: {problem}'}"
+    if problem is None and (_kernels == "triton" or device.type == "cuda"):
+        return f"Triton (FVG_KERNELS={_kernels})"
+    return f"torch (FVG_KERNELS={_kernels}); Triton is not for {device}" + (f": {problem}" if problem else "")
+
+
 def _takes_triton(*tensors: torch.Tensor, max_dim: int = _MAX_DIM) -> bool:
     """Whether Triton computes this call.
 

@@ -82,6 +82,9 @@ def repository_files(repository: str, revision: str | None = None, **hub: Any) -
         repository (`str`): on the Hub.
         revision (`str`, *optional*): a commit, whose listing is kept in the cache, or a branch or tag.
         hub: as [`hub_arguments`] gives them.
+
+    Raises:
+        `OSError`: the repository or the revision is not there, or the Hub does not answer.
     """
     validate_repo_id(repository)
     if revision is not None:
@@ -97,7 +100,12 @@ def repository_files(repository: str, revision: str | None = None, **hub: Any) -
                 ) from error
         else:
             return revision, {file.path: _file(file.size, file.lfs) for file in tree}
-    info = HfApi(token=hub.get("token")).model_info(repository, revision=revision, files_metadata=True)
+    try:
+        info = HfApi(token=hub.get("token")).model_info(repository, revision=revision, files_metadata=True)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # A missing connection is told by whatever HTTP library the client uses.
+        raise OSError(f"the Hub does not answer ({error}); HF_HUB_OFFLINE=1 uses what was fetched before") from error
     return info.sha, {file.rfilename: _file(file.size, file.lfs) for file in info.siblings}
 
 

@@ -17,7 +17,7 @@ the bytes that it then has. All figures are computed, none is measured.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -152,12 +152,17 @@ def pipeline_stages(
     return _stages(modules, **size)
 
 
-def model_stages(facts: ModelFacts, dtype: torch.dtype = torch.bfloat16) -> list[Stage]:
-    """Stages of a Wan model at its own size and length, without a rewriter and a composer. No weights are made.
+def model_stages(
+    facts: ModelFacts,
+    dtype: torch.dtype = torch.bfloat16,
+    make_parts: Callable[[], Mapping[str, torch.nn.Module]] = dict,
+) -> list[Stage]:
+    """Stages of a Wan model at its own size and length. No weights are made.
 
     Args:
         facts ([`~models.ModelFacts`]): of the model.
         dtype (`torch.dtype`, *optional*): of all weights.
+        make_parts (`Callable`, *optional*): makes what runs before the base's models: the rewriter and the composer.
     """
     from diffusers import AutoencoderKLWan
     from transformers import UMT5Config, UMT5EncoderModel
@@ -171,7 +176,7 @@ def model_stages(facts: ModelFacts, dtype: torch.dtype = torch.bfloat16) -> list
         with torch.device("meta"):
             # google/umt5-xxl, config.json.
             umt5 = UMT5Config(vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
-            modules = {"text_encoder": UMT5EncoderModel(umt5)}
+            modules = {**make_parts(), "text_encoder": UMT5EncoderModel(umt5)}
             modules |= {name: AnchorConditionedTransformer3D(**facts.transformer_config) for name in experts}
             modules["vae"] = AutoencoderKLWan(**WAN_VAES[facts.latent_channels])
     finally:

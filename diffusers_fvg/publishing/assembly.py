@@ -214,6 +214,7 @@ def assemble(
     composer_call_defaults: dict[str, Any] | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
 ) -> Assembly:
     """Puts a repository together that `DiffusionPipeline.from_pretrained` loads.
 
@@ -235,7 +236,7 @@ def assemble(
         call_defaults (`dict`, *optional*): of the pipeline: `height`, `width`, `num_frames`, `frame_rate`, in place of the
             base's or the model's own.
         composer_call_defaults (`dict`, *optional*): of the composer, such as `num_inference_steps`.
-        token, cache_dir (*optional*): for the Hub.
+        token, cache_dir, local_files_only (*optional*): for the Hub.
 
     Returns:
         [`Assembly`]: its parts, with licences, files and sizes.
@@ -247,7 +248,8 @@ def assemble(
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{str(output)!r} is there and not an empty folder; choose another.")
-    hub = {name: value for name, value in (("token", token), ("cache_dir", cache_dir)) if value is not None}
+    hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only or None}
+    hub = {name: value for name, value in hub.items() if value is not None}
     source = Source.of(base, hub)
     index = source.read_json(DiffusionPipeline.config_name)
     class_name = index.get("transformer", [None, None])[1]

@@ -122,7 +122,8 @@ class FirstFrameRewriter(torch.nn.Module):
 
         Args:
             path (`str` or `os.PathLike`): a folder with a `rewriter_config.json`, which either names a Hub repository, or
-                has the weights beside it in `model/` and `tokenizer/`; or a Hub repository of a transformers chat model.
+                has the weights beside it in `model/` and `tokenizer/`; or a transformers chat model: a folder, or a Hub
+                repository.
             torch_dtype, dtype (`torch.dtype`, *optional*): of the weights; both names mean the same, since diffusers passes
                 the first. Left out: as stored.
             revision, gguf_file (`str`, *optional*): of the Hub repository that `path` is; a folder names its own.
@@ -144,13 +145,16 @@ class FirstFrameRewriter(torch.nn.Module):
                 raise ValueError(
                     f"`revision` and `gguf_file` are for a Hub repository, and {str(path)!r} is a folder."
                 )
-            config = read_rewriter_config(folder / CONFIG_NAME)
+            is_chat_model = not (folder / CONFIG_NAME).is_file() and (folder / "config.json").is_file()
+            config = {} if is_chat_model else read_rewriter_config(folder / CONFIG_NAME)
         else:
             config = {"model": str(path), "revision": revision, "gguf_file": gguf_file}
         reference = {key: config.pop(key, None) for key in ("model", "revision", "gguf_file")}
         reference = {key: value for key, value in reference.items() if value is not None}
         source = {"gguf_file": reference["gguf_file"]} if "gguf_file" in reference else {}
         model_path, tokenizer_path = folder / "model", folder / "tokenizer"
+        if folder.is_dir() and is_chat_model:
+            model_path = tokenizer_path = folder
         if reference:
             hub = hub_arguments(cache_dir=cache_dir, local_files_only=local_files_only or None, token=token)
             model_path = tokenizer_path = fetch(

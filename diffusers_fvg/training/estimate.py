@@ -1,4 +1,4 @@
-"""How much memory a training run needs: computed from shapes, not measured."""
+"""How much memory and arithmetic a training run needs: computed from shapes, not measured."""
 
 from __future__ import annotations
 
@@ -45,17 +45,13 @@ def estimated_memory(
         # Text tokens go through the blocks with the others. The feed-forward of diffusers' class is four times as wide.
         feed_forward, texts = 4 * width, shape.max_text_seq_length
         patch = (shape.patch_size_t or 1, shape.patch_size, shape.patch_size)
+    tokens = texts + _longest_video(config, patch, spatial, temporal)
     linears = [
         module
         for name, module in transformer.named_modules()
         if isinstance(module, torch.nn.Linear) and any(f".{name}".endswith(f".{end}") for end in config.targets)
     ]
     lora = sum(config.rank * (module.in_features + module.out_features) for module in linears)
-    tokens = texts + max(
-        math.ceil((1 + (num_frames - 1) // temporal) / patch[0])
-        * (rows * columns // (patch[1] * patch[2] * spatial**2))
-        for num_frames, rows, columns in config.buckets
-    )
     number = 2 if config.mixed_precision == "bf16" else 4
     lora_number = 16 + (4 if config.ema_decay else 0) + (2 if config.mixed_precision == "bf16" else 0)
     lora_number += number if config.distill_guidance else 0
@@ -67,3 +63,40 @@ def estimated_memory(
         "block_inputs": shape.num_layers * per_block,
         "block": block,
     }
+
+
+def estimated_operations(
+    config: TrainConfig,
+    parameters: int,
+    width: int,
+    num_layers: int,
+    patch: tuple[int, int, int],
+    spatial: int,
+    temporal: int = 4,
+) -> float:
+    """Floating-point operations of one process in all steps, on clips of the largest bucket; texts are left out.
+
+    A forward has `2 * parameters * tokens` and, in self-attention, `4 * tokens^2 * width` a layer. Beside it gradient
+    checkpointing runs a second one, and the backward pass takes as much again in the frozen layers, whose own gradients are
+    not needed, and twice as much in attention.
+
+    Args:
+        config (`TrainConfig`): steps, batch size, buckets.
+        parameters, width, num_layers (`int`): of the transformer.
+        patch (`tuple[int, int, int]`): frames, rows and columns of latents in one token.
+        spatial, temporal (`int`): as in [`estimated_memory`].
+    """
+    tokens = _longest_video(config, patch, spatial, temporal)
+    clips = config.steps * config.gradient_accumulation_steps * config.batch_size
+    again = 1 if config.gradient_checkpointing else 0
+    dense, attention = 2.0 * parameters * tokens, 4.0 * tokens**2 * width * num_layers
+    return clips * ((2 + again) * dense + (3 + again) * attention)
+
+
+def _longest_video(config: TrainConfig, patch: tuple[int, int, int], spatial: int, temporal: int) -> int:
+    """Tokens of a clip of the largest bucket."""
+    return max(
+        math.ceil((1 + (num_frames - 1) // temporal) / patch[0])
+        * (rows * columns // (patch[1] * patch[2] * spatial**2))
+        for num_frames, rows, columns in config.buckets
+    )

@@ -1,0 +1,240 @@
+"""What is printed of recipes and of this machine: by `fvg models`, `fvg train --recipe NAME` and `fvg doctor`."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Any
+
+from .recipes import RECIPES, STORED, Recipe
+
+
+# NVIDIA H100 SXM data sheet: bfloat16 without sparsity, operations per second.
+H100_PEAK = 989.4e12
+GIB = 2**30
+NOT_KNOWN = "?"
+NOTES = """\
+FIRST FRAME: "kept" by the base without training; others need an anchor LoRA,
+and none is published: `fvg train --recipe NAME` prints what makes one.
+12GB to 80GB: the least offloading for a card of that size, and the peak in GiB,
+all three stages in bfloat16 at the model's own size. Computed, not measured.
+GB: weights on disk, as the Hub has them now; where it does not answer, as
+published, or "?": not known.
+cogvideox-license: a change of the card to Apache 2.0 is on record; read it.
+No recipe was ever run by this project with its real weights."""
+
+
+def models_text() -> str:
+    """Recipes with memory by profile, then their repositories with licences and sizes; 80 columns."""
+    from .pipelines.profiles import PROFILES
+
+    profiles = [name for name in PROFILES if name != "cpu"]
+    lines = [f"{'RECIPE':15}  {'FIRST FRAME':12}" + "".join(f" {name:>11}" for name in profiles)]
+    for recipe in RECIPES.values():
+        first = "kept" if recipe.keeps_first_frame else "needs LoRA"
+        cells = "".join(f" {cell:>11}" for cell in _memory(recipe, profiles))
+        lines.append(f"{recipe.name:15}  {first:12}{cells}")
+    authors = [f"{recipe.name}, the base alone, by its authors: {recipe.facts.memory}" for recipe in _unplanned()]
+    lines += [line for text in authors for line in textwrap.wrap(text, 80)]
+    lines += ["", f"{'REPOSITORY':32}  {'LICENCE':17}  {'GB':>4}  USED BY"]
+    sizes = _sizes()
+    for repository, (license, user) in _repositories().items():
+        lines.append(f"{repository:32}  {license:17}  {sizes[repository]:>4}  {user}")
+    return "\n".join([*lines, "", NOTES])
+
+
+def _unplanned() -> list[Recipe]:
+    """Memory profiles are for Wan."""
+    return [recipe for recipe in RECIPES.values() if recipe.facts.prediction != "flow"]
+
+
+def _memory(recipe: Recipe, profiles: list[str]) -> list[str]:
+    if recipe in _unplanned():
+        return [NOT_KNOWN] * len(profiles)
+    from .pipelines.profiles import model_stages, plan_memory
+
+    stages, cells = model_stages(recipe.facts, make_parts=partial(make_parts, recipe)), []
+    for profile in profiles:
+        try:
+            plan = plan_memory(stages, profile)
+            cells.append(f"{plan.offload} {plan.peak / GIB:.1f}")
+        except ValueError:
+            cells.append("too large")
+    return cells
+
+
+def make_parts(recipe: Recipe) -> dict[str, Any]:
+    """The models of rewriter and composer, on the default device: of published configs, weights not loaded."""
+    import diffusers
+    import torch
+    import transformers
+
+    parts = {}
+    for name, facts in (("rewriter", recipe.rewriter), ("composer", recipe.composer)):
+        models = {}
+        for kind, config in facts.configs.items():
+            made = getattr(diffusers, kind, None) or getattr(transformers, kind)
+            is_diffusers = issubclass(made, diffusers.ModelMixin)
+            models[kind] = made(**config) if is_diffusers else made(made.config_class(**config))
+        parts[name] = torch.nn.ModuleDict(models)
+    return parts
+
+
+def _repositories() -> dict[str, tuple[str, str]]:
+    """Repository to its licence and to what it is used for."""
+    users: dict[str, list[tuple[str, str]]] = {}
+    licenses = {}
+    for part in ("base", "composer", "rewriter"):
+        for recipe in RECIPES.values():
+            repository = recipe.repositories[part]
+            licenses[repository] = recipe.licenses[part]
+            users.setdefault(repository, []).append((recipe.name, part))
+    texts = {}
+    for repository, pairs in users.items():
+        names = "all" if len(pairs) == len(RECIPES) else ", ".join(name for name, _ in pairs)
+        texts[repository] = (licenses[repository], f"{names}: {pairs[0][1]}")
+    return texts
+
+
+def _sizes() -> dict[str, str]:
+    """Repository to gigabytes of weights that loading fetches; the Hub is not asked again once it did not answer."""
+    from .loading.files import repository_files
+
+    sizes, answers = {}, True
+    for repository in _repositories():
+        size = STORED.get(repository)
+        if answers:
+            try:
+                size = weight_bytes({name: file["size"] for name, file in repository_files(repository)[1].items()})
+            except OSError:
+                answers = False
+        sizes[repository] = NOT_KNOWN if size is None else f"{size / 1e9:.1f}"
+    return sizes
+
+
+def weight_bytes(files: dict[str, int]) -> int:
+    """Of a repository's files (path to bytes) the weights that are loaded: no variant, nothing in another format."""
+    from .loading.files import component_files
+
+    folders = {str(PurePosixPath(name).parent) for name in files if name.endswith(".safetensors")}
+    total = 0
+    for folder in folders:
+        try:
+            names = component_files(files, "" if folder == "." else folder)
+        except ValueError:
+            continue  # Weights of another name, as in "original/".
+        total += sum(files[name] for name in names if name.endswith(".safetensors"))
+    return total
+
+
+def training_text(recipe: Recipe) -> str:
+    """A config for `fvg train` that makes the recipe's anchor LoRA. What it takes stands above it, in comments."""
+    from .training.config import TrainConfig
+    from .training.estimate import estimated_memory, estimated_operations
+
+    facts, values = recipe.facts, training_values(recipe)
+    config = TrainConfig(**values)
+    memory = sum(estimated_memory(config, facts.transformer_config, facts.vae_stride[1]).values()) / GIB
+    shape = facts.transformer_config
+    width = shape["num_attention_heads"] * shape["attention_head_dim"]
+    operations = estimated_operations(
+        config, facts.parameters, width, shape["num_layers"], facts.patch_size, facts.vae_stride[1]
+    )
+    clips = config.steps * config.gradient_accumulation_steps * config.batch_size
+    need = "works better with it" if recipe.keeps_first_frame else "does not keep a first frame without it"
+    file = f"{recipe.name}.toml"
+    head = f"""\
+Anchor LoRA for the recipe {recipe.name}: its base {facts.name} {need}.
+
+Command: fvg train --recipe {recipe.name} > {file} && fvg train {file}
+  then:  fvg generate "a prompt" --model {recipe.name} --lora {config.output_dir}/weights
+
+Data: videos of at least {min(recipe.clip_lengths)} frames at {facts.frame_rate} per second, with captions, in {config.data}:
+  metadata.jsonl has a line {{"{config.video_column}": "1.mp4", "{config.caption_column}": "what happens"}} for each.
+  How many it takes is not known; Pusa (arXiv 2507.16116) had 3,860 for a model of 14B.
+
+Cost: {clips} clips in {config.steps} steps. Memory {memory:.0f} GiB, and about 2 for allocator and libraries;
+  at least {operations / H100_PEAK / 3600:.0f} hours of one H100, if all of its {H100_PEAK / 1e12:.0f} TFLOP/s were used, which no run does.
+  Both are computed. This was never run."""
+    comments = "".join(f"# {line}".rstrip() + "\n" for line in head.splitlines())
+    return comments + "\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
+
+
+def training_values(recipe: Recipe) -> dict[str, Any]:
+    """Keys of the config: the base's sizes and rates, and the recipe's own."""
+    facts, name = recipe.facts, recipe.facts.name.lower()
+    sizes = [(size.height, size.width) for size in facts.sizes]
+    return {
+        "model": facts.repository,
+        "data": "data/videos",
+        "cache_dir": f"data/cache-{name}",
+        "output_dir": f"outputs/anchor-{name}",
+        "buckets": [[length, *size] for length in recipe.clip_lengths for size in sizes],
+        "frame_rate": facts.frame_rate,
+        "flow_shift": facts.sizes[0].flow_shift or 1.0,
+        **recipe.training,
+    }
+
+
+# What runs without them, too: attention backends and kernels, bits of weights, training's extras.
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "huggingface_hub", "safetensors", "triton")
+PACKAGES += ("flash_attn", "sageattention", "bitsandbytes", "torchao", "gguf", "cv2", "tensorboard", "datasets")
+
+
+def doctor_text() -> str:
+    """Versions, devices, attention backends, kernels, and what of the recipes would run here."""
+    import platform
+    from importlib import metadata
+
+    import torch
+
+    from . import __version__
+
+    by_module = metadata.packages_distributions()
+    lines = [f"python {platform.python_version()} on {platform.platform()}", f"diffusers-fvg {__version__}"]
+    found = {name: by_module[name][0] for name in PACKAGES if name in by_module}
+    lines += [f"{name} {metadata.version(distribution)}" for name, distribution in found.items()]
+    lines.append(f"not installed: {', '.join(name for name in PACKAGES if name not in found) or 'nothing'}")
+    devices = [torch.device("cpu")]
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        devices = [torch.device(kind, index) for index in range(torch.accelerator.device_count())] + devices
+    for device in devices:
+        lines += ["", f"{device}: {_device_name(device)}", *_runs_on(device)]
+    lines += ["", f"`fvg` uses {devices[0]} unless --device says otherwise."]
+    return "\n".join(lines)
+
+
+def _device_name(device: Any) -> str:
+    import torch
+
+    from .animate.memory import free_bytes
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return f"{name}, {free_bytes(device) / GIB:.1f} GiB free"
+
+
+def _runs_on(device: Any) -> list[str]:
+    import torch
+
+    from .animate.attention import choose_backend
+    from .animate.memory import free_bytes
+    from .kernels.dispatch import kernel_report
+    from .pipelines.profiles import USABLE, model_stages, plan_memory
+
+    lines = [f"  attention: {choose_backend(device, torch.bfloat16, 128)}", f"  kernels: {kernel_report(device)}"]
+    lines.append("  embedded shapes model: yes")
+    profile = "cpu" if device.type == "cpu" else "80GB"
+    for recipe in RECIPES.values():
+        answer = f"not known; its authors, for the base alone: {recipe.facts.memory}"
+        if recipe not in _unplanned():
+            stages = model_stages(recipe.facts, make_parts=partial(make_parts, recipe))
+            try:
+                plan = plan_memory(stages, profile, int(USABLE * free_bytes(device)))
+                answer = f"fits with offload {plan.offload!r}, {plan.peak / GIB:.1f} GiB (computed)"
+            except ValueError as error:
+                answer = f"too large: {str(error).partition(', but ')[2].partition(':')[0]}"
+        lines.append(f"  {recipe.name}: {answer}")
+    return lines
