@@ -212,12 +212,12 @@ def _load(arguments: argparse.Namespace):
 def _open_image(path: Path):
     import PIL.Image
 
+    from .animate.anchor import picture_image
+
     try:
-        image = PIL.Image.open(path)
-        image.load()
-    except (OSError, SyntaxError) as error:
+        return picture_image(PIL.Image.open(path))
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"--image {path} cannot be read ({error}); give a PNG or JPEG file.") from error
-    return image
 
 
 def _check_outputs(arguments: argparse.Namespace) -> None:

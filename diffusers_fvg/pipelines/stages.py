@@ -25,6 +25,7 @@ from ..animate.anchor import Anchor, decoded_anchors
 from ..checks import check_generators, check_texts
 from ..compose.composer import AnchorComposer
 from ..loading.patches import NOT_ONNX
+from ..loading.references import HubReference
 from ..locks import exclusive
 from ..lora.anchor_lora import ADAPTER_NAME, AnchorLora
 from ..lora.scales import AdapterScales
@@ -107,7 +108,8 @@ class FactorizedStages(ABC):
         self._record_own_classes(kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in getattr(self, "_internal_dict", {}):
+        # What is saved as a reference is none of the component itself.
+        if name in getattr(self, "_internal_dict", {}) and not isinstance(value, HubReference):
             value = self._taken_over(name, value)
         super().__setattr__(name, value)
         if name in getattr(self, "_internal_dict", {}):
