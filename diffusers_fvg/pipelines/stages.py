@@ -109,7 +109,7 @@ class FactorizedStages(ABC):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # What is saved as a reference is none of the component itself.
-        if name in getattr(self, "_internal_dict", {}) and not isinstance(value, HubReference):
+        if name in getattr(self, "_internal_dict", {}) and type(value) is not HubReference:
             value = self._taken_over(name, value)
         super().__setattr__(name, value)
         if name in getattr(self, "_internal_dict", {}):
