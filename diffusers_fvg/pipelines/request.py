@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 # Steps of a call with the user's own scheduler, where the call does not say.
 OWN_STEPS = 50
 MODES = ("factorized", "direct", "storyboard")
+OUTPUT_TYPES = ("np", "uint8", "pt", "pil", "latent")
 
 NO_REWRITER = (
     "This pipeline has no `rewriter`, which writes the first-frame prompt: pass `first_frame_prompt=` or `image=`, use "
@@ -284,6 +285,8 @@ class VideoRequest:
             raise ValueError(f'`storyboard` is for `mode="storyboard"`, not for {self.mode!r}; change one of them.')
         if len(given) > 1:
             raise ValueError(f"Only one of `first_frame_prompt`, `image` and `anchors` can be used, but got {given}.")
+        if self.output_type not in OUTPUT_TYPES:
+            raise ValueError(f"Unknown `output_type` {self.output_type!r}; use one of {OUTPUT_TYPES}.")
         check_anchor_decode(self.anchor_decode, self.output_type)
 
     def _check_numbers(self, pipe: FactorizedStages) -> None:

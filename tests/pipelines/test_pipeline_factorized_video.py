@@ -536,6 +536,7 @@ BAD_INPUT = [
     ({"prompt": None}, "`prompt` or `prompt_embeds`"),
     ({"preset": "anchored-14"}, "'anchored-14'.*anchored-15, full-50"),
     ({"mode": "indirect"}, "'indirect'.*direct"),
+    ({"output_type": "mp4"}, "`output_type` 'mp4'.*'np', 'uint8'"),
     ({"mode": "direct", "image": picture()}, "direct.*`image`"),
     ({"image": picture(), "first_frame_prompt": "a"}, "Only one"),
     ({"image": [picture(), picture()]}, "2 pictures for 1"),
