@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
 
 
 _locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
 _new_lock = threading.Lock()
+
+
+def lockable(components: Iterable[Any]) -> list[Any]:
+    """Of a pipeline's components those that a run takes for itself: models and tokenizers."""
+    return [part for part in components if isinstance(part, (torch.nn.Module, PreTrainedTokenizerBase))]
 
 
 @contextmanager
@@ -20,7 +28,7 @@ def exclusive(*parts: Any) -> Iterator[None]:
     The thread itself may enter again for some of them, but for no others: two threads could then wait for each other.
 
     Args:
-        parts: models, tokenizers or schedulers; `None` among them is left out.
+        parts: models and tokenizers; `None` among them is left out.
     """
     with _new_lock:
         locks = {id(part): _locks.setdefault(part, threading.RLock()) for part in parts if part is not None}

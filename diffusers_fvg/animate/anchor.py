@@ -7,6 +7,7 @@ latent 0 and every further four frames into one latent, so f = 1 + (F - 1) / 4.
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ import PIL.ImageOps
 import torch
 from diffusers.utils import logging
 
+from ..checks import check_number
 from ..locks import exclusive
 from ..schedules.flow import add_noise
 
@@ -52,6 +54,14 @@ class Anchor:
     image: Picture | Sequence[Picture]
     frame_index: int = 0
     strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.frame_index, bool) or not isinstance(self.frame_index, numbers.Integral):
+            raise ValueError(f"An anchor's `frame_index={self.frame_index!r}` must be a whole number.")
+        check_number("strength", self.strength)
+        if self.strength is None:
+            raise ValueError("An anchor's `strength=None` must be a number in (0, 1].")
+        object.__setattr__(self, "strength", float(self.strength))
 
 
 @dataclass(frozen=True)

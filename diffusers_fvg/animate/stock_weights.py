@@ -8,10 +8,14 @@ from collections import OrderedDict
 from typing import Self
 
 from accelerate import init_empty_weights
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
 from diffusers import ModelMixin
 from diffusers.hooks.hooks import HookRegistry
+from diffusers.utils import logging
 from torch import nn
+
+
+logger = logging.get_logger(__name__)
 
 
 class StockWeights:
@@ -43,14 +47,20 @@ class StockWeights:
         """The same model as this class. One of this class is returned as it is.
 
         Layers are taken over as they are, quantized, cast or offloaded, with their weights: nothing is copied. What holds them
-        is new, so that neither model sees an adapter, a processor or a window that the other gets.
+        is new, so that neither model sees an adapter, a processor or a window that the other gets. Both see what changes the
+        weights themselves: fusing an adapter, a cast, training.
 
         Raises:
             `ValueError`: anything but a `stock_class`, one with adapters, or one with attention processors of somebody's own.
         """
-        transformer = getattr(transformer, "_orig_mod", transformer)
-        if isinstance(transformer, cls):
+        inner = getattr(transformer, "_orig_mod", transformer)
+        if isinstance(inner, cls):
             return transformer
+        if inner is not transformer:
+            logger.warning(
+                f"The compiled {type(inner).__name__} is taken over as it was before; compile the pipeline's own."
+            )
+        transformer = inner
         if not isinstance(transformer, cls.stock_class):
             raise ValueError(
                 f"`transformer` must be a {cls.stock_class.__name__}, but is a {type(transformer).__name__}."
@@ -139,7 +149,7 @@ def _copy_hooks(module: nn.Module, copied: nn.Module, holders: dict[nn.Module, n
                 setattr(hook.group, leader, holders.get(led, led))
         HookRegistry.check_if_exists_or_initialize(copied).register_hook(hook, name)
     hook = getattr(module, "_hf_hook", None)
-    if isinstance(hook, AlignDevicesHook):
+    if isinstance(hook, (AlignDevicesHook, SequentialHook)):
         # Its weights are where it has put them already.
         hook = copy.copy(hook)
         hook.init_hook = lambda module: module

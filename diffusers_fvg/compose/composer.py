@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,9 @@ from ..checks import check_at_least_one, check_generators, check_texts, stop_unl
 from ..loading.arguments import call_argument, nested_quantization
 from ..loading.component_config import read_config
 from ..loading.files import load_pipeline
-from ..locks import exclusive
+from ..loading.safety import texts_in
+from ..locks import exclusive, lockable
+from .drawing import finite_decoding, seeded_steps
 from .guidance import call_arguments, check_negative_prompt, guided_call, with_negative_prompt
 
 
@@ -85,7 +84,8 @@ class AnchorComposer(torch.nn.Module):
         if taken:
             raise ValueError(f"`call_defaults` holds {taken}, which are set for each call.")
         self._arguments_of(pipeline, 1)
-        pipeline.set_progress_bar_config(disable=True)
+        settings = getattr(pipeline, "_progress_bar_config", {})
+        pipeline.set_progress_bar_config(**settings | {"disable": True})
 
     # -- loading and saving -------------------------------------------------------------------------------------------
 
@@ -417,8 +417,10 @@ class AnchorComposer(torch.nn.Module):
             `FloatingPointError`: a result that is not finite.
         """
         self._show_offload_hooks()
-        with exclusive(*pipeline.components.values()), _seeded_steps(pipeline, arguments.get("generator")):
-            # Numbers, not pictures: what is not finite would be black in a picture.
+        generator = arguments.get("generator")
+        parts = lockable(pipeline.components.values())
+        with exclusive(*parts), seeded_steps(pipeline, generator), finite_decoding(pipeline):
+            # Numbers, not pictures: what is not finite would be black or white in a picture.
             output = pipeline(**arguments, output_type="np")
         frames = output.images if hasattr(output, "images") else [frames[0] for frames in output.frames]
         for picture in frames:
@@ -435,22 +437,6 @@ class AnchorComposer(torch.nn.Module):
             for model in self.models.values():
                 if not hasattr(model, "_hf_hook"):
                     add_hook_to_module(model, ModelHook())
-
-
-@contextlib.contextmanager
-def _seeded_steps(
-    pipeline: DiffusionPipeline, generator: torch.Generator | list[torch.Generator] | None
-) -> Iterator[None]:
-    """Within it, a scheduler that draws noise at its steps takes it from `generator`; pipelines of flow models pass none on."""
-    scheduler = getattr(pipeline, "scheduler", None)
-    if scheduler is None or "generator" not in inspect.signature(scheduler.step).parameters:
-        yield
-        return
-    scheduler.step = functools.partial(scheduler.step, generator=generator)
-    try:
-        yield
-    finally:
-        del scheduler.step
 
 
 def _check_negative_texts(negative_prompt: str | list[str] | None, num_prompts: int) -> None:
@@ -481,7 +467,6 @@ def _read_composer_config(path: Path) -> dict[str, Any]:
     config = read_config(path, known, "repository", {"revision"})
     for name, value in (config.get("call_defaults") or {}).items():
         # Some pipelines open pictures that they are given by name.
-        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
-        if any(os.path.isfile(text) or "://" in text for text in texts):
+        if any(os.path.isfile(text) or "://" in text for text in texts_in(value)):
             raise ValueError(f"{str(path)!r} sets `{name}` to {value!r}, a file of this machine or an address.")
     return config

@@ -54,11 +54,7 @@ def check_folder(folder: str | Path) -> None:
     """
     root = _repository(Path(folder))
     for path in Path(folder).rglob("*"):
-        if not path.resolve().is_relative_to(root):
-            raise ValueError(
-                f"{path} is a link to {path.resolve()}, outside of its repository: put the files in its place, or pass "
-                "the component itself to `from_pretrained`."
-            )
+        _check_link(path, root)
         if path.name.lower() == "adapter_config.json":
             raise ValueError(f"{path} makes the model a PEFT adapter; load that with `load_lora_weights`.")
         if ".safetensors.index." in path.name:
@@ -69,6 +65,14 @@ def check_folder(folder: str | Path) -> None:
                 _check_setting(path, name, value)
 
 
+def _check_link(path: Path, root: Path) -> None:
+    if not path.resolve().is_relative_to(root):
+        raise ValueError(
+            f"{path} is a link to {path.resolve()}, outside of its repository: put the files in its place, or pass the component "
+            "itself to `from_pretrained`."
+        )
+
+
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -76,10 +80,10 @@ def _read_json(path: Path) -> Any:
         return None  # The component's own loader says so.
 
 
-def _texts(value: Any) -> list[str]:
+def texts_in(value: Any) -> list[str]:
     """The strings in a value, at any depth."""
     if isinstance(value, (list, dict)):
-        return [text for item in (value.values() if isinstance(value, dict) else value) for text in _texts(item)]
+        return [text for item in (value.values() if isinstance(value, dict) else value) for text in texts_in(item)]
     return [value] if isinstance(value, str) else []
 
 
@@ -98,7 +102,7 @@ def _settings(values: Any) -> Iterator[tuple[str, Any]]:
 
 def _check_setting(path: Path, name: str, value: Any) -> None:
     """Refuses a setting for which transformers or diffusers would open a file, or fetch a repository, that it names."""
-    texts, problem = _texts(value), None
+    texts, problem = texts_in(value), None
     if name in _KERNELS:
         from transformers.utils import import_utils
 
@@ -200,6 +204,7 @@ def load_guarded(load: Callable, arguments: dict[str, Any]) -> Any:
             "`use_safetensors=False` asks for pickles, which can run code; weights are read from safetensors only."
         )
     repository = Path(arguments["cached_folder"])
+    _check_link(repository / "model_index.json", _repository(repository))
     component = repository / arguments["name"]
     # A component without a folder of its own is looked for in the pipeline's.
     check_folder(component if component.is_dir() else repository)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
@@ -51,10 +53,25 @@ class ParameterDeltas(nn.Module, BaseTunerLayer):
         """Adds or replaces an adapter: parameter name -> delta of the parameter's shape. Its strength is 1."""
         for name in deltas:
             if name not in self.originals:
+                self._own(name)
                 self.originals[name] = self._parameter(name).detach().to("cpu", copy=True)
         self.deltas[adapter_name] = deltas
         self.scaling[adapter_name] = 1.0
         self._applied = None
+
+    def _own(self, name: str) -> None:
+        """Gives the transformer a parameter that no other model has: a stock one that it was made of may share it."""
+        path, _, leaf = name.rpartition(".")
+        module = self._transformer[0].get_submodule(path)
+        if isinstance(module, BaseTunerLayer):
+            path, module = f"{path}.base_layer", module.get_base_layer()
+        # What hooks act on stays as it is: they know the module that they were put on.
+        if not module._modules and "forward" not in vars(module):
+            module = copy.copy(module)
+            module._parameters = module._parameters.copy()
+            self._transformer[0].set_submodule(path, module)
+        parameter = module._parameters[leaf]
+        module._parameters[leaf] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
 
     def _parameter(self, name: str) -> nn.Parameter:
         return base_parameter(self._transformer[0], name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,10 @@ from torch import nn
 
 from ..locks import exclusive
 from .deltas import ParameterDeltas
+
+
+# Of layers whose strengths are changed at the moment.
+_true_strengths: weakref.WeakKeyDictionary[BaseTunerLayer, dict[str, float]] = weakref.WeakKeyDictionary()
 
 
 class AdapterScales:
@@ -40,9 +45,11 @@ class AdapterScales:
     def applied(self) -> Iterator[None]:
         """For one forward."""
         with exclusive(self.model):
-            before = [dict(layer.scaling) for layer in self.layers]
+            # An interrupt may have kept the last one from putting them back.
+            before = [_true_strengths.get(layer) or dict(layer.scaling) for layer in self.layers]
             try:
                 for layer, strengths in zip(self.layers, before):
+                    _true_strengths[layer] = strengths
                     layer.scaling.update(
                         {name: 0.0 if name in self.off else value * self.scale for name, value in strengths.items()}
                     )
@@ -50,6 +57,7 @@ class AdapterScales:
             finally:
                 for layer, strengths in zip(self.layers, before):
                     layer.scaling.update(strengths)
+                    _true_strengths.pop(layer, None)
                 for layer in self.layers:
                     if isinstance(layer, ParameterDeltas):
                         layer.refresh()

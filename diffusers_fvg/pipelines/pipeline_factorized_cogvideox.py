@@ -373,7 +373,8 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
         num_latent_frames = (num_frames - 1) // self.vae_scale_factor_temporal + 1
         latents = latents[:, -num_latent_frames:].to(get_module_execution_device(self.vae), dtype=self.vae.dtype)
         latents = 1 / self.vae_scaling_factor_image * latents.permute(0, 2, 1, 3, 4)
-        return decode_video(self.vae, latents, output_type)
+        with exclusive(self.vae):
+            return decode_video(self.vae, latents, output_type)
 
     # -- all of it ----------------------------------------------------------------------------------------------------
 

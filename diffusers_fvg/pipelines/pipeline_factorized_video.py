@@ -372,7 +372,8 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             latents.to(get_module_execution_device(self.vae), dtype=self.vae.dtype), self.vae
         )
         tile = decoder_bytes(self.vae, latents) > free_bytes(latents.device)
-        return decode_video(self.vae, latents, output_type, tile)
+        with exclusive(self.vae):
+            return decode_video(self.vae, latents, output_type, tile)
 
     # -- all of it ----------------------------------------------------------------------------------------------------
 

@@ -155,8 +155,8 @@ class VideoRequest:
     ) -> list[torch.Tensor | None]:
         """Calls the user's callback after a step of stage 3. Returns the tensors, with what it changed of them."""
         if self.callback_on_step_end is not None:
-            given = {name: tensors[name] for name in self.callback_on_step_end_tensor_inputs}
-            changed = self.callback_on_step_end(pipe, step, timestep, given)
+            given = {name: tensors[name] for name in self.callback_on_step_end_tensor_inputs or ()}
+            changed = self.callback_on_step_end(pipe, step, timestep, given) or {}
             tensors |= {name: value for name, value in changed.items() if name in tensors}
         return list(tensors.values())
 
@@ -219,6 +219,7 @@ class VideoRequest:
         Raises:
             `ValueError`: naming the argument, its value and the fix.
         """
+        self._check_kinds()
         self._check_mode()
         request = replace(self, **self._filled(pipe))
         for check in (
@@ -241,12 +242,14 @@ class VideoRequest:
             filled[name] = pipe.call_defaults.get(name) if getattr(self, name) is None else getattr(self, name)
         for name in ("prompt", "first_frame_prompt", "motion_prompt"):
             text = getattr(self, name)
-            filled[name] = [text] if isinstance(text, str) else text
+            filled[name] = [text] if isinstance(text, str) else list(text) if isinstance(text, tuple) else text
         negative = self.negative_prompt
         if negative is None and self.negative_prompt_embeds is None:
             negative = pipe.call_defaults.get("negative_prompt")
         prompts = self.prompt_embeds if filled["prompt"] is None else filled["prompt"]
-        filled["negative_prompt"] = [negative] * len(prompts) if isinstance(negative, str) else negative
+        if isinstance(negative, str):
+            negative = [negative] * len(prompts)
+        filled["negative_prompt"] = list(negative) if isinstance(negative, tuple) else negative
         if isinstance(self.callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             filled["callback_on_step_end_tensor_inputs"] = self.callback_on_step_end.tensor_inputs
         return filled
@@ -271,6 +274,40 @@ class VideoRequest:
         return replace(self, anchors=anchors, image=None, storyboard=boards)
 
     # -- checks -------------------------------------------------------------------------------------------------------
+
+    def _check_kinds(self) -> None:
+        """Values are of the kinds that the other checks read."""
+        for name in ("prompt", "first_frame_prompt", "motion_prompt", "negative_prompt"):
+            self._check_kind(name, (str, list, tuple), "a text or a list of texts")
+        for name in (
+            "latents",
+            "prompt_embeds",
+            "negative_prompt_embeds",
+            "prompt_embeds_2",
+            "negative_prompt_embeds_2",
+        ):
+            self._check_kind(name, torch.Tensor, "a tensor")
+            value = getattr(self, name)
+            if value is not None and not value.is_floating_point():
+                raise ValueError(f"`{name}` must be a tensor of floating-point numbers, but is of {value.dtype}.")
+        self._check_kind("attention_kwargs", dict, "a dictionary")
+        self._check_kind("generator", (torch.Generator, list), "a torch.Generator or a list of them")
+        members = self.generator if isinstance(self.generator, list) else []
+        if not all(isinstance(member, torch.Generator) for member in members):
+            raise ValueError(f"`generator` must hold torch.Generators, but is {self.generator!r}.")
+        for name in ("callback_on_step_end", "callback_on_stage_step"):
+            value = getattr(self, name)
+            known = (PipelineCallback, MultiPipelineCallbacks)
+            if not (value is None or callable(value) or isinstance(value, known)):
+                raise ValueError(f"`{name}` must be a function, but is a {type(value).__name__}.")
+        for name in ("num_videos_per_prompt", "num_moments"):
+            if getattr(self, name) is None:
+                raise ValueError(f"`{name}=None` must be a whole number.")
+
+    def _check_kind(self, name: str, kinds: type | tuple[type, ...], wanted: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not isinstance(value, kinds):
+            raise ValueError(f"`{name}` must be {wanted}, but is a {type(value).__name__}.")
 
     def _check_mode(self) -> None:
         if self.mode is not None and self.mode not in MODES:
@@ -318,10 +355,9 @@ class VideoRequest:
             if len(texts) != num_prompts:
                 raise ValueError(f"`{name}` has {len(texts)} texts for {num_prompts} prompts.")
         negative = self.negative_prompt
-        if negative is not None and not isinstance(negative, list):
-            raise ValueError(
-                f"`negative_prompt` must be a text or a list of texts, but is a {type(negative).__name__}."
-            )
+        wrong = [type(text).__name__ for text in negative or () if not isinstance(text, str)]
+        if wrong:
+            raise ValueError(f"`negative_prompt` must hold texts, but holds {wrong[0]}.")
         if negative is not None and len(negative) != num_prompts:
             raise ValueError(
                 f"`negative_prompt` has {len(negative)} texts for {num_prompts} prompts; give one or {num_prompts}."
@@ -331,6 +367,12 @@ class VideoRequest:
         for text, embeds in (("prompt", "prompt_embeds"), ("negative_prompt", "negative_prompt_embeds")):
             if getattr(self, text) is not None and getattr(self, embeds) is not None:
                 raise ValueError(f"Only one of `{text}` and `{embeds}` can be used; leave one of them out.")
+        for name in ("prompt_embeds", "negative_prompt_embeds"):
+            embeds = getattr(self, name)
+            if embeds is not None and (embeds.ndim != 3 or embeds.shape[0] != self.num_prompts):
+                raise ValueError(
+                    f"`{name}` has shape {tuple(embeds.shape)}, but this call needs ({self.num_prompts}, tokens, width)."
+                )
         made, negative = self.prompt_embeds, self.negative_prompt_embeds
         if made is not None and negative is not None and made.shape != negative.shape:
             raise ValueError(
@@ -372,9 +414,8 @@ class VideoRequest:
             size = self.height, self.width, self.num_frames
             warn_untrained(pipe.facts, *size, preset, pipe.scheduler, pipe.presets)
         check_generators(self.generator, self.num_videos, "videos")
-        unknown = [
-            name for name in self.callback_on_step_end_tensor_inputs if name not in pipe._callback_tensor_inputs
-        ]
+        names = self.callback_on_step_end_tensor_inputs or ()
+        unknown = [name for name in names if name not in pipe._callback_tensor_inputs]
         if unknown:
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` has to be in {pipe._callback_tensor_inputs}, but found {unknown}."

@@ -19,14 +19,13 @@ from typing import Any, Self
 import PIL.Image
 import torch
 from diffusers import DiffusionPipeline
-from transformers import PreTrainedTokenizerBase
 
 from ..animate.anchor import Anchor, decoded_anchors
 from ..checks import check_generators, check_texts
 from ..compose.composer import AnchorComposer
 from ..loading.patches import NOT_ONNX
 from ..loading.references import HubReference
-from ..locks import exclusive
+from ..locks import exclusive, lockable
 from ..lora.anchor_lora import ADAPTER_NAME, AnchorLora
 from ..lora.scales import AdapterScales
 from ..models import ModelFacts, match_model, model_presets
@@ -83,7 +82,8 @@ class FactorizedStages(ABC):
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> Self:
         """Makes a pipeline of the components of another, such as the stock pipeline of the same base, without a copy.
 
-        The other pipeline keeps its own transformer and gives what it gave: see [`StockWeights.from_stock`].
+        The other pipeline keeps its own transformer and gives what it gave: see [`StockWeights.from_stock`]. Weights are shared:
+        what changes them, as `fuse_lora`, a cast by `to` or training does, both pipelines see.
 
         Args:
             pipeline (`DiffusionPipeline`): has the video model; what else it has that this class takes is used too.
@@ -100,7 +100,15 @@ class FactorizedStages(ABC):
             raise ValueError(
                 f"{type(pipeline).__name__} has no {', '.join(missing)}, which {cls.__name__} needs; pass it."
             )
-        return cls(**parts)
+        made = cls(**parts)
+        made.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+        if isinstance(pipeline, FactorizedStages):
+            made.safety_checker = pipeline.safety_checker
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of a pipeline that runs does not run.
+        return {name: value for name, value in self.__dict__.items() if name != "_progress"}
 
     def register_modules(self, **kwargs) -> None:
         kwargs = {name: self._taken_over(name, value) for name, value in kwargs.items()}
@@ -237,15 +245,16 @@ class FactorizedStages(ABC):
         pipelines = [self] if self.composer is None else [self, self.composer.pipeline]
         parts = [part for pipeline in pipelines for part in pipeline.components.values()]
         parts += [] if self.rewriter is None else [self.rewriter.model, self.rewriter.tokenizer]
-        models = [part for part in parts if isinstance(part, torch.nn.Module)]
-        if not any(_is_hooked(module) for model in models for module in model.modules()):
-            return []
-        return models + [part for part in parts if isinstance(part, PreTrainedTokenizerBase)]
+        # The stages take none but these: two threads that take more while they hold some could wait for each other.
+        parts = lockable(parts)
+        modules = (module for part in parts if isinstance(part, torch.nn.Module) for module in part.modules())
+        return parts if any(map(_is_hooked, modules)) else []
 
     def _adapter_scales(self, attention_kwargs: dict[str, Any] | None, anchored: bool) -> dict[str, AdapterScales]:
         """Strengths of the experts' adapters in a call: without an anchor the base model is what is asked for."""
         scale, off = (attention_kwargs or {}).get("scale", 1.0), () if anchored else (ADAPTER_NAME,)
-        return {name: AdapterScales(expert, scale, off) for name, expert in self._experts().items()}
+        experts = {name: getattr(expert, "_orig_mod", expert) for name, expert in self._experts().items()}
+        return {name: AdapterScales(expert, scale, off) for name, expert in experts.items()}
 
     def _request(self, arguments: dict[str, Any]) -> VideoRequest:
         """The request of a call, from the `locals()` of `__call__` or [`animate`]; raises `ValueError` for bad input."""
@@ -390,7 +399,8 @@ class FactorizedStages(ABC):
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> list[PIL.Image.Image]:
         """Stage 2, from captions alone or from pictures of the same scenes."""
-        height, width = height or self.call_defaults["height"], width or self.call_defaults["width"]
+        height = self.call_defaults["height"] if height is None else height
+        width = self.call_defaults["width"] if width is None else width
         self._check_size(height, width)
         check_generators(generator, len(captions), "captions")
         if self.composer is None:

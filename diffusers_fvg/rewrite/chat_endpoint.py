@@ -46,10 +46,10 @@ class ChatEndpoint:
         parts = urllib.parse.urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"The endpoint {self.url!r} must be an address that begins with http:// or https://.")
-        if parts.username is not None or parts.query:
+        if parts.username is not None or parts.query or parts.fragment:
             # Messages show the address, so it must hold no secret; nor does this one.
             raise ValueError(
-                f"The endpoint at {parts.hostname!r} must have no user, password or query in its address; name the "
+                f"The endpoint at {parts.hostname!r} must have no user, password, query or fragment in its address; name the "
                 "environment variable that holds the key in `api_key_env`."
             )
         if not self.model:

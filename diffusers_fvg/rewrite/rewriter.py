@@ -272,7 +272,8 @@ class FirstFrameRewriter(torch.nn.Module):
         Raises:
             `ValueError`: as in [`rewrite`], or fewer than two moments.
         """
-        if num_moments < 2:
+        check_at_least_one("num_moments", num_moments)
+        if num_moments is None or num_moments < 2:
             raise ValueError(
                 f"`num_moments={num_moments}` must be at least 2; `rewrite` writes the first frame alone."
             )

@@ -68,6 +68,9 @@ class SchedulerPreset:
         numbers |= {f"guidance_interval[{side}]": value for side, value in enumerate(self.guidance_interval)}
         for name, value in numbers.items():
             check_number(name, value)
+        window = self.anchor_window
+        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 0):
+            raise ValueError(f"Preset {self.name!r}: `anchor_window={window!r}` must be a whole number from 0 on.")
         if self.sigmas is None:
             self._check_timesteps()
             return

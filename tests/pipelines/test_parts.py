@@ -1,10 +1,12 @@
 """Parts as people have them: each way to hand them over gives what the stock pipeline gives, or is refused by name."""
 
+import copy
 import importlib.util
 
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers import (
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
@@ -307,3 +309,67 @@ def test_a_processor_of_somebody_s_own_is_not_dropped():
     transformer.blocks[0].attn1.processor = AttnProcessor()
     with pytest.raises(ValueError, match="AttnProcessor.*only WanAttnProcessor"):
         FactorizedVideoPipeline(**tiny_wan_components() | {"transformer": transformer})
+
+
+def deltas():
+    """A LoRA of a bias, a norm and a modulation table, for which PEFT has no layers."""
+    transformer = tiny_transformer()
+    names = {"proj_out.bias": "diff_b", "blocks.0.attn1.norm_q.weight": "diff", "blocks.1.modulation": "diff_m"}
+    shapes = {**dict(transformer.named_parameters()), "blocks.1.modulation": transformer.blocks[1].scale_shift_table}
+    return {
+        f"diffusion_model.{name.removesuffix('.bias').removesuffix('.weight').removesuffix('.modulation')}.{kind}": (
+            torch.full_like(shapes[name], 0.3)
+        )
+        for name, kind in names.items()
+    }
+
+
+def test_deltas_of_ours_are_not_in_the_stock_pipeline_s_weights():
+    stock = wan()
+    before, weights = frames_of(stock), {k: v.clone() for k, v in stock.transformer.state_dict().items()}
+    pipe, sibling = (quiet(FactorizedVideoPipeline.from_pipe(stock)) for _ in range(2))
+    report = pipe.load_lora_weights(deltas(), "deltas")
+    assert len(report.matched) >= 2 and not torch.equal(frames_of(pipe), before)
+    assert torch.equal(frames_of(stock), before)
+    assert (frames_of(sibling) - before).abs().max() < 1e-4
+    assert all(torch.equal(weights[name], value) for name, value in stock.transformer.state_dict().items())
+    pipe.unload_lora_weights()
+    assert (frames_of(pipe) - before).abs().max() < 1e-4
+
+
+def test_a_compiled_transformer_of_ours_stays_compiled():
+    pipe = quiet(FactorizedVideoPipeline.from_pipe(wan()))
+    before = frames_of(pipe)
+    compiled = torch.compile(pipe.transformer, backend="eager")
+    pipe.transformer = compiled
+    assert pipe.transformer is compiled
+    assert (frames_of(pipe) - before).abs().max() < 1e-5
+
+
+def test_sequentially_offloaded_layers_are_taken_over():
+    stock = wan()
+    before = frames_of(stock)
+    cpu_offload(stock.transformer, torch.device("cpu"))
+    pipe = quiet(FactorizedVideoPipeline.from_pipe(stock))
+    assert (frames_of(pipe) - before).abs().max() < 1e-4
+
+
+def test_a_pipeline_of_ours_hands_on_its_checker_and_its_bar():
+    pipe = quiet(FactorizedVideoPipeline.from_pipe(wan()))
+    pipe.safety_checker = lambda image: "no"
+    made = FactorizedVideoPipeline.from_pipe(pipe)
+    assert made.safety_checker is pipe.safety_checker and made._progress_bar_config == {"disable": True}
+    drawn = tiny_composer().pipeline
+    drawn.set_progress_bar_config(desc="mine")
+    assert AnchorComposer(drawn).pipeline._progress_bar_config == {"desc": "mine", "disable": True}
+
+
+def test_a_copy_of_a_running_pipeline_does_not_run():
+    pipe, copies = quiet(FactorizedVideoPipeline.from_pipe(wan())), []
+
+    def copy_it(pipe, step, timestep, tensors):
+        copies.append(copy.deepcopy(pipe))
+        return tensors
+
+    pipe(PROMPT, mode="direct", callback_on_step_end=copy_it, generator=seeded(), **CALL)
+    assert torch.equal(frames_of(quiet(copies[0])), frames_of(pipe))

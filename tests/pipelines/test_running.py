@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import random
 import threading
 import time
@@ -11,6 +12,7 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.hooks import apply_layerwise_casting
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
@@ -19,7 +21,7 @@ from tiny_cogvideox import tiny_cogvideox_pipeline
 from tiny_dreamer import tiny_dreamer_pipeline
 
 from diffusers_fvg import Anchor, AnchorLora, FactorizedVideoPipeline, load_lora
-from diffusers_fvg.locks import exclusive
+from diffusers_fvg.locks import exclusive, lockable
 from diffusers_fvg.lora.scales import AdapterScales
 from diffusers_fvg.schedules.presets import WAN_PRESETS, SchedulerPresets, unipc_preset
 
@@ -502,3 +504,136 @@ def test_a_lora_with_nan_is_refused():
     pipe.set_adapters("anchor", float("nan"))
     with pytest.raises(FloatingPointError, match="Stage `denoise` .* step 1 of 2"):
         pipe(PROMPT, image=picture(), **CALL)
+
+
+def test_a_run_takes_all_that_its_stages_take():
+    # A thread that holds some parts and takes others may wait for one that does so the other way round.
+    pipe = tiny_pipeline()
+    assert pipe._parts_of_a_run() == []
+    apply_layerwise_casting(pipe.vae, torch.float16, torch.float32)
+    parts = pipe._parts_of_a_run()
+    for taken in (
+        *lockable(pipe.composer.pipeline.components.values()),
+        *(pipe.rewriter.model, pipe.rewriter.tokenizer),
+        *(pipe.tokenizer, pipe.text_encoder, pipe.vae, pipe.transformer),
+    ):
+        assert any(part is taken for part in parts)
+
+
+def test_two_threads_decode_by_one_vae_in_turn(pipe):
+    other = quiet(FactorizedVideoPipeline(**pipe.components))
+    latents = torch.randn(1, 16, 2, 4, 4, generator=seeded())
+    expected, inside, errors = pipe.decode(latents, "pt"), [], []
+
+    def watch(module, inputs):
+        inside.append(threading.get_ident())
+        time.sleep(0.01)
+
+    def decode(pipe):
+        if not torch.equal(pipe.decode(latents, "pt"), expected):
+            errors.append(pipe)
+
+    handle = pipe.vae.decoder.register_forward_pre_hook(watch)
+    threads = [threading.Thread(target=decode, args=(one,)) for one in (pipe, other)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    handle.remove()
+    # The frames of one thread's video come together.
+    assert errors == [] and [len(list(group)) for _, group in itertools.groupby(inside)] == [2, 2]
+
+
+def test_infinity_of_a_composer_s_decoder_is_no_white_picture(pipe):
+    bias = pipe.composer.pipeline.vae.decoder.conv_out.bias
+    kept = bias.detach().clone()
+    with torch.no_grad():
+        bias.fill_(float("inf"))
+    try:
+        with pytest.raises(FloatingPointError, match="Stage `compose`"):
+            pipe.compose(["a star"], 32, 32)
+    finally:
+        with torch.no_grad():
+            bias.copy_(kept)
+
+
+def test_an_interrupt_while_strengths_are_put_back_is_mended_by_the_next_call(pipe, expected):
+    scales = AdapterScales(pipe.transformer, 0.5)
+
+    class Interrupted(dict):
+        def update(self, *args, **kwargs):
+            if args[0] == dict(strengths):
+                raise KeyboardInterrupt
+            super().update(*args, **kwargs)
+
+    layer = scales.layers[0]
+    strengths = dict(layer.scaling)
+    layer.scaling = Interrupted(strengths)
+    with pytest.raises(KeyboardInterrupt), scales.applied():
+        pass
+    assert layer.scaling != strengths
+    layer.scaling = dict(layer.scaling)
+    with AdapterScales(pipe.transformer, 0.5).applied():
+        assert layer.scaling == {name: value * 0.5 for name, value in strengths.items()}
+    assert layer.scaling == strengths
+    equal(pipe, expected, ["image"])
+
+
+OF_ANOTHER_KIND = [
+    {"prompt": 5},
+    {"negative_prompt": [3]},
+    {"negative_prompt": 3},
+    {"prompt": None, "prompt_embeds": np.zeros((1, 16, 32), np.float32)},
+    {"prompt": None, "prompt_embeds": torch.zeros(16, 32)},
+    {"prompt": None, "prompt_embeds": torch.zeros(1, 16, 32, dtype=torch.int64)},
+    {"latents": np.zeros((1, 16, 2, 4, 4), np.float32)},
+    {"latents": [0.0]},
+    {"latents": torch.zeros(1, 16, 2, 4, 4, dtype=torch.complex64)},
+    {"generator": 5},
+    {"generator": [None]},
+    {"generator": (1,)},
+    {"num_videos_per_prompt": None},
+    {"mode": "storyboard", "num_moments": None},
+    {"attention_kwargs": "x"},
+    {"callback_on_step_end": 3},
+    {"callback_on_stage_step": "print"},
+    {"output_type": None},
+]
+
+
+@pytest.mark.parametrize("change", OF_ANOTHER_KIND, ids=[str(number) for number in range(len(OF_ANOTHER_KIND))])
+def test_a_value_of_another_kind_is_refused_before_a_model_runs(pipe, change, monkeypatch):
+    untouched(pipe, monkeypatch)
+    with pytest.raises(ValueError, match=f"`{list(change)[-1]}"):
+        pipe(**{"prompt": PROMPT, **CALL, **change})
+
+
+def test_tuples_of_texts_and_callbacks_without_an_answer_are_fine(pipe, expected):
+    call = {**CALL, "mode": "direct", "generator": seeded(2)}
+    frames = pipe(
+        (PROMPT,), callback_on_step_end=lambda *_: None, callback_on_step_end_tensor_inputs=None, **call
+    ).frames
+    assert torch.equal(frames, expected["direct"])
+    pipe((PROMPT,), negative_prompt=("blue",), **CALL)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 2.5, None, "2"])
+def test_moments_are_a_whole_number(pipe, value):
+    with pytest.raises(ValueError, match="num_moments"):
+        pipe.storyboard(PROMPT, num_moments=value)
+
+
+@pytest.mark.parametrize(
+    "anchor",
+    [{"frame_index": 2.5}, {"frame_index": "0"}, {"frame_index": None}, {"strength": None}, {"strength": "1"}],
+)
+def test_an_anchor_of_another_kind_is_refused(anchor):
+    with pytest.raises(ValueError, match=list(anchor)[0]):
+        Anchor(picture(), **anchor)
+    assert Anchor(picture(), np.int64(2), np.float32(0.5)).strength == 0.5
+
+
+@pytest.mark.parametrize("window", [float("nan"), -1, 2.5, True])
+def test_a_preset_s_window_is_a_whole_number(window):
+    with pytest.raises(ValueError, match="anchor_window"):
+        unipc_preset("bad", 3, 5.0, 5.0, "this test", anchor_window=window)
