@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -220,8 +221,15 @@ def _check_class(arguments: dict[str, Any]) -> None:
     """
     import diffusers
     import transformers
-    from diffusers.pipelines.pipeline_loading_utils import get_class_obj_and_candidates
+    from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES, get_class_obj_and_candidates
 
+    library = arguments["library_name"]
+    # diffusers imports what is named here (until 0.42.0), which runs it.
+    if not (arguments["is_pipeline_module"] or library in LOADABLE_CLASSES or library in sys.modules):
+        raise ValueError(
+            f"model_index.json says that `{arguments['name']}` is of the library {library!r}, which has not been imported; import "
+            "it if you trust it."
+        )
     names = ("library_name", "class_name", "importable_classes", "pipelines", "is_pipeline_module")
     found, _ = get_class_obj_and_candidates(
         **{name: arguments[name] for name in names},
