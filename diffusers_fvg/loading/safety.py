@@ -227,8 +227,8 @@ def _check_class(arguments: dict[str, Any]) -> None:
     # diffusers imports what is named here (until 0.42.0), which runs it.
     if not (arguments["is_pipeline_module"] or library in LOADABLE_CLASSES or library in sys.modules):
         raise ValueError(
-            f"model_index.json says that `{arguments['name']}` is of the library {library!r}, which has not been imported; import "
-            "it if you trust it."
+            f"model_index.json says that `{arguments['name']}` is of the library {library!r}, which has not been imported: "
+            "import it, or pass `trust_remote_code=True` for code of the repository, if you trust it."
         )
     names = ("library_name", "class_name", "importable_classes", "pipelines", "is_pipeline_module")
     found, _ = get_class_obj_and_candidates(
