@@ -2,6 +2,7 @@
 from .pipelines.profiles import (  # noqa: F401
     GIB,
     PROFILES,
+    WAN_VAES,
     MemoryPlan,
     Stage,
     apply_memory_profile,
