@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Mapping
 from pathlib import PureWindowsPath
+from typing import Any
 
 import torch
 
@@ -69,6 +71,13 @@ def check_number(name: str, value: float | None) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise ValueError(f"`{name}={value!r}` must be a finite number.")
+
+
+def check_defaults(defaults: Mapping[str, Any] | None) -> None:
+    """No number among the defaults of a call, which a file may hold, is NaN or infinite."""
+    for name, value in (defaults or {}).items():
+        if isinstance(value, float):
+            check_number(name, value)
 
 
 def is_finite(values: torch.Tensor) -> bool:

@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 
 from ..animate.anchor import picture_image
-from ..checks import check_at_least_one, check_generators, check_texts, stop_unless_finite
+from ..checks import check_at_least_one, check_defaults, check_generators, check_texts, stop_unless_finite
 from ..loading.arguments import call_argument, nested_quantization
 from ..loading.component_config import read_config
 from ..loading.files import load_pipeline
@@ -74,6 +74,7 @@ class AnchorComposer(torch.nn.Module):
         self.models = torch.nn.ModuleDict(
             {name: model for name, model in pipeline.components.items() if isinstance(model, torch.nn.Module)}
         )
+        check_defaults(call_defaults)
         self.call_defaults = dict(call_defaults or {})
         self.batch_size = batch_size
         self.reference = reference

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from ..animate.anchor import Anchor, crop_and_resize
-from ..checks import check_size, stop_unless_finite
+from ..checks import check_defaults, check_size, stop_unless_finite
 from ..compose.composer import AnchorComposer
 from ..devices import get_module_execution_device
 from ..dreamer.components import check_components, check_embeds
@@ -115,6 +115,7 @@ class FactorizedDreamerPipeline(
             composer=composer,
             schedulers=schedulers,
         )
+        check_defaults(call_defaults)
         self.register_to_config(call_defaults=call_defaults)
         self._interrupt = False
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)

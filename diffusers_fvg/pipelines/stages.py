@@ -21,7 +21,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..animate.anchor import Anchor, decoded_anchors
-from ..checks import check_generators, check_texts
+from ..checks import check_defaults, check_generators, check_texts
 from ..compose.composer import AnchorComposer
 from ..loading.patches import NOT_ONNX
 from ..loading.references import HubReference
@@ -65,6 +65,7 @@ class FactorizedStages(ABC):
         call_defaults: dict[str, Any] | None,
     ) -> None:
         self.register_modules(rewriter=rewriter, composer=composer, anchor_lora=anchor_lora, schedulers=schedulers)
+        check_defaults(call_defaults)
         self.register_to_config(call_defaults=call_defaults)
         if anchor_lora is not None:
             for name, expert in self._experts().items():

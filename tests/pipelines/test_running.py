@@ -20,7 +20,7 @@ from tiny import tiny_pipeline, tiny_transformer
 from tiny_cogvideox import tiny_cogvideox_pipeline
 from tiny_dreamer import tiny_dreamer_pipeline
 
-from diffusers_fvg import Anchor, AnchorLora, FactorizedVideoPipeline, load_lora
+from diffusers_fvg import Anchor, AnchorComposer, AnchorLora, FactorizedVideoPipeline, load_lora
 from diffusers_fvg.locks import exclusive, lockable
 from diffusers_fvg.lora.scales import AdapterScales
 from diffusers_fvg.schedules.presets import WAN_PRESETS, SchedulerPresets, unipc_preset
@@ -637,3 +637,11 @@ def test_an_anchor_of_another_kind_is_refused(anchor):
 def test_a_preset_s_window_is_a_whole_number(window):
     with pytest.raises(ValueError, match="anchor_window"):
         unipc_preset("bad", 3, 5.0, 5.0, "this test", anchor_window=window)
+
+
+@pytest.mark.parametrize("value", BAD_NUMBERS)
+def test_defaults_that_are_not_finite_are_refused(pipe, value):
+    with pytest.raises(ValueError, match="num_inference_steps.*finite"):
+        AnchorComposer(pipe.composer.pipeline, {"num_frames": 1, "num_inference_steps": value})
+    with pytest.raises(ValueError, match="frame_rate.*finite"):
+        tiny_pipeline(call_defaults={"frame_rate": value})
