@@ -15,8 +15,12 @@ if TYPE_CHECKING:
 SHAPES_PARTS = ("vae", "rewriter", "cache", "text", "base", "composer", "lora", "distilled")
 
 
-def add_shapes(commands: argparse._SubParsersAction, add_model: Callable[[argparse.ArgumentParser], None]) -> None:
-    """Adds `shapes` to the commands of `fvg`; `add_model` adds the flags that name a pipeline."""
+def add_shapes(
+    commands: argparse._SubParsersAction,
+    add_model: Callable[[argparse.ArgumentParser], None],
+    load: Callable[[argparse.Namespace], FactorizedVideoPipeline],
+) -> None:
+    """Adds `shapes` to the commands of `fvg`; `add_model` adds the flags that name a pipeline, `load` loads it."""
     shapes = commands.add_parser("shapes", help="the embedded model's world: train the model again, or score one")
     actions = shapes.add_subparsers(dest="action", required=True, metavar="ACTION")
     train = actions.add_parser("train", help="train all parts from nothing; continues where it stopped")
@@ -30,6 +34,7 @@ def add_shapes(commands: argparse._SubParsersAction, add_model: Callable[[argpar
     dreamer.add_argument("--design-steps", type=int, default=3000, help="how long each (default: %(default)s)")
     dreamer.add_argument("--report", type=Path, metavar="DIR", help="then score all that is trained (synthetic)")
     _add_report(actions, add_model)
+    shapes.set_defaults(run=lambda arguments: _run(arguments, load))
 
 
 def _add_report(actions: argparse._SubParsersAction, add_model: Callable[[argparse.ArgumentParser], None]) -> None:
@@ -60,8 +65,7 @@ def _add_report(actions: argparse._SubParsersAction, add_model: Callable[[argpar
     )
 
 
-def run_shapes(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], FactorizedVideoPipeline]) -> None:
-    """Runs `fvg shapes`; `load` loads the pipeline that `--model` names."""
+def _run(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], FactorizedVideoPipeline]) -> None:
     if arguments.action == "report":
         _report(arguments, load)
         return

@@ -119,7 +119,7 @@ def test_flags_mirror_argument_names():
     from diffusers_fvg import FactorizedVideoPipeline
 
     names = set(inspect.signature(FactorizedVideoPipeline.__call__).parameters)
-    own = {"command", "model", "dtype", "device", "seed", "quiet", "output", "strip", "save_stages"}
+    own = {"command", "run", "model", "dtype", "device", "seed", "quiet", "output", "strip", "save_stages"}
     own |= {"composer", "lora", "rewriter", "rewriter_model", "rewriter_api_key_env"}
     flags = set(vars(parser().parse_args(["generate", "a prompt"])))
     assert flags - own <= names

@@ -1,0 +1,56 @@
+"""`fvg assemble` and `fvg push`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_assemble(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("assemble", help="make a repository of parts given by name")
+    parser.add_argument("output", type=Path, help="an empty or new folder")
+    parser.add_argument("--base", required=True, help="Wan pipeline: folder, org/name or org/name@revision")
+    parser.add_argument("--composer", help="text-to-image pipeline")
+    parser.add_argument("--rewriter", help="chat model")
+    parser.add_argument(
+        "--lora", nargs="+", help="anchor LoRA of any format, or one for each expert, high noise first"
+    )
+    parser.add_argument("--presets", nargs="+", default=(), help="names, the default first, or a folder of them")
+    parser.add_argument("--variant", help="of the weights, such as fp16")
+    for name in ("height", "width", "num-frames", "frame-rate"):
+        parser.add_argument(f"--{name}", type=int, help="default of the repository")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--light", action="store_true", help="refer to what is on the Hub (the default)")
+    kind.add_argument("--bundled", action="store_true", help="copy all weights")
+    parser.add_argument("--dry-run", action="store_true", help="list parts, licences, files and sizes only")
+    parser.set_defaults(run=_assemble)
+
+
+def add_push(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("push", help="upload a saved pipeline to the Hub, with its card")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("repository", help="org/name; made if it is not there")
+    parser.add_argument("--commit-message")
+    parser.add_argument("--private", action="store_true", help="if it is made now")
+    parser.add_argument("--create-pr", action="store_true", help="as a pull request")
+    parser.set_defaults(run=_push)
+
+
+def _assemble(arguments: argparse.Namespace) -> None:
+    from .. import assemble
+
+    names = ("height", "width", "num_frames", "frame_rate")
+    defaults = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    names = ("base", "composer", "rewriter", "lora", "presets", "variant", "dry_run")
+    parts = {name: getattr(arguments, name) for name in names}
+    print(assemble(arguments.output, light=not arguments.bundled, call_defaults=defaults or None, **parts))
+    if not arguments.dry_run:
+        print(f"repository: {arguments.output}")
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    from .. import push
+
+    # Left out, an organization's own default decides.
+    private = True if arguments.private else None
+    print(push(arguments.folder, arguments.repository, arguments.commit_message, private, arguments.create_pr))

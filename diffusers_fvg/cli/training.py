@@ -1,0 +1,52 @@
+"""`fvg train`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from pathlib import Path
+
+
+def add_train(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "train", help="train an anchor LoRA, or a stage of Factorized-Dreamer, on videos; continues where it stopped"
+    )
+    parser.add_argument("config", type=Path, nargs="?", help="TOML file, see examples/training")
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="print a file for the anchor LoRA of a recipe, with data and cost; trains nothing",
+    )
+    parser.set_defaults(run=_train)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    import tomllib
+
+    if (arguments.config is None) == (arguments.recipe is None):
+        raise ValueError("give either the TOML file of a run or --recipe NAME, which prints one.")
+    if arguments.recipe is not None:
+        from ..overview import training_text
+        from ..recipes import RECIPES
+
+        if arguments.recipe not in RECIPES:
+            raise ValueError(f"--recipe {arguments.recipe} must be one of {', '.join(RECIPES)}.")
+        print(training_text(RECIPES[arguments.recipe]), end="")
+        return
+
+    from ..training.config import TrainConfig
+    from ..training.trainer import main_train
+
+    # What is no TOML is said by the config's own reader.
+    with contextlib.suppress(tomllib.TOMLDecodeError, UnicodeDecodeError):
+        if "system" in tomllib.loads(arguments.config.read_text(encoding="utf-8")):
+            from ..training.dreamer import main_train_dreamer
+
+            print(f"video UNet: {main_train_dreamer(arguments.config)}")
+            return
+    config, validate = TrainConfig.load(arguments.config), None
+    if config.validation_every:
+        from ..evaluation.validation import make_validate
+
+        validate = make_validate(config)
+    print(f"LoRA: {main_train(arguments.config, validate)}")
