@@ -33,6 +33,10 @@ def add_shapes(
     dreamer.add_argument("--designs", nargs="*", default=(), help="also train these for the report, such as no_paca")
     dreamer.add_argument("--design-steps", type=int, default=3000, help="how long each (default: %(default)s)")
     dreamer.add_argument("--report", type=Path, metavar="DIR", help="then score all that is trained (synthetic)")
+    clips = actions.add_parser(
+        "clips", help="train video models on few distinct clips, as examples/clips says; continues where it stopped"
+    )
+    clips.add_argument("folder", type=Path, help="for the cache, checkpoints, logs and weights")
     _add_report(actions, add_model)
     shapes.set_defaults(run=lambda arguments: _run(arguments, load))
 
@@ -77,6 +81,11 @@ def _run(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], Fac
         train_dreamer(arguments.folder, EMBEDDED_FOLDER, arguments.designs, arguments.design_steps)
         if arguments.report:
             print(write_dreamer_report(load_embedded(), arguments.folder, arguments.report))
+        return
+    if arguments.action == "clips":
+        from .clips import train_clips
+
+        train_clips(arguments.folder)
         return
     from .train import train_all
 

@@ -169,9 +169,19 @@ def text_tables(folder: Path, texts: list[str]) -> tuple[torch.Tensor, torch.Ten
 
 
 def train_video(
-    folder: Path, name: str, designs: Designs, steps: int, batch_size: int = 8, peak: float = 1.5e-3
+    folder: Path,
+    name: str,
+    designs: Designs,
+    steps: int,
+    batch_size: int = 8,
+    peak: float = 1.5e-3,
+    num_clips: int | None = None,
 ) -> dict[str, int]:
-    """The video UNet with `designs`, on cached clips; writes `folder/<name>` and, with PredictNet, `folder/<name>_flow`."""
+    """The video UNet with `designs`, on cached clips; writes `folder/<name>` and, with PredictNet, `folder/<name>_flow`.
+
+    Args:
+        num_clips (`int`, *optional*): how many clips there are, the first of the cache; all when left out.
+    """
     from diffusers import CogVideoXDDIMScheduler
 
     from ..dreamer.objective import DreamerTrainee, dreamer_loss
@@ -181,7 +191,7 @@ def train_video(
     unet = make_video_unet(folder, designs)
     predict_net = PredictNet(unet.config.block_out_channels[0], 32) if designs.predict_net else None
     trainee = DreamerTrainee(unet, predict_net).train()
-    tensors, texts = load_clips(folder)
+    tensors, texts = load_clips(folder, num_clips)
     index, clip_rows, motion_rows = text_tables(folder, [row[2 if designs.takes_image else 0] for row in texts])
     empty, device = len(clip_rows) - 1, training_device()
     sigmas = training_sigmas(CogVideoXDDIMScheduler(**designs.schedule())).to(device)

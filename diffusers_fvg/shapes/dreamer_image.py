@@ -248,10 +248,12 @@ def build_clips(folder: Path, num_clips: int = 4000, seed: int = 7) -> None:
     (folder / "dreamer_clips.tmp").rename(folder / "dreamer_clips.safetensors")
 
 
-def load_clips(folder: Path) -> tuple[dict[str, torch.Tensor], list[list[str]]]:
-    """What [`build_clips`] wrote, in float32: tensors, and prompt, first-frame caption and motion caption of each clip."""
-    tensors = {name: tensor.float() for name, tensor in load_file(folder / "dreamer_clips.safetensors").items()}
-    return tensors, json.loads((folder / "dreamer_texts.json").read_text())
+def load_clips(folder: Path, num_clips: int | None = None) -> tuple[dict[str, torch.Tensor], list[list[str]]]:
+    """What [`build_clips`] wrote, in float32: tensors, and prompt, first-frame caption and motion caption of each clip, of all
+    or of the first `num_clips`."""
+    tensors = load_file(folder / "dreamer_clips.safetensors")
+    tensors = {name: tensor[:num_clips].float() for name, tensor in tensors.items()}
+    return tensors, json.loads((folder / "dreamer_texts.json").read_text())[:num_clips]
 
 
 # -- image UNet -------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def train(
     decay: float = 0.999,
     warmup: int = 100,
     log_every: int = 50,
-    save_every: int = 250,
+    save_every: int = 100,
 ) -> None:
     """Trains what requires a gradient and leaves the averaged weights in `modules`.
 

@@ -28,6 +28,7 @@ from .prompts import CATEGORIES
 from .report import SINGLE_OBJECT, evaluate
 from .scorer import score_anchor
 from .study import Cell, FirstFrames, run_cell
+from .world import Scene
 
 
 LORA_CLIPS = 10_000
@@ -68,15 +69,23 @@ def distilled_config(folder: Path, name: str = "distilled", **changes: Any) -> T
     return lora_config(folder, name, **teacher | {"steps": 1500, "warmup_steps": 50} | changes)
 
 
-def train_lora(folder: Path) -> dict[str, int]:
-    """The anchor LoRA on the frozen base; writes `folder/anchor_lora`."""
-    from .dataset import write_dataset
+def train_lora(folder: Path, scenes: Sequence[Scene] | None = None, **changes: Any) -> dict[str, int]:
+    """The anchor LoRA on the frozen base; writes `folder/anchor_lora`.
 
-    write_dataset(folder / "clips", LORA_CLIPS)
+    Args:
+        scenes (`Sequence[Scene]`, *optional*): of its clips; `LORA_CLIPS` of their own when left out.
+        changes: options of [`TrainConfig`].
+    """
+    from .dataset import write_dataset, write_scenes
+
+    if scenes is None:
+        write_dataset(folder / "clips", LORA_CLIPS)
+    else:
+        write_scenes(folder / "clips", scenes)
     if not (folder / "base_repository").is_dir():
         build_pipeline(folder).save_pretrained(folder / "base_repository.tmp")
         (folder / "base_repository.tmp").rename(folder / "base_repository")
-    return run_trainer(folder, lora_config(folder), "anchor_lora")
+    return run_trainer(folder, lora_config(folder, **changes), "anchor_lora")
 
 
 def train_distilled(folder: Path) -> dict[str, int]:

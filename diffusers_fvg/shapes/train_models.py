@@ -64,6 +64,7 @@ IMAGE_WEIGHTS = dict.fromkeys(CATEGORY_WEIGHTS, 0.07) | {"generative_numeracy": 
 CLIP_SHIFT, IMAGE_SHIFT = 3.0, 1.5
 TEXT_DROPOUT = 0.1
 MAX_PHRASES = 24
+CACHE_SEED = 7
 
 
 def training_scene(rng: np.random.Generator, weights: dict[str, float] = CATEGORY_WEIGHTS) -> Scene:
@@ -76,7 +77,7 @@ def build_cache(
     num_clips: int = 20_000,
     num_images: int = 40_000,
     num_composer_images: int = 80_000,
-    seed: int = 7,
+    seed: int = CACHE_SEED,
     batch_size: int = 8,
 ) -> None:
     """Encodes clips and single first frames to `folder/latents.safetensors` (fp16), their texts to `texts.json`.
@@ -132,9 +133,11 @@ class LatentData:
         folder (`Path`): with the cache and what made it.
         images (`Sequence[str]`): what the first frames are taken from: names in the cache, `"clips"` for those of the clips.
         text_length (`int`): of every text, in tokens.
+        num_clips (`int`, *optional*): how many clips there are, the first of the cache; all when left out. The first frames do
+            not become fewer.
     """
 
-    def __init__(self, folder: Path, images: Sequence[str], text_length: int):
+    def __init__(self, folder: Path, images: Sequence[str], text_length: int, num_clips: int | None = None):
         from diffusers import AutoencoderKLWan
         from transformers import AutoTokenizer
 
@@ -145,8 +148,10 @@ class LatentData:
         # The saved one: parts that are trained later must read texts as the text encoder learnt them.
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
         self.empty = tokenize(tokenizer, [""], text_length)
-        prompts = [prompt for prompt, _ in texts["clips"]]
-        self.clips = (cached["clips"].float() - mean) / std, tokenize(tokenizer, prompts, text_length)
+        if num_clips is not None and not 1 <= num_clips <= len(cached["clips"]):
+            raise ValueError(f"`num_clips={num_clips}` must be 1 to {len(cached['clips'])}, the clips of the cache.")
+        prompts = [prompt for prompt, _ in texts["clips"][:num_clips]]
+        self.clips = (cached["clips"][:num_clips].float() - mean) / std, tokenize(tokenizer, prompts, text_length)
         first_frames = torch.cat([cached[name][:, :, :1] for name in images]).float()
         captions = [caption for name in images for _, caption in texts[name]]
         self.images = (first_frames - mean) / std, tokenize(tokenizer, captions, text_length)
@@ -283,12 +288,13 @@ def train_transformer(
     peak: float = 2e-3,
     clip_batch: int = 24,
     image_batch: int = 64,
+    num_clips: int | None = None,
 ) -> dict[str, int]:
     """Flow matching from nothing on cached latents, with the text encoder frozen; writes `folder/<name>`.
 
     Args:
         clip_share (`float`): share of the steps that take clips with prompts. The others take first frames with captions.
-        images (`Sequence[str]`), text_length (`int`): of [`LatentData`].
+        images (`Sequence[str]`), text_length (`int`), num_clips (`int`, *optional*): of [`LatentData`].
         config (`dict`): of the transformer.
     """
     from transformers import UMT5EncoderModel
@@ -301,7 +307,7 @@ def train_transformer(
     transformer = AnchorConditionedTransformer3D(**config)
     # A zero output layer: the first prediction is zero, not noise of the untrained network's own.
     torch.nn.init.zeros_(transformer.proj_out.weight)
-    data = LatentData(folder, images, text_length)
+    data = LatentData(folder, images, text_length, num_clips)
 
     def takes_clips(step: int) -> bool:
         # Spread evenly: the whole part of step * share goes up by one at a step that takes clips.
@@ -323,9 +329,10 @@ def train_transformer(
     return {"samples": sum(samples.values()), **samples, **count(transformer)}
 
 
-def train_base(folder: Path) -> dict[str, int]:
-    """The video transformer: 216,000 clips and 192,000 images."""
-    return train_transformer(folder, "base", steps=12_000, clip_share=3 / 4, images=("clips", "images"))
+def train_base(folder: Path, num_clips: int | None = None, steps: int = 12_000) -> dict[str, int]:
+    """The video transformer: 216,000 clips, `num_clips` distinct ones or all of the cache, and 192,000 images."""
+    images = ("clips", "images")
+    return train_transformer(folder, "base", steps, clip_share=3 / 4, images=images, num_clips=num_clips)
 
 
 def train_composer(folder: Path) -> dict[str, int]:

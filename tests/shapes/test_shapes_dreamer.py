@@ -97,6 +97,9 @@ def test_every_part_trains_and_one_call_continues(tmp_path, monkeypatch):
     weights = tmp_path / "repository" / "unet" / "diffusion_pytorch_model.safetensors"
     size = sum(path.stat().st_size for path in (tmp_path / "repository").rglob("*") if path.is_file())
     assert size < 20e6
+    (tensors, texts), (all_tensors, all_texts) = (dreamer_image.load_clips(tmp_path, number) for number in (2, None))
+    assert texts == all_texts[:2] and len(all_texts) == 6
+    assert all(torch.equal(tensor, all_tensors[name][:2]) for name, tensor in tensors.items())
     before = weights.stat().st_mtime_ns
     train_dreamer(tmp_path, EMBEDDED_FOLDER, ["plain"], design_steps=1)
     assert weights.stat().st_mtime_ns == before
