@@ -37,6 +37,7 @@ def add_shapes(
         "clips", help="train video models on few distinct clips, as examples/clips says; continues where it stopped"
     )
     clips.add_argument("folder", type=Path, help="for the cache, checkpoints, logs and weights")
+    clips.add_argument("--report", type=Path, metavar="DIR", help="instead score the runs that are done (synthetic)")
     _add_report(actions, add_model)
     shapes.set_defaults(run=lambda arguments: _run(arguments, load))
 
@@ -84,8 +85,12 @@ def _run(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], Fac
         return
     if arguments.action == "clips":
         from .clips import train_clips
+        from .clips_report import write_clips_report
 
-        train_clips(arguments.folder)
+        if arguments.report:
+            print(write_clips_report(arguments.folder, arguments.report))
+        else:
+            train_clips(arguments.folder)
         return
     from .train import train_all
 

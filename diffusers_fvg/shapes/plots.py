@@ -24,6 +24,16 @@ COLOURS = {
 }
 SWEPT = ("direct", "direct_rewritten", "factorized", "true_anchor")
 
+# Colour and line of each series of the figure of few clips.
+CLIPS_SERIES = {
+    "direct, 50 steps": (COLOURS["direct"], "-"),
+    "direct, 15 steps": (COLOURS["direct"], ":"),
+    "factorized, 15 steps": (COLOURS["factorized"], "-"),
+    "true anchor, 15 steps": (COLOURS["true_anchor"], "--"),
+    "Dreamer": ("#CC79A7", "-"),
+    "Dreamer, true first frame": ("#CC79A7", "--"),
+}
+
 
 def _label(arm: str) -> str:
     return arm.replace("_", " ").replace("no lora", "without LoRA")
@@ -108,6 +118,39 @@ def plot_categories(rows: Sequence[dict], steps: int, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(f"Synthetic shapes world: score per category at {steps} steps, held-out prompts", fontsize=11)
     figure.legend(frameon=False, ncols=len(chosen), loc="outside lower center", fontsize=9)
+    _save(figure, path)
+
+
+def plot_clips(rows: Sequence[dict], path: Path) -> None:
+    """Score against the number of distinct clips.
+
+    Args:
+        rows (`Sequence[dict]`): each with `series`, a key of `CLIPS_SERIES`, `clips`, `score` and `spread`. Those with `embedded`
+            stand apart, as points without a line.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for series, (colour, style) in CLIPS_SERIES.items():
+        own = sorted((row for row in rows if row["series"] == series), key=lambda row: row["clips"])
+        curve = [row for row in own if not row.get("embedded")]
+        clips, scores = [row["clips"] for row in curve], [row["score"] for row in curve]
+        axes.plot(clips, scores, marker="o", color=colour, linestyle=style, label=series)
+        low, high = ([row["score"] + sign * (row["spread"] or 0.0) for row in curve] for sign in (-1, 1))
+        axes.fill_between(clips, low, high, color=colour, alpha=0.12, linewidth=0)
+        apart = [row for row in own if row.get("embedded")]
+        points = [row["clips"] for row in apart], [row["score"] for row in apart]
+        axes.plot(*points, marker="o", color=colour, markerfacecolor="none", linestyle="")
+    numbers = sorted({row["clips"] for row in rows})
+    axes.set_xscale("log")
+    axes.set_xticks(numbers, [f"{number:,}" for number in numbers])
+    axes.minorticks_off()
+    axes.set_xlabel("distinct clips in training (hollow: the embedded model, twice the steps)")
+    axes.set_ylabel("synthetic score, mean of seven categories")
+    axes.set_ylim(0, 1.02)
+    axes.grid(axis="y", color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title("Synthetic shapes world, held-out prompts (band: spread over sampling seeds)", fontsize=11)
+    figure.legend(frameon=False, ncols=3, loc="outside lower center", fontsize=9)
     _save(figure, path)
 
 

@@ -333,11 +333,11 @@ def journal_header(pipe, **scenes: Sequence[Scene]) -> dict:
     return {"synthetic": True, "model": fingerprint(pipe), **prompts, "scenes": world}
 
 
-def tuning_cells(settings: StudySettings) -> list[Cell]:
+def tuning_cells(settings: StudySettings, arms: Sequence[str] = tuple(ARMS)) -> list[Cell]:
     return [
         Cell("tuning", name, settings.few_steps, guidance, form)
-        for name, arm in ARMS.items()
-        for form in (FORMS if arm.rewritten else (None,))
+        for name in arms
+        for form in (FORMS if ARMS[name].rewritten else (None,))
         for guidance in settings.guidance
     ]
 
@@ -361,16 +361,16 @@ def best_settings(records: Sequence[dict]) -> dict[str, dict]:
 
 def study_cells(settings: StudySettings, tuned: dict[str, dict]) -> list[Cell]:
     return [
-        Cell("study", name, steps, tuned[name]["guidance"], tuned[name]["form"])
-        for name, arm in ARMS.items()
-        for steps in settings.arm_steps(arm)
+        Cell("study", name, steps, choice["guidance"], choice["form"])
+        for name, choice in tuned.items()
+        for steps in settings.arm_steps(ARMS[name])
     ]
 
 
 def run_study(
-    pipe, path: Path, settings: StudySettings, batch_size: int = 16
+    pipe, path: Path, settings: StudySettings, batch_size: int = 16, arms: Sequence[str] = tuple(ARMS)
 ) -> tuple[list[dict], dict[str, dict], FirstFrames]:
-    """Tunes each arm on prompts of their own, then runs all arms on the reported ones.
+    """Tunes each arm on prompts of their own, then runs all `arms` on the reported ones.
 
     Args:
         pipe (`FactorizedVideoPipeline`): with all three stages and the anchor LoRA.
@@ -384,7 +384,7 @@ def run_study(
     journal = Journal(path, journal_header(pipe, reported=reported, tuning=tuning))
     seeds = range(settings.tuning_seeds)
     tuned = best_settings(
-        complete(pipe, tuning_cells(settings), FirstFrames(pipe, tuning), seeds, journal, batch_size)
+        complete(pipe, tuning_cells(settings, arms), FirstFrames(pipe, tuning), seeds, journal, batch_size)
     )
     first_frames = FirstFrames(pipe, reported)
     cells = study_cells(settings, tuned)

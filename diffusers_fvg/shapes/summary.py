@@ -65,7 +65,7 @@ def kept_share(records: Sequence[dict]) -> float:
     return _mean([record for record in records if "kept" in record], "kept")
 
 
-def _rounded(number: float) -> float | None:
+def rounded(number: float) -> float | None:
     """Four decimals; `None` for NaN, which JSON has no word for."""
     return None if math.isnan(number) else round(number, 4)
 
@@ -78,9 +78,9 @@ def summarize(records: Sequence[dict]) -> list[dict]:
         for value in VALUES:
             chosen = [record for record in group if value in record]
             if chosen:
-                row[value] = _rounded(average(chosen, value))
-        row["kept"] = _rounded(kept_share(group))
-        row |= {"spread": _rounded(seed_spread(group)), "standard_error": _rounded(standard_error(group))}
+                row[value] = rounded(average(chosen, value))
+        row["kept"] = rounded(kept_share(group))
+        row |= {"spread": rounded(seed_spread(group)), "standard_error": rounded(standard_error(group))}
         row["categories"] = {
             category: {"score": round(_mean(same, "score"), 4), "motion": round(_mean(same, "motion"), 4)}
             for (category,), same in _groups(group, "category").items()
@@ -91,7 +91,7 @@ def summarize(records: Sequence[dict]) -> list[dict]:
 
 def _claim(claim: str, measure: str, value: float, relation: str, bar: float | None, beside: str = "") -> dict:
     """A row of the claims table; met or missed is decided on the four decimals that are printed."""
-    value = _rounded(value)
+    value = rounded(value)
     met = None
     if bar is not None and value is not None:
         met = value >= bar if relation == ">=" else value <= bar

@@ -1,6 +1,7 @@
 """The study of few distinct clips: which clips a run sees, and that it continues."""
 
 import json
+import math
 from functools import partial
 
 import pytest
@@ -8,8 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffusers_fvg.cli import parser
+from diffusers_fvg.embedded import EMBEDDED_FOLDER
 from diffusers_fvg.shapes import clips, train_models
 from diffusers_fvg.shapes.clips import build_shared_cache, cached_scenes, run_folder, train_run
+from diffusers_fvg.shapes.clips_report import clips_needed, lead, needed_text, report_text, write_clips_report
+from diffusers_fvg.shapes.study import StudySettings
 from diffusers_fvg.shapes.train import LORA_SETTINGS
 
 
@@ -83,5 +87,70 @@ def test_a_longer_list_begins_with_the_shorter_one():
     assert scenes[:10] == cached_scenes(10) and len({repr(scene.objects) for scene in scenes}) == 40
 
 
-def test_the_command_names_a_folder():
-    assert parser().parse_args(["shapes", "clips", "runs"]).folder.name == "runs"
+def test_clips_needed_are_read_off_the_line_between_neighbours():
+    curve = [(500, 0.2), (2000, 0.4), (8000, 0.4), (20_000, 0.7)]
+    # Half of the way in score is half of the way in the logarithm.
+    assert clips_needed(curve, 0.3) == pytest.approx(1000)
+    assert clips_needed(curve, 0.1) == 500 and clips_needed(curve, 0.4) == pytest.approx(2000)
+    assert clips_needed(curve, 0.7) == pytest.approx(20_000) and clips_needed(curve, 0.71) == math.inf
+    assert clips_needed([*curve, (40_000, 0.6)], 0.3) is None
+    assert needed_text(math.inf, 20_000) == "more than 20,000"
+    assert "not said" in needed_text(None, 20_000)
+
+
+def test_a_lead_is_that_of_each_prompt():
+    scores = {"a": (0.9, 0.5), "b": (0.7, 0.5), "c": (0.2, 0.4), "d": (0.2, 0.0)}
+    records = [
+        {"arm": arm, "steps": steps, "category": "xy"["ab".find(prompt) < 0], "prompt": prompt, "score": score + shift}
+        for arm, steps, place in (("factorized", 15, 0), ("direct", 50, 1), ("direct", 15, 1))
+        for prompt, pair in scores.items()
+        for score in (pair[place],)
+        for shift in (-0.1, 0.1)
+    ]
+    # Differences .4 and .2 in one category, -.2 and .2 in the other.
+    found = lead(records, 15, 50)
+    assert found["value"] == pytest.approx((0.3 + 0.0) / 2)
+    assert found["error"] == pytest.approx(math.sqrt(0.02 / 2 + 0.08 / 2) / 2, abs=1e-4)
+
+
+def test_the_text_says_what_is_met_and_what_is_missing():
+    rows = [
+        {"arm": arm, "steps": steps, "clips": clips, "series": f"{arm}, {steps} steps", "score": score, "spread": None}
+        for clips, pair in {500: (0.3, 0.5), 2000: (0.5, 0.6)}.items()
+        for arm, steps, score in (("direct", 50, pair[0]), ("factorized", 15, pair[1]))
+    ]
+    leads = {500: {"value": 0.2, "error": 0.03}, 2000: {"value": 0.1, "error": 0.03}}
+    report = {"settings": {"few_steps": 15, "steps": (50, 15)}, "not_run": [8000], "rows": rows}
+    text = report_text(report | {"runs": {clips: {"lead": found} for clips, found in leads.items()}})
+    lines = [line.split() for line in text.splitlines()]
+    assert ["500", "0.200", "0.030", "met", "2,000"] in lines
+    assert ["2000", "0.100", "0.030", "MISSED", "more", "than", "2,000"] in lines
+    assert "not run yet: 8000" in text and "synthetic" in text
+
+
+@pytest.mark.slow
+def test_a_run_with_the_embedded_weights_scores_like_the_embedded_model(tmp_path):
+    run = run_folder(tmp_path, 2000)
+    (run / "training.json").parent.mkdir(parents=True)
+    (run / "training.json").write_text(json.dumps({"base": {}, "lora": {}}))
+    (run / "base").symlink_to(EMBEDDED_FOLDER / "transformer")
+    (run / "anchor_lora").symlink_to(EMBEDDED_FOLDER / "anchor_lora")
+    settings = StudySettings(1, 1, (3, 2), 2, 1, 1, (1.0,))
+    text = write_clips_report(tmp_path, tmp_path / "report", settings)
+    report = json.loads((tmp_path / "report" / "clips.json").read_text())
+    own, embedded = ([row for row in report["rows"] if bool(row.get("embedded")) == flag] for flag in (False, True))
+    left_out = {"clips", "embedded", "seconds", "stage_seconds"}
+    kept = [[{k: v for k, v in row.items() if k not in left_out} for row in rows] for rows in (own, embedded)]
+    assert kept[0] == kept[1] and len(kept[0]) == 6
+    assert report["not_run"] == [500, 8000, 20000] and "not run yet" in text
+    assert (tmp_path / "report" / "clips.png").stat().st_size > 1000
+
+
+def test_nothing_is_scored_before_a_run_is_done(tmp_path):
+    with pytest.raises(ValueError, match="No run is done"):
+        write_clips_report(tmp_path, tmp_path / "report")
+
+
+def test_the_command_names_folders():
+    arguments = parser().parse_args(["shapes", "clips", "runs", "--report", "report"])
+    assert (arguments.folder.name, arguments.report.name) == ("runs", "report")
