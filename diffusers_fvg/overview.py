@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import textwrap
+from collections.abc import Sequence
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
@@ -19,7 +19,8 @@ NOTES = """\
 FIRST FRAME: "kept" by the base without training; others need an anchor LoRA,
 and none is published: `fvg train --recipe NAME` prints what makes one.
 12GB to 80GB: the least offloading for a card of that size, and the peak in GiB,
-all three stages in bfloat16 at the model's own size. Computed, not measured.
+all three stages in bfloat16 at the model's own size, "+" where the video is
+decoded in tiles. Computed, not measured. `fvg plan` tells it of any size.
 GB: weights on disk, as the Hub has them now; where it does not answer, as
 published, or "?": not known.
 cogvideox-license: a change of the card to Apache 2.0 is on record; read it.
@@ -28,16 +29,13 @@ No recipe was ever run by this project with its real weights."""
 
 def models_text() -> str:
     """Recipes with memory by profile, then their repositories with licences and sizes; 80 columns."""
-    from .pipelines.profiles import PROFILES
+    from .pipelines.profiles import CARDS
 
-    profiles = [name for name in PROFILES if name != "cpu"]
-    lines = [f"{'RECIPE':15}  {'FIRST FRAME':12}" + "".join(f" {name:>11}" for name in profiles)]
+    lines = [f"{'RECIPE':15}  {'FIRST FRAME':12}" + "".join(f" {name:>11}" for name in CARDS)]
     for recipe in RECIPES.values():
         first = "kept" if recipe.keeps_first_frame else "needs LoRA"
-        cells = "".join(f" {cell:>11}" for cell in _memory(recipe, profiles))
+        cells = "".join(f" {cell:>11}" for cell in _memory(recipe, CARDS))
         lines.append(f"{recipe.name:15}  {first:12}{cells}")
-    authors = [f"{recipe.name}, the base alone, by its authors: {recipe.facts.memory}" for recipe in _unplanned()]
-    lines += [line for text in authors for line in textwrap.wrap(text, 80)]
     lines += ["", f"{'REPOSITORY':32}  {'LICENCE':17}  {'GB':>4}  USED BY"]
     sizes = _sizes()
     for repository, (license, user) in _repositories().items():
@@ -45,21 +43,14 @@ def models_text() -> str:
     return "\n".join([*lines, "", NOTES])
 
 
-def _unplanned() -> list[Recipe]:
-    """Memory profiles are for Wan."""
-    return [recipe for recipe in RECIPES.values() if recipe.facts.prediction != "flow"]
-
-
-def _memory(recipe: Recipe, profiles: list[str]) -> list[str]:
-    if recipe in _unplanned():
-        return [NOT_KNOWN] * len(profiles)
+def _memory(recipe: Recipe, profiles: Sequence[str]) -> list[str]:
     from .pipelines.profiles import model_stages, plan_memory
 
     stages, cells = model_stages(recipe.facts, make_parts=partial(make_parts, recipe)), []
     for profile in profiles:
         try:
             plan = plan_memory(stages, profile)
-            cells.append(f"{plan.offload} {plan.peak / GIB:.1f}")
+            cells.append(f"{plan.offload} {plan.peak / GIB:.1f}{'+' * plan.tile}")
         except ValueError:
             cells.append("too large")
     return cells
@@ -226,15 +217,14 @@ def _runs_on(device: Any) -> list[str]:
 
     lines = [f"  attention: {choose_backend(device, torch.bfloat16, 128)}", f"  kernels: {kernel_report(device)}"]
     lines.append("  embedded shapes model: yes")
-    profile = "cpu" if device.type == "cpu" else "80GB"
+    profile = "cpu" if device.type == "cpu" else "auto"
     for recipe in RECIPES.values():
-        answer = f"not known; its authors, for the base alone: {recipe.facts.memory}"
-        if recipe not in _unplanned():
-            stages = model_stages(recipe.facts, make_parts=partial(make_parts, recipe))
-            try:
-                plan = plan_memory(stages, profile, int(USABLE * free_bytes(device)))
-                answer = f"fits with offload {plan.offload!r}, {plan.peak / GIB:.1f} GiB (computed)"
-            except ValueError as error:
-                answer = f"too large: {str(error).partition(', but ')[2].partition(':')[0]}"
+        stages = model_stages(recipe.facts, make_parts=partial(make_parts, recipe))
+        try:
+            plan = plan_memory(stages, profile, int(USABLE * free_bytes(device)))
+            tiles = ", decode in tiles" if plan.tile else ""
+            answer = f"fits with offload {plan.offload!r}{tiles}, {plan.peak / GIB:.1f} GiB (computed)"
+        except ValueError as error:
+            answer = f"too large: {str(error).partition(', but ')[2].partition(':')[0]}"
         lines.append(f"  {recipe.name}: {answer}")
     return lines

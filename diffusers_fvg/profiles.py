@@ -1,7 +1,7 @@
 # For one release: this is `pipelines.profiles` now.
 from .pipelines.profiles import (  # noqa: F401
+    CARDS,
     GIB,
-    PROFILES,
     WAN_VAES,
     MemoryPlan,
     Stage,
