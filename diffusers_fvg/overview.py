@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
@@ -45,6 +45,7 @@ def models_text() -> str:
 
 def _memory(recipe: Recipe, profiles: Sequence[str]) -> list[str]:
     from .pipelines.profiles import model_stages, plan_memory
+    from .recipes.outline import make_parts
 
     stages, cells = model_stages(recipe.facts, make_parts=partial(make_parts, recipe)), []
     for profile in profiles:
@@ -54,23 +55,6 @@ def _memory(recipe: Recipe, profiles: Sequence[str]) -> list[str]:
         except ValueError:
             cells.append("too large")
     return cells
-
-
-def make_parts(recipe: Recipe) -> dict[str, Any]:
-    """The models of rewriter and composer, on the default device: of published configs, weights not loaded."""
-    import diffusers
-    import torch
-    import transformers
-
-    parts = {}
-    for name, facts in (("rewriter", recipe.rewriter), ("composer", recipe.composer)):
-        models = {}
-        for kind, config in facts.configs.items():
-            made = getattr(diffusers, kind, None) or getattr(transformers, kind)
-            is_diffusers = issubclass(made, diffusers.ModelMixin)
-            models[kind] = made(**config) if is_diffusers else made(made.config_class(**config))
-        parts[name] = torch.nn.ModuleDict(models)
-    return parts
 
 
 def _repositories() -> dict[str, tuple[str, str]]:
@@ -107,17 +91,24 @@ def _sizes() -> dict[str, str]:
 
 def weight_bytes(files: dict[str, int]) -> int:
     """Of a repository's files (path to bytes) the weights that are loaded: no variant, nothing in another format."""
+    return sum(files[name] for name in weight_files(files))
+
+
+def weight_files(files: Iterable[str], variant: str | None = None) -> list[str]:
+    """Of a repository's files the weights that are loaded, in the variant where a folder has it."""
     from .loading.files import component_files
 
     folders = {str(PurePosixPath(name).parent) for name in files if name.endswith(".safetensors")}
-    total = 0
-    for folder in folders:
-        try:
-            names = component_files(files, "" if folder == "." else folder)
-        except ValueError:
-            continue  # Weights of another name, as in "original/".
-        total += sum(files[name] for name in names if name.endswith(".safetensors"))
-    return total
+    found = []
+    for folder in sorted(folders):
+        for kind in dict.fromkeys((variant, None)):
+            try:
+                names = component_files(files, "" if folder == "." else folder, kind)
+            except ValueError:
+                continue  # Weights of another name, as in "original/", or none of the variant.
+            found += [name for name in names if name.endswith(".safetensors")]
+            break
+    return found
 
 
 def training_text(recipe: Recipe) -> str:
@@ -214,6 +205,7 @@ def _runs_on(device: Any) -> list[str]:
     from .animate.memory import free_bytes
     from .kernels.dispatch import kernel_report
     from .pipelines.profiles import USABLE, model_stages, plan_memory
+    from .recipes.outline import make_parts
 
     lines = [f"  attention: {choose_backend(device, torch.bfloat16, 128)}", f"  kernels: {kernel_report(device)}"]
     lines.append("  embedded shapes model: yes")

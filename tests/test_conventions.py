@@ -11,7 +11,7 @@ import diffusers_fvg
 PACKAGE = Path(diffusers_fvg.__file__).parent
 # From the bottom up. A room imports from those on levels below, and within itself.
 LEVELS = [
-    {"checks", "devices", "kernels", "locks", "media", "model_facts"},
+    {"checks", "devices", "flags", "kernels", "locks", "media", "model_facts"},
     {"loading"},
     {"schedules"},
     {"lora", "models", "rewrite"},
@@ -21,7 +21,7 @@ LEVELS = [
     {"pipelines", "training"},
     {"embedded", "evaluation", "recipes"},
     {"overview"},
-    {"shapes"},
+    {"planning", "shapes"},
     {"cli"},
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

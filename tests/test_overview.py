@@ -18,9 +18,10 @@ from diffusers_fvg import RECIPES, assemble
 from diffusers_fvg.cli import main
 from diffusers_fvg.kernels.dispatch import kernel_report, use_kernels
 from diffusers_fvg.loading.references import HubReference
-from diffusers_fvg.overview import make_parts, models_text, training_text, weight_bytes
+from diffusers_fvg.overview import models_text, training_text, weight_bytes
 from diffusers_fvg.pipelines.profiles import WAN_VAES
 from diffusers_fvg.recipes import STORED
+from diffusers_fvg.recipes.outline import make_parts
 from diffusers_fvg.schedules.presets import SchedulerPresets
 from diffusers_fvg.training.config import TrainConfig
 

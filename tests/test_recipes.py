@@ -233,9 +233,7 @@ def test_without_a_connection_it_is_one_line_and_the_cache_still_works(
     assert read_video_metadata(tmp_path / "video.mp4")["hub_revisions"] == expected
 
 
-def test_unknown_names_and_a_lora_for_no_recipe(hub, folders):
+def test_unknown_names(hub):
     with pytest.raises(ValueError, match="'wan2.2' is no folder and no recipe; recipes are wan2.2-5b, wan2.1-1.3b, "):
         load("wan2.2")
-    with pytest.raises(ValueError, match="fvg assemble --lora"):
-        load(folders / BASES["wan2.1-1.3b"], lora="org/lora")
     assert hub.requests == []

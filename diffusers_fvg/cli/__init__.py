@@ -6,9 +6,10 @@ import argparse
 import sys
 
 from .. import __version__
+from ..flags import Parser
 from ..shapes.command import add_shapes
 from .options import add_model
-from .overview import add_doctor, add_models
+from .overview import add_doctor, add_models, add_plan
 from .pipeline import load_pipeline
 from .repositories import add_assemble, add_push
 from .stages import add_animate, add_compose, add_generate, add_rewrite
@@ -17,22 +18,35 @@ from .training import add_train
 
 def parser() -> argparse.ArgumentParser:
     """The command line, without anything heavy imported."""
-    top = argparse.ArgumentParser(prog="fvg", description="Factorized Video Generation with diffusers.")
-    top.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    adders = (add_generate, add_rewrite, add_compose, add_animate, add_train, add_assemble, add_push, add_models)
-    for add in (*adders, add_doctor):
+    top = Parser(prog="fvg", description="Factorized Video Generation with diffusers.")
+    top.add_argument("--version", action="version", version=f"%(prog)s {__version__}", help="print it and exit")
+    commands = top.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", help="each has a --help of its own"
+    )
+    adders = (add_generate, add_rewrite, add_compose, add_animate, add_plan, add_train, add_assemble, add_push)
+    for add in (*adders, add_models, add_doctor):
         add(commands)
     add_shapes(commands, add_model, load_pipeline)
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; bad input is one line on standard error and exit status 2."""
+    """Runs a command. What cannot be done is one line on standard error and exit status 2; Ctrl-C is 130."""
     arguments = parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"fvg {arguments.command}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"fvg {arguments.command}: stopped", file=sys.stderr)
+        return 130
+    # A shape that torch refuses and memory that is not there are `RuntimeError`s.
+    except (ValueError, OSError, ArithmeticError, ImportError, MemoryError, RuntimeError) as error:
+        print(f"fvg {arguments.command}: {_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        text = f"out of memory: give a --memory, fewer pixels or frames, or --quantize ({text})"
+    return text if len(text) <= 600 else f"{text[:600]} ..."

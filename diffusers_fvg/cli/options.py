@@ -5,17 +5,47 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..flags import FRAMES, PIXELS, SEED, STEPS, Number
+
+
+QUANTIZATIONS = ("fp8", "int8", "nf4")
+
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", help="recipe (see fvg models), folder or Hub repository; the embedded shapes model when left out"
+        "--model",
+        help="recipe (see fvg models), folder or Hub repository; the embedded shapes model when left out",
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of every stage")
-    parser.add_argument("--device", help="cuda, mps or cpu; the fastest there is when left out")
-    parser.add_argument("--seed", type=int, help="makes the run repeatable; drawn and printed when left out")
-    parser.add_argument("--height", type=int)
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument("--revision", help="commit, branch or tag of the model on the Hub; of a recipe's base")
+    parser.add_argument("--variant", help="of the weights, such as fp16; parts without it come as they are")
+    parser.add_argument(
+        "--token",
+        action="store_true",
+        help="the Hub must be asked with your login: HF_TOKEN or what `hf auth login` saved. Both are used without this flag "
+        "too; it makes a missing one an error. A token itself is not taken here, where every process could read it",
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of every stage (default: bfloat16)"
+    )
+    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu; the fastest there is when left out")
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="of the card, such as 8GB or 24GB: what does not fit is offloaded, and decoded in tiles; auto takes what is free "
+        "(the default with an accelerator), cpu keeps all on the CPU",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bars, those of downloads included")
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--height", type=PIXELS, metavar="PIXELS", help="the model's own when left out")
+    parser.add_argument("--width", type=PIXELS, metavar="PIXELS", help="the model's own when left out")
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--seed", type=SEED, metavar="NUMBER", help="makes the run repeatable; drawn and printed when left out"
+    )
 
 
 def add_rewriter(parser: argparse.ArgumentParser) -> None:
@@ -39,17 +69,52 @@ def add_composer(parser: argparse.ArgumentParser) -> None:
 
 
 def add_lora(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lora", metavar="NAME", help="anchor LoRA for a recipe, of any format")
+    parser.add_argument(
+        "--lora", metavar="NAME", help="anchor LoRA of any format, in place of the model's: file, folder or org/name"
+    )
+
+
+def add_quantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quantize",
+        choices=QUANTIZATIONS,
+        help="weights of the video model in fewer bits: fp8 needs nothing, int8 needs torchao, nf4 (4 bits) bitsandbytes",
+    )
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", help="sampling preset, such as anchored-15 or full-50")
+    parser.add_argument(
+        "--num-inference-steps",
+        "--steps",
+        type=STEPS,
+        metavar="STEPS",
+        help="of the video model; the preset's when left out",
+    )
+    parser.add_argument(
+        "--guidance-scale", type=Number(0, 1000), metavar="SCALE", help="1 is off; the preset's when left out"
+    )
+    parser.add_argument("--num-frames", type=FRAMES, metavar="FRAMES", help="the model's own when left out")
 
 
 def add_video(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, default=Path("video.mp4"), help="mp4 to write (default: %(default)s)")
-    parser.add_argument("--preset", help="sampling preset, such as anchored-15 or full-50")
-    parser.add_argument("--num-inference-steps", "--steps", type=int, help="steps of the video model")
-    parser.add_argument("--guidance-scale", type=float)
-    parser.add_argument("--num-frames", type=int)
-    parser.add_argument("--negative-prompt")
+    add_sampling(parser)
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="of the video model; the model's own when left out")
     parser.add_argument(
-        "--anchor-decode", choices=("raw", "match", "replace"), default="raw", help="colours of the anchored frames"
+        "--anchor-decode",
+        choices=("raw", "match", "replace"),
+        help="where decoding changes an anchor's colours: raw leaves it, match gives all frames the anchor's, replace its pixels "
+        "too (default: raw)",
     )
-    parser.add_argument("--strip", type=Path, help="also write a PNG with prompt, anchor and some frames")
+    parser.add_argument("--compile", action="store_true", help="compile the video model's blocks: a slow first step")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="mp4 to write (default: video.mp4, or the next free video-2.mp4)"
+    )
+    parser.add_argument(
+        "--strip", type=Path, metavar="FILE", help="also write a PNG with prompt, anchor and some frames"
+    )
+    add_overwrite(parser)
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there already")

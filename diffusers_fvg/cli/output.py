@@ -9,14 +9,6 @@ from pathlib import Path
 from .. import __version__
 
 
-def check_outputs(arguments: argparse.Namespace) -> None:
-    """Refuses before minutes of work what would be refused after them."""
-    for name, suffix in (("output", ".mp4"), ("strip", ".png")):
-        path = getattr(arguments, name)
-        if path is not None and path.suffix.lower() != suffix:
-            raise ValueError(f"--{name} {path} must end in {suffix}.")
-
-
 def _versions() -> dict[str, str]:
     import diffusers
     import torch
@@ -26,19 +18,19 @@ def _versions() -> dict[str, str]:
     return {"diffusers-fvg": __version__} | {name: module.__version__ for name, module in modules.items()}
 
 
-def write(arguments: argparse.Namespace, pipe, frames, record: dict, captions, anchors) -> None:
+def write(arguments: argparse.Namespace, pipe, request, frames, record: dict, captions, anchors) -> None:
     """Video and strip; `record` tells how the video was made, pictures and their captions are those of the strip."""
     from ..media import write_strip, write_video
     from ..recipes import hub_revisions
 
-    frame_rate = pipe.call_defaults["frame_rate"]
+    frame_rate, preset = pipe.call_defaults["frame_rate"], request.sampling(pipe)
     model = arguments.model or "embedded"
     metadata = {
         **record,
         # Of a folder nothing but its name: paths are those of this machine.
         "model": Path(model).resolve().name if Path(model).is_dir() else model,
         "hub_revisions": hub_revisions(pipe),
-        "preset": arguments.preset or next(iter(pipe.presets)),
+        "preset": None if preset is None else preset.name,
         "versions": _versions(),
     }
     # A player shows the embedded model's 64 pixels as a stamp: enlarged by whole factors, which keeps edges sharp.

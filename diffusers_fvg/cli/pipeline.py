@@ -1,12 +1,204 @@
-"""The pipeline that the flags name."""
+"""The model that the flags name: looked at before anything large is read, then loaded and placed."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import inspect
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 
-def _rewriter(arguments: argparse.Namespace):
+if TYPE_CHECKING:
+    import torch
+
+    from ..pipelines.profiles import MemoryPlan, Stage
+    from ..pipelines.request import VideoRequest
+    from ..pipelines.stages import FactorizedStages
+    from ..recipes.sources import ModelSource
+
+# Of --quantize: the package, and the weights' bytes in relation to the number of parameters.
+PACKAGES = {"fp8": None, "int8": "torchao", "nf4": "bitsandbytes"}
+PARAMETER_BYTES = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5625}
+
+
+@dataclass
+class Model:
+    """A model before it is loaded.
+
+    Args:
+        arguments (`argparse.Namespace`): of the command line.
+        source ([`ModelSource`]): what the name stands for.
+        outline ([`FactorizedStages`]): the pipeline without weights.
+        device (`torch.device`): where it will run.
+        memory (`str`, *optional*): what `--memory` says; `None` where nothing is planned.
+        parts (`dict`): composer, rewriter and LoRA, as [`~recipes.load`] takes them.
+    """
+
+    arguments: argparse.Namespace
+    source: ModelSource
+    outline: FactorizedStages
+    device: torch.device
+    memory: str | None
+    parts: dict[str, Any]
+
+    def check(self, **call: Any) -> VideoRequest:
+        """The call's arguments against the model; see [`VideoRequest.completed`]."""
+        from ..pipelines.request import VideoRequest
+
+        known = inspect.signature(type(self.outline).__call__).parameters
+        for name, value in call.items():
+            if value is not None and name not in known:
+                raise ValueError(f"--{name.replace('_', '-')} {value} is not for a {type(self.outline).__name__}.")
+        call = {name: value for name, value in call.items() if value is not None}
+        request = VideoRequest(**{"mode": "factorized"} | call).completed(self.outline)
+        self.plan(request.height, request.width, request.num_frames)
+        return request
+
+    def stages(
+        self, height: int | None = None, width: int | None = None, num_frames: int | None = None
+    ) -> list[Stage]:
+        """What each part needs, in the bits that are asked for."""
+        from ..pipelines.profiles import pipeline_stages
+
+        kind = getattr(self.arguments, "quantize", None)
+        stages = pipeline_stages(self.outline, height, width, num_frames)
+        return [_quantized(stage, kind, self.outline) for stage in stages]
+
+    def plan(self, *size: int | None) -> MemoryPlan | None:
+        """How it would be placed; raises `ValueError` where it cannot."""
+        from ..pipelines.profiles import plan_on
+
+        return None if self.memory is None else plan_on(self.stages(*size), self.memory, self.device)
+
+    def load(
+        self, height: int | None = None, width: int | None = None, num_frames: int | None = None
+    ) -> FactorizedStages:
+        """The pipeline, placed."""
+        from ..recipes import load
+
+        arguments = self.arguments
+        quantization = getattr(arguments, "quantize", None)
+        pipe = load(
+            model_name(arguments),
+            dtype=_dtype(arguments),
+            variant=arguments.variant,
+            quantization_config=_quantization_config(quantization, _dtype(arguments)),
+            **_hub_arguments(arguments),
+            **self.parts,
+        )
+        if quantization == "fp8":
+            _store_in_fp8(pipe)
+        pipe.set_progress_bar_config(disable=arguments.quiet)
+        self._place(pipe, height, width, num_frames)
+        if getattr(arguments, "compile", False):
+            for model in _video_models(pipe):
+                model.compile_repeated_blocks()
+        return pipe
+
+    def _place(self, pipe: FactorizedStages, *size: int | None) -> None:
+        from ..pipelines.profiles import pipeline_stages, place, plan_on
+
+        if self.memory is None:
+            pipe.to(self.device)
+            return
+        plan = plan_on(pipeline_stages(pipe, *size), self.memory, self.device)
+        print(f"memory:             {_summary(plan, self.device)}")
+        if self.device.type == "cpu":
+            # Weights are where they run: there is nothing to offload.
+            if plan.tile:
+                pipe.vae.enable_tiling()
+            return
+        place(pipe, plan, self.device)
+
+    def load_part(self, part: str) -> FactorizedStages:
+        """The pipeline without weights but for the model of stage 1 or 2, for that stage alone."""
+        from ..pipelines.profiles import offload_layers, part_stage, plan_on
+        from ..recipes import load_part
+
+        arguments = self.arguments
+        own = self.parts[part]
+        component = load_part(
+            part,
+            model_name(arguments),
+            own=own,
+            dtype=_dtype(arguments),
+            variant=arguments.variant,
+            **_hub_arguments(arguments),
+        )
+        plan = None if self.memory is None else plan_on([part_stage(part, component)], self.memory, self.device)
+        if plan is None or plan.offload == "none" or self.device.type == "cpu":
+            component.to(self.device)
+        else:
+            offload_layers(component, self.device)
+        setattr(self.outline, part, component)
+        self.outline.set_progress_bar_config(disable=arguments.quiet)
+        return self.outline
+
+
+def _summary(plan: MemoryPlan, device: torch.device) -> str:
+    line = str(plan).partition("\n")[0]
+    if device.type == "cpu" and plan.offload != "none":
+        line += "; not offloaded: on the CPU weights are where they run"
+    return line
+
+
+def model_name(arguments: argparse.Namespace) -> str | Path:
+    from ..embedded import EMBEDDED_FOLDER
+
+    return EMBEDDED_FOLDER if arguments.model is None else arguments.model
+
+
+def look(arguments: argparse.Namespace, **skipped: bool) -> Model:
+    """Finds the model and makes it without weights; raises `ValueError` or `OSError` for what cannot be.
+
+    Args:
+        skipped: `composer`, `rewriter` or `lora`: what the run does not need, `False`.
+    """
+    _check_model(arguments)
+    rewriter = named_rewriter(arguments) if "rewriter" in arguments else None
+    parts = {name: getattr(arguments, name, None) for name in ("composer", "lora")} | {"rewriter": rewriter} | skipped
+    import torch
+
+    set_bars(arguments.quiet)
+    device, memory = _device(arguments)
+    if arguments.model is None:
+        # Its operations are too small to be split: more threads gain nothing, and on a busy machine they wait for each other.
+        torch.set_num_threads(1)
+    from ..recipes.loading import check_lora, hub_options
+    from ..recipes.outline import outline
+    from ..recipes.sources import find_source
+
+    hub = hub_options(arguments.token or None)
+    source = find_source(model_name(arguments), arguments.revision, hub)
+    if skipped.get("lora") is False and source.recipe is None:
+        # Without anchors the model's own is off.
+        parts["lora"] = None
+    check_lora(source, parts["lora"])
+    made = outline(source, _dtype(arguments), parts["composer"], parts["rewriter"], hub)
+    return Model(arguments, source, made, device, memory, parts)
+
+
+def load_pipeline(arguments: argparse.Namespace) -> FactorizedStages:
+    """The pipeline that the flags name, with all its parts."""
+    return look(arguments).load()
+
+
+def _check_model(arguments: argparse.Namespace) -> None:
+    name, kind = arguments.model, getattr(arguments, "quantize", None)
+    if name is None:
+        for flag in ("revision", "variant"):
+            if getattr(arguments, flag) is not None:
+                raise ValueError(f"--{flag} {getattr(arguments, flag)} is for a --model, and none is named.")
+    elif Path(name).exists() and not Path(name).is_dir():
+        raise ValueError(f"--model {name} is a file; give a recipe, a folder or a Hub repository.")
+    package = PACKAGES.get(kind)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ValueError(f"--quantize {kind} needs {package}, which is not installed: pip install {package}")
+
+
+def named_rewriter(arguments: argparse.Namespace):
     """What `--rewriter` names: a name, or what asks a server; `None` without it."""
     is_server = (arguments.rewriter or "").startswith(("http://", "https://"))
     if not is_server:
@@ -23,30 +215,100 @@ def _rewriter(arguments: argparse.Namespace):
     return FirstFrameRewriter(endpoint=endpoint)
 
 
-def load_pipeline(arguments: argparse.Namespace):
+def set_bars(quiet: bool) -> None:
+    """Downloads have their bars; of loading there would be one for every component beside the one of the stages."""
     import diffusers
-    import torch
     import transformers
+    from huggingface_hub import constants
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
-    from ..embedded import EMBEDDED_FOLDER
-    from ..recipes import load
-
-    # One bar, that of the stages: loading would draw one for every component.
     diffusers.utils.logging.disable_progress_bar()
+    # This switches the Hub's off as well.
     transformers.utils.logging.disable_progress_bar()
-    if arguments.model is not None and Path(arguments.model).exists() and not Path(arguments.model).is_dir():
-        raise ValueError(f"--model {arguments.model} is a file; give a folder or a Hub repository.")
-    # One that is passed keeps the model's own from being loaded.
-    parts = {name: getattr(arguments, name) for name in ("composer", "lora") if name in arguments}
-    parts |= {"rewriter": _rewriter(arguments)} if "rewriter" in arguments else {}
-    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    if arguments.model is None:
-        # Its operations are too small to be split: more threads gain nothing, and on a busy machine they wait for each other.
-        torch.set_num_threads(1)
-        dtype = dtype or torch.float32
-    pipe = load(EMBEDDED_FOLDER if arguments.model is None else arguments.model, dtype=dtype, **parts)
-    device = arguments.device
-    if device is None and torch.accelerator.is_available():
-        device = torch.accelerator.current_accelerator().type
-    pipe.set_progress_bar_config(disable=arguments.quiet)
-    return pipe.to(device) if device else pipe
+    if quiet:
+        disable_progress_bars()
+    elif not constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        enable_progress_bars()
+
+
+def _device(arguments: argparse.Namespace) -> tuple[torch.device, str | None]:
+    """Where to run, and the memory to plan for."""
+    import torch
+
+    from ..pipelines.profiles import memory_bytes
+
+    name, memory = arguments.device, arguments.memory and arguments.memory.strip().lower()
+    there = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else None
+    if memory not in (None, "auto", "cpu"):
+        memory_bytes(arguments.memory)
+    if name is None:
+        name = "cpu" if memory == "cpu" or there is None else there
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"--device {name} is no device; use {there or 'cpu'}{' or cpu' * (there is not None)}."
+        ) from error
+    if device.type not in ("cpu", there):
+        raise ValueError(f"--device {name} is not there; this machine has {f'{there} and ' * (there is not None)}cpu.")
+    if device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count():
+        raise ValueError(f"--device {name} is not there; {there} has {torch.accelerator.device_count()}, from 0 on.")
+    if device.type == "cpu":
+        return device, "cpu" if memory == "auto" else arguments.memory
+    if memory == "cpu":
+        raise ValueError(f"--memory cpu keeps all on the CPU, and --device {name} does not; leave one of them out.")
+    return device, arguments.memory or "auto"
+
+
+def _dtype(arguments: argparse.Namespace) -> torch.dtype:
+    import torch
+
+    return getattr(torch, arguments.dtype or ("float32" if arguments.model is None else "bfloat16"))
+
+
+def _hub_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"revision": arguments.revision, "token": arguments.token or None}
+
+
+# -- fewer bits -------------------------------------------------------------------------------------------------------
+
+
+def _video_models(pipe: FactorizedStages) -> list[torch.nn.Module]:
+    from ..pipelines.profiles import VIDEO_MODELS
+
+    return [model for name in VIDEO_MODELS if (model := pipe.components.get(name)) is not None]
+
+
+def _quantization_config(kind: str | None, dtype: torch.dtype):
+    """For those kinds that are made while weights are loaded."""
+    if kind in (None, "fp8"):
+        return None
+    from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig, TorchAoConfig
+
+    if kind == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = TorchAoConfig(Int8WeightOnlyConfig())
+    else:
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(("transformer", "transformer_2", "unet"), config))
+
+
+def _store_in_fp8(pipe: FactorizedStages) -> None:
+    import torch
+
+    for model in _video_models(pipe):
+        model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=model.dtype)
+
+
+def _quantized(stage: Stage, kind: str | None, pipe: FactorizedStages) -> Stage:
+    """A stage as it is planned in fewer bits."""
+    from dataclasses import replace
+
+    from ..pipelines.profiles import VIDEO_MODELS
+
+    if kind is None or stage.name not in VIDEO_MODELS:
+        return stage
+    share = PARAMETER_BYTES[kind] / pipe.components[stage.name].dtype.itemsize
+    whole = PACKAGES[kind] is not None
+    return replace(stage, weights=int(stage.weights * share), layers=int(stage.layers * share), whole=whole)

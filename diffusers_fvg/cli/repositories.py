@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..flags import FRAMES, PIXELS, Whole, check_folder
+
 
 def add_assemble(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("assemble", help="make a repository of parts given by name")
@@ -17,8 +19,8 @@ def add_assemble(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--presets", nargs="+", default=(), help="names, the default first, or a folder of them")
     parser.add_argument("--variant", help="of the weights, such as fp16")
-    for name in ("height", "width", "num-frames", "frame-rate"):
-        parser.add_argument(f"--{name}", type=int, help="default of the repository")
+    for name, kind in (("height", PIXELS), ("width", PIXELS), ("num-frames", FRAMES), ("frame-rate", Whole(1, 1000))):
+        parser.add_argument(f"--{name}", type=kind, metavar="NUMBER", help="default of the repository")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--light", action="store_true", help="refer to what is on the Hub (the default)")
     kind.add_argument("--bundled", action="store_true", help="copy all weights")
@@ -28,9 +30,9 @@ def add_assemble(commands: argparse._SubParsersAction) -> None:
 
 def add_push(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("push", help="upload a saved pipeline to the Hub, with its card")
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="of a saved pipeline")
     parser.add_argument("repository", help="org/name; made if it is not there")
-    parser.add_argument("--commit-message")
+    parser.add_argument("--commit-message", metavar="TEXT", help="of the commit; the Hub's own when left out")
     parser.add_argument("--private", action="store_true", help="if it is made now")
     parser.add_argument("--create-pr", action="store_true", help="as a pull request")
     parser.set_defaults(run=_push)
@@ -39,6 +41,8 @@ def add_push(commands: argparse._SubParsersAction) -> None:
 def _assemble(arguments: argparse.Namespace) -> None:
     from .. import assemble
 
+    if not arguments.dry_run:
+        check_folder("OUTPUT", arguments.output)
     names = ("height", "width", "num_frames", "frame_rate")
     defaults = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     names = ("base", "composer", "rewriter", "lora", "presets", "variant", "dry_run")

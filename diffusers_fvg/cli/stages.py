@@ -5,72 +5,179 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from .options import add_composer, add_lora, add_model, add_rewriter, add_video
-from .output import check_outputs, save_stages, write
-from .pipeline import load_pipeline
+from ..flags import Number, Whole, check_file, check_folder, free_name
+from .options import (
+    add_composer,
+    add_lora,
+    add_model,
+    add_overwrite,
+    add_quantize,
+    add_rewriter,
+    add_seed,
+    add_size,
+    add_video,
+)
+from .output import save_stages, write
+from .pipeline import Model, look
 
 
 def add_generate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("generate", help="a prompt becomes a video, through all three stages")
-    parser.add_argument("prompt")
-    add_model(parser)
-    add_rewriter(parser)
-    add_composer(parser)
+    parser.add_argument("prompt", help="what should happen")
+    add_call(parser)
     add_lora(parser)
     add_video(parser)
-    parser.add_argument("--mode", choices=("factorized", "direct", "storyboard"), default="factorized")
-    parser.add_argument("--num-moments", type=int, default=2, help="of a storyboard, at most (default: %(default)s)")
-    parser.add_argument("--first-frame-prompt", help="skips stage 1")
-    parser.add_argument("--image", type=Path, help="anchor image; skips stages 1 and 2")
-    parser.add_argument("--save-stages", type=Path, metavar="DIR", help="also write caption, anchor and frames there")
+    add_seed(parser)
+    parser.add_argument(
+        "--save-stages", type=Path, metavar="DIR", help="also write caption, anchor and frames into this folder"
+    )
     parser.set_defaults(run=_generate)
 
 
-def add_rewrite(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("rewrite", help="stage 1: prompt to first-frame prompt")
-    parser.add_argument("prompt", nargs="+")
+def add_call(parser: argparse.ArgumentParser) -> None:
+    """What says which model makes a video, and which stages run."""
     add_model(parser)
     add_rewriter(parser)
-    add_lora(parser)
+    add_composer(parser)
+    add_quantize(parser)
+    add_size(parser)
+    parser.add_argument(
+        "--mode",
+        choices=("factorized", "direct", "storyboard"),
+        help="factorized draws the first frame (the default), storyboard also later ones, direct is plain text-to-video",
+    )
+    parser.add_argument(
+        "--num-moments", type=Whole(2, 100), metavar="NUMBER", help="of a storyboard, at most (default: 2)"
+    )
+    parser.add_argument("--first-frame-prompt", metavar="TEXT", help="what is seen at first; skips stage 1")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="anchor image; skips stages 1 and 2")
+
+
+def add_rewrite(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("rewrite", help="stage 1: prompt to first-frame prompt; it draws nothing at random")
+    parser.add_argument("prompt", nargs="+", help="what should happen; several give one line each")
+    add_model(parser)
+    add_rewriter(parser)
     parser.set_defaults(run=_rewrite)
 
 
 def add_compose(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("compose", help="stage 2: first-frame prompt to anchor image")
-    parser.add_argument("first_frame_prompt")
+    parser.add_argument("first_frame_prompt", help="what is seen at first")
     add_model(parser)
     add_composer(parser)
-    add_lora(parser)
-    parser.add_argument("--output", type=Path, default=Path("anchor.png"), help="PNG to write (default: %(default)s)")
-    parser.add_argument("--num-inference-steps", "--steps", type=int, help="steps of the text-to-image model")
+    add_size(parser)
+    add_seed(parser)
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="PNG to write (default: anchor.png, or the next free anchor-2.png)"
+    )
+    add_overwrite(parser)
+    parser.add_argument(
+        "--num-inference-steps",
+        "--steps",
+        type=Whole(1, 1000),
+        metavar="STEPS",
+        help="of the text-to-image model; its own when left out",
+    )
     parser.set_defaults(run=_compose)
 
 
 def add_animate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("animate", help="stage 3: prompt and anchor image to video")
-    parser.add_argument("prompt")
-    parser.add_argument("--image", type=Path, required=True)
-    parser.add_argument("--frame-index", type=int, default=0, help="frame that the image is (default: %(default)s)")
-    parser.add_argument("--strength", type=float, default=1.0, help="in (0, 1] (default: %(default)s)")
+    parser.add_argument("prompt", help="what should happen")
+    parser.add_argument("--image", type=Path, required=True, metavar="FILE", help="the picture to pass through")
+    parser.add_argument(
+        "--frame-index",
+        type=Whole(-1_000_000, 1_000_000),
+        metavar="INDEX",
+        default=0,
+        help="frame that the image is, from the end where negative (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--strength",
+        type=Number(0, 1, above=True),
+        default=1.0,
+        help="in (0, 1]: below 1 the video may move away from the image (default: %(default)s)",
+    )
     add_model(parser)
     add_lora(parser)
+    add_quantize(parser)
+    add_size(parser)
     add_video(parser)
+    add_seed(parser)
     parser.set_defaults(run=_animate)
 
 
+# -- what they do -----------------------------------------------------------------------------------------------------
+
+
+def open_image(path: Path):
+    """The picture of `--image`, upright and opaque."""
+    import PIL.Image
+
+    from ..animate.anchor import picture_image
+
+    try:
+        return picture_image(PIL.Image.open(path))
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise ValueError(f"--image {path} cannot be read ({error}); give a PNG or JPEG file.") from error
+
+
+def _check_outputs(arguments: argparse.Namespace, default: str, suffix: str) -> None:
+    """Refuses before minutes of work what would be refused after them."""
+    if arguments.output is None:
+        arguments.output = Path(default) if arguments.overwrite else free_name(Path(default))
+    check_file("--output", arguments.output, suffix, arguments.overwrite)
+    check_file("--strip", getattr(arguments, "strip", None), ".png", arguments.overwrite)
+    folder = getattr(arguments, "save_stages", None)
+    if folder is not None:
+        if folder.is_dir() and any(folder.iterdir()) and not arguments.overwrite:
+            raise ValueError(f"--save-stages {folder} is not empty; choose another folder, or give --overwrite.")
+        check_folder("--save-stages", folder)
+
+
+def _drawn_seed(arguments: argparse.Namespace) -> int:
+    import secrets
+
+    return secrets.randbelow(2**31) if arguments.seed is None else arguments.seed
+
+
+def needed_parts(arguments: argparse.Namespace) -> dict[str, bool]:
+    """The parts that a run does not need, `False`."""
+    if arguments.mode == "direct":
+        skipped = {"composer": False, "rewriter": False}
+        return skipped if getattr(arguments, "lora", None) is not None else skipped | {"lora": False}
+    if arguments.image is not None:
+        return {"composer": False, "rewriter": False}
+    return {"rewriter": False} if arguments.first_frame_prompt is not None else {}
+
+
+SAMPLING = ("height", "width", "num_frames", "preset", "num_inference_steps", "guidance_scale", "negative_prompt")
+
+
+def call_of(arguments: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
+    """Arguments of the pipeline's call that were given."""
+    values = {name: getattr(arguments, name, None) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _generator(seed: int) -> dict[str, Any]:
+    import torch
+
+    return {"generator": torch.Generator().manual_seed(seed), "output_type": "np"}
+
+
 def _generate(arguments: argparse.Namespace) -> None:
-    check_outputs(arguments)
-    image = _open_image(arguments.image) if arguments.image else None
-    pipe, seed = load_pipeline(arguments), _seed(arguments)
-    output = pipe(
-        arguments.prompt,
-        mode=arguments.mode,
-        num_moments=arguments.num_moments,
-        first_frame_prompt=arguments.first_frame_prompt,
-        image=image,
-        **_video_options(arguments, seed),
-    )
+    _check_outputs(arguments, "video.mp4", ".mp4")
+    image = open_image(arguments.image) if arguments.image else None
+    call = call_of(arguments, (*SAMPLING, "anchor_decode", "mode", "num_moments", "first_frame_prompt"))
+    call |= {"prompt": arguments.prompt} | ({} if image is None else {"image": image})
+    model = look(arguments, **needed_parts(arguments))
+    request = model.check(**call)
+    pipe, seed = model.load(request.height, request.width, request.num_frames), _drawn_seed(arguments)
+    output = pipe(**call, **_generator(seed))
     caption = captions = output.first_frame_prompts[0] if output.first_frame_prompts else None
     anchor = output.anchor_images[0] if output.anchor_images else image
     print(f"prompt:             {arguments.prompt}")
@@ -84,73 +191,53 @@ def _generate(arguments: argparse.Namespace) -> None:
             print(f"{f'moment at {moment.time:.0%}:':19s} {moment.caption}")
     print(f"seeds:              {output.seeds[0]}")
     print("seconds:            " + ", ".join(f"{name} {value:.1f}" for name, value in output.timings.items()))
-    write(arguments, pipe, output.frames[0], record, captions, anchor)
+    write(arguments, pipe, request, output.frames[0], record, captions, anchor)
     if arguments.save_stages:
         save_stages(arguments.save_stages, record | {"timings": output.timings}, anchor, output.frames[0])
         print(f"stages:             {arguments.save_stages}")
 
 
 def _rewrite(arguments: argparse.Namespace) -> None:
-    for caption in load_pipeline(arguments).rewrite(arguments.prompt):
+    from ..checks import check_texts
+
+    check_texts("prompt", arguments.prompt)
+    model = look(arguments, composer=False, lora=False)
+    for caption in model.load_part("rewriter").rewrite(arguments.prompt):
         print(caption)
 
 
 def _compose(arguments: argparse.Namespace) -> None:
-    import torch
+    from ..checks import check_texts
 
-    pipe, seed = load_pipeline(arguments), _seed(arguments)
-    image = pipe.compose(
-        arguments.first_frame_prompt,
-        arguments.height,
-        arguments.width,
-        num_inference_steps=arguments.num_inference_steps,
-        generator=torch.Generator().manual_seed(seed),
-    )[0]
+    _check_outputs(arguments, "anchor.png", ".png")
+    check_texts("first_frame_prompt", [arguments.first_frame_prompt])
+    model = look(arguments, rewriter=False, lora=False)
+    size = [model.outline.call_defaults[name] if value is None else value for name, value in _size(arguments)]
+    model.outline._check_size(*size)
+    pipe, seed = model.load_part("composer"), _drawn_seed(arguments)
+    options = {"num_inference_steps": arguments.num_inference_steps, "generator": _generator(seed)["generator"]}
+    image = pipe.compose(arguments.first_frame_prompt, *size, **options)[0]
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     image.save(arguments.output)
-    print(f"seed {seed}\nanchor {arguments.output}")
+    print(f"seed:               {seed}\nanchor:             {arguments.output}")
+
+
+def _size(arguments: argparse.Namespace) -> list[tuple[str, int | None]]:
+    return [(name, getattr(arguments, name)) for name in ("height", "width")]
 
 
 def _animate(arguments: argparse.Namespace) -> None:
     from .. import Anchor
 
-    check_outputs(arguments)
-    image = _open_image(arguments.image)
-    pipe, seed = load_pipeline(arguments), _seed(arguments)
-    anchor = Anchor(image, arguments.frame_index, arguments.strength)
-    frames = pipe.animate(arguments.prompt, anchors=anchor, **_video_options(arguments, seed))[0]
+    _check_outputs(arguments, "video.mp4", ".mp4")
+    image = open_image(arguments.image)
+    call = call_of(arguments, (*SAMPLING, "anchor_decode"))
+    call |= {"anchors": [Anchor(image, arguments.frame_index, arguments.strength)]}
+    model: Model = look(arguments, composer=False, rewriter=False)
+    request = model.check(prompt=arguments.prompt, **call)
+    pipe, seed = model.load(request.height, request.width, request.num_frames), _drawn_seed(arguments)
+    frames = pipe.animate(arguments.prompt, **call, **_generator(seed))[0]
+    print(f"prompt:             {arguments.prompt}")
+    print(f"seeds:              { ({'video': seed}) }")
     record = {"prompt": arguments.prompt, "first_frame_prompt": None, "seeds": {"video": seed}}
-    write(arguments, pipe, frames, record, None, image)
-
-
-def _video_options(arguments: argparse.Namespace, seed: int) -> dict:
-    import torch
-
-    names = (
-        "height",
-        "width",
-        "num_frames",
-        "preset",
-        "num_inference_steps",
-        "guidance_scale",
-        "negative_prompt",
-        "anchor_decode",
-    )
-    options = {name: getattr(arguments, name) for name in names}
-    return options | {"generator": torch.Generator().manual_seed(seed), "output_type": "np"}
-
-
-def _seed(arguments: argparse.Namespace) -> int:
-    import secrets
-
-    return secrets.randbelow(2**31) if arguments.seed is None else arguments.seed
-
-
-def _open_image(path: Path):
-    import PIL.Image
-
-    from ..animate.anchor import picture_image
-
-    try:
-        return picture_image(PIL.Image.open(path))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"--image {path} cannot be read ({error}); give a PNG or JPEG file.") from error
+    write(arguments, pipe, request, frames, record, None, image)

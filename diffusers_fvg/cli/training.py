@@ -11,7 +11,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "train", help="train an anchor LoRA, or a stage of Factorized-Dreamer, on videos; continues where it stopped"
     )
-    parser.add_argument("config", type=Path, nargs="?", help="TOML file, see examples/training")
+    parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="TOML file, see examples/training")
     parser.add_argument(
         "--recipe",
         metavar="NAME",

@@ -80,7 +80,7 @@ def test_a_seed_repeats_the_video_and_stages_chain(tmp_path, capsys):
             "The rewriter names org/chat on the Hub, which cannot be loaded",
         ),
         (["generate", "a", "--composer", "org/t2i"], "The composer names org/t2i on the Hub, which cannot be loaded"),
-        (["generate", "a", "--lora", "org/lora"], "An anchor LoRA can be given to a recipe"),
+        (["generate", "a", "--lora", "org/lora"], "The anchor LoRA names org/lora on the Hub, which cannot be loaded"),
         (["generate", "a", "--model", "none"], "'none' is no folder and no recipe; recipes are wan2.2-5b, "),
         (["rewrite", "a", "--rewriter", "http://localhost/v1"], "needs --rewriter-model"),
         (["rewrite", "a", "--rewriter-api-key-env", "KEY"], "name it with --rewriter URL"),
@@ -116,10 +116,12 @@ def test_help_is_quick_and_names_the_commands():
 def test_flags_mirror_argument_names():
     import inspect
 
-    from diffusers_fvg import FactorizedVideoPipeline
+    from diffusers_fvg import FactorizedVideoPipeline, load
 
     names = set(inspect.signature(FactorizedVideoPipeline.__call__).parameters)
-    own = {"command", "run", "model", "dtype", "device", "seed", "quiet", "output", "strip", "save_stages"}
-    own |= {"composer", "lora", "rewriter", "rewriter_model", "rewriter_api_key_env"}
+    own = {"command", "run", "dtype", "device", "memory", "quantize", "compile", "seed", "quiet"}
+    own |= {"output", "overwrite", "strip", "save_stages", "rewriter_model", "rewriter_api_key_env"}
+    # Those that load the model are arguments of `load`.
+    own |= {"model", *inspect.signature(load).parameters}
     flags = set(vars(parser().parse_args(["generate", "a prompt"])))
     assert flags - own <= names

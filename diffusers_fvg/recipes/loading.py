@@ -1,0 +1,296 @@
+"""Loading a model by name: [`load`] all of it, [`load_part`] the model of one stage."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .sources import ModelSource, find_source
+from .table import Recipe
+
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline, PipelineQuantizationConfig
+
+    from ..compose.composer import AnchorComposer
+    from ..rewrite.rewriter import FirstFrameRewriter
+
+
+def load(
+    name: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    composer: str | os.PathLike | AnchorComposer | Literal[False] | None = None,
+    rewriter: str | os.PathLike | FirstFrameRewriter | Literal[False] | None = None,
+    lora: str | os.PathLike | Literal[False] | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+    quantization_config: PipelineQuantizationConfig | None = None,
+) -> DiffusionPipeline:
+    """Loads a model by a short name: a recipe. Folders and repositories on the Hub load too; a folder comes first.
+
+    Names of parts are folders, `"org/name"` or `"org/name@revision"`. What loads is any pipeline of this package, light or with
+    its weights, and a stock `WanPipeline` or `CogVideoXPipeline`, which becomes the pipeline of this package with its own
+    scheduler.
+
+    Args:
+        name (`str` or `os.PathLike`): one of [`RECIPES`], a folder or a repository.
+        dtype (`torch.dtype`, *optional*): of every stage; bfloat16 when left out.
+        composer (`str` or [`AnchorComposer`], *optional*): in place of the model's own; `False` loads none.
+        rewriter (`str` or [`FirstFrameRewriter`], *optional*): in place of the model's own: a chat model, a rewriter's
+            folder or a rewriter; `False` loads none.
+        lora (`str`, *optional*): anchor LoRA of any known format, in place of the model's own. `False` loads none, which
+            is enough for `mode="direct"`.
+        revision (`str`, *optional*): of the base, or of the repository.
+        variant (`str`, *optional*): of the weights, such as `"fp16"`; parts without it come as they are.
+        token, cache_dir, local_files_only (*optional*): for the Hub.
+        quantization_config (`PipelineQuantizationConfig`, *optional*): of diffusers, for components by their names.
+
+    Raises:
+        `ValueError`: an unknown name, a pipeline of another kind, or a recipe that needs an anchor LoRA and gets none: nothing
+            has been downloaded then.
+        `OSError`: a part is not there.
+    """
+    import torch
+
+    dtype = dtype or torch.bfloat16
+    hub = hub_options(token, cache_dir, local_files_only)
+    source = find_source(name, revision, hub)
+    options = _given(variant=variant, quantization_config=quantization_config)
+    if source.recipe is None:
+        return _load_source(source, dtype, composer, rewriter, lora, hub, options)
+    check_lora(source, lora)
+    return _load_recipe(source.recipe, dtype, composer, rewriter, lora, revision, hub, options)
+
+
+def hub_options(
+    token: str | bool | None = None, cache_dir: str | os.PathLike | None = None, local_files_only: bool = False
+) -> dict[str, Any]:
+    """Arguments for the Hub, those that are set."""
+    return _given(token=token, cache_dir=cache_dir, local_files_only=local_files_only or None)
+
+
+def check_lora(source: ModelSource, lora: str | os.PathLike | Literal[False] | None) -> None:
+    """An anchor LoRA is given where one is needed, and none where the model takes none.
+
+    Raises:
+        `ValueError`: naming the way out.
+    """
+    if source.pipeline_name == "FactorizedDreamerPipeline" and lora:
+        raise ValueError(
+            f"The model {source.name!r} is a Factorized-Dreamer, which takes no anchor LoRA; leave it out."
+        )
+    recipe = source.recipe
+    if recipe is None or lora is not None or recipe.lora is not None or recipe.keeps_first_frame:
+        return
+    raise ValueError(
+        f"{recipe.name} needs an anchor LoRA, and none is published: {recipe.facts.name} ignores a first frame that it was "
+        f"not trained to keep. `fvg train --recipe {recipe.name}` prints what makes one; give it as `lora=` or --lora. Without "
+        'one `lora=False` and `mode="direct"`, or --mode direct, make a video.'
+    )
+
+
+def _load_source(
+    source: ModelSource,
+    dtype: torch.dtype,
+    composer: Any,
+    rewriter: Any,
+    lora: Any,
+    hub: dict[str, Any],
+    options: dict,
+) -> DiffusionPipeline:
+    """A folder or a repository."""
+    check_lora(source, lora)
+    parts = _parts(composer, rewriter, dtype, hub, options.get("variant"))
+    if lora is not None and source.pipeline_name != "FactorizedDreamerPipeline":
+        parts["anchor_lora"] = _anchor_lora(source, lora, hub) if lora else None
+    place = str(source.folder) if source.repository is None else source.repository
+    revision = _given(revision=source.commit)
+    pipe = source.pipeline_class.from_pretrained(place, dtype=dtype, **revision, **hub, **options, **parts)
+    if source.repository is not None:
+        pipe.origin = {"repository": source.repository, "revision": source.commit}
+    return pipe
+
+
+def _anchor_lora(source: ModelSource, lora: str | os.PathLike, hub: dict[str, Any]) -> Any:
+    """The LoRA as a component; it is read and compared with the base before the base's weights are."""
+    from ..lora.anchor_lora import AnchorLora
+    from ..publishing.assembly import assemble
+
+    lora, base = pinned(lora, "The anchor LoRA", hub), str(source.folder)
+    if source.repository is not None:
+        base = f"{source.repository}@{source.commit}"
+    with tempfile.TemporaryDirectory(prefix="fvg-") as folder:
+        assembly = assemble(Path(folder, "out"), base, lora=lora, dry_run=True, **hub)
+        part = next(part for part in assembly.parts if part.name == "anchor_lora")
+        part.write(Path(folder))
+        made = AnchorLora.from_pretrained(folder)
+    if part.source.folder is None:
+        made.reference = {"repository": part.source.name, "revision": part.source.revision}
+    return made
+
+
+def _load_recipe(
+    recipe: Recipe,
+    dtype: torch.dtype,
+    composer: Any,
+    rewriter: Any,
+    lora: Any,
+    revision: str | None,
+    hub: dict[str, Any],
+    options: dict[str, Any],
+) -> DiffusionPipeline:
+    from diffusers import DiffusionPipeline
+
+    from ..publishing.assembly import assemble
+
+    lora, variant = recipe.lora if lora is None else lora or None, options.get("variant")
+    if lora is not None:
+        lora = pinned(lora, "The anchor LoRA", hub)
+    # All that is on the Hub is looked up, and LoRA and base are checked against each other, before weights are fetched.
+    names = {"composer": composer, "rewriter": rewriter}
+    for part, value in names.items():
+        if value is None:
+            names[part] = pinned(recipe.repositories[part], f"The {part} of {recipe.name}", hub, folders=False)
+    base = recipe.facts.repository + (f"@{revision}" if revision else "")
+    base = pinned(base, f"The base of {recipe.name}", hub, folders=False)
+    with tempfile.TemporaryDirectory(prefix="fvg-") as folder:
+        assembly = assemble(folder, base, lora=lora, variant=variant, **hub)
+        parts = _parts(names["composer"], names["rewriter"], dtype, hub, variant)
+        if composer is None:
+            parts["composer"].call_defaults = dict(recipe.composer.call_defaults)
+        pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **hub, **options, **parts)
+    for part in assembly.parts:
+        if part.name == "anchor_lora" and part.source.folder is None:
+            pipe.anchor_lora.reference = {"repository": part.source.name, "revision": part.source.revision}
+    return pipe
+
+
+def load_part(
+    part: str,
+    name: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    own: str | os.PathLike | FirstFrameRewriter | AnchorComposer | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+) -> FirstFrameRewriter | AnchorComposer:
+    """The model of stage 1 or 2 by itself, without fetching the others.
+
+    Args:
+        part (`str`): `"rewriter"` or `"composer"`.
+        name, dtype, revision, variant, token, cache_dir, local_files_only: of [`load`].
+        own (*optional*): in place of the model's.
+
+    Raises:
+        `ValueError`: an unknown name, or a model without that part.
+        `OSError`: it is not there.
+    """
+    import torch
+
+    from ..loading.files import fetch
+
+    dtype, hub = dtype or torch.bfloat16, hub_options(token, cache_dir, local_files_only)
+    source = find_source(name, revision, hub)
+    if own is None and not source.has(part):
+        raise ValueError(f"The model {source.name!r} has no {part}; name one with `{part}=` or --{part}.")
+    if own is None and source.recipe is not None:
+        own = pinned(source.recipe.repositories[part], f"The {part} of {source.name}", hub, folders=False)
+        made = _parts(own if part == "composer" else False, own if part == "rewriter" else False, dtype, hub, variant)[
+            part
+        ]
+        if part == "composer":
+            made.call_defaults = dict(source.recipe.composer.call_defaults)
+        return made
+    if own is None:
+        folder = source.folder
+        if source.repository is not None:
+
+            def select(names: list[str]) -> list[str]:
+                return [name for name in names if name.startswith(f"{part}/") and name.endswith(_LOADED)]
+
+            folder = fetch(source.repository, source.commit, select, f"The {part} of {name}", **hub)[0]
+        own = folder / part
+    return _parts(own if part == "composer" else False, own if part == "rewriter" else False, dtype, hub, variant)[
+        part
+    ]
+
+
+# Of a part's files those that are read.
+_LOADED = (".safetensors", ".json", ".txt", ".model", ".jinja")
+
+
+def hub_revisions(pipe: DiffusionPipeline) -> dict[str, str]:
+    """Component to `"org/name@commit"`, for those of a pipeline that came from repositories of their own.
+
+    Those that came with the pipeline's own repository are `"pipeline"`.
+    """
+    found = {}
+    for name, component in {"pipeline": pipe, **pipe.components}.items():
+        reference = getattr(component, "origin", None) or getattr(component, "hub_reference", None)
+        reference = reference or getattr(component, "reference", None) or {}
+        repository, revision = reference.get("repository") or reference.get("model"), reference.get("revision")
+        if repository is not None:
+            found[name] = repository if revision is None else f"{repository}@{revision}"
+    return found
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _parts(
+    composer: Any, rewriter: Any, dtype: torch.dtype, hub: dict[str, Any], variant: str | None
+) -> dict[str, Any]:
+    """Components that are to replace the repository's own, loaded where they are names, `None` where there is to be none."""
+    from ..compose.composer import AnchorComposer
+    from ..pipelines.parts import as_composer, as_rewriter
+    from ..rewrite.rewriter import FirstFrameRewriter
+
+    parts, kinds = (
+        _given(rewriter=rewriter, composer=composer),
+        {"rewriter": FirstFrameRewriter, "composer": AnchorComposer},
+    )
+    for part, kind in kinds.items():
+        if parts.get(part) is False:
+            parts[part] = None
+        elif part in parts and not isinstance(parts[part], (str, os.PathLike)):
+            parts[part] = (as_composer if part == "composer" else as_rewriter)(parts[part])
+        elif part in parts:
+            place, revision = pinned(parts[part], f"The {part}", hub), None
+            if not Path(place).is_dir():
+                place, _, revision = place.partition("@")
+            options = _given(revision=revision, variant=variant if part == "composer" else None)
+            parts[part] = kind.from_pretrained(place, dtype=dtype, **options, **hub)
+    return parts
+
+
+def pinned(name: str | os.PathLike, place: str, hub: dict[str, Any], folders: bool = True) -> str:
+    """A folder or a file as it is, a repository with the commit of its branch; the cache keeps which that was, for use offline."""
+    from ..loading.files import COMMIT, fetch
+
+    name = str(name)
+    repository, _, revision = name.partition("@")
+    if folders and Path(name).exists() or COMMIT.fullmatch(revision):
+        return name
+    # "org/name/file.safetensors" is one of a repository's files.
+    owner, _, rest = repository.partition("/")
+    repository, _, file = rest.partition("/")
+    repository = f"{owner}/{repository}"
+    # With a file the cache keeps the commit; the components' own loading fetches the others.
+    small = {"README.md", "model_index.json", "config.json"}
+
+    def select(names: list[str]) -> list[str]:
+        return [file] if file else [name for name in names if name in small] or names[:1]
+
+    folder, _ = fetch(repository, revision or None, select, place, **hub)
+    return f"{repository}/{file}@{folder.name}" if file else f"{repository}@{folder.name}"

@@ -1,0 +1,223 @@
+"""A pipeline without weights: what its calls accept and what memory it needs, before anything large is fetched.
+
+Of a recipe it is made of the published facts, and nothing is asked; of a folder or a repository, of its configurations.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from transformers import PreTrainedModel
+
+from ..compose.composer import AnchorComposer
+from ..loading.references import REFERENCE_NAME, HubReference
+from ..pipelines.profiles import base_models, empty_weights
+from ..publishing.assembly import FAMILIES
+from ..rewrite.rewriter import FirstFrameRewriter
+from ..schedules.presets import SchedulerPresets
+from .sources import INDEX, ModelSource, fetch_configs
+from .table import PartFacts, Recipe
+
+
+if TYPE_CHECKING:
+    from ..models import ModelFacts
+    from ..pipelines.stages import FactorizedStages
+
+MODEL_CLASSES = (ModelMixin, PreTrainedModel)
+
+
+class EmptyComposer(AnchorComposer):
+    """Stands for a composer: its models without weights. It checks numbers alone and draws nothing."""
+
+    def __init__(self, models: dict[str, torch.nn.Module]):
+        torch.nn.Module.__init__(self)
+        self.models = torch.nn.ModuleDict(models)
+        self.reference = None
+
+    def check_call(
+        self, num_prompts: int, num_inference_steps: int | None = None, *arguments: Any, **options: Any
+    ) -> None:
+        """What depends on the pipeline is checked when it is there."""
+
+
+class EmptyRewriter(FirstFrameRewriter):
+    """Stands for a rewriter: its model without weights. It writes nothing."""
+
+    def __init__(self, models: dict[str, torch.nn.Module]):
+        torch.nn.Module.__init__(self)
+        self.models = torch.nn.ModuleDict(models)
+        self.model = self.tokenizer = self.endpoint = self.reference = None
+
+
+class EmptyTokenizer:
+    """Stands for a tokenizer."""
+
+
+def outline(
+    source: ModelSource,
+    dtype: torch.dtype,
+    composer: Any = None,
+    rewriter: Any = None,
+    hub: dict[str, Any] | None = None,
+) -> FactorizedStages:
+    """The pipeline that [`~recipes.load`] would give, with models on the meta device and without tokenizers and LoRA.
+
+    Args:
+        source ([`ModelSource`]): of the model.
+        dtype (`torch.dtype`): of all weights.
+        composer, rewriter: as in [`~recipes.load`].
+        hub (`dict`, *optional*): for the Hub.
+
+    Raises:
+        `ValueError`: a component that is not known, or does not fit the others.
+        `OSError`: a configuration that is not there.
+    """
+    hub = hub or {}
+    with empty_weights(dtype):
+        if source.recipe is not None:
+            parts = _recipe_components(source.recipe)
+        else:
+            parts = {
+                name: _component(source.folder / name, *entry, hub)
+                for name, entry in source.index.items()
+                if isinstance(entry, list) and entry[1] is not None
+            }
+        for name, value, make in (("composer", composer, _named_composer), ("rewriter", rewriter, _named_rewriter)):
+            if value is False:
+                parts[name] = None
+            elif isinstance(value, (str, os.PathLike)):
+                parts[name] = make(value, hub)
+            elif value is not None:
+                parts[name] = value
+    settings = ("boundary_ratio", "expand_timesteps", "call_defaults")
+    facts = source.recipe and source.recipe.facts
+    index = source.index or {"boundary_ratio": facts.boundary_ratio, "expand_timesteps": facts.expand_timesteps}
+    known = source.pipeline_class._get_signature_keys(source.pipeline_class)
+    taken = {*known[0], *known[1]}
+    values = {name: index[name] for name in settings if name in index} | parts
+    with torch.device("cpu"):
+        return source.pipeline_class(**{name: value for name, value in values.items() if name in taken})
+
+
+def _recipe_components(recipe: Recipe) -> dict[str, Any]:
+    from ..models import model_presets
+
+    facts: ModelFacts = recipe.facts
+    presets = model_presets(facts)
+    with torch.device("cpu"):
+        scheduler = next(iter(presets.values())).make_scheduler()
+    return {
+        "tokenizer": EmptyTokenizer(),
+        **base_models(facts),
+        **make_parts(recipe),
+        "schedulers": presets,
+        "scheduler": scheduler,
+    }
+
+
+def make_parts(recipe: Recipe) -> dict[str, torch.nn.Module]:
+    """Rewriter and composer on the default device: of published configs, weights not loaded."""
+    return {
+        "rewriter": EmptyRewriter(_published_models(recipe.rewriter)),
+        "composer": EmptyComposer(_published_models(recipe.composer)),
+    }
+
+
+def _published_models(facts: PartFacts) -> dict[str, torch.nn.Module]:
+    models = {}
+    for kind, config in facts.configs.items():
+        made = getattr(diffusers, kind, None) or getattr(transformers, kind)
+        models[kind] = made(**config) if issubclass(made, ModelMixin) else made(made.config_class(**config))
+    return models
+
+
+def _component(folder: Path, library: str, class_name: str, hub: dict[str, Any]) -> Any:
+    """A component of its folder: a model without weights, a scheduler or presets as they are; `None` for a LoRA."""
+    if class_name == HubReference.__name__:
+        values = _json(folder / REFERENCE_NAME)
+        reference = HubReference(class_name=values.pop("class"), **values).values
+        place, subfolder = f"`{folder.name}/{REFERENCE_NAME}`", reference["subfolder"]
+        root = fetch_configs(reference["repository"], reference["revision"], place, hub, subfolder)
+        return _component(root / subfolder, reference["library"], reference["class"], hub)
+    if class_name == "AnchorComposer":
+        return _composer(folder, hub)
+    if class_name == "FirstFrameRewriter":
+        return _rewriter(folder, hub)
+    if class_name == "SchedulerPresets":
+        return SchedulerPresets.from_pretrained(folder)
+    if class_name in FAMILIES:
+        return FAMILIES[class_name][0].from_config(_json(folder / "config.json"))
+    kind = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), class_name, None)
+    if not isinstance(kind, type):
+        return None
+    if issubclass(kind, SchedulerMixin):
+        with torch.device("cpu"):
+            return kind.from_config(_json(folder / "scheduler_config.json"))
+    if issubclass(kind, ModelMixin):
+        return kind.from_config(_json(folder / "config.json"))
+    if issubclass(kind, PreTrainedModel):
+        return kind(kind.config_class.from_dict(_json(folder / "config.json")))
+    return EmptyTokenizer() if "Token" in class_name else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise OSError(f"{path.parent.name!r} has no {path.name}.")
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} is no valid JSON object ({error}).") from error
+
+
+def _composer(folder: Path, hub: dict[str, Any]) -> EmptyComposer:
+    config = _json(folder / "composer_config.json") if (folder / "composer_config.json").is_file() else {}
+    if "repository" in config:
+        folder = fetch_configs(config["repository"], config.get("revision"), "The composer", hub)
+    index = _json(folder / INDEX)
+    kind = getattr(diffusers, str(index.get("_class_name")), None)
+    if not isinstance(kind, type) or not issubclass(kind, DiffusionPipeline):
+        raise ValueError(f"The composer is a {index.get('_class_name')}, which is no pipeline of diffusers.")
+    models = {
+        name: made
+        for name, entry in index.items()
+        if isinstance(entry, list) and entry[1] is not None
+        if isinstance(made := _component(folder / name, *entry, hub), torch.nn.Module)
+    }
+    return EmptyComposer(models)
+
+
+def _rewriter(folder: Path, hub: dict[str, Any]) -> EmptyRewriter:
+    config = _json(folder / "rewriter_config.json") if (folder / "rewriter_config.json").is_file() else {}
+    if "gguf_file" in config:
+        return EmptyRewriter({})
+    if "model" in config:
+        folder = fetch_configs(config["model"], config.get("revision"), "The rewriter", hub)
+    elif (folder / "model").is_dir():
+        folder = folder / "model"
+    values = _json(folder / "config.json")
+    config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    return EmptyRewriter(
+        {"model": transformers.AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())}
+    )
+
+
+def _named_composer(name: str | os.PathLike, hub: dict[str, Any]) -> EmptyComposer:
+    return _composer(_named(name, "The composer", hub), hub)
+
+
+def _named_rewriter(name: str | os.PathLike, hub: dict[str, Any]) -> EmptyRewriter:
+    return _rewriter(_named(name, "The rewriter", hub), hub)
+
+
+def _named(name: str | os.PathLike, place: str, hub: dict[str, Any]) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    repository, _, revision = str(name).partition("@")
+    return fetch_configs(repository, revision or None, place, hub)

@@ -1,0 +1,149 @@
+"""What a name stands for, found out before weights are read: a recipe, a folder or a repository on the Hub."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from .table import RECIPES, Recipe, find_recipe
+
+
+if TYPE_CHECKING:
+    from ..pipelines.stages import FactorizedStages
+
+_PIPELINES = {
+    "FactorizedVideoPipeline": "pipeline_factorized_video",
+    "FactorizedCogVideoXPipeline": "pipeline_factorized_cogvideox",
+    "FactorizedDreamerPipeline": "pipeline_factorized_dreamer",
+}
+# Stock pipelines of the same components.
+_STOCK = {"WanPipeline": "FactorizedVideoPipeline", "CogVideoXPipeline": "FactorizedCogVideoXPipeline"}
+INDEX = "model_index.json"
+# What says how models are made, without their weights.
+CONFIGS = {
+    INDEX,
+    "config.json",
+    "scheduler_config.json",
+    "composer_config.json",
+    "rewriter_config.json",
+    "reference.json",
+}
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model by name.
+
+    Args:
+        name (`str`): as it was given.
+        recipe ([`Recipe`], *optional*): where it is one.
+        folder (`Path`, *optional*): of the model, or of its configurations alone where it is on the Hub; `None` of a recipe.
+        index (`dict`): its `model_index.json`.
+        repository, commit (`str`, *optional*): on the Hub.
+    """
+
+    name: str
+    recipe: Recipe | None = None
+    folder: Path | None = None
+    index: dict[str, Any] | None = None
+    repository: str | None = None
+    commit: str | None = None
+
+    @property
+    def pipeline_name(self) -> str:
+        """The class of this package that it becomes."""
+        if self.recipe is not None:
+            return (
+                "FactorizedVideoPipeline" if self.recipe.facts.prediction == "flow" else "FactorizedCogVideoXPipeline"
+            )
+        name = self.index.get("_class_name")
+        return _STOCK.get(name, name)
+
+    @property
+    def pipeline_class(self) -> type[FactorizedStages]:
+        """The class of this package that it becomes."""
+        module = importlib.import_module(f"diffusers_fvg.pipelines.{_PIPELINES[self.pipeline_name]}")
+        return getattr(module, self.pipeline_name)
+
+    def has(self, part: str) -> bool:
+        """Whether the model brings a component."""
+        if self.recipe is not None:
+            return part in self.recipe.repositories
+        return (self.index.get(part) or [None, None])[1] is not None
+
+
+def find_source(name: str | os.PathLike, revision: str | None, hub: dict[str, Any]) -> ModelSource:
+    """Finds a model by name. Of a repository on the Hub its small configurations are fetched, of a recipe nothing.
+
+    Args:
+        name (`str` or `os.PathLike`): a recipe, a folder, `"org/name"` or `"org/name@revision"`.
+        revision (`str`, *optional*): of the repository; of a recipe's base.
+        hub (`dict`): `token`, `cache_dir` and `local_files_only`, where they are set.
+
+    Raises:
+        `ValueError`: an unknown name, or a pipeline that does not become one of this package.
+        `OSError`: a repository or revision that is not there.
+    """
+    recipe = find_recipe(name)
+    if recipe is not None:
+        return ModelSource(str(name), recipe)
+    if Path(name).is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"The revision {revision!r} is of a repository on the Hub, and {str(name)!r} is a folder."
+            )
+        source = ModelSource(str(name), folder=Path(name), index=_index(Path(name), str(name)))
+    else:
+        repository, _, own = str(name).partition("@")
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or repository.startswith("."):
+            raise ValueError(f"The model {str(name)!r} is no folder, and no repository's name, which is `org/name`.")
+        if own and revision:
+            raise ValueError(
+                f"The model {str(name)!r} names a revision, and {revision!r} is another; give one of them."
+            )
+        folder = fetch_configs(repository, own or revision, "The model", hub)
+        source = ModelSource(str(name), None, folder, _index(folder, repository), repository, folder.name)
+    _check_class(source)
+    return source
+
+
+def fetch_configs(repository: str, revision: str | None, place: str, hub: dict[str, Any], subfolder: str = "") -> Path:
+    """The folder of a repository's snapshot, with the configurations alone, or with what else is in the cache."""
+    from ..loading.files import fetch
+
+    def select(names: list[str]) -> list[str]:
+        inside = [name for name in names if name.startswith(f"{subfolder}/" if subfolder else "")]
+        # One of a repository without any keeps the commit in the cache.
+        return [name for name in inside if PurePosixPath(name).name in CONFIGS] or names[:1]
+
+    return fetch(repository, revision, select, place, **hub)[0]
+
+
+def _index(folder: Path, name: str) -> dict[str, Any]:
+    if not (folder / INDEX).is_file():
+        raise ValueError(
+            f"The model {name!r} is no pipeline: it has no {INDEX}. A chat model is for `rewriter`, a LoRA for `lora`; recipes are "
+            f"{', '.join(RECIPES)}."
+        )
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        if not isinstance(index, dict):
+            raise ValueError("it is no object")
+    except ValueError as error:
+        raise ValueError(f"{str(folder / INDEX)!r} cannot be read: {error}.") from error
+    return index
+
+
+def _check_class(source: ModelSource) -> None:
+    if source.pipeline_name in _PIPELINES:
+        return
+    name, known = source.index.get("_class_name"), ", ".join([*_PIPELINES, *_STOCK])
+    hint = "a text-to-image pipeline is for `composer`"
+    if "ImageToVideo" in str(name):
+        hint = "it takes a first frame through channels of its own: use the text-to-video model of its family"
+    raise ValueError(f"The model {source.name!r} is a {name}, and none of {known}; {hint}.")

@@ -1,0 +1,173 @@
+"""The recipes: data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..model_facts import MODELS, ModelFacts
+
+
+if TYPE_CHECKING:
+    import os
+
+
+@dataclass(frozen=True)
+class PartFacts:
+    """A text-to-image pipeline or a chat model.
+
+    Args:
+        repository (`str`): on the Hub.
+        license (`str`): of the weights, as the Hub names it.
+        configs (`dict`): class in diffusers or transformers to its arguments, for each model of the part.
+        call_defaults (`dict`): of the composer, as its authors call it.
+        sources (`dict[str, str]`): where each of these comes from.
+    """
+
+    repository: str
+    license: str
+    configs: dict[str, dict[str, Any]]
+    sources: dict[str, str]
+    call_defaults: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Parts that make a pipeline, by name.
+
+    Args:
+        name (`str`): without a slash.
+        facts ([`ModelFacts`]): of the base.
+        composer, rewriter ([`PartFacts`]): of stages 1 and 2.
+        training (`dict`): keys of [`~training.config.TrainConfig`] for an anchor LoRA, beside those that the facts give.
+        clip_lengths (`tuple[int, ...]`): frames of the clips to train on.
+        lora (`str`, *optional*): of a published anchor LoRA; `None` where there is none.
+    """
+
+    name: str
+    facts: ModelFacts
+    composer: PartFacts
+    rewriter: PartFacts
+    training: dict[str, Any]
+    clip_lengths: tuple[int, ...]
+    lora: str | None = None
+
+    @property
+    def keeps_first_frame(self) -> bool:
+        """Whether the base was trained on clean first frames, and so keeps an anchor there without a LoRA."""
+        return self.facts.expand_timesteps
+
+    @property
+    def repositories(self) -> dict[str, str]:
+        """Part to its repository."""
+        return {
+            "base": self.facts.repository,
+            "composer": self.composer.repository,
+            "rewriter": self.rewriter.repository,
+        }
+
+    @property
+    def licenses(self) -> dict[str, str]:
+        """Part to its licence."""
+        base = self.facts.license
+        return {
+            "base": base.name or base.id,
+            "composer": self.composer.license,
+            "rewriter": self.rewriter.license,
+        }
+
+
+QWEN3_4B = {
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+QWEN3_4B_INSTRUCT = PartFacts(
+    repository="Qwen/Qwen3-4B-Instruct-2507",
+    license="apache-2.0",
+    configs={"Qwen3ForCausalLM": QWEN3_4B},
+    sources={
+        "repository": "model card; it never thinks aloud",
+        "license": "model card",
+        "configs": "config.json of the repository",
+    },
+)
+Z_IMAGE_TURBO = PartFacts(
+    repository="Tongyi-MAI/Z-Image-Turbo",
+    license="apache-2.0",
+    # Its VAE is left out, which is small beside the others.
+    configs={"ZImageTransformer2DModel": {}, "Qwen3Model": QWEN3_4B},
+    # No size: it draws at that of the video.
+    call_defaults={"num_inference_steps": 9, "guidance_scale": 0.0},
+    sources={
+        "repository": "Tongyi-MAI/Z-Image 44314b8, README.md",
+        "license": "model card",
+        "configs": "huggingface/diffusers 0.42.1: defaults of ZImageTransformer2DModel, whose cap_feat_dim is Qwen3-4B's width; "
+        "the documentation has the text encoder at the size of Qwen3-4B",
+        "call_defaults": "Tongyi-MAI/Z-Image 44314b8, README.md: 9 steps, guidance 0",
+    },
+)
+
+# Bytes of weights on disk, where published: for when the Hub does not answer. The 5B's transformer (4,999,787,712 numbers) and
+# VAE (704,688,668) are float32, its text encoder (5,680,910,336) is bfloat16: card of
+# AbstractFramework/wan2.2-ti2v-5b-diffusers-8bit. Qwen3-4B (4,022,468,096) is bfloat16: its config.json.
+STORED = {
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 4 * (4_999_787_712 + 704_688_668) + 2 * 5_680_910_336,
+    "Qwen/Qwen3-4B-Instruct-2507": 2 * 4_022_468_096,
+}
+
+# Keys beside those that follow from the facts: those of examples/training, with the reasons there.
+_TRAINING = {"anchor_position": "uniform", "batch_size": 1, "learning_rate": 1e-4}
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            "wan2.2-5b",
+            MODELS["Wan2.2-TI2V-5B"],
+            Z_IMAGE_TURBO,
+            QWEN3_4B_INSTRUCT,
+            _TRAINING | {"rank": 128, "alpha": 64, "gradient_accumulation_steps": 2, "steps": 1500},
+            clip_lengths=(121, 81),
+        ),
+        Recipe(
+            "wan2.1-1.3b",
+            MODELS["Wan2.1-T2V-1.3B"],
+            Z_IMAGE_TURBO,
+            QWEN3_4B_INSTRUCT,
+            _TRAINING | {"rank": 64, "alpha": 32, "gradient_accumulation_steps": 8, "steps": 2000},
+            clip_lengths=(81, 49),
+        ),
+        Recipe(
+            "cogvideox1.5-5b",
+            MODELS["CogVideoX1.5-5B"],
+            Z_IMAGE_TURBO,
+            QWEN3_4B_INSTRUCT,
+            _TRAINING
+            | {"rank": 128, "alpha": 64, "gradient_accumulation_steps": 2, "steps": 2000}
+            | {"targets": ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]}
+            | {"timestep_density": "uniform", "max_sequence_length": 224},
+            clip_lengths=(81, 49),
+        ),
+    )
+}
+
+
+def find_recipe(name: str | os.PathLike) -> Recipe | None:
+    """The recipe of a name; `None` for an existing folder, which comes first, and for what may be a repository.
+
+    Raises:
+        `ValueError`: a name without a slash that is neither.
+    """
+    name = str(name)
+    if Path(name).is_dir() or len(Path(name).parts) > 1:
+        return None
+    if name not in RECIPES:
+        raise ValueError(f"{name!r} is no folder and no recipe; recipes are {', '.join(RECIPES)}.")
+    return RECIPES[name]
