@@ -14,7 +14,7 @@ DIFFUSERS_TESTS := $(addprefix tests/,$(addsuffix .py,$(addprefix loading/,test_
 .PHONY: demo test lint cards test-lowest test-versions clean
 
 demo: $(STAMP)
-	$(BIN)/fvg generate "A red circle moves to the right" --seed 0 --output demo.mp4 --strip demo.png
+	$(BIN)/fvg generate "A red circle moves to the right" --seed 0 --output demo.mp4 --strip demo.png --overwrite
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from tokenizers import Tokenizer
 
 
 if TYPE_CHECKING:
@@ -15,6 +18,48 @@ if TYPE_CHECKING:
 
 EMBEDDED_FOLDER = Path(__file__).parent / "shapes" / "weights"
 EMBEDDED_DREAMER_FOLDER = Path(__file__).parent / "shapes" / "dreamer_weights"
+# Of `shapes.world`.
+COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta")
+SHAPES = ("circle", "square", "triangle")
+
+logger = logging.getLogger(__name__)
+
+
+def check_world(text: str, writes: bool = False) -> None:
+    """Warns, once for a text, of words that the embedded models do not know; a `prompt_check` of their pipelines.
+
+    Args:
+        text (`str`): a prompt or a caption.
+        writes (`bool`): stage 1 is to write of it. A text without any of the shapes would have a caption made up.
+
+    Raises:
+        `ValueError`: stage 1 is to write of a text without any of the shapes.
+    """
+    encoding = _tokenizer().encode(text, add_special_tokens=False)
+    unknown = [text[slice(*place)] for token, place in zip(encoding.tokens, encoding.offsets) if token == "<unk>"]
+    has_shape = any(token in SHAPES or token.removesuffix("s") in SHAPES for token in encoding.tokens)
+    if has_shape and not unknown:
+        return
+    words = ", ".join(repr(word) for word in dict.fromkeys(unknown))
+    message = (
+        f"The embedded model is a toy, and {f'does not know {words}' if unknown else f'{text!r} names none of its shapes'}: its "
+        f"world is {', '.join(COLOURS[:-1])} and {COLOURS[-1]} {'s, '.join(SHAPES[:-1])}s and {SHAPES[-1]}s, as in 'A red circle "
+        'moves to the right\'. For any other prompt name a real model: `--model wan2.2-5b`, or `load("wan2.2-5b")`; `fvg models` '
+        "lists them."
+    )
+    if writes and not has_shape:
+        raise ValueError(message)
+    _warn_once(message)
+
+
+@functools.cache
+def _tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(EMBEDDED_FOLDER / "tokenizer" / "tokenizer.json"))
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def load_embedded(dtype: torch.dtype | None = None) -> FactorizedVideoPipeline:
@@ -26,7 +71,9 @@ def load_embedded(dtype: torch.dtype | None = None) -> FactorizedVideoPipeline:
     """
     from .pipelines.pipeline_factorized_video import FactorizedVideoPipeline
 
-    return FactorizedVideoPipeline.from_pretrained(EMBEDDED_FOLDER, dtype=dtype or torch.float32)
+    pipe = FactorizedVideoPipeline.from_pretrained(EMBEDDED_FOLDER, dtype=dtype or torch.float32)
+    pipe.prompt_check = check_world
+    return pipe
 
 
 def load_embedded_dreamer(
@@ -47,4 +94,6 @@ def load_embedded_dreamer(
     dtype = dtype or torch.float32
     rewriter = FirstFrameRewriter.from_pretrained(EMBEDDED_FOLDER / "rewriter", dtype=dtype)
     composer = AnchorComposer.from_pretrained(EMBEDDED_FOLDER / "composer", dtype=dtype)
-    return FactorizedDreamerPipeline.from_pretrained(folder, rewriter=rewriter, composer=composer, dtype=dtype)
+    pipe = FactorizedDreamerPipeline.from_pretrained(folder, rewriter=rewriter, composer=composer, dtype=dtype)
+    pipe.prompt_check = check_world
+    return pipe

@@ -66,6 +66,7 @@ def check_file(flag: str, path: Path | None, suffix: str, overwrite: bool) -> No
     """
     if path is None:
         return
+    _check_name(flag, path)
     if path.suffix.lower() != suffix:
         raise ValueError(f"{flag} {path} must end in {suffix}.")
     if path.is_dir():
@@ -81,12 +82,18 @@ def check_folder(flag: str, path: Path) -> None:
     Raises:
         `ValueError`: naming the flag.
     """
+    _check_name(flag, path)
     try:
         place = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise ValueError(f"{flag} {path} cannot be written to: {error.strerror or error}.") from error
+
+
+def _check_name(flag: str, path: Path) -> None:
+    if "\0" in str(path):
+        raise ValueError(f"{flag} {str(path)!r} is no name of a file: it holds a null character.")
 
 
 def free_name(path: Path) -> Path:

@@ -7,11 +7,13 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_fvg import load_embedded
-from diffusers_fvg.embedded import EMBEDDED_FOLDER
+from diffusers_fvg import embedded, load_embedded
+from diffusers_fvg.cli import main
+from diffusers_fvg.embedded import EMBEDDED_FOLDER, check_world
 from diffusers_fvg.shapes.report import evaluate, held_out_scenes
 from diffusers_fvg.shapes.scorer import score_video
 from diffusers_fvg.shapes.train_rewriter import TASKS, held_out_score
+from diffusers_fvg.shapes.world import COLOURS, SHAPES
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +97,68 @@ def test_the_distilled_lora_does_with_one_forward_a_step(pipe):
     frames = np.round(output.frames * 255).astype(np.uint8)
     scores = [score_video(video, scene.category, scene.meta) for video, scene in zip(frames, scenes)]
     assert np.mean(scores) > 0.8, scores
+
+
+# -- what it does not know --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def warned(caplog):
+    """What was warned of; each text once in a process."""
+    embedded._warn_once.cache_clear()
+    return caplog
+
+
+def test_its_world_is_the_one_that_is_told():
+    assert (embedded.COLOURS, embedded.SHAPES) == (COLOURS, SHAPES)
+
+
+def test_what_it_is_trained_on_is_known(warned):
+    for scene in held_out_scenes(5):
+        for text in (scene.prompt, scene.caption):
+            check_world(text, writes=True)
+    for text in ("a big ball rolls leftwards", "Two Purple boxes, and a gray disc!"):
+        check_world(text, writes=True)
+    assert not warned.records
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word"),
+    [
+        ("a cat", "'cat'"),
+        ("\u4e00\u53ea\u732b", "'\u4e00\u53ea\u732b'"),
+        ("white", "'white'"),
+        ("a", "none of its shapes"),
+    ],
+)
+def test_a_caption_is_never_made_up(pipe, prompt, word, warned, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipe.rewriter, "_answer", None)
+    for call in (pipe, pipe.rewrite, pipe.storyboard):
+        with pytest.raises(
+            ValueError, match=f"{word}.*: its world is red, .* and magenta circles, squares and triangles"
+        ):
+            call(prompt)
+    for command in ("generate", "rewrite"):
+        assert main([command, prompt, "--quiet"]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert word in line and "--model wan2.2-5b" in line
+    assert not list(tmp_path.iterdir()) and not warned.records
+
+
+def test_what_goes_on_is_warned_of_once(pipe, warned, tmp_path):
+    for _ in range(2):
+        pipe("a dog", mode="direct", num_inference_steps=1)
+    pipe.compose("a white square at the centre", num_inference_steps=1)
+    # Its shape is known: stage 1 writes of it, or the prompt stands in.
+    (caption,) = pipe.rewrite("A shiny red circle moves to the right")
+    assert "green" not in caption and "red circle" in caption
+    messages = [record.message for record in warned.records if record.name == embedded.__name__]
+    assert [message.split("does not know ")[1].split(":")[0] for message in messages] == [
+        "'dog'",
+        "'white'",
+        "'shiny'",
+    ]
+    warned.clear()
+    assert main(["compose", "a cat", "--quiet", "--steps", "1", "--output", str(tmp_path / "cat.png")]) == 0
+    assert ["'cat'" in record.message for record in warned.records] == [True]

@@ -19,8 +19,8 @@ from diffusers import (
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
-from tiny import WORDS, tiny_composer, tiny_rewriter, tiny_tokenizer, tiny_unipc, tiny_wan_family
-from tiny_cogvideox import tiny_cogvideox_components
+from tiny import WORDS, tiny_composer, tiny_pipeline, tiny_rewriter, tiny_tokenizer, tiny_unipc, tiny_wan_family
+from tiny_cogvideox import tiny_cogvideox_components, tiny_cogvideox_pipeline
 from transformers import Qwen3Config, Qwen3Model
 
 import diffusers_fvg
@@ -132,9 +132,10 @@ def generate(recipe: str, output: Path, *more: str) -> int:
 
 
 @pytest.mark.parametrize("recipe", BASES)
-def test_a_name_becomes_a_video(recipe, repositories, lora, tmp_path):
-    more = () if recipe == "wan2.2-5b" else ("--lora", lora(recipe))
+def test_a_name_becomes_a_video(recipe, repositories, lora, tmp_path, capsys):
+    more = ("--memory", "16GB") if recipe == "wan2.2-5b" else ("--memory", "16GB", "--lora", lora(recipe))
     assert generate(recipe, tmp_path / "video.mp4", *more, "--save-stages", str(tmp_path / "stages")) == 0
+    assert "memory:             16GB: offload none, peak 2.0 GiB (computed)\n" in capsys.readouterr().out
     assert read_video(tmp_path / "video.mp4")[0].shape[0] == 9
     assert PIL.Image.open(tmp_path / "stages" / "anchor.png").height == int(SIZE[recipe][1])
     record = read_video_metadata(tmp_path / "video.mp4")
@@ -145,6 +146,95 @@ def test_a_name_becomes_a_video(recipe, repositories, lora, tmp_path):
         name: f"{name_}@{repositories[name_]}" for name, name_ in (("composer", COMPOSER), ("rewriter", REWRITER))
     }
     assert record["hub_revisions"] == expected
+
+
+def test_what_needs_no_lora_asks_for_none_and_fetches_its_part_alone(hub, repositories, tmp_path, capsys):
+    recipe = "wan2.1-1.3b"
+    assert main(["rewrite", PROMPT, "--model", recipe, "--quiet"]) == 0
+    assert capsys.readouterr().out.strip()
+    fetched = {path.split("/")[0] for repository, path, _ in hub.downloads if path.endswith(".safetensors")}
+    assert hub.downloaded(REWRITER) and not hub.downloaded(BASES[recipe]) | hub.downloaded(COMPOSER), fetched
+    hub.downloads.clear()
+    picture = tmp_path / "anchor.png"
+    options = ["--height", "16", "--width", "32", "--quiet", "--output", str(picture), "--steps", "1"]
+    assert main(["compose", PROMPT, "--model", recipe, *options]) == 0
+    assert PIL.Image.open(picture).size == (32, 16) and not hub.downloaded(BASES[recipe]) | hub.downloaded(REWRITER)
+    hub.downloads.clear()
+    assert generate(recipe, tmp_path / "video.mp4", "--mode", "direct", "--quantize", "fp8", "--memory", "cpu") == 0
+    assert hub.downloaded(BASES[recipe]) and not hub.downloaded(COMPOSER) | hub.downloaded(REWRITER)
+    assert read_video(tmp_path / "video.mp4")[0].shape[0] == 9
+
+
+@pytest.mark.parametrize("recipe", BASES)
+def test_a_plan_fetches_no_weights(recipe, hub, repositories, capsys):
+    assert main(["plan", "--model", recipe, "--memory", "16GB"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    facts = diffusers_fvg.RECIPES[recipe].facts
+    size = facts.sizes[0]
+    assert f"{facts.frame_counts[0]} frames at {facts.frame_rate} per second, {size.height} x {size.width}" in text
+    # 15 steps, each with and without the prompt.
+    assert "anchored-15: 15 steps\nforwards   30 of the video model\n" in text and "16GB     offload group" in text
+    assert ("needs an anchor LoRA" in text) == (recipe != "wan2.2-5b") and "licence    rewriter: apache-2.0" in text
+    # Tiny weights under the real names, whose sizes are asked for.
+    assert f"download   0.0 GB of weights:\n      0.0  {BASES[recipe]}\n" in text
+    assert not [path for _, path, _ in hub.downloads if path.endswith(".safetensors")]
+
+
+# -- folders and repositories -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["wan2.1-1.3b", "cogvideox1.5-5b"])
+@pytest.mark.parametrize("place", ["folder", "repository"])
+def test_a_stock_pipeline_becomes_ours_with_a_lora(recipe, place, hub, repositories, folders, lora):
+    name = folders / BASES[recipe] if place == "folder" else BASES[recipe]
+    with pytest.raises(ValueError, match="fits"):
+        load(name, lora=lora({"wan2.1-1.3b": "cogvideox1.5-5b"}.get(recipe, "wan2.1-1.3b")))
+    assert not [path for _, path, _ in hub.downloads if path.endswith(".safetensors")]
+    pipe = load(name, lora=lora(recipe), rewriter=tiny_rewriter(), dtype=torch.float32)
+    assert type(pipe).__name__ == {"wan2.1-1.3b": "FactorizedVideoPipeline"}.get(recipe, "FactorizedCogVideoXPipeline")
+    assert "anchor" in pipe.transformer.peft_config and pipe.composer is None and pipe.rewriter is not None
+    commit = {} if place == "folder" else {"pipeline": f"{BASES[recipe]}@{repositories[BASES[recipe]]}"}
+    assert hub_revisions(pipe) == commit
+    plain = load(name, lora=False, dtype=torch.float32)
+    assert not hasattr(plain.transformer, "peft_config")
+
+
+def test_every_class_of_ours_loads(tmp_path, hub, folders, repositories):
+    from tiny_dreamer import tiny_dreamer_pipeline
+
+    pipes = {"wan": tiny_pipeline(), "cogvideox": tiny_cogvideox_pipeline(), "dreamer": tiny_dreamer_pipeline()}
+    for name, pipe in pipes.items():
+        pipe.save_pretrained(tmp_path / name)
+        commit = hub.add(f"org/{name}", tmp_path / name)
+        loaded = load(f"org/{name}@main", dtype=torch.float32)
+        assert type(loaded) is type(pipe) and hub_revisions(loaded) == {"pipeline": f"org/{name}@{commit}"}
+        assert load(tmp_path / name, composer=False, rewriter=False).composer is None
+    # A light repository refers to others.
+    light = load("wan2.2-5b")
+    light.save_pretrained(tmp_path / "light")
+    again = load(tmp_path / "light")
+    assert hub_revisions(again) == hub_revisions(light)
+    with pytest.raises(ValueError, match="takes no anchor LoRA"):
+        load(tmp_path / "dreamer", lora="org/lora")
+
+
+def test_the_command_line_runs_every_class(tmp_path, capsys, monkeypatch):
+    from tiny_dreamer import tiny_dreamer_pipeline
+
+    monkeypatch.chdir(tmp_path)
+    tiny_dreamer_pipeline().save_pretrained("dreamer")
+    options = ["--model", "dreamer", "--height", "16", "--width", "16", "--quiet", "--dtype", "float32"]
+    assert main(["generate", PROMPT, *options, "--steps", "1", "--output", "video.mp4", "--memory", "16GB"]) == 0
+    assert read_video("video.mp4")[0].shape[0] == 16
+    for wrong, message in (
+        (["--mode", "storyboard"], '`mode="storyboard"` is not for it'),
+        (["--anchor-decode", "match"], "--anchor-decode match is not for a FactorizedDreamerPipeline"),
+        (["--lora", "org/lora"], "takes no anchor LoRA"),
+        (["--output", "video.mp4"], "is there already"),
+    ):
+        assert main(["generate", PROMPT, *options, *wrong]) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_composer_is_called_as_its_authors_call_it(repositories):
@@ -202,6 +292,25 @@ def test_a_folder_comes_before_a_recipe(hub, folders, tmp_path, monkeypatch):
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [COMPOSER, REWRITER, "org/i2v", "org/none", f"{BASES['wan2.1-1.3b']}@none"])
+def test_what_is_no_such_pipeline_is_told_before_weights_are_fetched(
+    name, hub, repositories, folders, tmp_path, capsys
+):
+    (tmp_path / "i2v").mkdir()
+    (tmp_path / "i2v" / "model_index.json").write_text('{"_class_name": "WanImageToVideoPipeline"}')
+    hub.add("org/i2v", tmp_path / "i2v")
+    assert main(["generate", PROMPT, "--model", name, "--quiet", "--output", str(tmp_path / "video.mp4")]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    expected = {
+        COMPOSER: "is a ZImagePipeline, and none of FactorizedVideoPipeline, .*a text-to-image pipeline is for `composer`",
+        REWRITER: "is no pipeline: it has no model_index.json",
+        "org/i2v": "use the text-to-video model of its family",
+        "org/none": "The model names org/none on the Hub, which cannot be loaded",
+    }.get(name, "Wan2.1-T2V-1.3B-Diffusers@none on the Hub, which cannot be loaded")
+    assert re.search(expected, line), line
+    assert not [path for _, path, _ in hub.downloads if path.endswith(".safetensors")]
 
 
 @pytest.mark.parametrize("recipe", ["wan2.1-1.3b", "cogvideox1.5-5b"])

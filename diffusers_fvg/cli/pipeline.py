@@ -88,6 +88,7 @@ class Model:
             **_hub_arguments(arguments),
             **self.parts,
         )
+        pipe.prompt_check = self.outline.prompt_check
         if quantization == "fp8":
             _store_in_fp8(pipe)
         pipe.set_progress_bar_config(disable=arguments.quiet)
@@ -166,6 +167,7 @@ def look(arguments: argparse.Namespace, **skipped: bool) -> Model:
     if arguments.model is None:
         # Its operations are too small to be split: more threads gain nothing, and on a busy machine they wait for each other.
         torch.set_num_threads(1)
+    from ..embedded import check_world
     from ..recipes.loading import check_lora, hub_options
     from ..recipes.outline import outline
     from ..recipes.sources import find_source
@@ -177,6 +179,9 @@ def look(arguments: argparse.Namespace, **skipped: bool) -> Model:
         parts["lora"] = None
     check_lora(source, parts["lora"])
     made = outline(source, _dtype(arguments), parts["composer"], parts["rewriter"], hub)
+    if arguments.model is None:
+        # A rewriter of the user's own may know more.
+        made.prompt_check = check_world if rewriter is None else lambda text, writes: check_world(text)
     return Model(arguments, source, made, device, memory, parts)
 
 

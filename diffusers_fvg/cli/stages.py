@@ -202,6 +202,8 @@ def _rewrite(arguments: argparse.Namespace) -> None:
 
     check_texts("prompt", arguments.prompt)
     model = look(arguments, composer=False, lora=False)
+    if arguments.rewriter is not None:
+        model.outline.prompt_check = None
     for caption in model.load_part("rewriter").rewrite(arguments.prompt):
         print(caption)
 

@@ -53,6 +53,13 @@ StepCallback = Callable | PipelineCallback | MultiPipelineCallbacks
 AnchorResolver = Callable[[Sequence[Anchor], int], list[tuple[range, Anchor]]]
 
 
+def check_prompts(pipe: FactorizedStages, name: str, texts: Sequence[str], writes: bool = False) -> None:
+    """Texts are no empty ones, and a model of few words knows theirs; `writes`: stage 1 is to write of them."""
+    check_texts(name, texts)
+    for text in texts if pipe.prompt_check is not None else ():
+        pipe.prompt_check(text, writes)
+
+
 @dataclass(frozen=True)
 class VideoRequest:
     """Arguments of a call of any of the pipelines, under their own names; their `__call__` says what each is.
@@ -116,6 +123,11 @@ class VideoRequest:
     def draws_anchors(self) -> bool:
         """Whether stages 1 and 2 make the first frames."""
         return self.mode in ("factorized", "storyboard") and self.image is None and self.anchors is None
+
+    @property
+    def _written(self) -> list[str] | list[Moment] | list[list[Moment]] | None:
+        """What the caller wrote in place of stage 1."""
+        return self.first_frame_prompt if self.storyboard is None else self.storyboard
 
     @property
     def is_anchored(self) -> bool:
@@ -351,7 +363,7 @@ class VideoRequest:
             texts = getattr(self, name)
             if texts is None:
                 continue
-            check_texts(name, texts)
+            check_prompts(pipe, name, texts, writes=name == "prompt" and self.draws_anchors and self._written is None)
             if len(texts) != num_prompts:
                 raise ValueError(f"`{name}` has {len(texts)} texts for {num_prompts} prompts.")
         negative = self.negative_prompt
@@ -392,10 +404,9 @@ class VideoRequest:
         """Stages 1 and 2 can run: their models are there, and so is what they start from."""
         if not self.draws_anchors:
             return
-        written = self.first_frame_prompt if self.storyboard is None else self.storyboard
-        if written is None and self.prompt is None:
+        if self._written is None and self.prompt is None:
             raise ValueError("`prompt_embeds` cannot be rewritten: pass `prompt`, `first_frame_prompt` or `image`.")
-        if written is None and pipe.rewriter is None:
+        if self._written is None and pipe.rewriter is None:
             raise ValueError(NO_REWRITER)
         if pipe.composer is None:
             raise ValueError(NO_COMPOSER)

@@ -35,7 +35,7 @@ from ..rewrite.storyboard import Moment, moment_frames
 from ..schedules.presets import SchedulerPresets
 from .parts import as_composer, as_rewriter
 from .progress import StageProgress
-from .request import NO_COMPOSER, NO_REWRITER, AnchorResolver, VideoRequest
+from .request import NO_COMPOSER, NO_REWRITER, AnchorResolver, VideoRequest, check_prompts
 from .saving import as_saved, forget_origins
 from .seeds import anchor_seeds
 
@@ -44,13 +44,16 @@ class FactorizedStages(ABC):
     """Stages 1 and 2 and the frame of a call, for a pipeline whose stage 3 is [`_animate`].
 
     `safety_checker` may be set to a function that is shown each anchor (an RGB PIL image) before its video is computed and
-    returns `True`, or what is wrong with it as text, for one that must not be animated. It is no component and not saved.
+    returns `True`, or what is wrong with it as text, for one that must not be animated. So may `prompt_check`, of a text and
+    whether stage 1 is to write of it, for a small model: it warns of what that does not know, or raises `ValueError`. They are
+    no components and not saved.
     """
 
     # What `loading/patches.py` asks a pipeline's class, and tells our classes by.
     safetensors_only = True
     _is_onnx = NOT_ONNX
     safety_checker: Callable[[PIL.Image.Image], bool | str | None] | None = None
+    prompt_check: Callable[[str, bool], None] | None = None
     default_presets: SchedulerPresets
     default_call: dict[str, Any]
     # The file that makes a saved repository load without an import of this package: see `save_pretrained`.
@@ -104,7 +107,7 @@ class FactorizedStages(ABC):
         made = cls(**parts)
         made.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
         if isinstance(pipeline, FactorizedStages):
-            made.safety_checker = pipeline.safety_checker
+            made.safety_checker, made.prompt_check = pipeline.safety_checker, pipeline.prompt_check
         return made
 
     def __getstate__(self) -> dict[str, Any]:
@@ -310,6 +313,7 @@ class FactorizedStages(ABC):
         with self._running() as progress, progress.stage(stage) as report:
             ask = getattr(self.rewriter, method)
             prompts = [prompts] if isinstance(prompts, str) else prompts
+            check_prompts(self, "prompts", prompts, writes=True)
             return ask(prompts, on_progress=report, should_stop=lambda: self.interrupt, **options)
 
     @torch.no_grad()
@@ -354,7 +358,7 @@ class FactorizedStages(ABC):
             `list[PIL.Image.Image]`: one picture of `height` x `width` per caption.
         """
         captions = [first_frame_prompts] if isinstance(first_frame_prompts, str) else first_frame_prompts
-        check_texts("first_frame_prompts", captions)
+        check_prompts(self, "first_frame_prompts", captions)
         options = (num_inference_steps, guidance_scale, negative_prompt, generator)
         return self._draw(None, list(captions), height, width, *options)
 

@@ -81,21 +81,20 @@ def outline(
     """
     hub = hub or {}
     with empty_weights(dtype):
+        named = {}
+        for name, value, make in (("composer", composer, _named_composer), ("rewriter", rewriter, _named_rewriter)):
+            if value is not None:
+                is_name = isinstance(value, (str, os.PathLike))
+                named[name] = None if value is False else make(value, hub) if is_name else value
         if source.recipe is not None:
             parts = _recipe_components(source.recipe)
         else:
             parts = {
                 name: _component(source.folder / name, *entry, hub)
                 for name, entry in source.index.items()
-                if isinstance(entry, list) and entry[1] is not None
+                if isinstance(entry, list) and entry[1] is not None and name not in named
             }
-        for name, value, make in (("composer", composer, _named_composer), ("rewriter", rewriter, _named_rewriter)):
-            if value is False:
-                parts[name] = None
-            elif isinstance(value, (str, os.PathLike)):
-                parts[name] = make(value, hub)
-            elif value is not None:
-                parts[name] = value
+        parts |= named
     settings = ("boundary_ratio", "expand_timesteps", "call_defaults")
     facts = source.recipe and source.recipe.facts
     index = source.index or {"boundary_ratio": facts.boundary_ratio, "expand_timesteps": facts.expand_timesteps}

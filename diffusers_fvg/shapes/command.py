@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..flags import Whole, check_folder
+
 
 if TYPE_CHECKING:
     from ..pipelines.pipeline_factorized_video import FactorizedVideoPipeline
 
 # In the order of training: each part builds on those before it.
 SHAPES_PARTS = ("vae", "rewriter", "cache", "text", "base", "composer", "lora", "distilled")
+COUNT = Whole(1, 1_000_000)
 
 
 def add_shapes(
@@ -25,13 +28,24 @@ def add_shapes(
     actions = shapes.add_subparsers(dest="action", required=True, metavar="ACTION")
     train = actions.add_parser("train", help="train all parts from nothing; continues where it stopped")
     train.add_argument("folder", type=Path, help="for checkpoints, logs and the finished repository")
-    train.add_argument("--parts", nargs="+", choices=SHAPES_PARTS, default=SHAPES_PARTS)
+    train.add_argument(
+        "--parts",
+        nargs="+",
+        choices=SHAPES_PARTS,
+        default=SHAPES_PARTS,
+        metavar="PART",
+        help=f"train these alone, of {', '.join(SHAPES_PARTS)}",
+    )
     dreamer = actions.add_parser(
         "dreamer", help="train the shapes model of Factorized-Dreamer; continues where it stopped"
     )
     dreamer.add_argument("folder", type=Path, help="for checkpoints, logs and the finished repository")
-    dreamer.add_argument("--designs", nargs="*", default=(), help="also train these for the report, such as no_paca")
-    dreamer.add_argument("--design-steps", type=int, default=3000, help="how long each (default: %(default)s)")
+    dreamer.add_argument(
+        "--designs", nargs="*", default=(), metavar="DESIGN", help="also train these for the report, such as no_paca"
+    )
+    dreamer.add_argument(
+        "--design-steps", type=COUNT, metavar="STEPS", default=3000, help="how long each (default: %(default)s)"
+    )
     dreamer.add_argument("--report", type=Path, metavar="DIR", help="then score all that is trained (synthetic)")
     clips = actions.add_parser(
         "clips", help="train video models on few distinct clips, as examples/clips says; continues where it stopped"
@@ -43,11 +57,18 @@ def add_shapes(
 
 
 def _add_report(actions: argparse._SubParsersAction, add_model: Callable[[argparse.ArgumentParser], None]) -> None:
-    report = actions.add_parser("report", help="score a model on held-out prompts, arm by arm (synthetic)")
+    report = actions.add_parser(
+        "report",
+        help="score a model on held-out prompts, arm by arm (synthetic)",
+        # A group of flags, of which one may be given, is not wrapped.
+        usage="%(prog)s [OPTION ...] folder",
+    )
     report.add_argument("folder", type=Path, help="for records, JSON, tables and figures; continues what is there")
     add_model(report)
-    report.add_argument("--per-category", type=int, default=9, help="prompts (default: %(default)s)")
-    report.add_argument("--seeds", type=int, help="how many (default: 3, with --quick 1)")
+    report.add_argument(
+        "--per-category", type=COUNT, metavar="NUMBER", default=9, help="prompts (default: %(default)s)"
+    )
+    report.add_argument("--seeds", type=COUNT, metavar="NUMBER", help="how many (default: 3, with --quick 1)")
     kind = report.add_mutually_exclusive_group()
     kind.add_argument(
         "--quick", action="store_true", help="instead one table: three arms, 15 steps, guidance as it is"
@@ -71,6 +92,7 @@ def _add_report(actions: argparse._SubParsersAction, add_model: Callable[[argpar
 
 
 def _run(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], FactorizedVideoPipeline]) -> None:
+    check_folder("FOLDER", arguments.folder)
     if arguments.action == "report":
         _report(arguments, load)
         return
@@ -79,6 +101,8 @@ def _run(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], Fac
         from .dreamer import train_dreamer
         from .dreamer_report import write_dreamer_report
 
+        if arguments.report:
+            check_folder("--report", arguments.report)
         train_dreamer(arguments.folder, EMBEDDED_FOLDER, arguments.designs, arguments.design_steps)
         if arguments.report:
             print(write_dreamer_report(load_embedded(), arguments.folder, arguments.report))
@@ -97,6 +121,11 @@ def _run(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], Fac
     train_all(arguments.folder, arguments.parts)
 
 
+def _check_lora(flag: str, folder: Path) -> None:
+    if not (folder / "pytorch_lora_weights.safetensors").is_file():
+        raise ValueError(f"{flag}: No pytorch_lora_weights.safetensors in {folder}.")
+
+
 def _named_folders(flag: str, name: str, pairs: Sequence[str]) -> dict[str, Path]:
     folders = dict(pair.partition("=")[::2] for pair in pairs)
     for key, path in folders.items():
@@ -112,8 +141,11 @@ def _report(arguments: argparse.Namespace, load: Callable) -> None:
     if wrong:
         raise ValueError(f"--window {wrong[0]}={windows[wrong[0]]}: WINDOW is a number of latent frames.")
     seeds = arguments.seeds if arguments.seeds is not None else 1 if arguments.quick else 3
-    if min(seeds, arguments.per_category) < 1:
-        raise ValueError(f"--seeds {seeds} and --per-category {arguments.per_category} must be at least 1.")
+    for flag, folders in (("--ablation", loras), ("--window", windows)):
+        for name, path in folders.items():
+            _check_lora(f"{flag} {name}={path}", path)
+    if arguments.distilled is not None:
+        _check_lora(f"--distilled {arguments.distilled}", arguments.distilled)
     from .ablation import write_ablation
     from .anchors import write_anchors_report
     from .distillation import write_guidance_report
