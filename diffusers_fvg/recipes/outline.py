@@ -20,7 +20,7 @@ from ..compose.composer import AnchorComposer
 from ..loading.references import REFERENCE_NAME, HubReference
 from ..pipelines.profiles import base_models, empty_weights
 from ..publishing.assembly import FAMILIES
-from ..rewrite.rewriter import FirstFrameRewriter
+from ..rewrite.rewriter import CONFIG_NAME, FirstFrameRewriter, read_rewriter_config
 from ..schedules.presets import SchedulerPresets
 from .sources import INDEX, ModelSource, fetch_configs
 from .table import PartFacts, Recipe
@@ -193,7 +193,8 @@ def _composer(folder: Path, hub: dict[str, Any]) -> EmptyComposer:
 
 
 def _rewriter(folder: Path, hub: dict[str, Any]) -> EmptyRewriter:
-    config = _json(folder / "rewriter_config.json") if (folder / "rewriter_config.json").is_file() else {}
+    # It refuses one that names a server, before anything else is read.
+    config = read_rewriter_config(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
     if "gguf_file" in config:
         return EmptyRewriter({})
     if "model" in config:
