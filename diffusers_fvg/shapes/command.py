@@ -93,6 +93,8 @@ def _add_report(actions: argparse._SubParsersAction, add_model: Callable[[argpar
 
 def _run(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], FactorizedVideoPipeline]) -> None:
     check_folder("FOLDER", arguments.folder)
+    if getattr(arguments, "report", None) is not None:
+        check_folder("--report", arguments.report)
     if arguments.action == "report":
         _report(arguments, load)
         return
@@ -101,8 +103,6 @@ def _run(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], Fac
         from .dreamer import train_dreamer
         from .dreamer_report import write_dreamer_report
 
-        if arguments.report:
-            check_folder("--report", arguments.report)
         train_dreamer(arguments.folder, EMBEDDED_FOLDER, arguments.designs, arguments.design_steps)
         if arguments.report:
             print(write_dreamer_report(load_embedded(), arguments.folder, arguments.report))

@@ -23,6 +23,7 @@ NEEDED = {
     "fvg train": ["{}/run.toml"],
     "fvg shapes train": ["{}/trained"],
     "fvg shapes dreamer": ["{}/trained"],
+    "fvg shapes clips": ["{}/trained"],
     "fvg shapes report": ["{}/report"],
 }
 # Text of which no value is wrong by itself.
