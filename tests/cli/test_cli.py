@@ -70,18 +70,24 @@ def test_a_seed_repeats_the_video_and_stages_chain(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["generate", "", "--quiet"], "empty"),
-        (["generate", "a", "--height", "70", "--quiet"], "height=70.*64 and 80"),
-        (["generate", "a", "--preset", "none", "--quiet"], "Unknown preset 'none'"),
-        (["generate", "a", "--output", "video.avi"], "must end in .mp4"),
-        (["generate", "a", "--image", "missing.png"], "missing.png cannot be read"),
-        (["generate", "a", "--model", __file__], "is a file"),
+        (["generate", PROMPT, "--height", "70", "--quiet"], "height=70.*64 and 80"),
+        (["generate", PROMPT, "--preset", "none", "--quiet"], "Unknown preset 'none'"),
+        (["generate", PROMPT, "--output", "video.avi"], "must end in .mp4"),
+        (["generate", PROMPT, "--image", "missing.png"], "missing.png cannot be read"),
+        (["generate", PROMPT, "--model", __file__], "is a file"),
         (
-            ["generate", "a", "--rewriter", "org/chat"],
+            ["generate", PROMPT, "--rewriter", "org/chat"],
             "The rewriter names org/chat on the Hub, which cannot be loaded",
         ),
-        (["generate", "a", "--composer", "org/t2i"], "The composer names org/t2i on the Hub, which cannot be loaded"),
-        (["generate", "a", "--lora", "org/lora"], "The anchor LoRA names org/lora on the Hub, which cannot be loaded"),
-        (["generate", "a", "--model", "none"], "'none' is no folder and no recipe; recipes are wan2.2-5b, "),
+        (
+            ["generate", PROMPT, "--composer", "org/t2i"],
+            "The composer names org/t2i on the Hub, which cannot be loaded",
+        ),
+        (
+            ["generate", PROMPT, "--lora", "org/lora"],
+            "The anchor LoRA names org/lora on the Hub, which cannot be loaded",
+        ),
+        (["generate", PROMPT, "--model", "none"], "'none' is no folder and no recipe; recipes are wan2.2-5b, "),
         (["rewrite", "a", "--rewriter", "http://localhost/v1"], "needs --rewriter-model"),
         (["rewrite", "a", "--rewriter-api-key-env", "KEY"], "name it with --rewriter URL"),
         (
