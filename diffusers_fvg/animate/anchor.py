@@ -188,8 +188,19 @@ def resolve_anchors(anchors: Sequence[Anchor], num_frames: int, temporal: int = 
 
 
 def pair_anchors(anchors, num_prompts: int, num_videos_per_prompt: int) -> list[list[Anchor]]:
-    """One list of anchors for each video, from an anchor or a list for all, or lists per prompt or per video."""
+    """One list of anchors for each video, from an anchor or a list for all, or lists per prompt or per video.
+
+    A list may be empty where others are not: that video has no anchor.
+
+    Raises:
+        `ValueError`: no anchor at all, another number of lists, or something else than anchors.
+    """
     anchors = [anchors] if isinstance(anchors, Anchor) else list(anchors)
+    if not any(isinstance(item, Anchor) or item for item in anchors):
+        raise ValueError(
+            f"`anchors={anchors!r}` holds no anchor; leave it out for anchors that are drawn or, without any, for plain "
+            "text-to-video."
+        )
     for item in anchors:
         members = item if isinstance(item, (list, tuple)) else [item]
         wrong = [type(member).__name__ for member in members if not isinstance(member, Anchor)]

@@ -36,6 +36,7 @@ from ..compose.composer import AnchorComposer
 from ..devices import get_module_execution_device
 from ..locks import exclusive
 from ..lora.anchor_lora import AnchorLora
+from ..lora.loader import FactorizedVideoLoraLoaderMixin
 from ..lora.scales import without_scale
 from ..rewrite.rewriter import FirstFrameRewriter
 from ..rewrite.storyboard import Moment
@@ -48,11 +49,12 @@ from .request import AnchorResolver, Image, StepCallback, VideoRequest
 from .stages import FactorizedStages
 
 
-class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
+class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, CogVideoXPipeline):
     r"""Text to video in three stages on CogVideoX: an LLM describes the first frame, a text-to-image model draws it, CogVideoX
     animates it. Each stage is a public method that returns plain data: [`rewrite`], [`compose`], [`animate`].
 
-    Text encoding, LoRA loading and the no-anchor path are those of [`~diffusers.CogVideoXPipeline`].
+    Text encoding and the no-anchor path are those of [`~diffusers.CogVideoXPipeline`]. `load_lora_weights` is [`load_lora`]:
+    every format of a LoRA or an error, where the stock class skips keys without the prefix `transformer.`.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): of the text encoder.
@@ -107,12 +109,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
         if name != "transformer" or component is None:
             return super()._taken_over(name, component)
         transformer = AnchorConditionedCogVideoXTransformer3D.from_stock(component)
-        channels = transformer.config.in_channels
-        if channels != self.vae.config.latent_channels:
-            raise ValueError(
-                f"The transformer takes {channels} channels and the VAE's latents have {self.vae.config.latent_channels}: use a "
-                "text-to-video CogVideoX. An image-to-video one gets its first frame through channels of its own."
-            )
+        transformer.check_text_to_video(transformer.config, f"`{name}`", self.vae.config.latent_channels)
         return transformer
 
     def _frame_step(self) -> int:
@@ -221,9 +218,10 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
         Args:
             prompts (`str` or `list[str]`, *optional*): what should happen; or give `prompt_embeds`.
             anchors (`Anchor`, `list[Anchor]` or `list[list[Anchor]]`, *optional*): one list for all videos, one per
-                prompt, or one per video. In CogVideoX 1.5 two latent frames are a patch, anchored together: frame 0 has one to
-                itself, any other anchor needs a second one among the 8 frames of its patch, and a run of frames fills its
-                patches with 8k + 1 frames from frame 0 on or 8k from a frame 8j + 1 on.
+                prompt, or one per video, which may be empty beside others that are not: plain text-to-video with the anchor
+                LoRA on. In CogVideoX 1.5 two latent frames are a patch, anchored together: frame 0 has one to itself, any other
+                anchor needs a second one among the 8 frames of its patch, and a run of frames fills its patches with 8k + 1
+                frames from frame 0 on or 8k from a frame 8j + 1 on.
 
         The other arguments are those of `__call__`. Returns the frames alone.
         """
@@ -257,7 +255,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
             if request.output_type == "latent":
                 return latents
             with progress.stage("decode"):
-                decode = partial(self.decode, latents, request.num_frames)
+                decode = partial(self.decode, latents)
                 return decode_anchored(decode, request.anchors, request.anchor_decode, request.output_type)
 
     def _encode_texts(self, request: VideoRequest) -> list[torch.Tensor | None]:
@@ -365,13 +363,14 @@ class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
         return step
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, num_frames: int, output_type: str = "np"):
-        """Latents `(B, f, C, h, w)` of a video of `num_frames`, padding included, to frames, two latent frames at a time.
+    def decode(self, latents: torch.Tensor, output_type: str = "np"):
+        """Latents `(B, f, C, h, w)`, padding included, to frames, two latent frames at a time.
 
         `output_type="uint8"` gives a `np.ndarray` of shape `(B, F, H, W, 3)`.
         """
-        num_latent_frames = (num_frames - 1) // self.vae_scale_factor_temporal + 1
-        latents = latents[:, -num_latent_frames:].to(get_module_execution_device(self.vae), dtype=self.vae.dtype)
+        # A video has an odd number of latents, a first one and pairs: as much padding as that first one alone.
+        latents = latents[:, num_padding_frames(1, self.transformer.patch_size_t) :]
+        latents = latents.to(get_module_execution_device(self.vae), dtype=self.vae.dtype)
         latents = 1 / self.vae_scaling_factor_image * latents.permute(0, 2, 1, 3, 4)
         with exclusive(self.vae):
             return decode_video(self.vae, latents, output_type)

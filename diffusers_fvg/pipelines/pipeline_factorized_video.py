@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, SchedulerMixin, WanPipeline, WanTransformer3DModel
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
@@ -42,6 +43,8 @@ from .request import AnchorResolver, Image, StepCallback, VideoRequest
 from .stages import FactorizedStages
 
 
+logger = logging.get_logger(__name__)
+
 # Used where neither the call nor the repository says: Wan2.2-TI2V-5B's own size and length.
 WAN_CALL_DEFAULTS = {"height": 704, "width": 1280, "num_frames": 121, "frame_rate": 24, "max_sequence_length": 512}
 
@@ -64,7 +67,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         anchor_lora (`AnchorLora`, *optional*): loaded into the transformers as adapter `"anchor"`. It is switched off
             while there is no anchor, so that `mode="direct"` is the base model.
         schedulers (`SchedulerPresets`, *optional*): what `preset=` selects from; those of Wan when absent.
-        boundary_ratio (`float`, *optional*): share of the time range below which `transformer_2` takes over.
+        boundary_ratio (`float`, *optional*): share of the time range below which `transformer_2` takes over; needed with it.
         expand_timesteps (`bool`, *optional*): the base has a native first-frame mode (Wan2.2-TI2V-5B). Kept in the config
             for stock pipelines; per-frame times are used here whenever there is an anchor.
         call_defaults (`dict`, *optional*): `height`, `width`, `num_frames`, `frame_rate`, `max_sequence_length` and
@@ -103,6 +106,11 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         if transformer is None:
             raise ValueError("`transformer` is None: the repository has no video model, which every mode needs.")
         check_number("boundary_ratio", boundary_ratio)
+        if transformer_2 is not None and boundary_ratio is None:
+            raise ValueError(
+                "`transformer_2` is never used without `boundary_ratio`, which is 0.875 in Wan2.2-T2V-A14B: pass it, or let "
+                "`from_pipe(pipe)` read it from the pipeline."
+            )
         # `register_modules` asks the VAE which latents a transformer must take.
         self.vae = vae
         super().__init__(
@@ -124,15 +132,24 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             return super()._taken_over(name, component)
         transformer = AnchorConditionedTransformer3D.from_stock(component)
         # A modular pipeline's components come one by one.
-        vae, config = getattr(self, "vae", None), transformer.config
-        channels = config.in_channels if vae is None else vae.config.z_dim
-        if config.in_channels != channels or config.image_dim is not None:
-            raise ValueError(
-                f"`{name}` takes {config.in_channels} channels{' and image embeddings' * (config.image_dim is not None)}, and the "
-                f"VAE's latents have {channels}: it is an image-to-video model, whose first frame comes through channels of its "
-                "own. Use the text-to-video model of its family, to which anchors are frames of the video."
-            )
+        vae = getattr(self, "vae", None)
+        transformer.check_text_to_video(transformer.config, f"`{name}`", None if vae is None else vae.config.z_dim)
         return transformer
+
+    def _check_own(self, request: VideoRequest) -> None:
+        if request.sampling(self) is not None:
+            return
+        config = self.scheduler.config
+        if config.get("use_dynamic_shifting"):
+            raise ValueError(
+                "`scheduler` has `use_dynamic_shifting=True`, whose shift the pipeline would have to compute for each size: set it "
+                "to False, and `shift` or `flow_shift` to the model's."
+            )
+        if config.get("prediction_type", "flow_prediction") != "flow_prediction":
+            logger.warning(
+                f"The scheduler, a {type(self.scheduler).__name__}, is for `prediction_type={config.prediction_type!r}`, and the "
+                "model predicts a flow: make it with `prediction_type='flow_prediction', use_flow_sigmas=True`, if it has those."
+            )
 
     def _check_size(self, height: int, width: int) -> None:
         _, patch_height, patch_width = self.transformer.config.patch_size
@@ -222,7 +239,8 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         Args:
             prompts (`str` or `list[str]`, *optional*): what should happen; or give `prompt_embeds`.
             anchors (`Anchor`, `list[Anchor]` or `list[list[Anchor]]`, *optional*): one list for all videos, one per
-                prompt, or one per video.
+                prompt, or one per video, which may be empty beside others that are not: plain text-to-video with the anchor
+                LoRA on.
 
         The other arguments are those of `__call__`. Returns the frames alone.
         """
@@ -449,8 +467,8 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             storyboard (`list[Moment]` or one list per prompt, *optional*): with `mode="storyboard"`, skips stage 1. A moment
                 becomes the frame nearest to its time; no two may share a latent frame.
             num_moments (`int`, *optional*): with `mode="storyboard"`, the most that stage 1 writes.
-            rewriter_max_new_tokens (`int`, *optional*): stage 1.
-            composer_num_inference_steps, composer_guidance_scale, composer_negative_prompt (*optional*): stage 2.
+            rewriter_max_new_tokens (`int`, *optional*): stage 1; an error where that does not run.
+            composer_num_inference_steps, composer_guidance_scale, composer_negative_prompt (*optional*): stage 2; likewise.
             callback_on_stage_step (`Callable`, *optional*): `callback(pipe, stage, step, steps)` after each step of each
                 stage. Setting `pipe._interrupt = True` in it, or in the other callback, stops the run.
 
