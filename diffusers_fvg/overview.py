@@ -34,7 +34,7 @@ def models_text() -> str:
     lines = [f"{'RECIPE':15}  {'FIRST FRAME':12}" + "".join(f" {name:>11}" for name in CARDS)]
     for recipe in RECIPES.values():
         first = "kept" if recipe.keeps_first_frame else "needs LoRA"
-        cells = "".join(f" {cell:>11}" for cell in _memory(recipe, CARDS))
+        cells = "".join(f" {cell:>11}" for cell in memory_cells(recipe, CARDS))
         lines.append(f"{recipe.name:15}  {first:12}{cells}")
     lines += ["", f"{'REPOSITORY':32}  {'LICENCE':17}  {'GB':>4}  USED BY"]
     sizes = _sizes()
@@ -43,7 +43,7 @@ def models_text() -> str:
     return "\n".join([*lines, "", NOTES])
 
 
-def _memory(recipe: Recipe, profiles: Sequence[str]) -> list[str]:
+def memory_cells(recipe: Recipe, profiles: Sequence[str]) -> list[str]:
     from .pipelines.profiles import model_stages, plan_memory
     from .recipes.outline import make_parts
 

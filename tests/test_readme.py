@@ -1,4 +1,4 @@
-"""README's figures are those of the committed results."""
+"""Figures of the README files are those of the committed results."""
 
 import json
 import re
@@ -6,16 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from diffusers_fvg import RECIPES
+from diffusers_fvg.overview import memory_cells
 from diffusers_fvg.shapes.dreamer_report import report_text
 
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "examples" / "results"
 
 
+def readme(folder: str = ".") -> str:
+    return (ROOT / folder / "README.md").read_text(encoding="utf-8")
+
+
 def test_scores_are_those_of_the_study():
-    (block,) = re.findall(r"```\n(CLAIMS\n.*?)```", README, re.DOTALL)
+    (block,) = re.findall(r"```\n(CLAIMS\n.*?)```", readme("diffusers_fvg/shapes"), re.DOTALL)
     study = (RESULTS / "shapes" / "study.txt").read_text(encoding="utf-8")
     for part in block.strip().split("\n\n"):
         assert part in study
@@ -24,7 +29,7 @@ def test_scores_are_those_of_the_study():
 @pytest.mark.parametrize("number", [0, 1])
 def test_memory_is_that_of_the_benchmark(number):
     run = json.loads((RESULTS / "modulation.json").read_text())["runs"][number]
-    (row,) = re.findall(rf"^\| {run['tokens']:,} \| {run['dtype']}.*$", README, re.MULTILINE)
+    (row,) = re.findall(rf"^\| {run['tokens']:,} \| {run['dtype']}.*$", readme("diffusers_fvg/kernels"), re.MULTILINE)
     stock, ours, ratio = (cell.strip() for cell in row.split("|")[3:6])
     assert (
         stock == f"{run['stock_peak_bytes'] / 2**20:.0f} MiB"
@@ -34,12 +39,13 @@ def test_memory_is_that_of_the_benchmark(number):
 
 
 def test_dreamer_s_table_is_that_of_its_report():
+    page = readme("diffusers_fvg/dreamer")
     report = json.loads((RESULTS / "dreamer_shapes" / "dreamer.json").read_text())
     rows = {(row["row"], row.get("trained_steps")): row for row in report["rows"]}
     keys = {"score_written": 3, "score_true": 3, "detail": 1, "flow": 1}
 
     def cells(start: str) -> list[str]:
-        (line,) = re.findall(rf"^\| {re.escape(start)}.*$", README, re.MULTILINE)
+        (line,) = re.findall(rf"^\| {re.escape(start)}.*$", page, re.MULTILINE)
         return [cell.strip() for cell in line.strip("|").split("|")][2:]
 
     table = {
@@ -68,14 +74,36 @@ def test_dreamer_s_table_is_that_of_its_report():
         f"{claims['detail in dB that goes without PACA', 300]:.1f} dB of the first frame's detail",
         f"after 31 frames {100 * kept:.0f} % of videos",
     ):
-        assert said in " ".join(README.split())
+        assert said in " ".join(page.split())
     assert (RESULTS / "dreamer_shapes" / "dreamer.txt").read_text() == report_text(report) + "\n"
 
 
 def test_figures_beside_a_report_stand_in_it():
-    rows = re.findall(r"^\|(.*)\| \[\w+\]\((examples/results/shapes/\w+\.txt)\) \|$", README, re.MULTILINE)
+    page = readme("diffusers_fvg/shapes")
+    rows = re.findall(r"^\|(.*)\| \[\w+\]\(\.\./\.\./(examples/results/shapes/\w+\.txt)\) \|$", page, re.MULTILINE)
     assert len(rows) >= 5
     for row, path in rows:
         figures = re.findall(r"\d\.\d\d+", row)
         missing = set(figures) - set(re.findall(r"\d\.\d+", (ROOT / path).read_text(encoding="utf-8")))
         assert figures and not missing, (row, missing)
+
+
+def test_the_front_page_is_short_and_its_scores_are_those_of_the_study():
+    assert len(readme().splitlines()) <= 250
+    results = json.loads((RESULTS / "shapes" / "study.json").read_text())["results"]
+    scores = {(row["arm"], row["steps"]): f"{row['score']:.3f}" for row in results}
+    arms = {"the video model alone": "direct", "all three stages": "factorized", "true first frames": "true_anchor"}
+    for start, arm in arms.items():
+        (row,) = re.findall(rf"^\| {start}.*\|$", readme(), re.MULTILINE)
+        assert [cell.strip() for cell in row.split("|")[2:5]] == [scores.get((arm, steps), "") for steps in (4, 15, 50)]
+
+
+def test_the_front_page_s_cards_are_what_is_planned():
+    words = {"none": "all", "model": "stages", "group": "layers"}
+    for name, recipe in RECIPES.items():
+        (row,) = re.findall(rf"^\| `{re.escape(name)}` \|.*\|$", readme(), re.MULTILINE)
+        small, medium, large, larger, largest = (cell.strip() for cell in row.split("|")[4:9])
+        plans = memory_cells(recipe, ("8GB", "12GB", "16GB", "24GB", "32GB", "48GB", "80GB"))
+        pairs = [plan.removesuffix("+").split() for plan in plans]
+        planned = [f"{words[offload]}, {peak}" for offload, peak in pairs]
+        assert planned == [small, medium, medium, large, larger, larger, largest]

@@ -13,15 +13,29 @@ RESULTS = HERE.parent / "results"
 HEAD = """\
 # Benchmarks
 
-Each script compares stock diffusers with this package in one process: first that both compute the same, then both in turn, so
-that a busy machine slows both. Ratios are medians of the rounds. `harness.py` says how time, memory and FLOPs are counted.
+[Front page](../../README.md). Each script compares stock diffusers with this package in one process: first that both compute the same,
+then both in turn, so that a busy machine slows both. Ratios are medians of the rounds. `harness.py` says how time, memory and FLOPs are
+counted; on a CPU with one thread, times are the thread's own CPU seconds.
 
 ```bash
 python examples/benchmarks/benchmark_transformer_step.py --size cpu     # tiny, shapes, cpu, 5b or a14b
 python examples/benchmarks/render.py                                    # this page, from examples/results/*.json
 ```
 
-A figure that is open has its script, which was run at small size; what it needs is named.
+| script `benchmark_...` | against |
+|---|---|
+| `transformer_step` | stock `WanTransformer3DModel` with per-token times, eager and compiled |
+| `training_step` | stock forward and backward with the same LoRA and loss |
+| `attention` | window attention against the best dense backend |
+| `kernels` | the definition, the definition compiled, a copy's bandwidth |
+| `modulation` | peak memory of the stock forward |
+| `forwards` | what was left out: batched guidance, cached keys and values |
+| `pipeline` | stock `WanPipeline` at 50 steps |
+| `loading` | stock `WanPipeline.from_pretrained` |
+| `dreamer` | the same UNet without its designs |
+
+No script has run on a GPU yet: with one, `--size 5b` is the default and closes what is marked open. A figure that is open has its script,
+which was run at small size; what it needs is named.
 """
 
 

@@ -312,7 +312,7 @@ def test_no_accelerator():
 
 def test_readme_s_table_is_what_is_planned(real):
     words = {"none": "all", "model": "stages", "group": "layers"}
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(profiles.__file__).parent / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (Wan2\.2-\S+), \d+x\d+, \d+ frames \| (.*) \|$", readme, re.MULTILINE)
     assert len(rows) == 2
     for model, cells in rows:

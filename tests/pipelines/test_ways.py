@@ -442,7 +442,7 @@ def test_a_rewriter_is_asked_as_one_of_ours_is(way, wan_pipe, ours_saved, chat_m
 def table_of(title):
     """Rows of the table below a heading of the README beside the pipelines, the row of column names first."""
     text = (Path(diffusers_fvg.__file__).parent / "pipelines" / "README.md").read_text(encoding="utf-8")
-    section = text.split(f"## {title}\n")[1].split("\n## ")[0]
+    section = re.split(r"\n##+ ", text.split(f"### {title}\n")[1])[0]
     rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in re.findall(r"^\|.*\|$", section, re.M)]
     return [rows[0], *rows[2:]]
 

@@ -1,0 +1,109 @@
+"""Every command and every block of Python in the README files runs, on the embedded model in place of real names."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import PIL.Image
+import pytest
+from diffusers import WanPipeline, WanTransformer3DModel
+from tiny_dreamer import tiny_unet2d
+
+from diffusers_fvg import load_embedded
+from diffusers_fvg.cli import main
+from diffusers_fvg.embedded import EMBEDDED_FOLDER
+from diffusers_fvg.lora.anchor_lora import WEIGHT_NAME
+
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "diffusers_fvg").glob("*/README.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return [text for kind, text in BLOCK.findall(path.read_text(encoding="utf-8")) if kind == language]
+
+
+def commands(path: Path) -> list[list[str]]:
+    lines = [line for block in blocks(path, "bash") for line in block.splitlines()]
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+
+
+def documents_with(language: str) -> pytest.MarkDecorator:
+    paths = [path for path in DOCUMENTS if blocks(path, language)]
+    return pytest.mark.parametrize("path", paths, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+@pytest.fixture(scope="module")
+def owned(tmp_path_factory):
+    """What a reader has: pipelines and models, saved in folders of their names."""
+    pipe, folder = load_embedded(), tmp_path_factory.mktemp("owned")
+    parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
+    wan = WanPipeline(**parts, transformer=WanTransformer3DModel.from_config(pipe.transformer.config))
+    wan.save_pretrained(folder / "wan")
+    # Room for the instruction of a chat model that was not trained for this.
+    pipe.rewriter.model.config.max_position_embeddings = pipe.rewriter.tokenizer.model_max_length = 4096
+    for part in (pipe.rewriter.model, pipe.rewriter.tokenizer):
+        part.save_pretrained(folder / "chat-model")
+    pipe.composer.pipeline.save_pretrained(folder / "text-to-image")
+    return wan, folder
+
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch, hub, owned):
+    """A reader's folder right after `make demo`, with the named repositories on the tests' Hub."""
+    shutil.copy(EMBEDDED_FOLDER / "anchor_lora" / WEIGHT_NAME, tmp_path / "anchor.safetensors")
+    hub.add("org/fvg", EMBEDDED_FOLDER)
+    hub.add("Wan-AI/Wan2.2-TI2V-5B-Diffusers", owned[1] / "wan")
+    hub.add("org/text-to-image", owned[1] / "text-to-image")
+    hub.add("org/chat-model", owned[1] / "chat-model")
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    monkeypatch.chdir(tmp_path)
+
+
+def run(words: list[str]) -> None:
+    program, *arguments = words
+    if program == "make":
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in arguments)
+    elif program == "pip":
+        (extra,) = re.findall(r"^\.(?:\[(\w+)\])?$", arguments[-1])
+        assert arguments[0] == "install"
+        assert not extra or f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    elif program == "python":
+        # Each has a test of its own that runs it.
+        assert (ROOT / arguments[0]).is_file()
+    else:
+        assert program == "fvg"
+        for place, word in enumerate(words[1:]):
+            # Real weights, and videos of their size: the embedded model takes their place.
+            if words[place] == "--model" and word != "org/fvg":
+                arguments[place] = str(EMBEDDED_FOLDER)
+        assert main(arguments) == 0, shlex.join(words)
+
+
+@documents_with("bash")
+def test_every_command_runs(path, desk):
+    for words in commands(path):
+        run(words)
+
+
+@documents_with("python")
+def test_every_block_of_python_runs(path, desk, owned):
+    """One after the other, as a reader would go through them, who has pipelines already."""
+    pipe = load_embedded()
+    reader_has = {
+        "pipe": pipe,
+        "picture": PIL.Image.new("RGB", (64, 64), (128, 128, 128)),
+        "wan": owned[0],
+        "another_wan": owned[0],
+        "flux": pipe.composer.pipeline,
+        "chat_model": pipe.rewriter.model,
+        "tokenizer": pipe.rewriter.tokenizer,
+        "sd_pipe": SimpleNamespace(unet=tiny_unet2d()),
+    }
+    for block in blocks(path, "python"):
+        block = block.replace('"cuda"', '"cpu"').replace('"24GB"', '"cpu"')
+        exec(compile(block, str(path), "exec"), reader_has)
