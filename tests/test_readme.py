@@ -95,7 +95,9 @@ def test_the_front_page_is_short_and_its_scores_are_those_of_the_study():
     arms = {"the video model alone": "direct", "all three stages": "factorized", "true first frames": "true_anchor"}
     for start, arm in arms.items():
         (row,) = re.findall(rf"^\| {start}.*\|$", readme(), re.MULTILINE)
-        assert [cell.strip() for cell in row.split("|")[2:5]] == [scores.get((arm, steps), "") for steps in (4, 15, 50)]
+        assert [cell.strip() for cell in row.split("|")[2:5]] == [
+            scores.get((arm, steps), "") for steps in (4, 15, 50)
+        ]
 
 
 def test_the_front_page_s_cards_are_what_is_planned():
