@@ -21,7 +21,7 @@ def _versions() -> dict[str, str]:
 def write(arguments: argparse.Namespace, pipe, request, frames, record: dict, captions, anchors) -> None:
     """Video and strip; `record` tells how the video was made, pictures and their captions are those of the strip."""
     from ..media import write_strip, write_video
-    from ..recipes import hub_revisions
+    from ..pipelines.record import hub_revisions
 
     frame_rate, preset = pipe.call_defaults["frame_rate"], request.sampling(pipe)
     model = arguments.model or "embedded"
