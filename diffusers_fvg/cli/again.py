@@ -92,17 +92,18 @@ def _take_model(arguments: argparse.Namespace, record: dict[str, Any]) -> None:
     recipe = RECIPES.get(model)
     if recipe is None and "/" not in model:
         raise ValueError(f"--from: the model was a folder called {model!r}; give it as --model.")
-    if Path(model).exists():
-        raise ValueError(f"--from: the model {model!r} is also a folder here; say by --model which is meant.")
+    taken = {"model": model, "composer": parts.get("composer", ""), "lora": parts.get("anchor_lora", "")}
+    for flag, name in taken.items():
+        if name and (Path(name).exists() or Path(name.partition("@")[0]).exists()):
+            raise ValueError(f"--from: {name!r} of the record is also a place here; say by --{flag} which is meant.")
     arguments.model, revision = model, record.get("revision")
     if recipe is not None:
         base, _, revision = parts.get("vae", "").partition("@")
         revision = revision if base == recipe.facts.repository else None
-        composer = parts.get("composer", "")
-        if arguments.composer is None and composer.partition("@")[0] != recipe.composer.repository:
-            arguments.composer = composer or None
+        if arguments.composer is None and taken["composer"].partition("@")[0] != recipe.composer.repository:
+            arguments.composer = taken["composer"] or None
     arguments.revision = arguments.revision or revision or None
-    arguments.lora = arguments.lora or parts.get("anchor_lora")
+    arguments.lora = arguments.lora or taken["lora"] or None
     named = {"model": f"{model}@{arguments.revision}" if arguments.revision else model}
     named |= {"composer": arguments.composer, "LoRA": arguments.lora}
     print("from the record:    " + ", ".join(f"{part} {name}" for part, name in named.items() if name))

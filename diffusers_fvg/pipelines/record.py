@@ -73,6 +73,10 @@ def make_records(
         seeds: of each video.
     """
     of_call = _settings(pipe, request) | surroundings(pipe)
+    if moments is None or request.first_frame_prompt is not None or request.storyboard is not None:
+        # It wrote nothing of this.
+        of_call["rewriter"] = None
+        of_call["hub_revisions"].pop("rewriter", None)
     hashes: dict[int, list[str]] = {}
     records = []
     for video in range(request.num_videos):
@@ -97,14 +101,17 @@ def make_records(
 
 def surroundings(pipe: FactorizedStages) -> dict[str, Any]:
     """What a call runs with, apart from its arguments."""
-    parts = {name: getattr(part, "dtype", None) for name, part in pipe.components.items()}
+    parts = {name: getattr(part, "dtype", None) for name, part in pipe.components.items() if name != "rewriter"}
+    experts, origin = pipe._experts(), getattr(pipe, "origin", {})
     found = {
         "pipeline": type(pipe).__name__,
-        "model": model_name(pipe.name_or_path),
-        "revision": _revision(pipe),
-        "hub_revisions": hub_revisions(pipe),
+        "model": origin.get("repository") or model_name(pipe.name_or_path),
+        "revision": origin.get("revision") or _revision(pipe),
+        "hub_revisions": dict(sorted(hub_revisions(pipe).items())),
         "rewriter": _rewriter_name(pipe.rewriter),
-        "adapters": {name: found for name, expert in pipe._experts().items() if (found := _adapters(expert))},
+        "adapters": {name: found for name, expert in experts.items() if (found := _adapters(expert))},
+        "quantization": {name: found for name, expert in experts.items() if (found := _quantization(expert))},
+        "vae_tiling": bool(getattr(pipe.vae, "use_tiling", False)),
         "frame_rate": pipe.call_defaults["frame_rate"],
         "device": pipe._execution_device.type,
         "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in parts.items() if dtype is not None},
@@ -193,6 +200,21 @@ def _adapters(model: torch.nn.Module) -> dict[str, Any]:
             is_on = name in layer.merged_adapters or name in layer.active_adapters and not layer.disable_adapters
             found.setdefault(Path(name).name, set()).add(round(scaling / trained, 6) if is_on else 0.0)
     return {name: values.pop() if len(values) == 1 else sorted(values) for name, values in found.items()}
+
+
+def _quantization(model: torch.nn.Module) -> str | None:
+    """How weights are kept, where it is not in the dtype that they are computed in."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        config = quantizer.quantization_config
+        method = getattr(config.quant_method, "value", config.quant_method)
+        return f"{method}-4bit" if getattr(config, "load_in_4bit", False) else str(method)
+    for module in model.modules():
+        hooks = getattr(module, "_diffusers_hook", None)
+        casting = None if hooks is None else hooks.get_hook("layerwise_casting")
+        if casting is not None:
+            return str(casting.storage_dtype).removeprefix("torch.")
+    return None
 
 
 def scheduler_config(scheduler: Any) -> dict[str, Any]:

@@ -6,7 +6,6 @@ what it does not know is refused, and a call with it is a call with the same arg
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import re
@@ -107,7 +106,7 @@ def replay(
         raise ValueError(
             f"The record is of a {record['pipeline']}, and this is a {type(pipe).__name__}: load the other."
         )
-    call = _call_of(pipe, record, images, changes)
+    call = recorded_call(record, images, changes)
     draws = {}
     if "generator" not in changes:
         shape = pipe._latents_shape(1, call["num_frames"], call["height"], call["width"])
@@ -117,6 +116,8 @@ def replay(
         logger.warning(f"The video may differ from the recorded one: {'; '.join(told)}.")
     before = draws["generator"].get_state() if "latents" in draws else None
     output = pipe(**draws | call, return_dict=True)
+    if {"first_frame_prompt", "storyboard"} & (call.keys() - changes.keys()):
+        _keep_writer(output.records, record)
     if before is not None and "latents" not in changes:
         if not torch.equal(before, draws["generator"].get_state()):
             logger.warning(
@@ -131,6 +132,15 @@ def replay(
     return output
 
 
+def _keep_writer(records: list[dict[str, Any]], record: Mapping[str, Any]) -> None:
+    """What wrote the captions is what wrote them at first."""
+    writer = (record.get("hub_revisions") or {}).get("rewriter")
+    for made in records:
+        made["rewriter"] = record.get("rewriter")
+        if writer is not None:
+            made["hub_revisions"] = dict(sorted({**made["hub_revisions"], "rewriter": writer}.items()))
+
+
 def differences(pipe: FactorizedStages, record: Mapping[str, Any]) -> list[str]:
     """What a record was made with and a pipeline does not have, one line each."""
     there, here = dict(record), surroundings(pipe)
@@ -139,10 +149,10 @@ def differences(pipe: FactorizedStages, record: Mapping[str, Any]) -> list[str]:
     there["composer"] = (record.get("composer") or {}) if _is_drawn(record) else {}
     here["composer"] = (composer_call(pipe, record) or {}) if there["composer"] else {}
     found = []
-    for key in ("model", "revision", "frame_rate", "device"):
+    for key in ("model", "revision", "frame_rate", "device", "vae_tiling"):
         if there.get(key) != here[key]:
             found.append(f"{key} {there.get(key)!r}, here {here[key]!r}")
-    for key in ("versions", "hub_revisions", "dtypes", "adapters", "scheduler", "composer"):
+    for key in ("versions", "hub_revisions", "dtypes", "quantization", "adapters", "scheduler", "composer"):
         recorded, own = there.get(key) or {}, here[key]
         # Captions come from the record, and pictures where they were given.
         skipped = {"rewriter"} | (set() if _is_drawn(record) else {"composer"})
@@ -187,10 +197,8 @@ def _is_drawn(record: Mapping[str, Any]) -> bool:
     return record.get("first_frame_prompt") is not None
 
 
-def _call_of(
-    pipe: FactorizedStages, record: Mapping[str, Any], images: Any, changes: dict[str, Any]
-) -> dict[str, Any]:
-    """Arguments of the call, without its generator."""
+def recorded_call(record: Mapping[str, Any], images: Any, changes: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the call that [`replay`] makes, without its generator; raises `ValueError` as [`replay`] does."""
     names = ["prompt", "motion_prompt", "negative_prompt", "first_frame_prompt", *SETTINGS, "composer_negative_prompt"]
     names += ["preset", "num_inference_steps", "guidance_scale", "guidance_scale_2"]
     call = {name: record[name] for name in names if record.get(name) is not None}
@@ -222,8 +230,7 @@ def _call_of(
     missing = [name for name in record.get("not_recorded") or () if name in kinds and name not in changes]
     if missing:
         raise ValueError(f"The video was made with `{missing[0]}`, which a record does not hold: pass it again.")
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    return {name: value for name, value in call.items() if name in parameters} | changes
+    return call | changes
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------
@@ -311,6 +318,14 @@ def _model(value: Any) -> bool:
     return value.count("/") <= 1
 
 
+def _repository(value: Any) -> bool:
+    """A repository on the Hub with its commit."""
+    if not _text(255)(value):
+        return False
+    name, _, revision = value.partition("@")
+    return "/" in name and _model(name) and re.fullmatch(r"[\w./-]{0,100}", revision) is not None
+
+
 def _storyboard(value: Any) -> bool:
     fields = {"caption", "time"}
     if not _each(lambda item: isinstance(item, dict) and item.keys() == fields and _text()(item["caption"]))(value):
@@ -376,9 +391,10 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "pipeline": _matches(r"[A-Za-z0-9]{1,100}"),
     **dict.fromkeys(("model", "rewriter"), _model),
     "revision": _matches("[0-9a-f]{40}"),
-    "hub_revisions": _named(_matches(r"[\w.-]{1,100}/[\w.-]{1,100}(@[\w./-]{1,100})?")),
+    "hub_revisions": _named(_repository),
     "versions": _named(_matches(r"[\w.+!-]{1,100}")),
     "adapters": _named(_named(lambda value: _number(value) or _each(_number)(value))),
-    "dtypes": _named(_matches(r"\w{1,40}")),
+    **dict.fromkeys(("dtypes", "quantization"), _named(_matches(r"[\w-]{1,40}"))),
+    "vae_tiling": lambda value: isinstance(value, bool),
     "device": _WORD,
 }

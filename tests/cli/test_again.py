@@ -44,7 +44,7 @@ def again(video, output, *more) -> int:
 
 @pytest.mark.parametrize(
     "mode",
-    ["factorized", "storyboard", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("direct", "caption"))],
+    ["factorized", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("direct", "storyboard", "caption"))],
 )
 def test_a_video_is_made_again_bit_for_bit(mode, tmp_path, capsys):
     first, second = tmp_path / "first.mp4", tmp_path / "second.mp4"
@@ -92,9 +92,13 @@ def test_a_video_tells_its_story_or_nothing(video, tmp_path):
     ("change", "message"),
     [
         ({"model": "org/fvg", "revision": "0" * 40}, "org/fvg"),
-        ({"model": "my model"}, "its model was a folder called 'my model'; give it as --model"),
-        ({"model": "here/model"}, "'here/model' is also a folder here"),
-        ({"model": None}, "give it as --model"),
+        ({"model": "my model"}, "the model was a folder called 'my model'; give it as --model"),
+        ({"model": "here/model"}, "'here/model' of the record is also a place here"),
+        ({"model": None}, "names no model; give it as --model"),
+        (
+            {"model": "wan2.2-5b", "hub_revisions": {"anchor_lora": "here/model@" + "0" * 40}},
+            "'here/model@0+' of the record is also a place here; say by --lora",
+        ),
         ({"model": "/etc"}, "which no call has"),
         ({"custom_pipeline": "x"}, "unknown key 'custom_pipeline'"),
         ({"pipeline": "FactorizedCogVideoXPipeline"}, "The record is of a FactorizedCogVideoXPipeline"),

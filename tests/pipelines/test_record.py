@@ -18,6 +18,7 @@ from tiny_dreamer import tiny_dreamer_pipeline
 
 from diffusers_fvg import Anchor, ChatEndpoint, FirstFrameRewriter, Moment, read_record, replay
 from diffusers_fvg.media import write_video
+from diffusers_fvg.pipelines.record import surroundings
 from diffusers_fvg.pipelines.replay import check_record
 from diffusers_fvg.pipelines.seeds import restored_draws, video_seeds
 
@@ -101,6 +102,15 @@ def test_a_record_says_what_was_asked_for_and_what_was_settled(record):
     assert record["composer"]["num_inference_steps"] == 2 and record["composer"]["pipeline"] == "WanPipeline"
     assert (record["device"], record["dtypes"]["transformer"]) == ("cpu", "float32")
     assert record["versions"]["torch"] == torch.__version__
+
+
+def test_weights_in_fewer_bits_and_tiles_are_recorded():
+    pipe = tiny_pipeline()
+    assert (surroundings(pipe)["quantization"], surroundings(pipe)["vae_tiling"]) == ({}, False)
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    pipe.vae.enable_tiling()
+    here = surroundings(pipe)
+    assert (here["quantization"], here["vae_tiling"]) == ({"transformer": "float8_e4m3fn"}, True)
 
 
 def test_a_tuple_ends_with_the_records(pipes):
@@ -272,6 +282,7 @@ HOSTILE = {
     "path upwards": {"model": "../model"},
     "url": {"model": "https://host/model"},
     "windows path": {"model": "C:\\model"},
+    "path in a revision": {"hub_revisions": {"anchor_lora": "../lora"}},
     "url in a revision": {"hub_revisions": {"vae": "http://host/x"}},
     "size": {"height": 10**9},
     "pixels": {"height": 8192, "width": 8192, "num_frames": 10_000},
