@@ -22,7 +22,7 @@ from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .. import __version__
-from ..animate.anchor import Anchor, pictures_of
+from ..animate.anchor import Anchor
 from ..publishing.privacy import hub_name
 from ..rewrite.storyboard import Moment
 from .seeds import Seed
@@ -184,7 +184,9 @@ def _settings(pipe: FactorizedStages, request: VideoRequest) -> dict[str, Any]:
 def _anchor(anchor: Anchor, hashes: dict[int, list[str]]) -> dict[str, Any]:
     """Videos of one prompt share their pictures: each is hashed once."""
     if id(anchor.image) not in hashes:
-        hashes[id(anchor.image)] = [picture_hash(picture) for picture in pictures_of(anchor.image)]
+        # Decoded: tensors.
+        pictures = anchor.image if isinstance(anchor.image, list) else [anchor.image]
+        hashes[id(anchor.image)] = [picture_hash(picture) for picture in pictures]
     return {"frame_index": anchor.frame_index, "strength": anchor.strength, "sha256": hashes[id(anchor.image)]}
 
 
