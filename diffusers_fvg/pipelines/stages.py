@@ -55,8 +55,7 @@ class FactorizedStages(ABC):
     safety_checker: Callable[[PIL.Image.Image], bool | str | None] | None = None
     prompt_check: Callable[[str, bool], None] | None = None
     default_presets: SchedulerPresets
-    # Guidance of a call with the user's own scheduler, where the call does not say.
-    own_guidance_scale: float
+    own_guidance_scale: float  # With the user's own scheduler.
     default_call: dict[str, Any]
     # The file that makes a saved repository load without an import of this package: see `save_pretrained`.
     pipeline_shim: str
