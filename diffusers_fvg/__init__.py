@@ -35,12 +35,14 @@ _MODULES = {
     "apply_memory_profile": "pipelines.profiles",
     "assemble": "publishing.assembly",
     "decode_frames": "animate.decoding",
-    "hub_revisions": "recipes",
+    "hub_revisions": "pipelines.record",
     "load": "recipes",
     "load_embedded": "embedded",
     "load_embedded_dreamer": "embedded",
     "load_lora": "lora.loader",
     "push": "publishing.push",
+    "read_record": "pipelines.replay",
+    "replay": "pipelines.replay",
 }
 __all__ = ["__version__", "register", *sorted(_MODULES)]
 

@@ -16,6 +16,7 @@ from typing import Any
 import av
 import numpy as np
 import torch
+from av.bitstream import BitStreamFilterContext
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from PIL import Image, ImageDraw, ImageFont
 
@@ -24,6 +25,8 @@ Frames = np.ndarray | torch.Tensor | list[Image.Image]
 
 # Visually lossless for photographs (x264's own scale, 0 to 51); flat coloured shapes come back within a few levels.
 CRF = 15
+# Longest comment that is read, in characters: a record has some thousands.
+MAX_COMMENT = 1_000_000
 
 TILE_SIZE = 192
 MARGIN, GAP, BORDER = 28, 14, 4
@@ -75,14 +78,16 @@ def write_video(
 ) -> None:
     """Writes an mp4 that plays everywhere: H.264, 4:2:0, BT.709, constant frame rate, index at the front.
 
-    The file appears whole or not at all; missing folders are made.
+    The file appears whole or not at all; missing folders are made. It says nothing of the programs that wrote it and of this
+    machine: what it tells beside the picture is `metadata`.
 
     Args:
         path (`str` or `Path`): the file, ending in `.mp4`.
         frames (see [`frames_to_uint8`], or an iterator of `np.ndarray` of shape `(H, W, 3)`): what to show. An iterator, such
             as [`~animate.decoding.decode_frames`], is asked for the next frame when the one before is written.
         frame_rate (`float`): frames per second.
-        metadata (`dict`, *optional*): anything JSON holds, kept as the file's comment; its `"prompt"` is also the title.
+        metadata (`dict`, *optional*): anything JSON holds, kept as the file's comment, such as a video's record
+            (`out.records[0]`); its `"prompt"` is also the title.
             [`read_video_metadata`] gives it back.
         scale (`int`, *optional*): each pixel becomes a square of `scale` x `scale`, as players blur tiny videos.
 
@@ -105,13 +110,13 @@ def write_video(
             f"crop to {height - height % 2}x{width - width % 2} or pass scale={2 * scale}"
         )
 
-    metadata = metadata or {}
-    tags = {"comment": json.dumps(metadata, ensure_ascii=False)}
-    if "prompt" in metadata:
+    tags = {} if metadata is None else {"comment": json.dumps(metadata, ensure_ascii=False)}
+    if metadata and metadata.get("prompt") is not None:
         tags["title"] = str(metadata["prompt"])
     with (
         _appearing_whole(path) as unfinished,
-        av.open(unfinished, "w", options={"movflags": "faststart"}) as container,
+        # Bit-exact: without the muxer's name and version.
+        av.open(unfinished, "w", options={"movflags": "faststart", "fflags": "+bitexact"}) as container,
     ):
         container.metadata.update(tags)
         stream = container.add_stream("libx264", rate=Fraction(frame_rate).limit_denominator(1001))
@@ -121,17 +126,19 @@ def write_video(
         context = stream.codec_context
         context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+        # x264 writes its version, its settings and the machine's number of threads into the stream, as a unit of type 6.
+        plain = BitStreamFilterContext("filter_units=remove_types=6", stream)
         for frame in itertools.chain([first], frames):
             enlarged = frame.repeat(scale, axis=0).repeat(scale, axis=1)
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(enlarged), format="rgb24")
-            container.mux(
-                stream.encode(
-                    picture.reformat(
-                        format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-                    )
-                )
+            picture = picture.reformat(
+                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
             )
-        container.mux(stream.encode())
+            for packet in stream.encode(picture):
+                container.mux(plain.filter(packet))
+        for packet in stream.encode():
+            container.mux(plain.filter(packet))
+        container.mux(plain.filter(None))
 
 
 def _one_size(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
@@ -165,13 +172,14 @@ def read_video_metadata(path: str | Path) -> dict[str, Any]:
     """What [`write_video`] was given as `metadata`.
 
     Raises:
-        `ValueError`: not a video, or one that another program wrote.
+        `ValueError`: not an mp4, or one that another program wrote.
     """
-    with _opened(path) as container:
+    # Of one format: a playlist by that name would send the reader to other files.
+    with _opened(path, "mp4") as container:
         comment = container.metadata.get("comment", "")
     try:
-        metadata = json.loads(comment)
-    except json.JSONDecodeError:
+        metadata = json.loads(comment) if len(comment) <= MAX_COMMENT else None
+    except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
         raise ValueError(f"{path} carries no generation metadata: its comment is {comment[:80]!r}")
@@ -301,9 +309,9 @@ def _appearing_whole(path: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[av.container.InputContainer]:
+def _opened(path: str | Path, file_format: str | None = None) -> Iterator[av.container.InputContainer]:
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), format=file_format) as container:
             if not container.streams.video:
                 raise ValueError(f"{path} holds no video")
             yield container

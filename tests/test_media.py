@@ -94,6 +94,8 @@ def test_video_is_what_players_expect(tmp_path, clip):
     assert np.diff(times) == pytest.approx(1001 / 24000)
     data = path.read_bytes()
     assert data.index(b"moov") < data.index(b"mdat")
+    # Nothing of the programs that wrote it, nor of the machine's number of threads.
+    assert b"x264" not in data and b"Lavf" not in data and b"threads" not in data
 
 
 def test_metadata_round_trip(tmp_path, clip):

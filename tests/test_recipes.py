@@ -24,7 +24,7 @@ from tiny_cogvideox import tiny_cogvideox_components, tiny_cogvideox_pipeline
 from transformers import Qwen3Config, Qwen3Model
 
 import diffusers_fvg
-from diffusers_fvg import hub_revisions, load
+from diffusers_fvg import FactorizedVideoPipeline, hub_revisions, load
 from diffusers_fvg.cli import main
 from diffusers_fvg.media import read_video, read_video_metadata
 from diffusers_fvg.schedules.cogvideox import COGVIDEOX_1_5_SCHEDULE
@@ -289,6 +289,59 @@ def test_a_folder_comes_before_a_recipe(hub, folders, tmp_path, monkeypatch):
     (tmp_path / "wan2.2-5b").symlink_to(folders / BASES["wan2.1-1.3b"])
     pipe = load("wan2.2-5b", rewriter=tiny_rewriter())
     assert pipe.transformer.config.in_channels == 16 and pipe.rewriter is not None and hub.requests == []
+
+
+# -- again ------------------------------------------------------------------------------------------------------------
+
+
+def again(video: Path, *more: str) -> int:
+    return main(["generate", "--from", str(video), "--output", str(video.with_name("again.mp4")), "--quiet", *more])
+
+
+@pytest.mark.slow
+def test_a_recipe_s_video_is_made_again_of_its_commits(hub, repositories, folders, lora, tmp_path, capsys):
+    tiny_composer().pipeline.save_pretrained(tmp_path / "t2i")
+    hub.add("org/t2i", tmp_path / "t2i")
+    hub.add("org/lora", Path(lora("wan2.1-1.3b")).parent)
+    more = ("--lora", "org/lora/anchor.safetensors", "--composer", "org/t2i")
+    assert generate("wan2.1-1.3b", tmp_path / "video.mp4", *more) == 0
+    record = read_video_metadata(tmp_path / "video.mp4")
+    for name in ("org/t2i", "org/lora", BASES["wan2.1-1.3b"]):
+        # Newer commits, of which nothing is wanted.
+        hub.add(name, folders / REWRITER)
+    capsys.readouterr()
+    assert again(tmp_path / "video.mp4") == 0
+    assert (tmp_path / "video.mp4").read_bytes() == (tmp_path / "again.mp4").read_bytes()
+    revisions, printed = record["hub_revisions"], capsys.readouterr().out
+    assert revisions["rewriter"].startswith(REWRITER)
+    commit = revisions["vae"].partition("@")[2]
+    told = f"model wan2.1-1.3b@{commit}, composer {revisions['composer']}, LoRA {revisions['anchor_lora']}"
+    assert f"from the record:    {told}\n" in printed
+
+
+def test_a_repository_s_video_is_made_again_of_its_commit(hub, tmp_path, capsys, monkeypatch):
+    pipe = tiny_pipeline()
+    pipe.save_pretrained(tmp_path / "fvg")
+    commit = hub.add("org/fvg", tmp_path / "fvg")
+    size = ["--height", "32", "--width", "32", "--num-frames", "5", "--steps", "1", "--device", "cpu", "--quiet"]
+    call = ["generate", PROMPT, "--model", "org/fvg", *size, "--output", str(tmp_path / "video.mp4")]
+    assert main(call) == 0
+    record = read_video_metadata(tmp_path / "video.mp4")
+    assert (record["model"], record["revision"]) == ("org/fvg", commit)
+    # The plain way to load it tells the same.
+    loaded = FactorizedVideoPipeline.from_pretrained("org/fvg")
+    there = loaded(PROMPT, mode="direct", height=32, width=32, num_frames=5, num_inference_steps=1).records[0]
+    assert (there["model"], there["revision"]) == ("org/fvg", commit)
+    torch.nn.init.zeros_(pipe.transformer.proj_out.weight)
+    pipe.save_pretrained(tmp_path / "fvg")
+    hub.add("org/fvg", tmp_path / "fvg")
+    assert again(tmp_path / "video.mp4") == 0
+    assert (tmp_path / "video.mp4").read_bytes() == (tmp_path / "again.mp4").read_bytes()
+    warnings = []
+    monkeypatch.setattr("diffusers_fvg.pipelines.replay.logger.warning", warnings.append)
+    assert again(tmp_path / "video.mp4", "--model", "org/fvg", "--overwrite") == 0
+    assert f"revision '{commit}', here" in warnings[0]
+    assert (tmp_path / "video.mp4").read_bytes() != (tmp_path / "again.mp4").read_bytes()
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

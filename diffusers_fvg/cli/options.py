@@ -113,6 +113,7 @@ def add_video(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strip", type=Path, metavar="FILE", help="also write a PNG with prompt, anchor and some frames"
     )
+    parser.add_argument("--no-metadata", action="store_true", help="the mp4 does not say how it was made")
     add_overwrite(parser)
 
 

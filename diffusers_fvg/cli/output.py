@@ -6,33 +6,12 @@ import argparse
 import json
 from pathlib import Path
 
-from .. import __version__
 
-
-def _versions() -> dict[str, str]:
-    import diffusers
-    import torch
-    import transformers
-
-    modules = {"diffusers": diffusers, "torch": torch, "transformers": transformers}
-    return {"diffusers-fvg": __version__} | {name: module.__version__ for name, module in modules.items()}
-
-
-def write(arguments: argparse.Namespace, pipe, request, frames, record: dict, captions, anchors) -> None:
+def write(arguments: argparse.Namespace, pipe, frames, record: dict, captions, anchors) -> None:
     """Video and strip; `record` tells how the video was made, pictures and their captions are those of the strip."""
     from ..media import write_strip, write_video
-    from ..recipes import hub_revisions
 
-    frame_rate, preset = pipe.call_defaults["frame_rate"], request.sampling(pipe)
-    model = arguments.model or "embedded"
-    metadata = {
-        **record,
-        # Of a folder nothing but its name: paths are those of this machine.
-        "model": Path(model).resolve().name if Path(model).is_dir() else model,
-        "hub_revisions": hub_revisions(pipe),
-        "preset": None if preset is None else preset.name,
-        "versions": _versions(),
-    }
+    frame_rate, metadata = pipe.call_defaults["frame_rate"], None if arguments.no_metadata else record
     # A player shows the embedded model's 64 pixels as a stamp: enlarged by whole factors, which keeps edges sharp.
     scale = max(1, 384 // frames.shape[1])
     write_video(arguments.output, frames, frame_rate, metadata=metadata, scale=scale)

@@ -89,6 +89,9 @@ class Model:
             **self.parts,
         )
         pipe.prompt_check = self.outline.prompt_check
+        if arguments.model is None:
+            # Records name it so.
+            pipe.register_to_config(_name_or_path="embedded")
         if quantization == "fp8":
             _store_in_fp8(pipe)
         pipe.set_progress_bar_config(disable=arguments.quiet)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..flags import Number, Whole, check_file, check_folder, free_name
+from .again import add_from, take_over
 from .options import (
     add_composer,
     add_lora,
@@ -25,7 +25,8 @@ from .pipeline import Model, look
 
 def add_generate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("generate", help="a prompt becomes a video, through all three stages")
-    parser.add_argument("prompt", help="what should happen")
+    parser.add_argument("prompt", nargs="?", help="what should happen; may be left out with --from")
+    add_from(parser)
     add_call(parser)
     add_lora(parser)
     add_video(parser)
@@ -172,29 +173,39 @@ def _generator(seed: int) -> dict[str, Any]:
 def _generate(arguments: argparse.Namespace) -> None:
     _check_outputs(arguments, "video.mp4", ".mp4")
     image = open_image(arguments.image) if arguments.image else None
-    call = call_of(arguments, (*SAMPLING, "anchor_decode", "mode", "num_moments", "first_frame_prompt"))
-    call |= {"prompt": arguments.prompt} | ({} if image is None else {"image": image})
+    call = call_of(arguments, ("prompt", *SAMPLING, "anchor_decode", "mode", "num_moments", "first_frame_prompt"))
+    call |= {} if image is None else {"image": image}
+    if arguments.source is None and arguments.prompt is None:
+        raise ValueError("give a prompt, or --from VIDEO to make a video again.")
+    again = None if arguments.source is None else take_over(arguments, call)
     model = look(arguments, **needed_parts(arguments))
-    request = model.check(**call)
-    pipe, seed = model.load(request.height, request.width, request.num_frames), _drawn_seed(arguments)
-    output = pipe(**call, **_generator(seed))
-    caption = captions = output.first_frame_prompts[0] if output.first_frame_prompts else None
+    request = model.check(**call if again is None else again.call)
+    pipe = model.load(request.height, request.width, request.num_frames)
+    draws = _generator(_drawn_seed(arguments)) if again is None or arguments.seed is not None else {}
+    output = pipe(**call, **draws) if again is None else again.make(pipe, draws)
+    record = output.records[0]
+    caption = captions = record["first_frame_prompt"]
     anchor = output.anchor_images[0] if output.anchor_images else image
-    print(f"prompt:             {arguments.prompt}")
+    print(f"prompt:             {record['prompt']}")
     if caption:
         print(f"first-frame prompt: {caption}")
-    record = {"prompt": arguments.prompt, "first_frame_prompt": caption, "seeds": output.seeds[0]}
     if output.storyboards:
-        record["storyboard"] = [asdict(moment) for moment in output.storyboards[0]]
         captions = [moment.caption for moment in output.storyboards[0]]
         for moment in output.storyboards[0][1:]:
             print(f"{f'moment at {moment.time:.0%}:':19s} {moment.caption}")
-    print(f"seeds:              {output.seeds[0]}")
+    print(f"seeds:              {_shown(output.seeds[0])}")
     print("seconds:            " + ", ".join(f"{name} {value:.1f}" for name, value in output.timings.items()))
-    write(arguments, pipe, request, output.frames[0], record, captions, anchor)
+    write(arguments, pipe, output.frames[0], record, captions, anchor)
     if arguments.save_stages:
         save_stages(arguments.save_stages, record | {"timings": output.timings}, anchor, output.frames[0])
         print(f"stages:             {arguments.save_stages}")
+
+
+def _shown(seeds: dict[str, Any]) -> dict[str, Any]:
+    """Seeds as a person reads them: a generator's state is some thousand characters."""
+    video = seeds["video"]
+    is_state = isinstance(video, dict) and "state" in video
+    return seeds | {"video": video | {"state": "in the file"}} if is_state else seeds
 
 
 def _rewrite(arguments: argparse.Namespace) -> None:
@@ -238,8 +249,7 @@ def _animate(arguments: argparse.Namespace) -> None:
     model: Model = look(arguments, composer=False, rewriter=False)
     request = model.check(prompt=arguments.prompt, **call)
     pipe, seed = model.load(request.height, request.width, request.num_frames), _drawn_seed(arguments)
-    frames = pipe.animate(arguments.prompt, **call, **_generator(seed))[0]
+    output = pipe(arguments.prompt, **call, **_generator(seed))
     print(f"prompt:             {arguments.prompt}")
-    print(f"seeds:              { ({'video': seed}) }")
-    record = {"prompt": arguments.prompt, "first_frame_prompt": None, "seeds": {"video": seed}}
-    write(arguments, pipe, request, frames, record, None, image)
+    print(f"seeds:              {output.seeds[0]}")
+    write(arguments, pipe, output.frames[0], output.records[0], None, image)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -22,17 +23,21 @@ class FactorizedVideoPipelineOutput(BaseOutput):
             skipped.
         anchor_images (`list[PIL.Image.Image]`, `list[list[PIL.Image.Image]]` or `None`): stage 2's pictures, one per video,
             or with `mode="storyboard"` a list per video with one of each moment.
-        seeds (`list[dict[str, int]]`): per video, `{"anchor": ..., "video": ...}` for the stages that drew random numbers.
+        seeds (`list[dict[str, int | dict]]`): per video, `{"anchor": ..., "video": ...}` for the stages that drew random numbers.
+            A dictionary stands for a generator that was used before, is not on the CPU, or was shared by several videos.
         timings (`dict[str, float]`): seconds per stage.
         storyboards (`list[list[Moment]]` or `None`): the moments of each prompt, with `mode="storyboard"`.
+        records (`list[dict]`): per video, what [`replay`] makes it again from. JSON holds it, and so does a video's file:
+            `write_video(..., metadata=out.records[0])`.
     """
 
     frames: torch.Tensor | np.ndarray | list[list[PIL.Image.Image]]
     first_frame_prompts: list[str] | None
     anchor_images: list[PIL.Image.Image] | list[list[PIL.Image.Image]] | None
-    seeds: list[dict[str, int]]
+    seeds: list[dict[str, Any]]
     timings: dict[str, float]
     storyboards: list[list[Moment]] | None
+    records: list[dict[str, Any]]
 
 
 @dataclass
@@ -40,7 +45,7 @@ class FactorizedDreamerPipelineOutput(FactorizedVideoPipelineOutput):
     """What every stage made.
 
     Args:
-        frames, first_frame_prompts, anchor_images, seeds, timings, storyboards: of [`FactorizedVideoPipelineOutput`].
+        frames, first_frame_prompts, anchor_images, seeds, timings, storyboards, records: of [`FactorizedVideoPipelineOutput`].
         motion_prompts (`list[str]` or `None`): what the video model was told, one per prompt; `None` for embeddings.
     """
 

@@ -76,6 +76,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
     model_cpu_offload_seq = "rewriter->composer->text_encoder->transformer->vae"
     _optional_components = ["rewriter", "composer", "anchor_lora", "schedulers"]
     default_presets = COGVIDEOX_PRESETS
+    own_guidance_scale = 6.0
     # CogVideoX1.5-5B's own (zai-org/CogVideo, README.md).
     default_call = {"height": 768, "width": 1360, "num_frames": 81, "frame_rate": 16, "max_sequence_length": 224}
     pipeline_shim = "from diffusers_fvg import FactorizedCogVideoXPipeline  # noqa: F401\n"
@@ -232,10 +233,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
     def _animate(self, request: VideoRequest):
         with self._running() as progress:
             request.check_safety(self.safety_checker)
-            sampling = request.sampling(self)
-            self._guidance_scale = request.guidance_scale
-            if self._guidance_scale is None:
-                self._guidance_scale = 6.0 if sampling is None else sampling.guidance_scale
+            self._guidance_scale, _ = request.guidance(self)
             self._attention_kwargs = request.attention_kwargs
             self._current_timestep = None
             # A seed means the same clip with and without anchors: noise is drawn before they are encoded.
@@ -440,7 +438,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
                 images, request = self._draw_moments(request, moments, seeds)
             # Stage 3: the video model animates them
             frames = [] if self.interrupt else self._animate(request)
-        return request.output(frames, moments, images, seeds, progress.timings)
+        return request.output(self, frames, moments, images, seeds, progress.timings)
 
 
 def dynamic_guidance(guidance_scale: float, timestep: float, num_inference_steps: int) -> float:

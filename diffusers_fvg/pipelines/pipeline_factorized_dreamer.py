@@ -41,7 +41,7 @@ from ..schedules.presets import SchedulerPresets
 from .output import FactorizedDreamerPipelineOutput
 from .parts import with_optional_components
 from .progress import StageProgress
-from .request import OWN_STEPS, AnchorResolver, Image, StepCallback, VideoRequest
+from .request import AnchorResolver, Image, StepCallback, VideoRequest
 from .stages import FactorizedStages
 
 
@@ -76,6 +76,7 @@ class FactorizedDreamerPipeline(
     _optional_components = ["tokenizer_2", "text_encoder_2", "image_encoder", "rewriter", "composer", "schedulers"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
     default_presets = DREAMER_PRESETS
+    own_guidance_scale = 7.5
     # 512 pixels and 16 frames are the paper's, 8 frames per second those of Emu Video's, arXiv 2311.10709.
     default_call = {"height": 512, "width": 512, "num_frames": 16, "frame_rate": 8, "max_sequence_length": 77}
     # A frame is a latent.
@@ -278,10 +279,7 @@ class FactorizedDreamerPipeline(
     def _animate(self, request: VideoRequest):
         with self._running() as progress:
             request.check_safety(self.safety_checker)
-            sampling = request.sampling(self)
-            self._guidance_scale = request.guidance_scale
-            if self._guidance_scale is None:
-                self._guidance_scale = 7.5 if sampling is None else sampling.guidance_scale
+            self._guidance_scale, _ = request.guidance(self)
             # A seed means the same noise with and without anchors: it is drawn before they are encoded.
             with progress.stage("encode"):
                 device, latents = self._execution_device, request.latents
@@ -340,8 +338,7 @@ class FactorizedDreamerPipeline(
         """The sampling loop, window after window, from noise to clean latents `(B, C, F, h, w)`."""
         num_windows, window_length = self._windows(request.num_frames)
         noise, made = latents.split(window_length, dim=2), []
-        sampling = request.sampling(self)
-        steps = request.num_inference_steps or (OWN_STEPS if sampling is None else sampling.num_inference_steps)
+        steps = request.steps(self)
         with progress.stage("denoise", num_windows * steps) as report:
             for window, latents in enumerate(noise):
                 scheduler = request.make_scheduler(self, latents.device)
@@ -491,5 +488,5 @@ class FactorizedDreamerPipeline(
             # Stage 3: the video model animates it
             told = request.motion_prompt or (None if self.interrupt else request.prompt)
             frames = [] if self.interrupt else self._animate(request)
-        made = (frames, moments, images, seeds, progress.timings)
+        made = (self, frames, moments, images, seeds, progress.timings)
         return request.output(*made, FactorizedDreamerPipelineOutput, motion_prompts=told)

@@ -83,6 +83,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
     model_cpu_offload_seq = "rewriter->composer->text_encoder->transformer->transformer_2->vae"
     _optional_components = ["transformer_2", "rewriter", "composer", "anchor_lora", "schedulers"]
     default_presets = WAN_PRESETS
+    own_guidance_scale = 5.0
     default_call = WAN_CALL_DEFAULTS
     pipeline_shim = "from diffusers_fvg import FactorizedVideoPipeline  # noqa: F401\n"
 
@@ -280,13 +281,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
 
     def _settle_guidance(self, request: VideoRequest) -> None:
         """Sets what the stock pipeline's properties tell of a run."""
-        sampling = request.sampling(self)
-        scale, scale_2 = request.guidance_scale, request.guidance_scale_2
-        if scale is None:
-            scale = 5.0 if sampling is None else sampling.guidance_scale
-            if scale_2 is None and sampling is not None:
-                scale_2 = sampling.guidance_scale_2
-        self._guidance_scale, self._guidance_scale_2 = scale, scale if scale_2 is None else scale_2
+        self._guidance_scale, self._guidance_scale_2 = request.guidance(self)
         self._attention_kwargs = request.attention_kwargs
         self._current_timestep = None
 
@@ -489,7 +484,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
                 images, request = self._draw_moments(request, moments, seeds)
             # Stage 3: the video model animates them
             frames = [] if self.interrupt else self._animate(request)
-        return request.output(frames, moments, images, seeds, progress.timings)
+        return request.output(self, frames, moments, images, seeds, progress.timings)
 
 
 def _sigmas(scheduler) -> list[float]:

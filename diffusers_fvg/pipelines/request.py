@@ -28,7 +28,8 @@ from ..models import warn_untrained
 from ..rewrite.storyboard import Moment, moment_frames, pair_storyboards
 from ..schedules.presets import SchedulerPreset, check_steps
 from .output import FactorizedVideoPipelineOutput
-from .seeds import draw_seed
+from .record import make_records
+from .seeds import Seed, draw_seed, video_seeds
 
 
 if TYPE_CHECKING:
@@ -137,6 +138,20 @@ class VideoRequest:
         """The preset of the call; `None` when `pipe.scheduler` is the user's own."""
         return pipe.presets.matching(pipe.scheduler) if self.preset is None else pipe.presets[self.preset]
 
+    def steps(self, pipe: FactorizedStages) -> int:
+        """Steps of the video model."""
+        sampling = self.sampling(pipe)
+        return self.num_inference_steps or (OWN_STEPS if sampling is None else sampling.num_inference_steps)
+
+    def guidance(self, pipe: FactorizedStages) -> tuple[float, float]:
+        """Guidance of the video model, and of its low-noise expert."""
+        sampling, scale, scale_2 = self.sampling(pipe), self.guidance_scale, self.guidance_scale_2
+        if scale is None:
+            scale = pipe.own_guidance_scale if sampling is None else sampling.guidance_scale
+            if scale_2 is None and sampling is not None:
+                scale_2 = sampling.guidance_scale_2
+        return scale, scale if scale_2 is None else scale_2
+
     # -- what the stages ask of it ------------------------------------------------------------------------------------
 
     def make_scheduler(self, pipe: FactorizedStages, device: torch.device) -> SchedulerMixin:
@@ -145,7 +160,7 @@ class VideoRequest:
         if sampling is not None:
             return sampling.make_scheduler(self.num_inference_steps, device)
         scheduler = copy.deepcopy(pipe.scheduler)
-        scheduler.set_timesteps(self.num_inference_steps or OWN_STEPS, device=device)
+        scheduler.set_timesteps(self.steps(pipe), device=device)
         return scheduler
 
     def embeds_of_videos(
@@ -172,22 +187,21 @@ class VideoRequest:
             tensors |= {name: value for name, value in changed.items() if name in tensors}
         return list(tensors.values())
 
-    def with_generator(self) -> tuple[VideoRequest, list[dict[str, int]]]:
-        """The request with a generator, and the seed of each video's noise."""
+    def with_generator(self) -> tuple[VideoRequest, list[dict[str, Seed]]]:
+        """The request with a generator, and the seed of each video's noise: to be asked before anything is drawn."""
         request = self
         if self.generator is None:
             generators = [torch.Generator().manual_seed(draw_seed()) for _ in range(self.num_videos)]
             request = replace(self, generator=generators)
-        generator = request.generator
-        generators = generator if isinstance(generator, list) else [generator] * self.num_videos
-        return request, [{"video": item.initial_seed()} for item in generators]
+        return request, [{"video": seed} for seed in video_seeds(request.generator, self.num_videos)]
 
     def output(
         self,
+        pipe: FactorizedStages,
         frames: Any,
         moments: list[list[Moment]] | None,
         pictures: list[list[PIL.Image.Image]] | None,
-        seeds: list[dict[str, int]],
+        seeds: list[dict[str, Seed]],
         timings: dict[str, float],
         output_class: type[FactorizedVideoPipelineOutput] = FactorizedVideoPipelineOutput,
         **more: Any,
@@ -203,9 +217,12 @@ class VideoRequest:
             seeds=seeds,
             timings=timings,
             storyboards=moments if is_storyboard else None,
+            records=make_records(pipe, self, moments, seeds),
             **more,
         )
-        return output if self.return_dict else tuple(getattr(output, name) for name in output.__dataclass_fields__)
+        # Last in every class, of which one adds fields of its own.
+        names = sorted(output.__dataclass_fields__, key="records".__eq__)
+        return output if self.return_dict else tuple(getattr(output, name) for name in names)
 
     def check_safety(self, safety_checker: Callable[[PIL.Image.Image], bool | str | None] | None) -> None:
         """Shows each picture to the checker once and raises `ValueError` for the first that it refuses."""

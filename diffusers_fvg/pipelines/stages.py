@@ -55,6 +55,7 @@ class FactorizedStages(ABC):
     safety_checker: Callable[[PIL.Image.Image], bool | str | None] | None = None
     prompt_check: Callable[[str, bool], None] | None = None
     default_presets: SchedulerPresets
+    own_guidance_scale: float  # With the user's own scheduler.
     default_call: dict[str, Any]
     # The file that makes a saved repository load without an import of this package: see `save_pretrained`.
     pipeline_shim: str
@@ -440,7 +441,7 @@ class FactorizedStages(ABC):
         return [[Moment(caption, 0.0)] for caption in captions]
 
     def _draw_moments(
-        self, request: VideoRequest, moments: list[list[Moment]], seeds: list[dict[str, int]]
+        self, request: VideoRequest, moments: list[list[Moment]], seeds: list[dict[str, Any]]
     ) -> tuple[list[list[PIL.Image.Image]] | None, VideoRequest]:
         """Stage 2: the pictures of each video's moments, and the request with them as anchors. `seeds` gets the anchors'."""
         if self.interrupt:

@@ -169,6 +169,8 @@ def _load_recipe(
     for part in assembly.parts:
         if part.name == "anchor_lora" and part.source.folder is None:
             pipe.anchor_lora.reference = {"repository": part.source.name, "revision": part.source.revision}
+    # The folder was of this call alone.
+    pipe.register_to_config(_name_or_path=recipe.name)
     return pipe
 
 
@@ -227,21 +229,6 @@ def load_part(
 
 # Of a part's files those that are read.
 _LOADED = (".safetensors", ".json", ".txt", ".model", ".jinja")
-
-
-def hub_revisions(pipe: DiffusionPipeline) -> dict[str, str]:
-    """Component to `"org/name@commit"`, for those of a pipeline that came from repositories of their own.
-
-    Those that came with the pipeline's own repository are `"pipeline"`.
-    """
-    found = {}
-    for name, component in {"pipeline": pipe, **pipe.components}.items():
-        reference = getattr(component, "origin", None) or getattr(component, "hub_reference", None)
-        reference = reference or getattr(component, "reference", None) or {}
-        repository, revision = reference.get("repository") or reference.get("model"), reference.get("revision")
-        if repository is not None:
-            found[name] = repository if revision is None else f"{repository}@{revision}"
-    return found
 
 
 def _given(**values: Any) -> dict[str, Any]:

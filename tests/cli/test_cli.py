@@ -128,6 +128,7 @@ def test_flags_mirror_argument_names():
     own = {"command", "run", "dtype", "device", "memory", "quantize", "compile", "seed", "quiet"}
     own |= {"output", "overwrite", "strip", "save_stages", "rewriter_model", "rewriter_api_key_env"}
     # Those that load the model are arguments of `load`.
+    own |= {"source", "no_metadata"}
     own |= {"model", *inspect.signature(load).parameters}
     flags = set(vars(parser().parse_args(["generate", "a prompt"])))
     assert flags - own <= names

@@ -1,0 +1,263 @@
+"""The record of a video: what [`~pipelines.replay`] makes it again from, and a person reads in its file.
+
+It holds texts, numbers and names alone: no key, no address, no path of this machine, no picture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from .. import __version__
+from ..animate.anchor import Anchor
+from ..publishing.privacy import hub_name
+from ..rewrite.storyboard import Moment
+from .seeds import Seed
+
+
+if TYPE_CHECKING:
+    from .request import VideoRequest
+    from .stages import FactorizedStages
+
+VERSION = 1
+# Arguments of a call that are the same for all of its videos and are recorded as they were given.
+SETTINGS = (
+    "mode",
+    "height",
+    "width",
+    "num_frames",
+    "fps",
+    "guidance_rescale",
+    "use_dynamic_cfg",
+    "max_sequence_length",
+    "anchor_decode",
+    "num_moments",
+    "rewriter_max_new_tokens",
+    "composer_num_inference_steps",
+    "composer_guidance_scale",
+)
+# What a file cannot hold, or holds no code of.
+NOT_RECORDED = (
+    "latents",
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "prompt_embeds_2",
+    "negative_prompt_embeds_2",
+    "callback_on_step_end",
+)
+_COMMIT = re.compile(r"[\\/]snapshots[\\/]([0-9a-f]{40})(?=[\\/]|$)")
+
+
+def make_records(
+    pipe: FactorizedStages, request: VideoRequest, moments: list[list[Moment]] | None, seeds: list[dict[str, Seed]]
+) -> list[dict[str, Any]]:
+    """The record of each video of a call.
+
+    Args:
+        pipe: made the videos.
+        request: as stage 3 got it.
+        moments: what stage 1 wrote for each prompt; `None` where stages 1 and 2 were skipped.
+        seeds: of each video.
+    """
+    of_call = _settings(pipe, request) | surroundings(pipe)
+    if moments is None or request.first_frame_prompt is not None or request.storyboard is not None:
+        # It wrote nothing of this.
+        of_call["rewriter"] = None
+        of_call["hub_revisions"].pop("rewriter", None)
+    hashes: dict[int, list[str]] = {}
+    records = []
+    for video in range(request.num_videos):
+        prompt, record = video // request.num_videos_per_prompt, {"record_version": VERSION}
+        for name in ("prompt", "motion_prompt", "negative_prompt"):
+            texts = getattr(request, name)
+            record[name] = None if texts is None else texts[prompt]
+        is_storyboard, written = request.mode == "storyboard", None if moments is None else moments[prompt]
+        record["first_frame_prompt"] = written and written[0].caption
+        board = written if is_storyboard else None
+        record["storyboard"] = board and [{"caption": moment.caption, "time": moment.time} for moment in board]
+        negative = None if written is None else request.composer_negative_prompt
+        record["composer_negative_prompt"] = negative[video] if isinstance(negative, list) else negative
+        record |= of_call
+        if written is not None:
+            record["composer"] = composer_call(pipe, record)
+        record["anchors"] = [_anchor(anchor, hashes) for anchor in (request.anchors or [[]] * len(seeds))[video]]
+        record["seeds"] = seeds[video]
+        records.append(json.loads(json.dumps(record, default=_number)))
+    return records
+
+
+def surroundings(pipe: FactorizedStages) -> dict[str, Any]:
+    """What a call runs with, apart from its arguments."""
+    parts = {name: getattr(part, "dtype", None) for name, part in pipe.components.items() if name != "rewriter"}
+    experts, origin = pipe._experts(), getattr(pipe, "origin", {})
+    found = {
+        "pipeline": type(pipe).__name__,
+        "model": origin.get("repository") or model_name(pipe.name_or_path),
+        "revision": origin.get("revision") or _revision(pipe),
+        "hub_revisions": dict(sorted(hub_revisions(pipe).items())),
+        "rewriter": _rewriter_name(pipe.rewriter),
+        "adapters": {name: found for name, expert in experts.items() if (found := _adapters(expert))},
+        "quantization": {name: found for name, expert in experts.items() if (found := _quantization(expert))},
+        "vae_tiling": bool(getattr(pipe.vae, "use_tiling", False)),
+        "frame_rate": pipe.call_defaults["frame_rate"],
+        "device": pipe._execution_device.type,
+        "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in parts.items() if dtype is not None},
+        "versions": versions(),
+    }
+    return json.loads(json.dumps(found, default=_number))
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that make a video."""
+    modules = {"diffusers": diffusers, "torch": torch, "transformers": transformers}
+    return {"diffusers-fvg": __version__} | {name: str(module.__version__) for name, module in modules.items()}
+
+
+def model_name(name: str | os.PathLike | None) -> str | None:
+    """A repository on the Hub as it is; of a folder, or what may be a place elsewhere, its last name alone."""
+    if name is None:
+        return None
+    return hub_name(str(name)) or re.sub(r"[^\w .()+@-]", "_", Path(name).resolve().name)[:255] or None
+
+
+def hub_revisions(pipe: DiffusionPipeline) -> dict[str, str]:
+    """Component to `"org/name@commit"`, for those of a pipeline that came from repositories of their own.
+
+    Those that came with the pipeline's own repository are `"pipeline"`.
+    """
+    found = {}
+    for name, component in {"pipeline": pipe, **pipe.components}.items():
+        reference = getattr(component, "origin", None) or getattr(component, "hub_reference", None)
+        reference = reference or getattr(component, "reference", None) or {}
+        repository, revision = reference.get("repository") or reference.get("model"), reference.get("revision")
+        if repository is not None:
+            found[name] = repository if revision is None else f"{repository}@{revision}"
+    return found
+
+
+def composer_call(pipe: FactorizedStages, record: dict[str, Any]) -> dict[str, Any] | None:
+    """The text-to-image pipeline's class and the arguments that it is called with, its defaults among them."""
+    if pipe.composer is None:
+        return None
+    names = ("composer_num_inference_steps", "composer_guidance_scale", "composer_negative_prompt")
+    inner = pipe.composer.pipeline
+    arguments = pipe.composer._arguments_of(inner, 1, *(record[name] for name in names))
+    return {"pipeline": type(inner).__name__, **{name: _plain(value) for name, value in arguments.items()}}
+
+
+def picture_hash(picture: torch.Tensor) -> str:
+    """SHA-256 of a picture `(3, H, W)` in [0, 1]: of its 8-bit values, row by row, red, green and blue of each pixel."""
+    pixels = (picture * 255).round().byte().permute(1, 2, 0).contiguous()
+    return hashlib.sha256(pixels.numpy(force=True).tobytes()).hexdigest()
+
+
+def _settings(pipe: FactorizedStages, request: VideoRequest) -> dict[str, Any]:
+    """Arguments of a call, with the model's own values where it left one out."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    settings = {name: getattr(request, name) for name in SETTINGS if name in parameters}
+    sampling, (scale, scale_2) = request.sampling(pipe), request.guidance(pipe)
+    settings["preset"] = None if sampling is None else sampling.name
+    settings["scheduler"] = scheduler_config(pipe.scheduler) if sampling is None else None
+    settings |= {"num_inference_steps": request.steps(pipe), "guidance_scale": scale}
+    if pipe.config.get("boundary_ratio") is not None:
+        settings["guidance_scale_2"] = scale_2
+    kwargs = request.attention_kwargs or {}
+    settings["lora_scale"] = kwargs.get("scale")
+    settings["not_recorded"] = [name for name in NOT_RECORDED if getattr(request, name) is not None]
+    settings["not_recorded"] += ["attention_kwargs"] if kwargs.keys() - {"scale"} else []
+    return settings
+
+
+def _anchor(anchor: Anchor, hashes: dict[int, list[str]]) -> dict[str, Any]:
+    """Videos of one prompt share their pictures: each is hashed once."""
+    if id(anchor.image) not in hashes:
+        # Decoded: tensors.
+        pictures = anchor.image if isinstance(anchor.image, list) else [anchor.image]
+        hashes[id(anchor.image)] = [picture_hash(picture) for picture in pictures]
+    return {"frame_index": anchor.frame_index, "strength": anchor.strength, "sha256": hashes[id(anchor.image)]}
+
+
+def _adapters(model: torch.nn.Module) -> dict[str, Any]:
+    """Strength of each adapter, 1 where it is as it was trained and 0 where it is off; a list where layers differ."""
+    found: dict[str, set[float]] = {}
+    for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
+        for name, scaling in layer.scaling.items():
+            trained = 1.0
+            if name in getattr(layer, "r", {}):
+                rank = layer.r[name]
+                trained = layer.lora_alpha[name] / (math.sqrt(rank) if layer.use_rslora.get(name) else rank)
+            is_on = name in layer.merged_adapters or name in layer.active_adapters and not layer.disable_adapters
+            found.setdefault(Path(name).name, set()).add(round(scaling / trained, 6) if is_on else 0.0)
+    return {name: values.pop() if len(values) == 1 else sorted(values) for name, values in found.items()}
+
+
+def _quantization(model: torch.nn.Module) -> str | None:
+    """How weights are kept, where it is not in the dtype that they are computed in."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        config = quantizer.quantization_config
+        method = getattr(config.quant_method, "value", config.quant_method)
+        return f"{method}-4bit" if getattr(config, "load_in_4bit", False) else str(method)
+    for module in model.modules():
+        hooks = getattr(module, "_diffusers_hook", None)
+        casting = None if hooks is None else hooks.get_hook("layerwise_casting")
+        if casting is not None:
+            return str(casting.storage_dtype).removeprefix("torch.")
+    return None
+
+
+def scheduler_config(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's class and configuration."""
+    config = {name: _plain(value) for name, value in scheduler.config.items() if not name.startswith("_")}
+    return {"class": type(scheduler).__name__, **config}
+
+
+def _rewriter_name(rewriter: Any) -> str | None:
+    """The chat model's name on the Hub or of a server, and not where the server is."""
+    if rewriter is None:
+        return None
+    if rewriter.endpoint is not None:
+        return model_name(rewriter.endpoint.model)
+    return (rewriter.reference or {}).get("model") or hub_name(str(rewriter.model.config.name_or_path)) or None
+
+
+def _revision(pipe: DiffusionPipeline) -> str | None:
+    """The commit of the repository that the pipeline came from, which its cache names."""
+    if not hub_name(str(pipe.name_or_path)):
+        return None
+    for component in pipe.components.values():
+        origin = getattr(component, "name_or_path", None) or getattr(
+            getattr(component, "config", None), "_name_or_path", ""
+        )
+        if found := _COMMIT.search(str(origin)):
+            return found[1]
+    return None
+
+
+def _plain(value: Any) -> Any:
+    """What JSON holds of a value; of a path its last name, of other things their class."""
+    if isinstance(value, str):
+        return Path(value).name if os.path.isabs(value) else value
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return _number(value) if isinstance(value, np.generic) else type(value).__name__
+
+
+def _number(value: Any) -> Any:
+    """A number of numpy's as Python's own."""
+    return value.item()

@@ -1,0 +1,400 @@
+"""A video made again from its record: see [`~pipelines.record`].
+
+A record in a file is a stranger's. It is data: it loads no code, opens no file and asks no server. What it says is checked,
+what it does not know is refused, and a call with it is a call with the same arguments typed in.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.utils import logging
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..animate.anchor import Anchor, picture_tensor, pictures_of
+from ..animate.fidelity import ANCHOR_DECODES
+from ..checks import MAX_PROMPT_CHARACTERS
+from ..media import read_video_metadata
+from ..rewrite.storyboard import Moment, check_moments
+from .output import FactorizedVideoPipelineOutput
+from .record import (
+    NOT_RECORDED,
+    SETTINGS,
+    VERSION,
+    composer_call,
+    picture_hash,
+    scheduler_config,
+    surroundings,
+)
+from .request import MODES, Image
+from .seeds import restored_draws
+
+
+if TYPE_CHECKING:
+    from .stages import FactorizedStages
+
+logger = logging.get_logger(__name__)
+
+# Beyond these a number in a record is a mistake or an attack, not a video.
+MAX_SIDE, MAX_FRAMES, MAX_PIXELS, MAX_STEPS, MAX_TOKENS, MAX_NUMBER = 8192, 10_000, 2**33, 1000, 100_000, 10_000
+MAX_VIDEOS, MAX_ITEMS, MAX_DETAIL_CHARACTERS = 4096, 256, 100_000
+
+# Controls other than line ends and tabs, which a terminal would obey, and halves of characters.
+_UNSHOWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+_CAPTIONS = ("first_frame_prompt", "storyboard", "motion_prompt")
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """The record that a video's file holds, checked.
+
+    Args:
+        path (`str` or `Path`): an mp4 that `fvg generate` wrote, or [`~media.write_video`] with `metadata=out.records[0]`.
+
+    Returns:
+        `dict`: for [`replay`].
+
+    Raises:
+        `ValueError`: no video, a video without a record, or a record that no call has.
+        `OSError`: no file.
+    """
+    record = read_video_metadata(path)
+    if "record_version" not in record:
+        raise ValueError(f"{path} holds no record from which the video can be made again.")
+    try:
+        check_record(record)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return record
+
+
+def replay(
+    pipe: FactorizedStages,
+    record: Mapping[str, Any],
+    images: Image | Sequence[Image] | None = None,
+    **changes: Any,
+) -> FactorizedVideoPipelineOutput:
+    """Makes a video again: bit for bit on the same device with the same packages, where it was the only one of its call.
+
+    A video of a batch, made alone, differs by rounding: by 3e-6 of its range with the embedded model on a CPU, by 2e-5 where
+    that of the composer's batch moved a pixel of the anchor by one of its 256 levels. What is known to differ is logged as a
+    warning. Captions are taken from the record, so that no rewriter is needed.
+
+    Args:
+        pipe ([`FactorizedVideoPipeline`] or another of this package): of the record's class.
+        record (`dict`): from [`read_record`], or one of the output's `records`.
+        images (picture or list of pictures, *optional*): of the anchors that the call was given, in the record's order.
+        changes: arguments of the pipeline's call in place of the recorded ones. A changed `prompt` or `mode` is rewritten
+            anew; a changed `preset` brings its own steps and guidance.
+
+    Returns:
+        [`FactorizedVideoPipelineOutput`]
+
+    Raises:
+        `ValueError`: a record that no call has or that is of another class, a picture that is missing or another one, or as in
+            the pipeline's call.
+    """
+    check_record(record)
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if record["pipeline"] != type(pipe).__name__:
+        raise ValueError(
+            f"The record is of a {record['pipeline']}, and this is a {type(pipe).__name__}: load the other."
+        )
+    call = recorded_call(record, images, changes)
+    draws = {}
+    if "generator" not in changes:
+        shape = pipe._latents_shape(1, call["num_frames"], call["height"], call["width"])
+        draws = restored_draws(record["seeds"]["video"], shape, pipe._execution_device)
+    told = differences(pipe, record)
+    if told:
+        logger.warning(f"The video may differ from the recorded one: {'; '.join(told)}.")
+    before = draws["generator"].get_state() if "latents" in draws else None
+    output = pipe(**draws | call, return_dict=True)
+    if {"first_frame_prompt", "storyboard"} & (call.keys() - changes.keys()):
+        _keep_writer(output.records, record)
+    if before is not None and "latents" not in changes:
+        if not torch.equal(before, draws["generator"].get_state()):
+            logger.warning(
+                "The video differs from the recorded one: its generator was shared with other videos and drew more than the "
+                "noise they start from."
+            )
+        # The latents were drawn by the seed.
+        output.seeds[0]["video"] = output.records[0]["seeds"]["video"] = record["seeds"]["video"]
+        output.records[0]["not_recorded"].remove("latents")
+    if not changes and _is_drawn(record) and output.records[0]["anchors"] != record["anchors"]:
+        logger.warning("The composer drew another picture than the recorded one, and so the video differs.")
+    return output
+
+
+def _keep_writer(records: list[dict[str, Any]], record: Mapping[str, Any]) -> None:
+    """What wrote the captions is what wrote them at first."""
+    writer = (record.get("hub_revisions") or {}).get("rewriter")
+    for made in records:
+        made["rewriter"] = record.get("rewriter")
+        if writer is not None:
+            made["hub_revisions"] = dict(sorted({**made["hub_revisions"], "rewriter": writer}.items()))
+
+
+def differences(pipe: FactorizedStages, record: Mapping[str, Any]) -> list[str]:
+    """What a record was made with and a pipeline does not have, one line each."""
+    there, here = dict(record), surroundings(pipe)
+    there["scheduler"] = record.get("scheduler") or {}
+    here["scheduler"] = scheduler_config(pipe.scheduler) if there["scheduler"] else {}
+    there["composer"] = (record.get("composer") or {}) if _is_drawn(record) else {}
+    here["composer"] = (composer_call(pipe, record) or {}) if there["composer"] else {}
+    found = []
+    for key in ("model", "revision", "frame_rate", "device", "vae_tiling"):
+        if there.get(key) != here[key]:
+            found.append(f"{key} {there.get(key)!r}, here {here[key]!r}")
+    for key in ("versions", "hub_revisions", "dtypes", "quantization", "adapters", "scheduler", "composer"):
+        recorded, own = there.get(key) or {}, here[key]
+        # Captions come from the record, and pictures where they were given.
+        skipped = {"rewriter"} | (set() if _is_drawn(record) else {"composer"})
+        for name in sorted((recorded.keys() | own.keys()) - skipped):
+            if recorded.get(name) != own.get(name):
+                found.append(f"{key} {name} {recorded.get(name)!r}, here {own.get(name)!r}")
+    return [line if len(line) < 200 else f"{line[:200]}..." for line in found]
+
+
+def needs_images(record: Mapping[str, Any]) -> bool:
+    """Whether the call was given its pictures, which a record does not hold."""
+    return bool(record.get("anchors")) and not _is_drawn(record)
+
+
+def given_anchors(record: Mapping[str, Any], images: Any) -> list[Anchor]:
+    """The anchors of a record whose pictures were given, with the pictures.
+
+    Raises:
+        `ValueError`: a picture is missing, or another one than the record's.
+    """
+    entries = record["anchors"]
+    if images is None:
+        raise ValueError(
+            f"The video was made from {len(entries)} given picture(s), which a record does not hold: pass `images`, or to "
+            "`fvg` --image."
+        )
+    images = list(images) if isinstance(images, (list, tuple)) else [images]
+    if len(images) != len(entries):
+        raise ValueError(f"`images` holds {len(images)} for a record of {len(entries)} anchors; give one for each.")
+    anchors = []
+    for number, (entry, image) in enumerate(zip(entries, images), start=1):
+        hashes = [picture_hash(picture_tensor(picture)) for picture in pictures_of(image)]
+        if hashes != entry["sha256"]:
+            raise ValueError(
+                f"Picture {number} is another one than the record's: its sha256 is {hashes[0]}, not {entry['sha256'][0]}."
+            )
+        anchors.append(Anchor(image, entry["frame_index"], entry["strength"]))
+    return anchors
+
+
+def _is_drawn(record: Mapping[str, Any]) -> bool:
+    return record.get("first_frame_prompt") is not None
+
+
+def recorded_call(record: Mapping[str, Any], images: Any, changes: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the call that [`replay`] makes, without its generator; raises `ValueError` as [`replay`] does."""
+    names = ["prompt", "motion_prompt", "negative_prompt", "first_frame_prompt", *SETTINGS, "composer_negative_prompt"]
+    names += ["preset", "num_inference_steps", "guidance_scale", "guidance_scale_2"]
+    call = {name: record[name] for name in names if record.get(name) is not None}
+    if record.get("storyboard") is not None:
+        call["storyboard"] = [Moment(**moment) for moment in record["storyboard"]]
+        del call["first_frame_prompt"]
+    if record.get("lora_scale") is not None:
+        call["attention_kwargs"] = {"scale": record["lora_scale"]}
+    plain = (str, int, float)
+    changed = {name for name, value in changes.items() if not isinstance(value, plain) or value != record.get(name)}
+    dropped: set[str] = set()
+    if changed & {"prompt", "mode", "prompt_embeds"}:
+        dropped |= {*_CAPTIONS}
+    if changed & {"image", "anchors", "first_frame_prompt", "storyboard"}:
+        dropped |= {"first_frame_prompt", "storyboard"}
+    if "preset" in changed:
+        dropped |= {"num_inference_steps", "guidance_scale", "guidance_scale_2"}
+    if "prompt_embeds" in changed:
+        dropped |= {"prompt"}
+    call = {name: value for name, value in call.items() if name not in dropped}
+    others = {"image", "anchors", "first_frame_prompt", "storyboard", "mode"}
+    if needs_images(record) and not changed & others:
+        call["anchors"] = given_anchors(record, images)
+    elif images is not None:
+        raise ValueError("`images` are for a record of pictures that were given; replace drawn ones by `image`.")
+    # A new text stands in for embeddings, and what a callback did is not known.
+    kinds = ("latents", "attention_kwargs", *(() if "prompt" in changed else ("prompt_embeds", "prompt_embeds_2")))
+    kinds += () if "negative_prompt" in changed else ("negative_prompt_embeds", "negative_prompt_embeds_2")
+    missing = [name for name in record.get("not_recorded") or () if name in kinds and name not in changes]
+    if missing:
+        raise ValueError(f"The video was made with `{missing[0]}`, which a record does not hold: pass it again.")
+    return call | changes
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------
+
+
+def check_record(record: Any) -> None:
+    """A record is one that a call can have.
+
+    Raises:
+        `ValueError`: naming the key and its value.
+    """
+    if not isinstance(record, Mapping) or record.get("record_version") != VERSION:
+        version = record.get("record_version") if isinstance(record, Mapping) else record
+        raise ValueError(
+            f"its record is of version {version!r:.40}, and this program reads {VERSION}: update one of them."
+        )
+    unknown = sorted(record.keys() - _CHECKS.keys())
+    if unknown:
+        raise ValueError(
+            f"its record has the unknown key {unknown[0]!r:.60}: it was changed, or made by a newer version."
+        )
+    for name, is_valid in _CHECKS.items():
+        value = record.get(name)
+        if value is None and name not in _REQUIRED:
+            continue
+        if not is_valid(value):
+            raise ValueError(f"its record has `{name}={value!r:.80}`, which no call has: it was damaged or changed.")
+    seed = record["seeds"]["video"]
+    sizes = [
+        record["height"],
+        record["width"],
+        record["num_frames"],
+        seed.get("of", 1) if isinstance(seed, dict) else 1,
+    ]
+    if math.prod(sizes) > MAX_PIXELS:
+        size = " x ".join(map(str, sizes))
+        raise ValueError(f"its record is of {size} pixels, more than {MAX_PIXELS}: it was damaged or changed.")
+    if record.get("prompt") is None and "prompt_embeds" not in (record.get("not_recorded") or ()):
+        raise ValueError("its record has no `prompt`: it was damaged or changed.")
+
+
+def _whole(low: int, high: int) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _number(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and abs(value) <= MAX_NUMBER
+
+
+def _text(longest: int = MAX_PROMPT_CHARACTERS) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and len(value) <= longest and not _UNSHOWABLE.search(value)
+
+
+def _matches(pattern: str) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
+def _each(is_valid: Callable[[Any], bool], longest: int = MAX_ITEMS) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and len(value) <= longest and all(map(is_valid, value))
+
+
+def _named(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: (
+        isinstance(value, dict)
+        and len(value) <= MAX_ITEMS
+        and all(map(_NAME, value))
+        and all(map(is_valid, value.values()))
+    )
+
+
+def _detail(value: Any) -> bool:
+    """Compared and shown, and nothing else."""
+    return isinstance(value, dict) and _text(MAX_DETAIL_CHARACTERS)(json.dumps(value))
+
+
+def _model(value: Any) -> bool:
+    """A repository on the Hub, or a plain name."""
+    if not _text(255)(value) or "\n" in value or "\r" in value:
+        return False
+    try:
+        validate_repo_id(value)
+    except HFValidationError:
+        return value not in ("", ".", "..") and not re.search(r"[/\\:]", value)
+    return value.count("/") <= 1
+
+
+def _repository(value: Any) -> bool:
+    """A repository on the Hub with its commit."""
+    if not _text(255)(value):
+        return False
+    name, _, revision = value.partition("@")
+    return "/" in name and _model(name) and re.fullmatch(r"[\w./-]{0,100}", revision) is not None
+
+
+def _storyboard(value: Any) -> bool:
+    fields = {"caption", "time"}
+    if not _each(lambda item: isinstance(item, dict) and item.keys() == fields and _text()(item["caption"]))(value):
+        return False
+    try:
+        check_moments([Moment(**item) for item in value])
+    except ValueError:
+        return False
+    return True
+
+
+def _anchor(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"frame_index", "strength", "sha256"}:
+        return False
+    hashes = value["sha256"]
+    is_placed = _whole(-MAX_FRAMES, MAX_FRAMES)(value["frame_index"]) and _number(value["strength"])
+    return is_placed and _each(_matches("[0-9a-f]{64}"), MAX_FRAMES)(hashes) and len(hashes) > 0
+
+
+def _seeds(value: Any) -> bool:
+    if not isinstance(value, dict) or not {"video"} <= value.keys() <= {"video", "anchor"}:
+        return False
+    if not _SEED(value.get("anchor", 0)):
+        return False
+    video = value["video"]
+    return _SEED(video) or isinstance(video, dict) and _is_seed_dict(video)
+
+
+def _is_seed_dict(video: dict[str, Any]) -> bool:
+    known = {"device": _WORD, "seed": _SEED, "state": _text(), "after": _whole(0, MAX_VIDEOS - 1)}
+    known |= {"index": _whole(0, MAX_VIDEOS - 1), "of": _whole(2, MAX_VIDEOS)}
+    if not video.keys() <= known.keys() or not all(known[name](value) for name, value in video.items()):
+        return False
+    has_one_source = ("seed" in video) != ("state" in video)
+    is_placed = ("index" in video) == ("of" in video) and not {"of", "after"} <= video.keys()
+    return has_one_source and is_placed and video.get("index", 0) < video.get("of", 1)
+
+
+_NAME, _WORD, _SEED = _text(255), _matches("[a-z]{1,20}"), _whole(0, 2**64 - 1)
+_REQUIRED = ("record_version", "pipeline", "mode", "height", "width", "num_frames", "seeds")
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "record_version": _whole(VERSION, VERSION),
+    **dict.fromkeys(("prompt", "motion_prompt", "first_frame_prompt"), _text()),
+    **dict.fromkeys(("negative_prompt", "composer_negative_prompt"), _text()),
+    "storyboard": _storyboard,
+    "mode": lambda value: value in MODES,
+    **dict.fromkeys(("height", "width"), _whole(1, MAX_SIDE)),
+    "num_frames": _whole(1, MAX_FRAMES),
+    "max_sequence_length": _whole(1, MAX_TOKENS),
+    "rewriter_max_new_tokens": _whole(1, MAX_TOKENS),
+    "num_moments": _whole(1, MAX_ITEMS),
+    **dict.fromkeys(("num_inference_steps", "composer_num_inference_steps"), _whole(1, MAX_STEPS)),
+    **dict.fromkeys(("guidance_scale", "guidance_scale_2", "guidance_rescale", "composer_guidance_scale"), _number),
+    **dict.fromkeys(("fps", "lora_scale"), _number),
+    "frame_rate": lambda value: _number(value) and value > 0,
+    "use_dynamic_cfg": lambda value: isinstance(value, bool),
+    "anchor_decode": lambda value: value in ANCHOR_DECODES,
+    "preset": _NAME,
+    **dict.fromkeys(("scheduler", "composer"), _detail),
+    "not_recorded": _each(lambda name: name in (*NOT_RECORDED, "attention_kwargs")),
+    "anchors": _each(_anchor),
+    "seeds": _seeds,
+    "pipeline": _matches(r"[A-Za-z0-9]{1,100}"),
+    **dict.fromkeys(("model", "rewriter"), _model),
+    "revision": _matches("[0-9a-f]{40}"),
+    "hub_revisions": _named(_repository),
+    "versions": _named(_matches(r"[\w.+!-]{1,100}")),
+    "adapters": _named(_named(lambda value: _number(value) or _each(_number)(value))),
+    **dict.fromkeys(("dtypes", "quantization"), _named(_matches(r"[\w-]{1,40}"))),
+    "vae_tiling": lambda value: isinstance(value, bool),
+    "device": _WORD,
+}
