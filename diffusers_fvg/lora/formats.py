@@ -9,11 +9,14 @@ can leave a layer out:
     DiffSynth     blocks.0.self_attn.q.lora_A.default.weight, [diffusion_model.]
     ComfyUI       diffusion_model.blocks.0.self_attn.q.lora_A.weight (diffusion-pipe, ai-toolkit; also `alpha`)
     ai-toolkit    diffusion_model.transformer_1.blocks..., diffusion_model.transformer_2.blocks...
-    musubi, kohya lora_unet_blocks_0_self_attn_q.lora_down.weight, .lora_up.weight, .alpha (VideoX-Fun: lora_unet__)
+    musubi, kohya lora_unet_blocks_0_self_attn_q.lora_down.weight, .lora_up.weight, .alpha (VideoX-Fun: lora_unet__;
+                  others: lora_transformer_)
     LightX2V      diffusion_model.blocks.0.self_attn.q.lora_down.weight, and deltas `.diff`, `.diff_b`, `.diff_m`
 
 The stock converters are not used: musubi's fails on a file without every layer of every block, ComfyUI's drops norm
-and modulation deltas, and there is none for DiffSynth's, PEFT's and un-prefixed keys.
+and modulation deltas, and there is none for DiffSynth's, PEFT's and un-prefixed keys. For CogVideoX there is none at all, and
+its trainers (finetrainers, cogvideox-factory, VideoX-Fun) write diffusers' names. DiffSynth's own names for CogVideoX are not
+read: `blocks.0.attn1.to_q` is also a layer of Wan2.2-5B in diffusers' names, of the same width.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +37,7 @@ from torch import nn
 EXPERTS = ("transformer", "transformer_2")
 FORMATS = (
     "diffusers (transformer.*, transformer_2.*), PEFT (base_model.model.*), DiffSynth (blocks.*.lora_A.default.weight), "
-    "ComfyUI and ai-toolkit (diffusion_model.*), musubi and kohya (lora_unet_*), "
+    "ComfyUI and ai-toolkit (diffusion_model.*), musubi and kohya (lora_unet_*, lora_transformer_*), "
     "LightX2V (lora_down, diff, diff_b, diff_m)"
 )
 
@@ -44,14 +47,16 @@ _EXPERT_SEGMENTS = {
     **dict.fromkeys(("transformer_1", "high_noise", "high_noise_model"), EXPERTS[0]),
     **dict.fromkeys(("transformer_2", "dit2", "low_noise", "low_noise_model"), EXPERTS[1]),
 }
-_KOHYA = re.compile(r"lora_unet_+(?:(high_noise|low_noise)(?:_model)?_)?(.+)")
+_KOHYA = re.compile(r"lora_(?:unet|transformer)_+(?:(high_noise|low_noise)(?:_model)?_)?(.+)")
 # Module, kind, adapter name (PEFT and DiffSynth keep it in the key), and the leaf, which some trainers leave out.
 _KEY = re.compile(
     r"(.+?)\.(?:lora_(A|B|down|up)(?:\.(?!(?:weight|bias)$)[^.]+)?(?:\.(weight|bias))?|(alpha|diff_b|diff_m|diff))"
 )
 _KINDS = {"A": "down", "down": "down", "B": "up", "up": "up"}
+# CogVideoX's own training code (SAT) saves all of a checkpoint as a pickle; its alpha is in another file.
+_SAT_KEY = re.compile(r"\.matrix_[AB]\.\d+$")
 # Parts of other methods. What is left of a file without them would be another model.
-OTHER_METHODS = re.compile(r"\.(dora_scale|lora_magnitude_vector|lora_mid|hada_\w+|lokr_\w+|oft_\w+)\b")
+_OTHER_METHODS = re.compile(r"\.(dora_scale|lora_magnitude_vector|lora_mid|hada_\w+|lokr_\w+|oft_\w+)\b")
 
 # diffusers' name of a module -> its name in Wan's own code, in which most trainers write.
 _WAN_NAMES: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
@@ -99,6 +104,21 @@ def split_key(key: str) -> tuple[str | None, str, str] | None:
         expert = _EXPERT_SEGMENTS.get(match[1], expert)
         path = match[2]
     return expert, path, kind
+
+
+def refuse_other_methods(label: str, keys: Iterable[str]) -> None:
+    """Raises `ValueError` for a key of a method that is no plain LoRA, or of a file without its alpha."""
+    for key in keys:
+        if _OTHER_METHODS.search(key):
+            raise ValueError(
+                f"{label} is not a plain LoRA but a DoRA, LoHa, LoKr, OFT or Tucker file ({key}); merge it into the model's "
+                "weights or convert it to a LoRA first."
+            )
+        if _SAT_KEY.search(key):
+            raise ValueError(
+                f"{label} is a LoRA of CogVideoX's own training code ({key}), which keeps its alpha elsewhere: export it with "
+                "`tools/export_sat_lora_weight.py` of zai-org/CogVideo and load it with `strength=alpha / rank`."
+            )
 
 
 def module_names(transformer: nn.Module) -> dict[str, str]:

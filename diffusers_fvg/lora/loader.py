@@ -26,7 +26,7 @@ from torch import nn
 from ..checks import check_finite, check_name, check_number
 from ..loading.safety import refuse_pickles
 from .deltas import ParameterDeltas, base_parameter
-from .formats import EXPERTS, FORMATS, OTHER_METHODS, LoraFit, fit_tensors, split_key
+from .formats import EXPERTS, FORMATS, LoraFit, fit_tensors, refuse_other_methods, split_key
 
 
 logger = logging.get_logger(__name__)
@@ -318,12 +318,7 @@ def _placed_sources(weights: Any, file_arguments: dict[str, Any]) -> list[tuple[
 
 def _collect(source: _Source, expert: str | None, transformers: dict[str, nn.Module], files: LoraFiles) -> None:
     """Sorts the keys of one file by expert and module, fits them, and adds them to `files`."""
-    foreign = [key for key in source.tensors if OTHER_METHODS.search(key)]
-    if foreign:
-        raise ValueError(
-            f"{source.label} is not a plain LoRA but a DoRA, LoHa, LoKr, OFT or Tucker file ({foreign[0]}); merge it into "
-            "the model's weights or convert it to a LoRA first."
-        )
+    refuse_other_methods(source.label, source.tensors)
     for key, tensor in source.tensors.items():
         check_finite(f"{source.label}: {key}", tensor)
     groups: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
@@ -448,9 +443,9 @@ def _sample(reasons: dict[str, str], limit: int = 8) -> str:
 
 
 class FactorizedVideoLoraLoaderMixin:
-    """LoRA methods of a Wan pipeline that load every known format and leave no expert out unasked.
+    """LoRA methods of a video pipeline that load every known format and leave no expert out unasked.
 
-    Stands before the pipeline class among the bases; everything else is [`~diffusers.loaders.WanLoraLoaderMixin`].
+    Stands before the stock pipeline class among the bases; everything else is that class's own loader mixin.
     """
 
     def load_lora_weights(

@@ -36,6 +36,7 @@ from ..compose.composer import AnchorComposer
 from ..devices import get_module_execution_device
 from ..locks import exclusive
 from ..lora.anchor_lora import AnchorLora
+from ..lora.loader import FactorizedVideoLoraLoaderMixin
 from ..lora.scales import without_scale
 from ..rewrite.rewriter import FirstFrameRewriter
 from ..rewrite.storyboard import Moment
@@ -48,11 +49,12 @@ from .request import AnchorResolver, Image, StepCallback, VideoRequest
 from .stages import FactorizedStages
 
 
-class FactorizedCogVideoXPipeline(FactorizedStages, CogVideoXPipeline):
+class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, CogVideoXPipeline):
     r"""Text to video in three stages on CogVideoX: an LLM describes the first frame, a text-to-image model draws it, CogVideoX
     animates it. Each stage is a public method that returns plain data: [`rewrite`], [`compose`], [`animate`].
 
-    Text encoding, LoRA loading and the no-anchor path are those of [`~diffusers.CogVideoXPipeline`].
+    Text encoding and the no-anchor path are those of [`~diffusers.CogVideoXPipeline`]. `load_lora_weights` is [`load_lora`]:
+    every format of a LoRA or an error, where the stock class skips keys without the prefix `transformer.`.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): of the text encoder.
