@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 from collections import OrderedDict
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 from accelerate import init_empty_weights
 from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
@@ -13,6 +15,8 @@ from diffusers import ModelMixin
 from diffusers.hooks.hooks import HookRegistry
 from diffusers.utils import logging
 from torch import nn
+
+from ..model_facts import MODELS
 
 
 logger = logging.get_logger(__name__)
@@ -25,6 +29,37 @@ class StockWeights:
     """
 
     stock_class: type[ModelMixin]
+    # Setting of the stock class -> what a model that has it is fed beside noisy latents and a text.
+    further_inputs: dict[str, str] = {}
+
+    @classmethod
+    def check_text_to_video(cls, config: Mapping[str, Any], name: str, latent_channels: int | None = None) -> None:
+        """Checks that a model takes noisy latents and a text, and nothing else.
+
+        Args:
+            config (`Mapping`): its configuration, which may leave out what is the stock class's default.
+            name (`str`): what errors call the model.
+            latent_channels (`int`, *optional*): of the VAE beside it.
+
+        Raises:
+            `ValueError`: an image-to-video or control model, or one of other latents.
+        """
+        declared = inspect.signature(cls.stock_class.__init__).parameters
+        settings = {key: config.get(key, value.default) for key, value in declared.items()}
+        channels = settings["in_channels"]
+        made = settings["out_channels"] or channels
+        further = [text for key, text in cls.further_inputs.items() if settings[key] is not None]
+        if channels != made or further:
+            known = [facts.repository for facts in MODELS.values() if facts.anchored_class == cls.__name__]
+            raise ValueError(
+                f"{name} takes {' and '.join([f'{channels} channels', *further])}, and latents have {made}: it is an "
+                "image-to-video or control model, whose first frame comes through inputs of its own. Use a text-to-video model, "
+                f"to which anchors are frames of the video, such as {', '.join(known)}."
+            )
+        if latent_channels not in (None, channels):
+            raise ValueError(
+                f"{name} takes {channels} channels, and the VAE's latents have {latent_channels}: they are of different models."
+            )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:

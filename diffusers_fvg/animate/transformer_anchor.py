@@ -170,6 +170,7 @@ class AnchorConditionedTransformer3D(StockWeights, WanTransformer3DModel):
     """
 
     stock_class = WanTransformer3DModel
+    further_inputs = {"image_dim": "image embeddings"}
     _no_split_modules = ["AnchorConditionedTransformerBlock"]
     _repeated_blocks = ["AnchorConditionedTransformerBlock"]
     # time_proj is added to the stock list: its output is the modulation.

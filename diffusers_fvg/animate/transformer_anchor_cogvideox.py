@@ -126,6 +126,7 @@ class AnchorConditionedCogVideoXTransformer3D(StockWeights, CogVideoXTransformer
     """
 
     stock_class = CogVideoXTransformer3DModel
+    further_inputs = {"ofs_embed_dim": "an offset"}
     _no_split_modules = ["AnchorConditionedCogVideoXBlock", "CogVideoXPatchEmbed"]
     _repeated_blocks = ["AnchorConditionedCogVideoXBlock"]
 

@@ -109,12 +109,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
         if name != "transformer" or component is None:
             return super()._taken_over(name, component)
         transformer = AnchorConditionedCogVideoXTransformer3D.from_stock(component)
-        channels = transformer.config.in_channels
-        if channels != self.vae.config.latent_channels:
-            raise ValueError(
-                f"The transformer takes {channels} channels and the VAE's latents have {self.vae.config.latent_channels}: use a "
-                "text-to-video CogVideoX. An image-to-video one gets its first frame through channels of its own."
-            )
+        transformer.check_text_to_video(transformer.config, f"`{name}`", self.vae.config.latent_channels)
         return transformer
 
     def _frame_step(self) -> int:

@@ -124,14 +124,8 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             return super()._taken_over(name, component)
         transformer = AnchorConditionedTransformer3D.from_stock(component)
         # A modular pipeline's components come one by one.
-        vae, config = getattr(self, "vae", None), transformer.config
-        channels = config.in_channels if vae is None else vae.config.z_dim
-        if config.in_channels != channels or config.image_dim is not None:
-            raise ValueError(
-                f"`{name}` takes {config.in_channels} channels{' and image embeddings' * (config.image_dim is not None)}, and the "
-                f"VAE's latents have {channels}: it is an image-to-video model, whose first frame comes through channels of its "
-                "own. Use the text-to-video model of its family, to which anchors are frames of the video."
-            )
+        vae = getattr(self, "vae", None)
+        transformer.check_text_to_video(transformer.config, f"`{name}`", None if vae is None else vae.config.z_dim)
         return transformer
 
     def _check_size(self, height: int, width: int) -> None:

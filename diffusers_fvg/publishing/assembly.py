@@ -30,7 +30,7 @@ from ..loading.files import available_variant, component_files, fetch, repositor
 from ..loading.references import REFERENCE_NAME, HubReference
 from ..lora.anchor_lora import AnchorLora
 from ..lora.loader import EXPERTS, read_lora
-from ..models import ModelFacts, match_model, model_presets
+from ..models import MODELS, ModelFacts, match_model, model_presets
 from ..rewrite import rewriter as rewriters
 from ..schedules.cogvideox import COGVIDEOX_PRESETS
 from ..schedules.presets import WAN_PRESETS, SchedulerPresets
@@ -242,7 +242,8 @@ def assemble(
         [`Assembly`]: its parts, with licences, files and sizes.
 
     Raises:
-        `ValueError`: `output` is not empty, the base is no Wan or CogVideoX pipeline, or the LoRA does not fit it.
+        `ValueError`: `output` is not empty, the base is no text-to-video pipeline of Wan or CogVideoX, or the LoRA does not fit
+            it. All but the last before weights are fetched or copied.
         `OSError`: a part is not there.
     """
     output = Path(output)
@@ -256,13 +257,18 @@ def assemble(
     if class_name == HubReference.__name__:
         class_name = source.read_json(f"transformer/{REFERENCE_NAME}")["class"]
     if class_name not in FAMILIES:
-        raise ValueError(f"The base {source.title} has the video model {class_name!r}, not one of {tuple(FAMILIES)}.")
+        known = ", ".join(facts.repository for facts in MODELS.values())
+        raise ValueError(
+            f"The base {source.title}, a {index.get('_class_name')}, has the video model {class_name!r}, not one of "
+            f"{tuple(FAMILIES)}. Use a text-to-video model, such as {known}."
+        )
     anchored, pipeline, family_presets = FAMILIES[class_name]
     parts, entries = [], dict.fromkeys(BASE_COMPONENTS, [None, None])
     for name in BASE_COMPONENTS:
         if index.get(name, [None, None])[1] is not None:
             entries[name], part = _base_part(name, index[name], source, light, variant)
             parts.append(part)
+    _check_experts(parts, anchored)
     boundary_ratio = index.get("boundary_ratio")
     facts = match_model(_config(next(part for part in parts if part.name == "transformer")), boundary_ratio)
     defaults = facts.call_defaults if facts else {}
@@ -304,6 +310,17 @@ def _presets(
         return SchedulerPresets.from_pretrained(names[0])
     known = of_family if facts is None else model_presets(facts, defaults["height"], defaults["width"])
     return SchedulerPresets.of(*(known[name] for name in names or known))
+
+
+def _check_experts(parts: Sequence[Part], anchored: type) -> None:
+    """Refuses a video model that cannot be anchored, from its configuration alone."""
+    configs = {part.name: _config(part) for part in parts if part.name in (*EXPERTS, "vae")}
+    vae = configs.pop("vae", {})
+    # Wan's name of it, and CogVideoX's.
+    channels = vae.get("z_dim", vae.get("latent_channels"))
+    for part in parts:
+        if part.name in EXPERTS:
+            anchored.check_text_to_video(configs[part.name], f"`{part.name}` of {part.source.title}", channels)
 
 
 def _config(part: Part) -> dict[str, Any]:

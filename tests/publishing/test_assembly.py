@@ -79,13 +79,58 @@ def test_a_repository_for_480p_begins_with_its_shift(tmp_path):
         assemble(tmp_path / "wrong", base, presets=["lightning-4"])
 
 
-def test_another_video_model_is_refused(tmp_path):
+# Facts of the base -> what is another's in its index and in its transformer's configuration, and the error.
+REFUSED = {
+    "another class": (
+        "Wan2.1-T2V-1.3B",
+        {"transformer": ["diffusers", "LTXVideoTransformer3DModel"]},
+        {},
+        "LTXVideo.*CogVideoX",
+    ),
+    "VACE": ("Wan2.1-T2V-1.3B", {"transformer": ["diffusers", "WanVACETransformer3DModel"]}, {}, "WanVACE.*T2V-1.3B"),
+    "no transformer": (
+        "Wan2.1-T2V-1.3B",
+        {"_class_name": "ModelScopePipeline", "transformer": [None, None]},
+        {},
+        "a ModelScope",
+    ),
+    "Wan2.1-I2V": (
+        "Wan2.1-T2V-14B",
+        {"_class_name": "WanImageToVideoPipeline"},
+        {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+        "`transformer` of .*base.* takes 36 channels and image embeddings.*such as .*Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    ),
+    "Wan2.2-I2V": ("Wan2.2-T2V-A14B", {}, {"in_channels": 36}, "takes 36 channels, and latents have 16"),
+    "CogVideoX1.5-I2V": (
+        "CogVideoX1.5-5B",
+        {"_class_name": "CogVideoXImageToVideoPipeline"},
+        {"in_channels": 32, "ofs_embed_dim": 512},
+        "takes 32 channels and an offset.*such as zai-org/CogVideoX",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "index", "config", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_base_that_cannot_be_anchored_is_refused_before_its_weights_are_read(
+    name, index, config, message, hub, tmp_path
+):
     base = tmp_path / "base"
-    write_base(base, "Wan2.1-T2V-1.3B")
-    index = json.loads((base / "model_index.json").read_text()) | {"transformer": ["diffusers", "LTXVideoTransformer"]}
-    (base / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="'LTXVideoTransformer', not one of .*WanTransformer3DModel.*CogVideoX"):
-        assemble(tmp_path / "out", str(base))
+    write_base(base, name)
+    for file, changes in (("model_index.json", index), ("transformer/config.json", config)):
+        (base / file).write_text(json.dumps(json.loads((base / file).read_text()) | changes))
+    hub.add("org/base", base)
+    for source, options in ((str(base), {}), ("org/base", {"light": False, "cache_dir": tmp_path / "cache"})):
+        with pytest.raises(ValueError, match=message):
+            assemble(tmp_path / "out", source, **options)
+    assert not (tmp_path / "out").exists()
+    assert not [file for file in hub.downloaded("org/base") if file.endswith(".safetensors")]
+
+
+def test_a_vae_of_another_model_is_refused(tmp_path):
+    write_base(tmp_path / "base", "Wan2.2-TI2V-5B")
+    (tmp_path / "base" / "vae" / "config.json").write_text('{"z_dim": 16}')
+    with pytest.raises(ValueError, match="takes 48 channels, and the VAE's latents have 16"):
+        assemble(tmp_path / "out", str(tmp_path / "base"))
 
 
 # -- end to end at tiny size ------------------------------------------------------------------------------------------
