@@ -254,7 +254,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
             if request.output_type == "latent":
                 return latents
             with progress.stage("decode"):
-                decode = partial(self.decode, latents, request.num_frames)
+                decode = partial(self.decode, latents)
                 return decode_anchored(decode, request.anchors, request.anchor_decode, request.output_type)
 
     def _encode_texts(self, request: VideoRequest) -> list[torch.Tensor | None]:
@@ -362,13 +362,14 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
         return step
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor, num_frames: int, output_type: str = "np"):
-        """Latents `(B, f, C, h, w)` of a video of `num_frames`, padding included, to frames, two latent frames at a time.
+    def decode(self, latents: torch.Tensor, output_type: str = "np"):
+        """Latents `(B, f, C, h, w)`, padding included, to frames, two latent frames at a time.
 
         `output_type="uint8"` gives a `np.ndarray` of shape `(B, F, H, W, 3)`.
         """
-        num_latent_frames = (num_frames - 1) // self.vae_scale_factor_temporal + 1
-        latents = latents[:, -num_latent_frames:].to(get_module_execution_device(self.vae), dtype=self.vae.dtype)
+        # A video has an odd number of latents, a first one and pairs: as much padding as that first one alone.
+        latents = latents[:, num_padding_frames(1, self.transformer.patch_size_t) :]
+        latents = latents.to(get_module_execution_device(self.vae), dtype=self.vae.dtype)
         latents = 1 / self.vae_scaling_factor_image * latents.permute(0, 2, 1, 3, 4)
         with exclusive(self.vae):
             return decode_video(self.vae, latents, output_type)
