@@ -188,8 +188,19 @@ def resolve_anchors(anchors: Sequence[Anchor], num_frames: int, temporal: int = 
 
 
 def pair_anchors(anchors, num_prompts: int, num_videos_per_prompt: int) -> list[list[Anchor]]:
-    """One list of anchors for each video, from an anchor or a list for all, or lists per prompt or per video."""
+    """One list of anchors for each video, from an anchor or a list for all, or lists per prompt or per video.
+
+    Raises:
+        `ValueError`: another number of lists, something else than anchors, or a video without any: beside anchored ones it
+            would not be what it is in a call of its own, since the anchor LoRA is on.
+    """
     anchors = [anchors] if isinstance(anchors, Anchor) else list(anchors)
+    empty = [f"anchors[{index}]" for index, item in enumerate(anchors) if isinstance(item, (list, tuple)) and not item]
+    if not anchors or empty:
+        raise ValueError(
+            f"`{(empty or ['anchors'])[0]}` is an empty list; a video has one or more anchors, or `anchors` is left out: for a "
+            "drawn one or, in a call of its own, for plain text-to-video."
+        )
     for item in anchors:
         members = item if isinstance(item, (list, tuple)) else [item]
         wrong = [type(member).__name__ for member in members if not isinstance(member, Anchor)]
