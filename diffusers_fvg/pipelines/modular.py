@@ -104,6 +104,12 @@ VIDEO_INPUTS = (
 )
 
 
+# Of `AnchorComposer.check_call`, in its order.
+COMPOSER_INPUTS = ("composer_num_inference_steps", "composer_guidance_scale", "composer_negative_prompt")
+# What says which stages run, and what those before the third take.
+CALL_INPUTS = ("prompt", "mode", "first_frame_prompt", "image", "anchors", "rewriter_max_new_tokens", *COMPOSER_INPUTS)
+
+
 def _inputs(*names: str, required: tuple[str, ...] = ()) -> list[InputParam]:
     """New ones each time: the blocks that combine them change them."""
     return [replace(INPUTS[name], required=name in required) for name in (*required, *names)]
@@ -165,7 +171,7 @@ class InputStep(_VideoStep):
 
     @property
     def inputs(self) -> list[InputParam]:
-        return _inputs("prompt", "mode", "first_frame_prompt", "image", "anchors", *VIDEO_INPUTS)
+        return _inputs(*CALL_INPUTS, *VIDEO_INPUTS)
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
@@ -178,12 +184,15 @@ class InputStep(_VideoStep):
     def run(self, components: FactorizedVideoModularPipeline, block_state) -> None:
         if block_state.mode not in MODES:
             raise ValueError(f"Unknown mode {block_state.mode!r}; use one of {MODES}.")
-        arguments = {name: block_state[name] for name in ("prompt", "mode", "first_frame_prompt", "image", "anchors")}
-        arguments |= {name: block_state[name] for name in VIDEO_INPUTS} | {"output_type": "latent"}
-        if block_state.mode == "factorized" and block_state.first_frame_prompt is None:
+        arguments = {name: block_state[name] for name in (*CALL_INPUTS, *VIDEO_INPUTS)} | {"output_type": "latent"}
+        given = [name for name in ("first_frame_prompt", "image", "anchors") if block_state[name] is not None]
+        if block_state.mode == "factorized" and not given:
             # Whether a picture will be there is for the blocks to say that a workflow consists of.
             arguments["mode"] = None
         request = components.pipeline._request(arguments)
+        composer = getattr(components, "composer", None)
+        if request.mode is None and composer is not None:
+            composer.check_call(request.num_videos, *(block_state[name] for name in COMPOSER_INPUTS))
         block_state.height, block_state.width = request.height, request.width
         block_state.generator = request.with_generator()[0].generator
 

@@ -443,8 +443,8 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             storyboard (`list[Moment]` or one list per prompt, *optional*): with `mode="storyboard"`, skips stage 1. A moment
                 becomes the frame nearest to its time; no two may share a latent frame.
             num_moments (`int`, *optional*): with `mode="storyboard"`, the most that stage 1 writes.
-            rewriter_max_new_tokens (`int`, *optional*): stage 1.
-            composer_num_inference_steps, composer_guidance_scale, composer_negative_prompt (*optional*): stage 2.
+            rewriter_max_new_tokens (`int`, *optional*): stage 1; an error where that does not run.
+            composer_num_inference_steps, composer_guidance_scale, composer_negative_prompt (*optional*): stage 2; likewise.
             callback_on_stage_step (`Callable`, *optional*): `callback(pipe, stage, step, steps)` after each step of each
                 stage. Setting `pipe._interrupt = True` in it, or in the other callback, stops the run.
 

@@ -401,7 +401,8 @@ class VideoRequest:
         check_num_frames(self.num_frames, pipe._frame_step())
 
     def _check_stages(self, pipe: FactorizedStages) -> None:
-        """Stages 1 and 2 can run: their models are there, and so is what they start from."""
+        """Stages 1 and 2 can run: their models are there, and so is what they start from. Of one that does not, nothing is set."""
+        self._check_skipped()
         if not self.draws_anchors:
             return
         if self._written is None and self.prompt is None:
@@ -417,6 +418,24 @@ class VideoRequest:
             self.composer_negative_prompt,
             derive=self.mode == "storyboard",
         )
+
+    def _check_skipped(self) -> None:
+        """No argument is given of a stage that does not run."""
+        draws = self.draws_anchors or self.mode is None
+        stages = {
+            "composer_": draws,
+            "rewriter_": draws and self.first_frame_prompt is None and self.storyboard is None,
+        }
+        for field in fields(self):
+            runs = next((runs for stage, runs in stages.items() if field.name.startswith(stage)), True)
+            if not runs and getattr(self, field.name) is not None:
+                given = ("first_frame_prompt", "storyboard", "image", "anchors")
+                cause = next(
+                    (f"`{name}`" for name in given if getattr(self, name) is not None), f"`mode={self.mode!r}`"
+                )
+                raise ValueError(
+                    f"`{field.name}={getattr(self, field.name)!r}` has no effect: {cause} skips its stage. Leave one of them out."
+                )
 
     def _check_sampling(self, pipe: FactorizedStages) -> None:
         preset = self.sampling(pipe)
