@@ -190,16 +190,16 @@ def resolve_anchors(anchors: Sequence[Anchor], num_frames: int, temporal: int = 
 def pair_anchors(anchors, num_prompts: int, num_videos_per_prompt: int) -> list[list[Anchor]]:
     """One list of anchors for each video, from an anchor or a list for all, or lists per prompt or per video.
 
+    A list may be empty where others are not: that video has no anchor.
+
     Raises:
-        `ValueError`: another number of lists, something else than anchors, or a video without any: beside anchored ones it
-            would not be what it is in a call of its own, since the anchor LoRA is on.
+        `ValueError`: no anchor at all, another number of lists, or something else than anchors.
     """
     anchors = [anchors] if isinstance(anchors, Anchor) else list(anchors)
-    empty = [f"anchors[{index}]" for index, item in enumerate(anchors) if isinstance(item, (list, tuple)) and not item]
-    if not anchors or empty:
+    if not any(isinstance(item, Anchor) or item for item in anchors):
         raise ValueError(
-            f"`{(empty or ['anchors'])[0]}` is an empty list; a video has one or more anchors, or `anchors` is left out: for a "
-            "drawn one or, in a call of its own, for plain text-to-video."
+            f"`anchors={anchors!r}` holds no anchor; leave it out for anchors that are drawn or, without any, for plain "
+            "text-to-video."
         )
     for item in anchors:
         members = item if isinstance(item, (list, tuple)) else [item]

@@ -218,9 +218,10 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
         Args:
             prompts (`str` or `list[str]`, *optional*): what should happen; or give `prompt_embeds`.
             anchors (`Anchor`, `list[Anchor]` or `list[list[Anchor]]`, *optional*): one list for all videos, one per
-                prompt, or one per video; none of them empty. In CogVideoX 1.5 two latent frames are a patch, anchored together:
-                frame 0 has one to itself, any other anchor needs a second one among the 8 frames of its patch, and a run of frames fills its
-                patches with 8k + 1 frames from frame 0 on or 8k from a frame 8j + 1 on.
+                prompt, or one per video, which may be empty beside others that are not: plain text-to-video with the anchor
+                LoRA on. In CogVideoX 1.5 two latent frames are a patch, anchored together: frame 0 has one to itself, any other
+                anchor needs a second one among the 8 frames of its patch, and a run of frames fills its patches with 8k + 1
+                frames from frame 0 on or 8k from a frame 8j + 1 on.
 
         The other arguments are those of `__call__`. Returns the frames alone.
         """

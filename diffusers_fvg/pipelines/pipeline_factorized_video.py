@@ -216,7 +216,8 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         Args:
             prompts (`str` or `list[str]`, *optional*): what should happen; or give `prompt_embeds`.
             anchors (`Anchor`, `list[Anchor]` or `list[list[Anchor]]`, *optional*): one list for all videos, one per
-                prompt, or one per video; none of them empty.
+                prompt, or one per video, which may be empty beside others that are not: plain text-to-video with the anchor
+                LoRA on.
 
         The other arguments are those of `__call__`. Returns the frames alone.
         """

@@ -278,7 +278,7 @@ BAD_INPUT = [
     ({"composer_guidance_scale": float("nan")}, "composer_guidance_scale=nan"),
     ({"image": picture(), "composer_guidance_scale": 2.0}, "`composer_guidance_scale=2.0` has no effect: `image`"),
     ({"mode": "direct", "rewriter_max_new_tokens": 3}, "`rewriter_max_new_tokens=3` has no effect"),
-    ({"anchors": []}, "`anchors` is an empty list"),
+    ({"anchors": []}, "holds no anchor"),
 ]
 
 
