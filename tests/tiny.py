@@ -170,9 +170,13 @@ WAN_FAMILIES = {
 }
 
 
-def tiny_wan_family(name: str, anchored: bool = False) -> dict:
-    """What a Wan pipeline of the model's topology takes, without scheduler: `transformer_2` where it has two experts."""
+def tiny_wan_family(name: str, anchored: bool = False, **changes) -> dict:
+    """What a Wan pipeline of the model's topology takes, without scheduler: `transformer_2` where it has two experts.
+
+    `changes` are of the transformer's configuration.
+    """
     config, vae, settings = WAN_FAMILIES[name]
+    config = config | changes
     parts = tiny_wan_components(anchored, **config) | {"vae": vae()} | settings
     del parts["scheduler"]
     if "boundary_ratio" in settings:

@@ -91,7 +91,7 @@ class StockWeights:
         inner = getattr(transformer, "_orig_mod", transformer)
         if isinstance(inner, cls):
             return transformer
-        if inner is not transformer:
+        if inner is not transformer or any(module._compiled_call_impl is not None for module in inner.modules()):
             logger.warning(
                 f"The compiled {type(inner).__name__} is taken over as it was before; compile the pipeline's own."
             )
@@ -139,8 +139,8 @@ class StockWeights:
         model.save_pretrained(save_directory, *args, **kwargs)
 
 
-# What hooks put on an instance: bound to it, they are made anew on a copy.
-_HOOKED = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook")
+# What hooks and `compile` put on an instance, bound to it. Hooks are made anew on a copy.
+_BOUND = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook", "_compiled_call_impl")
 
 
 def _copied_holders(model: nn.Module) -> dict[nn.Module, nn.Module]:
@@ -156,7 +156,7 @@ def _copied_holders(model: nn.Module) -> dict[nn.Module, nn.Module]:
             return module
         if module not in holders:
             other = module.__class__.__new__(module.__class__)
-            state = {name: value for name, value in vars(module).items() if name not in _HOOKED}
+            state = {name: value for name, value in vars(module).items() if name not in _BOUND}
             # Plain dictionaries only: a configuration is one too, and cannot be changed.
             state = {
                 name: copy.copy(value) if type(value) in (dict, OrderedDict, set) else value
