@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from accelerate import init_empty_weights
-from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
+from accelerate.hooks import AlignDevicesHook, CpuOffload, SequentialHook, add_hook_to_module
 from diffusers import ModelMixin
 from diffusers.hooks.hooks import HookRegistry
 from diffusers.utils import logging
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..model_facts import MODELS
@@ -81,12 +82,13 @@ class StockWeights:
     def from_stock(cls, transformer: ModelMixin) -> Self:
         """The same model as this class. One of this class is returned as it is.
 
-        Layers are taken over as they are, quantized, cast or offloaded, with their weights: nothing is copied. What holds them
-        is new, so that neither model sees an adapter, a processor or a window that the other gets. Both see what changes the
-        weights themselves: fusing an adapter, a cast, training.
+        Layers are taken over as they are, quantized, cast or offloaded, with their weights and adapters: nothing is copied. What
+        holds them is new, so that neither model sees an adapter, a strength, a processor or a window that the other gets. Both
+        see what changes the weights themselves: fusing an adapter, a cast, training.
 
         Raises:
-            `ValueError`: anything but a `stock_class`, one with adapters, or one with attention processors of somebody's own.
+            `ValueError`: anything but a `stock_class`, one with fused adapters, or one with attention processors of somebody's
+                own.
         """
         inner = getattr(transformer, "_orig_mod", transformer)
         if isinstance(inner, cls):
@@ -100,10 +102,11 @@ class StockWeights:
             raise ValueError(
                 f"`transformer` must be a {cls.stock_class.__name__}, but is a {type(transformer).__name__}."
             )
-        if getattr(transformer, "peft_config", None):
+        fused = {name for layer in _adapter_layers(transformer) for name in layer.merged_adapters}
+        if fused:
             raise ValueError(
-                f"The {cls.stock_class.__name__} has adapters {sorted(transformer.peft_config)}; load them after the pipeline "
-                "is made."
+                f"The {cls.stock_class.__name__} has the fused adapters {sorted(fused)}, which either model could take out of the "
+                "weights of both: call `unload_lora_weights()` to keep them there for good, or `unfuse_lora()`."
             )
         holders = _copied_holders(transformer)
         model = holders[transformer]
@@ -116,6 +119,19 @@ class StockWeights:
     def _convert(self) -> None:
         """Gives the parts of a stock model the classes that this one has. Defined by the model."""
         raise NotImplementedError
+
+    def fuse_qkv_projections(self) -> None:
+        """As in diffusers.
+
+        Raises:
+            `ValueError`: adapters, which the fused projections would run without.
+        """
+        if any(not layer.merged for layer in _adapter_layers(self)):
+            raise ValueError(
+                f"Fused projections would leave out the adapters {sorted(self.peft_config)}: `fuse_lora()` and "
+                "`unload_lora_weights()` first put them into the weights."
+            )
+        super().fuse_qkv_projections()
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Saves the base weights in the stock format. Adapters are left out: they are files of their own.
@@ -139,6 +155,10 @@ class StockWeights:
         model.save_pretrained(save_directory, *args, **kwargs)
 
 
+def _adapter_layers(model: nn.Module) -> list[BaseTunerLayer]:
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
 # What hooks and `compile` put on an instance, bound to it. Hooks are made anew on a copy.
 _BOUND = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook", "_compiled_call_impl")
 
@@ -152,14 +172,15 @@ def _copied_holders(model: nn.Module) -> dict[nn.Module, nn.Module]:
     holders: dict[nn.Module, nn.Module] = {}
 
     def copied(module: nn.Module) -> nn.Module:
-        if not module._modules:
+        # A container without modules may get some, of adapters.
+        if not module._modules and not isinstance(module, (nn.ModuleDict, nn.ParameterDict)):
             return module
         if module not in holders:
             other = module.__class__.__new__(module.__class__)
             state = {name: value for name, value in vars(module).items() if name not in _BOUND}
             # Plain dictionaries only: a configuration is one too, and cannot be changed.
             state = {
-                name: copy.copy(value) if type(value) in (dict, OrderedDict, set) else value
+                name: copy.copy(value) if type(value) in (dict, OrderedDict, set, list) else value
                 for name, value in state.items()
             }
             other.__dict__ = state
@@ -172,7 +193,7 @@ def _copied_holders(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
 
 def _copy_hooks(module: nn.Module, copied: nn.Module, holders: dict[nn.Module, nn.Module]) -> None:
-    """Hooks of diffusers (group offload, casting) and of accelerate (sequential offload) for the copy of a module."""
+    """Hooks of diffusers (group offload, casting) and of accelerate (sequential and model offload) for the copy of a module."""
     registry = getattr(module, "_diffusers_hook", None)
     for name in [] if registry is None else registry._hook_order:
         hook = copy.copy(registry.hooks[name])
@@ -184,7 +205,7 @@ def _copy_hooks(module: nn.Module, copied: nn.Module, holders: dict[nn.Module, n
                 setattr(hook.group, leader, holders.get(led, led))
         HookRegistry.check_if_exists_or_initialize(copied).register_hook(hook, name)
     hook = getattr(module, "_hf_hook", None)
-    if isinstance(hook, (AlignDevicesHook, SequentialHook)):
+    if isinstance(hook, (AlignDevicesHook, CpuOffload, SequentialHook)):
         # Its weights are where it has put them already.
         hook = copy.copy(hook)
         hook.init_hook = lambda module: module

@@ -379,6 +379,10 @@ def _check_ready(
             f"Adapters {fused} are fused, which keeps others from having any effect: call `unfuse_lora()` first, or "
             "`unload_lora_weights()` to keep them in the weights for good."
         )
+    changed = {*fit.pairs, *(name.rpartition(".")[0] for name in fit.deltas)}
+    holders = (transformer.get_submodule(name.rpartition(".")[0]) for name in changed)
+    if any(getattr(holder, "fused_projections", False) for holder in holders):
+        raise ValueError("Fused projections run without adapters of theirs: call `unfuse_qkv_projections()` first.")
     if adapter_name is not None and "." in adapter_name:
         raise ValueError(f"The adapter name {adapter_name!r} has a dot, which PyTorch does not allow in names.")
     if hotswap and adapter_name not in names:

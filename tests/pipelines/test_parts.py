@@ -174,3 +174,49 @@ def test_a_copy_of_a_running_pipeline_does_not_run():
 
     pipe(PROMPT, mode="direct", callback_on_step_end=copy_it, generator=seeded(), **CALL)
     assert torch.equal(frames_of(quiet(copies[0])), frames_of(pipe))
+
+
+def test_adapters_that_are_taken_over_are_each_pipeline_s_own():
+    stock, plain = wan(), wan()
+    before = frames_of(stock)
+    stock.load_lora_weights(lora(), "style")
+    styled = frames_of(stock)
+    pipe = quiet(FactorizedVideoPipeline.from_pipe(stock))
+    assert pipe.get_active_adapters() == ["style"] and (frames_of(pipe) - styled).abs().max() < 1e-4
+    pipe.set_adapters("style", 0.0)
+    assert (frames_of(pipe) - before).abs().max() < 1e-4 and torch.equal(frames_of(stock), styled)
+    pipe.load_lora_weights(lora(), "more")
+    pipe.delete_adapters("style")
+    assert (frames_of(pipe) - styled).abs().max() < 1e-4 and torch.equal(frames_of(stock), styled)
+    assert list(stock.transformer.peft_config) == ["style"] and list(pipe.transformer.peft_config) == ["more"]
+    stock.set_adapters("style", 0.0)
+    assert (frames_of(stock) - before).abs().max() < 1e-4 and (frames_of(pipe) - styled).abs().max() < 1e-4
+    stock.unload_lora_weights()
+    pipe.unload_lora_weights()
+    for made in (stock, pipe):
+        assert (frames_of(made) - before).abs().max() < 1e-4
+    # Fused they are in the weights of both.
+    plain.load_lora_weights(lora(), "style")
+    plain.fuse_lora()
+    with pytest.raises(ValueError, match=r"fused adapters \['style'\].*`unload_lora_weights\(\)`"):
+        FactorizedVideoPipeline.from_pipe(plain)
+    plain.unload_lora_weights()
+    assert (frames_of(quiet(FactorizedVideoPipeline.from_pipe(plain))) - styled).abs().max() < 1e-4
+
+
+def test_fused_projections_do_not_drop_adapters():
+    pipe = quiet(FactorizedVideoPipeline.from_pipe(wan()))
+    before = frames_of(pipe)
+    pipe.transformer.fuse_qkv_projections()
+    assert (frames_of(pipe) - before).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="unfuse_qkv_projections"):
+        pipe.load_lora_weights(lora(), "style")
+    pipe.transformer.unfuse_qkv_projections()
+    pipe.load_lora_weights(lora(), "style")
+    styled = frames_of(pipe)
+    with pytest.raises(ValueError, match=r"leave out the adapters \['style'\]"):
+        pipe.transformer.fuse_qkv_projections()
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.transformer.fuse_qkv_projections()
+    assert (frames_of(pipe) - styled).abs().max() < 1e-4

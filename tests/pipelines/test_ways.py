@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import tiny_composers
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, DiffusionPipeline, WanPipeline
 from diffusers.hooks import apply_group_offloading
 from group_offload import skip_without_group_offload
+from peft import LoraConfig
 from tiny import tiny_euler, tiny_rewriter, tiny_wan_family
 from tiny_cogvideox import tiny_cogvideox_components
 from tiny_dreamer import tiny_dreamer_pipeline
@@ -206,6 +207,18 @@ def sequentially_offloaded(transformer):
     cpu_offload(transformer, torch.device("cpu"))
 
 
+def with_adapters(transformer):
+    torch.manual_seed(0)
+    layers = {"target_modules": ["to_q", "to_out.0"], "init_lora_weights": False}
+    transformer.add_adapter(LoraConfig(r=2, **layers), "one")
+    transformer.add_adapter(LoraConfig(r=3, lora_alpha=2, **layers), "two")
+    transformer.set_adapters(["one", "two"], [0.5, 2.0])
+
+
+def offloaded_as_a_whole(transformer):
+    cpu_offload_with_hook(transformer, "cpu:0")
+
+
 def compiled_blocks(transformer):
     transformer.compile_repeated_blocks(backend="eager")
 
@@ -261,6 +274,8 @@ FORMS = {
     "group offload by leaf": (offloaded_by_leaf, TRANSFORMERS),
     "group offload by block": (offloaded_by_block, TRANSFORMERS),
     "sequential offload": (sequentially_offloaded, TRANSFORMERS),
+    "model offload": (offloaded_as_a_whole, TRANSFORMERS),
+    "two LoRA adapters": (with_adapters, TRANSFORMERS),
     # Taken over as it was before; ours may be compiled in turn.
     "`torch.compile(transformer)`": (compiled, ["Wan 2.1"]),
     "`compile_repeated_blocks`": (compiled_blocks, ["Wan 2.1"]),
@@ -286,6 +301,7 @@ def assert_handed_over(base, stock, hand_over, folder=None, hub=None):
         for name, theirs in experts_of(stock).items():
             ours = experts_of(pipe)[name]
             assert type(ours) is not type(theirs) and isinstance(ours, type(theirs))
+            assert hasattr(ours, "_hf_hook") == hasattr(theirs, "_hf_hook")
             shared, all_of_it = dict(ours.named_parameters()), dict(theirs.named_parameters())
             assert shared.keys() == all_of_it.keys() and all(shared[key] is all_of_it[key] for key in shared)
     assert (latents_of(pipe) - before).abs().max() < 1e-4
