@@ -270,7 +270,9 @@ def test_from_stock_shares_the_weights():
     with pytest.raises(ValueError, match="must be a CogVideoXTransformer3DModel, but is a Linear"):
         AnchorConditionedCogVideoXTransformer3D.from_stock(torch.nn.Linear(1, 1))
     stock.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    with pytest.raises(ValueError, match=r"adapters \['default'\]"):
+    assert list(AnchorConditionedCogVideoXTransformer3D.from_stock(stock).peft_config) == ["default"]
+    stock.fuse_lora()
+    with pytest.raises(ValueError, match=r"fused adapters \['default'\]"):
         AnchorConditionedCogVideoXTransformer3D.from_stock(stock)
 
 
