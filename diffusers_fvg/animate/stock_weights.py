@@ -84,7 +84,7 @@ class StockWeights:
 
         Layers are taken over as they are, quantized, cast or offloaded, with their weights and adapters: nothing is copied. What
         holds them is new, so that neither model sees an adapter, a strength, a processor or a window that the other gets. Both
-        see what changes the weights themselves: fusing an adapter, a cast, training.
+        see what changes the weights themselves: fusing or hot-swapping an adapter, a cast, training.
 
         Raises:
             `ValueError`: anything but a `stock_class`, one with fused adapters, or one with attention processors of somebody's

@@ -79,8 +79,7 @@ class AnchorComposer(torch.nn.Module):
         self.batch_size = batch_size
         self.reference = reference
         self.derive_strength = derive_strength
-        if "prompt" not in call_arguments(pipeline):
-            raise ValueError(f"{type(pipeline).__name__} takes no `prompt`: choose a text-to-image pipeline.")
+        _check_draws_from_text(pipeline)
         taken = sorted(self.call_defaults.keys() & _OWN_ARGUMENTS)
         if taken:
             raise ValueError(f"`call_defaults` holds {taken}, which are set for each call.")
@@ -438,6 +437,20 @@ class AnchorComposer(torch.nn.Module):
             for model in self.models.values():
                 if not hasattr(model, "_hf_hook"):
                     add_hook_to_module(model, ModelHook())
+
+
+def _check_draws_from_text(pipeline: DiffusionPipeline) -> None:
+    """Raises `ValueError` for a pipeline that takes no prompt, or more than one."""
+    declared, kind = call_arguments(pipeline), type(pipeline)
+    if "prompt" not in declared:
+        raise ValueError(f"{kind.__name__} takes no `prompt`: choose a text-to-image pipeline.")
+    # All image-to-image and inpainting pipelines of diffusers have a strength; in other libraries that is nobody's word.
+    starts_from_a_picture = "strength" in declared and kind.__module__.startswith("diffusers.pipelines.")
+    if starts_from_a_picture or ("image" in declared and declared["image"].default is declared["image"].empty):
+        raise ValueError(
+            f"{kind.__name__} draws from a picture, and a composer has a text alone: choose the text-to-image pipeline of its "
+            "family, as by `AutoPipelineForText2Image.from_pipe(pipeline)`."
+        )
 
 
 def _check_negative_texts(negative_prompt: str | list[str] | None, num_prompts: int) -> None:

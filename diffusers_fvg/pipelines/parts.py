@@ -43,7 +43,11 @@ def as_rewriter(rewriter: FirstFrameRewriter | ChatEndpoint | Sequence[Any] | st
     if isinstance(rewriter, (str, os.PathLike)):
         return FirstFrameRewriter.from_pretrained(rewriter)
     if isinstance(rewriter, (tuple, list)) and len(rewriter) == 2:
-        return FirstFrameRewriter(*rewriter)
+        model, tokenizer = rewriter
+        if hasattr(tokenizer, "generate") or not hasattr(model, "generate"):
+            kinds = " and ".join(type(part).__name__ for part in rewriter)
+            raise ValueError(f"`rewriter` must be `(model, tokenizer)`, in this order, but is a pair of {kinds}.")
+        return FirstFrameRewriter(model, tokenizer)
     if not isinstance(rewriter, FirstFrameRewriter):
         raise ValueError(
             "`rewriter` must be a FirstFrameRewriter, `(model, tokenizer)`, a ChatEndpoint or the name of a chat model, but is "

@@ -64,7 +64,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         anchor_lora (`AnchorLora`, *optional*): loaded into the transformers as adapter `"anchor"`. It is switched off
             while there is no anchor, so that `mode="direct"` is the base model.
         schedulers (`SchedulerPresets`, *optional*): what `preset=` selects from; those of Wan when absent.
-        boundary_ratio (`float`, *optional*): share of the time range below which `transformer_2` takes over.
+        boundary_ratio (`float`, *optional*): share of the time range below which `transformer_2` takes over; needed with it.
         expand_timesteps (`bool`, *optional*): the base has a native first-frame mode (Wan2.2-TI2V-5B). Kept in the config
             for stock pipelines; per-frame times are used here whenever there is an anchor.
         call_defaults (`dict`, *optional*): `height`, `width`, `num_frames`, `frame_rate`, `max_sequence_length` and
@@ -103,6 +103,11 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         if transformer is None:
             raise ValueError("`transformer` is None: the repository has no video model, which every mode needs.")
         check_number("boundary_ratio", boundary_ratio)
+        if transformer_2 is not None and boundary_ratio is None:
+            raise ValueError(
+                "`transformer_2` is never used without `boundary_ratio`, which is 0.875 in Wan2.2-T2V-A14B: pass it, or let "
+                "`from_pipe(pipe)` read it from the pipeline."
+            )
         # `register_modules` asks the VAE which latents a transformer must take.
         self.vae = vae
         super().__init__(
@@ -127,6 +132,20 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         vae = getattr(self, "vae", None)
         transformer.check_text_to_video(transformer.config, f"`{name}`", None if vae is None else vae.config.z_dim)
         return transformer
+
+    def _check_own(self, request: VideoRequest) -> None:
+        config = self.scheduler.config
+        predicts = config.get("prediction_type", "flow_prediction")
+        if request.sampling(self) is None and predicts != "flow_prediction":
+            raise ValueError(
+                f"`scheduler` is a {type(self.scheduler).__name__} for `prediction_type={predicts!r}`, and the model predicts a flow: "
+                "use a flow-matching scheduler, or make yours with `prediction_type='flow_prediction', use_flow_sigmas=True`."
+            )
+        if request.sampling(self) is None and config.get("use_dynamic_shifting"):
+            raise ValueError(
+                "`scheduler` has `use_dynamic_shifting=True`, whose shift the pipeline would have to compute for each size: set it "
+                "to False, and `shift` or `flow_shift` to the model's."
+            )
 
     def _check_size(self, height: int, width: int) -> None:
         _, patch_height, patch_width = self.transformer.config.patch_size

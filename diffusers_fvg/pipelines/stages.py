@@ -96,6 +96,8 @@ class FactorizedStages(ABC):
         Raises:
             `ValueError`: a component that this class needs is in neither, or does not fit.
         """
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise ValueError(f"`from_pipe` takes a pipeline, not {pipeline!r}; for a name there is `from_pretrained`.")
         names = set(inspect.signature(cls.__init__).parameters) - {"self"}
         found = {**pipeline.config, **pipeline.components}
         parts = {name: value for name, value in found.items() if name in names} | kwargs

@@ -3,17 +3,21 @@
 import copy
 
 import pytest
+import tiny_composers
 import torch
 from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    StableDiffusionXLImg2ImgPipeline,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from tiny import tiny_composer, tiny_euler, tiny_rewriter, tiny_transformer, tiny_wan_components
+from tiny import tiny_composer, tiny_euler, tiny_rewriter, tiny_transformer, tiny_wan_components, tiny_wan_family
 
 from diffusers_fvg import (
     AnchorComposer,
@@ -87,6 +91,18 @@ def test_a_pipeline_keeps_the_dtype_of_what_it_takes_over():
         ({"composer": 3}, "`composer` must be .* but is a int"),
         ({"rewriter": tiny_rewriter().model}, "`rewriter` must be .* but is a LlamaForCausalLM"),
         ({"rewriter": (1, 2, 3)}, "`rewriter` must be .* but is a tuple"),
+        (
+            {"rewriter": (tiny_rewriter().tokenizer, tiny_rewriter().model)},
+            "in this order, .* and LlamaForCausalLM",
+        ),
+        (
+            {"composer": WanImageToVideoPipeline(**tiny_wan_components(), image_encoder=None, image_processor=None)},
+            "WanImageToVideoPipeline draws from a picture.*AutoPipelineForText2Image",
+        ),
+        (
+            {"composer": StableDiffusionXLImg2ImgPipeline(**tiny_composers.stable_diffusion_xl().components)},
+            "StableDiffusionXLImg2ImgPipeline draws from a picture",
+        ),
     ],
 )
 def test_what_cannot_fit_is_refused_by_name(changes, message):
@@ -111,6 +127,25 @@ def test_a_pipeline_without_what_is_needed_is_refused():
     parts = tiny_wan_components()
     with pytest.raises(ValueError, match="Other has no text_encoder, tokenizer, transformer.*pass it"):
         FactorizedVideoPipeline.from_pipe(Other(parts["vae"], FlowMatchEulerDiscreteScheduler()))
+
+
+def test_what_would_run_wrong_without_a_word_is_refused():
+    experts = tiny_wan_family("Wan2.2-T2V-A14B")
+    stock = WanPipeline(**experts, scheduler=tiny_euler())
+    # The components alone do not say where the second expert takes over.
+    with pytest.raises(ValueError, match="`transformer_2` is never used without `boundary_ratio`, which is 0.875"):
+        FactorizedVideoPipeline(**stock.components)
+    with pytest.raises(ValueError, match="`from_pipe` takes a pipeline, not 'org/name'.*`from_pretrained`"):
+        FactorizedVideoPipeline.from_pipe("org/name")
+    for scheduler, message in (
+        (UniPCMultistepScheduler(), "UniPCMultistepScheduler for `prediction_type='epsilon'`"),
+        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting=True"),
+    ):
+        pipe = FactorizedVideoPipeline.from_pipe(wan(scheduler=scheduler))
+        with pytest.raises(ValueError, match=message):
+            pipe(PROMPT, mode="direct", **CALL)
+        # A preset has a scheduler of its own.
+        quiet(pipe)(PROMPT, mode="direct", preset="anchored-15", **CALL | {"num_inference_steps": None})
 
 
 def test_a_processor_of_somebody_s_own_is_not_dropped():
