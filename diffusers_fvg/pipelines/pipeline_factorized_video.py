@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, SchedulerMixin, WanPipeline, WanTransformer3DModel
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
@@ -41,6 +42,8 @@ from .progress import StageProgress
 from .request import AnchorResolver, Image, StepCallback, VideoRequest
 from .stages import FactorizedStages
 
+
+logger = logging.get_logger(__name__)
 
 # Used where neither the call nor the repository says: Wan2.2-TI2V-5B's own size and length.
 WAN_CALL_DEFAULTS = {"height": 704, "width": 1280, "num_frames": 121, "frame_rate": 24, "max_sequence_length": 512}
@@ -134,17 +137,18 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         return transformer
 
     def _check_own(self, request: VideoRequest) -> None:
+        if request.sampling(self) is not None:
+            return
         config = self.scheduler.config
-        predicts = config.get("prediction_type", "flow_prediction")
-        if request.sampling(self) is None and predicts != "flow_prediction":
-            raise ValueError(
-                f"`scheduler` is a {type(self.scheduler).__name__} for `prediction_type={predicts!r}`, and the model predicts a flow: "
-                "use a flow-matching scheduler, or make yours with `prediction_type='flow_prediction', use_flow_sigmas=True`."
-            )
-        if request.sampling(self) is None and config.get("use_dynamic_shifting"):
+        if config.get("use_dynamic_shifting"):
             raise ValueError(
                 "`scheduler` has `use_dynamic_shifting=True`, whose shift the pipeline would have to compute for each size: set it "
                 "to False, and `shift` or `flow_shift` to the model's."
+            )
+        if config.get("prediction_type", "flow_prediction") != "flow_prediction":
+            logger.warning(
+                f"The scheduler, a {type(self.scheduler).__name__}, is for `prediction_type={config.prediction_type!r}`, and the "
+                "model predicts a flow: make it with `prediction_type='flow_prediction', use_flow_sigmas=True`, if it has those."
             )
 
     def _check_size(self, height: int, width: int) -> None:

@@ -15,9 +15,18 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.utils.logging import get_logger
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from tiny import tiny_composer, tiny_euler, tiny_rewriter, tiny_transformer, tiny_wan_components, tiny_wan_family
+from tiny import (
+    tiny_composer,
+    tiny_euler,
+    tiny_rewriter,
+    tiny_transformer,
+    tiny_unipc,
+    tiny_wan_components,
+    tiny_wan_family,
+)
 
 from diffusers_fvg import (
     AnchorComposer,
@@ -137,15 +146,36 @@ def test_what_would_run_wrong_without_a_word_is_refused():
         FactorizedVideoPipeline(**stock.components)
     with pytest.raises(ValueError, match="`from_pipe` takes a pipeline, not 'org/name'.*`from_pretrained`"):
         FactorizedVideoPipeline.from_pipe("org/name")
-    for scheduler, message in (
-        (UniPCMultistepScheduler(), "UniPCMultistepScheduler for `prediction_type='epsilon'`"),
-        (FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting=True"),
-    ):
-        pipe = FactorizedVideoPipeline.from_pipe(wan(scheduler=scheduler))
-        with pytest.raises(ValueError, match=message):
-            pipe(PROMPT, mode="direct", **CALL)
-        # A preset has a scheduler of its own.
-        quiet(pipe)(PROMPT, mode="direct", preset="anchored-15", **CALL | {"num_inference_steps": None})
+    pipe = quiet(
+        FactorizedVideoPipeline.from_pipe(wan(scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)))
+    )
+    with pytest.raises(ValueError, match="use_dynamic_shifting=True"):
+        pipe(PROMPT, mode="direct", **CALL)
+    # A preset has a scheduler of its own.
+    assert (
+        pipe(PROMPT, mode="direct", preset="anchored-15", **CALL | {"num_inference_steps": None})
+        .frames.isfinite()
+        .all()
+    )
+
+
+def test_a_scheduler_that_is_not_for_a_flow_is_told_of(caplog):
+    pipe, logger = (
+        quiet(FactorizedVideoPipeline.from_pipe(wan())),
+        get_logger("diffusers_fvg.pipelines.pipeline_factorized_video"),
+    )
+    logger.addHandler(caplog.handler)
+    try:
+        for scheduler in (tiny_euler(), tiny_unipc(), UniPCMultistepScheduler()):
+            assert "prediction_type" not in caplog.text
+            pipe.scheduler = scheduler
+            frames_of(pipe)
+        assert (
+            "a UniPCMultistepScheduler, is for `prediction_type='epsilon'`, and the model predicts a flow"
+            in caplog.text
+        )
+    finally:
+        logger.removeHandler(caplog.handler)
 
 
 def test_a_processor_of_somebody_s_own_is_not_dropped():
