@@ -144,8 +144,7 @@ class FactorizedStages(ABC):
         return component
 
     def _record_own_classes(self, components: dict[str, Any]) -> None:
-        # diffusers would record our module path, which makes a file's place a wire format and which a Hub download
-        # refuses. Our classes are attributes of diffusers (see `__init__.py`), so that name is recorded instead.
+        # diffusers would record our module path, which a Hub download refuses: our classes are attributes of diffusers.
         for name, component in components.items():
             if type(component).__module__.split(".")[0] == "diffusers_fvg":
                 self.register_to_config(**{name: ("diffusers", type(component).__name__)})
