@@ -137,9 +137,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         transformer.check_text_to_video(transformer.config, f"`{name}`", None if vae is None else vae.config.z_dim)
         return transformer
 
-    def _check_own(self, request: VideoRequest) -> None:
-        if request.sampling(self) is not None:
-            return
+    def _check_scheduler(self) -> None:
         config = self.scheduler.config
         if config.get("use_dynamic_shifting"):
             raise ValueError(

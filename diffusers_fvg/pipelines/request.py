@@ -54,13 +54,6 @@ StepCallback = Callable | PipelineCallback | MultiPipelineCallbacks
 AnchorResolver = Callable[[Sequence[Anchor], int], list[tuple[range, Anchor]]]
 
 
-def check_prompts(pipe: FactorizedStages, name: str, texts: Sequence[str], writes: bool = False) -> None:
-    """Texts are no empty ones, and a model of few words knows theirs; `writes`: stage 1 is to write of them."""
-    check_texts(name, texts)
-    for text in texts if pipe.prompt_check is not None else ():
-        pipe.prompt_check(text, writes)
-
-
 @dataclass(frozen=True)
 class VideoRequest:
     """Arguments of a call of any of the pipelines, under their own names; their `__call__` says what each is.
@@ -380,7 +373,10 @@ class VideoRequest:
             texts = getattr(self, name)
             if texts is None:
                 continue
-            check_prompts(pipe, name, texts, writes=name == "prompt" and self.draws_anchors and self._written is None)
+            check_texts(name, texts)
+            is_written_of = name == "prompt" and self.draws_anchors and self._written is None
+            for text in texts if pipe.prompt_check is not None else ():
+                pipe.prompt_check(text, is_written_of)
             if len(texts) != num_prompts:
                 raise ValueError(f"`{name}` has {len(texts)} texts for {num_prompts} prompts.")
         negative = self.negative_prompt
@@ -456,6 +452,8 @@ class VideoRequest:
 
     def _check_sampling(self, pipe: FactorizedStages) -> None:
         preset = self.sampling(pipe)
+        if preset is None:
+            pipe._check_scheduler()
         check_steps(self.num_inference_steps, preset)
         if pipe.facts is not None:
             size = self.height, self.width, self.num_frames

@@ -1,46 +1,36 @@
-"""What the pipelines of every base model share: stages 1 and 2, presets, the frame of a call, saving.
+"""What the pipelines of every base model share: stages 1 and 2, presets, the frame of a call.
 
 Stage 3 is the model's own. A pipeline has `FactorizedStages` before its stock class among the bases, defines its abstract
-methods and attributes, and calls [`FactorizedStages._add_stages`] at the end of its `__init__`.
+methods and attributes, and calls [`FactorizedParts._add_stages`] at the end of its `__init__`.
 """
 
 from __future__ import annotations
 
-import inspect
-import os
-import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline
 
 from ..animate.anchor import Anchor, decoded_anchors
-from ..checks import check_defaults, check_generators, check_texts
-from ..compose.composer import AnchorComposer
-from ..loading.patches import NOT_ONNX
-from ..loading.references import HubReference
+from ..checks import check_generators, check_texts
 from ..locks import exclusive, lockable
-from ..lora.anchor_lora import ADAPTER_NAME, AnchorLora
+from ..lora.anchor_lora import ADAPTER_NAME
 from ..lora.scales import AdapterScales
 from ..models import ModelFacts, match_model, model_presets
-from ..publishing.push import push
-from ..rewrite.rewriter import FirstFrameRewriter
 from ..rewrite.storyboard import Moment, moment_frames
 from ..schedules.presets import SchedulerPresets
-from .parts import as_composer, as_rewriter
+from .components import FactorizedParts
 from .progress import StageProgress
-from .request import NO_COMPOSER, NO_REWRITER, AnchorResolver, VideoRequest, check_prompts
-from .saving import as_saved, forget_origins
+from .request import NO_COMPOSER, NO_REWRITER, AnchorResolver, VideoRequest
 from .seeds import anchor_seeds
 
 
-class FactorizedStages(ABC):
+class FactorizedStages(FactorizedParts, ABC):
     """Stages 1 and 2 and the frame of a call, for a pipeline whose stage 3 is [`_animate`].
 
     `safety_checker` may be set to a function that is shown each anchor (an RGB PIL image) before its video is computed and
@@ -49,153 +39,11 @@ class FactorizedStages(ABC):
     no components and not saved.
     """
 
-    # What `loading/patches.py` asks a pipeline's class, and tells our classes by.
-    safetensors_only = True
-    _is_onnx = NOT_ONNX
     safety_checker: Callable[[PIL.Image.Image], bool | str | None] | None = None
     prompt_check: Callable[[str, bool], None] | None = None
     default_presets: SchedulerPresets
     own_guidance_scale: float  # With the user's own scheduler.
     default_call: dict[str, Any]
-    # The file that makes a saved repository load without an import of this package: see `save_pretrained`.
-    pipeline_shim: str
-
-    def _add_stages(
-        self,
-        rewriter: FirstFrameRewriter | None,
-        composer: AnchorComposer | None,
-        anchor_lora: AnchorLora | None,
-        schedulers: SchedulerPresets | None,
-        call_defaults: dict[str, Any] | None,
-    ) -> None:
-        self.register_modules(rewriter=rewriter, composer=composer, anchor_lora=anchor_lora, schedulers=schedulers)
-        check_defaults(call_defaults)
-        self.register_to_config(call_defaults=call_defaults)
-        if anchor_lora is not None:
-            for name, expert in self._experts().items():
-                if ADAPTER_NAME not in getattr(expert, "peft_config", {}):
-                    anchor_lora.load_into(expert, prefix=name)
-        self._interrupt = False
-
-    def _experts(self) -> dict[str, torch.nn.Module]:
-        experts = {name: getattr(self, name, None) for name in ("transformer", "transformer_2")}
-        return {name: expert for name, expert in experts.items() if expert is not None}
-
-    # -- loading ------------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> Self:
-        """Makes a pipeline of the components of another, such as the stock pipeline of the same base, without a copy.
-
-        The other pipeline keeps its own transformer and gives what it gave: see [`StockWeights.from_stock`]. Weights are shared:
-        what changes them, as `fuse_lora`, a cast by `to` or training does, both pipelines see.
-
-        Args:
-            pipeline (`DiffusionPipeline`): has the video model; what else it has that this class takes is used too.
-            kwargs: components and settings of this class, in place of the other's or beside them.
-
-        Raises:
-            `ValueError`: a component that this class needs is in neither, or does not fit.
-        """
-        if not isinstance(pipeline, DiffusionPipeline):
-            raise ValueError(f"`from_pipe` takes a pipeline, not {pipeline!r}; for a name there is `from_pretrained`.")
-        names = set(inspect.signature(cls.__init__).parameters) - {"self"}
-        found = {**pipeline.config, **pipeline.components}
-        parts = {name: value for name, value in found.items() if name in names} | kwargs
-        missing = sorted(cls._get_signature_keys(cls)[0] - parts.keys() - set(cls._optional_components))
-        if missing:
-            raise ValueError(
-                f"{type(pipeline).__name__} has no {', '.join(missing)}, which {cls.__name__} needs; pass it."
-            )
-        made = cls(**parts)
-        made.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
-        if isinstance(pipeline, FactorizedStages):
-            made.safety_checker, made.prompt_check = pipeline.safety_checker, pipeline.prompt_check
-        return made
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy of a pipeline that runs does not run.
-        return {name: value for name, value in self.__dict__.items() if name != "_progress"}
-
-    def register_modules(self, **kwargs) -> None:
-        kwargs = {name: self._taken_over(name, value) for name, value in kwargs.items()}
-        super().register_modules(**kwargs)
-        self._record_own_classes(kwargs)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # What is saved as a reference is none of the component itself.
-        if name in getattr(self, "_internal_dict", {}) and type(value) is not HubReference:
-            value = self._taken_over(name, value)
-        super().__setattr__(name, value)
-        if name in getattr(self, "_internal_dict", {}):
-            self._record_own_classes({name: value})
-
-    def _taken_over(self, name: str, component: Any) -> Any:
-        """A component in the form that the stages take, of one in the form that people have.
-
-        Raises:
-            `ValueError`: one that does not fit.
-        """
-        if component is None:
-            return None
-        if name == "rewriter":
-            return as_rewriter(component)
-        if name == "composer":
-            return as_composer(component)
-        return component
-
-    def _record_own_classes(self, components: dict[str, Any]) -> None:
-        # diffusers would record our module path, which makes a file's place a wire format and which a Hub download
-        # refuses. Our classes are attributes of diffusers (see `__init__.py`), so that name is recorded instead.
-        for name, component in components.items():
-            if type(component).__module__.split(".")[0] == "diffusers_fvg":
-                self.register_to_config(**{name: ("diffusers", type(component).__name__)})
-
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, bundle: bool = False, **kwargs) -> None:
-        """Writes a repository: components with their weights, and a `pipeline.py` of one import.
-
-        With that file `DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)` works in a
-        process that has not imported this package.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): the folder, made if it is not there.
-            bundle (`bool`): write the weights of components that came from a light repository. Otherwise they are
-                references again: bundle after changing weights of such a component.
-            args, kwargs: of [`~diffusers.DiffusionPipeline.save_pretrained`], but for its `push_to_hub`: use [`push_to_hub`].
-        """
-        if kwargs.pop("push_to_hub", False):
-            raise ValueError(
-                "`push_to_hub=True` is not for `save_pretrained` here; call `pipe.push_to_hub(repository)`."
-            )
-        os.makedirs(save_directory, exist_ok=True)
-        with open(os.path.join(save_directory, "pipeline.py"), "w") as file:
-            file.write(self.pipeline_shim)
-        super(FactorizedStages, as_saved(self, bundle)).save_pretrained(save_directory, *args, **kwargs)
-        forget_origins(save_directory)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        create_pr: bool = False,
-        variant: str | None = None,
-        bundle: bool = False,
-    ) -> str:
-        """Saves the pipeline as [`save_pretrained`] does and uploads it with a card; see [`~diffusers_fvg.push`].
-
-        Args:
-            repo_id (`str`): repository on the Hub, made if it is not there.
-            commit_message, private, token, create_pr (*optional*): of [`~diffusers_fvg.push`].
-            variant, bundle (*optional*): of [`save_pretrained`].
-
-        Returns:
-            `str`: address of the commit, or of the pull request.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, variant=variant, bundle=bundle)
-            return push(folder, repo_id, commit_message, private, create_pr, token)
 
     # -- what a call runs with ----------------------------------------------------------------------------------------
 
@@ -263,6 +111,11 @@ class FactorizedStages(ABC):
         experts = {name: getattr(expert, "_orig_mod", expert) for name, expert in self._experts().items()}
         return {name: AdapterScales(expert, scale, off) for name, expert in experts.items()}
 
+    def _check_known(self, texts: Sequence[str], writes: bool = False) -> None:
+        """A model of few words knows those of the texts; `writes`: stage 1 is to write of them."""
+        for text in texts if self.prompt_check is not None else ():
+            self.prompt_check(text, writes)
+
     def _request(self, arguments: dict[str, Any]) -> VideoRequest:
         """The request of a call, from the `locals()` of `__call__` or [`animate`]; raises `ValueError` for bad input."""
         arguments = {"prompt": arguments.get("prompts")} | arguments
@@ -286,6 +139,10 @@ class FactorizedStages(ABC):
     @abstractmethod
     def _anchor_resolver(self) -> AnchorResolver:
         """`resolve(anchors, num_frames)`: checks the anchors of one video and says which latents each stands for."""
+
+    def _check_scheduler(self) -> None:
+        """Raises `ValueError` where the user's own scheduler cannot be this model's."""
+        return
 
     def _check_own(self, request: VideoRequest) -> None:
         """Raises `ValueError` for what only this model takes; there is nothing by default."""
@@ -316,7 +173,7 @@ class FactorizedStages(ABC):
         with self._running() as progress, progress.stage(stage) as report:
             ask = getattr(self.rewriter, method)
             prompts = [prompts] if isinstance(prompts, str) else prompts
-            check_prompts(self, "prompts", prompts, writes=True)
+            self._check_known(prompts, writes=True)
             return ask(prompts, on_progress=report, should_stop=lambda: self.interrupt, **options)
 
     @torch.no_grad()
@@ -361,7 +218,8 @@ class FactorizedStages(ABC):
             `list[PIL.Image.Image]`: one picture of `height` x `width` per caption.
         """
         captions = [first_frame_prompts] if isinstance(first_frame_prompts, str) else first_frame_prompts
-        check_prompts(self, "first_frame_prompts", captions)
+        check_texts("first_frame_prompts", captions)
+        self._check_known(captions)
         options = (num_inference_steps, guidance_scale, negative_prompt, generator)
         return self._draw(None, list(captions), height, width, *options)
 

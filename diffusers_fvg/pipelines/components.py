@@ -1,0 +1,166 @@
+"""The parts of a pipeline of any base model: how they come in, are recorded and are saved."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import tempfile
+from typing import Any, Self
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ..checks import check_defaults
+from ..compose.composer import AnchorComposer
+from ..loading.patches import NOT_ONNX
+from ..loading.references import HubReference
+from ..lora.anchor_lora import ADAPTER_NAME, AnchorLora
+from ..publishing.push import push
+from ..rewrite.rewriter import FirstFrameRewriter
+from ..schedules.presets import SchedulerPresets
+from .parts import as_composer, as_rewriter
+from .saving import as_saved, forget_origins
+
+
+class FactorizedParts:
+    """Parts as people have them become those of the stages; what is saved loads without an import of this package."""
+
+    # What `loading/patches.py` asks a pipeline's class, and tells our classes by.
+    safetensors_only = True
+    _is_onnx = NOT_ONNX
+    # The file that makes a saved repository load without an import of this package: see `save_pretrained`.
+    pipeline_shim: str
+
+    def _add_stages(
+        self,
+        rewriter: FirstFrameRewriter | None,
+        composer: AnchorComposer | None,
+        anchor_lora: AnchorLora | None,
+        schedulers: SchedulerPresets | None,
+        call_defaults: dict[str, Any] | None,
+    ) -> None:
+        self.register_modules(rewriter=rewriter, composer=composer, anchor_lora=anchor_lora, schedulers=schedulers)
+        check_defaults(call_defaults)
+        self.register_to_config(call_defaults=call_defaults)
+        if anchor_lora is not None:
+            for name, expert in self._experts().items():
+                if ADAPTER_NAME not in getattr(expert, "peft_config", {}):
+                    anchor_lora.load_into(expert, prefix=name)
+        self._interrupt = False
+
+    def _experts(self) -> dict[str, torch.nn.Module]:
+        experts = {name: getattr(self, name, None) for name in ("transformer", "transformer_2")}
+        return {name: expert for name, expert in experts.items() if expert is not None}
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> Self:
+        """Makes a pipeline of the components of another, such as the stock pipeline of the same base, without a copy.
+
+        The other pipeline keeps its own transformer and gives what it gave: see [`StockWeights.from_stock`]. Weights are shared:
+        what changes them, as `fuse_lora`, a cast by `to` or training does, both pipelines see.
+
+        Args:
+            pipeline (`DiffusionPipeline`): has the video model; what else it has that this class takes is used too.
+            kwargs: components and settings of this class, in place of the other's or beside them.
+
+        Raises:
+            `ValueError`: a component that this class needs is in neither, or does not fit.
+        """
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise ValueError(f"`from_pipe` takes a pipeline, not {pipeline!r}; for a name there is `from_pretrained`.")
+        names = set(inspect.signature(cls.__init__).parameters) - {"self"}
+        found = {**pipeline.config, **pipeline.components}
+        parts = {name: value for name, value in found.items() if name in names} | kwargs
+        missing = sorted(cls._get_signature_keys(cls)[0] - parts.keys() - set(cls._optional_components))
+        if missing:
+            raise ValueError(
+                f"{type(pipeline).__name__} has no {', '.join(missing)}, which {cls.__name__} needs; pass it."
+            )
+        made = cls(**parts)
+        made.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+        if isinstance(pipeline, FactorizedParts):
+            made.safety_checker, made.prompt_check = pipeline.safety_checker, pipeline.prompt_check
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of a pipeline that runs does not run.
+        return {name: value for name, value in self.__dict__.items() if name != "_progress"}
+
+    def register_modules(self, **kwargs) -> None:
+        kwargs = {name: self._taken_over(name, value) for name, value in kwargs.items()}
+        super().register_modules(**kwargs)
+        self._record_own_classes(kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What is saved as a reference is none of the component itself.
+        if name in getattr(self, "_internal_dict", {}) and type(value) is not HubReference:
+            value = self._taken_over(name, value)
+        super().__setattr__(name, value)
+        if name in getattr(self, "_internal_dict", {}):
+            self._record_own_classes({name: value})
+
+    def _taken_over(self, name: str, component: Any) -> Any:
+        """A component in the form that the stages take, of one in the form that people have.
+
+        Raises:
+            `ValueError`: one that does not fit.
+        """
+        if component is None:
+            return None
+        if name == "rewriter":
+            return as_rewriter(component)
+        if name == "composer":
+            return as_composer(component)
+        return component
+
+    def _record_own_classes(self, components: dict[str, Any]) -> None:
+        # diffusers would record our module path, which a Hub download refuses: our classes are attributes of diffusers.
+        for name, component in components.items():
+            if type(component).__module__.split(".")[0] == "diffusers_fvg":
+                self.register_to_config(**{name: ("diffusers", type(component).__name__)})
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, bundle: bool = False, **kwargs) -> None:
+        """Writes a repository: components with their weights, and a `pipeline.py` of one import.
+
+        With that file `DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)` works in a
+        process that has not imported this package.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): the folder, made if it is not there.
+            bundle (`bool`): write the weights of components that came from a light repository. Otherwise they are
+                references again: bundle after changing weights of such a component.
+            args, kwargs: of [`~diffusers.DiffusionPipeline.save_pretrained`], but for its `push_to_hub`: use [`push_to_hub`].
+        """
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError(
+                "`push_to_hub=True` is not for `save_pretrained` here; call `pipe.push_to_hub(repository)`."
+            )
+        os.makedirs(save_directory, exist_ok=True)
+        with open(os.path.join(save_directory, "pipeline.py"), "w") as file:
+            file.write(self.pipeline_shim)
+        super(FactorizedParts, as_saved(self, bundle)).save_pretrained(save_directory, *args, **kwargs)
+        forget_origins(save_directory)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        variant: str | None = None,
+        bundle: bool = False,
+    ) -> str:
+        """Saves the pipeline as [`save_pretrained`] does and uploads it with a card; see [`~diffusers_fvg.push`].
+
+        Args:
+            repo_id (`str`): repository on the Hub, made if it is not there.
+            commit_message, private, token, create_pr (*optional*): of [`~diffusers_fvg.push`].
+            variant, bundle (*optional*): of [`save_pretrained`].
+
+        Returns:
+            `str`: address of the commit, or of the pull request.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, variant=variant, bundle=bundle)
+            return push(folder, repo_id, commit_message, private, create_pr, token)
