@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import torch
 
-from ..animate.anchor import Anchor, picture_tensor
+from ..animate.anchor import Anchor
+from ..animate.frames import first_frame
 from ..animate.transformer_anchor import AnchorConditionedTransformer3D
-from ..media import read_video, write_video
+from ..media import write_video
 from ..pipelines.pipeline_factorized_cogvideox import FactorizedCogVideoXPipeline
 from ..pipelines.pipeline_factorized_video import FactorizedVideoPipeline
 from ..training.config import TrainConfig
@@ -46,7 +45,7 @@ def make_validate(config: TrainConfig) -> Callable[[Validation], None]:
             f"`validation_every={config.validation_every}`, but {config.model} samples with two experts, and training holds "
             "one; set it to 0 and look at the finished LoRA's videos."
         )
-    pictures = [_first_frame(Path(path)) for path in config.validation_anchors]
+    pictures = [first_frame(path) for path in config.validation_anchors]
 
     def validate(validation: Validation) -> None:
         transformer, started = validation.transformer, time.perf_counter()
@@ -75,12 +74,3 @@ def make_validate(config: TrainConfig) -> Callable[[Validation], None]:
         validation.log({"validation_seconds": time.perf_counter() - started})
 
     return validate
-
-
-def _first_frame(path: Path) -> torch.Tensor | np.ndarray:
-    """The picture in a file, or the first one of the video in it."""
-    try:
-        with PIL.Image.open(path) as image:
-            return picture_tensor(image)
-    except PIL.UnidentifiedImageError:
-        return read_video(path)[0][0]

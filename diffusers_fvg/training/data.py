@@ -34,6 +34,8 @@ logger = logging.get_logger(__name__)
 # A larger file is known by its size and this many pieces of a mebibyte: reading 11 GB at every start takes longer than
 # finding out that nothing has to be encoded.
 FINGERPRINT_PIECES, PIECE = 64, 1 << 20
+# Which frames of a file make up its clips, and how they are turned: a number for each way that there was.
+READER = 2
 # Small clips are encoded together, up to this many pixels: one at a time is three times as slow.
 PIXELS_AT_ONCE = 1 << 19
 
@@ -194,7 +196,7 @@ def build_cache(
     """
     state, cache = PartialState(), Path(config.cache_dir)
     settings = {part: fingerprint(path) for part, path in family.encoders(folder).items()}
-    settings["text_dtype"] = str(_text_dtype(config))
+    settings |= {"text_dtype": str(_text_dtype(config)), "reader": READER}
     for name in family.cache_settings:
         settings[name] = getattr(config, name)
     settings = json.loads(json.dumps(settings))

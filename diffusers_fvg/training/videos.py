@@ -1,34 +1,27 @@
-"""From a video file to clips at a size that is trained at: which bucket, which frames, and their pixels.
+"""From a file to clips at a size that is trained at: which bucket, which frames, and their pixels.
 
 Shapes: F/H/W pixel frames/height/width.
 """
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import av
+import numpy as np
 import torch
-from av.video.reformatter import VideoReformatter
 
 from ..animate.anchor import crop_and_resize
+from ..animate.frames import SLOWEST, end_of, nearest_frames, open_frames, spacing
 from .config import TrainConfig
 
 
-# Slower videos than this share of the frame rate would be padded with copies, which teach stuttering.
-SLOWEST = 0.9
-# Threads of the decoder take longer to start than frames of fewer pixels take to decode.
-THREADS_FROM = 256 * 256
+# A frame that is chosen more than so many times in a row stands still.
+MOST_REPEATS = 2
 
 Bucket = tuple[int, int, int]
-
-
-def frames_available(num_frames: int, source_rate: float, frame_rate: float) -> int:
-    """Frames that are left of a video when it is thinned out to `frame_rate`."""
-    return int((num_frames - 1) * min(1.0, frame_rate / source_rate) + 1e-6) + 1
 
 
 def choose_bucket(num_frames: int, height: int, width: int, buckets: Sequence[Bucket]) -> Bucket:
@@ -58,21 +51,32 @@ def choose_bucket(num_frames: int, height: int, width: int, buckets: Sequence[Bu
     return min(fitting, key=order)
 
 
-def clip_frames(num_frames: int, length: int, step: float, most: int) -> list[list[int]]:
+def clip_frames(times: np.ndarray, length: int, step: float, most: int) -> list[list[int]]:
     """Which frames of a video make up its clips: as many as fit without overlap, up to `most`, evenly spread from its first
     frame to its last; a single one is its beginning.
 
     Args:
-        num_frames (`int`): of the video.
+        times (`np.ndarray` of shape `(F,)`): seconds of its frames.
         length (`int`): frames of a clip.
-        step (`float`): frames of the video for one of the clip, at least 1.
+        step (`float`): seconds between two of them.
         most (`int`): clips.
+
+    Raises:
+        `ValueError`: a clip in which the video stands still for want of frames.
     """
-    offsets = [round(index * step) for index in range(length)]
-    span = offsets[-1] + 1
-    count = min(most, num_frames // span)
-    starts = [round(clip * (num_frames - span) / max(1, count - 1)) for clip in range(count)]
-    return [[start + offset for offset in offsets] for start in starts]
+    latest = times[times + (length - 1) * step < end_of(times, step)][-1]
+    for count in range(min(most, int(times[-1] / (length * step)) + 1), 0, -1):
+        even = np.linspace(0, latest if count > 1 else 0, count)
+        starts = np.interp(even, times, np.arange(len(times))).round(6).round().astype(int)
+        clips = [nearest_frames(times, times[start], length, step) for start in starts]
+        if all(before[-1] < after[0] for before, after in itertools.pairwise(clips)):
+            break
+    for clip in clips:
+        longest = max(len(list(run)) for _, run in itertools.groupby(clip))
+        if longest > MOST_REPEATS or len(set(clip)) < SLOWEST * length:
+            at = times[next(frame for frame, run in itertools.groupby(clip) if len(list(run)) == longest)]
+            raise ValueError(f"lacks frames behind second {at:.3g}: there are less than {1 / step:.4g} per second")
+    return clips
 
 
 def read_clips(path: Path, config: TrainConfig) -> Iterator[tuple[int, torch.Tensor]]:
@@ -86,46 +90,12 @@ def read_clips(path: Path, config: TrainConfig) -> Iterator[tuple[int, torch.Ten
     Raises:
         `ValueError`, `OSError`: missing, damaged, too slow, or shorter than every bucket.
     """
-    with _opened(path) as (container, stream):
-        # Packets are counted, not decoded; what a cut in the file hides is marked.
-        num_frames = sum(bool(packet.size) and not packet.is_discard for packet in container.demux(stream))
-        source_rate, source_height, source_width = float(stream.average_rate or 0), stream.height, stream.width
-    if not num_frames or not source_rate:
-        raise ValueError(f"has {num_frames} frames at {source_rate:.4g} per second")
-    if source_rate < SLOWEST * config.frame_rate:
-        raise ValueError(f"has {source_rate:.4g} frames per second; training is at {config.frame_rate:.4g}")
-    available = frames_available(num_frames, source_rate, config.frame_rate)
-    length, height, width = choose_bucket(available, source_height, source_width, config.buckets)
-    plan = clip_frames(num_frames, length, max(1.0, source_rate / config.frame_rate), config.clips_per_video)
-
-    with _opened(path) as (container, stream):
-        if source_height * source_width < THREADS_FROM:
-            stream.thread_count = 1
-        else:
-            stream.thread_type = "AUTO"
-        # One for all frames: each would make one of its own.
-        reformatter, frames, index = VideoReformatter(), container.decode(stream), -1
-        for wanted in plan:
-            clip = []
-            for frame in frames:
-                index += 1
-                if index in wanted:
-                    picture = reformatter.reformat(frame, format="rgb24").to_ndarray()
-                    clip.append(crop_and_resize(picture, height, width))
-                if index == wanted[-1]:
-                    break
-            if len(clip) < length:
-                raise ValueError(f"can be decoded up to frame {index + 1} of {num_frames}")
-            yield len(plan), torch.stack(clip, dim=1)
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError("holds no video")
-            yield container, container.streams.video[0]
-    except av.error.FFmpegError as error:
-        # Some of them are neither a `ValueError` nor an `OSError`.
-        raise ValueError(f"cannot be decoded: {error}") from error
+    video = open_frames(path)
+    step = spacing(video.times, config.frame_rate)
+    available = len(nearest_frames(video.times, 0, len(video.times), step))
+    length, height, width = choose_bucket(available, video.height, video.width, config.buckets)
+    plan = clip_frames(video.times, length, step, config.clips_per_video)
+    frames = video.frames([frame for clip in plan for frame in clip])
+    for _ in plan:
+        pictures = [crop_and_resize(frame, height, width) for frame in itertools.islice(frames, length)]
+        yield len(plan), torch.stack(pictures, dim=1)

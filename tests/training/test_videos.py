@@ -1,14 +1,17 @@
 from pathlib import Path
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from training_runs import OPTIONS, moving_square
+from video_files import corners, damage, write_file
 
 from diffusers_fvg.animate.anchor import crop_and_resize
 from diffusers_fvg.media import read_video, write_video
 from diffusers_fvg.shapes.dataset import lossless_video
 from diffusers_fvg.training.config import TrainConfig
-from diffusers_fvg.training.videos import choose_bucket, clip_frames, frames_available, read_clips
+from diffusers_fvg.training.videos import choose_bucket, clip_frames, read_clips
 
 
 BUCKETS = [(81, 480, 832), (49, 480, 832), (49, 832, 480), (49, 704, 1280)]
@@ -40,13 +43,6 @@ def test_choose_bucket_refuses_a_short_video():
         choose_bucket(48, 480, 832, BUCKETS)
 
 
-def test_frames_available_is_the_last_frame_still_inside():
-    # Frames 0, 3, 6, 9 of ten at 24 per second are the frames at 8 per second.
-    assert frames_available(10, 24, 8) == 4
-    assert frames_available(9, 24, 8) == 3
-    assert frames_available(10, 8, 8) == 10
-
-
 def config(**options) -> TrainConfig:
     return TrainConfig(model="m", data="d", cache_dir="c", output_dir="o", **OPTIONS | options)
 
@@ -55,22 +51,77 @@ def clips_of(path: Path, **options) -> list[torch.Tensor]:
     return [clip for _, clip in read_clips(path, config(**options))]
 
 
+def every(seconds: float, count: int) -> np.ndarray:
+    return np.arange(count) * seconds
+
+
 def test_clip_frames_by_hand():
-    assert clip_frames(20, length=3, step=1.0, most=1) == [[0, 1, 2]]
-    assert clip_frames(20, length=3, step=2.0, most=2) == [[0, 2, 4], [15, 17, 19]]
+    assert clip_frames(every(1, 20), length=3, step=1.0, most=1) == [[0, 1, 2]]
+    assert clip_frames(every(1, 20), length=3, step=2.0, most=2) == [[0, 2, 4], [15, 17, 19]]
     # Ten frames hold two clips of four without overlap, not three.
-    assert clip_frames(10, length=4, step=1.0, most=3) == [[0, 1, 2, 3], [6, 7, 8, 9]]
+    assert clip_frames(every(1, 10), length=4, step=1.0, most=3) == [[0, 1, 2, 3], [6, 7, 8, 9]]
     # 24 to 16 frames per second: every one and a half frames.
-    assert clip_frames(7, length=5, step=1.5, most=4) == [[0, 2, 3, 4, 6]]
+    assert clip_frames(every(1 / 24, 7), length=5, step=1 / 16, most=4) == [[0, 2, 3, 4, 6]]
 
 
 @pytest.mark.parametrize("num_frames", range(25, 60, 3))
 def test_clip_frames_stay_inside_and_apart(num_frames):
-    for step in (1.0, 1.25, 24 / 16, 2.997):
-        available = frames_available(num_frames, 8 * step, 8)
-        plan = clip_frames(num_frames, length=min(9, available), step=step, most=4)
+    for rate in (8, 10, 12, 23.976):
+        plan = clip_frames(every(1 / rate, num_frames), length=9, step=1 / 8, most=4)
         flat = [frame for clip in plan for frame in clip]
         assert flat == sorted(set(flat)) and flat[0] == 0 and flat[-1] < num_frames
+        # Evenly spread up to the end: what is left behind the last clip is less than one step.
+        assert len(plan) == 1 or (num_frames - 1 - flat[-1]) / rate < 1 / 8
+
+
+def test_clips_of_uneven_times_are_even():
+    """Frames at 16 per second, then at 32: every one of the first, every second one of the others."""
+    times = np.concatenate([every(1 / 16, 16), 1 + every(1 / 32, 33)])
+    assert clip_frames(times, length=24, step=1 / 16, most=1) == [[*range(16), *range(16, 32, 2)]]
+
+
+def test_a_clip_that_stands_still_is_refused(tmp_path):
+    ticks = [*range(0, 16000, 2000), *range(16000, 48000, 8000)]
+    frames = np.stack([corners()] * len(ticks))
+    path = write_file(tmp_path / "a.mp4", frames, times=ticks)
+    assert len(clips_of(path, buckets=[[9, 32, 32]])) == 1
+    with pytest.raises(ValueError, match="lacks frames behind second 1: there are less than 8 per second"):
+        clips_of(path, buckets=[[12, 32, 32]])
+
+
+@pytest.mark.parametrize("ticks", [999, 1000, 1001])
+def test_a_video_of_exactly_the_length_is_a_clip(tmp_path, ticks):
+    """81 frames at 15.98 to 16.02 per second are the 81 that a bucket asks for, each once."""
+    frames = moving_square(0, num_frames=81)
+    path = write_file(tmp_path / "a.mp4", frames, times=[ticks * index for index in range(81)])
+    (clip,) = clips_of(path, buckets=[[81, 32, 32]], frame_rate=16.0)
+    assert torch.equal(clip, torch.stack([crop_and_resize(frame, 32, 32) for frame in frames], dim=1))
+
+
+def test_buckets_are_chosen_by_what_is_seen(tmp_path):
+    """A film that is stored lying and shown upright goes into the upright bucket, its pixels with it."""
+    path = write_file(
+        tmp_path / "a.mp4", np.stack([corners()] * 9), times=[2000 * k for k in range(9)], turn="clockwise"
+    )
+    (clip,) = clips_of(path, buckets=[[9, 32, 48], [9, 48, 32]])
+    expected = crop_and_resize(np.rot90(corners(), -1).copy(), 48, 32)
+    assert clip.shape == (3, 9, 48, 32) and torch.equal(clip[:, 4], expected)
+
+
+def test_an_animation_is_a_video(tmp_path):
+    pictures = [PIL.Image.fromarray(frame) for frame in moving_square(0)]
+    options = {"duration": 125, "save_all": True, "append_images": pictures[1:], "lossless": True}
+    pictures[0].save(tmp_path / "a.webp", **options)
+    (clip,) = clips_of(tmp_path / "a.webp")
+    assert torch.equal(clip, torch.stack([crop_and_resize(frame, 32, 32) for frame in moving_square(0)], dim=1))
+
+
+def test_a_damaged_frame_refuses_the_clip(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (20, 64, 64, 3)).astype(np.uint8)
+    path = write_file(tmp_path / "a.mp4", frames, times=[2000 * k for k in range(20)], g="40", coder="0")
+    damage(path, 6)
+    with pytest.raises(ValueError, match="is damaged: frame 6 of 20"):
+        clips_of(path)
 
 
 def test_faster_videos_are_thinned_out(tmp_path):
@@ -79,7 +130,7 @@ def test_faster_videos_are_thinned_out(tmp_path):
     frames, _ = read_video(tmp_path / "fast.mp4")
     assert torch.equal(clip, torch.stack([crop_and_resize(frame, 32, 32) for frame in frames[::3]], dim=1))
     write_video(tmp_path / "slow.mp4", moving_square(0), 6)
-    with pytest.raises(ValueError, match="has 6 frames per second; training is at 8"):
+    with pytest.raises(ValueError, match="has 6 frames per second; 8 are needed"):
         clips_of(tmp_path / "slow.mp4")
 
 

@@ -1,4 +1,4 @@
-"""Videos and strips of frames on disk. The only module that knows about codecs and fonts, but for training data.
+"""Writes videos and strips of frames. What reads them is [`reading`].
 
 Shape legend: F frames, H and W height and width in pixels, C colour channels.
 """
@@ -17,7 +17,7 @@ import av
 import numpy as np
 import torch
 from av.bitstream import BitStreamFilterContext
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image, ImageDraw, ImageFont
 
 
@@ -25,8 +25,6 @@ Frames = np.ndarray | torch.Tensor | list[Image.Image]
 
 # Visually lossless for photographs (x264's own scale, 0 to 51); flat coloured shapes come back within a few levels.
 CRF = 15
-# Longest comment that is read, in characters: a record has some thousands.
-MAX_COMMENT = 1_000_000
 
 TILE_SIZE = 192
 MARGIN, GAP, BORDER = 28, 14, 4
@@ -88,7 +86,7 @@ def write_video(
         frame_rate (`float`): frames per second.
         metadata (`dict`, *optional*): anything JSON holds, kept as the file's comment, such as a video's record
             (`out.records[0]`); its `"prompt"` is also the title.
-            [`read_video_metadata`] gives it back.
+            [`~media.reading.read_video_metadata`] gives it back.
         scale (`int`, *optional*): each pixel becomes a square of `scale` x `scale`, as players blur tiny videos.
 
     Raises:
@@ -152,38 +150,6 @@ def _one_size(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         yield frame
     if size is None:
         raise ValueError("frames are at least one, and the iterator had none")
-
-
-def read_video(path: str | Path) -> tuple[np.ndarray, float]:
-    """All frames of a video, `(F, H, W, 3)` uint8, and its frame rate.
-
-    Raises:
-        `ValueError`: not a video.
-    """
-    with _opened(path) as container:
-        stream = container.streams.video[0]
-        # One for all frames: each would make one of its own.
-        reformatter = VideoReformatter()
-        frames = [reformatter.reformat(frame, format="rgb24").to_ndarray() for frame in container.decode(stream)]
-        return np.stack(frames), float(stream.average_rate)
-
-
-def read_video_metadata(path: str | Path) -> dict[str, Any]:
-    """What [`write_video`] was given as `metadata`.
-
-    Raises:
-        `ValueError`: not an mp4, or one that another program wrote.
-    """
-    # Of one format: a playlist by that name would send the reader to other files.
-    with _opened(path, "mp4") as container:
-        comment = container.metadata.get("comment", "")
-    try:
-        metadata = json.loads(comment) if len(comment) <= MAX_COMMENT else None
-    except (ValueError, RecursionError):
-        metadata = None
-    if not isinstance(metadata, dict):
-        raise ValueError(f"{path} carries no generation metadata: its comment is {comment[:80]!r}")
-    return metadata
 
 
 def write_strip(
@@ -306,14 +272,3 @@ def _appearing_whole(path: Path) -> Iterator[str]:
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _opened(path: str | Path, file_format: str | None = None) -> Iterator[av.container.InputContainer]:
-    try:
-        with av.open(str(path), format=file_format) as container:
-            if not container.streams.video:
-                raise ValueError(f"{path} holds no video")
-            yield container
-    except av.error.InvalidDataError as error:
-        raise ValueError(f"{path} is no video that can be read, or a damaged one") from error

@@ -1,0 +1,235 @@
+"""Reads videos as a person sees them: upright, with square pixels, each frame known by its time.
+
+Shape legend: F frames, H and W height and width in pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import ColorTrc, Interpolation, VideoReformatter
+
+
+# Threads of the decoder take longer to start than frames of fewer pixels take to decode.
+THREADS_FROM = 256 * 256
+# Transfer functions of high dynamic range (ITU-R BT.2100): shown as if it were standard, such a video is grey and dim.
+HDR = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
+# A pixel is no longer than so many times its other side; beyond it the number in the file is a mistake.
+LARGEST_PIXEL_ASPECT = 16
+
+
+class Video:
+    """A video file: its size, the times of its frames, and those frames that are asked for.
+
+    Size and times come from the file's packets and its first frame; nothing else is decoded before [`frames`].
+
+    Args:
+        path (`str` or `Path`): the file.
+
+    Attributes:
+        height, width (`int`): upright, in square pixels. The longer side of a pixel is what its shorter one becomes.
+        times (`np.ndarray` of shape `(F,)`): seconds from the first frame, ascending.
+        frame_rate (`float`): frames per second on average; 0 for a single frame.
+
+    Raises:
+        `ValueError`: no video, a damaged one, one of high dynamic range, or one that is turned by no quarter. The message
+            goes on after the file's name.
+        `OSError`: no such file.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        with _opened(self.path) as (container, stream):
+            stream.thread_count = 1
+            ticks, first = [], None
+            for packet in container.demux(stream):
+                # The last, without content, makes the decoder give what it holds back.
+                if first is None:
+                    first = next(iter(packet.decode()), None)
+                # Packets are counted, not decoded; what an edit list hides is marked.
+                if packet.size and not packet.is_discard:
+                    ticks.append(packet.pts)
+            if first is None:
+                raise ValueError(f"holds no frame that can be decoded, of {len(ticks)}")
+            _refuse_hdr(first, stream)
+            rate = float(stream.average_rate or 0)
+            self._size, self._square = (first.width, first.height), _square_size(first, stream)
+            time_base = float(stream.time_base)
+        self._turn = _turn(first)
+        self.width, self.height = self._square[::-1] if self._turn[0] else self._square
+        # Some containers keep no times, or the same twice: frames then follow each other at the average rate.
+        self._index: dict[int, int] | None = None
+        if None not in ticks and len(set(ticks)) == len(ticks):
+            ticks.sort()
+            self._index = {tick: index for index, tick in enumerate(ticks)}
+            self.times = (np.array(ticks) - ticks[0]) * time_base
+        elif rate or len(ticks) == 1:
+            self.times = np.arange(len(ticks)) / (rate or 1)
+        else:
+            raise ValueError(f"has {len(ticks)} frames without times")
+        self.frame_rate = (rate or 1 / float(np.diff(self.times).mean())) if len(self.times) > 1 else 0.0
+
+    def frames(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        """Frames `(H, W, 3)`, uint8, one after the other; what lies behind the last is not decoded.
+
+        The last is handed over only when everything that it was computed from has proved whole.
+
+        Args:
+            indices (`Sequence[int]`): not descending; a frame may be wanted several times.
+
+        Raises:
+            `ValueError`: a frame that is damaged or missing.
+        """
+        wanted = iter(indices)
+        want, held, missing = next(wanted, None), None, len(self.times)
+        if want is None:
+            return
+        for index, frame in self._decoded(max(indices)):
+            # Behind the last, what it rests on is only looked at.
+            if want is not None and index > want:
+                missing = want
+                break
+            while index == want:
+                if held is not None:
+                    yield held
+                held, want = self._upright(frame, index), next(wanted, None)
+        if want is not None:
+            raise ValueError(f"can be decoded up to frame {min(missing, want)} of {len(self.times)}")
+        yield held
+
+    def _decoded(self, last: int) -> Iterator[tuple[int, av.VideoFrame]]:
+        """All frames up to number `last` and those that it was computed from, with their numbers."""
+        with _opened(self.path) as (container, stream):
+            if stream.width * stream.height < THREADS_FROM:
+                stream.thread_count = 1
+            else:
+                stream.thread_type = "AUTO"
+            count, given, awaited = -1, set(), None
+            for packet in container.demux(stream):
+                if awaited is None and packet.pts is not None and packet.size and not packet.is_discard:
+                    given.add(packet.pts)
+                for frame in packet.decode():
+                    count += 1
+                    index = count if self._index is None else self._index.get(frame.pts, count)
+                    if frame.is_corrupt:
+                        raise ValueError(f"is damaged: frame {index} of {len(self.times)} cannot be decoded whole")
+                    yield index, frame
+                    given.discard(frame.pts)
+                    if index >= last and awaited is None:
+                        # Frames may rest on later ones, which the decoder had by then.
+                        awaited = set(given)
+                    if awaited is not None:
+                        awaited.discard(frame.pts)
+                if awaited is not None and not awaited:
+                    return
+
+    def _upright(self, frame: av.VideoFrame, index: int) -> np.ndarray:
+        if (frame.width, frame.height) != self._size:
+            before, now = "{}x{}".format(*self._size), f"{frame.width}x{frame.height}"
+            raise ValueError(f"changes its size from {before} to {now} at frame {index}")
+        width, height = self._square
+        # One for all frames: each would make one of its own.
+        if not hasattr(self, "_reformatter"):
+            self._reformatter = VideoReformatter()
+        options = {} if self._square == self._size else {"interpolation": Interpolation.BICUBIC}
+        picture = self._reformatter.reformat(frame, width, height, format="rgb24", **options).to_ndarray()
+        swapped, rows, columns = self._turn
+        if swapped:
+            picture = picture.swapaxes(0, 1)
+        return np.ascontiguousarray(picture[::rows, ::columns])
+
+
+def read_video(path: str | Path) -> tuple[np.ndarray, float]:
+    """All frames of a video, `(F, H, W, 3)` uint8, upright and with square pixels, and its frame rate on average.
+
+    Raises:
+        `ValueError`: no video, or one that [`Video`] refuses.
+    """
+    try:
+        video = Video(path)
+        return np.stack(list(video.frames(range(len(video.times))))), video.frame_rate
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+
+
+def read_video_metadata(path: str | Path) -> dict[str, Any]:
+    """What [`~media.writing.write_video`] was given as `metadata`.
+
+    Raises:
+        `ValueError`: not a video, or one that another program wrote.
+    """
+    try:
+        with _opened(path) as (container, _):
+            comment = container.metadata.get("comment", "")
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+    try:
+        metadata = json.loads(comment)
+    except json.JSONDecodeError:
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path} carries no generation metadata: its comment is {comment[:80]!r}")
+    return metadata
+
+
+def _refuse_hdr(frame: av.VideoFrame, stream: av.VideoStream) -> None:
+    for transfer in (frame.color_trc, stream.codec_context.color_trc):
+        if transfer in HDR:
+            raise ValueError(
+                f"is of high dynamic range ({HDR[transfer]}), and its colours would come out grey; convert it to standard range, "
+                "as with FFmpeg's filters zscale and tonemap"
+            )
+
+
+def _square_size(frame: av.VideoFrame, stream: av.VideoStream) -> tuple[int, int]:
+    """Width and height, as stored, in square pixels: nothing is scaled down."""
+    aspect = stream.sample_aspect_ratio or 1
+    if not 1 / LARGEST_PIXEL_ASPECT <= aspect <= LARGEST_PIXEL_ASPECT:
+        raise ValueError(f"has pixels of {aspect} times their height, which is a mistake in the file")
+    if aspect >= 1:
+        return round(frame.width * aspect), frame.height
+    return frame.width, round(frame.height / aspect)
+
+
+def _turn(frame: av.VideoFrame) -> tuple[bool, int, int]:
+    """What makes a stored frame upright: whether rows and columns change places, then the steps through rows and columns,
+    1 or -1.
+
+    The display matrix maps a stored pixel `(p, q)` to `(a p + c q + x, b p + d q + y)` (FFmpeg, `libavutil/display.h`).
+    """
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:
+        # There is a kind of data beside it that PyAV does not know.
+        matrix = None
+    if matrix is None:
+        a, b, c, d = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), -90: (0, 1, -1, 0)}.get(frame.rotation, (-1, 0, 0, -1))
+        if frame.rotation not in (0, 90, -90, 180, -180):
+            raise ValueError(f"is turned by {frame.rotation} degrees, which is no quarter turn: turn its pixels")
+    else:
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5] / (1 << 16)
+    if b == c == 0 and a and d:
+        return False, int(np.sign(d)), int(np.sign(a))
+    if a == d == 0 and b and c:
+        return True, int(np.sign(b)), int(np.sign(c))
+    raise ValueError(f"is turned by {frame.rotation} degrees, which is no quarter turn: turn its pixels")
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError("holds no video")
+            yield container, container.streams.video[0]
+    except av.error.FileNotFoundError:
+        raise
+    except av.error.FFmpegError as error:
+        # Some of them are neither a `ValueError` nor an `OSError`.
+        raise ValueError(f"is no video that can be read, or a damaged one; it cannot be decoded: {error}") from error
