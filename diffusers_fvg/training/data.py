@@ -1,16 +1,13 @@
-"""From a folder of captioned videos to cached latents and text embeddings.
+"""From captioned videos to cached latents and text embeddings.
 
 Shapes: B batch, C latent channels, F/H/W pixel frames/height/width, f/h/w latent ones, L tokens, D width.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import importlib.util
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,11 +18,12 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
-from ..checks import check_texts
+from ..checks import check_finite
 from .batches import Clips
 from .config import TrainConfig
 from .families import CogVideoX, Wan, text_pipeline
 from .files import write_whole
+from .metadata import Example
 from .videos import read_clips
 
 
@@ -38,87 +36,6 @@ FINGERPRINT_PIECES, PIECE = 64, 1 << 20
 READER = 2
 # Small clips are encoded together, up to this many pixels: one at a time is three times as slow.
 PIXELS_AT_ONCE = 1 << 19
-
-
-@dataclass(frozen=True)
-class Example:
-    """A video file and what it shows."""
-
-    path: Path
-    caption: str
-
-
-# -- what there is ----------------------------------------------------------------------------------------------------
-
-
-def read_examples(config: TrainConfig) -> list[Example]:
-    """The rows of `metadata.jsonl` or `metadata.csv` in the folder `config.data`, or of the data set of that name.
-
-    Raises:
-        `ValueError`: no such folder, data set or metadata, a row without its columns, an empty caption.
-    """
-    folder = Path(config.data)
-    if not folder.is_dir():
-        return _hub_examples(config)
-    found = [path for name in ("metadata.jsonl", "metadata.csv") if (path := folder / name).is_file()]
-    if len(found) != 1:
-        raise ValueError(f"{folder} has {len(found)} of metadata.jsonl and metadata.csv; it needs one of them.")
-    rows = _jsonl_rows(found[0]) if found[0].suffix == ".jsonl" else _csv_rows(found[0])
-    examples = []
-    for number, row in enumerate(rows, 1):
-        missing = [name for name in (config.video_column, config.caption_column) if not row.get(name)]
-        if missing:
-            raise ValueError(f"{found[0]}, row {number} has no {missing}; its columns are {sorted(row)}.")
-        check_texts(f"{found[0].name}, row {number}", [row[config.caption_column]])
-        examples.append(Example(folder / row[config.video_column], row[config.caption_column]))
-    if not examples:
-        raise ValueError(f"{found[0]} has no rows.")
-    return examples
-
-
-def _jsonl_rows(path: Path) -> list[dict]:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is no JSON: {error}.") from error
-    return rows
-
-
-def _csv_rows(path: Path) -> list[dict]:
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def _hub_examples(config: TrainConfig) -> list[Example]:
-    """The train split of a data set on the Hub, its videos as files in the cache."""
-    if importlib.util.find_spec("datasets") is None:
-        raise ValueError(
-            f"`data={config.data!r}` is no folder; for the name of a Hugging Face data set `pip install datasets`."
-        )
-    from datasets import Video, load_dataset
-
-    with PartialState().main_process_first():
-        rows = load_dataset(config.data, split="train")
-    missing = {config.video_column, config.caption_column} - set(rows.column_names)
-    if missing:
-        raise ValueError(f"{config.data} has no columns {sorted(missing)}; it has {rows.column_names}.")
-    examples = []
-    for row in rows.cast_column(config.video_column, Video(decode=False)):
-        video, caption = row[config.video_column], row[config.caption_column]
-        check_texts(f"a caption of {config.data}", [caption])
-        path = video["path"]
-        if video["bytes"] is not None:
-            path = Path(config.cache_dir) / "videos" / f"{hashlib.sha256(video['bytes']).hexdigest()}.mp4"
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                unfinished = path.with_suffix(f".{PartialState().process_index}.tmp")
-                unfinished.write_bytes(video["bytes"])
-                unfinished.replace(path)
-        examples.append(Example(Path(path), caption))
-    return examples
 
 
 # -- encoders ---------------------------------------------------------------------------------------------------------
@@ -154,15 +71,15 @@ def fingerprint(folder: Path) -> str:
 
 def stock_text_encoding(
     config: TrainConfig, folder: Path, family: Wan | CogVideoX
-) -> Callable[[str], dict[str, torch.Tensor]]:
-    """A text -> what the cache keeps of it: `embeds`, by the stock pipeline."""
+) -> Callable[[str], tuple[dict[str, torch.Tensor], int]]:
+    """A text -> what the cache keeps of it: `embeds`, by the stock pipeline, and how many tokens it has."""
     pipeline = text_pipeline(family, folder, _text_dtype(config), PartialState().device)
 
-    def encode(text: str) -> dict[str, torch.Tensor]:
+    def encode(text: str) -> tuple[dict[str, torch.Tensor], int]:
         embeds, _ = pipeline.encode_prompt(
             text, do_classifier_free_guidance=False, max_sequence_length=config.max_sequence_length
         )
-        return {"embeds": without_padding(embeds[0])}
+        return {"embeds": without_padding(embeds[0])}, len(pipeline.tokenizer(text).input_ids)
 
     return encode
 
@@ -177,7 +94,7 @@ def build_cache(
     examples: Sequence[Example],
     folder: Path,
     family: Wan | CogVideoX,
-    text_encoding: Callable[..., Callable[[str], dict[str, torch.Tensor]]] = stock_text_encoding,
+    text_encoding: Callable[..., Callable[[str], tuple[dict[str, torch.Tensor], int]]] = stock_text_encoding,
 ) -> Clips:
     """Encodes what is not in the cache yet, each process its share, and lets the encoders go.
 
@@ -214,6 +131,8 @@ def build_cache(
         missing[state.process_index :: state.num_processes],
         lambda: text_encoding(config, folder, family),
     )
+    state.wait_for_everyone()
+    _tell_of_long_captions(texts, config)
 
     mine = range(state.process_index, len(examples), state.num_processes)
     outcomes = dict(
@@ -276,7 +195,26 @@ def _cache_texts(texts: dict[str, Path], captions: list[str], make_encoding: Cal
     encode = make_encoding()
     for caption in _progress(captions, "texts"):
         with torch.no_grad():
-            write_whole(texts[caption], encode(caption))
+            tensors, tokens = encode(caption)
+        for name, tensor in tensors.items():
+            check_finite(f"{name} of the caption {caption[:80]!r}", tensor)
+        write_whole(texts[caption], tensors, {"tokens": str(tokens)})
+
+
+def _tell_of_long_captions(texts: dict[str, Path], config: TrainConfig) -> None:
+    """What stands behind the last token that is read teaches nothing, and whoever wrote it should know."""
+    limit, long = config.max_sequence_length, []
+    for caption, path in texts.items():
+        _, metadata = _header(path, "embeds") or (None, {})
+        # Of caches of earlier versions it is not known.
+        if int(metadata.get("tokens", 0)) > limit:
+            long.append((int(metadata["tokens"]), caption))
+    if long and PartialState().is_main_process:
+        most, caption = max(long)
+        logger.warning(
+            f"{len(long)} of {len(texts)} captions have more than the {limit} tokens that are read, up to {most}; what follows "
+            f"them is not trained on: shorten them, or raise `max_sequence_length={limit}`. The longest begins {caption[:80]!r}."
+        )
 
 
 def _cache_videos(

@@ -25,10 +25,11 @@ from ..dreamer.schedule import dreamer_schedule
 from ..dreamer.unet import FactorizedDreamerUNet
 from ..schedules.cogvideox import training_sigmas
 from .batches import Clips, Prefetcher, _read
-from .data import _text_dtype, build_cache, model_folder, read_examples, without_padding
+from .data import _text_dtype, build_cache, model_folder, without_padding
 from .draws import generator_for
 from .dreamer_config import DreamerConfig
 from .families import Family
+from .metadata import read_examples
 from .processes import make_accelerator
 from .trainer import _Run
 
@@ -123,8 +124,9 @@ class StableDiffusion(Family):
 
 def text_encoding(
     config: DreamerConfig, folder: Path, family: StableDiffusion
-) -> Callable[[str], dict[str, torch.Tensor]]:
-    """A text -> `embeds`, CLIP's `(L, D)`, and with a motion encoder `motion`, T5's without what follows its end."""
+) -> Callable[[str], tuple[dict[str, torch.Tensor], int]]:
+    """A text -> `embeds`, CLIP's `(L, D)`, and with a motion encoder `motion`, T5's without what follows its end; and how many
+    tokens it has, T5's where there is one."""
     dtype, device = _text_dtype(config), PartialState().device
     text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype).to(device)
     pipeline = StableDiffusionPipeline(
@@ -142,12 +144,12 @@ def text_encoding(
         motion_encoder = T5EncoderModel.from_pretrained(family.motion_folder, dtype=dtype).to(device)
         motion_tokenizer = AutoTokenizer.from_pretrained(family.motion_folder)
 
-    def encode(text: str) -> dict[str, torch.Tensor]:
+    def encode(text: str) -> tuple[dict[str, torch.Tensor], int]:
         tensors = {"embeds": pipeline.encode_prompt(text, device, 1, False)[0][0]}
         if motion_encoder is not None:
             tokens = embed_motion(motion_encoder, motion_tokenizer, [text], config.max_sequence_length, device)
             tensors["motion"] = without_padding(tokens[0])
-        return tensors
+        return tensors, len((motion_tokenizer or pipeline.tokenizer)(text).input_ids)
 
     return encode
 

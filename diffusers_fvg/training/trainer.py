@@ -30,11 +30,12 @@ from ..animate.anchor import AnchorLatents
 from ..lora.anchor_lora import ADAPTER_NAME, WEIGHT_NAME
 from .batches import BatchOrder, Clips, Prefetcher
 from .config import TrainConfig
-from .data import build_cache, model_folder, read_examples
+from .data import build_cache, model_folder
 from .distillation import GuidedTeacher
 from .draws import Draw, draw, draw_loss, generator_for
 from .families import family_of
 from .files import read_whole, write_whole
+from .metadata import read_examples
 from .objectives import FLOW_MATCHING, FlowMatching, VPrediction
 from .output import write_card, write_lora
 from .processes import make_accelerator, sharded_like, share, whole

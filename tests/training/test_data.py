@@ -1,4 +1,5 @@
 import gc
+import json
 import os
 import shutil
 import weakref
@@ -15,10 +16,11 @@ from transformers import UMT5EncoderModel
 from diffusers_fvg.animate.anchor import crop_and_resize, encode_anchor
 from diffusers_fvg.media import read_video
 from diffusers_fvg.shapes.dataset import lossless_video
-from diffusers_fvg.training import data, files
-from diffusers_fvg.training.data import build_cache, read_examples
+from diffusers_fvg.training import data, files, metadata
+from diffusers_fvg.training.data import build_cache
 from diffusers_fvg.training.families import Wan, family_of
 from diffusers_fvg.training.files import read_whole, write_whole
+from diffusers_fvg.training.metadata import read_examples
 
 
 @pytest.fixture(scope="module")
@@ -34,47 +36,6 @@ def config(model, tmp_path):
 def cache(config):
     folder = Path(config.model)
     return build_cache(config, read_examples(config), folder, family_of(config, folder))
-
-
-# -- rows -------------------------------------------------------------------------------------------------------------
-
-
-def test_read_examples_reads_jsonl_and_csv_alike(config, tmp_path):
-    from_jsonl = read_examples(config)
-    assert [example.caption for example in from_jsonl] == CAPTIONS
-    folder = tmp_path / "data"
-    (folder / "metadata.jsonl").unlink()
-    rows = [f'{index}.mp4,"{caption}"' for index, caption in enumerate(CAPTIONS)]
-    (folder / "metadata.csv").write_text("file_name,text\n" + "\n".join(rows) + "\n")
-    assert read_examples(config) == from_jsonl
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "has 0 of metadata.jsonl and metadata.csv"),
-        ("", "has no rows"),
-        ('{"file_name": "0.mp4"', "line 1 is no JSON"),
-        (
-            '{"file_name": "0.mp4", "caption": "a"}',
-            r"row 1 has no \['text'\]; its columns are \['caption', 'file_name'\]",
-        ),
-        ('{"file_name": "0.mp4", "text": "  "}', "row 1` is empty"),
-    ],
-)
-def test_read_examples_refuses(config, tmp_path, text, message):
-    (tmp_path / "data" / "metadata.jsonl").unlink()
-    if text is not None:
-        (tmp_path / "data" / "metadata.jsonl").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_examples(config)
-
-
-def test_a_data_set_on_the_hub_needs_its_package(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
-    config = tiny_config(model, tmp_path / "nowhere", tmp_path / "out")
-    with pytest.raises(ValueError, match="is no folder; .* `pip install datasets`"):
-        read_examples(config)
 
 
 @pytest.mark.slow
@@ -94,7 +55,7 @@ def test_a_data_set_of_hugging_face(config, tmp_path, form):
         folder = tmp_path / "parquet"
         folder.mkdir()
         datasets.Dataset.from_list(rows, features).to_parquet(folder / "train.parquet")
-    examples = data._hub_examples(replace(config, data=str(folder), **columns))
+    examples = metadata._hub_examples(replace(config, data=str(folder), **columns))
     assert [example.caption for example in examples] == CAPTIONS
     place = Path(config.model)
     clips = build_cache(replace(config, **columns), examples, place, family_of(config, place))
@@ -103,7 +64,7 @@ def test_a_data_set_of_hugging_face(config, tmp_path, form):
     torch.testing.assert_close(latents, expected[0])
     torch.testing.assert_close(embeds, expected[1])
     with pytest.raises(ValueError, match=r"has no columns \['movie'\]; it has \['video', 'text'\]"):
-        data._hub_examples(replace(config, data=str(folder), video_column="movie"))
+        metadata._hub_examples(replace(config, data=str(folder), video_column="movie"))
 
 
 # -- cache ------------------------------------------------------------------------------------------------------------
@@ -273,3 +234,31 @@ def test_corrupt_and_missing_videos_are_named_and_counted(config, tmp_path):
         cache(config)
     clips = cache(replace(config, max_rejected_share=0.7))
     assert len(clips) == 1 and sorted(path[-5:] for path in clips.rejected) == ["1.mp4", "2.mp4"]
+
+
+def test_a_caption_of_more_tokens_than_are_read_is_told_of(config, tmp_path, caplog):
+    """At every start, also where all is cached."""
+    rows = [
+        '{"file_name": "0.mp4", "text": "a red circle"}',
+        json.dumps({"file_name": "1.mp4", "text": "a dog " * 20}),
+    ]
+    (tmp_path / "data" / "metadata.jsonl").write_text("\n".join(rows))
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            cache(config)
+        (message,) = [record.message for record in caplog.records if "tokens that are read" in record.message]
+        assert message.startswith("1 of 3 captions have more than the 16 tokens") and "begins 'a dog a dog" in message
+
+
+def test_text_embeddings_that_are_not_finite_are_not_cached(config, monkeypatch):
+    encode = WanPipeline.encode_prompt
+
+    def broken(self, *args, **options):
+        embeds, negative = encode(self, *args, **options)
+        return embeds * float("nan"), negative
+
+    monkeypatch.setattr(WanPipeline, "encode_prompt", broken)
+    with pytest.raises(ValueError, match="not finite"):
+        cache(config)
+    assert not list(Path(config.cache_dir).glob("texts/*"))
