@@ -17,7 +17,7 @@ from ..pipelines.pipeline_factorized_cogvideox import FactorizedCogVideoXPipelin
 from ..pipelines.pipeline_factorized_video import FactorizedVideoPipeline
 from ..training.config import TrainConfig
 from ..training.data import model_folder
-from ..training.trainer import Validation
+from ..training.loop import Validation
 
 
 def make_validate(config: TrainConfig) -> Callable[[Validation], None]:

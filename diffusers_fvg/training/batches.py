@@ -5,6 +5,7 @@ Shapes: B batch, C latent channels, f/h/w latent frames, height and width, L tok
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -44,6 +45,15 @@ class Clips:
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of videos and captions and their order. The cache names its files by content."""
+        columns = {"videos": self.latents, "captions": self.texts}
+        return {
+            name: hashlib.sha256("\n".join(path.name for path in paths).encode()).hexdigest()[:16]
+            for name, paths in columns.items()
+        }
 
     def load(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents `(B, C, f, h, w)` of clips of one shape and text embeddings `(B + 1, L, D)`, that of `empty_text` last."""

@@ -63,7 +63,7 @@ class TomlConfig:
         counts = "clips_per_video max_sequence_length steps batch_size gradient_accumulation_steps checkpoint_every"
         for name in (*counts.split(), "keep_checkpoints", *at_least_one):
             _require(getattr(self, name) >= 1, name, self, "must be at least 1")
-        for name in ("frame_rate", "learning_rate", "max_grad_norm", *above_zero):
+        for name in ("frame_rate", "learning_rate", "max_grad_norm", "process_group_timeout", *above_zero):
             _require(0 < getattr(self, name) < float("inf"), name, self, "must be above 0")
         for name in ("warmup_steps", "weight_decay", "seed", *not_negative):
             _require(getattr(self, name) >= 0, name, self, "must not be negative")
@@ -167,6 +167,8 @@ class TrainConfig(TomlConfig):
         validation_prompts, validation_anchors (`tuple[str, ...]`, *optional*): prompts, and for each a picture or a video
             whose first frame it starts from. Better none that is trained on.
         tracker (`str`, *optional*): `"none"` or `"tensorboard"`. `log_<expert>.jsonl` is written in any case.
+        process_group_timeout (`float`, *optional*): seconds that processes wait for each other before they take the run for
+            dead. Validation and the encoding of captions are waited for.
     """
 
     model: str
@@ -222,6 +224,7 @@ class TrainConfig(TomlConfig):
     validation_prompts: tuple[str, ...] = ()
     validation_anchors: tuple[str, ...] = ()
     tracker: Literal["none", "tensorboard"] = "none"
+    process_group_timeout: float = 7200.0
 
     def validate(self) -> None:
         """Checks ranges, and options against each other.

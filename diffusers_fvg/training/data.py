@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -226,19 +226,33 @@ def _cache_videos(
         try:
             with open(example.path, "rb") as file:
                 key = _key(salt, hashlib.file_digest(file, "sha256").digest())
-            first = Path(config.cache_dir) / "latents" / f"{key}-0.safetensors"
-            found[index] = _clip_paths(first)
-            if any(_header(path, "latents") is None for path in found[index]):
-                for number, (count, pixels) in enumerate(read_clips(example.path, config)):
-                    encoder.add(first.with_name(f"{key}-{number}.safetensors"), pixels, {"clips": str(count)})
-                found[index] = [first.with_name(f"{key}-{number}.safetensors") for number in range(count)]
-        except (ValueError, OSError) as error:
+        except OSError as error:
             found[index] = str(error)
+            continue
+        first = Path(config.cache_dir) / "latents" / f"{key}-0.safetensors"
+        found[index] = _clip_paths(first)
+        if all(_header(path, "latents") is not None for path in found[index]):
+            continue
+        clips = _attempts(read_clips(example.path, config))
+        for number, (count, pixels) in enumerate(clips):
+            if count is None:
+                found[index] = pixels
+                break
+            encoder.add(first.with_name(f"{key}-{number}.safetensors"), pixels, {"clips": str(count)})
+            found[index] = [first.with_name(f"{key}-{number}.safetensors") for number in range(count)]
     encoder.flush()
     return [
         (index, paths if isinstance(paths, str) else [(path, _header(path, "latents")[0]) for path in paths])
         for index, paths in found.items()
     ]
+
+
+def _attempts(clips: Iterator[tuple[int, torch.Tensor]]) -> Iterator[tuple[int | None, torch.Tensor | str]]:
+    """What [`read_clips`] gives; where it fails at last `None` and why. A full disk, met between clips, is no fault of theirs."""
+    try:
+        yield from clips
+    except (ValueError, OSError) as error:
+        yield None, str(error)
 
 
 def _clip_paths(first: Path) -> list[Path]:

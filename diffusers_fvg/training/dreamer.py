@@ -29,9 +29,11 @@ from .data import _text_dtype, build_cache, model_folder, without_padding
 from .draws import generator_for
 from .dreamer_config import DreamerConfig
 from .families import Family
+from .files import naming
+from .loop import Run
 from .metadata import read_examples
-from .processes import make_accelerator
-from .trainer import _Run
+from .processes import make_accelerator, on_main_process
+from .stopping import only_run_in
 
 
 def main_train_dreamer(path: str | Path) -> Path:
@@ -44,25 +46,29 @@ def main_train_dreamer(path: str | Path) -> Path:
         `Path`: the folder of the video UNet, `output_dir/unet`, in float32. PredictNet lies beside it in `predict_net`.
 
     Raises:
-        `ValueError`: bad config or data.
+        `ValueError`, `OSError`, `FloatingPointError`, `SystemExit`: as in [`training.trainer.train`].
     """
     config = DreamerConfig.load(path)
     accelerator = make_accelerator(config)
     folder = model_folder(config)
     family = StableDiffusion(config, folder)
     trainee = make_trainee(config, folder, family)
-    clips = build_cache(config, read_examples(config), folder, family, text_encoding)
-    # It holds the image encoder, which has done its work.
-    del family
-    weights = DreamerRun(config, DreamerClips(clips), "unet", trainee, (0.0, 1.0), accelerator, None, None).train()
     output = Path(config.output_dir)
-    if accelerator.is_main_process:
-        trainee.load_state_dict(weights, strict=False)
-        # What is frozen may be in bfloat16; the next stage begins from these.
-        trainee.float().cpu().unet.save_pretrained(output / "unet")
-        if trainee.predict_net is not None:
-            trainee.predict_net.save_pretrained(output / "predict_net")
-    accelerator.wait_for_everyone()
+    with only_run_in(output, accelerator):
+        clips = build_cache(config, read_examples(config), folder, family, text_encoding)
+        # It holds the image encoder, which has done its work.
+        del family
+        weights = DreamerRun(config, DreamerClips(clips), "unet", trainee, (0.0, 1.0), accelerator, None, None).train()
+
+        def write() -> None:
+            trainee.load_state_dict(weights, strict=False)
+            # What is frozen may be in bfloat16; the next stage begins from these.
+            with naming(output):
+                trainee.float().cpu().unet.save_pretrained(output / "unet")
+                if trainee.predict_net is not None:
+                    trainee.predict_net.save_pretrained(output / "predict_net")
+
+        on_main_process(accelerator, write)
     accelerator.end_training()
     return output / "unet"
 
@@ -215,7 +221,7 @@ def make_trainee(config: DreamerConfig, folder: Path, family: StableDiffusion) -
         return DreamerTrainee(unet, PredictNet(unet.config.block_out_channels[0]))
 
 
-class DreamerRun(_Run):
+class DreamerRun(Run):
     """The training of a stage."""
 
     def _make_trainable(self, trainee: DreamerTrainee) -> None:

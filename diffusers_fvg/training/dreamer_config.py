@@ -44,7 +44,7 @@ class DreamerConfig(TomlConfig):
 
         steps, batch_size, gradient_accumulation_steps, learning_rate, learning_rate_schedule, warmup_steps, weight_decay,
             max_grad_norm, ema_decay, mixed_precision, gradient_checkpointing, seed, checkpoint_every, keep_checkpoints,
-            tracker: of [`TrainConfig`]. ConsistI2V: 200,000 steps at learning rate 5e-5; DynamiCrafter: 100,000 at 1e-5.
+            tracker, process_group_timeout: of [`TrainConfig`]. ConsistI2V: 200,000 steps at learning rate 5e-5; DynamiCrafter: 100,000 at 1e-5.
     """
 
     system: Literal["factorized-dreamer"]
@@ -94,6 +94,7 @@ class DreamerConfig(TomlConfig):
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     tracker: Literal["none", "tensorboard"] = "none"
+    process_group_timeout: float = 7200.0
 
     # What the trainer asks of any run, and is the same in every one of these.
     experts: ClassVar[tuple[str, ...]] = ("unet",)

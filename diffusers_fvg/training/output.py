@@ -10,6 +10,7 @@ import torch
 
 from ..lora.anchor_lora import ADAPTER_NAME, WEIGHT_NAME
 from ..publishing.privacy import without_paths
+from .checkpoints import check_weights
 from .config import TrainConfig
 from .files import write_whole
 
@@ -41,6 +42,9 @@ def write_lora(config: TrainConfig, weights: dict[str, dict[str, torch.Tensor]])
     metadata = {"training_config": json.dumps(shown), "base_model": shown["model"]} | sampling_facts(config)
     states = {expert: lora_state_dict(tensors, config) for expert, tensors in weights.items()}
     path = Path(config.output_dir) / WEIGHT_NAME
+    for expert, state in states.items():
+        # As it is written: another type, times the strength.
+        check_weights(f"The LoRA of {expert}", state)
     both = {f"{expert}.{key}": tensor for expert, state in states.items() for key, tensor in state.items()}
     write_whole(path, both, metadata)
     if "transformer_2" in states:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
 import torch
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -20,7 +25,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         `ValueError`: set up for DeepSpeed, FSDP1 or FSDP's own activation checkpointing.
     """
     tracker = {} if config.tracker == "none" else {"log_with": config.tracker, "project_dir": config.output_dir}
-    accelerator = Accelerator(mixed_precision=config.mixed_precision, **tracker)
+    # The default of NCCL, ten minutes, is less than a validation takes, for which the other processes wait.
+    group = InitProcessGroupKwargs(timeout=timedelta(seconds=config.process_group_timeout))
+    accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[group], **tracker)
     kind = accelerator.distributed_type
     if kind not in SUPPORTED:
         raise ValueError(
@@ -42,6 +49,32 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         # outermost module has a parameter.
         plugin.cpu_ram_efficient_loading = False
     return accelerator
+
+
+def on_main_process(accelerator: Accelerator, call: Callable[[], Any]) -> Any:
+    """What `call` gives on the main process, on all of them, which wait for it: something small that can be pickled.
+
+    Raises:
+        `ValueError`, `OSError`, `FloatingPointError`: on all processes, where `call` raises it. Of another kind it is a
+            `RuntimeError` on the others.
+    """
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = call()
+        except Exception as error:
+            plain = next(
+                (kind for kind in (FloatingPointError, OSError, ValueError) if isinstance(error, kind)), RuntimeError
+            )
+            outcome[1] = plain(str(error))
+            if accelerator.num_processes > 1:
+                broadcast_object_list(outcome)
+            raise
+    if accelerator.num_processes > 1:
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from diffusers_fvg.models import MODELS
 from diffusers_fvg.publishing.privacy import without_paths
 from diffusers_fvg.training.config import TrainConfig
 from diffusers_fvg.training.estimate import estimated_memory
-from diffusers_fvg.training.trainer import check_model
+from diffusers_fvg.training.loop import check_model
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "training"

@@ -31,7 +31,7 @@ from training_runs import CAPTIONS, save_videos
 from diffusers_fvg import Anchor
 from diffusers_fvg.dreamer.objective import dreamer_loss
 from diffusers_fvg.dreamer.unet import FactorizedDreamerUNet
-from diffusers_fvg.training.data import build_cache, read_examples
+from diffusers_fvg.training.data import build_cache
 from diffusers_fvg.training.dreamer import (
     DreamerClips,
     DreamerRun,
@@ -41,6 +41,7 @@ from diffusers_fvg.training.dreamer import (
     text_encoding,
 )
 from diffusers_fvg.training.dreamer_config import DreamerConfig
+from diffusers_fvg.training.metadata import read_examples
 
 
 OPTIONS = {

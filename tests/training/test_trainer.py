@@ -15,9 +15,10 @@ from training_runs import finish, kill_after, losses, save_config, save_model, s
 
 from diffusers_fvg import AnchorLora
 from diffusers_fvg.lora.anchor_lora import WEIGHT_NAME
-from diffusers_fvg.training import processes, trainer
+from diffusers_fvg.training import loop, processes
 from diffusers_fvg.training.config import WAN_TARGETS
-from diffusers_fvg.training.trainer import learning_rate, main_train, sigma_ranges
+from diffusers_fvg.training.loop import learning_rate
+from diffusers_fvg.training.trainer import main_train, sigma_ranges
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_learning_rate_schedules(places, tmp_path):
 def test_accumulated_forwards_are_one_larger_batch(places, tmp_path, monkeypatch):
     """One step on a clip as 1 x 4 and 4 x 1 forwards of the same draws: the same gradient up to rounding."""
     draws = lambda kind, seed, expert, number, place: torch.Generator().manual_seed(number + place)  # noqa: E731
-    monkeypatch.setattr(trainer, "generator_for", draws)
+    monkeypatch.setattr(loop, "generator_for", draws)
     data, outcomes = save_videos(tmp_path / "one", 1), []
     for batch_size, forwards in ((4, 1), (1, 4)):
         output = tmp_path / f"out{batch_size}"
@@ -135,11 +136,11 @@ def test_no_wide_copy_of_a_layers_input_is_kept(another_precision, places, tmp_p
 
         return measured
 
-    draw_loss = trainer.draw_loss
+    draw_loss = loop.draw_loss
     for name in ("narrow", "wide"):
-        monkeypatch.setattr(trainer, "draw_loss", counting(name))
+        monkeypatch.setattr(loop, "draw_loss", counting(name))
         if name == "wide":
-            monkeypatch.setattr(trainer, "disable_input_dtype_casting", lambda model: contextlib.nullcontext())
+            monkeypatch.setattr(loop, "disable_input_dtype_casting", lambda model: contextlib.nullcontext())
         options = {"mixed_precision": "bf16", "gradient_checkpointing": False, "cache_dir": str(tmp_path / "cache")}
         run(tiny_config(*places, tmp_path / name, **options))
     assert_same_run(tmp_path / "narrow", tmp_path / "wide")
@@ -297,7 +298,7 @@ def test_output_carries_its_config(finished):
 
 
 def test_two_experts_train_on_their_own_noise_levels(tmp_path, monkeypatch):
-    seen, draw_loss = {"transformer": [], "transformer_2": []}, trainer.draw_loss
+    seen, draw_loss = {"transformer": [], "transformer_2": []}, loop.draw_loss
 
     def recording(model, clean_latents, drawn, *args):
         def call(timestep, **inputs):
@@ -308,7 +309,7 @@ def test_two_experts_train_on_their_own_noise_levels(tmp_path, monkeypatch):
         return draw_loss(call, clean_latents, drawn, *args)
 
     first = tiny_transformer(seed=0).proj_out.weight
-    monkeypatch.setattr(trainer, "draw_loss", recording)
+    monkeypatch.setattr(loop, "draw_loss", recording)
     model, data = save_model(tmp_path / "model", experts=2), save_videos(tmp_path / "data")
     config = tiny_config(model, data, tmp_path / "out", experts=["transformer", "transformer_2"])
     assert sigma_ranges(0.875) == {"transformer": (0.875, 1.0), "transformer_2": (0.0, 0.875)}

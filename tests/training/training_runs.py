@@ -134,17 +134,17 @@ def _worker(
         os.environ.update({name: str(value) for name, value in places.items()})
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    from diffusers_fvg.training import trainer
+    from diffusers_fvg.training import loop, trainer
 
     if sharded:
         shard_on_cpu()
-    step = trainer._Run._optimizer_step
+    step = loop.Run._optimizer_step
 
     def slow_step(self, batches):
         time.sleep(seconds_per_step)
         return step(self, batches)
 
-    trainer._Run._optimizer_step = slow_step
+    loop.Run._optimizer_step = slow_step
     trainer.main_train(config_path)
 
 

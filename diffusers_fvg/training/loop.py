@@ -1,0 +1,402 @@
+"""The training of one expert: model, optimizer, average, and what is written of them, resumable to the bit.
+
+Nothing random is remembered: data order, noise, noise levels and anchors are functions of seed, expert and step
+([`draws`], [`batches.BatchOrder`]). A checkpoint is then weights, their average and the optimizer's state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import re
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+from diffusers.utils import logging
+from peft import LoraConfig
+from peft.helpers import disable_input_dtype_casting
+from tqdm.auto import tqdm
+
+from ..animate.anchor import AnchorLatents
+from ..lora.anchor_lora import ADAPTER_NAME
+from .batches import BatchOrder, Clips, Prefetcher
+from .checkpoints import Checkpoints, check_step, check_weights, run_settings
+from .config import TrainConfig
+from .distillation import GuidedTeacher
+from .draws import Draw, draw, draw_loss, generator_for
+from .files import naming, write_text_whole
+from .objectives import FlowMatching, VPrediction
+from .processes import on_main_process, sharded_like, share, whole
+from .stopping import StopRequest
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a validation callable gets, on the main process.
+
+    Args:
+        transformer (`torch.nn.Module`): the expert with the averaged LoRA as adapter `"anchor"`, in evaluation mode.
+            Another expert is not loaded.
+        expert (`str`): `"transformer"` or `"transformer_2"`.
+        step (`int`): optimizer steps done.
+        folder (`Path`): of this validation, for videos; made by whoever writes there.
+        config (`TrainConfig`): of the run.
+        log (`Callable`): `log({"name": number})` hands numbers to the tracker.
+        log_frames (`Callable`): `log_frames("name", frames)` hands it pictures, `(F, H, W, 3)` float in [0, 1] or uint8.
+    """
+
+    transformer: torch.nn.Module
+    expert: str
+    step: int
+    folder: Path
+    config: TrainConfig
+    log: Callable[[dict[str, float]], None]
+    log_frames: Callable[[str, np.ndarray], None]
+
+
+Validate = Callable[[Validation], None]
+
+
+def check_model(transformer: torch.nn.Module, config: TrainConfig) -> None:
+    """Each target is the end of the name of at least one linear layer, and the model has window attention if that is asked for.
+
+    Raises:
+        `ValueError`: naming the targets that match nothing and what there is, or the option.
+    """
+    if config.anchor_window is not None and not hasattr(transformer, "set_anchor_window"):
+        kind = type(transformer).__name__
+        raise ValueError(f"`anchor_window={config.anchor_window}`, but {kind} has no window attention: remove it.")
+    names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    unmatched = [
+        target for target in config.targets if not any(name == target or name.endswith("." + target) for name in names)
+    ]
+    if unmatched:
+        ends = sorted({re.sub(r"^\w*blocks\.\d+\.", "", name) for name in names})
+        raise ValueError(f"`targets` {unmatched} match no linear layer of the transformer; it has {', '.join(ends)}.")
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Of the step with this number, counted from 0."""
+    warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    if config.learning_rate_schedule == "constant":
+        return config.learning_rate * warm
+    progress = max(0.0, (step - config.warmup_steps) / (config.steps - config.warmup_steps))
+    return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Run:
+    """One expert's training: model, optimizer, average, and where they are written to."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        clips: Clips,
+        expert: str,
+        transformer: torch.nn.Module,
+        time_range: tuple[float, float],
+        accelerator: Accelerator,
+        validate: Validate | None,
+        objective: FlowMatching | VPrediction,
+    ):
+        self.config, self.clips, self.expert, self.time_range = config, clips, expert, time_range
+        self.accelerator, self.validate, self.objective = accelerator, validate, objective
+        self.output = Path(config.output_dir)
+        self.log_path = self.output / f"log_{expert}.jsonl"
+        self.step = 0
+
+        self._make_trainable(transformer)
+        tuned = [p for p in transformer.parameters() if p.requires_grad]
+        for parameter in tuned:
+            parameter.data = parameter.data.to(accelerator.device, torch.float32)
+        if self.teacher is not None:
+            self.teacher.start(transformer)
+        optimizer = torch.optim.AdamW(tuned, lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.model, self.optimizer = accelerator.prepare(transformer.train(), optimizer)
+        self.transformer = accelerator.unwrap_model(self.model)
+        self.forward = self._caller()
+        # With FSDP these are shards, and so is what is computed from them.
+        self.tuned = {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self.tuned.items()}
+        more = {"num_processes": accelerator.num_processes}
+        if self.teacher is not None:
+            more["teacher"] = self.teacher.digest
+        settings = run_settings(config, clips, more)
+        self.checkpoints = Checkpoints(self.output / "checkpoints" / expert, config, settings)
+        self.stop = StopRequest(accelerator.num_processes)
+
+    def _make_trainable(self, transformer: torch.nn.Module) -> None:
+        """Freezes the model and adds what is trained, which alone requires a gradient afterwards."""
+        config = self.config
+        check_model(transformer, config)
+        self.dtype = transformer.dtype
+        self.teacher = GuidedTeacher(config, self.expert) if config.distill_guidance else None
+        if self.teacher is not None:
+            self.teacher.load_into(transformer)
+        if config.anchor_window is not None:
+            transformer.set_anchor_window(config.anchor_window)
+        transformer.requires_grad_(False)
+        if config.gradient_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets))
+        # Only the initial LoRA comes from the global state.
+        with torch.random.fork_rng():
+            torch.manual_seed(config.seed)
+            transformer.add_adapter(lora, adapter_name=ADAPTER_NAME)
+
+    def _caller(self) -> Callable:
+        return self.objective.caller(self.model, self.transformer)
+
+    def train(self) -> dict[str, torch.Tensor]:
+        """Runs to the last step and returns the weights to save: name of the parameter -> average."""
+        config, accelerator = self.config, self.accelerator
+        self._resume()
+        on_main_process(accelerator, self._write_facts)
+        if config.tracker != "none":
+            shown = {name: str(value) for name, value in asdict(config).items()}
+            self._track(lambda: accelerator.init_trackers(self.expert, shown))
+        order = BatchOrder(self.clips.shapes, config.batch_size * accelerator.num_processes, config.seed)
+        batches = Prefetcher(self.clips, order, accelerator.process_index, config.batch_size)
+        hidden = not accelerator.is_main_process
+        with (
+            self.stop,
+            contextlib.closing(batches),
+            tqdm(total=config.steps, initial=self.step, desc=self.expert, disable=hidden) as bar,
+        ):
+            while self.step < config.steps:
+                started = time.perf_counter()
+                loss, gradient_norm, stopped = self._optimizer_step(batches)
+                self._log(bar, loss, gradient_norm, time.perf_counter() - started)
+                due = bool(config.validation_every) and self.step % config.validation_every == 0
+                if self.step % config.checkpoint_every == 0 or self.step == config.steps or stopped:
+                    self._save()
+                if due and not stopped and self._validate():
+                    self._save()
+                    stopped = True
+                if stopped and self.step < config.steps:
+                    self._leave()
+        for tracker in accelerator.trackers:
+            self._track(tracker.finish)
+        weights = {name: whole(tensor).cpu() for name, tensor in self.average.items()}
+        check_weights(f"What `{self.expert}` learnt", weights)
+        # The next expert needs the memory.
+        self.model, self.optimizer = accelerator.free_memory(self.model, self.optimizer)
+        del self.transformer, self.forward, self.tuned, self.average
+        return weights
+
+    def _write_facts(self) -> None:
+        write_text_whole(self.output / "config.toml", self.config.to_toml())
+        write_text_whole(self.output / "rejected_videos.json", json.dumps(self.clips.rejected, indent=2) + "\n")
+        self._cut_log()
+
+    def _leave(self) -> None:
+        """Ends the process after a checkpoint, as the signal would have."""
+        # Of processes that run together one may have been told alone.
+        number = self.stop.signal or signal.SIGTERM
+        if self.accelerator.is_main_process:
+            logger.warning(
+                f"Stopped by {signal.Signals(number).name} after step {self.step} of {self.config.steps}, with a checkpoint; the "
+                "same command goes on from there."
+            )
+        raise SystemExit(128 + number)
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    def _optimizer_step(self, batches: Prefetcher) -> tuple[float, float, bool]:
+        """Returns the loss, averaged over forwards and processes, the norm of the gradient, and whether a process shall stop.
+
+        Raises:
+            `FloatingPointError`: loss or gradient are broken. No weight has changed then.
+        """
+        config, forwards = self.config, self.config.gradient_accumulation_steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config, self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for forward in range(forwards):
+            number = self.step * forwards + forward
+            batch = self._batch(batches, number)
+            # Processes exchange gradients once per optimizer step.
+            waiting = self.accelerator.no_sync(self.model) if forward < forwards - 1 else contextlib.nullcontext()
+            # Autocast narrows a LoRA layer's input in any case. PEFT would widen it to the LoRA's float32 first, and what is
+            # narrowed again is a copy: the backward would keep one for every layer, a tenth of what it keeps of Wan.
+            with waiting, disable_input_dtype_casting(self.transformer):
+                # FSDP leaves it to the caller.
+                device = self.accelerator.device.type
+                with torch.autocast(device, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+                    loss = self._loss(*batch)
+                self.accelerator.backward(loss / forwards)
+            losses.append(loss.detach())
+        norm = float(whole(self.accelerator.clip_grad_norm_(self.tuned.values(), config.max_grad_norm)))
+        # Together, as each exchange costs time.
+        told = torch.stack([torch.stack(losses).mean(), losses[0].new_tensor(self.stop.signal is not None)])
+        loss, stopped = self.accelerator.reduce(told, "mean").tolist()
+        check_step(self.step, loss, norm)
+        self.optimizer.step()
+        self.step += 1
+        if config.ema_decay:
+            decay = min(config.ema_decay, (1 + self.step) / (10 + self.step))
+            with torch.no_grad():
+                averages, weights = ([share(t) for t in tensors.values()] for tensors in (self.average, self.tuned))
+                torch._foreach_lerp_(averages, weights, 1 - decay)
+        else:
+            self.average = {name: p.detach() for name, p in self.tuned.items()}
+        return loss, norm, stopped > 0
+
+    def _loss(
+        self,
+        clean_latents: torch.Tensor,
+        prompt_embeds: torch.Tensor,
+        negative_embeds: torch.Tensor,
+        drawn: Draw,
+    ) -> torch.Tensor:
+        """Of what [`_batch`] gives."""
+        teacher = None
+        if self.teacher is not None:
+            teacher = functools.partial(self.teacher.predict, self.forward, self.transformer, negative_embeds)
+        return draw_loss(self.forward, clean_latents, drawn, prompt_embeds, self.dtype, self.objective, teacher)
+
+    def _batch(self, batches: Prefetcher, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Draw]:
+        """Latents, embeddings of prompts and of as many empty (or negative) ones, and draws of forward `number`, on the device."""
+        latents, embeds = batches.load(number)
+        latents = self.objective.padded(latents)
+        first = self.accelerator.process_index * len(latents)
+        generators = [
+            generator_for("clip", self.config.seed, self.expert, number, first + place)
+            for place in range(len(latents))
+        ]
+        drawn = draw(latents, generators, self.config, self.time_range, self.objective)
+        embeds, empty = embeds[:-1], embeds[-1:]
+        embeds = torch.where(drawn.drop_prompt[:, None, None], empty, embeds)
+        device = self.accelerator.device
+        anchors = AnchorLatents(*(getattr(drawn.anchors, k).to(device) for k in ("latents", "strength", "noise")))
+        on_device = {k: getattr(drawn, k).to(device) for k in ("noise", "sigmas", "counted", "drop_prompt")}
+        empty = empty.to(device).expand_as(embeds)
+        return latents.to(device), embeds.to(device), empty, Draw(anchors=anchors, **on_device)
+
+    def _log(self, bar: tqdm, loss: float, gradient_norm: float, seconds: float) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        memory = _memory(self.accelerator.device)
+        record = {"step": self.step, "loss": loss, "gradient_norm": gradient_norm, "seconds": seconds, "bytes": memory}
+        with naming(self.log_path), open(self.log_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        bar.update(1)
+        bar.set_postfix(loss=f"{loss:.4f}", step=f"{seconds:.2f}s", memory=f"{memory / 2**30:.1f}GiB")
+        values = {name: record[name] for name in record if name != "step"}
+        self._track(lambda: self.accelerator.log(values, step=self.step))
+
+    def _track(self, call: Callable[[], None]) -> None:
+        """Tells the tracker something, and does without it once it has failed."""
+        try:
+            call()
+        except Exception as error:
+            self.accelerator.trackers = []
+            logger.warning(f"The tracker {self.config.tracker!r} failed and is left out from here on: {error}")
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        tensors = {f"weights.{name}": p for name, p in self.tuned.items()}
+        if self.config.ema_decay:
+            tensors |= {f"average.{name}": tensor for name, tensor in self.average.items()}
+        for name, parameter in self.tuned.items():
+            state = self.optimizer.state[parameter]
+            tensors |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
+        # Every process has a part in this.
+        tensors = {name: whole(tensor) for name, tensor in tensors.items()}
+        on_main_process(self.accelerator, lambda: self.checkpoints.write(self.step, tensors))
+
+    def _resume(self) -> None:
+        """Continues from the newest checkpoint that is whole and finite, if there is one."""
+        newest = self.checkpoints.newest()
+        if newest is not None:
+            self.step, tensors = newest
+            self._restore(tensors)
+        self.accelerator.wait_for_everyone()
+
+    @torch.no_grad()
+    def _restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        kept = sorted({name.split(".")[1] for name in tensors if name.startswith("optimizer.")})
+        for name, parameter in self.tuned.items():
+            parameter.copy_(sharded_like(parameter, tensors[f"weights.{name}"]))
+            # AdamW counts its steps on the CPU.
+            self.optimizer.state[parameter] = {
+                key: value if key == "step" else sharded_like(parameter, value)
+                for key in kept
+                for value in [tensors[f"optimizer.{key}.{name}"]]
+            }
+        if self.config.ema_decay:
+            for name, average in self.average.items():
+                average.copy_(sharded_like(average, tensors[f"average.{name}"]))
+        else:
+            self.average = {name: p.detach() for name, p in self.tuned.items()}
+
+    def _cut_log(self) -> None:
+        """Takes out what was logged after the checkpoint: those steps are taken again."""
+        text = self.log_path.read_text(encoding="utf-8") if self.log_path.exists() else ""
+        # A kill can cut the last line short.
+        lines = [line for line in text.splitlines() if line.endswith("}")]
+        kept = "".join(line + "\n" for line in lines if json.loads(line)["step"] <= self.step)
+        if kept != text:
+            write_text_whole(self.log_path, kept)
+
+    # -- validation ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _validate(self) -> bool:
+        """Calls `validate` with the averaged weights in place and puts everything back; whether the run shall stop."""
+
+        def call() -> bool:
+            if self.stop.signal is not None:
+                return True
+            trained = {name: p.detach().clone() for name, p in self.tuned.items()}
+            for name, parameter in self.tuned.items():
+                parameter.copy_(self.average[name])
+            self.transformer.eval()
+            try:
+                with self.stop.interrupting():
+                    self.validate(self._validation())
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                logger.warning(
+                    f"The validation of step {self.step} failed, and training goes on: {reason}", exc_info=True
+                )
+            finally:
+                self.transformer.train()
+                for name, parameter in self.tuned.items():
+                    parameter.copy_(trained[name])
+            return self.stop.signal is not None
+
+        return on_main_process(self.accelerator, call)
+
+    def _validation(self) -> Validation:
+        folder = self.output / "validation" / f"{self.expert}_step_{self.step:08d}"
+
+        def log(values: dict[str, float]) -> None:
+            self._track(lambda: self.accelerator.log(values, step=self.step))
+
+        def log_frames(name: str, frames: np.ndarray) -> None:
+            for tracker in self.accelerator.trackers:
+                options = {"step": self.step, "dataformats": "NHWC"}
+                self._track(functools.partial(tracker.log_images, {name: frames}, **options))
+
+        return Validation(self.transformer, self.expert, self.step, folder, self.config, log, log_frames)
+
+
+def _memory(device: torch.device) -> int:
+    """On an accelerator the most bytes that tensors held so far, on the CPU those that the process holds now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
