@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..models import License, ModelFacts, find_model
 from .privacy import without_paths
+from .toml import toml_value
 
 
 if TYPE_CHECKING:
@@ -290,7 +291,7 @@ pipe = {stock_pipeline}.from_pretrained(base, dtype=torch.bfloat16)
 def config_block(config: Mapping[str, Any]) -> str:
     """A training config as TOML; of paths on the machine it ran on only the last name is shown, or nothing."""
     shown = {name: value for name, value in without_paths(config).items() if name not in PLACES}
-    lines = [f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in shown.items()]
+    lines = [f"{name} = {toml_value(value)}" for name, value in shown.items()]
     return "```toml\n# cache_dir and output_dir: folders of your own.\n" + "\n".join(lines) + "\n```"
 
 

@@ -84,7 +84,7 @@ def training_card(config: TrainConfig, log: Mapping[str, Sequence[Mapping[str, f
     missing = [expert for expert in config.experts if not log.get(expert)]
     if missing:
         raise ValueError(f"`log` has no records of {missing}; the config's experts are {list(config.experts)}.")
-    base, dataset = hub_name(config.model), hub_name(config.data)
+    base, datasets = hub_name(config.model), [name for source in config.sources if (name := hub_name(source.path))]
     facts = find_model(base)
     shown = base or Path(config.model).name
     data = card_data(
@@ -94,7 +94,7 @@ def training_card(config: TrainConfig, log: Mapping[str, Sequence[Mapping[str, f
         licenses=[facts.license if facts else None],
         languages=facts.languages if facts else (),
         prompt=PROMPT,
-        datasets=[dataset] if dataset else None,
+        datasets=datasets or None,
     )
     rows = [(expert, *run_summary(log[expert])) for expert in config.experts]
     heads = ("expert", "steps", "loss, first tenth", "loss, last tenth", "hours", "most memory")

@@ -32,12 +32,20 @@ def without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
     nothing of an option that is left out."""
     shown = {name: value for name, value in values.items() if value is not None}
     for name in shown.keys() & {"model", "data"}:
-        shown[name] = hub_name(shown[name]) or Path(shown[name]).name
+        if isinstance(shown[name], str):
+            shown[name] = _public(shown[name])
+        else:
+            # Several sources, each with options of its own.
+            shown[name] = [source | {"path": _public(source["path"])} for source in shown[name]]
     for name in shown.keys() & {"cache_dir", "output_dir", "teacher_lora"}:
         shown[name] = Path(shown[name]).name
     if "validation_anchors" in shown:
         shown["validation_anchors"] = [Path(path).name for path in shown["validation_anchors"]]
     return shown
+
+
+def _public(name: str) -> str:
+    return hub_name(name) or Path(name).name
 
 
 def check_nothing_private(folder: Path, token: str | bool | None = None) -> None:

@@ -28,6 +28,7 @@ class Clips:
         empty_text (`Path`): of the empty prompt, or of the negative one where guidance is distilled.
         max_sequence_length (`int`): to which embeddings are filled up with zeros, as in `WanPipeline`.
         rejected (`dict[str, str]`): path of a video that cannot be used -> why.
+        repeats (`list[float]`, *optional*): how often an epoch goes through each clip; once when left out.
     """
 
     def __init__(
@@ -38,10 +39,12 @@ class Clips:
         empty_text: Path,
         max_sequence_length: int,
         rejected: dict[str, str] | None = None,
+        repeats: list[float] | None = None,
     ):
         self.latents, self.texts, self.shapes = latents, texts, shapes
         self.empty_text, self.max_sequence_length = empty_text, max_sequence_length
         self.rejected = rejected or {}
+        self.repeats = repeats or [1.0] * len(latents)
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -49,11 +52,12 @@ class Clips:
     @property
     def digests(self) -> dict[str, str]:
         """Of videos and captions and their order. The cache names its files by content."""
-        columns = {"videos": self.latents, "captions": self.texts}
-        return {
-            name: hashlib.sha256("\n".join(path.name for path in paths).encode()).hexdigest()[:16]
-            for name, paths in columns.items()
+        names = {
+            "videos": [path.name for path in self.latents],
+            "captions": [path.name for path in self.texts],
+            "repeats": self.repeats,
         }
+        return {key: hashlib.sha256(repr(column).encode()).hexdigest()[:16] for key, column in names.items()}
 
     def load(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents `(B, C, f, h, w)` of clips of one shape and text embeddings `(B + 1, L, D)`, that of `empty_text` last."""
@@ -75,21 +79,31 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 class BatchOrder:
     """Which clips make up the n-th batch, for any n: nothing has to be remembered to continue.
 
-    An epoch goes through every clip, in batches of one shape. What does not fill a batch is filled up from the beginning
-    of its shape's own order, so that nothing is left out.
+    An epoch goes through every clip as often as it is repeated, in batches of one shape. What does not fill a batch is filled
+    up from the beginning of its shape's own order, so that nothing is left out.
 
     Args:
         shapes (`list[tuple]`): of each clip.
         batch_size (`int`): over all processes.
         seed (`int`): of the order.
+        repeats (`list[float]`, *optional*): of each clip, once when left out. Of a fraction every epoch takes so many of the
+            clips that have it, others than the epoch before.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], batch_size: int, seed: int):
-        self.groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for index, shape in enumerate(shapes):
-            self.groups[shape].append(index)
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        batch_size: int,
+        seed: int,
+        repeats: Sequence[float] | None = None,
+    ):
+        self.groups: dict[tuple[int, ...], dict[float, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for index, (shape, times) in enumerate(zip(shapes, repeats or [1.0] * len(shapes))):
+            self.groups[shape][times].append(index)
         self.batch_size, self.seed = batch_size, seed
-        self.batches_per_epoch = sum(math.ceil(len(group) / batch_size) for group in self.groups.values())
+        self.batches_per_epoch = sum(
+            math.ceil(len(self._taken(group, 0)) / batch_size) for group in self.groups.values()
+        )
         self._epoch: tuple[int, list[list[int]]] | None = None
 
     def __getitem__(self, number: int) -> list[int]:
@@ -98,10 +112,22 @@ class BatchOrder:
             self._epoch = (epoch, self._batches(epoch))
         return self._epoch[1][index]
 
+    @staticmethod
+    def _taken(group: dict[float, list[int]], epoch: int) -> list[int]:
+        """The clips of a shape in an epoch, whose number is always the same."""
+        taken = []
+        for repeats, clips in group.items():
+            whole = int(repeats)
+            # At least one: nothing is left out for good.
+            rest = max(round((repeats - whole) * len(clips)), int(whole == 0))
+            taken += clips * whole + [clips[(epoch * rest + place) % len(clips)] for place in range(rest)]
+        return taken
+
     def _batches(self, epoch: int) -> list[list[int]]:
         generator, batches = generator_for("order", self.seed, epoch), []
         for group in self.groups.values():
-            order = [group[i] for i in torch.randperm(len(group), generator=generator)]
+            taken = self._taken(group, epoch)
+            order = [taken[i] for i in torch.randperm(len(taken), generator=generator)]
             for start in range(0, len(order), self.batch_size):
                 wanted = range(start, start + self.batch_size)
                 batches.append([order[i % len(order)] for i in wanted])

@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import tomllib
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
+
+from ..publishing.toml import toml_value
 
 
 # Query, key, value, output and feed-forward of both attentions: what Pusa and DiffSynth-Studio train on Wan.
 WAN_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One of several folders or data sets that are trained on, `[[data]]` in TOML.
+
+    Args:
+        path (`str`): as `TrainConfig.data` names a single one.
+        repeats (`float`, *optional*): how often an epoch goes through its clips; of 0.5 every epoch takes half of them, in
+            turn. That is its weight: a folder of 100 clips at 3 weighs as much as one of 300 at 1.
+        caption_prefix, caption_suffix (`str`, *optional*): written before and behind each of its captions, as they are.
+        buckets (`tuple` of `(num_frames, height, width)`, *optional*): in place of those of the config.
+    """
+
+    path: str
+    repeats: float = 1.0
+    caption_prefix: str = ""
+    caption_suffix: str = ""
+    buckets: tuple[tuple[int, int, int], ...] = ()
 
 
 class TomlConfig:
@@ -28,7 +48,7 @@ class TomlConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads a TOML file of flat keys.
+        """Reads a TOML file.
 
         Raises:
             `ValueError`: no TOML, an unknown or missing key, a value of another type or out of range.
@@ -58,8 +78,17 @@ class TomlConfig:
         Raises:
             `ValueError`: naming the option and the fix.
         """
-        for name in ("model", "data", "cache_dir", "output_dir", "video_column", "caption_column"):
+        for name in ("model", "cache_dir", "output_dir", "video_column", "caption_column"):
             _require(getattr(self, name).strip(), name, self, "must not be empty")
+        _require(self.sources, "data", self, "must not be empty")
+        for source in self.sources:
+            _require(source.path.strip(), "data", self, "must name a folder or a data set")
+            _require(
+                0 < source.repeats < float("inf"),
+                "data",
+                self,
+                f"has repeats={source.repeats}, and it must be above 0",
+            )
         counts = "clips_per_video max_sequence_length steps batch_size gradient_accumulation_steps checkpoint_every"
         for name in (*counts.split(), "keep_checkpoints", *at_least_one):
             _require(getattr(self, name) >= 1, name, self, "must be at least 1")
@@ -71,10 +100,20 @@ class TomlConfig:
             _require(0 <= getattr(self, name) < 1, name, self, "must lie in [0, 1)")
         _require(self.warmup_steps < self.steps, "warmup_steps", self, f"must be below steps={self.steps}")
 
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """What `data` names, one or several."""
+        return (DataSource(self.data),) if isinstance(self.data, str) else self.data
+
+    @property
+    def all_buckets(self) -> tuple[tuple[int, int, int], ...]:
+        """Those of the config and of its sources, each once."""
+        return tuple(dict.fromkeys([*self.buckets, *(bucket for source in self.sources for bucket in source.buckets)]))
+
     def to_toml(self) -> str:
-        """All values, defaults included. A JSON string, number, boolean or list is the same in TOML, which has no `None`."""
+        """All values, defaults included; TOML has no `None`."""
         values = {name: value for name, value in asdict(self).items() if value is not None}
-        return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in values.items())
+        return "".join(f"{name} = {toml_value(value)}\n" for name, value in values.items())
 
 
 @dataclass(frozen=True)
@@ -84,13 +123,14 @@ class TrainConfig(TomlConfig):
 
     Args:
         model (`str`): folder or Hub repository of a Wan or CogVideoX text-to-video pipeline in diffusers' layout.
-        data (`str`): folder with `metadata.jsonl` or `metadata.csv`, or the name of a Hugging Face data set.
+        data (`str` or `tuple` of [`DataSource`]): folder with `metadata.jsonl` or `metadata.csv`, or with a `.txt` beside each
+            video; or the name of a Hugging Face data set. Several, each with options of its own, are tables `[[data]]`.
         cache_dir (`str`): folder for latents and text embeddings. It belongs to one set of encoders, buckets and frame
             rate; another set of them needs another folder.
         output_dir (`str`): folder for weights, checkpoints, log and the resolved config.
         buckets (`tuple` of `(num_frames, height, width)`): sizes to train at. Of those that a video has the frames
             for it goes to the nearest in aspect ratio, then to the longest; it is scaled and centre-cropped, never
-            stretched.
+            stretched. Buckets of one frame are for pictures, which are trained on without an anchor.
         frame_rate (`float`): frames per second that the model knows: 24 for Wan2.2-TI2V-5B, 16 for the other Wan models and
             CogVideoX 1.5.
             Faster videos are thinned out; slower ones (below 9/10 of it) are rejected, not padded with copies.
@@ -172,7 +212,7 @@ class TrainConfig(TomlConfig):
     """
 
     model: str
-    data: str
+    data: str | tuple[DataSource, ...]
     cache_dir: str
     output_dir: str
     buckets: tuple[tuple[int, int, int], ...]
@@ -241,10 +281,11 @@ class TrainConfig(TomlConfig):
         _require(0 <= self.anchor_probability <= 1, "anchor_probability", self, "must lie in [0, 1]")
 
         _require(self.buckets, "buckets", self, "needs at least one [num_frames, height, width]")
-        for bucket in self.buckets:
+        for bucket in self.all_buckets:
             _require(min(bucket) >= 1, "buckets", self, f"holds {list(bucket)}: sizes are positive")
-            # With one latent frame the anchor would be all there is.
-            _require(bucket[0] > 1, "buckets", self, f"holds {list(bucket)}: a clip of one frame has no motion")
+        # With one latent frame the anchor would be all there is.
+        motion = any(bucket[0] > 1 for bucket in self.all_buckets)
+        _require(motion, "buckets", self, "holds pictures alone: a clip of one frame has no motion")
         for name in ("buckets", "experts", "targets"):
             values = getattr(self, name)
             _require(values and len(set(values)) == len(values), name, self, "must name something, each thing once")
@@ -298,8 +339,13 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
     """`value` as `kind`, a type of [`TrainConfig`]'s fields: whole numbers pass for floats, lists for tuples."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        # `int | None`: an option that may be left out.
-        return None if value is None else _converted(name, value, arguments[0])
+        if type(None) in arguments:
+            # `int | None`: an option that may be left out.
+            return None if value is None else _converted(name, value, arguments[0])
+        # `str | tuple[...]`: one, or several with their own options.
+        return _converted(name, value, arguments[isinstance(value, (list, tuple))])
+    if is_dataclass(kind):
+        return value if isinstance(value, kind) else _nested(name, value, kind)
     if origin is Literal:
         if value not in arguments:
             raise ValueError(f"`{name}={value!r}` must be one of {', '.join(map(repr, arguments))}.")
@@ -315,6 +361,16 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
     elif type(value) is kind:
         return value
     raise ValueError(f"`{name}={value!r}` must be of type {_type_name(kind)}.")
+
+
+def _nested(name: str, value: Any, kind: type) -> Any:
+    """A table of TOML as a dataclass."""
+    kinds = typing.get_type_hints(kind)
+    if not isinstance(value, dict) or not {"path"} <= value.keys() <= kinds.keys():
+        raise ValueError(
+            f"`{name}` holds {value!r}; it must be a table with `path` and, if wanted, {', '.join(kinds)}."
+        )
+    return kind(**{key: _converted(f"{name}.{key}", item, kinds[key]) for key, item in value.items()})
 
 
 def _type_name(kind: Any) -> str:

@@ -141,12 +141,12 @@ def build_cache(
     rejected = {str(examples[index].path): outcome for index, outcome in outcomes.items() if isinstance(outcome, str)}
     _check_rejected(rejected, len({example.path for example in examples}), config)
     clips = [
-        (path, texts[examples[index].caption], shape)
+        (path, texts[examples[index].caption], shape, examples[index].repeats)
         for index, outcome in sorted(outcomes.items())
         if not isinstance(outcome, str)
         for path, shape in outcome
     ]
-    latents, captions, shapes = (list(column) for column in zip(*clips))
+    latents, captions, shapes, repeats = (list(column) for column in zip(*clips))
     return Clips(
         latents=latents,
         texts=captions,
@@ -154,6 +154,7 @@ def build_cache(
         empty_text=texts[config.negative_prompt],
         max_sequence_length=config.max_sequence_length,
         rejected=rejected,
+        repeats=repeats,
     )
 
 
@@ -225,7 +226,8 @@ def _cache_videos(
     for index, example in _progress(examples, "videos"):
         try:
             with open(example.path, "rb") as file:
-                key = _key(salt, hashlib.file_digest(file, "sha256").digest())
+                own = salt + repr(example.buckets) if example.buckets else salt
+                key = _key(own, hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
             found[index] = str(error)
             continue
@@ -233,7 +235,7 @@ def _cache_videos(
         found[index] = _clip_paths(first)
         if all(_header(path, "latents") is not None for path in found[index]):
             continue
-        clips = _attempts(read_clips(example.path, config))
+        clips = _attempts(read_clips(example.path, config, example.buckets))
         for number, (count, pixels) in enumerate(clips):
             if count is None:
                 found[index] = pixels

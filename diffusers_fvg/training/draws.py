@@ -123,7 +123,8 @@ def _draw_clip(
     noise = torch.randn(shape, generator=generator)
 
     anchored = torch.zeros(num_patches)
-    if anchor_draw < config.anchor_probability:
+    # Of a picture the anchor would be all there is.
+    if num_patches > 1 and anchor_draw < config.anchor_probability:
         anchored[index] = 1
     if config.frame_times == "shared":
         times = times[:1].expand(num_patches)

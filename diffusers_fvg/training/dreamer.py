@@ -96,7 +96,7 @@ class StableDiffusion(Family):
         self.image_folder = component_folder(config.image_encoder) if config.image_encoder else None
         self._image_encoder: CLIPVisionModelWithProjection | None = None
         factor = 2 ** (len(AutoencoderKL.load_config(folder / "vae")["block_out_channels"]) - 1)
-        for _, height, width in config.buckets:
+        for _, height, width in config.all_buckets:
             check_size("height", height, factor)
             check_size("width", width, factor)
 
@@ -164,7 +164,7 @@ class DreamerClips(Clips):
     """Cached clips with all that the video UNet is told of them."""
 
     def __init__(self, clips: Clips):
-        names = ("latents", "texts", "shapes", "empty_text", "max_sequence_length", "rejected")
+        names = ("latents", "texts", "shapes", "empty_text", "max_sequence_length", "rejected", "repeats")
         super().__init__(**{name: getattr(clips, name) for name in names})
 
     def load(self, indices: list[int]) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from .config import TomlConfig, _require
+from .config import DataSource, TomlConfig, _require
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class DreamerConfig(TomlConfig):
 
     system: Literal["factorized-dreamer"]
     model: str
-    data: str
+    data: str | tuple[DataSource, ...]
     cache_dir: str
     output_dir: str
     buckets: tuple[tuple[int, int, int], ...]
@@ -113,7 +113,7 @@ class DreamerConfig(TomlConfig):
         _require(self.power in (1, 2), "power", self, "must be 1 or 2")
         _require(self.buckets, "buckets", self, "needs at least one [num_frames, height, width]")
         _require(len(set(self.buckets)) == len(self.buckets), "buckets", self, "must name each size once")
-        for bucket in self.buckets:
+        for bucket in self.all_buckets:
             _require(
                 min(bucket) >= 1 and bucket[0] > 1, "buckets", self, f"holds {list(bucket)}: no clip has that size"
             )
@@ -142,4 +142,4 @@ class DreamerConfig(TomlConfig):
     @property
     def num_frames(self) -> int:
         """Of the longest clip."""
-        return max(bucket[0] for bucket in self.buckets)
+        return max(bucket[0] for bucket in self.all_buckets)

@@ -98,5 +98,5 @@ def _longest_video(config: TrainConfig, patch: tuple[int, int, int], spatial: in
     return max(
         math.ceil((1 + (num_frames - 1) // temporal) / patch[0])
         * (rows * columns // (patch[1] * patch[2] * spatial**2))
-        for num_frames, rows, columns in config.buckets
+        for num_frames, rows, columns in config.all_buckets
     )

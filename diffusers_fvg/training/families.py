@@ -131,7 +131,7 @@ def family_of(config: TrainConfig, folder: Path) -> Wan | CogVideoX:
     if name not in FAMILIES:
         raise ValueError(f"{path} is of a {name}; those that can be trained are {', '.join(FAMILIES)}.")
     family = FAMILIES[name](folder, transformer_config)
-    for bucket in config.buckets:
+    for bucket in config.all_buckets:
         family.check_bucket(*bucket)
     return family
 

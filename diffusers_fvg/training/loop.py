@@ -166,7 +166,8 @@ class Run:
         if config.tracker != "none":
             shown = {name: str(value) for name, value in asdict(config).items()}
             self._track(lambda: accelerator.init_trackers(self.expert, shown))
-        order = BatchOrder(self.clips.shapes, config.batch_size * accelerator.num_processes, config.seed)
+        together = config.batch_size * accelerator.num_processes
+        order = BatchOrder(self.clips.shapes, together, config.seed, self.clips.repeats)
         batches = Prefetcher(self.clips, order, accelerator.process_index, config.batch_size)
         hidden = not accelerator.is_main_process
         with (
@@ -196,6 +197,10 @@ class Run:
         return weights
 
     def _write_facts(self) -> None:
+        for folder in (self.output, self.checkpoints.folder):
+            for unfinished in folder.glob(".*.tmp"):
+                # Of a run that was killed.
+                unfinished.unlink()
         write_text_whole(self.output / "config.toml", self.config.to_toml())
         write_text_whole(self.output / "rejected_videos.json", json.dumps(self.clips.rejected, indent=2) + "\n")
         self._cut_log()

@@ -28,36 +28,54 @@ SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".webp", ".
 
 @dataclass(frozen=True)
 class Example:
-    """A video file and what it shows."""
+    """A video file and what it shows.
+
+    Args:
+        path (`Path`): of a video or a picture.
+        caption (`str`): what it shows.
+        repeats (`float`, *optional*): how often an epoch goes through it.
+        buckets (`tuple`, *optional*): for it alone; empty for those of the config.
+    """
 
     path: Path
     caption: str
+    repeats: float = 1.0
+    buckets: tuple[tuple[int, int, int], ...] = ()
 
 
 def read_examples(config: TrainConfig) -> list[Example]:
-    """The rows of `metadata.jsonl` or `metadata.csv` in the folder `config.data`; without these its videos, each with a text
-    file of its name beside it; or the rows of the data set of that name.
+    """What each of `config.sources` holds: the rows of `metadata.jsonl` or `metadata.csv` in a folder; without these its
+    videos, each with a text file of its name beside it; or the rows of the data set of that name.
 
     Raises:
         `ValueError`: no such folder or data set, a row that is no caption of a file, an empty caption, a table that is no
             UTF-8.
     """
-    folder = Path(config.data)
-    if not folder.is_dir():
-        return _hub_examples(config)
-    tables = [folder / name for name in TABLES if (folder / name).is_file()]
-    if len(tables) > 1:
-        raise ValueError(f"{folder} has {' and '.join(TABLES)}; keep one of them.")
-    examples = _table_examples(tables[0], config) if tables else _text_examples(folder)
-    if not examples:
-        raise ValueError(f"{tables[0] if tables else folder} has no rows.")
+    examples = []
+    for source in config.sources:
+        for path, caption in _rows(source.path, config):
+            caption = source.caption_prefix + caption + source.caption_suffix
+            examples.append(Example(path, caption, source.repeats, source.buckets))
     return examples
 
 
-def _table_examples(table: Path, config: TrainConfig) -> list[Example]:
-    rows = _jsonl_rows(table) if table.suffix == ".jsonl" else _csv_rows(table)
-    examples = []
-    for line, row in rows:
+def _rows(data: str, config: TrainConfig) -> list[tuple[Path, str]]:
+    """Files and captions of one source."""
+    folder = Path(data)
+    if not folder.is_dir():
+        return _hub_rows(data, config)
+    tables = [folder / name for name in TABLES if (folder / name).is_file()]
+    if len(tables) > 1:
+        raise ValueError(f"{folder} has {' and '.join(TABLES)}; keep one of them.")
+    rows = _table_rows(tables[0], config) if tables else _text_rows(folder)
+    if not rows:
+        raise ValueError(f"{tables[0] if tables else folder} has no rows.")
+    return rows
+
+
+def _table_rows(table: Path, config: TrainConfig) -> list[tuple[Path, str]]:
+    found = []
+    for line, row in _jsonl_rows(table) if table.suffix == ".jsonl" else _csv_rows(table):
         values = []
         for name in (config.video_column, config.caption_column):
             value = row.get(name)
@@ -67,11 +85,11 @@ def _table_examples(table: Path, config: TrainConfig) -> list[Example]:
                 raise ValueError(f"{table}, line {line}: `{name}` must be a text in quotes, but is {value!r}.")
             values.append(value)
         check_texts(f"{table.name}, line {line}", values[1:])
-        examples.append(Example(table.parent / values[0], values[1]))
-    return examples
+        found.append((table.parent / values[0], values[1]))
+    return found
 
 
-def _text_examples(folder: Path) -> list[Example]:
+def _text_rows(folder: Path) -> list[tuple[Path, str]]:
     """Files of a folder with the text files beside them."""
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not paths:
@@ -84,12 +102,12 @@ def _text_examples(folder: Path) -> list[Example]:
             f"{folder} has no {' or '.join(TABLES)}, and {len(bare)} of its {len(paths)} files lack a text file of their name "
             f"with the caption: {', '.join(bare[:10])}."
         )
-    examples = []
+    found = []
     for path in paths:
         caption = _read_text(path.with_suffix(".txt")).strip()
         check_texts(path.with_suffix(".txt").name, [caption])
-        examples.append(Example(path, caption))
-    return examples
+        found.append((path, caption))
+    return found
 
 
 def _read_text(path: Path) -> str:
@@ -173,23 +191,23 @@ def _check_closed(path: Path, line: int, cells: list[str]) -> None:
                 raise ValueError(f"{path}, line {line}: a quote is not closed, and the row goes on to that of {name}.")
 
 
-def _hub_examples(config: TrainConfig) -> list[Example]:
+def _hub_rows(data: str, config: TrainConfig) -> list[tuple[Path, str]]:
     """The train split of a data set on the Hub, its videos as files in the cache."""
     if importlib.util.find_spec("datasets") is None:
         raise ValueError(
-            f"`data={config.data!r}` is no folder; for the name of a Hugging Face data set `pip install datasets`."
+            f"`data={data!r}` is no folder; for the name of a Hugging Face data set `pip install datasets`."
         )
     from datasets import Video, load_dataset
 
     with PartialState().main_process_first():
-        rows = load_dataset(config.data, split="train")
+        rows = load_dataset(data, split="train")
     missing = {config.video_column, config.caption_column} - set(rows.column_names)
     if missing:
-        raise ValueError(f"{config.data} has no columns {sorted(missing)}; it has {rows.column_names}.")
-    examples = []
+        raise ValueError(f"{data} has no columns {sorted(missing)}; it has {rows.column_names}.")
+    found = []
     for row in rows.cast_column(config.video_column, Video(decode=False)):
         video, caption = row[config.video_column], row[config.caption_column]
-        check_texts(f"a caption of {config.data}", [caption])
+        check_texts(f"a caption of {data}", [caption])
         path = video["path"]
         if video["bytes"] is not None:
             path = Path(config.cache_dir) / "videos" / f"{hashlib.sha256(video['bytes']).hexdigest()}.mp4"
@@ -198,5 +216,5 @@ def _hub_examples(config: TrainConfig) -> list[Example]:
                 unfinished = path.with_suffix(f".{PartialState().process_index}.tmp")
                 unfinished.write_bytes(video["bytes"])
                 unfinished.replace(path)
-        examples.append(Example(Path(path), caption))
-    return examples
+        found.append((Path(path), caption))
+    return found

@@ -46,7 +46,7 @@ def choose_bucket(num_frames: int, height: int, width: int, buckets: Sequence[Bu
 
     fitting = [bucket for bucket in buckets if bucket[0] <= num_frames]
     if not fitting:
-        shortest = min(bucket[0] for bucket in buckets)
+        shortest = min((bucket[0] for bucket in buckets), default="more than one")
         raise ValueError(f"has {num_frames} frames at the training frame rate; the shortest bucket needs {shortest}")
     return min(fitting, key=order)
 
@@ -79,10 +79,16 @@ def clip_frames(times: np.ndarray, length: int, step: float, most: int) -> list[
     return clips
 
 
-def read_clips(path: Path, config: TrainConfig) -> Iterator[tuple[int, torch.Tensor]]:
+def read_clips(path: Path, config: TrainConfig, buckets: Sequence[Bucket] = ()) -> Iterator[tuple[int, torch.Tensor]]:
     """The clips of a video at the size of its bucket, one after the other.
 
-    Nothing behind the last clip is decoded, and frames are scaled as they come: memory is that of one clip.
+    Nothing behind the last clip is decoded, and frames are scaled as they come: memory is that of one clip. A picture is a
+    clip of one frame, and goes into the buckets of one frame alone.
+
+    Args:
+        path (`Path`): of a video or a picture.
+        config ([`TrainConfig`]): frame rate, buckets and number of clips.
+        buckets (`list` of `(num_frames, height, width)`, *optional*): in place of those of the config.
 
     Yields:
         How many clips the video has, and one of them, `(3, F, H, W)` in [-1, 1], as the pipeline treats an anchor.
@@ -91,9 +97,16 @@ def read_clips(path: Path, config: TrainConfig) -> Iterator[tuple[int, torch.Ten
         `ValueError`, `OSError`: missing, damaged, too slow, or shorter than every bucket.
     """
     video = open_frames(path)
+    buckets = buckets or config.buckets
+    single = len(video.times) == 1
+    fitting = [bucket for bucket in buckets if (bucket[0] == 1) == single]
+    if single and not fitting:
+        raise ValueError(
+            "is a single picture, and no bucket has one frame: add one, [1, height, width], or leave it out"
+        )
     step = spacing(video.times, config.frame_rate)
     available = len(nearest_frames(video.times, 0, len(video.times), step))
-    length, height, width = choose_bucket(available, video.height, video.width, config.buckets)
+    length, height, width = choose_bucket(available, video.height, video.width, fitting)
     plan = clip_frames(video.times, length, step, config.clips_per_video)
     frames = video.frames([frame for clip in plan for frame in clip])
     for _ in plan:

@@ -55,7 +55,8 @@ def test_a_data_set_of_hugging_face(config, tmp_path, form):
         folder = tmp_path / "parquet"
         folder.mkdir()
         datasets.Dataset.from_list(rows, features).to_parquet(folder / "train.parquet")
-    examples = metadata._hub_examples(replace(config, data=str(folder), **columns))
+    rows = metadata._hub_rows(str(folder), replace(config, **columns))
+    examples = [metadata.Example(*row) for row in rows]
     assert [example.caption for example in examples] == CAPTIONS
     place = Path(config.model)
     clips = build_cache(replace(config, **columns), examples, place, family_of(config, place))
@@ -64,7 +65,7 @@ def test_a_data_set_of_hugging_face(config, tmp_path, form):
     torch.testing.assert_close(latents, expected[0])
     torch.testing.assert_close(embeds, expected[1])
     with pytest.raises(ValueError, match=r"has no columns \['movie'\]; it has \['video', 'text'\]"):
-        metadata._hub_examples(replace(config, data=str(folder), video_column="movie"))
+        metadata._hub_rows(str(folder), replace(config, video_column="movie"))
 
 
 # -- cache ------------------------------------------------------------------------------------------------------------
