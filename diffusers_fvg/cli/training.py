@@ -17,12 +17,25 @@ def add_train(commands: argparse._SubParsersAction) -> None:
         metavar="NAME",
         help="print a file for the anchor LoRA of a recipe, with data and cost; trains nothing",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="tell buckets, rejected files, tokens, memory, time, targets and times of the run; trains nothing",
+    )
+    parser.add_argument(
+        "--help-options", action="store_true", help="list every option of the file with type, default and reason"
+    )
     parser.set_defaults(run=_train)
 
 
 def _train(arguments: argparse.Namespace) -> None:
     import tomllib
 
+    if arguments.help_options:
+        from ..training.options import options_text
+
+        print(options_text())
+        return
     if (arguments.config is None) == (arguments.recipe is None):
         raise ValueError("give either the TOML file of a run or --recipe NAME, which prints one.")
     if arguments.recipe is not None:
@@ -40,11 +53,20 @@ def _train(arguments: argparse.Namespace) -> None:
     # What is no TOML is said by the config's own reader.
     with contextlib.suppress(tomllib.TOMLDecodeError, UnicodeDecodeError):
         if "system" in tomllib.loads(arguments.config.read_text(encoding="utf-8")):
+            if arguments.dry_run:
+                raise ValueError(
+                    f"--dry-run tells of anchor LoRAs, and {arguments.config} trains Factorized-Dreamer: leave it out."
+                )
             from ..training.dreamer import main_train_dreamer
 
             print(f"video UNet: {main_train_dreamer(arguments.config)}")
             return
     config, validate = TrainConfig.load(arguments.config), None
+    if arguments.dry_run:
+        from ..training.dry_run import dry_run
+
+        print(dry_run(config))
+        return
     if config.validation_every:
         from ..evaluation.validation import make_validate
 

@@ -41,12 +41,13 @@ PIXELS_AT_ONCE = 1 << 19
 # -- encoders ---------------------------------------------------------------------------------------------------------
 
 
-def model_folder(config: TrainConfig) -> Path:
-    """The folder of `config.model`, downloaded if it is a Hub repository: only what training reads."""
+def model_folder(config: TrainConfig, weights: bool = True) -> Path:
+    """The folder of `config.model`, downloaded if it is a Hub repository: only what training reads, or without `weights` only
+    what tells of its sizes."""
     if Path(config.model).is_dir():
         return Path(config.model)
     parts = ("vae", "text_encoder", "tokenizer", "scheduler", *config.experts)
-    parts = ["model_index.json", *(f"{part}/*" for part in parts)]
+    parts = ["model_index.json", *(f"{part}/*" if weights else f"{part}/*config.json" for part in parts)]
     return Path(snapshot_download(config.model, revision=config.revision or None, allow_patterns=parts))
 
 

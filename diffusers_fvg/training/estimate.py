@@ -93,10 +93,13 @@ def estimated_operations(
     return clips * ((2 + again) * dense + (3 + again) * attention)
 
 
+def clip_tokens(bucket: tuple[int, int, int], patch: tuple[int, int, int], spatial: int, temporal: int = 4) -> int:
+    """Tokens of a clip `(num_frames, height, width)`; see [`estimated_operations`]."""
+    num_frames, rows, columns = bucket
+    frames = math.ceil((1 + (num_frames - 1) // temporal) / patch[0])
+    return frames * (rows * columns // (patch[1] * patch[2] * spatial**2))
+
+
 def _longest_video(config: TrainConfig, patch: tuple[int, int, int], spatial: int, temporal: int) -> int:
     """Tokens of a clip of the largest bucket."""
-    return max(
-        math.ceil((1 + (num_frames - 1) // temporal) / patch[0])
-        * (rows * columns // (patch[1] * patch[2] * spatial**2))
-        for num_frames, rows, columns in config.all_buckets
-    )
+    return max(clip_tokens(bucket, patch, spatial, temporal) for bucket in config.all_buckets)

@@ -68,6 +68,16 @@ class Wan(Family):
         check_size("height", height, self.vae_config["scale_factor_spatial"] * patch[1])
         check_size("width", width, self.vae_config["scale_factor_spatial"] * patch[2])
 
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Pixels per latent in space, frames per latent in time."""
+        return self.vae_config["scale_factor_spatial"], self.vae_config["scale_factor_temporal"]
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of latents in a token."""
+        return tuple(self.empty.config.patch_size)
+
     @staticmethod
     def encode(vae: AutoencoderKLWan, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels `(B, 3, F, H, W)` in [-1, 1] to normalised latents `(B, C, f, h, w)`: the posterior's mode, as at sampling."""
@@ -89,12 +99,23 @@ class CogVideoX(Family):
         self.empty = _empty(self.transformer, transformer_config)
 
     def check_bucket(self, num_frames: int, height: int, width: int) -> None:
+        spatial, temporal = self.strides
         # At sampling its VAE decodes latents two by two.
-        check_num_frames(num_frames, 2 * int(self.vae_config["temporal_compression_ratio"]))
-        spatial = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+        check_num_frames(num_frames, 2 * temporal)
         check_size("height", height, spatial * self.empty.config.patch_size)
         check_size("width", width, spatial * self.empty.config.patch_size)
         self.empty.check_size(height // spatial, width // spatial)
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1), int(
+            self.vae_config["temporal_compression_ratio"]
+        )
+
+    @property
+    def patch(self) -> tuple[int, int, int]:
+        size = self.empty.config.patch_size
+        return self.empty.config.patch_size_t or 1, size, size
 
     @staticmethod
     def encode(vae: AutoencoderKLCogVideoX, pixels: torch.Tensor) -> torch.Tensor:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..animate.anchor import crop_and_resize
-from ..animate.frames import SLOWEST, end_of, nearest_frames, open_frames, spacing
+from ..animate.frames import SLOWEST, Pictures, end_of, nearest_frames, open_frames, spacing
+from ..media import Video
 from .config import TrainConfig
 
 
@@ -79,36 +81,61 @@ def clip_frames(times: np.ndarray, length: int, step: float, most: int) -> list[
     return clips
 
 
-def read_clips(path: Path, config: TrainConfig, buckets: Sequence[Bucket] = ()) -> Iterator[tuple[int, torch.Tensor]]:
-    """The clips of a video at the size of its bucket, one after the other.
+@dataclass(frozen=True)
+class ClipPlan:
+    """What becomes of a file.
 
-    Nothing behind the last clip is decoded, and frames are scaled as they come: memory is that of one clip. A picture is a
-    clip of one frame, and goes into the buckets of one frame alone.
+    Args:
+        frames (`Video` or `Pictures`): of the file.
+        bucket (`tuple[int, int, int]`): number of frames, height and width of its clips.
+        clips (`list[list[int]]`): numbers of the frames that make up each.
+    """
+
+    frames: Video | Pictures
+    bucket: Bucket
+    clips: list[list[int]]
+
+
+def plan_clips(path: Path, config: TrainConfig, buckets: Sequence[Bucket] = ()) -> ClipPlan:
+    """Bucket and frames of a file's clips. Of a video nothing but its first frame is decoded.
+
+    A picture is a clip of one frame, and goes into the buckets of one frame alone.
 
     Args:
         path (`Path`): of a video or a picture.
         config ([`TrainConfig`]): frame rate, buckets and number of clips.
         buckets (`list` of `(num_frames, height, width)`, *optional*): in place of those of the config.
 
-    Yields:
-        How many clips the video has, and one of them, `(3, F, H, W)` in [-1, 1], as the pipeline treats an anchor.
-
     Raises:
         `ValueError`, `OSError`: missing, damaged, too slow, or shorter than every bucket.
     """
     video = open_frames(path)
-    buckets = buckets or config.buckets
     single = len(video.times) == 1
-    fitting = [bucket for bucket in buckets if (bucket[0] == 1) == single]
+    fitting = [bucket for bucket in buckets or config.buckets if (bucket[0] == 1) == single]
     if single and not fitting:
         raise ValueError(
             "is a single picture, and no bucket has one frame: add one, [1, height, width], or leave it out"
         )
     step = spacing(video.times, config.frame_rate)
     available = len(nearest_frames(video.times, 0, len(video.times), step))
-    length, height, width = choose_bucket(available, video.height, video.width, fitting)
-    plan = clip_frames(video.times, length, step, config.clips_per_video)
-    frames = video.frames([frame for clip in plan for frame in clip])
-    for _ in plan:
+    bucket = choose_bucket(available, video.height, video.width, fitting)
+    return ClipPlan(video, bucket, clip_frames(video.times, bucket[0], step, config.clips_per_video))
+
+
+def read_clips(path: Path, config: TrainConfig, buckets: Sequence[Bucket] = ()) -> Iterator[tuple[int, torch.Tensor]]:
+    """The clips of a file at the size of its bucket, one after the other: see [`plan_clips`].
+
+    Nothing behind the last clip is decoded, and frames are scaled as they come: memory is that of one clip.
+
+    Yields:
+        How many clips the video has, and one of them, `(3, F, H, W)` in [-1, 1], as the pipeline treats an anchor.
+
+    Raises:
+        `ValueError`, `OSError`: as in [`plan_clips`]; a damaged frame.
+    """
+    plan = plan_clips(path, config, buckets)
+    length, height, width = plan.bucket
+    frames = plan.frames.frames([frame for clip in plan.clips for frame in clip])
+    for _ in plan.clips:
         pictures = [crop_and_resize(frame, height, width) for frame in itertools.islice(frames, length)]
-        yield len(plan), torch.stack(pictures, dim=1)
+        yield len(plan.clips), torch.stack(pictures, dim=1)

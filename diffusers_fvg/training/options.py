@@ -1,0 +1,60 @@
+"""Every option of a run, as its documentation has it. Light to import."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from dataclasses import MISSING, Field, fields
+
+from ..publishing.toml import toml_value
+from .config import DataSource, TrainConfig
+
+
+# "rank, alpha (`int`, `float`, *optional*): of the LoRA"
+_ENTRY = re.compile(r"^    (\w+(?:, \w+)*) \(.*?\): ", re.MULTILINE | re.DOTALL)
+
+
+def options_text(width: int = 100) -> str:
+    """All options of `fvg train` with type, default and what speaks for their values.
+
+    Args:
+        width (`int`, *optional*): characters of a line.
+    """
+    return f"{_options(TrainConfig, width)}\n\nOf each [[data]]:\n\n{_options(DataSource, width)}"
+
+
+def _options(kind: type, width: int) -> str:
+    reasons, shown = _reasons(kind), []
+    for field in fields(kind):
+        names, reason = reasons[field.name]
+        if names.index(field.name) > 0:
+            reason = f"See {names[0]}."
+        indented = textwrap.fill(
+            reason, width, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
+        )
+        shown.append(f"{field.name}: {_type(field)}, {_default(field)}\n{indented}")
+    return "\n".join(shown)
+
+
+def _reasons(kind: type) -> dict[str, tuple[list[str], str]]:
+    """For each option those that are documented with it, and the text."""
+    documentation = inspect.getdoc(kind).split("Args:\n")[1]
+    entries = list(_ENTRY.finditer(documentation))
+    reasons = {}
+    for entry, following in zip(entries, [*entries[1:], None]):
+        text = documentation[entry.end() : following.start() if following else None]
+        names = entry[1].split(", ")
+        reasons |= dict.fromkeys(names, (names, " ".join(text.split())))
+    return reasons
+
+
+def _type(field: Field) -> str:
+    # Annotations are texts in this package; those of Literal name the values.
+    return re.sub(r"Literal\[(.*)\]", r"one of \1", field.type)
+
+
+def _default(field: Field) -> str:
+    if field.default is MISSING:
+        return "required"
+    return "left out" if field.default is None else f"default {toml_value(field.default)}"
