@@ -37,7 +37,7 @@ def without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
         else:
             # Several sources, each with options of its own.
             shown[name] = [source | {"path": _public(source["path"])} for source in shown[name]]
-    for name in shown.keys() & {"cache_dir", "output_dir", "teacher_lora"}:
+    for name in shown.keys() & {"cache_dir", "output_dir", "teacher_lora", "initial_lora"}:
         shown[name] = Path(shown[name]).name
     if "validation_anchors" in shown:
         shown["validation_anchors"] = [Path(path).name for path in shown["validation_anchors"]]

@@ -23,8 +23,9 @@ logger = logging.get_logger(__name__)
 FREE_ON_RESUME = {"experts", "checkpoint_every", "keep_checkpoints", "validation_every", "tracker"}
 FREE_ON_RESUME |= {"model", "data", "cache_dir", "output_dir", "validation_prompts", "validation_anchors"}
 FREE_ON_RESUME |= {"max_rejected_share", "gradient_checkpointing", "process_group_timeout"}
-# The teacher is known by its weights, not by where they are.
-FREE_ON_RESUME |= {"teacher_lora"}
+FREE_ON_RESUME |= {"lora_every"}
+# These are known by their weights, not by where they are.
+FREE_ON_RESUME |= {"teacher_lora", "initial_lora"}
 # Of Factorized-Dreamer: a start, and encoders that the cache knows by their content.
 FREE_ON_RESUME |= {"video_unet", "motion_encoder", "image_encoder"}
 # May be lower: what a run that diverged is told to do.

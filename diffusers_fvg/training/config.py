@@ -150,6 +150,8 @@ class TrainConfig(TomlConfig):
         rank, alpha (`int`, `float`, *optional*): of the LoRA; its strength is `alpha / rank`. First author: 128/64 (5B),
             16/8 (1.3B), 256/128 (14B) used at weight 0.55. Pusa: 512/512 used at 1.4, larger ranks better and small ones
             slower to plateau. LTX-2, DiffSynth-Studio: 32.
+        initial_lora (`str`, *optional*): file, folder or repository of a LoRA of any known format that the new one starts from;
+            its rank is at most `rank`, its layers are among `targets`. Left out, the new one starts at nothing.
         targets (`tuple[str, ...]`, *optional*): ends of module names. Pusa finds that it is self-attention that learns
             the anchor.
 
@@ -202,6 +204,8 @@ class TrainConfig(TomlConfig):
         seed (`int`, *optional*): of everything drawn. A draw depends on seed, expert, step and place in the batch alone.
         checkpoint_every, keep_checkpoints (`int`, *optional*): in optimizer steps; how many of the newest are kept. There
             is always one at the end.
+        lora_every (`int`, *optional*): every so many steps the LoRA is kept as `output_dir/loras/<expert>_step_<step>`, to
+            compare; 0 is never.
         validation_every (`int`, *optional*): calls the `validate` that was passed to the trainer; 0 is never. That of
             `fvg train` makes a video of each of `validation_prompts`.
         validation_prompts, validation_anchors (`tuple[str, ...]`, *optional*): prompts, and for each a picture or a video
@@ -229,6 +233,7 @@ class TrainConfig(TomlConfig):
     rank: int = 128
     alpha: float = 64.0
     targets: tuple[str, ...] = WAN_TARGETS
+    initial_lora: str = ""
 
     distill_guidance: tuple[float, ...] = ()
     teacher_lora: str = ""
@@ -260,6 +265,7 @@ class TrainConfig(TomlConfig):
     seed: int = 42
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
+    lora_every: int = 0
     validation_every: int = 0
     validation_prompts: tuple[str, ...] = ()
     validation_anchors: tuple[str, ...] = ()
@@ -275,7 +281,7 @@ class TrainConfig(TomlConfig):
         self.check_ranges(
             at_least_one=("rank",),
             above_zero=("alpha", "timestep_std", "flow_shift"),
-            not_negative=("validation_every",),
+            not_negative=("validation_every", "lora_every"),
             shares=("anchor_noise",),
         )
         _require(0 <= self.anchor_probability <= 1, "anchor_probability", self, "must lie in [0, 1]")
@@ -327,6 +333,7 @@ class TrainConfig(TomlConfig):
         in_range = all(1 < scale < float("inf") for scale in self.distill_guidance)
         _require(in_range, "distill_guidance", self, "must be above 1, which is a prediction without guidance")
         _require(self.teacher_lora, "teacher_lora", self, "must name the anchor LoRA that is distilled")
+        _require(not self.initial_lora, "initial_lora", self, "has no effect with distill_guidance: remove it")
         _require(self.prompt_dropout == 0, "prompt_dropout", self, "must be 0 with distill_guidance")
 
 

@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from ..lora.anchor_lora import ADAPTER_NAME, AnchorLora
+from ..lora.anchor_lora import AnchorLora
 from ..lora.loader import EXPERTS, load_lora
 from .config import TrainConfig
+from .initial import copy_adapter
 
 
 TEACHER_NAME = "teacher"
@@ -80,15 +81,9 @@ class GuidedTeacher:
         experts = [transformer if name == self.expert else None for name in EXPERTS]
         load_lora(experts, self.state, TEACHER_NAME, strict=True, metadata=self.metadata)
 
-    @torch.no_grad()
     def start(self, transformer: torch.nn.Module) -> None:
-        """Gives the adapter `"anchor"` the teacher's weights to start from. What it has beyond those begins at zero."""
-        for layer in _layers(transformer):
-            if TEACHER_NAME in layer.lora_A:
-                down, up = (weights[TEACHER_NAME].weight for weights in (layer.lora_A, layer.lora_B))
-                strength = layer.scaling[TEACHER_NAME] / layer.scaling[ADAPTER_NAME]
-                layer.lora_A[ADAPTER_NAME].weight[: len(down)] = down
-                layer.lora_B[ADAPTER_NAME].weight[:, : len(down)] = strength * up
+        """Gives the adapter `"anchor"` the teacher's weights to start from."""
+        copy_adapter(transformer, TEACHER_NAME)
 
     @torch.no_grad()
     def predict(

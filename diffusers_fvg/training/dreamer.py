@@ -226,7 +226,7 @@ class DreamerRun(Run):
 
     def _make_trainable(self, trainee: DreamerTrainee) -> None:
         config, unet = self.config, trainee.unet
-        self.teacher = None
+        self.teacher, self.origins = None, {}
         trainee.requires_grad_(False)
         for _, parameter in unet.named_parameters() if config.train_spatial else unet.video_parameters():
             parameter.requires_grad_(True)

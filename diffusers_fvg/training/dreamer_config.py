@@ -100,6 +100,7 @@ class DreamerConfig(TomlConfig):
     experts: ClassVar[tuple[str, ...]] = ("unet",)
     negative_prompt: ClassVar[str] = ""
     validation_every: ClassVar[int] = 0
+    lora_every: ClassVar[int] = 0
 
     def validate(self) -> None:
         """Checks ranges, and options against each other.

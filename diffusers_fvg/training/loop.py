@@ -34,7 +34,9 @@ from .config import TrainConfig
 from .distillation import GuidedTeacher
 from .draws import Draw, draw, draw_loss, generator_for
 from .files import naming, write_text_whole
+from .initial import start_from
 from .objectives import FlowMatching, VPrediction
+from .output import write_intermediate
 from .processes import on_main_process, sharded_like, share, whole
 from .stopping import StopRequest
 
@@ -129,7 +131,7 @@ class Run:
         # With FSDP these are shards, and so is what is computed from them.
         self.tuned = {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.tuned.items()}
-        more = {"num_processes": accelerator.num_processes}
+        more = {"num_processes": accelerator.num_processes} | self.origins
         if self.teacher is not None:
             more["teacher"] = self.teacher.digest
         settings = run_settings(config, clips, more)
@@ -154,6 +156,9 @@ class Run:
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             transformer.add_adapter(lora, adapter_name=ADAPTER_NAME)
+        self.origins = {}
+        if config.initial_lora:
+            self.origins["initial"] = start_from(transformer, self.expert, config.initial_lora)
 
     def _caller(self) -> Callable:
         return self.objective.caller(self.model, self.transformer)
@@ -182,6 +187,8 @@ class Run:
                 due = bool(config.validation_every) and self.step % config.validation_every == 0
                 if self.step % config.checkpoint_every == 0 or self.step == config.steps or stopped:
                     self._save()
+                if config.lora_every and self.step % config.lora_every == 0:
+                    self._write_intermediate()
                 if due and not stopped and self._validate():
                     self._save()
                     stopped = True
@@ -322,6 +329,11 @@ class Run:
         # Every process has a part in this.
         tensors = {name: whole(tensor) for name, tensor in tensors.items()}
         on_main_process(self.accelerator, lambda: self.checkpoints.write(self.step, tensors))
+
+    def _write_intermediate(self) -> None:
+        average = {name: whole(tensor).cpu() for name, tensor in self.average.items()}
+        write = functools.partial(write_intermediate, self.config, self.expert, self.step, average)
+        on_main_process(self.accelerator, write)
 
     def _resume(self) -> None:
         """Continues from the newest checkpoint that is whole and finite, if there is one."""

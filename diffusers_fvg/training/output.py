@@ -52,6 +52,16 @@ def write_lora(config: TrainConfig, weights: dict[str, dict[str, torch.Tensor]])
         write_whole(path.with_name("transformer_2.safetensors"), second, metadata)
 
 
+def write_intermediate(config: TrainConfig, expert: str, step: int, average: dict[str, torch.Tensor]) -> None:
+    """Writes `output_dir/loras/<expert>_step_<step>.safetensors`, of one expert, as [`write_lora`] does at the end."""
+    state = {f"{expert}.{key}": tensor for key, tensor in lora_state_dict(average, config).items()}
+    check_weights(f"The LoRA of step {step}", state)
+    metadata = {"step": str(step), "base_model": without_paths({"model": config.model})["model"]} | sampling_facts(
+        config
+    )
+    write_whole(Path(config.output_dir) / "loras" / f"{expert}_step_{step:08d}.safetensors", state, metadata)
+
+
 def write_card(config: TrainConfig) -> None:
     """Writes the model card of the run beside its LoRA, from its log."""
     # Only here: it knows every model of the package, of which training needs nothing.

@@ -1,0 +1,167 @@
+"""A trained LoRA for other programs: in diffusers' keys, in those of Wan's own code, which ComfyUI reads, or merged into a base."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ..checks import check_finite
+from .anchor_lora import ADAPTER_NAME, WEIGHT_NAME
+from .formats import EXPERTS, _wan_name
+from .loader import load_lora
+
+
+FORMATS = ("diffusers", "comfyui")
+_KEY = re.compile(r"(transformer|transformer_2)\.(.+)\.lora_([AB])\.weight")
+# How files of a model of two experts are called where each is loaded into a model of its own.
+_NOISE = {"transformer": "high_noise", "transformer_2": "low_noise"}
+
+
+def read_lora(source: str | Path, average: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """A LoRA in diffusers' keys (`transformer.*`, `transformer_2.*`) without alpha, and its file's metadata.
+
+    Args:
+        source (`str` or `Path`): a finished LoRA: its file, or a folder that holds it, such as a run's `output_dir`; or a
+            run's checkpoint, `checkpoints/<expert>/step_*.safetensors`.
+        average (`bool`, *optional*): of a checkpoint the moving average, which a finished LoRA is, in place of the weights.
+
+    Raises:
+        `ValueError`: no such file, one of other keys, or with values that are not finite.
+    """
+    path = Path(source)
+    if path.is_dir():
+        found = [path / name for name in (WEIGHT_NAME, Path(WEIGHT_NAME).name) if (path / name).is_file()]
+        if not found:
+            raise ValueError(f"{path} holds no {WEIGHT_NAME}: name the file of a finished LoRA, or of a checkpoint.")
+        path = found[0]
+    if not path.is_file() or path.suffix != ".safetensors":
+        raise ValueError(f"{path} is no safetensors file of a LoRA.")
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+        metadata = dict(file.metadata() or {})
+    if "settings" in metadata and "step" in metadata:
+        tensors, metadata = _of_checkpoint(path, tensors, metadata, average)
+    other = [key for key in tensors if not _KEY.fullmatch(key)]
+    if other or not tensors:
+        raise ValueError(f"{path} is no LoRA of this package's training: its keys are not diffusers' ({other[:1]}).")
+    for key, tensor in tensors.items():
+        check_finite(f"{path.name}: {key}", tensor)
+    return tensors, {name: value for name, value in metadata.items() if name not in ("format", "crc32")}
+
+
+def _of_checkpoint(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], average: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    settings, expert = json.loads(metadata["settings"]), path.parent.name
+    if expert not in EXPERTS or not {"alpha", "rank"} <= settings.keys():
+        raise ValueError(f"{path} is no checkpoint of a LoRA in its place, `checkpoints/<expert>`.")
+    # Without a moving average a run's result is its weights.
+    kind = "average" if average and any(key.startswith("average.") for key in tensors) else "weights"
+    scale, state = settings["alpha"] / settings["rank"], {}
+    for key, tensor in tensors.items():
+        if key.startswith(kind + "."):
+            name = key.removeprefix(kind + ".").replace(f".{ADAPTER_NAME}.weight", ".weight")
+            state[f"{expert}.{name}"] = tensor * scale if ".lora_B." in name else tensor
+    return state, {"step": metadata["step"], "weights": kind, "rank": str(settings["rank"])}
+
+
+def export_lora(
+    source: str | Path,
+    output: str | Path,
+    format: Literal["diffusers", "comfyui"] = "comfyui",
+    average: bool = True,
+) -> list[Path]:
+    """Writes a LoRA for another program.
+
+    `"diffusers"` is one file, for `load_lora_weights`. `"comfyui"` has the names of Wan's own code,
+    `diffusion_model.blocks.0.self_attn.q.lora_A.weight`, which ComfyUI maps to every layer that has such a weight
+    (`model_lora_keys_unet` in its `comfy/lora.py`) and other trainers write. A model of two experts is two models there:
+    it becomes two files, `<output>_high_noise` and `<output>_low_noise`.
+
+    Args:
+        source, average: see [`read_lora`].
+        output (`str` or `Path`): the file, ending in `.safetensors`.
+        format (`str`, *optional*): `"diffusers"` or `"comfyui"`.
+
+    Returns:
+        `list[Path]`: the files written.
+
+    Raises:
+        `ValueError`: another format or ending, a LoRA of CogVideoX for ComfyUI; see [`read_lora`].
+    """
+    output = Path(output)
+    if format not in FORMATS:
+        raise ValueError(f"`format={format!r}` must be one of {', '.join(FORMATS)}.")
+    if output.suffix != ".safetensors":
+        raise ValueError(f"`output={str(output)!r}` must end in .safetensors.")
+    state, metadata = read_lora(source, average)
+    if format == "diffusers":
+        return [_write(output, state, metadata)]
+    experts: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in state.items():
+        expert, module, half = _KEY.fullmatch(key).groups()
+        if not module.startswith(("blocks.", "condition_embedder.", "patch_embedding", "proj_out")):
+            raise ValueError(
+                f"{source} is not of a Wan model ({module}), which alone has names of its own in ComfyUI."
+            )
+        experts.setdefault(expert, {})[f"diffusion_model.{_wan_name(module)}.lora_{half}.weight"] = tensor
+    if len(experts) == 1:
+        return [_write(output, *experts.values(), metadata)]
+    return [
+        _write(output.with_stem(f"{output.stem}_{_NOISE[expert]}"), experts[expert], metadata) for expert in EXPERTS
+    ]
+
+
+def merge_lora(
+    source: str | Path,
+    base: str | Path,
+    output: str | Path,
+    average: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Writes a pipeline whose transformers have the LoRA in their weights, for programs that read no LoRA.
+
+    Args:
+        source, average: see [`read_lora`].
+        base (`str` or `Path`): pipeline that it was trained on: folder, or repository on the Hub.
+        output (`str` or `Path`): an empty or new folder.
+        dtype (`torch.dtype`, *optional*): in which is added and written. What is added rounds away in a narrow one first.
+
+    Raises:
+        `ValueError`: a folder with something in it, a base that the LoRA does not fit; see [`read_lora`].
+    """
+    from diffusers import DiffusionPipeline
+
+    output = Path(output)
+    if output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"`output={str(output)!r}` has something in it: name a new folder.")
+    state, _ = read_lora(source, average)
+    pipe = DiffusionPipeline.from_pretrained(base, dtype=dtype)
+    experts = [getattr(pipe, name, None) for name in EXPERTS]
+    load_lora(experts, state, ADAPTER_NAME, strict=True)
+    for transformer in experts:
+        if transformer is not None and getattr(transformer, "peft_config", None):
+            transformer.fuse_lora(adapter_names=[ADAPTER_NAME])
+            transformer.unload_lora()
+    pipe.save_pretrained(output)
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Path:
+    """The file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{uuid.uuid4().hex}.safetensors")
+    try:
+        save_file(
+            {key: tensor.contiguous() for key, tensor in tensors.items()}, unfinished, {"format": "pt"} | metadata
+        )
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
