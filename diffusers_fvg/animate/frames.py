@@ -79,8 +79,10 @@ def open_frames(path: str | Path) -> Video | Pictures:
     try:
         with PIL.Image.open(path) as image:
             is_picture = image.format != "MPEG"
-    except (PIL.UnidentifiedImageError, PIL.Image.DecompressionBombError, SyntaxError):
+    except (PIL.UnidentifiedImageError, SyntaxError):
         is_picture = False
+    except PIL.Image.DecompressionBombError as error:
+        raise ValueError(f"is too large for a picture: {error}") from error
     if not is_picture:
         return Video(path)
     try:

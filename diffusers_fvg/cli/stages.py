@@ -115,15 +115,13 @@ def add_animate(commands: argparse._SubParsersAction) -> None:
 
 
 def open_image(path: Path):
-    """The picture of `--image`, upright and opaque."""
-    import PIL.Image
-
-    from ..animate.anchor import picture_image
+    """The picture of `--image`, or the first frame of the video, upright and opaque."""
+    from ..animate.frames import first_frame
 
     try:
-        return picture_image(PIL.Image.open(path))
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"--image {path} cannot be read ({error}); give a PNG or JPEG file.") from error
+        return first_frame(path)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"--image {path} cannot be read ({error}); give a PNG or JPEG file, or a video.") from error
 
 
 def _check_outputs(arguments: argparse.Namespace, default: str, suffix: str) -> None:

@@ -16,6 +16,8 @@ import numpy as np
 from av.video.reformatter import ColorTrc, Interpolation, VideoReformatter
 
 
+# Longest comment that is read, in characters: a record has some thousands.
+MAX_COMMENT = 1_000_000
 # Threads of the decoder take longer to start than frames of fewer pixels take to decode.
 THREADS_FROM = 256 * 256
 # Transfer functions of high dynamic range (ITU-R BT.2100): shown as if it were standard, such a video is grey and dim.
@@ -162,16 +164,17 @@ def read_video_metadata(path: str | Path) -> dict[str, Any]:
     """What [`~media.writing.write_video`] was given as `metadata`.
 
     Raises:
-        `ValueError`: not a video, or one that another program wrote.
+        `ValueError`: not an mp4, or one that another program wrote.
     """
     try:
-        with _opened(path) as (container, _):
+        # Of one format: a playlist by that name would send the reader to other files.
+        with _opened(path, "mp4") as (container, _):
             comment = container.metadata.get("comment", "")
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
     try:
-        metadata = json.loads(comment)
-    except json.JSONDecodeError:
+        metadata = json.loads(comment) if len(comment) <= MAX_COMMENT else None
+    except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
         raise ValueError(f"{path} carries no generation metadata: its comment is {comment[:80]!r}")
@@ -222,9 +225,11 @@ def _turn(frame: av.VideoFrame) -> tuple[bool, int, int]:
 
 
 @contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+def _opened(
+    path: str | Path, file_format: str | None = None
+) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), format=file_format) as container:
             if not container.streams.video:
                 raise ValueError("holds no video")
             yield container, container.streams.video[0]

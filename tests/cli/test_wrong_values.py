@@ -20,6 +20,8 @@ NEEDED = {
     "fvg animate": ["a red circle", "--image", "{}/picture.png"],
     "fvg assemble": ["{}/out", "--base", "org/base"],
     "fvg push": ["{}/folder", "org/name"],
+    "fvg lora export": ["{}/trained", "{}/a.safetensors"],
+    "fvg lora merge": ["{}/trained", "{}/base", "{}/merged"],
     "fvg train": ["{}/run.toml"],
     "fvg shapes train": ["{}/trained"],
     "fvg shapes dreamer": ["{}/trained"],

@@ -505,6 +505,33 @@ def test_push_creates_updates_and_opens_a_pull_request(hub, saved, light, tmp_pa
     assert_weights(loaded.transformer, tiny_transformer())
 
 
+def test_a_trained_lora_is_pushed_with_its_card(hub, tmp_path):
+    """Of a run's folder what is for others; its log and checkpoints stay."""
+    output = tmp_path / "out"
+    AnchorLora({"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 24)}).save_pretrained(output)
+    (output / "weights" / "README.md").write_text("A LoRA.")
+    (output / "log_transformer.jsonl").write_text("{}")
+    for folder, name in ((output, "org/lora"), (output / "weights", "org/other")):
+        assert "/commit/" in push(folder, name, token=hub.token)
+        assert hub.files(name) == {"pytorch_lora_weights.safetensors", "README.md", ".gitattributes"}
+    with pytest.raises(ValueError, match="has neither model_index.json nor weights/pytorch_lora_weights.safetensors"):
+        push(tmp_path, "org/lora", token=hub.token)
+
+
+def test_nothing_private_goes_to_a_public_repository(hub, saved):
+    push(saved, "org/open", token=hub.token)
+    before = hub.files("org/open")
+    (saved / "secret.txt").write_text("mine")
+    with pytest.raises(
+        ValueError, match="org/open is public, and `private=True` hides only a repository that is made"
+    ):
+        push(saved, "org/open", private=True, token=hub.token)
+    assert hub.files("org/open") == before
+    push(saved, "org/hidden", private=True, token=hub.token)
+    push(saved, "org/hidden", private=True, token=hub.token)
+    assert hub.repositories["org/hidden"].private
+
+
 def test_interrupted_upload_is_repeated(hub, saved):
     hub.uploads_left = 2
     with pytest.raises(OSError, match="Push again"):
