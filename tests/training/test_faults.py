@@ -153,6 +153,7 @@ def test_what_a_diverging_run_is_told_to_do_is_possible(config, caplog):
     assert [step for step, _ in losses(Path(config.output_dir))] == list(range(1, 8))
 
 
+@pytest.mark.slow
 def test_a_cosine_may_be_made_longer(config):
     cosine = replace(config, learning_rate_schedule="cosine", steps=4)
     run(cosine)
@@ -223,7 +224,7 @@ def signal_after(monkeypatch, step: int, number: int) -> None:
     monkeypatch.setattr(Run, "_optimizer_step", stepping)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_leaves_a_checkpoint(config, whole, monkeypatch, number):
     before = signal.getsignal(number)
     signal_after(monkeypatch, 5, number)
@@ -269,6 +270,7 @@ def test_a_second_ctrl_c_stops_at_once(config, monkeypatch):
     assert checkpoints(config) == [3]
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_that_is_told_stops_both(places, tmp_path):
     config = tiny_config(*places, tmp_path / "out", steps=500, checkpoint_every=1000)
     running = start(save_config(config, tmp_path / "run.toml"), num_processes=2, seconds_per_step=0.05)
@@ -292,7 +294,9 @@ def test_a_second_run_in_a_folder_is_refused(config):
     run(replace(config, steps=3))
 
 
-@pytest.mark.parametrize("room", [200, 20_000], ids=["no config", "no checkpoint"])
+@pytest.mark.parametrize(
+    "room", [pytest.param(200, marks=pytest.mark.slow), 20_000], ids=["no config", "no checkpoint"]
+)
 def test_a_full_disk_is_one_line_and_the_run_goes_on(config, whole, room):
     """A file may not grow beyond some bytes: what a full disk does."""
     path = save_config(config, Path(config.output_dir) / "run.toml")

@@ -51,6 +51,7 @@ def test_a_run_starts_from_a_lora(places, lora, tmp_path, form):
         torch.testing.assert_close(delta(learnt, module), delta(given, module), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_each_expert_starts_from_its_own(places, tmp_path):
     source = save_lora(
         tmp_path / "two", {"transformer": tiny_transformer(), "transformer_2": tiny_transformer(seed=1)}
@@ -65,6 +66,7 @@ def test_each_expert_starts_from_its_own(places, tmp_path):
         torch.testing.assert_close(*products, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_it_goes_on_with_the_same_one(places, lora, tmp_path):
     config = tiny_config(*places, tmp_path / "out", initial_lora=str(lora))
     run(replace(config, steps=4))
