@@ -49,7 +49,16 @@ class AnchorComposer(PipelineComponent):
     settings = ("call_defaults", "batch_size", "derive_strength")
     # What `compose` itself passes to the pipeline.
     own_arguments = frozenset(
-        ("self", "prompt", "generator", "output_type", "return_dict", "callback_on_step_end", "latents", "prompt_embeds")
+        (
+            "self",
+            "prompt",
+            "generator",
+            "output_type",
+            "return_dict",
+            "callback_on_step_end",
+            "latents",
+            "prompt_embeds",
+        )
     )
 
     def __init__(

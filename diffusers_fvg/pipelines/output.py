@@ -50,3 +50,16 @@ class FactorizedDreamerPipelineOutput(FactorizedVideoPipelineOutput):
     """
 
     motion_prompts: list[str] | None = None
+
+
+@dataclass
+class FactorizedImageToVideoPipelineOutput(FactorizedVideoPipelineOutput):
+    """What every stage made.
+
+    Args:
+        frames, first_frame_prompts, anchor_images, seeds, timings, storyboards: of [`FactorizedVideoPipelineOutput`].
+        audio (`list[torch.Tensor]` or `None`): the sound track of each video, where the animator makes one, as it gives it:
+            `(channels, samples)` for LTX-2, at the rate of its vocoder.
+    """
+
+    audio: list[torch.Tensor] | None = None

@@ -18,6 +18,7 @@ import torch
 
 from ..animate.anchor import Anchor, decoded_anchors
 from ..checks import check_generators, check_texts
+from ..loading.pipeline_component import PipelineComponent
 from ..locks import exclusive, lockable
 from ..lora.anchor_lora import ADAPTER_NAME
 from ..lora.scales import AdapterScales
@@ -50,7 +51,12 @@ class FactorizedStages(FactorizedParts, ABC):
     @property
     def facts(self) -> ModelFacts | None:
         """What is published of the model that the pipeline holds; `None` for one that is not in `models.MODELS`."""
-        return match_model(self.transformer.config, self.config.get("boundary_ratio"))
+        return match_model(self.transformer.config, self.boundary_ratio)
+
+    @property
+    def boundary_ratio(self) -> float | None:
+        """Share of the time range below which the second of two experts takes over; `None` for a single one."""
+        return self.config.get("boundary_ratio")
 
     @property
     def presets(self) -> SchedulerPresets:
@@ -97,8 +103,8 @@ class FactorizedStages(FactorizedParts, ABC):
         """What other pipelines leave alone during a run: all, where hooks keep state from one forward to the next (offload,
         layerwise casting, step caches); otherwise each part is taken only while it works.
         """
-        pipelines = [self] if self.composer is None else [self, self.composer.pipeline]
-        parts = [part for pipeline in pipelines for part in pipeline.components.values()]
+        within = [part.pipeline for part in self.components.values() if isinstance(part, PipelineComponent)]
+        parts = [part for pipeline in (self, *within) for part in pipeline.components.values()]
         parts += [] if self.rewriter is None else [self.rewriter.model, self.rewriter.tokenizer]
         # The stages take none but these: two threads that take more while they hold some could wait for each other.
         parts = lockable(parts)
