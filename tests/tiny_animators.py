@@ -30,10 +30,10 @@ def _image_processor() -> CLIPImageProcessor:
     return CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
 
 
-def _image_encoder(kind: type = CLIPVisionModel) -> torch.nn.Module:
-    """Five tokens of 16 x 16 pixels."""
+def _image_encoder(kind: type = CLIPVisionModel, size: int = 16) -> torch.nn.Module:
+    """Five tokens of a picture."""
     sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return kind(CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=WIDTH))
+    return kind(CLIPVisionConfig(**sizes, image_size=size, patch_size=size // 2, projection_dim=WIDTH))
 
 
 # -- Wan --------------------------------------------------------------------------------------------------------------
@@ -72,7 +72,9 @@ def wan22_ti2v() -> WanImageToVideoPipeline:
 
 
 def _cogvideox(**config) -> CogVideoXImageToVideoPipeline:
-    transformer = tiny_cogvideox_transformer(in_channels=8, ofs_embed_dim=8 if "patch_size_t" not in config else None, **config)
+    transformer = tiny_cogvideox_transformer(
+        in_channels=8, ofs_embed_dim=8 if "patch_size_t" not in config else None, **config
+    )
     scheduler = CogVideoXDDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing")
     return CogVideoXImageToVideoPipeline(tiny_tokenizer(), tiny_t5(), tiny_cogvideox_vae(), transformer, scheduler)
 
@@ -141,9 +143,13 @@ def stable_video_diffusion() -> StableVideoDiffusionPipeline:
         layers_per_block=1,
     )
     scheduler = EulerDiscreteScheduler(
-        prediction_type="v_prediction", timestep_type="continuous", use_karras_sigmas=True, sigma_min=0.002, sigma_max=700.0
+        prediction_type="v_prediction",
+        timestep_type="continuous",
+        use_karras_sigmas=True,
+        sigma_min=0.002,
+        sigma_max=700.0,
     )
-    encoder = _image_encoder(CLIPVisionModelWithProjection)
+    encoder = _image_encoder(CLIPVisionModelWithProjection, 224)
     return StableVideoDiffusionPipeline(vae, encoder, unet, scheduler, _image_processor())
 
 

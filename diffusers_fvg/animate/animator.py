@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any
 
 import diffusers
@@ -103,8 +104,8 @@ class AnchorAnimator(PipelineComponent):
         sibling = getattr(diffusers, self.family.direct)
         if type(self.pipeline) is sibling:
             return copy.copy(self.pipeline)
-        names, parts = sibling._get_signature_keys(sibling), {**self.pipeline.config, **self.pipeline.components}
-        made = sibling(**{name: parts[name] for name in names[0] | set(names[1]) if name in parts})
+        names, parts = signature(sibling).parameters, {**self.pipeline.config, **self.pipeline.components}
+        made = sibling(**{name: parts[name] for name in names if name in parts})
         made.set_progress_bar_config(disable=True)
         return made
 
