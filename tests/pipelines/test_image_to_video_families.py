@@ -104,7 +104,7 @@ class Column:
     def is_refused(self, reason: str, **arguments) -> None:
         """Refused with a reason that names the family, and no model has run."""
         ran = []
-        models = [part for part in self.pipe.animator.models.values()]
+        models = list(self.pipe.animator.models.values())
         hooks = [model.register_forward_pre_hook(lambda *args: ran.append(args)) for model in models]
         try:
             with pytest.raises(ValueError, match=reason) as error:
@@ -321,5 +321,5 @@ def cells():
 @pytest.mark.parametrize(("family", "row"), list(cells()))
 def test_matrix(family, row, request):
     function = ROWS[row]
-    more = [name for name in function.__code__.co_varnames[1 : function.__code__.co_argcount]]
+    more = function.__code__.co_varnames[1 : function.__code__.co_argcount]
     function(Column(family), **{name: request.getfixturevalue(name) for name in more})
