@@ -18,7 +18,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from ..loading.pipeline_component import call_arguments
-from .anchor import Anchor, pictures_of, resolve_anchors
+from .anchor import Anchor, latent_index, pictures_of, resolve_anchors
 
 
 # Anchors of one video to arguments of its call. Their pictures are PIL images of the video's size, their frames counted from 0.
@@ -46,6 +46,17 @@ def ltx_conditions(pipeline: DiffusionPipeline, anchors: Sequence[Anchor], num_f
             condition(**{form: anchor.image}, frame_index=anchor.frame_index, strength=anchor.strength),
         )
     return {"conditions": made} if made else {}
+
+
+def beginning(pipeline: DiffusionPipeline, anchors: Sequence[Anchor], num_frames: int) -> dict[str, Any]:
+    """A first frame as `image`, a run as `video`."""
+    return {"video" if isinstance(anchor.image, list) else "image": anchor.image for anchor in anchors}
+
+
+def beginning_of_cosmos25(pipeline: DiffusionPipeline, anchors: Sequence[Anchor], num_frames: int) -> dict[str, Any]:
+    """As `video` in any case: for `image` the pipeline needs torchvision, and makes the same of it."""
+    pictures = [picture for anchor in anchors for picture in pictures_of(anchor.image)]
+    return {"video": pictures, "num_latent_conditional_frames": latent_index(len(pictures) - 1) + 1}
 
 
 def _beside(pipeline: DiffusionPipeline, name: str) -> Any:
@@ -281,6 +292,64 @@ FAMILIES: tuple[AnimatorFamily, ...] = (
         runs=True,
         size_multiple=32,
         direct="LTXConditionPipeline",
+        own_schedule=True,
+    ),
+    AnimatorFamily(
+        "HunyuanVideo-I2V",
+        ("HunyuanVideoImageToVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline"),
+        size_multiple=16,
+        call_defaults={"frame_rate": 24},
+    ),
+    AnimatorFamily(
+        "HunyuanVideo-1.5-I2V",
+        ("HunyuanVideo15ImageToVideoPipeline",),
+        call_defaults={"frame_rate": 24},
+    ),
+    AnimatorFamily(
+        "Kandinsky 5 I2V",
+        ("Kandinsky5I2VPipeline",),
+        size_multiple=16,
+        call_defaults={"frame_rate": 24},
+    ),
+    AnimatorFamily(
+        # The size that is asked for, and not the nearest of a list.
+        "SANA-Video",
+        ("SanaImageToVideoPipeline",),
+        size_multiple=32,
+        fixed={"use_resolution_binning": False},
+        call_defaults={"frame_rate": 16},
+        direct="SanaVideoPipeline",
+    ),
+    AnimatorFamily(
+        "SkyReels-V2-I2V",
+        ("SkyReelsV2ImageToVideoPipeline",),
+        size_multiple=16,
+        call_defaults={"frame_rate": 24},
+    ),
+    AnimatorFamily(
+        "SkyReels-V2 diffusion forcing",
+        ("SkyReelsV2DiffusionForcingImageToVideoPipeline",),
+        frames="first or last",
+        arguments=first_and_last_frame,
+        size_multiple=16,
+        direct="SkyReelsV2DiffusionForcingPipeline",
+    ),
+    AnimatorFamily(
+        "Cosmos-Predict2",
+        ("Cosmos2VideoToWorldPipeline",),
+        arguments=beginning,
+        runs=True,
+        size_multiple=16,
+        own_schedule=True,
+    ),
+    AnimatorFamily(
+        "Cosmos-Predict2.5",
+        ("Cosmos2_5_PredictBasePipeline",),
+        arguments=beginning_of_cosmos25,
+        runs=True,
+        size_multiple=16,
+        call_defaults={"frame_rate": 16},
+        direct="Cosmos2_5_PredictBasePipeline",
         own_schedule=True,
     ),
     AnimatorFamily(
