@@ -13,6 +13,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 
 from ..checks import stop_unless_finite
 from ..loading.pipeline_component import PipelineComponent, call_arguments
@@ -23,6 +24,8 @@ from .anchor import Anchor, fit_picture, picture_image, pictures_of
 from .families import AnimatorFamily, argument_names, family_of, guidance_argument
 from .stock_call import finite_decoding, seeded_steps
 
+
+logger = logging.get_logger(__name__)
 
 CONFIG_NAME = "animator_config.json"
 # Steps of the reduced preset: Factorized Video Generation, arXiv 2512.16371.
@@ -112,20 +115,25 @@ class AnchorAnimator(PipelineComponent):
     # -- a call -------------------------------------------------------------------------------------------------------
 
     def check_call(
-        self, arguments: dict[str, Any], preset: SchedulerPreset | None = None, direct: bool = False
+        self,
+        arguments: dict[str, Any],
+        num_frames: int,
+        preset: SchedulerPreset | None = None,
+        direct: bool = False,
     ) -> None:
         """Checks what [`animate`] would be called with, without running a model.
 
         Args:
             arguments (`dict`): as in [`animate`], and `negative_prompt`.
+            num_frames (`int`): of the videos.
             preset (*optional*): as in [`animate`].
             direct (`bool`): no video has an anchor.
 
         Raises:
             `ValueError`: an argument that the family does not have, or a preset that it cannot sample with.
         """
-        pipeline = self.text_to_video() if direct else self.pipeline
-        self._call_of(pipeline, arguments)
+        pipeline = self.text_to_video() if direct else copy.copy(self.pipeline)
+        self.family.check_call(self._call_of(pipeline, arguments), num_frames)
         if preset is None:
             return
         if self.family.own_schedule:
@@ -198,6 +206,11 @@ class AnchorAnimator(PipelineComponent):
             except Stopped:
                 break
             frames.append(_first(output.frames, output_type))
+            if output_type != "latent" and len(frames[-1]) != num_frames:
+                logger.warning(
+                    f"{self.family.name} made {len(frames[-1])} frames of `num_frames={num_frames}`: its lengths follow a rule that "
+                    "is not known here."
+                )
             if getattr(output, "audio", None) is not None:
                 audio.append(output.audio[0])
         return Animation(frames, audio)
@@ -364,8 +377,11 @@ def _presets(pipeline: DiffusionPipeline, family: AnimatorFamily) -> list[Schedu
     scheduler, declared = pipeline.scheduler, call_arguments(pipeline)
     if family.own_schedule:
         return []
-    guidance = declared.get(guidance_argument(pipeline))
-    scale = 1.0 if guidance is None or guidance.default is None else float(guidance.default)
+    argument = guidance_argument(pipeline)
+    if argument == "guider":
+        scale = pipeline.guider.guidance_scale
+    else:
+        scale = 1.0 if argument is None else float(declared[argument].default)
     full = declared["num_inference_steps"].default
     names = {REDUCED_STEPS: f"anchored-{REDUCED_STEPS}", full: f"full-{full}"}
     kind, config = type(scheduler).__name__, {key: value for key, value in scheduler.config.items() if key[0] != "_"}

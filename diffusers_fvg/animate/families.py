@@ -9,7 +9,7 @@ Source of all rows: the classes' code in huggingface/diffusers 0.42.1, and what 
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +48,13 @@ def ltx_conditions(pipeline: DiffusionPipeline, anchors: Sequence[Anchor], num_f
     return {"conditions": made} if made else {}
 
 
+def ltx2_conditions(pipeline: DiffusionPipeline, anchors: Sequence[Anchor], num_frames: int) -> dict[str, Any]:
+    """Their index counts latents."""
+    condition, stride = _beside(pipeline, "LTX2VideoCondition"), temporal_stride(pipeline)
+    made = [condition(anchor.image, latent_index(anchor.frame_index, stride), anchor.strength) for anchor in anchors]
+    return {"conditions": made} if made else {}
+
+
 def beginning(pipeline: DiffusionPipeline, anchors: Sequence[Anchor], num_frames: int) -> dict[str, Any]:
     """A first frame as `image`, a run as `video`."""
     return {"video" if isinstance(anchor.image, list) else "image": anchor.image for anchor in anchors}
@@ -81,6 +88,10 @@ class AnimatorFamily:
         frame_step (`Callable`, *optional*): of a pipeline: lengths are this times k, plus 1. Left out: the VAE's temporal
             stride.
         size_multiple (`int`): height and width are multiples of it, as of the VAE's stride times the patch.
+        shortest (`int`): frames that a video has at the least.
+        problem (`Callable`, *optional*): of the arguments of a call, by the pipeline's names: what the pipeline would refuse or
+            get wrong, as text.
+        requires (`tuple[str, ...]`): packages that the pipeline imports and diffusers does without.
         fixed (`Mapping`): arguments of every call.
         call_defaults (`Mapping`): of this package's arguments, where the signature has none.
         direct (`str`, *optional*): the class that makes video of text alone with the same weights.
@@ -97,6 +108,9 @@ class AnimatorFamily:
     runs: bool = False
     frame_step: Callable[[DiffusionPipeline], int] | None = None
     size_multiple: int = 1
+    shortest: int = 1
+    problem: Callable[[Mapping[str, Any]], str | None] = lambda call: None
+    requires: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
     call_defaults: Mapping[str, Any] = field(default_factory=dict)
     direct: str | None = None
@@ -139,6 +153,23 @@ class AnimatorFamily:
             )
         return pairs
 
+    def check_call(self, call: Mapping[str, Any], num_frames: int) -> None:
+        """Checks what the signature of the call does not say.
+
+        Raises:
+            `ValueError`: too few frames, a problem of the family's own, or a package that is not there.
+        """
+        if num_frames < self.shortest:
+            raise ValueError(
+                f"`num_frames={num_frames}`: {self.name} makes no video of fewer than {self.shortest} frames."
+            )
+        problem = self.problem({**call, "num_frames": num_frames})
+        if problem:
+            raise ValueError(f"{self.name}: {problem}.")
+        absent = [name for name in self.requires if not is_installed(name)]
+        if absent:
+            raise ValueError(f"{self.name} needs {', '.join(absent)}: `pip install {' '.join(absent)}`.")
+
     def frames_of(self, num_frames: int) -> Sequence[int]:
         """Frames of a video that may be anchored."""
         return {"first": (0,), "any": range(num_frames)}.get(self.frames, (0, num_frames - 1))
@@ -151,6 +182,10 @@ class AnimatorFamily:
             "first and last": "a first and a last frame",
             "any": "frames at any place",
         }[self.frames]
+
+
+def is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 # -- what a pipeline itself says --------------------------------------------------------------------------------------
@@ -295,6 +330,24 @@ FAMILIES: tuple[AnimatorFamily, ...] = (
         own_schedule=True,
     ),
     AnimatorFamily(
+        "LTX-2 image-to-video",
+        ("LTX2ImageToVideoPipeline",),
+        size_multiple=32,
+        call_defaults={"num_frames": 121},
+        direct="LTX2Pipeline",
+    ),
+    AnimatorFamily(
+        "LTX-2 conditions",
+        ("LTX2ConditionPipeline",),
+        frames="any",
+        arguments=ltx2_conditions,
+        strength=True,
+        runs=True,
+        size_multiple=32,
+        call_defaults={"num_frames": 121},
+        direct="LTX2ConditionPipeline",
+    ),
+    AnimatorFamily(
         "HunyuanVideo-I2V",
         ("HunyuanVideoImageToVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline"),
         size_multiple=16,
@@ -309,6 +362,8 @@ FAMILIES: tuple[AnimatorFamily, ...] = (
         "Kandinsky 5 I2V",
         ("Kandinsky5I2VPipeline",),
         size_multiple=16,
+        # The colours of the first four latents are set by those after them; with none after them all is NaN.
+        shortest=17,
         call_defaults={"frame_rate": 24},
     ),
     AnimatorFamily(
@@ -332,6 +387,11 @@ FAMILIES: tuple[AnimatorFamily, ...] = (
         frames="first or last",
         arguments=first_and_last_frame,
         size_multiple=16,
+        problem=lambda call: (
+            "`overlap_history` must be given in `animator_kwargs` for more than `base_num_frames` frames"
+            if call["num_frames"] > call.get("base_num_frames", 97) and call.get("overlap_history") is None
+            else None
+        ),
         direct="SkyReelsV2DiffusionForcingPipeline",
     ),
     AnimatorFamily(
@@ -340,6 +400,7 @@ FAMILIES: tuple[AnimatorFamily, ...] = (
         arguments=beginning,
         runs=True,
         size_multiple=16,
+        requires=("torchvision",),
         own_schedule=True,
     ),
     AnimatorFamily(
@@ -348,6 +409,7 @@ FAMILIES: tuple[AnimatorFamily, ...] = (
         arguments=beginning_of_cosmos25,
         runs=True,
         size_multiple=16,
+        requires=("torchvision",),
         call_defaults={"frame_rate": 16},
         direct="Cosmos2_5_PredictBasePipeline",
         own_schedule=True,

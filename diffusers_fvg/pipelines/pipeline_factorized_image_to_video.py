@@ -147,7 +147,6 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
 
     def _check_own(self, request: VideoRequest) -> None:
         family, pipeline = self.animator.family, self.animator.pipeline
-        given = None if request.anchors is None and request.image is None else request
         if request.mode == "storyboard":
             self._check_storyboard(request)
         elif request.draws_anchors and family.frames == "first and last":
@@ -156,8 +155,9 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
             )
         if request.callback_on_step_end is not None and "callback_on_step_end" not in call_arguments(pipeline):
             raise ValueError(f"`callback_on_step_end`: {family.name} calls none; use `callback_on_stage_step`.")
-        direct = given is None and not request.draws_anchors
-        self.animator.check_call(self._arguments(request, request.negative_prompt), request.sampling(self), direct)
+        direct = request.anchors is None and request.image is None and not request.draws_anchors
+        arguments = self._arguments(request, request.negative_prompt)
+        self.animator.check_call(arguments, request.num_frames, request.sampling(self), direct)
 
     def _check_storyboard(self, request: VideoRequest) -> None:
         family = self.animator.family

@@ -3,6 +3,7 @@
 Expected frames are those of the stock pipeline's own call, on weights of its own made alike.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import cache
 
@@ -11,35 +12,55 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.cosmos import pipeline_cosmos2_5_predict, pipeline_cosmos2_video2world
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
-from tiny_animators import ANIMATORS, tiny_animator
+from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
+from tiny_animators import ANIMATORS, HUNYUAN_TEMPLATE, SafetyChecker, tiny_animator
 from tiny_composers import flux
 
-from diffusers_fvg import Anchor, FactorizedImageToVideoPipeline, Moment
+from diffusers_fvg import Anchor, AnchorAnimator, FactorizedImageToVideoPipeline, Moment
 from diffusers_fvg.compose.composer import AnchorComposer
 
 
 PROMPTS = ["a red circle moves right", "a blue square stays still"]
 STEPS = 2
 # Frames of the videos, where 5 are too many or too few for the family.
-LENGTHS = dict.fromkeys(("cogvideox15_i2v", "ltx_i2v", "ltx_condition"), 9)
-SIZES: dict[str, tuple[int, int]] = {}
+LENGTHS = dict.fromkeys(("cogvideox15_i2v", "ltx_i2v", "ltx_condition", "ltx2_i2v", "ltx2_condition"), 9)
+LENGTHS["kandinsky5_i2v"] = 17
+SIZES = dict.fromkeys(("ltx2_i2v", "ltx2_condition"), (64, 64))
 # What the stock call is given for a first picture and one at another frame.
 FIRST_AND_LAST = {
     "wan21_flf2v": lambda first, last, frame: {"image": first, "last_image": last},
     "wan22_i2v": lambda first, last, frame: {"image": first, "last_image": last},
+    "skyreels_v2_df": lambda first, last, frame: {"image": first, "last_image": last},
     "ltx_condition": lambda first, last, frame: {
         "conditions": [LTXVideoCondition(image=first), LTXVideoCondition(image=last, frame_index=frame)]
     },
+    # Frames 1 to 8 are the second latent.
+    "ltx2_condition": lambda first, last, frame: {
+        "conditions": [LTX2VideoCondition(first), LTX2VideoCondition(last, index=1)]
+    },
 }
-ANY_FRAME = {"ltx_condition"}
+ANY_FRAME = {"ltx_condition", "ltx2_condition"}
 NEEDS_LAST = {"wan21_flf2v"}
-NO_CALLBACK: set[str] = set()
+NO_CALLBACK = {"hunyuan_video15_i2v"}
 # Their pipelines cannot be interrupted: the video under way is left out.
 NO_INTERRUPT = {"stable_video_diffusion"}
 NO_PROMPT = {"stable_video_diffusion"}
-DIRECT = {"wan22_ti2v", "ltx_i2v", "ltx_condition"}
-FIXED: dict[str, dict] = {}
+DIRECT = {
+    "wan22_ti2v",
+    "ltx_i2v",
+    "ltx_condition",
+    "sana_video_i2v",
+    "skyreels_v2_df",
+    "cosmos25_predict",
+    "ltx2_i2v",
+    "ltx2_condition",
+}
+# Arguments of every call, the stock pipeline's and ours: the tiny text model has a template of its own.
+CALL_DEFAULTS = {"hunyuan_video_i2v": {"prompt_template": HUNYUAN_TEMPLATE}}
+# What the stock call is given beside: what the family does by itself.
+FIXED = {"sana_video_i2v": {"use_resolution_binning": False}}
 
 
 def picture(seed: int, size: tuple[int, int]) -> PIL.Image.Image:
@@ -52,7 +73,7 @@ def seeded(seed: int) -> torch.Generator:
 
 @cache
 def ours(family: str) -> FactorizedImageToVideoPipeline:
-    pipe = FactorizedImageToVideoPipeline(animator=tiny_animator(family))
+    pipe = FactorizedImageToVideoPipeline(animator=animator(family))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -60,6 +81,18 @@ def ours(family: str) -> FactorizedImageToVideoPipeline:
 @cache
 def stock(family: str) -> DiffusionPipeline:
     return tiny_animator(family)
+
+
+def animator(family: str) -> AnchorAnimator:
+    return AnchorAnimator(tiny_animator(family), CALL_DEFAULTS.get(family))
+
+
+@pytest.fixture(autouse=True)
+def without_torchvision(monkeypatch):
+    """Cosmos' pipelines load their safety checker from a package, and resize with another; see `tiny_animators.py`."""
+    for module in (pipeline_cosmos2_video2world, pipeline_cosmos2_5_predict):
+        monkeypatch.setattr(module, "CosmosSafetyChecker", SafetyChecker)
+    monkeypatch.setattr("diffusers_fvg.animate.families.is_installed", lambda package: True)
 
 
 class Column:
@@ -83,11 +116,18 @@ class Column:
     def stock(self, seed: int = 0, pipeline: DiffusionPipeline | None = None, **changes) -> np.ndarray:
         """Frames `(F, H, W, 3)` of the stock pipeline's own call with the pictures of [`anchors`]."""
         pipeline = pipeline or stock(self.family)
-        declared = DECLARED(pipeline)
+        declared = inspect.signature(type(pipeline).__call__).parameters
         given = (
-            self.call | {"frames": self.length, "prompt": PROMPTS[0], "output_type": "np"} | FIXED.get(self.family, {})
+            self.call
+            | {"frames": self.length, "prompt": PROMPTS[0], "output_type": "np"}
+            | FIXED.get(self.family, {})
+            | CALL_DEFAULTS.get(self.family, {})
         )
         pictures = {"image": self.picture(seed)}
+        if self.family == "ltx2_condition":
+            pictures = {"conditions": LTX2VideoCondition(self.picture(seed))}
+        if self.family == "cosmos25_predict":
+            pictures = {"video": [self.picture(seed)], "num_latent_conditional_frames": 1}
         if self.needs_last:
             pictures["last_image"] = self.picture(seed + 10)
         given |= {"generator": seeded(seed)} | (changes or {})
@@ -113,12 +153,6 @@ class Column:
             for hook in hooks:
                 hook.remove()
         assert self.pipe.animator.family.name in str(error.value) and not ran
-
-
-def DECLARED(pipeline: DiffusionPipeline) -> set[str]:
-    import inspect
-
-    return set(inspect.signature(type(pipeline).__call__).parameters)
 
 
 # -- the rows of the matrix -------------------------------------------------------------------------------------------
@@ -203,23 +237,35 @@ def interrupt(column: Column) -> None:
     np.testing.assert_array_equal(column.run().frames[0], column.stock())
 
 
-def bfloat16(column: Column) -> None:
-    pipe = FactorizedImageToVideoPipeline(animator=tiny_animator(column.family)).to(torch.bfloat16)
+def bfloat16(column: Column, tmp_path) -> None:
+    fresh(column).save_pretrained(tmp_path)
+    pipe = DiffusionPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
-    assert pipe.animator.dtype == torch.bfloat16
-    expected = column.stock(pipeline=tiny_animator(column.family).to(torch.bfloat16))
+    models = pipe.animator.models
+    assert models["unet" if "unet" in models else "transformer"].dtype == torch.bfloat16
+    # The stock pipeline of the same models: what a class keeps in float32 is so in both.
+    expected = column.stock(pipeline=pipe.animator.pipeline)
     np.testing.assert_array_equal(column.run(pipe=pipe).frames[0], expected)
+    assert not np.array_equal(expected, column.stock())
 
 
 def offload(column: Column, monkeypatch) -> None:
     monkeypatch.setattr("diffusers.pipelines.pipeline_utils.get_device", lambda: "cpu:0")
-    pipe = FactorizedImageToVideoPipeline(animator=tiny_animator(column.family))
-    pipe.set_progress_bar_config(disable=True)
+    pipe = fresh(column)
     pipe.enable_model_cpu_offload()
     hooked = {name for name, model in pipe.animator.models.items() if hasattr(model, "_hf_hook")}
-    assert hooked == set(pipe.animator.models) and not hasattr(pipe.animator, "_hf_hook")
+    assert hooked == set(pipe.animator.models) - set(pipe.animator.pipeline._exclude_from_cpu_offload) and not hasattr(
+        pipe.animator, "_hf_hook"
+    )
     for _ in range(2):
         np.testing.assert_array_equal(column.run(pipe=pipe).frames[0], column.stock())
+
+
+def fresh(column: Column) -> FactorizedImageToVideoPipeline:
+    """One that has not run: some pipelines change their tokenizer, which is saved as it then is."""
+    pipe = FactorizedImageToVideoPipeline(animator=animator(column.family))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def is_the_same(column: Column, loaded: DiffusionPipeline) -> None:
@@ -231,7 +277,7 @@ def is_the_same(column: Column, loaded: DiffusionPipeline) -> None:
 
 
 def save_and_load_bundled(column: Column, tmp_path) -> None:
-    column.pipe.save_pretrained(tmp_path)
+    fresh(column).save_pretrained(tmp_path)
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded) is FactorizedImageToVideoPipeline
@@ -239,8 +285,8 @@ def save_and_load_bundled(column: Column, tmp_path) -> None:
 
 
 def save_and_load_light(column: Column, tmp_path, monkeypatch) -> None:
-    stock(column.family).save_pretrained(tmp_path / "hub")
-    pipe = FactorizedImageToVideoPipeline(animator=tiny_animator(column.family))
+    pipe = fresh(column)
+    pipe.animator.pipeline.save_pretrained(tmp_path / "hub")
     pipe.animator.reference = {"repository": "org/model", "revision": "0" * 40}
     pipe.save_pretrained(tmp_path / "light")
     assert not list((tmp_path / "light").rglob("*.safetensors"))
