@@ -41,6 +41,8 @@ from diffusers import (
     UNetSpatioTemporalConditionModel,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
+    WanVACEPipeline,
+    WanVACETransformer3DModel,
 )
 from diffusers.models.transformers import transformer_cosmos
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
@@ -125,6 +127,11 @@ def wan22_i2v() -> WanImageToVideoPipeline:
 
 def wan22_ti2v() -> WanImageToVideoPipeline:
     return _wan(tiny_wan22_vae, 48, {"expand_timesteps": True}, out_channels=48)
+
+
+def wan_vace() -> WanVACEPipeline:
+    transformer = WanVACETransformer3DModel(**TRANSFORMER_CONFIG, vace_layers=[0], vace_in_channels=96)
+    return WanVACEPipeline(tiny_tokenizer(), tiny_text_encoder(), tiny_vae(), tiny_unipc(), transformer)
 
 
 # -- CogVideoX --------------------------------------------------------------------------------------------------------
@@ -562,6 +569,7 @@ ANIMATORS: dict[str, Callable[[], DiffusionPipeline]] = {
         cosmos25_predict,
         ltx2_i2v,
         ltx2_condition,
+        wan_vace,
     )
 }
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import PIL.Image
 from diffusers import DiffusionPipeline
 
 from ..loading.pipeline_component import call_arguments
@@ -64,6 +65,16 @@ def beginning_of_cosmos25(pipeline: DiffusionPipeline, anchors: Sequence[Anchor]
     """As `video` in any case: for `image` the pipeline needs torchvision, and makes the same of it."""
     pictures = [picture for anchor in anchors for picture in pictures_of(anchor.image)]
     return {"video": pictures, "num_latent_conditional_frames": latent_index(len(pictures) - 1) + 1}
+
+
+def clip_and_mask(pipeline: DiffusionPipeline, anchors: Sequence[Anchor], num_frames: int) -> dict[str, Any]:
+    """A clip that is grey, and a mask that is white, where nothing is given."""
+    size = pictures_of(anchors[0].image)[0].size
+    clip, mask = ([PIL.Image.new("RGB", size, colour)] * num_frames for colour in ("#808080", "white"))
+    for anchor in anchors:
+        for frame, picture in enumerate(pictures_of(anchor.image), anchor.frame_index):
+            clip[frame], mask[frame] = picture, PIL.Image.new("RGB", size, "black")
+    return {"video": clip, "mask": mask}
 
 
 def _beside(pipeline: DiffusionPipeline, name: str) -> Any:
@@ -413,6 +424,16 @@ FAMILIES: tuple[AnimatorFamily, ...] = (
         call_defaults={"frame_rate": 16},
         direct="Cosmos2_5_PredictBasePipeline",
         own_schedule=True,
+    ),
+    AnimatorFamily(
+        "Wan-VACE",
+        ("WanVACEPipeline",),
+        frames="any",
+        arguments=clip_and_mask,
+        runs=True,
+        size_multiple=16,
+        call_defaults={"frame_rate": 16},
+        direct="WanVACEPipeline",
     ),
     AnimatorFamily(
         "Stable Video Diffusion",

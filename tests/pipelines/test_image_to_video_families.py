@@ -36,12 +36,13 @@ FIRST_AND_LAST = {
     "ltx_condition": lambda first, last, frame: {
         "conditions": [LTXVideoCondition(image=first), LTXVideoCondition(image=last, frame_index=frame)]
     },
+    "wan_vace": lambda first, last, frame: vace_clip({0: first, frame: last}),
     # Frames 1 to 8 are the second latent.
     "ltx2_condition": lambda first, last, frame: {
         "conditions": [LTX2VideoCondition(first), LTX2VideoCondition(last, index=1)]
     },
 }
-ANY_FRAME = {"ltx_condition", "ltx2_condition"}
+ANY_FRAME = {"ltx_condition", "ltx2_condition", "wan_vace"}
 NEEDS_LAST = {"wan21_flf2v"}
 NO_CALLBACK = {"hunyuan_video15_i2v"}
 # Their pipelines cannot be interrupted: the video under way is left out.
@@ -56,6 +57,7 @@ DIRECT = {
     "cosmos25_predict",
     "ltx2_i2v",
     "ltx2_condition",
+    "wan_vace",
 }
 # Arguments of every call, the stock pipeline's and ours: the tiny text model has a template of its own.
 CALL_DEFAULTS = {"hunyuan_video_i2v": {"prompt_template": HUNYUAN_TEMPLATE}}
@@ -65,6 +67,13 @@ FIXED = {"sana_video_i2v": {"use_resolution_binning": False}}
 
 def picture(seed: int, size: tuple[int, int]) -> PIL.Image.Image:
     return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+def vace_clip(pictures: dict[int, PIL.Image.Image]) -> dict[str, list[PIL.Image.Image]]:
+    """What diffusers' documentation of Wan-VACE gives: grey frames to be made, white in the mask, and black for those given."""
+    grey, white, black = (np.full((32, 32, 3), level, dtype=np.uint8) for level in (128, 255, 0))
+    video = [pictures.get(frame, PIL.Image.fromarray(grey)) for frame in range(5)]
+    return {"video": video, "mask": [PIL.Image.fromarray(black if frame in pictures else white) for frame in range(5)]}
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -126,12 +135,14 @@ class Column:
         pictures = {"image": self.picture(seed)}
         if self.family == "ltx2_condition":
             pictures = {"conditions": LTX2VideoCondition(self.picture(seed))}
+        if self.family == "wan_vace":
+            pictures = vace_clip({0: self.picture(seed)})
         if self.family == "cosmos25_predict":
             pictures = {"video": [self.picture(seed)], "num_latent_conditional_frames": 1}
         if self.needs_last:
             pictures["last_image"] = self.picture(seed + 10)
         given |= {"generator": seeded(seed)} | (changes or {})
-        if "conditions" not in given and "image" not in given:
+        if not given.keys() & {"conditions", "image", "video"}:
             given |= pictures
         return pipeline(**{name: value for name, value in given.items() if name in declared}).frames[0]
 
