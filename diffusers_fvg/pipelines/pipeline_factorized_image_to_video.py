@@ -117,10 +117,11 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
 
     @property
     def call_defaults(self) -> dict[str, Any]:
-        family = self.animator.family
+        # The frame rate is that of files, for a family that names none.
         return {
+            "frame_rate": 24,
             **signature_defaults(self.animator.pipeline),
-            **family.call_defaults,
+            **self.animator.family.call_defaults,
             **(self.config.call_defaults or {}),
         }
 

@@ -172,8 +172,16 @@ def pipeline_stages(
     Args:
         pipe ([`FactorizedStages`]): on any device, or with models on the meta device.
         height, width, num_frames (`int`, *optional*): of the videos to come; the pipeline's own when left out.
+
+    Raises:
+        `ValueError`: a pipeline with an animator.
     """
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    if "animator" in modules:
+        raise ValueError(
+            "Memory profiles compute the room that Wan's models need, and not that of an `animator`: use "
+            "`pipe.enable_model_cpu_offload()`, or `pipe.animator.pipeline.enable_group_offload(...)`."
+        )
     # The order in which offloading lets them run.
     modules = {name: modules[name] for name in pipe.model_cpu_offload_seq.split("->") if name in modules}
     size = {"height": height, "width": width, "num_frames": num_frames}

@@ -362,5 +362,4 @@ class FactorizedStages(FactorizedParts, ABC):
 
 
 def _is_hooked(module: torch.nn.Module) -> bool:
-    hooks = getattr(module, "_diffusers_hook", None)
-    return hasattr(module, "_hf_hook") or (hooks is not None and bool(hooks.hooks))
+    return hasattr(module, "_hf_hook") or bool(getattr(getattr(module, "_diffusers_hook", None), "hooks", None))

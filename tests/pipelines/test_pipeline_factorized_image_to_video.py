@@ -8,10 +8,11 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline
+from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from tiny import tiny_composer, tiny_rewriter, tiny_wan_components
 from tiny_animators import tiny_animator
 
-from diffusers_fvg import Anchor, AnchorAnimator, FactorizedImageToVideoPipeline, Moment
+from diffusers_fvg import Anchor, AnchorAnimator, FactorizedImageToVideoPipeline, Moment, apply_memory_profile
 from diffusers_fvg.pipelines import pipeline_factorized_image_to_video
 from diffusers_fvg.schedules.flow import shifted_sigmas
 from diffusers_fvg.schedules.pinned import pinned_scheduler
@@ -104,7 +105,7 @@ def test_a_family_of_tomorrow_is_taken_by_its_signature():
             return type("Output", (), {"frames": np.zeros((1, num_frames, height, width, 3), dtype=np.float32)})
 
     pipe = FactorizedImageToVideoPipeline(animator=TomorrowPipeline(FlowMatchEulerDiscreteScheduler()))
-    assert pipe.call_defaults == {"height": 48, "width": 64, "num_frames": 9, "frame_rate": 12}
+    assert pipe.call_defaults == {"frame_rate": 12, "height": 48, "width": 64, "num_frames": 9}
     # The picture is cropped, not stretched.
     assert pipe(PROMPT, image=picture(0, 96, 96), fps=24, output_type="uint8").frames.shape == (1, 9, 48, 64, 3)
     assert made == [((64, 48), PROMPT, 48, 64, 9, 3, 24)]
@@ -112,6 +113,35 @@ def test_a_family_of_tomorrow_is_taken_by_its_signature():
         pipe(PROMPT, anchors=[Anchor(picture()), Anchor(picture(), 4)])
     with pytest.raises(ValueError, match="`guidance_scale=3`: TomorrowPipeline has no guidance"):
         pipe(PROMPT, image=picture(), guidance_scale=3)
+
+
+def test_pushed_bundled_and_light(hub, tmp_path):
+    pipe = pipeline("ltx_condition", rewriter=None)
+    api = HfApi(endpoint=hub.endpoint, token=hub.token)
+    pipe.animator.pipeline.save_pretrained(tmp_path / "stock")
+    api.create_repo("org/ltx")
+    revision = api.upload_folder(repo_id="org/ltx", folder_path=tmp_path / "stock").oid
+    light = FactorizedImageToVideoPipeline(animator=AnchorAnimator.from_pretrained("org/ltx", revision=revision))
+    assert light.animator.reference == {"repository": "org/ltx", "revision": revision}
+    light.push_to_hub("org/light", token=hub.token)
+    files = api.list_repo_files("org/light")
+    assert "animator/animator_config.json" in files and not [file for file in files if file.endswith(".safetensors")]
+    card = ModelCard.load(hf_hub_download("org/light", "README.md")).content
+    assert "`FactorizedImageToVideoPipeline`" in card and "org/ltx" in card and revision in card
+    light.push_to_hub("org/bundled", token=hub.token, bundle=True)
+    expected = light(PROMPT, image=picture(), generator=seeded(), **CALL | {"num_frames": 9}).frames
+    for repository in ("org/light", "org/bundled"):
+        loaded = DiffusionPipeline.from_pretrained(repository)
+        loaded.set_progress_bar_config(disable=True)
+        assert type(loaded) is FactorizedImageToVideoPipeline
+        assert (loaded.animator.reference is None) == (repository == "org/bundled")
+        frames = loaded(PROMPT, image=picture(), generator=seeded(), **CALL | {"num_frames": 9}).frames
+        np.testing.assert_allclose(frames, expected, rtol=0, atol=1e-5)
+
+
+def test_memory_profiles_are_refused_by_name():
+    with pytest.raises(ValueError, match="not that of an `animator`: use `pipe.enable_model_cpu_offload"):
+        apply_memory_profile(pipeline(), "24GB")
 
 
 # -- arguments --------------------------------------------------------------------------------------------------------
