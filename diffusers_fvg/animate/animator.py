@@ -93,6 +93,12 @@ class AnchorAnimator(PipelineComponent):
         """
         return SchedulerPresets.of(*_presets(self.pipeline, self.family))
 
+    @property
+    def audio_sampling_rate(self) -> int | None:
+        """Samples per second of the sound track; `None` for a family without."""
+        vocoder = getattr(self.pipeline, "vocoder", None)
+        return None if vocoder is None else vocoder.config.get("output_sampling_rate")
+
     def text_to_video(self) -> DiffusionPipeline:
         """A pipeline of the same components that takes no picture.
 

@@ -58,8 +58,10 @@ class FactorizedImageToVideoPipelineOutput(FactorizedVideoPipelineOutput):
 
     Args:
         frames, first_frame_prompts, anchor_images, seeds, timings, storyboards: of [`FactorizedVideoPipelineOutput`].
-        audio (`list[torch.Tensor]` or `None`): the sound track of each video, where the animator makes one, as it gives it:
-            `(channels, samples)` for LTX-2, at the rate of its vocoder.
+        audio (`list[torch.Tensor]` or `None`): the sound track of each video, `(channels, samples)`, where the animator makes
+            one: for [`~media.write_video`].
+        audio_sampling_rate (`int` or `None`): samples per second.
     """
 
     audio: list[torch.Tensor] | None = None
+    audio_sampling_rate: int | None = None

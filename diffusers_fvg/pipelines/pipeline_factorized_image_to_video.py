@@ -377,8 +377,9 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
                 images, request = self._draw_moments(request, moments, seeds)
             # Stage 3: the image-to-video pipeline animates them
             frames, audio = ([], []) if self.interrupt else self._animated(request)
+        sound = {"audio": audio, "audio_sampling_rate": self.animator.audio_sampling_rate} if audio else {}
         output = FactorizedImageToVideoPipelineOutput
-        return request.output(frames, moments, images, seeds, progress.timings, output, audio=audio or None)
+        return request.output(frames, moments, images, seeds, progress.timings, output, **sound)
 
 
 @cache

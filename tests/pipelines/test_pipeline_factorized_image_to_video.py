@@ -3,6 +3,7 @@
 import copy
 import logging
 
+import av
 import numpy as np
 import PIL.Image
 import pytest
@@ -13,6 +14,7 @@ from tiny import tiny_composer, tiny_rewriter, tiny_wan_components
 from tiny_animators import tiny_animator
 
 from diffusers_fvg import Anchor, AnchorAnimator, FactorizedImageToVideoPipeline, Moment, apply_memory_profile
+from diffusers_fvg.media import write_video
 from diffusers_fvg.pipelines import pipeline_factorized_image_to_video
 from diffusers_fvg.schedules.flow import shifted_sigmas
 from diffusers_fvg.schedules.pinned import pinned_scheduler
@@ -258,6 +260,18 @@ def test_strength_reaches_the_conditions():
         image=picture(), strength=0.5, prompt=PROMPT, generator=seeded(), output_type="np", **call
     ).frames
     np.testing.assert_array_equal(frames, expected)
+
+
+def test_the_sound_track_is_kept(tmp_path):
+    pipe, call = pipeline("ltx2_i2v"), CALL | {"height": 64, "width": 64, "num_frames": 9}
+    image = picture(0, 64, 64)
+    output = pipe([PROMPT] * 2, image=image, generator=[seeded(0), seeded(1)], **call)
+    stock = tiny_animator("ltx2_i2v")
+    expected = [stock(image, PROMPT, generator=seeded(seed), output_type="np", **call).audio[0] for seed in (0, 1)]
+    assert torch.equal(torch.stack(output.audio), torch.stack(expected)) and output.audio_sampling_rate == 24000
+    write_video(tmp_path / "a.mp4", output.frames[0], 24, audio=output.audio[0], audio_sampling_rate=24000)
+    with av.open(tmp_path / "a.mp4") as container:
+        assert container.streams.audio[0].rate == 24000 and container.streams.video[0].frames == 9
 
 
 # -- presets ----------------------------------------------------------------------------------------------------------
