@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, Self
@@ -17,6 +18,7 @@ from ..animate.families import fitting_size, frame_step, signature_defaults, siz
 from ..animate.fidelity import decode_anchored
 from ..checks import check_defaults, check_size
 from ..compose.composer import AnchorComposer
+from ..loading.arguments import HUB_ARGUMENTS
 from ..loading.pipeline_component import call_arguments
 from ..rewrite.rewriter import FirstFrameRewriter
 from ..rewrite.storyboard import Moment, pair_storyboards
@@ -71,6 +73,20 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
         check_defaults(call_defaults)
         self.register_to_config(call_defaults=call_defaults)
         self._interrupt = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
+        """Loads a repository of this class, or makes a pipeline around a stock image-to-video pipeline's repository.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a repository on the Hub.
+            kwargs: of [`~diffusers.DiffusionPipeline.from_pretrained`]; components and settings of this class among them.
+        """
+        hub = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "revision") if name in kwargs}
+        if "animator" in kwargs or "animator" in cls.load_config(pretrained_model_name_or_path, **hub):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        own = {name: kwargs.pop(name) for name in (*cls._optional_components, "call_defaults") if name in kwargs}
+        return cls(animator=AnchorAnimator.from_pretrained(pretrained_model_name_or_path, **kwargs), **own)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> Self:

@@ -14,7 +14,6 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.cosmos import pipeline_cosmos2_5_predict, pipeline_cosmos2_video2world
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
-from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
 from tiny_animators import ANIMATORS, HUNYUAN_TEMPLATE, SafetyChecker, tiny_animator
 from tiny_composers import flux
 
@@ -39,7 +38,7 @@ FIRST_AND_LAST = {
     "wan_vace": lambda first, last, frame: vace_clip({0: first, frame: last}),
     # Frames 1 to 8 are the second latent.
     "ltx2_condition": lambda first, last, frame: {
-        "conditions": [LTX2VideoCondition(first), LTX2VideoCondition(last, index=1)]
+        "conditions": [ltx2_condition(first), ltx2_condition(last, index=1)]
     },
 }
 ANY_FRAME = {"ltx_condition", "ltx2_condition", "wan_vace"}
@@ -67,6 +66,12 @@ FIXED = {"sana_video_i2v": {"use_resolution_binning": False}}
 
 def picture(seed: int, size: tuple[int, int]) -> PIL.Image.Image:
     return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
+def ltx2_condition(picture: PIL.Image.Image, index: int = 0):
+    from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
+
+    return LTX2VideoCondition(picture, index=index)
 
 
 def vace_clip(pictures: dict[int, PIL.Image.Image]) -> dict[str, list[PIL.Image.Image]]:
@@ -134,7 +139,7 @@ class Column:
         )
         pictures = {"image": self.picture(seed)}
         if self.family == "ltx2_condition":
-            pictures = {"conditions": LTX2VideoCondition(self.picture(seed))}
+            pictures = {"conditions": ltx2_condition(self.picture(seed))}
         if self.family == "wan_vace":
             pictures = vace_clip({0: self.picture(seed)})
         if self.family == "cosmos25_predict":

@@ -85,6 +85,9 @@ def test_animator_as_people_have_it(tmp_path):
     inner.save_pretrained(tmp_path)
     named = FactorizedImageToVideoPipeline(animator=str(tmp_path))
     assert type(named.animator.pipeline) is type(inner) and named.animator.reference is None
+    # A stock repository by its name.
+    composed = FactorizedImageToVideoPipeline.from_pretrained(tmp_path, composer=tiny_composer(), dtype=torch.bfloat16)
+    assert composed.animator.dtype == torch.bfloat16 and composed.composer is not None
     with pytest.raises(ValueError, match="`animator` must be an AnchorAnimator, .* but is a int"):
         FactorizedImageToVideoPipeline(animator=1)
     with pytest.raises(ValueError, match="WanPipeline is no image-to-video pipeline: .*Known families: .*Wan2.2-I2V"):
