@@ -344,22 +344,53 @@ def test_a_repository_s_video_is_made_again_of_its_commit(hub, tmp_path, capsys,
     assert (tmp_path / "video.mp4").read_bytes() != (tmp_path / "again.mp4").read_bytes()
 
 
+@pytest.mark.parametrize("family", ["wan22_i2v", "hunyuan_video15_i2v", "ltx2_condition"])
+def test_an_image_to_video_pipeline_becomes_the_animator(family, hub, repositories, tmp_path, capsys, monkeypatch):
+    from tiny_animators import tiny_animator
+
+    monkeypatch.chdir(tmp_path)
+    stock = tiny_animator(family)
+    stock.save_pretrained("stock")
+    commit = hub.add("org/i2v", tmp_path / "stock")
+    pipe = load("org/i2v", dtype=torch.float32, composer=COMPOSER, rewriter=tiny_rewriter())
+    assert type(pipe) is diffusers_fvg.FactorizedImageToVideoPipeline and type(pipe.animator.pipeline) is type(stock)
+    assert hub_revisions(pipe)["animator"] == f"org/i2v@{commit}"
+    pipe.save_pretrained("light")
+    PIL.Image.new("RGB", (64, 64), "red").save("anchor.png")
+    options = ["--height", "64", "--width", "64", "--num-frames", "9", "--steps", "1", "--dtype", "float32", "--quiet"]
+    if family == "hunyuan_video15_i2v":
+        options[:4] = ["--height", "32", "--width", "32"]
+    for model in ("org/i2v", "stock", "light"):
+        arguments = ["generate", PROMPT, "--model", model, "--image", "anchor.png", *options]
+        assert main([*arguments, "--output", f"{model[:3]}.mp4", "--guidance-scale", "2"]) == 0, (
+            capsys.readouterr().err
+        )
+        assert read_video(f"{model[:3]}.mp4")[0].shape[0] == 9
+    # Nothing large is fetched for what cannot be.
+    before = len(hub.downloads)
+    assert main([*arguments[:3], "org/i2v", *arguments[4:], "--num-frames", "6", "--output", "no.mp4"]) == 2
+    assert "`num_frames=6` must be" in capsys.readouterr().err
+    assert not [path for _, path, _ in hub.downloads[before:] if path.endswith(".safetensors")]
+    assert main([*arguments, "--lora", "org/lora", "--output", "no.mp4"]) == 2
+    assert "takes no anchor LoRA" in capsys.readouterr().err
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [COMPOSER, REWRITER, "org/i2v", "org/none", f"{BASES['wan2.1-1.3b']}@none"])
+@pytest.mark.parametrize("name", [COMPOSER, REWRITER, "org/v2v", "org/none", f"{BASES['wan2.1-1.3b']}@none"])
 def test_what_is_no_such_pipeline_is_told_before_weights_are_fetched(
     name, hub, repositories, folders, tmp_path, capsys
 ):
-    (tmp_path / "i2v").mkdir()
-    (tmp_path / "i2v" / "model_index.json").write_text('{"_class_name": "WanImageToVideoPipeline"}')
-    hub.add("org/i2v", tmp_path / "i2v")
+    (tmp_path / "v2v").mkdir()
+    (tmp_path / "v2v" / "model_index.json").write_text('{"_class_name": "WanVideoToVideoPipeline"}')
+    hub.add("org/v2v", tmp_path / "v2v")
     assert main(["generate", PROMPT, "--model", name, "--quiet", "--output", str(tmp_path / "video.mp4")]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     expected = {
-        COMPOSER: "is a ZImagePipeline, and none of FactorizedVideoPipeline, .*a text-to-image pipeline is for `composer`",
+        COMPOSER: "is a ZImagePipeline, and none of FactorizedVideoPipeline, .* text-to-image pipeline is for `composer`",
         REWRITER: "is no pipeline: it has no model_index.json",
-        "org/i2v": "use the text-to-video model of its family",
+        "org/v2v": "is a WanVideoToVideoPipeline, and none of .* or an image-to-video pipeline of diffusers",
         "org/none": "The model names org/none on the Hub, which cannot be loaded",
     }.get(name, "Wan2.1-T2V-1.3B-Diffusers@none on the Hub, which cannot be loaded")
     assert re.search(expected, line), line

@@ -473,6 +473,7 @@ def cosmos25_predict() -> Cosmos2_5_PredictBasePipeline:
 def _ltx2(kind: str) -> DiffusionPipeline:
     """32 times smaller in space, 8 times in time, with a sound track of 24 kHz."""
     try:
+        pipeline_class = getattr(diffusers, kind)
         from diffusers import AutoencoderKLLTX2Audio, AutoencoderKLLTX2Video, LTX2VideoTransformer3DModel
         from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
         from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder

@@ -10,11 +10,13 @@ Source of all rows: the classes' code in huggingface/diffusers 0.42.1, and what 
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import diffusers
 import PIL.Image
 from diffusers import DiffusionPipeline
 
@@ -445,6 +447,16 @@ FAMILIES: tuple[AnimatorFamily, ...] = (
         note="takes no prompt: the prompt writes the first frame, and the motion is the model's own",
     ),
 )
+
+
+def is_image_to_video(class_name: str) -> bool:
+    """Whether a class of diffusers, by its name, is taken by [`family_of`], as far as its call tells."""
+    kind = getattr(diffusers, class_name, None)
+    if not isinstance(kind, type) or not issubclass(kind, DiffusionPipeline):
+        return False
+    declared = inspect.signature(kind.__call__).parameters
+    is_known = any(class_name in family.pipelines for family in FAMILIES)
+    return is_known or ("image" in declared and bool({"num_frames", "frames"} & declared.keys()))
 
 
 def family_of(pipeline: DiffusionPipeline) -> AnimatorFamily:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from ..rewrite.rewriter import FirstFrameRewriter
 
 
+# Their video models keep a first frame by training of their own.
+NO_ANCHOR_LORA = ("FactorizedDreamerPipeline", "FactorizedImageToVideoPipeline")
+
+
 def load(
     name: str | os.PathLike,
     *,
@@ -36,8 +40,8 @@ def load(
     """Loads a model by a short name: a recipe. Folders and repositories on the Hub load too; a folder comes first.
 
     Names of parts are folders, `"org/name"` or `"org/name@revision"`. What loads is any pipeline of this package, light or with
-    its weights, and a stock `WanPipeline` or `CogVideoXPipeline`, which becomes the pipeline of this package with its own
-    scheduler.
+    its weights, a stock `WanPipeline` or `CogVideoXPipeline`, which becomes the pipeline of this package with its own
+    scheduler, and an image-to-video pipeline of diffusers, which becomes the animator of one.
 
     Args:
         name (`str` or `os.PathLike`): one of [`RECIPES`], a folder or a repository.
@@ -82,9 +86,9 @@ def check_lora(source: ModelSource, lora: str | os.PathLike | Literal[False] | N
     Raises:
         `ValueError`: naming the way out.
     """
-    if source.pipeline_name == "FactorizedDreamerPipeline" and lora:
+    if source.pipeline_name in NO_ANCHOR_LORA and lora:
         raise ValueError(
-            f"The model {source.name!r} is a Factorized-Dreamer, which takes no anchor LoRA; leave it out."
+            f"The model {source.name!r} becomes a {source.pipeline_name}, which takes no anchor LoRA; leave it out."
         )
     recipe = source.recipe
     if recipe is None or lora is not None or recipe.lora is not None or recipe.keeps_first_frame:
@@ -108,7 +112,7 @@ def _load_source(
     """A folder or a repository."""
     check_lora(source, lora)
     parts = _parts(composer, rewriter, dtype, hub, options.get("variant"))
-    if lora is not None and source.pipeline_name != "FactorizedDreamerPipeline":
+    if lora is not None and source.pipeline_name not in NO_ANCHOR_LORA:
         parts["anchor_lora"] = _anchor_lora(source, lora, hub) if lora else None
     place = str(source.folder) if source.repository is None else source.repository
     revision = _given(revision=source.commit)

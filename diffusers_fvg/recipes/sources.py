@@ -20,6 +20,7 @@ _PIPELINES = {
     "FactorizedVideoPipeline": "pipeline_factorized_video",
     "FactorizedCogVideoXPipeline": "pipeline_factorized_cogvideox",
     "FactorizedDreamerPipeline": "pipeline_factorized_dreamer",
+    "FactorizedImageToVideoPipeline": "pipeline_factorized_image_to_video",
 }
 # Stock pipelines of the same components.
 _STOCK = {"WanPipeline": "FactorizedVideoPipeline", "CogVideoXPipeline": "FactorizedCogVideoXPipeline"}
@@ -29,7 +30,9 @@ CONFIGS = {
     INDEX,
     "config.json",
     "scheduler_config.json",
+    "animator_config.json",
     "composer_config.json",
+    "guider_config.json",
     "rewriter_config.json",
     "reference.json",
 }
@@ -61,7 +64,11 @@ class ModelSource:
             return (
                 "FactorizedVideoPipeline" if self.recipe.facts.prediction == "flow" else "FactorizedCogVideoXPipeline"
             )
-        name = self.index.get("_class_name")
+        name = str(self.index.get("_class_name"))
+        if name not in _PIPELINES and name not in _STOCK:
+            from ..animate.families import is_image_to_video
+
+            return "FactorizedImageToVideoPipeline" if is_image_to_video(name) else name
         return _STOCK.get(name, name)
 
     @property
@@ -143,7 +150,7 @@ def _check_class(source: ModelSource) -> None:
     if source.pipeline_name in _PIPELINES:
         return
     name, known = source.index.get("_class_name"), ", ".join([*_PIPELINES, *_STOCK])
-    hint = "a text-to-image pipeline is for `composer`"
-    if "ImageToVideo" in str(name):
-        hint = "it takes a first frame through channels of its own: use the text-to-video model of its family"
-    raise ValueError(f"The model {source.name!r} is a {name}, and none of {known}; {hint}.")
+    raise ValueError(
+        f"The model {source.name!r} is a {name}, and none of {known}, or an image-to-video pipeline of diffusers; a "
+        "text-to-image pipeline is for `composer`."
+    )

@@ -16,6 +16,7 @@ from tiny_animators import tiny_animator
 from diffusers_fvg import Anchor, AnchorAnimator, FactorizedImageToVideoPipeline, Moment, apply_memory_profile
 from diffusers_fvg.media import write_video
 from diffusers_fvg.pipelines import pipeline_factorized_image_to_video
+from diffusers_fvg.pipelines.profiles import pipeline_stages
 from diffusers_fvg.schedules.flow import shifted_sigmas
 from diffusers_fvg.schedules.pinned import pinned_scheduler
 from diffusers_fvg.schedules.presets import SchedulerPresets, timestep_preset, unipc_preset
@@ -144,9 +145,14 @@ def test_pushed_bundled_and_light(hub, tmp_path):
         np.testing.assert_allclose(frames, expected, rtol=0, atol=1e-5)
 
 
-def test_memory_profiles_are_refused_by_name():
-    with pytest.raises(ValueError, match="not that of an `animator`: use `pipe.enable_model_cpu_offload"):
-        apply_memory_profile(pipeline(), "24GB")
+def test_memory_is_planned_for_the_animators_models_one_by_one():
+    pipe = pipeline("wan22_i2v", composer=tiny_composer())
+    stages = {stage.name: stage for stage in pipeline_stages(pipe)}
+    assert list(stages) == ["composer", "text_encoder", "animator.transformer", "animator.transformer_2", "vae"]
+    models = pipe.animator.models
+    assert stages["vae"].weights == sum(tensor.nbytes for tensor in models["vae"].state_dict().values())
+    plan = apply_memory_profile(pipe, "12GB", device="cpu")
+    assert plan.offload == "none" and plan.peak == sum(stage.weights for stage in stages.values()) + 8 * 2**30
 
 
 # -- arguments --------------------------------------------------------------------------------------------------------
