@@ -540,7 +540,7 @@ def _ltx2(kind: str) -> DiffusionPipeline:
         use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, shift_terminal=0.1
     )
     parts = {"vae": vae, "audio_vae": audio_vae, "text_encoder": text_encoder, "tokenizer": tiny_tokenizer()}
-    return getattr(diffusers, kind)(
+    return pipeline_class(
         scheduler=scheduler, connectors=connectors, transformer=transformer, vocoder=vocoder, **parts
     )
 

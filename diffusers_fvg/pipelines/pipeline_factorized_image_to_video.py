@@ -124,10 +124,6 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
     # -- what FactorizedStages asks of a model ------------------------------------------------------------------------
 
     @property
-    def boundary_ratio(self) -> float | None:
-        return self.animator.pipeline.config.get("boundary_ratio")
-
-    @property
     def presets(self) -> SchedulerPresets:
         return self.animator.presets if self.schedulers is None else self.schedulers
 

@@ -364,7 +364,8 @@ class VideoRequest:
             check_at_least_one(name, getattr(self, name))
         for name in ("guidance_scale", "guidance_scale_2", "guidance_rescale", "fps", "composer_guidance_scale"):
             check_number(name, getattr(self, name))
-        if self.guidance_scale_2 is not None and pipe.boundary_ratio is None:
+        of_model = pipe if getattr(pipe, "animator", None) is None else pipe.animator.pipeline
+        if self.guidance_scale_2 is not None and of_model.config.get("boundary_ratio") is None:
             raise ValueError(
                 f"`guidance_scale_2={self.guidance_scale_2}` is for a model of two experts, and this one has no "
                 "`boundary_ratio`; leave it out."

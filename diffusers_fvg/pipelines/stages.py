@@ -51,12 +51,7 @@ class FactorizedStages(FactorizedParts, ABC):
     @property
     def facts(self) -> ModelFacts | None:
         """What is published of the model that the pipeline holds; `None` for one that is not in `models.MODELS`."""
-        return match_model(self.transformer.config, self.boundary_ratio)
-
-    @property
-    def boundary_ratio(self) -> float | None:
-        """Share of the time range below which the second of two experts takes over; `None` for a single one."""
-        return self.config.get("boundary_ratio")
+        return match_model(self.transformer.config, self.config.get("boundary_ratio"))
 
     @property
     def presets(self) -> SchedulerPresets:

@@ -371,6 +371,7 @@ ROWS: dict[str, Callable] = {
 }
 # Cells that always run: what differs from family to family. The others are marked slow but for one family.
 QUICK = {"first_frame", "first_and_last_frame", "any_frame"}
+QUICK_FOR_ONE = {"batch_of_two", "callback", "interrupt", "bfloat16", "offload", "storyboard"}
 # Texts of 1108 tokens and pictures of 729 are in its code.
 SLOW = {"hunyuan_video15_i2v"}
 
@@ -378,7 +379,11 @@ SLOW = {"hunyuan_video15_i2v"}
 def cells():
     for family in ANIMATORS:
         for row in ROWS:
-            is_quick = row in QUICK or family == "wan22_i2v" or (row == "direct" and family not in DIRECT)
+            is_quick = (
+                row in QUICK
+                or (family == "wan22_i2v" and row in QUICK_FOR_ONE)
+                or (row == "direct" and family not in DIRECT)
+            )
             is_quick = is_quick and family not in SLOW
             yield pytest.param(family, row, marks=() if is_quick else pytest.mark.slow, id=f"{family}-{row}")
 
