@@ -369,6 +369,9 @@ def test_an_image_to_video_pipeline_becomes_the_animator(family, hub, repositori
             capsys.readouterr().err
         )
         assert read_video(f"{model[:3]}.mp4")[0].shape[0] == 9
+    assert main(["plan", "--model", "light", *options[:6], "--memory", "24GB", "--dtype", "float32"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{pipe.animator.family.name}: working room of its models is an allowance" in printed
     # Nothing large is fetched for what cannot be.
     before = len(hub.downloads)
     assert main([*arguments[:3], "org/i2v", *arguments[4:], "--num-frames", "6", "--output", "no.mp4"]) == 2

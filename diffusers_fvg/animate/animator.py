@@ -94,6 +94,12 @@ class AnchorAnimator(PipelineComponent):
         return SchedulerPresets.of(*_presets(self.pipeline, self.family))
 
     @property
+    def num_inference_steps(self) -> int:
+        """Steps of a call that does not say."""
+        default = call_arguments(self.pipeline)["num_inference_steps"].default
+        return self.call_defaults.get("num_inference_steps", default)
+
+    @property
     def audio_sampling_rate(self) -> int | None:
         """Samples per second of the sound track; `None` for a family without."""
         vocoder = getattr(self.pipeline, "vocoder", None)

@@ -1,7 +1,9 @@
 """`FactorizedImageToVideoPipeline` beside what `test_image_to_video_families.py` runs for each family."""
 
 import copy
+import json
 import logging
+from functools import cache
 
 import av
 import numpy as np
@@ -145,6 +147,23 @@ def test_pushed_bundled_and_light(hub, tmp_path):
         np.testing.assert_allclose(frames, expected, rtol=0, atol=1e-5)
 
 
+def test_an_animator_s_file_names_repositories_and_no_files(tmp_path):
+    picture().save(tmp_path / "private.png")
+    for config, message in (
+        (
+            {"call_defaults": {"negative_prompt": str(tmp_path / "private.png")}},
+            "a file of this machine or an address",
+        ),
+        ({"call_defaults": {"negative_prompt": "https://example.org/a.png"}}, "a file of this machine or an address"),
+        ({"repository": str(tmp_path)}, "Repo id must"),
+        ({"batch_size": 2}, "batch_size"),
+        ({}, "is no animator: it has no model_index.json, and no animator_config.json that names a repository"),
+    ):
+        (tmp_path / "animator_config.json").write_text(json.dumps(config))
+        with pytest.raises((ValueError, OSError), match=message):
+            AnchorAnimator.from_pretrained(tmp_path)
+
+
 def test_memory_is_planned_for_the_animators_models_one_by_one():
     pipe = pipeline("wan22_i2v", composer=tiny_composer())
     stages = {stage.name: stage for stage in pipeline_stages(pipe)}
@@ -181,6 +200,14 @@ def test_arguments_reach_the_stock_call(family, ours, theirs):
     assert not np.array_equal(expected, plain), "the argument changes nothing"
 
 
+@cache
+def unrunnable(family: str) -> FactorizedImageToVideoPipeline:
+    pipe = pipeline(family, rewriter=tiny_rewriter(), composer=tiny_composer())
+    for part in (pipe.rewriter.model, pipe.composer, pipe.animator):
+        part.forward = None
+    return pipe
+
+
 @pytest.mark.parametrize(
     ("family", "arguments", "message"),
     [
@@ -206,9 +233,7 @@ def test_arguments_reach_the_stock_call(family, ours, theirs):
     ],
 )  # fmt: skip
 def test_bad_calls_are_refused_before_a_model_runs(family, arguments, message):
-    pipe = pipeline(family, rewriter=tiny_rewriter(), composer=tiny_composer())
-    for part in (pipe.rewriter.model, pipe.composer, pipe.animator):
-        part.forward = None
+    pipe = unrunnable(family)
     call = CALL | ({"num_frames": 9} if family != "wan22_i2v" else {}) | arguments
     if not arguments.keys() & {"mode", "anchors"}:
         call["image"] = picture()
