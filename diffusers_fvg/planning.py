@@ -178,6 +178,7 @@ def _repositories(source: ModelSource, parts: dict[str, Any]) -> dict[tuple[str,
         folder = source.folder / part
         for name, repository, subfolder in (
             ("reference.json", "repository", "subfolder"),
+            ("animator_config.json", "repository", None),
             ("composer_config.json", "repository", None),
             ("rewriter_config.json", "model", None),
         ):

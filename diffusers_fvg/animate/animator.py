@@ -6,10 +6,8 @@ import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from inspect import signature
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
@@ -21,7 +19,7 @@ from ..locks import exclusive, lockable
 from ..schedules.pinned import pinned_scheduler
 from ..schedules.presets import TIMESTEP_SCHEDULERS, SchedulerPreset, SchedulerPresets, timestep_preset, unipc_preset
 from .anchor import Anchor, fit_picture, picture_image, pictures_of
-from .families import AnimatorFamily, argument_names, family_of, guidance_argument
+from .families import AnimatorFamily, argument_names, family_of, guidance_argument, sibling_of, with_pictures
 from .stock_call import finite_decoding, seeded_steps
 
 
@@ -57,7 +55,8 @@ class AnchorAnimator(PipelineComponent):
     its generator.
 
     Args:
-        pipeline (`DiffusionPipeline`): makes `frames` of a picture. Its own progress bar is switched off.
+        pipeline (`DiffusionPipeline`): makes `frames` of a picture. Its own progress bar is switched off. A text-to-video
+            pipeline whose weights take a first frame too, such as `LTX2Pipeline`, becomes the image-to-video one of them.
         call_defaults (`dict`, *optional*): arguments of each of its calls, by the names that it has for them, such as
             `motion_bucket_id` or `decode_timestep`.
         reference (`dict`, *optional*): where the pipeline came from: the Hub `repository` and its `revision`. With it,
@@ -81,7 +80,8 @@ class AnchorAnimator(PipelineComponent):
         call_defaults: dict[str, Any] | None = None,
         reference: dict[str, str] | None = None,
     ):
-        super().__init__(pipeline, call_defaults, reference)
+        super().__init__(with_pictures(pipeline), call_defaults, reference)
+        pipeline = self.pipeline
         self.family: AnimatorFamily = family_of(pipeline)
         self._check_known(pipeline, self.call_defaults)
 
@@ -116,13 +116,7 @@ class AnchorAnimator(PipelineComponent):
                 f"{self.family.name} makes no video without a first frame: text-to-video of its kind has other weights. Use "
                 '`mode="factorized"`, or give `image`.'
             )
-        sibling = getattr(diffusers, self.family.direct)
-        if type(self.pipeline) is sibling:
-            return copy.copy(self.pipeline)
-        names, parts = signature(sibling).parameters, {**self.pipeline.config, **self.pipeline.components}
-        made = sibling(**{name: parts[name] for name in names if name in parts})
-        made.set_progress_bar_config(disable=True)
-        return made
+        return sibling_of(self.pipeline, self.family.direct)
 
     # -- a call -------------------------------------------------------------------------------------------------------
 

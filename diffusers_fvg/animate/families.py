@@ -9,6 +9,7 @@ Source of all rows: the classes' code in huggingface/diffusers 0.42.1, and what 
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 import math
@@ -455,8 +456,27 @@ def is_image_to_video(class_name: str) -> bool:
     if not isinstance(kind, type) or not issubclass(kind, DiffusionPipeline):
         return False
     declared = inspect.signature(kind.__call__).parameters
-    is_known = any(class_name in family.pipelines for family in FAMILIES)
+    is_known = any(class_name in (*family.pipelines, family.direct) for family in FAMILIES)
     return is_known or ("image" in declared and bool({"num_frames", "frames"} & declared.keys()))
+
+
+def sibling_of(pipeline: DiffusionPipeline, class_name: str) -> DiffusionPipeline:
+    """A pipeline of another class of diffusers and of the same components."""
+    if type(pipeline).__name__ == class_name:
+        return copy.copy(pipeline)
+    kind, parts = getattr(diffusers, class_name), {**pipeline.config, **pipeline.components}
+    made = kind(**{name: parts[name] for name in inspect.signature(kind.__init__).parameters if name in parts})
+    made.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+    return made
+
+
+def with_pictures(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """Of a text-to-video pipeline whose weights are those of an image-to-video pipeline, the latter; another as it is."""
+    name = type(pipeline).__name__
+    for family in FAMILIES:
+        if family.direct == name and name not in family.pipelines and family.when(pipeline):
+            return sibling_of(pipeline, family.pipelines[0])
+    return pipeline
 
 
 def family_of(pipeline: DiffusionPipeline) -> AnimatorFamily:

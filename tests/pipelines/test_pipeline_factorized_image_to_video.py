@@ -97,6 +97,16 @@ def test_animator_as_people_have_it(tmp_path):
         AnchorAnimator(WanPipeline(**tiny_wan_components()))
 
 
+@pytest.mark.parametrize("family", ["wan22_ti2v", "ltx_i2v", "sana_video_i2v", "skyreels_v2_df"])
+def test_a_text_to_video_pipeline_of_the_same_weights_becomes_the_one_of_pictures(family):
+    animator = AnchorAnimator(tiny_animator(family))
+    text_to_video = animator.text_to_video()
+    assert type(text_to_video) is not type(animator.pipeline)
+    again = AnchorAnimator(text_to_video)
+    assert type(again.pipeline) is type(animator.pipeline) and again.family is animator.family
+    assert all(again.models[name] is model for name, model in animator.models.items())
+
+
 def test_a_family_of_tomorrow_is_taken_by_its_signature():
     made = []
 
