@@ -27,6 +27,7 @@ import diffusers_fvg
 from diffusers_fvg import FactorizedVideoPipeline, hub_revisions, load
 from diffusers_fvg.cli import main
 from diffusers_fvg.media import read_video, read_video_metadata
+from diffusers_fvg.recipes import ANIMATOR_RECIPES
 from diffusers_fvg.schedules.cogvideox import COGVIDEOX_1_5_SCHEDULE
 
 
@@ -379,6 +380,40 @@ def test_an_image_to_video_pipeline_becomes_the_animator(family, hub, repositori
     assert not [path for _, path, _ in hub.downloads[before:] if path.endswith(".safetensors")]
     assert main([*arguments, "--lora", "org/lora", "--output", "no.mp4"]) == 2
     assert "takes no anchor LoRA" in capsys.readouterr().err
+
+
+# Recipe -> tiny weights under its name, and whether those are saved as the text-to-video pipeline that the repository is.
+ANIMATORS = {
+    "sana-video-2b": ("sana_video_i2v", True),
+    "wan2.2-i2v-a14b": ("wan22_i2v", False),
+    "ltx-2.3": ("ltx2_i2v", True),
+    "hunyuanvideo-1.5-i2v": ("hunyuan_video15_i2v", False),
+}
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in list(ANIMATORS)[1:]]
+
+
+@pytest.mark.parametrize("recipe", ["sana-video-2b", *SLOW])
+def test_a_recipe_with_an_animator_becomes_a_video(recipe, hub, repositories, tmp_path, capsys):
+    from tiny_animators import tiny_animator
+
+    family, is_text_to_video = ANIMATORS[recipe]
+    stock, facts = tiny_animator(family), ANIMATOR_RECIPES[recipe]
+    saved = diffusers_fvg.AnchorAnimator(stock).text_to_video() if is_text_to_video else stock
+    saved.save_pretrained(tmp_path / "stock")
+    commit = hub.add(facts.animator.repository, tmp_path / "stock")
+    size = ["32", "32"] if "hunyuan" in family else ["64", "64"]
+    arguments = ["--height", size[0], "--width", size[1], "--num-frames", "9", "--steps", "2", "--dtype", "float32"]
+    output = tmp_path / "video.mp4"
+    call = ["generate", PROMPT, "--model", recipe, *arguments, "--quiet", "--output", str(output)]
+    assert main(call) == 0, capsys.readouterr().err
+    assert len(read_video(output)[0]) == 9
+    assert read_video_metadata(output)["hub_revisions"]["animator"] == f"{facts.animator.repository}@{commit}"
+    pipe = load(recipe, dtype=torch.float32)
+    assert type(pipe.animator.pipeline) is type(stock) and pipe.animator.call_defaults == facts.animator.call_defaults
+    assert pipe.composer.call_defaults == facts.composer.call_defaults
+    assert main(["plan", "--model", recipe, *arguments[:6], "--memory", "80GB"]) == 0
+    assert facts.licenses["animator"] in capsys.readouterr().out
+    assert main([*call, "--lora", "org/lora"]) == 2
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

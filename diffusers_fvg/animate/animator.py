@@ -19,7 +19,8 @@ from ..locks import exclusive, lockable
 from ..schedules.pinned import pinned_scheduler
 from ..schedules.presets import TIMESTEP_SCHEDULERS, SchedulerPreset, SchedulerPresets, timestep_preset, unipc_preset
 from .anchor import Anchor, fit_picture, picture_image, pictures_of
-from .families import AnimatorFamily, argument_names, family_of, guidance_argument, sibling_of, with_pictures
+from .families import family_of, with_pictures
+from .family import AnimatorFamily, argument_names, guidance_argument, sibling_of
 from .stock_call import finite_decoding, seeded_steps
 
 

@@ -14,7 +14,7 @@ from diffusers.utils import logging
 
 from ..animate.anchor import Anchor
 from ..animate.animator import AnchorAnimator, joined
-from ..animate.families import fitting_size, frame_step, signature_defaults, size_multiple
+from ..animate.family import fitting_size, frame_step, signature_defaults, size_multiple
 from ..animate.fidelity import decode_anchored
 from ..checks import check_defaults, check_size
 from ..compose.composer import AnchorComposer

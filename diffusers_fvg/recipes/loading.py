@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .sources import ModelSource, find_source
-from .table import Recipe
+from .table import AnimatorRecipe, Recipe
 
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ def load(
     if source.recipe is None:
         return _load_source(source, dtype, composer, rewriter, lora, hub, options)
     check_lora(source, lora)
+    if isinstance(source.recipe, AnimatorRecipe):
+        return _load_animator_recipe(source.recipe, dtype, composer, rewriter, revision, hub, options)
     return _load_recipe(source.recipe, dtype, composer, rewriter, lora, revision, hub, options)
 
 
@@ -176,6 +178,33 @@ def _load_recipe(
     # The folder was of this call alone.
     pipe.register_to_config(_name_or_path=recipe.name)
     return pipe
+
+
+def _load_animator_recipe(
+    recipe: AnimatorRecipe,
+    dtype: torch.dtype,
+    composer: Any,
+    rewriter: Any,
+    revision: str | None,
+    hub: dict[str, Any],
+    options: dict[str, Any],
+) -> DiffusionPipeline:
+    from ..animate.animator import AnchorAnimator
+    from ..pipelines.pipeline_factorized_image_to_video import FactorizedImageToVideoPipeline
+
+    # All that is on the Hub is looked up before weights are fetched.
+    names = {"composer": composer, "rewriter": rewriter}
+    for part, value in names.items():
+        if value is None:
+            names[part] = pinned(recipe.repositories[part], f"The {part} of {recipe.name}", hub, folders=False)
+    base = recipe.animator.repository + (f"@{revision}" if revision else "")
+    place, _, commit = pinned(base, f"The animator of {recipe.name}", hub, folders=False).partition("@")
+    parts = _parts(names["composer"], names["rewriter"], dtype, hub, options.get("variant"))
+    if composer is None:
+        parts["composer"].call_defaults = dict(recipe.composer.call_defaults)
+    animator = AnchorAnimator.from_pretrained(place, dtype=dtype, revision=commit, **hub, **options)
+    animator.call_defaults = dict(recipe.animator.call_defaults)
+    return FactorizedImageToVideoPipeline(animator=animator, **parts)
 
 
 def load_part(

@@ -26,7 +26,7 @@ from ..publishing.assembly import FAMILIES
 from ..rewrite.rewriter import CONFIG_NAME, FirstFrameRewriter, read_rewriter_config
 from ..schedules.presets import SchedulerPresets
 from .sources import INDEX, ModelSource, fetch_configs
-from .table import PartFacts, Recipe
+from .table import AnimatorRecipe, PartFacts, Recipe
 
 
 if TYPE_CHECKING:
@@ -91,7 +91,13 @@ def outline(
             if value is not None:
                 is_name = isinstance(value, (str, os.PathLike))
                 named[name] = None if value is False else make(value, hub) if is_name else value
-        if source.recipe is not None:
+        if isinstance(source.recipe, AnimatorRecipe):
+            # Its configurations are published on the Hub alone.
+            facts = source.recipe.animator
+            folder = fetch_configs(facts.repository, None, f"The animator of {source.name}", hub)
+            parts = {"animator": _animator(folder, hub), **make_parts(source.recipe)}
+            parts["animator"].call_defaults = dict(facts.call_defaults)
+        elif source.recipe is not None:
             parts = _recipe_components(source.recipe)
         elif source.pipeline_name == "FactorizedImageToVideoPipeline" and "animator" not in source.index:
             parts = {"animator": _animator(source.folder, hub)}
@@ -103,8 +109,10 @@ def outline(
             }
         parts |= named
     settings = ("boundary_ratio", "expand_timesteps", "call_defaults")
-    facts = source.recipe and source.recipe.facts
-    index = source.index or {"boundary_ratio": facts.boundary_ratio, "expand_timesteps": facts.expand_timesteps}
+    facts = getattr(source.recipe, "facts", None)
+    index = source.index or {}
+    if facts is not None:
+        index = {"boundary_ratio": facts.boundary_ratio, "expand_timesteps": facts.expand_timesteps}
     known = source.pipeline_class._get_signature_keys(source.pipeline_class)
     taken = {*known[0], *known[1]}
     values = {name: index[name] for name in settings if name in index} | parts
@@ -128,7 +136,7 @@ def _recipe_components(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def make_parts(recipe: Recipe) -> dict[str, torch.nn.Module]:
+def make_parts(recipe: Recipe | AnimatorRecipe) -> dict[str, torch.nn.Module]:
     """Rewriter and composer on the default device: of published configs, weights not loaded."""
     return {
         "rewriter": EmptyRewriter(_published_models(recipe.rewriter)),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from .table import RECIPES, Recipe, find_recipe
+from .table import ANIMATOR_RECIPES, RECIPES, AnimatorRecipe, Recipe, find_recipe
 
 
 if TYPE_CHECKING:
@@ -44,14 +44,14 @@ class ModelSource:
 
     Args:
         name (`str`): as it was given.
-        recipe ([`Recipe`], *optional*): where it is one.
+        recipe ([`Recipe`] or [`AnimatorRecipe`], *optional*): where it is one.
         folder (`Path`, *optional*): of the model, or of its configurations alone where it is on the Hub; `None` of a recipe.
         index (`dict`): its `model_index.json`.
         repository, commit (`str`, *optional*): on the Hub.
     """
 
     name: str
-    recipe: Recipe | None = None
+    recipe: Recipe | AnimatorRecipe | None = None
     folder: Path | None = None
     index: dict[str, Any] | None = None
     repository: str | None = None
@@ -60,6 +60,8 @@ class ModelSource:
     @property
     def pipeline_name(self) -> str:
         """The class of this package that it becomes."""
+        if isinstance(self.recipe, AnimatorRecipe):
+            return "FactorizedImageToVideoPipeline"
         if self.recipe is not None:
             return (
                 "FactorizedVideoPipeline" if self.recipe.facts.prediction == "flow" else "FactorizedCogVideoXPipeline"
@@ -135,7 +137,7 @@ def _index(folder: Path, name: str) -> dict[str, Any]:
     if not (folder / INDEX).is_file():
         raise ValueError(
             f"The model {name!r} is no pipeline: it has no {INDEX}. A chat model is for `rewriter`, a LoRA for `lora`; recipes are "
-            f"{', '.join(RECIPES)}."
+            f"{', '.join(RECIPES | ANIMATOR_RECIPES)}."
         )
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))

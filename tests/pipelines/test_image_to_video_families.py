@@ -106,7 +106,7 @@ def without_torchvision(monkeypatch):
     """Cosmos' pipelines load their safety checker from a package, and resize with another; see `tiny_animators.py`."""
     for module in (pipeline_cosmos2_video2world, pipeline_cosmos2_5_predict):
         monkeypatch.setattr(module, "CosmosSafetyChecker", SafetyChecker)
-    monkeypatch.setattr("diffusers_fvg.animate.families.is_installed", lambda package: True)
+    monkeypatch.setattr("diffusers_fvg.animate.family.is_installed", lambda package: True)
 
 
 class Column:
