@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 # Public name -> module. Loaded when first used: torch, diffusers and transformers take seconds to import.
 _MODULES = {
     "Anchor": "animate.anchor",
+    "AnchorAnimator": "animate.animator",
     "AnchorComposer": "compose.composer",
     "AnchorConditionedCogVideoXTransformer3D": "animate.transformer_anchor_cogvideox",
     "AnchorConditionedTransformer3D": "animate.transformer_anchor",
@@ -21,6 +22,7 @@ _MODULES = {
     "FactorizedCogVideoXPipeline": "pipelines.pipeline_factorized_cogvideox",
     "FactorizedDreamerPipeline": "pipelines.pipeline_factorized_dreamer",
     "FactorizedDreamerUNet": "dreamer.unet",
+    "FactorizedImageToVideoPipeline": "pipelines.pipeline_factorized_image_to_video",
     "FactorizedVideoBlocks": "pipelines.modular",
     "FactorizedVideoModularPipeline": "pipelines.modular",
     "FactorizedVideoPipeline": "pipelines.pipeline_factorized_video",

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
-from .recipes import RECIPES, STORED, Recipe
+from .recipes import ANIMATOR_RECIPES, RECIPES, STORED, Recipe
 
 
 # NVIDIA H100 SXM data sheet: bfloat16 without sparsity, operations per second.
@@ -36,6 +36,9 @@ def models_text() -> str:
         first = "kept" if recipe.keeps_first_frame else "needs LoRA"
         cells = "".join(f" {cell:>11}" for cell in memory_cells(recipe, CARDS))
         lines.append(f"{recipe.name:15}  {first:12}{cells}")
+    lines += ["", "IMAGE-TO-VIDEO PIPELINES (first frame kept; composer and rewriter as above)"]
+    for recipe in ANIMATOR_RECIPES.values():
+        lines += [f"{recipe.name:20}  {recipe.licenses['animator']}", f"  {recipe.repositories['animator']}"]
     lines += ["", f"{'REPOSITORY':32}  {'LICENCE':17}  {'GB':>4}  USED BY"]
     sizes = _sizes()
     for repository, (license, user) in _repositories().items():

@@ -84,6 +84,8 @@ def _licenses(source: ModelSource, outline: FactorizedStages) -> dict[str, str]:
 
 
 def _forwards(outline: FactorizedStages, request: VideoRequest) -> list[str]:
+    if getattr(outline, "animator", None) is not None:
+        return _animator_steps(outline, request)
     sampling, scheduler = request.sampling(outline), request.make_scheduler(outline, torch.device("cpu"))
     times = scheduler.timesteps.tolist()
     windows = outline._windows(request.num_frames)[0] if hasattr(outline, "_windows") else 1
@@ -107,6 +109,14 @@ def _forwards(outline: FactorizedStages, request: VideoRequest) -> list[str]:
     return lines
 
 
+def _animator_steps(outline: FactorizedStages, request: VideoRequest) -> list[str]:
+    sampling, family = request.sampling(outline), outline.animator.family.name
+    own = outline.animator.num_inference_steps if sampling is None else sampling.num_inference_steps
+    name = "the model's own scheduler" if sampling is None else sampling.name
+    steps = f"sampling   {name}: {request.num_inference_steps or own} steps"
+    return [steps, f"family     {family}: working room of its models is an allowance"]
+
+
 def _memory(stages: Sequence[Stage], memory: MemoryPlan | None) -> list[str]:
     lines = ["memory     GiB, computed, not measured:"]
     if memory is None:
@@ -119,10 +129,11 @@ def _memory(stages: Sequence[Stage], memory: MemoryPlan | None) -> list[str]:
         memory = MemoryPlan("", 0, "none", False, tuple(stages))
     else:
         lines.append(f"  {memory.profile:8} {_way(memory)}, peak {memory.peak / GIB:.1f}")
-    lines.append(f"  {'part':16} {'weights':>8} {'works in':>9}")
+    width = max(16, *(len(stage.name) for stage in stages))
+    lines.append(f"  {'part':{width}} {'weights':>8} {'works in':>9}")
     for stage in stages:
         working = stage.tiled if memory.tile and stage.tiled is not None else stage.working
-        lines.append(f"  {stage.name:16} {stage.weights / GIB:8.1f} {working / GIB:9.1f}")
+        lines.append(f"  {stage.name:{width}} {stage.weights / GIB:8.1f} {working / GIB:9.1f}")
     return lines
 
 
@@ -167,6 +178,7 @@ def _repositories(source: ModelSource, parts: dict[str, Any]) -> dict[tuple[str,
         folder = source.folder / part
         for name, repository, subfolder in (
             ("reference.json", "repository", "subfolder"),
+            ("animator_config.json", "repository", None),
             ("composer_config.json", "repository", None),
             ("rewriter_config.json", "model", None),
         ):

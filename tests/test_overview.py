@@ -6,6 +6,7 @@ import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from accelerate import init_empty_weights
@@ -20,7 +21,7 @@ from diffusers_fvg.kernels.dispatch import kernel_report, use_kernels
 from diffusers_fvg.loading.references import HubReference
 from diffusers_fvg.overview import models_text, training_text, weight_bytes
 from diffusers_fvg.pipelines.profiles import WAN_VAES
-from diffusers_fvg.recipes import STORED
+from diffusers_fvg.recipes import ANIMATOR_RECIPES, STORED
 from diffusers_fvg.recipes.outline import make_parts
 from diffusers_fvg.schedules.presets import SchedulerPresets
 from diffusers_fvg.training.config import TrainConfig
@@ -85,6 +86,27 @@ def test_names_and_sources(recipe):
         assert {"repository", "license", "configs"} <= part.sources.keys() and all(part.sources.values())
         assert bool(part.call_defaults) == ("call_defaults" in part.sources)
     assert set(recipe.licenses.values()) <= {"apache-2.0", "cogvideox-license"}
+
+
+# Numbers of weights: of LTX-2.0 and of one expert. Counted of the classes with the converter's or their own values.
+ANIMATORS = {
+    "ltx-2.3": 18_876_174_592,
+    "hunyuanvideo-1.5-i2v": 8_326_608_160,
+    "wan2.2-i2v-a14b": 14_288_901_184,
+    "sana-video-2b": 1_905_841_344,
+}
+
+
+@pytest.mark.parametrize("recipe", ANIMATOR_RECIPES.values(), ids=ANIMATOR_RECIPES.keys())
+def test_an_animator_resolves_on_the_meta_device(recipe):
+    ((kind, config),) = recipe.animator.configs.items()
+    with torch.device("meta"):
+        model = getattr(diffusers, kind)(**config)
+    assert model.num_parameters() == ANIMATORS[recipe.name]
+    for part in recipe.parts.values():
+        assert {"repository", "license", "configs"} <= part.sources.keys() and all(part.sources.values())
+        assert bool(part.call_defaults) == ("call_defaults" in part.sources)
+    assert "/" not in recipe.name and recipe.name == recipe.name.lower()
 
 
 # -- fvg models -------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ import diffusers_fvg
 from diffusers_fvg import FactorizedVideoPipeline, hub_revisions, load
 from diffusers_fvg.cli import main
 from diffusers_fvg.media import read_video, read_video_metadata
+from diffusers_fvg.recipes import ANIMATOR_RECIPES
 from diffusers_fvg.schedules.cogvideox import COGVIDEOX_1_5_SCHEDULE
 
 
@@ -344,22 +345,93 @@ def test_a_repository_s_video_is_made_again_of_its_commit(hub, tmp_path, capsys,
     assert (tmp_path / "video.mp4").read_bytes() != (tmp_path / "again.mp4").read_bytes()
 
 
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("hunyuan_video15_i2v", "ltx2_condition")]
+
+
+@pytest.mark.parametrize("family", ["wan22_i2v", *SLOW])
+def test_an_image_to_video_pipeline_becomes_the_animator(family, hub, repositories, tmp_path, capsys, monkeypatch):
+    from tiny_animators import tiny_animator
+
+    monkeypatch.chdir(tmp_path)
+    stock = tiny_animator(family)
+    stock.save_pretrained("stock")
+    commit = hub.add("org/i2v", tmp_path / "stock")
+    pipe = load("org/i2v", dtype=torch.float32, composer=COMPOSER, rewriter=tiny_rewriter())
+    assert type(pipe) is diffusers_fvg.FactorizedImageToVideoPipeline and type(pipe.animator.pipeline) is type(stock)
+    assert hub_revisions(pipe)["animator"] == f"org/i2v@{commit}"
+    pipe.save_pretrained("light")
+    PIL.Image.new("RGB", (64, 64), "red").save("anchor.png")
+    options = ["--height", "64", "--width", "64", "--num-frames", "9", "--steps", "2", "--dtype", "float32", "--quiet"]
+    if family == "hunyuan_video15_i2v":
+        options[:4] = ["--height", "32", "--width", "32"]
+    for model in ("org/i2v", "stock", "light"):
+        arguments = ["generate", PROMPT, "--model", model, "--image", "anchor.png", *options]
+        assert main([*arguments, "--output", f"{model[:3]}.mp4", "--guidance-scale", "2"]) == 0, (
+            capsys.readouterr().err
+        )
+        assert read_video(f"{model[:3]}.mp4")[0].shape[0] == 9
+    assert main(["plan", "--model", "light", *options[:6], "--memory", "24GB", "--dtype", "float32"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{pipe.animator.family.name}: working room of its models is an allowance" in printed
+    # Nothing large is fetched for what cannot be.
+    before = len(hub.downloads)
+    assert main([*arguments[:3], "org/i2v", *arguments[4:], "--num-frames", "6", "--output", "no.mp4"]) == 2
+    assert "`num_frames=6` must be" in capsys.readouterr().err
+    assert not [path for _, path, _ in hub.downloads[before:] if path.endswith(".safetensors")]
+    assert main([*arguments, "--lora", "org/lora", "--output", "no.mp4"]) == 2
+    assert "takes no anchor LoRA" in capsys.readouterr().err
+
+
+# Recipe -> tiny weights under its name, and whether those are saved as the text-to-video pipeline that the repository is.
+ANIMATORS = {
+    "sana-video-2b": ("sana_video_i2v", True),
+    "wan2.2-i2v-a14b": ("wan22_i2v", False),
+    "ltx-2.3": ("ltx2_i2v", True),
+    "hunyuanvideo-1.5-i2v": ("hunyuan_video15_i2v", False),
+}
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in list(ANIMATORS)[1:]]
+
+
+@pytest.mark.parametrize("recipe", ["sana-video-2b", *SLOW])
+def test_a_recipe_with_an_animator_becomes_a_video(recipe, hub, repositories, tmp_path, capsys):
+    from tiny_animators import tiny_animator
+
+    family, is_text_to_video = ANIMATORS[recipe]
+    stock, facts = tiny_animator(family), ANIMATOR_RECIPES[recipe]
+    saved = diffusers_fvg.AnchorAnimator(stock).text_to_video() if is_text_to_video else stock
+    saved.save_pretrained(tmp_path / "stock")
+    commit = hub.add(facts.animator.repository, tmp_path / "stock")
+    size = ["32", "32"] if "hunyuan" in family else ["64", "64"]
+    arguments = ["--height", size[0], "--width", size[1], "--num-frames", "9", "--steps", "2", "--dtype", "float32"]
+    output = tmp_path / "video.mp4"
+    call = ["generate", PROMPT, "--model", recipe, *arguments, "--quiet", "--output", str(output)]
+    assert main(call) == 0, capsys.readouterr().err
+    assert len(read_video(output)[0]) == 9
+    assert read_video_metadata(output)["hub_revisions"]["animator"] == f"{facts.animator.repository}@{commit}"
+    pipe = load(recipe, dtype=torch.float32)
+    assert type(pipe.animator.pipeline) is type(stock) and pipe.animator.call_defaults == facts.animator.call_defaults
+    assert pipe.composer.call_defaults == facts.composer.call_defaults
+    assert main(["plan", "--model", recipe, *arguments[:6], "--memory", "80GB"]) == 0
+    assert facts.licenses["animator"] in capsys.readouterr().out
+    assert main([*call, "--lora", "org/lora"]) == 2
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [COMPOSER, REWRITER, "org/i2v", "org/none", f"{BASES['wan2.1-1.3b']}@none"])
+@pytest.mark.parametrize("name", [COMPOSER, REWRITER, "org/v2v", "org/none", f"{BASES['wan2.1-1.3b']}@none"])
 def test_what_is_no_such_pipeline_is_told_before_weights_are_fetched(
     name, hub, repositories, folders, tmp_path, capsys
 ):
-    (tmp_path / "i2v").mkdir()
-    (tmp_path / "i2v" / "model_index.json").write_text('{"_class_name": "WanImageToVideoPipeline"}')
-    hub.add("org/i2v", tmp_path / "i2v")
+    (tmp_path / "v2v").mkdir()
+    (tmp_path / "v2v" / "model_index.json").write_text('{"_class_name": "WanVideoToVideoPipeline"}')
+    hub.add("org/v2v", tmp_path / "v2v")
     assert main(["generate", PROMPT, "--model", name, "--quiet", "--output", str(tmp_path / "video.mp4")]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     expected = {
-        COMPOSER: "is a ZImagePipeline, and none of FactorizedVideoPipeline, .*a text-to-image pipeline is for `composer`",
+        COMPOSER: "is a ZImagePipeline, and none of FactorizedVideoPipeline, .* text-to-image pipeline is for `composer`",
         REWRITER: "is no pipeline: it has no model_index.json",
-        "org/i2v": "use the text-to-video model of its family",
+        "org/v2v": "is a WanVideoToVideoPipeline, and none of .* or an image-to-video pipeline of diffusers",
         "org/none": "The model names org/none on the Hub, which cannot be loaded",
     }.get(name, "Wan2.1-T2V-1.3B-Diffusers@none on the Hub, which cannot be loaded")
     assert re.search(expected, line), line

@@ -284,7 +284,9 @@ def _hub_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
 def _video_models(pipe: FactorizedStages) -> list[torch.nn.Module]:
     from ..pipelines.profiles import VIDEO_MODELS
 
-    return [model for name in VIDEO_MODELS if (model := pipe.components.get(name)) is not None]
+    animator = pipe.components.get("animator")
+    parts = pipe.components if animator is None else animator.pipeline.components
+    return [model for name in VIDEO_MODELS if (model := parts.get(name)) is not None]
 
 
 def _quantization_config(kind: str | None, dtype: torch.dtype):
@@ -299,7 +301,10 @@ def _quantization_config(kind: str | None, dtype: torch.dtype):
         config = TorchAoConfig(Int8WeightOnlyConfig())
     else:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(("transformer", "transformer_2", "unet"), config))
+    models = ("transformer", "transformer_2", "unet")
+    # Of a pipeline itself, or of one that is its animator.
+    names = (*models, *(f"animator.{name}" for name in models))
+    return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(names, config))
 
 
 def _store_in_fp8(pipe: FactorizedStages) -> None:
@@ -315,8 +320,10 @@ def _quantized(stage: Stage, kind: str | None, pipe: FactorizedStages) -> Stage:
 
     from ..pipelines.profiles import VIDEO_MODELS
 
-    if kind is None or stage.name not in VIDEO_MODELS:
+    name = stage.name.removeprefix("animator.")
+    if kind is None or name not in VIDEO_MODELS:
         return stage
-    share = PARAMETER_BYTES[kind] / pipe.components[stage.name].dtype.itemsize
+    parts = pipe.components if name == stage.name else pipe.animator.pipeline.components
+    share = PARAMETER_BYTES[kind] / parts[name].dtype.itemsize
     whole = PACKAGES[kind] is not None
     return replace(stage, weights=int(stage.weights * share), layers=int(stage.layers * share), whole=whole)

@@ -2,42 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 
 from ..animate.anchor import picture_image
-from ..checks import check_at_least_one, check_defaults, check_generators, check_texts, stop_unless_finite
-from ..loading.arguments import call_argument, nested_quantization
-from ..loading.component_config import read_config
-from ..loading.files import load_pipeline
-from ..loading.safety import texts_in
+from ..animate.stock_call import finite_decoding, seeded_steps
+from ..checks import check_at_least_one, check_generators, check_texts, stop_unless_finite
+from ..loading.pipeline_component import PipelineComponent, call_arguments
 from ..locks import exclusive, lockable
-from .drawing import finite_decoding, seeded_steps
-from .guidance import call_arguments, check_negative_prompt, guided_call, with_negative_prompt
+from .guidance import check_negative_prompt, guided_call, with_negative_prompt
 
 
 CONFIG_NAME = "composer_config.json"
-# What `compose` itself passes to the pipeline.
-_OWN_ARGUMENTS = frozenset(
-    ("self", "prompt", "generator", "output_type", "return_dict", "callback_on_step_end", "latents", "prompt_embeds")
-)
 # Noise that a derived picture starts from. Less keeps more of the first one, and at 0.85 objects no longer reach their new
 # places: of moved objects of the shapes world 100 % did at 0.95, 83 % at 0.85, 75 % at 0.75 (synthetic).
 DERIVE_STRENGTH = 0.95
 
 
-class AnchorComposer(torch.nn.Module):
+class AnchorComposer(PipelineComponent):
     """Any diffusers text-to-image pipeline as one component of another pipeline.
 
     diffusers treats as components what is an `nn.Module`: those get the asked dtype, move with `.to()` and are offloaded. So
@@ -56,6 +45,22 @@ class AnchorComposer(torch.nn.Module):
             pipeline's family has an image-to-image form. `None` derives by shared noise in any case.
     """
 
+    config_name = CONFIG_NAME
+    settings = ("call_defaults", "batch_size", "derive_strength")
+    # What `compose` itself passes to the pipeline.
+    own_arguments = frozenset(
+        (
+            "self",
+            "prompt",
+            "generator",
+            "output_type",
+            "return_dict",
+            "callback_on_step_end",
+            "latents",
+            "prompt_embeds",
+        )
+    )
+
     def __init__(
         self,
         pipeline: DiffusionPipeline,
@@ -64,102 +69,14 @@ class AnchorComposer(torch.nn.Module):
         reference: dict[str, str] | None = None,
         derive_strength: float | None = DERIVE_STRENGTH,
     ):
-        super().__init__()
-        if not isinstance(pipeline, DiffusionPipeline):
-            raise ValueError(f"`pipeline` must be a diffusers pipeline, but is a {type(pipeline).__name__}.")
+        super().__init__(pipeline, call_defaults, reference)
         check_at_least_one("batch_size", batch_size)
         if derive_strength is not None and not 0 < derive_strength <= 1:
             raise ValueError(f"`derive_strength={derive_strength}` must lie in (0, 1], or be None for shared noise.")
-        self.pipeline = pipeline
-        self.models = torch.nn.ModuleDict(
-            {name: model for name, model in pipeline.components.items() if isinstance(model, torch.nn.Module)}
-        )
-        check_defaults(call_defaults)
-        self.call_defaults = dict(call_defaults or {})
         self.batch_size = batch_size
-        self.reference = reference
         self.derive_strength = derive_strength
         _check_draws_from_text(pipeline)
-        taken = sorted(self.call_defaults.keys() & _OWN_ARGUMENTS)
-        if taken:
-            raise ValueError(f"`call_defaults` holds {taken}, which are set for each call.")
         self._arguments_of(pipeline, 1)
-        settings = getattr(pipeline, "_progress_bar_config", {})
-        pipeline.set_progress_bar_config(**settings | {"disable": True})
-
-    # -- loading and saving -------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | os.PathLike,
-        torch_dtype: torch.dtype | None = None,
-        dtype: torch.dtype | None = None,
-        revision: str | None = None,
-        **kwargs,
-    ) -> AnchorComposer:
-        """Loads a composer from its folder, or makes one of a text-to-image repository on the Hub.
-
-        Args:
-            path (`str` or `os.PathLike`): a folder with a pipeline (`model_index.json`), with a `composer_config.json` that
-                names a Hub repository, or with both, the latter then holding the settings only; or a Hub repository.
-            torch_dtype, dtype (`torch.dtype`, *optional*): of the weights; both names mean the same, since diffusers passes
-                the first. Left out: float32.
-            revision (`str`, *optional*): of the Hub repository that `path` is; a folder names its own.
-            kwargs (*optional*): for `DiffusionPipeline.from_pretrained`, such as `token`, `cache_dir`, `local_files_only`.
-
-        Raises:
-            `ValueError`: a folder with neither file, or with a `composer_config.json` that is not valid.
-        """
-        if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
-            raise ValueError(f"`torch_dtype={torch_dtype}` and `dtype={dtype}` differ; give one of them.")
-        folder, config = Path(path), {}
-        if not folder.is_dir():
-            config = {"repository": str(path)} | ({} if revision is None else {"revision": revision})
-        elif revision is not None:
-            raise ValueError(f"`revision={revision!r}` is for a Hub repository, and {str(path)!r} is a folder.")
-        elif (folder / CONFIG_NAME).is_file():
-            config = _read_composer_config(folder / CONFIG_NAME)
-        reference = {key: config.pop(key) for key in ("repository", "revision") if key in config}
-        if not reference and not (folder / DiffusionPipeline.config_name).is_file():
-            raise ValueError(
-                f"{str(path)!r} is no composer: it has no {DiffusionPipeline.config_name}, and no {CONFIG_NAME} that names "
-                "a repository."
-            )
-        arguments = {"dtype": dtype or torch_dtype, "device_map": call_argument("device_map")} | kwargs
-        if call_argument("quantization_config") is not None:
-            arguments["quantization_config"] = nested_quantization(folder.name)
-        pipeline = load_pipeline(
-            reference.get("repository", folder), reference.get("revision"), f"`{folder.name}`", **arguments
-        )
-        return cls(pipeline, reference=reference or None, **config)
-
-    def save_pretrained(
-        self, path: str | os.PathLike, safe_serialization: bool = True, max_shard_size: int | str | None = None
-    ) -> None:
-        """Writes the folder that `from_pretrained` reads: settings, and the pipeline if the composer has its own.
-
-        Args:
-            path (`str` or `os.PathLike`): the folder, made if it is not there.
-            safe_serialization, max_shard_size (*optional*): of `DiffusionPipeline.save_pretrained`.
-        """
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = dict(self.reference or {}) | {"call_defaults": self.call_defaults, "batch_size": self.batch_size}
-        config["derive_strength"] = self.derive_strength
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        if self.reference is None:
-            self.pipeline.save_pretrained(folder, safe_serialization=safe_serialization, max_shard_size=max_shard_size)
-
-    # -- placement ----------------------------------------------------------------------------------------------------
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.pipeline.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.pipeline.device
 
     # -- the stage ----------------------------------------------------------------------------------------------------
 
@@ -419,24 +336,13 @@ class AnchorComposer(torch.nn.Module):
         self._show_offload_hooks()
         generator = arguments.get("generator")
         parts = lockable(pipeline.components.values())
-        with exclusive(*parts), seeded_steps(pipeline, generator), finite_decoding(pipeline):
+        with exclusive(*parts), seeded_steps(pipeline, generator), finite_decoding(pipeline, "compose"):
             # Numbers, not pictures: what is not finite would be black or white in a picture.
             output = pipeline(**arguments, output_type="np")
         frames = output.images if hasattr(output, "images") else [frames[0] for frames in output.frames]
         for picture in frames:
             stop_unless_finite("compose", torch.from_numpy(picture), self.dtype)
         return VaeImageProcessor.numpy_to_pil(np.stack(frames))
-
-    def _show_offload_hooks(self) -> None:
-        """Lets the inner pipeline see that its models are offloaded layer by layer.
-
-        Sequential offload hooks the layers and the component, which is this module. A pipeline asks its own components for
-        their hook before it looks for the device of execution, and would else take that of their weights, which is meta.
-        """
-        if any(hasattr(module, "_hf_hook") for module in self.models.modules()):
-            for model in self.models.values():
-                if not hasattr(model, "_hf_hook"):
-                    add_hook_to_module(model, ModelHook())
 
 
 def _check_draws_from_text(pipeline: DiffusionPipeline) -> None:
@@ -469,18 +375,3 @@ def _check_negative_texts(negative_prompt: str | list[str] | None, num_prompts: 
 def _fit(picture: PIL.Image.Image, height: int, width: int) -> PIL.Image.Image:
     """Scales a picture until it covers `height` x `width` and crops the centre."""
     return PIL.ImageOps.fit(picture.convert("RGB"), (width, height))
-
-
-def _read_composer_config(path: Path) -> dict[str, Any]:
-    """Reads a `composer_config.json` and refuses what this version does not know.
-
-    Raises:
-        `ValueError`: as in [`~loading.component_config.read_config`], or arguments that name a file or an address.
-    """
-    known = {"repository", "revision", "call_defaults", "batch_size", "derive_strength"}
-    config = read_config(path, known, "repository", {"revision"})
-    for name, value in (config.get("call_defaults") or {}).items():
-        # Some pipelines open pictures that they are given by name.
-        if any(os.path.isfile(text) or "://" in text for text in texts_in(value)):
-            raise ValueError(f"{str(path)!r} sets `{name}` to {value!r}, a file of this machine or an address.")
-    return config

@@ -18,23 +18,16 @@ Decided by the signature of the pipeline's call and the configs of its models; t
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
 from ..checks import check_number
+from ..loading.pipeline_component import call_arguments
 
 
 # What Qwen-Image's documentation gives for guidance without a negative prompt: without one it does not guide.
 NO_NEGATIVE_PROMPT = " "
-
-
-def call_arguments(pipeline: DiffusionPipeline) -> Mapping[str, inspect.Parameter]:
-    """Arguments of a pipeline's call, as its class declares them."""
-    return MappingProxyType(inspect.signature(type(pipeline).__call__).parameters)
 
 
 def guided_call(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> dict[str, Any]:

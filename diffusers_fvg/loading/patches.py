@@ -23,13 +23,21 @@ from .safety import PICKLES, is_guarded, load_guarded
 
 PACKAGE = "diffusers_fvg"
 # What a `model_index.json` may name: as a component that is neither a `ModelMixin` nor a pipeline, and otherwise.
-COMPONENTS = ("AnchorComposer", "AnchorLora", "FirstFrameRewriter", "HubReference", "SchedulerPresets")
+COMPONENTS = (
+    "AnchorAnimator",
+    "AnchorComposer",
+    "AnchorLora",
+    "FirstFrameRewriter",
+    "HubReference",
+    "SchedulerPresets",
+)
 CLASSES = (
     "AnchorConditionedCogVideoXTransformer3D",
     "AnchorConditionedTransformer3D",
     "FactorizedCogVideoXPipeline",
     "FactorizedDreamerPipeline",
     "FactorizedDreamerUNet",
+    "FactorizedImageToVideoPipeline",
     "FactorizedVideoBlocks",
     "FactorizedVideoModularPipeline",
     "FactorizedVideoPipeline",
@@ -300,7 +308,7 @@ def check_passed(check: Callable) -> Callable:
 
 
 # What our pipelines make of a pipeline, of a model and its tokenizer, of an endpoint, or of a name.
-_MADE_OF_OTHERS = {("diffusers", "AnchorComposer"), ("diffusers", "FirstFrameRewriter")}
+_MADE_OF_OTHERS = {("diffusers", name) for name in ("AnchorAnimator", "AnchorComposer", "FirstFrameRewriter")}
 
 
 def _makes_one(component: Any) -> bool:

@@ -73,6 +73,8 @@ def write_video(
     frame_rate: float,
     metadata: dict[str, Any] | None = None,
     scale: int = 1,
+    audio: np.ndarray | torch.Tensor | None = None,
+    audio_sampling_rate: int | None = None,
 ) -> None:
     """Writes an mp4 that plays everywhere: H.264, 4:2:0, BT.709, constant frame rate, index at the front.
 
@@ -88,9 +90,12 @@ def write_video(
             (`out.records[0]`); its `"prompt"` is also the title.
             [`~media.reading.read_video_metadata`] gives it back.
         scale (`int`, *optional*): each pixel becomes a square of `scale` x `scale`, as players blur tiny videos.
+        audio (`np.ndarray` or `torch.Tensor` of shape `(1 or 2, samples)`, *optional*): the sound track, float in [-1, 1],
+            written as AAC.
+        audio_sampling_rate (`int`, *optional*): samples per second; goes with `audio`.
 
     Raises:
-        `ValueError`: bad frames, an odd height or width, another file type, a frame rate or scale that is not positive.
+        `ValueError`: bad frames or sound, an odd height or width, another file type, a frame rate or scale that is not positive.
     """
     path = Path(path)
     if path.suffix.lower() != ".mp4":
@@ -108,6 +113,7 @@ def write_video(
             f"crop to {height - height % 2}x{width - width % 2} or pass scale={2 * scale}"
         )
 
+    sound = None if audio is None else _sound(audio, audio_sampling_rate)
     tags = {} if metadata is None else {"comment": json.dumps(metadata, ensure_ascii=False)}
     if metadata and metadata.get("prompt") is not None:
         tags["title"] = str(metadata["prompt"])
@@ -124,6 +130,11 @@ def write_video(
         context = stream.codec_context
         context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+        if sound is not None:
+            # A stream is there before the first packet; the container puts packets in the order of time.
+            track = container.add_stream("aac", rate=sound.sample_rate, layout=sound.layout.name)
+            container.mux(track.encode(sound))
+            container.mux(track.encode())
         # x264 writes its version, its settings and the machine's number of threads into the stream, as a unit of type 6.
         plain = BitStreamFilterContext("filter_units=remove_types=6", stream)
         for frame in itertools.chain([first], frames):
@@ -137,6 +148,20 @@ def write_video(
         for packet in stream.encode():
             container.mux(plain.filter(packet))
         container.mux(plain.filter(None))
+
+
+def _sound(audio: np.ndarray | torch.Tensor, sampling_rate: int | None) -> av.AudioFrame:
+    samples = np.asarray(audio.detach().cpu().float() if isinstance(audio, torch.Tensor) else audio, dtype=np.float32)
+    if samples.ndim != 2 or len(samples) not in (1, 2) or not np.isfinite(samples).all():
+        raise ValueError(f"`audio` has the shape (1 or 2, samples) and finite values, not {samples.shape}")
+    if not isinstance(sampling_rate, int) or sampling_rate <= 0:
+        raise ValueError(
+            f"`audio_sampling_rate={sampling_rate!r}` is no number of samples per second: pass the vocoder's"
+        )
+    layout = "mono" if len(samples) == 1 else "stereo"
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format="fltp", layout=layout)
+    frame.sample_rate = sampling_rate
+    return frame
 
 
 def _one_size(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:

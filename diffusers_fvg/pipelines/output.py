@@ -50,3 +50,18 @@ class FactorizedDreamerPipelineOutput(FactorizedVideoPipelineOutput):
     """
 
     motion_prompts: list[str] | None = None
+
+
+@dataclass
+class FactorizedImageToVideoPipelineOutput(FactorizedVideoPipelineOutput):
+    """What every stage made.
+
+    Args:
+        frames, first_frame_prompts, anchor_images, seeds, timings, storyboards: of [`FactorizedVideoPipelineOutput`].
+        audio (`list[torch.Tensor]` or `None`): the sound track of each video, `(channels, samples)`, where the animator makes
+            one: for [`~media.write_video`].
+        audio_sampling_rate (`int` or `None`): samples per second.
+    """
+
+    audio: list[torch.Tensor] | None = None
+    audio_sampling_rate: int | None = None

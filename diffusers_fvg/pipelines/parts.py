@@ -10,6 +10,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from ..animate.animator import AnchorAnimator
 from ..compose.composer import AnchorComposer
 from ..rewrite.chat_endpoint import ChatEndpoint
 from ..rewrite.rewriter import FirstFrameRewriter
@@ -30,6 +31,23 @@ def as_composer(composer: AnchorComposer | DiffusionPipeline | str) -> AnchorCom
             f"`composer` must be an AnchorComposer, a text-to-image pipeline or its name, but is a {type(composer).__name__}."
         )
     return composer
+
+
+def as_animator(animator: AnchorAnimator | DiffusionPipeline | str) -> AnchorAnimator:
+    """An animator of an image-to-video pipeline, or of the name of one: a folder or a repository on the Hub.
+
+    Raises:
+        `ValueError`: something else.
+    """
+    if isinstance(animator, DiffusionPipeline):
+        return AnchorAnimator(animator)
+    if isinstance(animator, (str, os.PathLike)):
+        return AnchorAnimator.from_pretrained(animator)
+    if not isinstance(animator, AnchorAnimator):
+        raise ValueError(
+            f"`animator` must be an AnchorAnimator, an image-to-video pipeline or its name, but is a {type(animator).__name__}."
+        )
+    return animator
 
 
 def as_rewriter(rewriter: FirstFrameRewriter | ChatEndpoint | Sequence[Any] | str) -> FirstFrameRewriter:

@@ -41,6 +41,8 @@ CARDS = ("12GB", "24GB", "48GB", "80GB")
 USABLE = 0.9
 # Room that text models, the LLM and the composer's pipeline get to work in: an allowance, not computed.
 ALLOWANCE = 2 * GIB
+# The same for denoiser and VAE of an animator: families differ too much to count.
+ANIMATOR_ALLOWANCE = 8 * GIB
 # Numbers per token at the peak of a block, of feed-forward and of model width. Counting live tensors on shapes gives
 # 2 and 4.2 at Wan2.2-TI2V-5B, 2 and 6.8 at A14B; the third of feed-forward width is for a LoRA's sum.
 FFN_COPIES, WIDTH_COPIES = 3, 7
@@ -176,6 +178,9 @@ def pipeline_stages(
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     # The order in which offloading lets them run.
     modules = {name: modules[name] for name in pipe.model_cpu_offload_seq.split("->") if name in modules}
+    animator = modules.pop("animator", None)
+    if animator is not None:
+        return [part_stage(name, module) for name, module in modules.items()] + _animator_stages(animator)
     size = {"height": height, "width": width, "num_frames": num_frames}
     size = {name: pipe.call_defaults[name] if value is None else value for name, value in size.items()}
     return [_stage(name, module, modules["vae"], **size) for name, module in modules.items()]
@@ -376,6 +381,16 @@ def part_stage(name: str, module: torch.nn.Module) -> Stage:
     owned = {tensor: part for part in module.modules() for tensor in part.parameters(recurse=False)}
     own = sorted(_bytes(part, recurse=False) for part in set(owned.values()))
     return Stage(name, weights, sum(own[-2:]), ALLOWANCE)
+
+
+def _animator_stages(animator: torch.nn.Module) -> list[Stage]:
+    """Stages of an image-to-video pipeline: its weights, and an allowance for what it works in."""
+    order = animator.pipeline.model_cpu_offload_seq.split("->")
+    models = {name: animator.models[name] for name in order if name in animator.models}
+    names = {name: f"animator.{name}" if name in VIDEO_MODELS else name for name in models}
+    stages = [part_stage(names[name], model) for name, model in models.items()]
+    works = {name for name in names.values() if name == "vae" or "." in name}
+    return [replace(stage, working=ANIMATOR_ALLOWANCE) if stage.name in works else stage for stage in stages]
 
 
 def _stage(

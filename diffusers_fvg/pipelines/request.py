@@ -99,6 +99,7 @@ class VideoRequest:
     negative_prompt_embeds_2: torch.Tensor | None = None
     max_sequence_length: int | None = None
     attention_kwargs: dict[str, Any] | None = None
+    animator_kwargs: dict[str, Any] | None = None
     callback_on_step_end: StepCallback | None = None
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
     output_type: str = "np"
@@ -129,7 +130,9 @@ class VideoRequest:
 
     def sampling(self, pipe: FactorizedStages) -> SchedulerPreset | None:
         """The preset of the call; `None` when `pipe.scheduler` is the user's own."""
-        return pipe.presets.matching(pipe.scheduler) if self.preset is None else pipe.presets[self.preset]
+        if self.preset is not None:
+            return pipe.presets[self.preset]
+        return None if pipe.scheduler is None else pipe.presets.matching(pipe.scheduler)
 
     def steps(self, pipe: FactorizedStages) -> int:
         """Steps of the video model."""
@@ -312,7 +315,8 @@ class VideoRequest:
             value = getattr(self, name)
             if value is not None and not value.is_floating_point():
                 raise ValueError(f"`{name}` must be a tensor of floating-point numbers, but is of {value.dtype}.")
-        self._check_kind("attention_kwargs", dict, "a dictionary")
+        for name in ("attention_kwargs", "animator_kwargs"):
+            self._check_kind(name, dict, "a dictionary")
         self._check_kind("generator", (torch.Generator, list), "a torch.Generator or a list of them")
         members = self.generator if isinstance(self.generator, list) else []
         if not all(isinstance(member, torch.Generator) for member in members):
@@ -360,7 +364,8 @@ class VideoRequest:
             check_at_least_one(name, getattr(self, name))
         for name in ("guidance_scale", "guidance_scale_2", "guidance_rescale", "fps", "composer_guidance_scale"):
             check_number(name, getattr(self, name))
-        if self.guidance_scale_2 is not None and pipe.config.get("boundary_ratio") is None:
+        of_model = pipe if getattr(pipe, "animator", None) is None else pipe.animator.pipeline
+        if self.guidance_scale_2 is not None and of_model.config.get("boundary_ratio") is None:
             raise ValueError(
                 f"`guidance_scale_2={self.guidance_scale_2}` is for a model of two experts, and this one has no "
                 "`boundary_ratio`; leave it out."

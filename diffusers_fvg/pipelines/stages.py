@@ -18,6 +18,7 @@ import torch
 
 from ..animate.anchor import Anchor, decoded_anchors
 from ..checks import check_generators, check_texts
+from ..loading.pipeline_component import PipelineComponent
 from ..locks import exclusive, lockable
 from ..lora.anchor_lora import ADAPTER_NAME
 from ..lora.scales import AdapterScales
@@ -97,8 +98,8 @@ class FactorizedStages(FactorizedParts, ABC):
         """What other pipelines leave alone during a run: all, where hooks keep state from one forward to the next (offload,
         layerwise casting, step caches); otherwise each part is taken only while it works.
         """
-        pipelines = [self] if self.composer is None else [self, self.composer.pipeline]
-        parts = [part for pipeline in pipelines for part in pipeline.components.values()]
+        within = [part.pipeline for part in self.components.values() if isinstance(part, PipelineComponent)]
+        parts = [part for pipeline in (self, *within) for part in pipeline.components.values()]
         parts += [] if self.rewriter is None else [self.rewriter.model, self.rewriter.tokenizer]
         # The stages take none but these: two threads that take more while they hold some could wait for each other.
         parts = lockable(parts)
@@ -356,5 +357,4 @@ class FactorizedStages(FactorizedParts, ABC):
 
 
 def _is_hooked(module: torch.nn.Module) -> bool:
-    hooks = getattr(module, "_diffusers_hook", None)
-    return hasattr(module, "_hf_hook") or (hooks is not None and bool(hooks.hooks))
+    return hasattr(module, "_hf_hook") or bool(getattr(getattr(module, "_diffusers_hook", None), "hooks", None))

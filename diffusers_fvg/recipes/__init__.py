@@ -7,7 +7,17 @@ names it.
 """
 
 from .loading import load, load_part
-from .table import RECIPES, STORED, PartFacts, Recipe, find_recipe
+from .table import ANIMATOR_RECIPES, RECIPES, STORED, AnimatorRecipe, PartFacts, Recipe, find_recipe
 
 
-__all__ = ["RECIPES", "STORED", "PartFacts", "Recipe", "find_recipe", "load", "load_part"]
+__all__ = [
+    "ANIMATOR_RECIPES",
+    "RECIPES",
+    "STORED",
+    "AnimatorRecipe",
+    "PartFacts",
+    "Recipe",
+    "find_recipe",
+    "load",
+    "load_part",
+]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .sources import ModelSource, find_source
-from .table import Recipe
+from .table import AnimatorRecipe, Recipe
 
 
 if TYPE_CHECKING:
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
     from ..compose.composer import AnchorComposer
     from ..rewrite.rewriter import FirstFrameRewriter
+
+
+# Their video models keep a first frame by training of their own.
+NO_ANCHOR_LORA = ("FactorizedDreamerPipeline", "FactorizedImageToVideoPipeline")
 
 
 def load(
@@ -36,8 +40,8 @@ def load(
     """Loads a model by a short name: a recipe. Folders and repositories on the Hub load too; a folder comes first.
 
     Names of parts are folders, `"org/name"` or `"org/name@revision"`. What loads is any pipeline of this package, light or with
-    its weights, and a stock `WanPipeline` or `CogVideoXPipeline`, which becomes the pipeline of this package with its own
-    scheduler.
+    its weights, a stock `WanPipeline` or `CogVideoXPipeline`, which becomes the pipeline of this package with its own
+    scheduler, and an image-to-video pipeline of diffusers, which becomes the animator of one.
 
     Args:
         name (`str` or `os.PathLike`): one of [`RECIPES`], a folder or a repository.
@@ -66,6 +70,8 @@ def load(
     if source.recipe is None:
         return _load_source(source, dtype, composer, rewriter, lora, hub, options)
     check_lora(source, lora)
+    if isinstance(source.recipe, AnimatorRecipe):
+        return _load_animator_recipe(source.recipe, dtype, composer, rewriter, revision, hub, options)
     return _load_recipe(source.recipe, dtype, composer, rewriter, lora, revision, hub, options)
 
 
@@ -82,9 +88,9 @@ def check_lora(source: ModelSource, lora: str | os.PathLike | Literal[False] | N
     Raises:
         `ValueError`: naming the way out.
     """
-    if source.pipeline_name == "FactorizedDreamerPipeline" and lora:
+    if source.pipeline_name in NO_ANCHOR_LORA and lora:
         raise ValueError(
-            f"The model {source.name!r} is a Factorized-Dreamer, which takes no anchor LoRA; leave it out."
+            f"The model {source.name!r} becomes a {source.pipeline_name}, which takes no anchor LoRA; leave it out."
         )
     recipe = source.recipe
     if recipe is None or lora is not None or recipe.lora is not None or recipe.keeps_first_frame:
@@ -108,7 +114,7 @@ def _load_source(
     """A folder or a repository."""
     check_lora(source, lora)
     parts = _parts(composer, rewriter, dtype, hub, options.get("variant"))
-    if lora is not None and source.pipeline_name != "FactorizedDreamerPipeline":
+    if lora is not None and source.pipeline_name not in NO_ANCHOR_LORA:
         parts["anchor_lora"] = _anchor_lora(source, lora, hub) if lora else None
     place = str(source.folder) if source.repository is None else source.repository
     revision = _given(revision=source.commit)
@@ -172,6 +178,33 @@ def _load_recipe(
     # The folder was of this call alone.
     pipe.register_to_config(_name_or_path=recipe.name)
     return pipe
+
+
+def _load_animator_recipe(
+    recipe: AnimatorRecipe,
+    dtype: torch.dtype,
+    composer: Any,
+    rewriter: Any,
+    revision: str | None,
+    hub: dict[str, Any],
+    options: dict[str, Any],
+) -> DiffusionPipeline:
+    from ..animate.animator import AnchorAnimator
+    from ..pipelines.pipeline_factorized_image_to_video import FactorizedImageToVideoPipeline
+
+    # All that is on the Hub is looked up before weights are fetched.
+    names = {"composer": composer, "rewriter": rewriter}
+    for part, value in names.items():
+        if value is None:
+            names[part] = pinned(recipe.repositories[part], f"The {part} of {recipe.name}", hub, folders=False)
+    base = recipe.animator.repository + (f"@{revision}" if revision else "")
+    place, _, commit = pinned(base, f"The animator of {recipe.name}", hub, folders=False).partition("@")
+    parts = _parts(names["composer"], names["rewriter"], dtype, hub, options.get("variant"))
+    if composer is None:
+        parts["composer"].call_defaults = dict(recipe.composer.call_defaults)
+    animator = AnchorAnimator.from_pretrained(place, dtype=dtype, revision=commit, **hub, **options)
+    animator.call_defaults = dict(recipe.animator.call_defaults)
+    return FactorizedImageToVideoPipeline(animator=animator, **parts)
 
 
 def load_part(

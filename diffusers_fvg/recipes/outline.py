@@ -5,6 +5,7 @@ Of a recipe it is made of the published facts, and nothing is asked; of a folder
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin, SchedulerMixin
 from transformers import PreTrainedModel
 
+from ..animate.animator import CONFIG_NAME as ANIMATOR_CONFIG
+from ..animate.animator import AnchorAnimator
 from ..compose.composer import AnchorComposer
 from ..loading.references import REFERENCE_NAME, HubReference
 from ..pipelines.profiles import base_models, empty_weights
@@ -23,7 +26,7 @@ from ..publishing.assembly import FAMILIES
 from ..rewrite.rewriter import CONFIG_NAME, FirstFrameRewriter, read_rewriter_config
 from ..schedules.presets import SchedulerPresets
 from .sources import INDEX, ModelSource, fetch_configs
-from .table import PartFacts, Recipe
+from .table import AnimatorRecipe, PartFacts, Recipe
 
 
 if TYPE_CHECKING:
@@ -57,7 +60,9 @@ class EmptyRewriter(FirstFrameRewriter):
 
 
 class EmptyTokenizer:
-    """Stands for a tokenizer."""
+    """Stands for a tokenizer; pipelines ask it for this when they are made."""
+
+    model_max_length = 512
 
 
 def outline(
@@ -86,8 +91,16 @@ def outline(
             if value is not None:
                 is_name = isinstance(value, (str, os.PathLike))
                 named[name] = None if value is False else make(value, hub) if is_name else value
-        if source.recipe is not None:
+        if isinstance(source.recipe, AnimatorRecipe):
+            # Its configurations are published on the Hub alone.
+            facts = source.recipe.animator
+            folder = fetch_configs(facts.repository, None, f"The animator of {source.name}", hub)
+            parts = {"animator": _animator(folder, hub), **make_parts(source.recipe)}
+            parts["animator"].call_defaults = dict(facts.call_defaults)
+        elif source.recipe is not None:
             parts = _recipe_components(source.recipe)
+        elif source.pipeline_name == "FactorizedImageToVideoPipeline" and "animator" not in source.index:
+            parts = {"animator": _animator(source.folder, hub)}
         else:
             parts = {
                 name: _component(source.folder / name, *entry, hub)
@@ -96,8 +109,10 @@ def outline(
             }
         parts |= named
     settings = ("boundary_ratio", "expand_timesteps", "call_defaults")
-    facts = source.recipe and source.recipe.facts
-    index = source.index or {"boundary_ratio": facts.boundary_ratio, "expand_timesteps": facts.expand_timesteps}
+    facts = getattr(source.recipe, "facts", None)
+    index = source.index or {}
+    if facts is not None:
+        index = {"boundary_ratio": facts.boundary_ratio, "expand_timesteps": facts.expand_timesteps}
     known = source.pipeline_class._get_signature_keys(source.pipeline_class)
     taken = {*known[0], *known[1]}
     values = {name: index[name] for name in settings if name in index} | parts
@@ -121,7 +136,7 @@ def _recipe_components(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def make_parts(recipe: Recipe) -> dict[str, torch.nn.Module]:
+def make_parts(recipe: Recipe | AnimatorRecipe) -> dict[str, torch.nn.Module]:
     """Rewriter and composer on the default device: of published configs, weights not loaded."""
     return {
         "rewriter": EmptyRewriter(_published_models(recipe.rewriter)),
@@ -149,16 +164,22 @@ def _component(folder: Path, library: str, class_name: str, hub: dict[str, Any])
         return _composer(folder, hub)
     if class_name == "FirstFrameRewriter":
         return _rewriter(folder, hub)
+    if class_name == "AnchorAnimator":
+        return _animator(folder, hub)
     if class_name == "SchedulerPresets":
         return SchedulerPresets.from_pretrained(folder)
     if class_name in FAMILIES:
         return FAMILIES[class_name][0].from_config(_json(folder / "config.json"))
-    kind = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), class_name, None)
+    # A model of one pipeline alone is in that pipeline's module.
+    places = {"diffusers": diffusers, "transformers": transformers}
+    kind = getattr(places.get(library) or getattr(diffusers.pipelines, library, None), class_name, None)
     if not isinstance(kind, type):
         return None
     if issubclass(kind, SchedulerMixin):
         with torch.device("cpu"):
             return kind.from_config(_json(folder / "scheduler_config.json"))
+    if issubclass(kind, ConfigMixin) and (folder / str(kind.config_name)).is_file():
+        return kind.from_config(_json(folder / kind.config_name))
     if issubclass(kind, ModelMixin):
         return kind.from_config(_json(folder / "config.json"))
     if issubclass(kind, PreTrainedModel):
@@ -173,6 +194,25 @@ def _json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{str(path)!r} is no valid JSON object ({error}).") from error
+
+
+def _animator(folder: Path, hub: dict[str, Any]) -> AnchorAnimator:
+    """An animator whose pipeline has models without weights: it checks a call as it will."""
+    config = _json(folder / ANIMATOR_CONFIG) if (folder / ANIMATOR_CONFIG).is_file() else {}
+    if "repository" in config:
+        folder = fetch_configs(config["repository"], config.get("revision"), "The animator", hub)
+    index = _json(folder / INDEX)
+    kind = getattr(diffusers, str(index.get("_class_name")))
+    parts = {name: _component(folder / name, *entry, hub) for name, entry in index.items() if _is_part(entry)}
+    declared = inspect.signature(kind.__init__).parameters
+    values = {name: value for name, value in {**index, **parts}.items() if name in declared}
+    absent = {name: None for name, known in declared.items() if name != "self" and known.default is known.empty}
+    with torch.device("cpu"):
+        return AnchorAnimator(kind(**absent | values), config.get("call_defaults"))
+
+
+def _is_part(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and entry[1] is not None
 
 
 def _composer(folder: Path, hub: dict[str, Any]) -> EmptyComposer:

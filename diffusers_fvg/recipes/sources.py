@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from .table import RECIPES, Recipe, find_recipe
+from .table import ANIMATOR_RECIPES, RECIPES, AnimatorRecipe, Recipe, find_recipe
 
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ _PIPELINES = {
     "FactorizedVideoPipeline": "pipeline_factorized_video",
     "FactorizedCogVideoXPipeline": "pipeline_factorized_cogvideox",
     "FactorizedDreamerPipeline": "pipeline_factorized_dreamer",
+    "FactorizedImageToVideoPipeline": "pipeline_factorized_image_to_video",
 }
 # Stock pipelines of the same components.
 _STOCK = {"WanPipeline": "FactorizedVideoPipeline", "CogVideoXPipeline": "FactorizedCogVideoXPipeline"}
@@ -29,7 +30,9 @@ CONFIGS = {
     INDEX,
     "config.json",
     "scheduler_config.json",
+    "animator_config.json",
     "composer_config.json",
+    "guider_config.json",
     "rewriter_config.json",
     "reference.json",
 }
@@ -41,14 +44,14 @@ class ModelSource:
 
     Args:
         name (`str`): as it was given.
-        recipe ([`Recipe`], *optional*): where it is one.
+        recipe ([`Recipe`] or [`AnimatorRecipe`], *optional*): where it is one.
         folder (`Path`, *optional*): of the model, or of its configurations alone where it is on the Hub; `None` of a recipe.
         index (`dict`): its `model_index.json`.
         repository, commit (`str`, *optional*): on the Hub.
     """
 
     name: str
-    recipe: Recipe | None = None
+    recipe: Recipe | AnimatorRecipe | None = None
     folder: Path | None = None
     index: dict[str, Any] | None = None
     repository: str | None = None
@@ -57,11 +60,17 @@ class ModelSource:
     @property
     def pipeline_name(self) -> str:
         """The class of this package that it becomes."""
+        if isinstance(self.recipe, AnimatorRecipe):
+            return "FactorizedImageToVideoPipeline"
         if self.recipe is not None:
             return (
                 "FactorizedVideoPipeline" if self.recipe.facts.prediction == "flow" else "FactorizedCogVideoXPipeline"
             )
-        name = self.index.get("_class_name")
+        name = str(self.index.get("_class_name"))
+        if name not in _PIPELINES and name not in _STOCK:
+            from ..animate.families import is_image_to_video
+
+            return "FactorizedImageToVideoPipeline" if is_image_to_video(name) else name
         return _STOCK.get(name, name)
 
     @property
@@ -128,7 +137,7 @@ def _index(folder: Path, name: str) -> dict[str, Any]:
     if not (folder / INDEX).is_file():
         raise ValueError(
             f"The model {name!r} is no pipeline: it has no {INDEX}. A chat model is for `rewriter`, a LoRA for `lora`; recipes are "
-            f"{', '.join(RECIPES)}."
+            f"{', '.join(RECIPES | ANIMATOR_RECIPES)}."
         )
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -143,7 +152,7 @@ def _check_class(source: ModelSource) -> None:
     if source.pipeline_name in _PIPELINES:
         return
     name, known = source.index.get("_class_name"), ", ".join([*_PIPELINES, *_STOCK])
-    hint = "a text-to-image pipeline is for `composer`"
-    if "ImageToVideo" in str(name):
-        hint = "it takes a first frame through channels of its own: use the text-to-video model of its family"
-    raise ValueError(f"The model {source.name!r} is a {name}, and none of {known}; {hint}.")
+    raise ValueError(
+        f"The model {source.name!r} is a {name}, and none of {known}, or an image-to-video pipeline of diffusers; a "
+        "text-to-image pipeline is for `composer`."
+    )

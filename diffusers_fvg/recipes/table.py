@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..model_facts import MODELS, ModelFacts
 
@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PartFacts:
-    """A text-to-image pipeline or a chat model.
+    """A text-to-image pipeline, an image-to-video pipeline or a chat model.
 
     Args:
         repository (`str`): on the Hub.
         license (`str`): of the weights, as the Hub names it.
-        configs (`dict`): class in diffusers or transformers to its arguments, for each model of the part.
-        call_defaults (`dict`): of the composer, as its authors call it.
+        configs (`dict`): class in diffusers or transformers to its arguments, for each model of the part; of an animator the
+            video model alone.
+        call_defaults (`dict`): of the composer's or the animator's calls, as its authors call it.
         sources (`dict[str, str]`): where each of these comes from.
     """
 
@@ -76,6 +77,37 @@ class Recipe:
             "composer": self.composer.license,
             "rewriter": self.rewriter.license,
         }
+
+
+@dataclass(frozen=True)
+class AnimatorRecipe:
+    """Parts that make a [`FactorizedImageToVideoPipeline`], by name. The video model keeps a first frame as it is.
+
+    Args:
+        name (`str`): without a slash.
+        animator, composer, rewriter ([`PartFacts`]): of stages 3, 2 and 1.
+    """
+
+    name: str
+    animator: PartFacts
+    composer: PartFacts
+    rewriter: PartFacts
+    keeps_first_frame: ClassVar[bool] = True
+    lora: ClassVar[None] = None
+
+    @property
+    def parts(self) -> dict[str, PartFacts]:
+        return {"animator": self.animator, "composer": self.composer, "rewriter": self.rewriter}
+
+    @property
+    def repositories(self) -> dict[str, str]:
+        """Part to its repository."""
+        return {name: part.repository for name, part in self.parts.items()}
+
+    @property
+    def licenses(self) -> dict[str, str]:
+        """Part to its licence."""
+        return {name: part.license for name, part in self.parts.items()}
 
 
 QWEN3_4B = {
@@ -159,7 +191,62 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def find_recipe(name: str | os.PathLike) -> Recipe | None:
+_LTX2 = PartFacts(
+    repository="diffusers/LTX-2.3-Diffusers",
+    license="ltx-2-community",
+    # The class's own values are LTX-2.0's, of 19B; those of 2.3 (22B) have not been read.
+    configs={"LTX2VideoTransformer3DModel": {}},
+    sources={
+        "repository": "Lightricks/LTX-2 400fd31, README.md",
+        "license": "model card: LTX-2 Community License, 2026-01-05; pay from 10 million dollars of revenue",
+        "configs": "huggingface/diffusers 0.42.1: defaults of the class, LTX-2.0",
+    },
+)
+_HUNYUAN = PartFacts(
+    repository="hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v",
+    license="tencent-hunyuan-community",
+    configs={"HunyuanVideo15Transformer3DModel": {}},
+    sources={
+        "repository": "hao-ai-lab/FastVideo 2f3d407",
+        "license": "model card; not for use in the European Union, the United Kingdom and South Korea",
+        "configs": "huggingface/diffusers 0.42.1: defaults of the class",
+    },
+)
+_WAN22_I2V = PartFacts(
+    repository="Wan-AI/Wan2.2-I2V-A14B-Diffusers",
+    license="apache-2.0",
+    # Each of two experts.
+    configs={"WanTransformer3DModel": {"in_channels": 36}},
+    call_defaults={"guidance_scale": 3.5, "guidance_scale_2": 3.5, "num_inference_steps": 40},
+    sources={
+        "repository": "Wan-Video/Wan2.2 42bf4cf, README.md",
+        "license": "Wan-Video/Wan2.2 42bf4cf, README.md",
+        "configs": "huggingface/diffusers 0.42.1, scripts/convert_wan_to_diffusers.py",
+        "call_defaults": "Wan-Video/Wan2.2 42bf4cf, wan/configs/wan_i2v_A14B.py",
+    },
+)
+_SANA_VIDEO = PartFacts(
+    repository="Efficient-Large-Model/SANA-Video_2B_480p_diffusers",
+    license="nvidia-open-model-license",
+    configs={"SanaVideoTransformer3DModel": {}},
+    sources={
+        "repository": "huggingface/diffusers 0.42.1, documentation of SANA-Video",
+        "license": "model card of the 720p model",
+        "configs": "huggingface/diffusers 0.42.1: defaults of the class",
+    },
+)
+ANIMATOR_RECIPES: dict[str, AnimatorRecipe] = {
+    name: AnimatorRecipe(name, animator, Z_IMAGE_TURBO, QWEN3_4B_INSTRUCT)
+    for name, animator in {
+        "ltx-2.3": _LTX2,
+        "hunyuanvideo-1.5-i2v": _HUNYUAN,
+        "wan2.2-i2v-a14b": _WAN22_I2V,
+        "sana-video-2b": _SANA_VIDEO,
+    }.items()
+}
+
+
+def find_recipe(name: str | os.PathLike) -> Recipe | AnimatorRecipe | None:
     """The recipe of a name; `None` for an existing folder, which comes first, and for what may be a repository.
 
     Raises:
@@ -168,6 +255,7 @@ def find_recipe(name: str | os.PathLike) -> Recipe | None:
     name = str(name)
     if Path(name).is_dir() or len(Path(name).parts) > 1:
         return None
-    if name not in RECIPES:
-        raise ValueError(f"{name!r} is no folder and no recipe; recipes are {', '.join(RECIPES)}.")
-    return RECIPES[name]
+    known = RECIPES | ANIMATOR_RECIPES
+    if name not in known:
+        raise ValueError(f"{name!r} is no folder and no recipe; recipes are {', '.join(known)}.")
+    return known[name]

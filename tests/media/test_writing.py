@@ -285,3 +285,36 @@ def test_bad_iterators_are_refused_and_leave_nothing(tmp_path, clip, make, messa
     with pytest.raises(ValueError, match=message):
         write_video(tmp_path / "video.mp4", make(clip), 12)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_sound_is_read_back(tmp_path, channels):
+    """A tone of 440 Hz a channel, an octave higher in the second: the loudest frequencies of what is decoded."""
+    rate, tones = 24000, [440, 880][:channels]
+    time = np.arange(rate) / rate
+    sound = np.stack([0.5 * np.sin(2 * np.pi * tone * time) for tone in tones])
+    frames = np.zeros((8, 16, 16, 3), dtype=np.uint8)
+    write_video(tmp_path / "a.mp4", frames, 8, audio=torch.tensor(sound), audio_sampling_rate=rate)
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        (stream,) = container.streams.audio
+        read = np.concatenate([frame.to_ndarray() for frame in container.decode(stream)], axis=1)
+        assert stream.rate == rate and len(read) == channels
+    assert abs(read.shape[1] / rate - 1) < 0.1
+    loudest = np.abs(np.fft.rfft(read[:, :rate])).argmax(axis=1) * rate / min(rate, read.shape[1])
+    assert np.abs(loudest - tones).max() < 3
+    assert read_video(tmp_path / "a.mp4")[0].shape == frames.shape
+
+
+@pytest.mark.parametrize(
+    ("sound", "rate", "message"),
+    [
+        (np.zeros(8), 8000, r"shape \(1 or 2, samples\) .* not \(8,\)"),
+        (np.zeros((3, 8)), 8000, r"not \(3, 8\)"),
+        (np.full((1, 8), np.nan), 8000, "finite"),
+        (np.zeros((1, 8)), None, "`audio_sampling_rate=None` is no number of samples"),
+    ],
+)
+def test_bad_sound_is_refused(tmp_path, sound, rate, message):
+    with pytest.raises(ValueError, match=message):
+        write_video(tmp_path / "a.mp4", np.zeros((2, 16, 16, 3), np.uint8), 8, audio=sound, audio_sampling_rate=rate)
+    assert not list(tmp_path.iterdir())

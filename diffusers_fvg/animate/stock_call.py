@@ -1,4 +1,4 @@
-"""What a text-to-image pipeline's call runs within."""
+"""What a call of a stock pipeline, the composer's or the animator's, runs within."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def seeded_steps(
 
 
 @contextlib.contextmanager
-def finite_decoding(pipeline: DiffusionPipeline) -> Iterator[None]:
+def finite_decoding(pipeline: DiffusionPipeline, stage: str) -> Iterator[None]:
     """Within it, a VAE's decoder that makes infinity stops the stage: what comes after clamps it to white."""
     decoder = getattr(getattr(pipeline, "vae", None), "decoder", None)
     if not isinstance(decoder, torch.nn.Module):
@@ -40,7 +40,7 @@ def finite_decoding(pipeline: DiffusionPipeline) -> Iterator[None]:
 
     def check(module: torch.nn.Module, inputs: Any, made: Any) -> None:
         # Some give what a later frame needs beside the picture.
-        stop_unless_finite("compose", made[0] if isinstance(made, tuple) else made)
+        stop_unless_finite(stage, made[0] if isinstance(made, tuple) else made)
 
     handle = decoder.register_forward_hook(check)
     try:

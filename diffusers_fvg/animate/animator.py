@@ -1,0 +1,402 @@
+"""Stage 3 by any image-to-video pipeline of diffusers: it animates the anchor image."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging
+
+from ..checks import stop_unless_finite
+from ..loading.pipeline_component import PipelineComponent, call_arguments
+from ..locks import exclusive, lockable
+from ..schedules.pinned import pinned_scheduler
+from ..schedules.presets import TIMESTEP_SCHEDULERS, SchedulerPreset, SchedulerPresets, timestep_preset, unipc_preset
+from .anchor import Anchor, fit_picture, picture_image, pictures_of
+from .families import family_of, with_pictures
+from .family import AnimatorFamily, argument_names, guidance_argument, sibling_of
+from .stock_call import finite_decoding, seeded_steps
+
+
+logger = logging.get_logger(__name__)
+
+CONFIG_NAME = "animator_config.json"
+# Steps of the reduced preset: Factorized Video Generation, arXiv 2512.16371.
+REDUCED_STEPS = 15
+
+
+class Stopped(Exception):
+    """Ends the call of a pipeline that cannot be interrupted."""
+
+
+@dataclass(frozen=True)
+class Animation:
+    """What the pipeline made.
+
+    Args:
+        frames (`list`): of each video, in the form of the output type; fewer than were asked for if stopped.
+        audio (`list[torch.Tensor]`): the sound track of each, where the family makes one.
+    """
+
+    frames: list[Any]
+    audio: list[torch.Tensor]
+
+
+class AnchorAnimator(PipelineComponent):
+    """Any diffusers image-to-video pipeline as one component of another pipeline.
+
+    How its family is called says the table of [`~animate.families`]. Videos are made one at a time: most families take one
+    picture a call, and a large model is not faster with more. Each then is what the pipeline itself makes of the picture with
+    its generator.
+
+    Args:
+        pipeline (`DiffusionPipeline`): makes `frames` of a picture. Its own progress bar is switched off. A text-to-video
+            pipeline whose weights take a first frame too, such as `LTX2Pipeline`, becomes the image-to-video one of them.
+        call_defaults (`dict`, *optional*): arguments of each of its calls, by the names that it has for them, such as
+            `motion_bucket_id` or `decode_timestep`.
+        reference (`dict`, *optional*): where the pipeline came from: the Hub `repository` and its `revision`. With it,
+            `save_pretrained` writes the reference and no weights; set it to `None` to bundle them.
+
+    Raises:
+        `ValueError`: no image-to-video pipeline, or defaults that it does not take.
+    """
+
+    config_name = CONFIG_NAME
+    # What each call says.
+    own_arguments = frozenset(
+        "self image last_image video conditions prompt generator output_type return_dict callback_on_step_end latents "
+        "callback_on_step_end_tensor_inputs num_videos_per_prompt prompt_embeds negative_prompt_embeds height width "
+        "num_frames frames".split()
+    )
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        call_defaults: dict[str, Any] | None = None,
+        reference: dict[str, str] | None = None,
+    ):
+        super().__init__(with_pictures(pipeline), call_defaults, reference)
+        pipeline = self.pipeline
+        self.family: AnimatorFamily = family_of(pipeline)
+        self._check_known(pipeline, self.call_defaults)
+
+    @property
+    def presets(self) -> SchedulerPresets:
+        """Fewer steps, and as many as the pipeline takes by itself: at the shift of its own scheduler, in explicit sigmas.
+
+        There are none for schedulers whose shift depends on the video's size, and for pipelines with noise levels of their own.
+        """
+        return SchedulerPresets.of(*_presets(self.pipeline, self.family))
+
+    @property
+    def num_inference_steps(self) -> int:
+        """Steps of a call that does not say."""
+        default = call_arguments(self.pipeline)["num_inference_steps"].default
+        return self.call_defaults.get("num_inference_steps", default)
+
+    @property
+    def audio_sampling_rate(self) -> int | None:
+        """Samples per second of the sound track; `None` for a family without."""
+        vocoder = getattr(self.pipeline, "vocoder", None)
+        return None if vocoder is None else vocoder.config.get("output_sampling_rate")
+
+    def text_to_video(self) -> DiffusionPipeline:
+        """A pipeline of the same components that takes no picture.
+
+        Raises:
+            `ValueError`: the family has none.
+        """
+        if self.family.direct is None:
+            raise ValueError(
+                f"{self.family.name} makes no video without a first frame: text-to-video of its kind has other weights. Use "
+                '`mode="factorized"`, or give `image`.'
+            )
+        return sibling_of(self.pipeline, self.family.direct)
+
+    # -- a call -------------------------------------------------------------------------------------------------------
+
+    def check_call(
+        self,
+        arguments: dict[str, Any],
+        num_frames: int,
+        preset: SchedulerPreset | None = None,
+        direct: bool = False,
+    ) -> None:
+        """Checks what [`animate`] would be called with, without running a model.
+
+        Args:
+            arguments (`dict`): as in [`animate`], and `negative_prompt`.
+            num_frames (`int`): of the videos.
+            preset (*optional*): as in [`animate`].
+            direct (`bool`): no video has an anchor.
+
+        Raises:
+            `ValueError`: an argument that the family does not have, or a preset that it cannot sample with.
+        """
+        pipeline = self.text_to_video() if direct else copy.copy(self.pipeline)
+        self.family.check_call(self._call_of(pipeline, arguments), num_frames)
+        if preset is None:
+            return
+        if self.family.own_schedule:
+            raise ValueError(
+                f"`preset={preset.name!r}`: {self.family.name} sets noise levels of its own; leave it out and give "
+                "`num_inference_steps`."
+            )
+        if preset.guidance_interval != (0.0, 1.0) or preset.anchor_window is not None:
+            raise ValueError(
+                f"`preset={preset.name!r}` has a guidance interval or an anchor window, which {self.family.name} does not; use "
+                "another preset."
+            )
+
+    def animate(
+        self,
+        prompts: Sequence[str],
+        anchors: Sequence[Sequence[Anchor]],
+        height: int,
+        width: int,
+        num_frames: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        negative_prompt: Sequence[str] | None = None,
+        preset: SchedulerPreset | None = None,
+        output_type: str = "np",
+        arguments: dict[str, Any] | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        on_progress: Callable[[int, int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Animation:
+        """Makes one video per prompt.
+
+        Args:
+            prompts (`list[str]`): what should happen.
+            anchors (`list[list[Anchor]]`): of each video, checked by the family. A video without any is made of text alone.
+            height, width, num_frames (`int`): of the videos.
+            generator (`torch.Generator` or one per prompt, *optional*): for reproducible videos.
+            negative_prompt (`list[str]`, *optional*): one per prompt.
+            preset (`SchedulerPreset`, *optional*): in place of the pipeline's own scheduler.
+            output_type (`str`): `"np"`, `"uint8"`, `"pt"`, `"pil"` or `"latent"`.
+            arguments (`dict`, *optional*): of the call: `num_inference_steps`, `guidance_scale`, `guidance_scale_2`, `fps`,
+                `max_sequence_length`, `attention_kwargs`, and any other by the name that the pipeline has for it. What is
+                `None` is left out, and then `call_defaults` or the pipeline's own.
+            callback_on_step_end, callback_on_step_end_tensor_inputs (*optional*): of the pipeline's call.
+            on_progress (`Callable`, *optional*): `on_progress(step, steps)`, counted over all videos, after each step.
+            should_stop (`Callable`, *optional*): asked at the same times. Once it returns `True`, the rest is left out.
+
+        Raises:
+            `FloatingPointError`: a step, or the decoder, made values that are not finite.
+        """
+        should_stop = should_stop or (lambda: False)
+        frames, audio = [], []
+        for video, prompt in enumerate(prompts):
+            if should_stop():
+                break
+            pipeline = copy.copy(self.pipeline) if anchors[video] else self.text_to_video()
+            negative = {"negative_prompt": None if negative_prompt is None else negative_prompt[video]}
+            call = self._call_of(pipeline, self._sampling(pipeline, arguments or {}, preset) | negative)
+            pictures = [_as_pictures(anchor, height, width, num_frames) for anchor in anchors[video]]
+            call |= self.family.arguments(pipeline, pictures, num_frames) if pictures else {}
+            call |= self._named(
+                pipeline, {"prompt": prompt, "height": height, "width": width, "num_frames": num_frames}
+            )
+            call["generator"] = generator[video] if isinstance(generator, list) else generator
+            call["output_type"] = "np" if output_type == "uint8" else output_type
+            steps = _Steps(pipeline, video, len(prompts), callback_on_step_end, on_progress, should_stop)
+            steps.listen(call, callback_on_step_end_tensor_inputs)
+            try:
+                output = self(pipeline, **call)
+            except Stopped:
+                break
+            frames.append(_first(output.frames, output_type))
+            if output_type != "latent" and len(frames[-1]) != num_frames:
+                logger.warning(
+                    f"{self.family.name} made {len(frames[-1])} frames of `num_frames={num_frames}`: its lengths follow a rule that "
+                    "is not known here."
+                )
+            if getattr(output, "audio", None) is not None:
+                audio.append(output.audio[0])
+        return Animation(frames, audio)
+
+    @torch.no_grad()
+    def forward(self, pipeline: DiffusionPipeline, **arguments) -> Any:
+        """Calls a pipeline. Offloading moves a component when its `forward` is called, so all use of its models is in here.
+
+        Args:
+            pipeline (`DiffusionPipeline`): the animator's own or another of the same models.
+            arguments: of the pipeline's call.
+        """
+        self._show_offload_hooks()
+        parts = lockable(pipeline.components.values())
+        with (
+            exclusive(*parts),
+            seeded_steps(pipeline, arguments.get("generator")),
+            finite_decoding(pipeline, "animate"),
+        ):
+            return pipeline(**arguments)
+
+    # -- arguments ----------------------------------------------------------------------------------------------------
+
+    def _sampling(
+        self, pipeline: DiffusionPipeline, arguments: dict[str, Any], preset: SchedulerPreset | None
+    ) -> dict[str, Any]:
+        """Arguments of a call with a preset's guidance and steps; gives the pipeline the preset's scheduler."""
+        if preset is None:
+            return arguments
+        pipeline.scheduler = pinned_scheduler(preset, arguments.get("num_inference_steps"))
+        given = {name: value for name, value in arguments.items() if value is not None}
+        named = {"num_inference_steps": preset.num_inference_steps, "guidance_scale": preset.guidance_scale}
+        if preset.guidance_scale_2 is not None:
+            named["guidance_scale_2"] = preset.guidance_scale_2
+        return named | given
+
+    def _call_of(self, pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the pipeline's call, by its own names: those given, `call_defaults` and the family's.
+
+        Raises:
+            `ValueError`: one that the pipeline does not have.
+        """
+        given = {name: value for name, value in arguments.items() if value is not None}
+        taken = sorted(given.keys() & self.own_arguments)
+        if taken:
+            raise ValueError(f"`animator_kwargs` holds {taken}, which are arguments of this call.")
+        if "guidance_scale" in given and guidance_argument(pipeline) is None:
+            raise ValueError(
+                f"`guidance_scale={given['guidance_scale']}`: {self.family.name} has no guidance; leave it out."
+            )
+        renamed = self._named(pipeline, given)
+        scale = renamed.pop("guider", None)
+        if scale is not None:
+            pipeline.guider = pipeline.guider.new(guidance_scale=scale)
+        self._check_known(pipeline, renamed)
+        declared = call_arguments(pipeline)
+        # A text-to-video pipeline has no use for some of the settings.
+        defaults = {
+            name: value for name, value in {**self.family.fixed, **self.call_defaults}.items() if name in declared
+        }
+        return defaults | renamed
+
+    def _named(self, pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Arguments by the pipeline's own names. Of what every call says it gets what it takes."""
+        names, declared = argument_names(pipeline), call_arguments(pipeline)
+        renamed = {names.get(name, name): value for name, value in arguments.items() if value is not None}
+        always = ("prompt", "height", "width", "num_frames")
+        return {name: value for name, value in renamed.items() if name in declared or name not in always}
+
+    def _check_known(self, pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> None:
+        unknown = sorted(arguments.keys() - call_arguments(pipeline).keys())
+        if unknown:
+            raise ValueError(
+                f"{self.family.name} ({type(pipeline).__name__}) has no argument {', '.join(unknown)}; leave it out."
+            )
+
+
+class _Steps:
+    """What happens after each step of one video: checks, the user's callback, progress, and the end of a stopped run."""
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        video: int,
+        num_videos: int,
+        callback: Callable | None,
+        on_progress: Callable[[int, int], None] | None,
+        should_stop: Callable[[], bool],
+    ):
+        self.pipeline, self.callback, self.on_progress, self.should_stop = pipeline, callback, on_progress, should_stop
+        self.video, self.num_videos, self.done = video, num_videos, 0
+
+    def listen(self, call: dict[str, Any], tensor_inputs: Sequence[str]) -> None:
+        """Adds what reports steps to the arguments of a call, or to the progress bar of a pipeline without a callback."""
+        if "callback_on_step_end" in call_arguments(self.pipeline):
+            call["callback_on_step_end"] = self
+            call["callback_on_step_end_tensor_inputs"] = list(tensor_inputs)
+        else:
+            # Within the object that is called alone: it is a copy.
+            self.pipeline.progress_bar = functools.partial(_Bar, self)
+
+    def __call__(
+        self, pipeline: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]
+    ) -> dict[str, Any]:
+        self.done += 1
+        steps = max(self.done, len(getattr(pipeline.scheduler, "timesteps", ())))
+        for name, values in tensors.items():
+            if name == "latents":
+                stop_unless_finite("animate", values, step=f"step {self.done} of {steps}")
+        changed = tensors if self.callback is None else self.callback(pipeline, step, timestep, tensors) or {}
+        if self.on_progress is not None:
+            self.on_progress(self.video * steps + self.done, self.num_videos * steps)
+        if self.should_stop():
+            # The pipeline skips its other steps, and decodes what it has.
+            pipeline._interrupt = True
+            if not hasattr(type(pipeline), "interrupt") and self.done < steps:
+                raise Stopped
+        return changed
+
+
+class _Bar:
+    """A progress bar that shows nothing."""
+
+    def __init__(self, steps: _Steps, iterable: Any = None, total: int | None = None):
+        self.steps = steps
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        return
+
+    def update(self, count: int = 1) -> None:
+        self.steps(self.steps.pipeline, self.steps.done, None, {})
+
+
+def _as_pictures(anchor: Anchor, height: int, width: int, num_frames: int) -> Anchor:
+    """An anchor with PIL images of the video's size, its frame counted from 0. Pictures of 8 bits keep their values."""
+    pictures = [picture_image(fit_picture(picture, height, width)) for picture in pictures_of(anchor.image)]
+    image = pictures[0] if len(pictures) == 1 else pictures
+    return replace(anchor, image=image, frame_index=anchor.frame_index % num_frames)
+
+
+def _first(frames: Any, output_type: str) -> Any:
+    """The only video of an output: `(F, H, W, 3)`, `(F, 3, H, W)` or a list of pictures; latents keep their batch."""
+    if output_type == "latent":
+        return frames
+    video = frames[0]
+    if output_type == "uint8":
+        return (video * 255).round().astype(np.uint8)
+    return video
+
+
+def joined(videos: list[Any], output_type: str) -> Any:
+    """Videos of [`Animation.frames`] as pipelines of diffusers give them."""
+    if output_type == "pil" or not videos:
+        return videos
+    if output_type == "latent":
+        return torch.cat(videos)
+    return torch.stack(videos) if output_type == "pt" else np.stack(videos)
+
+
+def _presets(pipeline: DiffusionPipeline, family: AnimatorFamily) -> list[SchedulerPreset]:
+    scheduler, declared = pipeline.scheduler, call_arguments(pipeline)
+    if family.own_schedule:
+        return []
+    argument = guidance_argument(pipeline)
+    if argument == "guider":
+        scale = pipeline.guider.guidance_scale
+    else:
+        scale = 1.0 if argument is None else float(declared[argument].default)
+    full = declared["num_inference_steps"].default
+    names = {REDUCED_STEPS: f"anchored-{REDUCED_STEPS}", full: f"full-{full}"}
+    kind, config = type(scheduler).__name__, {key: value for key, value in scheduler.config.items() if key[0] != "_"}
+    source = f"arXiv 2512.16371: 15 steps; scheduler and guidance of {family.name}'s pipeline"
+    if kind in TIMESTEP_SCHEDULERS:
+        return [timestep_preset(name, kind, config, steps, scale, source) for steps, name in names.items()]
+    shift = config.get("flow_shift", config.get("shift"))
+    is_flow = config.get("use_flow_sigmas") or kind == "FlowMatchEulerDiscreteScheduler"
+    if not is_flow or shift is None or config.get("use_dynamic_shifting"):
+        return []
+    return [unipc_preset(name, steps, shift, scale, source) for steps, name in names.items()]

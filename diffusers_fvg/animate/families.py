@@ -1,0 +1,288 @@
+"""Families of image-to-video pipelines of diffusers: how each takes anchors, and the rules of its sizes, lengths and guidance.
+
+What the signature of a pipeline's call and the configs of its models say is read there: names of arguments, sizes and
+lengths when left out, strides of the VAE. The table `FAMILIES` holds what they do not say. A pipeline that is not in it is
+taken by its signature alone, as one that takes a first frame.
+
+Source of all rows: the classes' code in huggingface/diffusers 0.42.1, and what is named beside a value.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import diffusers
+import PIL.Image
+from diffusers import DiffusionPipeline
+
+from ..loading.pipeline_component import call_arguments
+from .anchor import Anchor, latent_index, pictures_of
+from .family import AnimatorFamily, anchors_at, sibling_of, temporal_stride
+
+
+# -- anchors of a video to arguments of its call: see `family.AnchorArguments` -----------------------------------------
+
+
+def first_and_last_frame(pipeline: DiffusionPipeline, anchors: Sequence[Anchor], num_frames: int) -> dict[str, Any]:
+    return anchors_at(anchors, {0: "image", num_frames - 1: "last_image"})
+
+
+def ltx_conditions(pipeline: DiffusionPipeline, anchors: Sequence[Anchor], num_frames: int) -> dict[str, Any]:
+    condition = _beside(pipeline, "LTXVideoCondition")
+    forms = ["video" if isinstance(anchor.image, list) else "image" for anchor in anchors]
+    placed = [{"frame_index": anchor.frame_index, "strength": anchor.strength} for anchor in anchors]
+    return {"conditions": [condition(**{form: a.image}, **at) for form, a, at in zip(forms, anchors, placed)]}
+
+
+def ltx2_conditions(pipeline: DiffusionPipeline, anchors: Sequence[Anchor], num_frames: int) -> dict[str, Any]:
+    """Their index counts latents."""
+    condition, stride = _beside(pipeline, "LTX2VideoCondition"), temporal_stride(pipeline)
+    made = [condition(anchor.image, latent_index(anchor.frame_index, stride), anchor.strength) for anchor in anchors]
+    return {"conditions": made}
+
+
+def beginning(pipeline: DiffusionPipeline, anchors: Sequence[Anchor], num_frames: int) -> dict[str, Any]:
+    """A first frame as `image`, a run as `video`."""
+    return {"video" if isinstance(anchor.image, list) else "image": anchor.image for anchor in anchors}
+
+
+def beginning_of_cosmos25(pipeline: DiffusionPipeline, anchors: Sequence[Anchor], num_frames: int) -> dict[str, Any]:
+    """As `video` in any case: for `image` the pipeline needs torchvision, and makes the same of it."""
+    pictures = [picture for anchor in anchors for picture in pictures_of(anchor.image)]
+    if len(pictures) not in (1, 5):
+        raise ValueError(f"Cosmos-Predict2.5 begins with 1 or 5 frames, and the anchor is a run of {len(pictures)}.")
+    return {"video": pictures, "num_latent_conditional_frames": latent_index(len(pictures) - 1) + 1}
+
+
+def clip_and_mask(pipeline: DiffusionPipeline, anchors: Sequence[Anchor], num_frames: int) -> dict[str, Any]:
+    """A clip that is grey, and a mask that is white, where nothing is given."""
+    size = pictures_of(anchors[0].image)[0].size
+    clip, mask = ([PIL.Image.new("RGB", size, colour)] * num_frames for colour in ("#808080", "white"))
+    for anchor in anchors:
+        for frame, picture in enumerate(pictures_of(anchor.image), anchor.frame_index):
+            clip[frame], mask[frame] = picture, PIL.Image.new("RGB", size, "black")
+    return {"video": clip, "mask": mask}
+
+
+def _beside(pipeline: DiffusionPipeline, name: str) -> Any:
+    """A class that the pipeline's module has."""
+    found = next(base for base in type(pipeline).__mro__ if base.__module__.startswith("diffusers."))
+    return getattr(importlib.import_module(found.__module__), name)
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+def _transformer(pipeline: DiffusionPipeline) -> Mapping[str, Any]:
+    return (getattr(pipeline, "transformer", None) or pipeline.transformer_2).config
+
+
+FAMILIES: tuple[AnimatorFamily, ...] = (
+    AnimatorFamily(
+        # `last_image` would be dropped without a word.
+        "Wan2.2-TI2V",
+        ("WanImageToVideoPipeline",),
+        when=lambda pipeline: pipeline.config.expand_timesteps,
+        size_multiple=16,
+        # Wan-Video/Wan2.2 42bf4cf, wan/configs/wan_ti2v_5B.py.
+        call_defaults={"height": 704, "width": 1280, "num_frames": 121, "frame_rate": 24},
+        direct="WanPipeline",
+    ),
+    AnimatorFamily(
+        # The image encoder's tokens of two pictures have places of their own.
+        "Wan2.1-FLF2V",
+        ("WanImageToVideoPipeline",),
+        when=lambda pipeline: _transformer(pipeline).pos_embed_seq_len is not None,
+        frames="first and last",
+        arguments=first_and_last_frame,
+        size_multiple=16,
+        call_defaults={"height": 720, "width": 1280, "frame_rate": 16},
+    ),
+    AnimatorFamily(
+        "Wan2.1-I2V",
+        ("WanImageToVideoPipeline",),
+        when=lambda pipeline: _transformer(pipeline).image_dim is not None,
+        size_multiple=16,
+        call_defaults={"frame_rate": 16},
+    ),
+    AnimatorFamily(
+        "Wan2.2-I2V",
+        ("WanImageToVideoPipeline",),
+        frames="first or last",
+        arguments=first_and_last_frame,
+        size_multiple=16,
+        call_defaults={"frame_rate": 16},
+    ),
+    AnimatorFamily(
+        # The VAE decodes two latents at a time, and an even number of them to more frames than were asked for.
+        "CogVideoX-I2V",
+        ("CogVideoXImageToVideoPipeline",),
+        frame_step=lambda pipeline: 2 * pipeline.vae_scale_factor_temporal,
+        # zai-org/CogVideo a342972: the size and frame rate of 1.0.
+        call_defaults={"height": 480, "width": 720, "frame_rate": 8},
+    ),
+    AnimatorFamily(
+        "LTX-Video image-to-video",
+        ("LTXImageToVideoPipeline",),
+        size_multiple=32,
+        direct="LTXPipeline",
+    ),
+    AnimatorFamily(
+        "LTX-Video conditions",
+        ("LTXConditionPipeline",),
+        frames="any",
+        arguments=ltx_conditions,
+        strength=True,
+        runs=True,
+        size_multiple=32,
+        direct="LTXConditionPipeline",
+        own_schedule=True,
+    ),
+    AnimatorFamily(
+        "LTX-2 image-to-video",
+        ("LTX2ImageToVideoPipeline",),
+        size_multiple=32,
+        call_defaults={"num_frames": 121},
+        direct="LTX2Pipeline",
+    ),
+    AnimatorFamily(
+        "LTX-2 conditions",
+        ("LTX2ConditionPipeline",),
+        frames="any",
+        arguments=ltx2_conditions,
+        strength=True,
+        runs=True,
+        size_multiple=32,
+        call_defaults={"num_frames": 121},
+        direct="LTX2ConditionPipeline",
+    ),
+    AnimatorFamily(
+        "HunyuanVideo-I2V",
+        ("HunyuanVideoImageToVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline"),
+        size_multiple=16,
+        call_defaults={"frame_rate": 24},
+    ),
+    AnimatorFamily(
+        "HunyuanVideo-1.5-I2V",
+        ("HunyuanVideo15ImageToVideoPipeline",),
+        call_defaults={"frame_rate": 24},
+    ),
+    AnimatorFamily(
+        "Kandinsky 5 I2V",
+        ("Kandinsky5I2VPipeline",),
+        size_multiple=16,
+        # The colours of the first four latents are set by those after them; with none after them all is NaN.
+        shortest=17,
+        call_defaults={"frame_rate": 24},
+    ),
+    AnimatorFamily(
+        # The size that is asked for, and not the nearest of a list.
+        "SANA-Video",
+        ("SanaImageToVideoPipeline",),
+        size_multiple=32,
+        fixed={"use_resolution_binning": False},
+        call_defaults={"frame_rate": 16},
+        direct="SanaVideoPipeline",
+    ),
+    AnimatorFamily(
+        "SkyReels-V2-I2V",
+        ("SkyReelsV2ImageToVideoPipeline",),
+        size_multiple=16,
+        call_defaults={"frame_rate": 24},
+    ),
+    AnimatorFamily(
+        "SkyReels-V2 diffusion forcing",
+        ("SkyReelsV2DiffusionForcingImageToVideoPipeline",),
+        frames="first or last",
+        arguments=first_and_last_frame,
+        size_multiple=16,
+        problem=lambda call: (
+            "`overlap_history` must be given in `animator_kwargs` for more than `base_num_frames` frames"
+            if call["num_frames"] > call.get("base_num_frames", 97) and call.get("overlap_history") is None
+            else None
+        ),
+        direct="SkyReelsV2DiffusionForcingPipeline",
+    ),
+    AnimatorFamily(
+        "Cosmos-Predict2",
+        ("Cosmos2VideoToWorldPipeline",),
+        arguments=beginning,
+        runs=True,
+        size_multiple=16,
+        requires=("torchvision",),
+        own_schedule=True,
+    ),
+    AnimatorFamily(
+        "Cosmos-Predict2.5",
+        ("Cosmos2_5_PredictBasePipeline",),
+        arguments=beginning_of_cosmos25,
+        runs=True,
+        size_multiple=16,
+        requires=("torchvision",),
+        call_defaults={"frame_rate": 16},
+        direct="Cosmos2_5_PredictBasePipeline",
+        own_schedule=True,
+    ),
+    AnimatorFamily(
+        "Wan-VACE",
+        ("WanVACEPipeline",),
+        frames="any",
+        arguments=clip_and_mask,
+        runs=True,
+        size_multiple=16,
+        call_defaults={"frame_rate": 16},
+        direct="WanVACEPipeline",
+    ),
+    AnimatorFamily(
+        "Stable Video Diffusion",
+        ("StableVideoDiffusionPipeline",),
+        frame_step=lambda pipeline: 1,
+        size_multiple=8,
+        call_defaults={"num_frames": 14},
+        own_schedule=True,
+        note="takes no prompt: the prompt writes the first frame, and the motion is the model's own",
+    ),
+)
+
+
+def is_image_to_video(class_name: str) -> bool:
+    """Whether a class of diffusers, by its name, is taken by [`family_of`], as far as its call tells."""
+    kind = getattr(diffusers, class_name, None)
+    if not isinstance(kind, type) or not issubclass(kind, DiffusionPipeline):
+        return False
+    declared = inspect.signature(kind.__call__).parameters
+    is_known = any(class_name in (*family.pipelines, family.direct) for family in FAMILIES)
+    return is_known or ("image" in declared and bool({"num_frames", "frames"} & declared.keys()))
+
+
+def with_pictures(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """Of a text-to-video pipeline whose weights are those of an image-to-video pipeline, the latter; another as it is."""
+    name = type(pipeline).__name__
+    for family in FAMILIES:
+        if family.direct == name and name not in family.pipelines and family.when(pipeline):
+            return sibling_of(pipeline, family.pipelines[0])
+    return pipeline
+
+
+def family_of(pipeline: DiffusionPipeline) -> AnimatorFamily:
+    """How a pipeline is called: the table's row, or what its signature says.
+
+    Raises:
+        `ValueError`: it takes no picture, or not in a way that a signature tells.
+    """
+    names = [base.__name__ for base in type(pipeline).__mro__]
+    for family in FAMILIES:
+        if any(name in names for name in family.pipelines) and family.when(pipeline):
+            return family
+    name, declared = names[0], call_arguments(pipeline)
+    if "image" not in declared or not {"num_frames", "frames"} & declared.keys():
+        raise ValueError(
+            f"{name} is no image-to-video pipeline: its call has no `image`, or no `num_frames`. Known families: "
+            f"{', '.join(family.name for family in FAMILIES)}."
+        )
+    family = AnimatorFamily(name, (name,))
+    temporal_stride(pipeline)
+    return family

@@ -1,0 +1,169 @@
+"""A whole diffusers pipeline as one component of another: what stage 2's and stage 3's have in common."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, Self
+
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers import DiffusionPipeline
+
+from ..checks import check_defaults
+from .arguments import call_argument, nested_quantization
+from .component_config import read_config
+from .files import load_pipeline
+from .safety import texts_in
+
+
+def call_arguments(pipeline: DiffusionPipeline) -> Mapping[str, inspect.Parameter]:
+    """Arguments of a pipeline's call, as its class declares them."""
+    return MappingProxyType(inspect.signature(type(pipeline).__call__).parameters)
+
+
+class PipelineComponent(torch.nn.Module):
+    """A diffusers pipeline as a component.
+
+    diffusers treats as components what is an `nn.Module`: those get the asked dtype, move with `.to()` and are offloaded. So
+    the inner pipeline's models are children of this module, and run within its `forward` only. A class of this kind says what
+    its folder is called by (`config_name`, a JSON file), which attributes it keeps there (`settings`) and which arguments of
+    the inner call are its own (`own_arguments`).
+
+    Args:
+        pipeline (`DiffusionPipeline`): the inner one. Its own progress bar is switched off.
+        call_defaults (`dict`, *optional*): arguments of each of its calls.
+        reference (`dict`, *optional*): where the pipeline came from: the Hub `repository` and its `revision`. With it,
+            `save_pretrained` writes the reference and no weights; set it to `None` to bundle them.
+
+    Raises:
+        `ValueError`: something else than a pipeline, or defaults that hold what is set for each call.
+    """
+
+    config_name: ClassVar[str]
+    settings: ClassVar[tuple[str, ...]] = ("call_defaults",)
+    own_arguments: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        call_defaults: dict[str, Any] | None = None,
+        reference: dict[str, str] | None = None,
+    ):
+        super().__init__()
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise ValueError(f"`pipeline` must be a diffusers pipeline, but is a {type(pipeline).__name__}.")
+        self.pipeline = pipeline
+        self.models = torch.nn.ModuleDict(
+            {name: model for name, model in pipeline.components.items() if isinstance(model, torch.nn.Module)}
+        )
+        check_defaults(call_defaults)
+        self.call_defaults = dict(call_defaults or {})
+        self.reference = reference
+        taken = sorted(self.call_defaults.keys() & self.own_arguments)
+        if taken:
+            raise ValueError(f"`call_defaults` holds {taken}, which are set for each call.")
+        settings = getattr(pipeline, "_progress_bar_config", {})
+        pipeline.set_progress_bar_config(**settings | {"disable": True})
+
+    # -- loading and saving -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        **kwargs,
+    ) -> Self:
+        """Loads the component from its folder, or makes one of a pipeline's repository on the Hub.
+
+        Args:
+            path (`str` or `os.PathLike`): a folder with a pipeline (`model_index.json`), with a config file of this class
+                that names a Hub repository, or with both, the latter then holding the settings only; or a Hub repository.
+            torch_dtype, dtype (`torch.dtype`, *optional*): of the weights; both names mean the same, since diffusers passes
+                the first. Left out: float32.
+            revision (`str`, *optional*): of the Hub repository that `path` is; a folder names its own.
+            kwargs (*optional*): for `DiffusionPipeline.from_pretrained`, such as `token`, `cache_dir`, `local_files_only`.
+
+        Raises:
+            `ValueError`: a folder with neither file, or with a config file that is not valid.
+        """
+        if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
+            raise ValueError(f"`torch_dtype={torch_dtype}` and `dtype={dtype}` differ; give one of them.")
+        folder, config = Path(path), {}
+        if not folder.is_dir():
+            config = {"repository": str(path)} | ({} if revision is None else {"revision": revision})
+        elif revision is not None:
+            raise ValueError(f"`revision={revision!r}` is for a Hub repository, and {str(path)!r} is a folder.")
+        elif (folder / cls.config_name).is_file():
+            config = cls._read_config(folder / cls.config_name)
+        reference = {key: config.pop(key) for key in ("repository", "revision") if key in config}
+        if not reference and not (folder / DiffusionPipeline.config_name).is_file():
+            raise ValueError(
+                f"{str(path)!r} is no {cls.config_name.partition('_')[0]}: it has no {DiffusionPipeline.config_name}, and no "
+                f"{cls.config_name} that names a repository."
+            )
+        arguments = {"dtype": dtype or torch_dtype, "device_map": call_argument("device_map")} | kwargs
+        if call_argument("quantization_config") is not None:
+            arguments["quantization_config"] = nested_quantization(folder.name)
+        pipeline = load_pipeline(
+            reference.get("repository", folder), reference.get("revision"), f"`{folder.name}`", **arguments
+        )
+        return cls(pipeline, reference=reference or None, **config)
+
+    def save_pretrained(
+        self, path: str | os.PathLike, safe_serialization: bool = True, max_shard_size: int | str | None = None
+    ) -> None:
+        """Writes the folder that `from_pretrained` reads: settings, and the pipeline if the component has its own.
+
+        Args:
+            path (`str` or `os.PathLike`): the folder, made if it is not there.
+            safe_serialization, max_shard_size (*optional*): of `DiffusionPipeline.save_pretrained`.
+        """
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = dict(self.reference or {}) | {name: getattr(self, name) for name in self.settings}
+        (folder / self.config_name).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        if self.reference is None:
+            self.pipeline.save_pretrained(folder, safe_serialization=safe_serialization, max_shard_size=max_shard_size)
+
+    @classmethod
+    def _read_config(cls, path: Path) -> dict[str, Any]:
+        """Reads a config file of this class and refuses what this version does not know.
+
+        Raises:
+            `ValueError`: as in [`~loading.component_config.read_config`], or arguments that name a file or an address.
+        """
+        config = read_config(path, {"repository", "revision", *cls.settings}, "repository", {"revision"})
+        for name, value in (config.get("call_defaults") or {}).items():
+            # Some pipelines open pictures that they are given by name.
+            if any(os.path.isfile(text) or "://" in text for text in texts_in(value)):
+                raise ValueError(f"{str(path)!r} sets `{name}` to {value!r}, a file of this machine or an address.")
+        return config
+
+    # -- placement ----------------------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pipeline.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipeline.device
+
+    def _show_offload_hooks(self) -> None:
+        """Lets the inner pipeline see that its models are offloaded layer by layer.
+
+        Sequential offload hooks the layers and the component, which is this module. A pipeline asks its own components for
+        their hook before it looks for the device of execution, and would else take that of their weights, which is meta.
+        """
+        if any(hasattr(module, "_hf_hook") for module in self.models.modules()):
+            for model in self.models.values():
+                if not hasattr(model, "_hf_hook"):
+                    add_hook_to_module(model, ModelHook())

@@ -1,0 +1,399 @@
+"""Factorized Video Generation (arXiv 2512.16371) with any image-to-video pipeline of diffusers as its third stage."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any, Self
+
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging
+
+from ..animate.anchor import Anchor
+from ..animate.animator import AnchorAnimator, joined
+from ..animate.family import fitting_size, frame_step, signature_defaults, size_multiple
+from ..animate.fidelity import decode_anchored
+from ..checks import check_defaults, check_size
+from ..compose.composer import AnchorComposer
+from ..loading.arguments import HUB_ARGUMENTS
+from ..loading.pipeline_component import call_arguments
+from ..rewrite.rewriter import FirstFrameRewriter
+from ..rewrite.storyboard import Moment, pair_storyboards
+from ..schedules.presets import SchedulerPresets
+from .output import FactorizedImageToVideoPipelineOutput
+from .parts import as_animator, with_optional_components
+from .request import AnchorResolver, Image, StepCallback, VideoRequest
+from .stages import FactorizedStages
+
+
+logger = logging.get_logger(__name__)
+
+
+class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
+    r"""Text to video in three stages: an LLM describes the first frame, a text-to-image model draws it, an image-to-video
+    pipeline of diffusers animates it. Each stage is a public method that returns plain data: [`rewrite`], [`compose`],
+    [`animate`].
+
+    With `image=` each video is what the animator's own pipeline makes of that picture. What its family takes beside a first
+    frame, and its rules of sizes, lengths and guidance, are in the table of [`~animate.families`]; what it does not take is
+    refused before a model runs.
+
+    Args:
+        animator (`AnchorAnimator`): stage 3. An image-to-video pipeline, or the name of one, will do.
+        rewriter (`FirstFrameRewriter`, *optional*): stage 1; not needed when `first_frame_prompt` or `image` is given.
+        composer (`AnchorComposer`, *optional*): stage 2; not needed when `image` or `anchors` is given.
+        schedulers (`SchedulerPresets`, *optional*): what `preset=` selects from; [`AnchorAnimator.presets`] when absent.
+        call_defaults (`dict`, *optional*): `height`, `width`, `num_frames`, `frame_rate`, `max_sequence_length` and
+            `negative_prompt`, used where a call leaves them out; the animator's own when absent.
+
+    Raises:
+        `ValueError`: a component that does not fit.
+    """
+
+    model_cpu_offload_seq = "rewriter->composer->animator"
+    _optional_components = ["rewriter", "composer", "schedulers"]
+    pipeline_shim = "from diffusers_fvg import FactorizedImageToVideoPipeline  # noqa: F401\n"
+    # No model in the table of `models.py` is animated by this pipeline, and what the animator does by itself is its own call.
+    facts = scheduler = None
+
+    @with_optional_components
+    def __init__(
+        self,
+        animator: AnchorAnimator,
+        rewriter: FirstFrameRewriter | None,
+        composer: AnchorComposer | None,
+        schedulers: SchedulerPresets | None,
+        call_defaults: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(animator=animator, rewriter=rewriter, composer=composer, schedulers=schedulers)
+        check_defaults(call_defaults)
+        self.register_to_config(call_defaults=call_defaults)
+        self._interrupt = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
+        """Loads a repository of this class, or makes a pipeline around a stock image-to-video pipeline's repository.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a repository on the Hub.
+            kwargs: of [`~diffusers.DiffusionPipeline.from_pretrained`]; components and settings of this class among them.
+        """
+        hub = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "revision") if name in kwargs}
+        if "animator" in kwargs or "animator" in cls.load_config(pretrained_model_name_or_path, **hub):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        own = {name: kwargs.pop(name) for name in (*cls._optional_components, "call_defaults") if name in kwargs}
+        return cls(animator=AnchorAnimator.from_pretrained(pretrained_model_name_or_path, **kwargs), **own)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> Self:
+        """Makes a pipeline around an image-to-video pipeline, or of the components of another of this class, without a copy.
+
+        Args:
+            pipeline (`DiffusionPipeline`): becomes the animator. It keeps working, with its progress bar switched off.
+            kwargs: components and settings of this class.
+        """
+        if isinstance(pipeline, FactorizedStages):
+            return super().from_pipe(pipeline, **kwargs)
+        return cls(animator=pipeline, **kwargs)
+
+    def _taken_over(self, name: str, component: Any) -> Any:
+        return as_animator(component) if name == "animator" else super()._taken_over(name, component)
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @property
+    def _callback_tensor_inputs(self) -> list[str]:
+        return getattr(self.animator.pipeline, "_callback_tensor_inputs", ["latents"])
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """Brings each model to the device when it runs: the animator's one after the other, as in its own pipeline."""
+        animator = self.animator
+        self.__dict__["animator"] = None
+        try:
+            super().enable_model_cpu_offload(gpu_id, device)
+        finally:
+            self.__dict__["animator"] = animator
+        animator.pipeline.enable_model_cpu_offload(device=self._offload_device)
+
+    # -- what FactorizedStages asks of a model ------------------------------------------------------------------------
+
+    @property
+    def presets(self) -> SchedulerPresets:
+        return self.animator.presets if self.schedulers is None else self.schedulers
+
+    @property
+    def call_defaults(self) -> dict[str, Any]:
+        # The frame rate is that of files, for a family that names none.
+        return {
+            "frame_rate": 24,
+            **signature_defaults(self.animator.pipeline),
+            **self.animator.family.call_defaults,
+            **(self.config.call_defaults or {}),
+        }
+
+    def _frame_step(self) -> int:
+        return frame_step(self.animator.pipeline, self.animator.family)
+
+    def _check_size(self, height: int, width: int) -> None:
+        pipeline, family = self.animator.pipeline, self.animator.family
+        for name, value in (("height", height), ("width", width)):
+            check_size(name, value, size_multiple(pipeline, family))
+        fitting = fitting_size(pipeline, height, width)
+        if fitting != (height, width):
+            raise ValueError(
+                f"`height={height}`, `width={width}`: {family.name} takes its size from the picture's shape; for this shape use "
+                f"`height={fitting[0]}`, `width={fitting[1]}`."
+            )
+
+    def _latents_shape(self, num_videos: int, num_frames: int, height: int, width: int) -> tuple[int, ...]:
+        # Families have forms of their own, and no call takes `latents`.
+        return ()
+
+    def _anchor_resolver(self) -> AnchorResolver:
+        return partial(self.animator.family.resolve, temporal=self._frame_step())
+
+    def _check_own(self, request: VideoRequest) -> None:
+        family, pipeline = self.animator.family, self.animator.pipeline
+        if request.mode == "storyboard":
+            self._check_storyboard(request)
+        elif request.draws_anchors and family.frames == "first and last":
+            raise ValueError(
+                f'{family.name} needs a first and a last frame: use `mode="storyboard"`, which draws both, or give `anchors`.'
+            )
+        if request.callback_on_step_end is not None and "callback_on_step_end" not in call_arguments(pipeline):
+            raise ValueError(f"`callback_on_step_end`: {family.name} calls none; use `callback_on_stage_step`.")
+        direct = request.anchors is None and request.image is None and not request.draws_anchors
+        arguments = self._arguments(request, request.negative_prompt)
+        self.animator.check_call(arguments, request.num_frames, request.sampling(self), direct)
+
+    def _check_storyboard(self, request: VideoRequest) -> None:
+        family = self.animator.family
+        if family.frames == "first":
+            raise ValueError(f'{family.name} takes a first frame only: `mode="storyboard"` is not for it.')
+        if family.frames == "any":
+            return
+        if request.storyboard is None and request.num_moments > 2:
+            raise ValueError(
+                f"`num_moments={request.num_moments}`: {family.name} takes a first and a last frame, so 2 moments."
+            )
+        for moments in pair_storyboards(request.storyboard, request.num_prompts) if request.storyboard else ():
+            times = [moment.time for moment in moments]
+            if times not in ([0, 1], [0]):
+                raise ValueError(f"{family.name} takes moments at the times 0 and 1, but `storyboard` has {times}.")
+
+    def _write_moments(self, request: VideoRequest) -> list[list[Moment]]:
+        boards = super()._write_moments(request)
+        if request.mode != "storyboard" or request.storyboard is not None or self.animator.family.frames == "any":
+            return boards
+        for moments in boards:
+            for moment in [moment for moment in moments if moment.time not in (0, 1)]:
+                logger.warning(
+                    f"{self.animator.family.name} takes a first and a last frame: the moment at time {moment.time} is left out."
+                )
+                moments.remove(moment)
+        return boards
+
+    def _moment_anchor(self, picture: PIL.Image.Image, frame: int) -> Anchor:
+        return Anchor(picture, frame)
+
+    # -- stage 3 ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def animate(
+        self,
+        prompts: str | list[str] | None = None,
+        anchors: Anchor | list[Anchor] | list[list[Anchor]] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_scale_2: float | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "np",
+        attention_kwargs: dict[str, Any] | None = None,
+        animator_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int | None = None,
+        preset: str | None = None,
+        anchor_decode: str = "raw",
+    ):
+        """Stage 3: makes a video of each prompt that passes through its anchors.
+
+        Args:
+            prompts (`str` or `list[str]`): what should happen.
+            anchors (`Anchor`, `list[Anchor]` or `list[list[Anchor]]`, *optional*): one list for all videos, one per
+                prompt, or one per video.
+
+        The other arguments are those of `__call__`. Returns the frames alone.
+        """
+        request = self._request(locals())
+        with self._running():
+            return self._animate(request)
+
+    def _animate(self, request: VideoRequest):
+        return self._animated(request)[0]
+
+    def _animated(self, request: VideoRequest) -> tuple[Any, list[torch.Tensor]]:
+        """Stage 3: frames in the form of `request.output_type`, and sound tracks."""
+        with self._running() as progress:
+            request.check_safety(self.safety_checker)
+            if self.animator.family.note:
+                tell_once(f"{self.animator.family.name} {self.animator.family.note}.")
+            repeats, audio = request.num_videos_per_prompt, []
+            texts = [text for text in request.prompt for _ in range(repeats)]
+            negative = request.negative_prompt and [text for text in request.negative_prompt for _ in range(repeats)]
+
+            def make(output_type: str):
+                with progress.stage("animate") as report:
+                    animation = self.animator.animate(
+                        texts,
+                        request.anchors or [[]] * request.num_videos,
+                        request.height,
+                        request.width,
+                        request.num_frames,
+                        request.generator,
+                        negative,
+                        request.sampling(self),
+                        output_type,
+                        self._arguments(request),
+                        request.callback_on_step_end,
+                        request.callback_on_step_end_tensor_inputs or (),
+                        report,
+                        lambda: self.interrupt,
+                    )
+                audio.extend(animation.audio)
+                return joined(animation.frames, output_type)
+
+            frames = decode_anchored(make, request.anchors, request.anchor_decode, request.output_type)
+            return frames, audio
+
+    def _arguments(self, request: VideoRequest, negative_prompt: list[str] | None = None) -> dict[str, Any]:
+        """Arguments of the animator's calls that the request holds for all videos."""
+        names = (
+            "num_inference_steps",
+            "guidance_scale",
+            "guidance_scale_2",
+            "fps",
+            "max_sequence_length",
+            "attention_kwargs",
+        )
+        given = {name: getattr(request, name) for name in names} | {"negative_prompt": negative_prompt}
+        both = sorted(
+            name for name in given.keys() & (request.animator_kwargs or {}).keys() if given[name] is not None
+        )
+        if both:
+            raise ValueError(f"`animator_kwargs` holds {both}, which the call has as well; give it once.")
+        return given | (request.animator_kwargs or {})
+
+    # -- all of it ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        fps: float | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        guidance_scale_2: float | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        animator_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        max_sequence_length: int | None = None,
+        preset: str | None = None,
+        mode: str = "factorized",
+        first_frame_prompt: str | list[str] | None = None,
+        image: Image | list[Image] | None = None,
+        anchors: Anchor | list[Anchor] | list[list[Anchor]] | None = None,
+        anchor_decode: str = "raw",
+        storyboard: list[Moment] | list[list[Moment]] | None = None,
+        num_moments: int = 2,
+        rewriter_max_new_tokens: int | None = None,
+        composer_num_inference_steps: int | None = None,
+        composer_guidance_scale: float | None = None,
+        composer_negative_prompt: str | list[str] | None = None,
+        callback_on_stage_step: Callable | None = None,
+    ) -> FactorizedImageToVideoPipelineOutput | tuple:
+        r"""Generates videos.
+
+        Args:
+            prompt (`str` or `list[str]`): what should happen.
+            negative_prompt (`str` or `list[str]`, *optional*): for the video model.
+            height, width (`int`, *optional*): pixels, multiples that the family's table names; the animator's own when left out.
+            num_frames (`int`, *optional*): of the family's rule, mostly 4k + 1 or 8k + 1; the animator's own when left out.
+            fps (`float`, *optional*): frame rate that the video model is told, where it takes one.
+            num_inference_steps (`int`, *optional*): steps of the video model; the animator's or the preset's when left out.
+            guidance_scale (`float`, *optional*): goes to what guides the family: `guidance_scale`, `true_cfg_scale`,
+                `max_guidance_scale` or its guider.
+            guidance_scale_2 (`float`, *optional*): of the low-noise expert.
+            num_videos_per_prompt (`int`, *optional*): each video gets an anchor of its own.
+            generator (`torch.Generator` or one per video, *optional*): the anchor's seed is derived from its state
+                without using it up. Videos are made one after the other, so that a single one is used in that order.
+            output_type (`str`, *optional*): `"np"`, `"uint8"`, `"pt"`, `"pil"` or `"latent"`, whose form is the family's.
+            return_dict (`bool`, *optional*): `False` gives a tuple in the order of the output's fields.
+            attention_kwargs (`dict`, *optional*): passed on to the transformer.
+            animator_kwargs (`dict`, *optional*): other arguments of the call of the animator's pipeline, by its names for them.
+            callback_on_step_end (`Callable`, *optional*): as in every diffusers pipeline, after each video step, with the
+                animator's pipeline as its first argument.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): what the animator's pipeline has.
+            max_sequence_length (`int`, *optional*): text tokens of the video model.
+            preset (`str`, *optional*): a name in `pipe.presets`. Left out: the animator's own scheduler.
+            mode (`str`, *optional*): `"factorized"`; `"direct"` for text-to-video, where the family makes it with the same
+                weights; `"storyboard"` to write and draw several moments and anchor all, where it takes more than a first frame.
+            first_frame_prompt (`str` or `list[str]`, *optional*): skips stage 1.
+            image (PIL image, array or tensor, or a list with one per prompt, *optional*): skips stages 1 and 2; the same
+                as `anchors=[Anchor(image)]`.
+            anchors (`Anchor` or lists of them, *optional*): skips stages 1 and 2; see [`animate`].
+            anchor_decode (`str`, *optional*): `"raw"`, `"match"` or `"replace"`; see [`FactorizedVideoPipeline`].
+            storyboard (`list[Moment]` or one list per prompt, *optional*): with `mode="storyboard"`, skips stage 1.
+            num_moments (`int`, *optional*): with `mode="storyboard"`, the most that stage 1 writes.
+            rewriter_max_new_tokens (`int`, *optional*): stage 1.
+            composer_num_inference_steps, composer_guidance_scale, composer_negative_prompt (*optional*): stage 2.
+            callback_on_stage_step (`Callable`, *optional*): `callback(pipe, stage, step, steps)` after each step of each
+                stage. Setting `pipe._interrupt = True` in it, or in the other callback, stops the run: the video under way is
+                decoded as it is, where its pipeline can be interrupted, and those after it are left out.
+
+        Returns:
+            [`FactorizedImageToVideoPipelineOutput`] or `tuple`.
+
+        Raises:
+            `ValueError`: bad input, or what the animator's family cannot do, before any model runs.
+        """
+        request = self._request(locals())
+        moments = images = None
+        with self._running(callback_on_stage_step) as progress:
+            request, seeds = request.with_generator()
+            if request.draws_anchors:
+                # Stage 1: a language model describes the first frame, or several moments
+                moments = self._write_moments(request)
+                # Stage 2: a text-to-image model draws them
+                images, request = self._draw_moments(request, moments, seeds)
+            # Stage 3: the image-to-video pipeline animates them
+            frames, audio = ([], []) if self.interrupt else self._animated(request)
+        sound = {"audio": audio, "audio_sampling_rate": self.animator.audio_sampling_rate} if audio else {}
+        output = FactorizedImageToVideoPipelineOutput
+        return request.output(frames, moments, images, seeds, progress.timings, output, **sound)
+
+
+@cache
+def tell_once(message: str) -> None:
+    logger.warning(message)
