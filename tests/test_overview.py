@@ -137,7 +137,7 @@ def test_the_table_fits_a_terminal_and_says_what_is_not_known(capsys):
 
 
 def test_sizes_are_what_the_hub_has(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusers_fvg.overview._memory", lambda recipe, profiles: ["-"] * len(profiles))
+    monkeypatch.setattr("diffusers_fvg.overview.memory_cells", lambda recipe, profiles: ["-"] * len(profiles))
     for repository in {name for recipe in RECIPES.values() for name in recipe.repositories.values()}:
         folder = tmp_path / repository / "transformer"
         folder.mkdir(parents=True)
