@@ -72,6 +72,8 @@ def run(words: list[str]) -> None:
     if program == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in arguments)
+    elif program == "export":
+        assert words == ["export", "PATH=$PWD/.venv/bin:$PATH"]
     elif program == "pip":
         (extra,) = re.findall(r"^\.(?:\[(\w+)\])?$", arguments[-1])
         assert arguments[0] == "install"
