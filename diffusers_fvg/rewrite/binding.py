@@ -9,8 +9,20 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from .start import Start, is_event, start_of, things
-from .words import ARTICLES, COLOURS, GENERIC, NOT_NAMES, PREPOSITIONS, STOPS, is_english, is_number, is_word, root, roots, word_set, words
+from .start import Start, Thing, is_event, start_of, things
+from .words import (
+    ARTICLES,
+    COLOURS,
+    GENERIC,
+    NOT_NAMES,
+    STOPS,
+    is_english,
+    is_word,
+    root,
+    roots,
+    word_set,
+    words,
+)
 
 
 Read = Callable[[str], str]
@@ -46,15 +58,19 @@ class Kept:
         self.counts = Counter(root(word) for word in words(caption) if is_word(word))
 
     def __contains__(self, word: str) -> bool:
+        if root(word) in self.counts:
+            return True
         # Only letters and digits make a word: a tokenizer's `<unk>` would otherwise be one.
         as_read = [root(part) for part in self.read(word).lower().split()]
-        return root(word) in self.counts or (bool(as_read) and all(part in self.counts for part in as_read))
+        return bool(as_read) and all(part in self.counts for part in as_read)
 
     def holds(self, number: str, names: tuple[str, ...]) -> bool:
         """Whether so many things are there: "two cats" may be listed, a cat here and a cat there."""
         if number in self.counts or number == "1" or (number == "2" and not _PAIRS.isdisjoint(self.counts)):
             return True
-        return any(int(number) in (self.counts[root(name)], self.counts[root(self.read(name).lower())]) for name in names)
+        return any(
+            int(number) in (self.counts[root(name)], self.counts[root(self.read(name).lower())]) for name in names
+        )
 
 
 _PAIRS = roots(("pair", "couple", "both", "twin"))
@@ -75,7 +91,9 @@ def told_problem(text: str, free: frozenset[str] = frozenset()) -> str | None:
     """Says which word of a text tells of change or time; `free` are words that the prompt uses otherwise."""
     tokens = words(text)
     for index, word in enumerate(tokens):
-        tells = word in _TELLING or (root(word) in ("turn", "melt", "chang") and tokens[index + 1 : index + 2] == ["into"])
+        tells = word in _TELLING or (
+            root(word) in ("turn", "melt", "chang") and tokens[index + 1 : index + 2] == ["into"]
+        )
         if tells and word not in free and is_event(tokens, index):
             return f'"{word}" tells of change or time'
     return None
@@ -88,7 +106,8 @@ def _later_problem(start: Start, caption: str) -> str | None:
         if word in said or not is_word(word) or tokens[index - 1 : index] == ["non"]:
             continue
         name = root(word)
-        comes = name in start.later or any(len(later) > 4 and name.startswith(later) for later in start.later)
+        # "Spherical" is of spheres.
+        comes = any(name == later or (len(later) > 4 and name.startswith(later)) for later in map(root, start.later))
         if comes or any(root(verb) == name and _is_done(verb, word) for verb in start.happening):
             return f'"{word}" comes only later'
     return None
@@ -96,7 +115,9 @@ def _later_problem(start: Start, caption: str) -> str | None:
 
 def _is_done(verb: str, word: str) -> bool:
     """Whether a word is the state that a verb leads to: what is melting is melted then."""
-    return word in _PARTICIPLES | _STATES or (word.endswith(("ed", "y")) and word != verb and word[:-1] + "ies" != verb)
+    return word in _PARTICIPLES | _STATES or (
+        word.endswith(("ed", "y")) and word != verb and word[:-1] + "ies" != verb
+    )
 
 
 # -- negations --------------------------------------------------------------------------------------------------------
@@ -149,9 +170,11 @@ def swapped_problem(prompt: str, caption: str) -> str | None:
         everywhere = {value for values in others.values() for value in values}
         for name, values in mine.items():
             wrong = values - others.get(name, values)
-            miscounted = any(value.isdigit() for value in wrong) and "1" not in others[name]
+            # "Five leaves, one of them apart" counts no other leaves.
+            miscounted = any(value.isdigit() and value != "1" for value in wrong) and "1" not in others[name]
             if wrong & everywhere or miscounted:
-                return f'"{sorted(wrong)[0]} {name}" contradicts "{sorted(others[name])[0]} {name}"'
+                word = next(word for word in words(prompt) if root(word) == name)
+                return f'"{sorted(wrong)[0]} {word}" contradicts "{sorted(others[name])[0]} {word}" of the prompt'
     return None
 
 
@@ -166,7 +189,15 @@ _PLACES = (
     (r"below|under|underneath|beneath", "below"),
     (r"on(?! (?:the|its|his|her) (?:far )?(?:left|right|top)| top)", "on"),
 )
-_OPPOSITE = {"left": "right", "right": "left", "front": "behind", "behind": "front", "above": "below", "below": "above", "on": "below"}
+_OPPOSITE = {
+    "left": "right",
+    "right": "left",
+    "front": "behind",
+    "behind": "front",
+    "above": "below",
+    "below": "above",
+    "on": "below",
+}
 
 
 def _places(text: str) -> Iterator[tuple[set[str], str, set[str]]]:
@@ -174,7 +205,9 @@ def _places(text: str) -> Iterator[tuple[set[str], str, set[str]]]:
     for clause in re.split(r"[.;:!?]|, (?=and |then |while )|\bwhile\b|\bthen\b", text.lower()):
         for pattern, kind in _PLACES:
             for match in re.finditer(rf"\b(?:{pattern})\b", clause):
-                subject = next((roots(thing.names) for thing in things(words(clause[: match.start()])) if thing.names), set())
+                subject = next(
+                    (roots(thing.names) for thing in things(words(clause[: match.start()])) if thing.names), set()
+                )
                 landmark = _landmark(words(clause[match.end() :]))
                 if subject and landmark:
                     yield subject, kind, landmark
@@ -203,6 +236,22 @@ def _place_problem(start: Start, caption: str) -> str | None:
 # -- loss -------------------------------------------------------------------------------------------------------------
 
 
+def missing_problem(thing: Thing, here: Kept) -> str | None:
+    """Says what of a thing is not there: its name, or where that is, a colour or the number."""
+    if thing.names and not any(name in here for name in thing.names):
+        return _missing(*thing.names)
+    for colour in thing.colours:
+        if colour not in here:
+            return _missing(colour)
+    if thing.number and not here.holds(thing.number, thing.names):
+        return _missing(thing.number, *thing.names)
+    return None
+
+
+def _missing(*lost: str) -> str:
+    return f'"{" ".join(lost)}" of the prompt is missing'
+
+
 def _loss_problem(start: Start, here: Kept) -> str | None:
     """Says what of the start a caption has not."""
     needed = [thing for thing in start.things if thing.names and not thing.is_optional]
@@ -211,19 +260,14 @@ def _loss_problem(start: Start, here: Kept) -> str | None:
     spared = len(needed) // 2 if len(needed) > 2 else 0
     spared = max(spared, len(needed) - 1) if start.is_story else spared
     if len(lost) > spared:
-        return f'"{" ".join(lost[0].names)}" of the prompt is missing'
-    for thing in start.things:
-        if thing.names and not any(name in here for name in thing.names):
-            continue
-        for colour in thing.colours:
-            if colour not in here:
-                return f'"{colour}" of the prompt is missing'
-        if thing.number and not here.holds(thing.number, thing.names):
-            return f'"{" ".join((thing.number, *thing.names))}" of the prompt is missing'
-    for colour in COLOURS.intersection(start.old):
-        if colour not in here:
-            return f'"{colour}" of the prompt is missing'
-    telling = [word for word in (*start.words, *start.old) if is_word(word) and word not in STOPS | NOT_NAMES | GENERIC]
-    if telling and not any(word in here for word in telling):
-        return f'"{" ".join(telling[:3])}" of the prompt is missing'
-    return None
+        return _missing(*lost[0].names)
+    kept = [thing for thing in start.things if not thing.names or any(name in here for name in thing.names)]
+    problem = next(filter(None, (missing_problem(thing, here) for thing in kept)), None)
+    if problem is not None:
+        return problem
+    old = [colour for colour in start.old if colour in COLOURS and colour not in here]
+    if old:
+        return _missing(old[0])
+    # "A person reads" is not told from others by its person.
+    telling = [word for word in start.words if is_word(word) and word not in STOPS | NOT_NAMES | GENERIC]
+    return _missing(*telling[:3]) if telling and not any(word in here for word in (*telling, *start.old)) else None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from .words import NOT_NAMES, STOPS
+
 
 # Characters of a caption. Below, there is no picture in it; above, it is longer than the 512 tokens that the text encoders
 # of current text-to-image models read.
@@ -18,8 +20,9 @@ _REFUSALS = re.compile(
 )
 # Of one picture there is one: not a list of frames or scenes.
 _SEVERAL = re.compile(r"\b(frame|scene|shot|panel|image)\s*#?\s*[2-9]\b|(^|\n)\s*2[.)]\s", re.IGNORECASE)
-# Words in a row that a caption and an example share, from which on it is a copy.
-COPIED_WORDS = 6
+# Words in a row that a caption and an example share, from which on it is a copy, and how many of them name something: "at the
+# left edge of a" is nobody's own.
+_COPIED = ((5, 3), (8, 1))
 
 
 def form_problem(prompt: str, caption: str, shown: Iterable[str] = ()) -> str | None:
@@ -30,6 +33,8 @@ def form_problem(prompt: str, caption: str, shown: Iterable[str] = ()) -> str | 
         caption (`str`): the text.
         shown (iterable of `str`): texts of the question that a caption must not repeat: examples, instruction.
     """
+    if any("\ud800" <= letter <= "\udfff" for letter in caption):
+        return "the description holds a lone surrogate"
     if not MIN_CAPTION_CHARACTERS <= len(caption) <= MAX_CAPTION_CHARACTERS:
         limits = f"{MIN_CAPTION_CHARACTERS} to {MAX_CAPTION_CHARACTERS}"
         return f"the description has {len(caption)} characters, not {limits}"
@@ -49,17 +54,17 @@ def form_problem(prompt: str, caption: str, shown: Iterable[str] = ()) -> str | 
 
 def copied_text(caption: str, shown: Iterable[str], prompt: str = "") -> str | None:
     """Words in a row that a caption has from a shown text and not from the prompt."""
-    own = f" {' '.join(_plain(prompt))} "
-    tokens = _plain(caption)
-    for text in shown:
-        there = f" {' '.join(_plain(text))} "
-        length = min(COPIED_WORDS, len(there.split()))
+    tokens = re.findall(r"\w+", caption.lower())
+    own, *texts = (_one_line(text) for text in (prompt, *shown))
+    for length, names in _COPIED:
         for begin in range(len(tokens) - length + 1):
-            row = " ".join(tokens[begin : begin + length])
-            if f" {row} " in there and f" {row} " not in own:
-                return row
+            row = tokens[begin : begin + length]
+            text = f" {' '.join(row)} "
+            named = sum(word not in STOPS | NOT_NAMES for word in row) >= names
+            if named and text not in own and any(text in other for other in texts):
+                return text.strip()
     return None
 
 
-def _plain(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+def _one_line(text: str) -> str:
+    return " ".join(["", *re.findall(r"\w+", text.lower()), ""])

@@ -99,7 +99,9 @@ def plan_of(value: Mapping[str, Any]) -> Plan | None:
 def _subject(item: Mapping[str, Any]) -> Subject:
     count = item.get("count")
     count = count if isinstance(count, int) and not isinstance(count, bool) and 1 <= count <= 100 else 1
-    return Subject(_text(item, "name"), count, _texts(item.get("attributes")), _text(item, "state"), _text(item, "place"))
+    return Subject(
+        _text(item, "name"), count, _texts(item.get("attributes")), _text(item, "state"), _text(item, "place")
+    )
 
 
 def _text(value: Mapping[str, Any], key: str) -> str:
@@ -146,7 +148,11 @@ def plan_problem(prompt: str, caption: str, plan: Plan, read: Read = str) -> str
 
 
 def _content(text: str) -> list[str]:
-    return [word for word in words(text) if is_word(word) and word not in STOPS and (word not in NOT_NAMES or word in _SIZES)]
+    return [
+        word
+        for word in words(text)
+        if is_word(word) and word not in STOPS and (word not in NOT_NAMES or word in _SIZES)
+    ]
 
 
 _SIZES = frozenset("small big large tiny huge little tall short long old new bright dark".split())

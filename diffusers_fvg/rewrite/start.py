@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from .words import (
@@ -53,7 +53,9 @@ _LY_NAMES = word_set("family butterfly dragonfly lily jelly belly bully fly asse
 _DIRECTIONS = word_set("left right up down top bottom side front back")
 # Behind these stands what a picture of the start may do without: settings, parts, means.
 _OPTIONAL = word_set("in with of at by for during to from through across per about into as when if onto")
-_AUXILIARIES = word_set("is are was were be being been has have had that which who it they he she begins starts to and")
+_AUXILIARIES = word_set(
+    "is are was were be being been has have had that which who it they he she begins starts to and"
+)
 _LONGEST_PHRASE = 7
 # A prompt of more words tells a story, of which its first frame shows a part.
 STORY_WORDS = 40
@@ -85,7 +87,7 @@ class Start:
         scene (`str`): the first sentence up to its first word of change or time, with what is made.
         words (`tuple[str, ...]`): the same in lower case, with "." where something later was.
         old (`tuple[str, ...]`): words of states that something changes from.
-        later (`frozenset[str]`): roots of what something changes into and is not there from the start.
+        later (`tuple[str, ...]`): words of what something changes into and is not there from the start.
         happening (`frozenset[str]`): verbs of the first sentence: what they do is not done yet.
         free (`frozenset[str]`): words of change that are names or adjectives here ("a growing tree").
         things (`tuple[Thing, ...]`): what is named.
@@ -96,7 +98,7 @@ class Start:
     scene: str
     words: tuple[str, ...]
     old: tuple[str, ...]
-    later: frozenset[str]
+    later: tuple[str, ...]
     happening: frozenset[str]
     free: frozenset[str]
     things: tuple[Thing, ...]
@@ -112,18 +114,45 @@ def start_of(prompt: str) -> Start:
     changes = [index for index in range(len(tokens)) if _changes(tokens, index)]
     old = tuple(word for index in changes for word in _old_state(tokens, index))
     there = roots(word for word in (*kept, *old) if word not in STOPS)
-    later = {root(word) for index in changes for word in _new_state(tokens, index)} - there
+    later = dict.fromkeys(word for index in changes for word in _new_state(tokens, index) if root(word) not in there)
     return Start(
         text=_start_text(sentence),
         scene=" ".join(tokens[: next((n for n, word in enumerate(tokens) if word in _TIME or n in changes), None)]),
         words=tuple(kept),
         old=old,
-        later=frozenset(later),
+        later=tuple(later),
         happening=frozenset(word for index, word in enumerate(tokens) if _is_verb(word) and is_event(tokens, index)),
         free=frozenset(word for index, word in enumerate(tokens) if not is_event(tokens, index)),
         things=tuple(things(kept)),
         is_story=len(prompt.split()) > STORY_WORDS,
     )
+
+
+def lasting_things(prompt: str) -> list[Thing]:
+    """What a prompt names that is there from the first frame to the last.
+
+    Of a clause (they begin with "while" and end with a full stop) in which nothing is made or changed that is everything; of
+    one in which nothing but colours change, all but the colours; of any other nothing is certain.
+    """
+    lasting: list[Thing] = []
+    clause: list[str] = []
+    for word in (*words(prompt), "."):
+        if word not in _MEANWHILE | {"."}:
+            clause.append(word)
+            continue
+        ends = [index for index in range(len(clause)) if _ends_start(clause, index)]
+        changes = [index for index in ends if _changes(clause, index)]
+        states = [name for index in changes for name in (*_old_state(clause, index), *_new_state(clause, index))]
+        if not ends:
+            lasting += things(clause)
+        elif states and COLOURS.issuperset(states) and not any(_is_final(word) for word in clause):
+            lasting += (replace(thing, colours=()) for thing in things(clause[: ends[0]]) if thing.names)
+        clause = []
+    return lasting
+
+
+def _is_final(word: str) -> bool:
+    return word in _TIME or root(word) in _MAKES
 
 
 def first_sentence(prompt: str) -> str:
@@ -138,7 +167,9 @@ def first_sentence(prompt: str) -> str:
 def is_event(tokens: Sequence[str], index: int) -> bool:
     """Whether a word of change tells what happens; behind an article or a preposition it is a name: "a growing tree"."""
     previous = tokens[index - 1] if index else ""
-    return previous not in ARTICLES and not (tokens[index].endswith("ing") and previous in PREPOSITIONS - {"by", "of"})
+    return previous not in ARTICLES - {"that"} and not (
+        tokens[index].endswith("ing") and previous in PREPOSITIONS - {"by", "of"}
+    )
 
 
 def _is_verb(word: str) -> bool:
@@ -162,7 +193,9 @@ def _start_spans(tokens: Sequence[str]) -> list[list[int]]:
     spans: list[list[int]] = [[]]
     at_start = True
     for index, word in enumerate(tokens):
-        begins_again = word in _MEANWHILE or (word == "as" and not {*tokens[index + 1 : index + 2]}.isdisjoint(("a", "an")))
+        begins_again = word in _MEANWHILE or (
+            word == "as" and not {*tokens[index + 1 : index + 2]}.isdisjoint(("a", "an"))
+        )
         if begins_again or _ends_start(tokens, index):
             at_start = begins_again
             spans.append([])
@@ -177,7 +210,9 @@ def _start_text(sentence: str) -> str:
     tokens = [match[0].lower() for match in found]
     parts = []
     for span in _start_spans(tokens):
-        while span and (not is_word(tokens[span[-1]]) or tokens[span[-1]] in _AUXILIARIES or tokens[span[-1]].endswith("ly")):
+        while span and (
+            not is_word(tokens[span[-1]]) or tokens[span[-1]] in _AUXILIARIES or tokens[span[-1]].endswith("ly")
+        ):
             span = span[:-1]
         if span:
             part = sentence[found[span[0]].start() : found[span[-1]].end()]
@@ -242,7 +277,11 @@ def _thing(tokens: Sequence[str], begin: int) -> tuple[int, Thing]:
                 break
     else:
         length += 1
-    is_optional = begin > 0 and tokens[begin - 1] in _OPTIONAL and not {*tokens[max(0, begin - 2) : begin - 1]} & (NOT_NAMES | GROUPS)
+    is_optional = (
+        begin > 0
+        and tokens[begin - 1] in _OPTIONAL
+        and not {*tokens[max(0, begin - 2) : begin - 1]} & (NOT_NAMES | GROUPS)
+    )
     return max(1, length), Thing(tuple(names), tuple(colours), number, is_optional)
 
 
@@ -284,7 +323,11 @@ def _states(tokens: Sequence[str], index: int) -> tuple[list[str], list[str]]:
             return [], []
         return behind[begin + 1 : marks[0]], behind[marks[0] + 1 :]
     verb = root(behind[0])
-    if marks and marks[0] < 6 and not (verb == "turn" and behind[marks[0]] == "to" and not {*behind[marks[0] + 1 : marks[0] + 2]} & COLOURS):
+    if (
+        marks
+        and marks[0] < 6
+        and not (verb == "turn" and behind[marks[0]] == "to" and not {*behind[marks[0] + 1 : marks[0] + 2]} & COLOURS)
+    ):
         return [], behind[marks[0] + 1 :]
     if verb not in _BECOME:
         # "fades pale", "growing moldy"

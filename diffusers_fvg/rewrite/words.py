@@ -21,7 +21,9 @@ COLOURS = word_set(
 _NUMBERS = "one two three four five six seven eight nine ten eleven twelve".split()
 NUMBERS = {word: str(value) for value, word in enumerate(_NUMBERS, start=1)} | {"twenty": "20"}
 # A number before one of these counts no objects.
-NO_COUNT = word_set("second seconds minute minutes hour hours day days year years times fps frames of d k after by another")
+NO_COUNT = word_set(
+    "second seconds minute minutes hour hours day days year years times fps frames of d k after by another"
+)
 
 ARTICLES = word_set("a an the his her its their my our your some this that these those both each every")
 PREPOSITIONS = word_set(
@@ -40,18 +42,28 @@ NOT_NAMES = word_set(
     beautiful same other another single plain left right top bottom middle centre center side edge corner front back upper
     lower background foreground distance direction scene camera video clip shot view frame image picture photo timelapse
     time lapse moment way motion close upwards downwards start starts begin begins started began process reaction
-    transformation surface captures capturing shows showing style slow fast pan zoom tilt orbits orbit circles aerial cinematic footage
+    transformation surface captures capturing shows showing style slow fast pan zoom tilt orbits clockwise aerial cinematic footage
     photography viewpoint"""
 )
 # These name somebody, but hardly tell one prompt from another.
-GENERIC = word_set("person people man men woman women someone somebody")
-GROUPS = word_set("group pair couple lot bit kind series set row bunch herd flock crowd pile number piece photo painting")
+GENERIC = word_set("person people someone somebody")
+GROUPS = word_set(
+    "group pair couple lot bit kind series set row bunch herd flock crowd pile number piece photo painting"
+)
 
 _IRREGULAR = {
     **{"gray": "grey", "golden": "gold", "men": "man", "women": "woman", "people": "person", "children": "child"},
     **{"feet": "foot", "teeth": "tooth", "mice": "mouse", "geese": "goose", "frozen": "freeze", "froze": "freeze"},
     **{"broken": "break", "broke": "break", "burnt": "burn", "grown": "grow", "torn": "tear", "worn": "wear"},
-    **{"lit": "light", "written": "write", "drawn": "draw", "built": "build", "ran": "run", "sat": "sit", "sewn": "sew"},
+    **{
+        "lit": "light",
+        "written": "write",
+        "drawn": "draw",
+        "built": "build",
+        "ran": "run",
+        "sat": "sit",
+        "sewn": "sew",
+    },
     **{"worn": "wear", "shaken": "shake", "fallen": "fall", "bent": "bend", "swum": "swim", "flown": "fly"},
 }
 _VOWELS = frozenset("aeiouy")
