@@ -22,7 +22,7 @@ from transformers import (
 
 from ..checks import stop_unless_finite
 from ..loading.files import component_files
-from .answers import marks_thinking
+from .answers import is_thinking, marks_thinking
 from .chat_endpoint import RETRY_TEMPERATURE, RETRY_TOP_P
 
 
@@ -95,6 +95,47 @@ def schema_processors(
         grammars[text] = xgrammar.GrammarCompiler(tokens).compile_json_schema(text, any_whitespace=False)
     # One follows one answer.
     return [GrammarProcessor(grammars[text])]
+
+
+def answers_to(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    device: torch.device,
+    max_new_tokens: int,
+    seed: int | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    grammar: list[LogitsProcessor] | None = None,
+    choices: tuple[list[int], list[int]] | None = None,
+) -> list[str] | list[float]:
+    """What a model says to texts: its answers, or with `choices` the probabilities of [`choice_shares`].
+
+    Args:
+        model, tokenizer: of transformers.
+        texts (`list[str]`): chats by their template.
+        device (`torch.device`): where the model runs.
+        max_new_tokens (`int`): longest answer in tokens; with `choices` one is enough.
+        seed (`int`, *optional*): sample with this seed; greedy without it.
+        should_stop (`Callable`, *optional*): ends all answers where they are once it returns `True`.
+        grammar (`list[LogitsProcessor]`, *optional*): of [`schema_processors`].
+        choices (`tuple`, *optional*): two lists of token ids.
+    """
+    rows = [torch.tensor(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+    # On the left, so that every answer begins in the same column. The padding is masked: its id does not matter.
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left")
+    output = model.generate(
+        input_ids=input_ids.to(device),
+        attention_mask=mask.to(device),
+        generation_config=generation_config(model, tokenizer, max_new_tokens, choices is not None),
+        logits_processor=[*(grammar or ()), *token_processors(seed)],
+        stopping_criteria=[StopWhen(should_stop)] if should_stop is not None else None,
+    )
+    if choices is not None:
+        return choice_shares(output.logits[0], *choices)
+    answers = decode_answers(tokenizer, output[:, input_ids.shape[1] :])
+    # A template may open the thinking that the model goes on with.
+    return [f"<think>{answer}" if is_thinking(text) else answer for text, answer in zip(texts, answers)]
 
 
 def decode_answers(tokenizer: PreTrainedTokenizerBase, ids: torch.LongTensor) -> list[str]:

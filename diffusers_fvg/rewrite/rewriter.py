@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..checks import check_at_least_one, check_texts
 from ..devices import get_module_execution_device
 from ..locks import exclusive
-from .answers import is_thinking
 from .chat_endpoint import ChatEndpoint
 from .chats import build_messages, build_retry, without_system_role
-from .generation import (
-    StopWhen,
-    choice_shares,
-    decode_answers,
-    generation_config,
-    has_system_role,
-    schema_processors,
-    token_processors,
-)
+from .generation import answers_to, has_system_role, schema_processors
 from .judge import answers_schema, chat_of, chat_of_all, choice_tokens, questions, read_answers, verdict
 from .outcome import RewriteOutcome
 from .plan import PlannedCaption
@@ -264,11 +256,9 @@ class FirstFrameRewriter(torch.nn.Module):
         """
         check_at_least_one("num_moments", num_moments)
         if num_moments is None or num_moments < 2:
-            raise ValueError(
-                f"`num_moments={num_moments}` must be at least 2; `rewrite` writes the first frame alone."
-            )
+            raise ValueError(f"`num_moments={num_moments}` must be at least 2: `rewrite` writes the first frame.")
         outcomes = self._ask(storyboard_task(num_moments), prompts, max_new_tokens, on_progress, should_stop)
-        return [outcome.made for outcome in outcomes]
+        return [[replace(outcome.made[0], rewrite=outcome), *outcome.made[1:]] for outcome in outcomes]
 
     def describe_motion(
         self,
@@ -327,16 +317,15 @@ class FirstFrameRewriter(torch.nn.Module):
         made = [RewriteOutcome("fallback", task.fallback(prompt), ("it was stopped",)) for prompt in prompts]
         # A fast tokenizer keeps padding and truncation of its last call.
         with exclusive(self.model, self.tokenizer):
-            chats = [self.messages(prompt, task) for prompt in prompts]
-            for prompt, chat in zip(prompts, chats):
-                excess = self._excess_tokens(chat, limit)
+            for prompt in prompts:
+                excess = self._excess_tokens(self.messages(prompt, task), limit)
                 if excess > 0:
                     raise ValueError(
                         f"The prompt {prompt[:60]!r} with instruction and an answer of {limit} tokens exceeds the context of "
                         f"the rewriter by {excess} tokens; shorten it or lower `max_new_tokens`."
                     )
             find = self._local_outcomes if self.endpoint is None else self._remote_outcomes
-            for index, outcome in enumerate(find(task, prompts, chats, limit, should_stop)):
+            for index, outcome in enumerate(find(task, prompts, limit, should_stop)):
                 if should_stop():
                     break
                 made[index] = outcome
@@ -345,62 +334,49 @@ class FirstFrameRewriter(torch.nn.Module):
         return made
 
     def _local_outcomes(
-        self,
-        task: RewriterTask,
-        prompts: list[str],
-        chats: list[list[dict[str, str]]],
-        limit: int,
-        should_stop: Callable[[], bool],
+        self, task: RewriterTask, prompts: list[str], limit: int, should_stop: Callable[[], bool]
     ) -> Iterator[RewriteOutcome]:
         for begin in range(0, len(prompts), BATCH_SIZE):
-            batch = slice(begin, begin + BATCH_SIZE)
+            batch = prompts[begin : begin + BATCH_SIZE]
             began = time.perf_counter()
-            schema = self._schema(task)
-            answers = self(chats[batch], limit, should_stop=should_stop, schema=schema)
-            share = (time.perf_counter() - began) / len(answers)
-            for prompt, chat, answer in zip(prompts[batch], chats[batch], answers):
+            chats = [self.messages(prompt, task) for prompt in batch]
+            answers = self(chats, limit, should_stop=should_stop, schema=self._schema(task))
+            share = (time.perf_counter() - began) / len(batch)
+            for prompt, answer in zip(batch, answers):
                 if should_stop():
                     return
-                yield self._settled(task, prompt, chat, answer, limit, share, should_stop)
+                yield self._settled(task, prompt, answer, limit, share, should_stop)
 
     def _remote_outcomes(
-        self,
-        task: RewriterTask,
-        prompts: list[str],
-        chats: list[list[dict[str, str]]],
-        limit: int,
-        should_stop: Callable[[], bool],
+        self, task: RewriterTask, prompts: list[str], limit: int, should_stop: Callable[[], bool]
     ) -> Iterator[RewriteOutcome]:
         """Several prompts at once. A server that fails for one of them does not cost the captions of the others."""
         errors: list[OSError] = []
         answered: list[str] = []
-        lone = min(len(prompts), self.endpoint.max_concurrent)
 
-        def outcome_of(prompt: str, chat: list[dict[str, str]]) -> RewriteOutcome:
+        def outcome_of(prompt: str) -> RewriteOutcome:
             began = time.perf_counter()
             stands_in = partial(RewriteOutcome, "fallback", task.fallback(prompt))
-            if should_stop() or (len(errors) >= lone and not answered):
+            if should_stop() or (errors and not answered and prompt != prompts[0]):
                 return stands_in(("it was not asked for",))
             try:
-                (answer,) = self([chat], limit, should_stop=should_stop, schema=self._schema(task))
+                (answer,) = self([self.messages(prompt, task)], limit, None, should_stop, self._schema(task))
                 answered.append(prompt)
-                return self._settled(task, prompt, chat, answer, limit, time.perf_counter() - began, should_stop)
+                return self._settled(task, prompt, answer, limit, time.perf_counter() - began, should_stop)
             except OSError as error:
                 errors.append(error)
                 logger.warning(f"No {task.subject} for {prompt!r} ({error}); the prompt's start is used.")
                 return stands_in((str(error),), 1, time.perf_counter() - began)
 
         with ThreadPoolExecutor(self.endpoint.max_concurrent) as pool:
-            outcomes = list(pool.map(outcome_of, prompts, chats))
+            yield from pool.map(outcome_of, prompts)
         if errors and not answered:
             raise errors[0]
-        yield from outcomes
 
     def _settled(
         self,
         task: RewriterTask,
         prompt: str,
-        chat: list[dict[str, str]],
         answer: str,
         limit: int,
         seconds: float,
@@ -410,6 +386,7 @@ class FirstFrameRewriter(torch.nn.Module):
         began = time.perf_counter() - seconds
         reasons: list[str] = []
         best, judged, judge_seconds = None, 0, 0.0
+        chat = self.messages(prompt, task)
         for attempt in range(1, ATTEMPTS + 1):
             made, problem = self._checked(task, prompt, chat, answer)
             if problem is None:
@@ -427,7 +404,7 @@ class FirstFrameRewriter(torch.nn.Module):
                 break
             # One by one, each from the same seed: what a prompt gets does not depend on its neighbours.
             (answer,) = self([chat], limit, RETRY_SEED + attempt - 1, should_stop, self._schema(task))
-        if status == "fallback":
+        if status == "fallback" and not should_stop():
             stands_in = "the prompt's start" if best is None else "the answer with the fewest faults"
             logger.warning(f"No valid {task.subject} for {prompt!r} ({reasons[-1]}); {stands_in} is used.")
         made = task.fallback(prompt) if best is None else best
@@ -452,7 +429,12 @@ class FirstFrameRewriter(torch.nn.Module):
         asked = questions(prompt, plan)
         if self.endpoint is not None:
             chat, schema = chat_of_all(prompt, caption, asked), answers_schema(len(asked))
-            (answer,) = self([chat], JUDGE_TOKENS, schema=schema)
+            try:
+                (answer,) = self([chat], JUDGE_TOKENS, schema=schema)
+            except OSError as error:
+                # The caption is there, and its words are right.
+                logger.warning(f"The caption of {prompt!r} was not judged ({error}).")
+                return 0, None
             return len(asked), verdict(asked, read_answers(answer, len(asked)))
         chats = [chat_of(prompt, caption, question) for question in asked]
         if any(self._excess_tokens(chat, 1) > 0 for chat in chats):
@@ -496,23 +478,10 @@ class FirstFrameRewriter(torch.nn.Module):
             return ["" if stopped() else self.endpoint.answer(chat, max_new_tokens, seed, schema) for chat in chats]
         device = get_module_execution_device(self)
         texts = [self.chat_text(chat) for chat in chats]
-        rows = [torch.tensor(self._token_ids(text)) for text in texts]
-        # On the left, so that every answer begins in the same column. The padding is masked: its id does not matter.
-        input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left")
         grammar = schema_processors(self.model, self.tokenizer, schema, self._grammars)
-        output = self.model.generate(
-            input_ids=input_ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=generation_config(self.model, self.tokenizer, max_new_tokens, choices is not None),
-            logits_processor=[*grammar, *token_processors(seed)],
-            stopping_criteria=[StopWhen(should_stop)] if should_stop is not None else None,
+        return answers_to(
+            self.model, self.tokenizer, texts, device, max_new_tokens, seed, should_stop, grammar, choices
         )
-        if choices is not None:
-            return choice_shares(output.logits[0], *choices)
-        answers = decode_answers(self.tokenizer, output[:, input_ids.shape[1] :])
-        # A template may open the thinking that the model goes on with.
-        return [f"<think>{answer}" if is_thinking(text) else answer for text, answer in zip(texts, answers)]
 
     def _schema(self, task: RewriterTask) -> dict[str, Any] | None:
         """The form of an answer to the task's own instruction; another instruction may ask for another form."""
