@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from .answers import find_in_answer
 from .plan import Plan, Subject
 from .start import start_of
 from .words import is_english
 
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # From this probability on an answer is sure.
 SURE = 0.9
@@ -100,12 +102,11 @@ def _listed(value: dict, count: int) -> list[str] | None:
     said = value.get("answers")
     if not isinstance(said, list) or len(said) != count:
         return None
-    return [
-        {True: "yes", False: "no"}.get(text, str(text).strip(" .").lower())
-        if isinstance(text, bool)
-        else str(text).strip(" .").lower()
-        for text in said
-    ]
+    return [_word(text) for text in said]
+
+
+def _word(text: str | bool) -> str:
+    return ("no", "yes")[text] if isinstance(text, bool) else str(text).strip(" .").lower()
 
 
 def choice_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -357,7 +357,7 @@ class FirstFrameRewriter(torch.nn.Module):
         def outcome_of(prompt: str) -> RewriteOutcome:
             began = time.perf_counter()
             stands_in = partial(RewriteOutcome, "fallback", task.fallback(prompt))
-            if should_stop() or (errors and not answered and prompt != prompts[0]):
+            if should_stop() or (len(errors) >= self.endpoint.max_concurrent and not answered):
                 return stands_in(("it was not asked for",))
             try:
                 (answer,) = self([self.messages(prompt, task)], limit, None, should_stop, self._schema(task))

@@ -159,7 +159,7 @@ def first_sentence(prompt: str) -> str:
     """The first sentence or line that names anything but views and movements of the camera."""
     found = re.split(r"(?<=[.!?])[\"'\u201d]?\s+(?=[\"'\u201c(]?[A-Z0-9])|\n+", prompt.strip())
     for sentence in found:
-        if any(is_word(word) and word not in STOPS | NOT_NAMES for word in words(sentence)):
+        if any(thing.names for thing in things(words(sentence))):
             return sentence.strip()
     return found[0]
 

@@ -1,0 +1,46 @@
+"""The measures of the caption check on published prompt suites. Counts of 2026 in `examples/results/stage1.md`."""
+
+import pytest
+from caption_suites import FOLDER, end_states, exchanges, faithful, others, prompts, strangers
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(FOLDER is None, reason="needs FVG_PROMPT_SUITES, the folder of the prompt suites"),
+]
+
+
+def test_the_suites_are_the_ones_that_were_counted():
+    assert len(prompts()) == 3113
+
+
+def test_end_states_are_refused_and_start_states_are_not():
+    counts = end_states()
+    print(counts)
+    assert counts["end state accepted"] <= 20 and counts["end state accepted with a plan"] <= 5
+    assert counts["start state refused for want of the end state"] == 0
+    assert counts["start state refused"] <= 2 and counts["start state refused with a plan"] <= 2
+
+
+def test_exchanged_counts_colours_and_places_are_refused():
+    counts = exchanges()
+    print(counts)
+    assert counts["counts exchanged"][1] >= 27 and counts["colours exchanged"][1] >= 90
+    assert all(accepted <= (0.1 if "place" in name else 0.05) * total for name, (accepted, total) in counts.items())
+
+
+def test_captions_of_other_prompts_and_examples_are_refused_and_fallbacks_hold():
+    whole, starts = strangers(seed=0)
+    counts = others()
+    print(whole, starts, counts)
+    assert max(whole, starts) <= 0.01 * len(prompts())
+    assert counts["prompts that accept an example"] == 0
+    assert counts["fallbacks that break the rules"] <= 30
+
+
+def test_faithful_captions_are_accepted():
+    rows = faithful()
+    refused = [row for row in rows if row[2] is not None]
+    print(*refused, sep="\n")
+    assert len(rows) == 60 and len(refused) <= 3
+    assert sum(len(prompt.split()) > 40 for prompt, _, _ in rows) == 20
