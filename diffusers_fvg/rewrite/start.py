@@ -18,6 +18,7 @@ from .words import (
     GROUPS,
     NO_COUNT,
     NOT_NAMES,
+    PLACES,
     PREPOSITIONS,
     STOPS,
     is_number,
@@ -256,6 +257,9 @@ def _thing(tokens: Sequence[str], begin: int) -> tuple[int, Thing]:
     length = 0
     for length, word in enumerate(tokens[begin : begin + _LONGEST_PHRASE]):
         following = {*tokens[begin + length + 1 : begin + length + 2]}
+        if word in PLACES:
+            length += 1
+            break
         if word in NOT_NAMES or (word in ARTICLES and length == 0):
             continue
         if word in COLOURS:

@@ -36,15 +36,19 @@ _LINKS = word_set(
     having can could does do did doing he she it they them him one ones not no there then it's"""
 )
 STOPS = ARTICLES | PREPOSITIONS | _LINKS
-# Of views, pictures and places, and adjectives that a good caption may replace: none of them names what is seen.
-NOT_NAMES = word_set(
+# Adjectives that a good caption may replace, and what a prompt says of its pictures.
+_LOOSE = word_set(
     """small big large tiny huge giant little tall short long old young new bright dark light deep pale shiny nice
-    beautiful same other another single plain left right top bottom middle centre center side edge corner front back upper
-    lower background foreground distance direction scene camera video clip shot view frame image picture photo timelapse
-    time lapse moment way motion close upwards downwards start starts begin begins started began process reaction
-    transformation surface captures capturing shows showing style slow fast pan zoom tilt orbits clockwise aerial cinematic footage
-    photography viewpoint"""
+    beautiful same other another single upper lower plain time lapse moment way motion close upwards downwards start starts begin
+    begins started began process reaction transformation captures capturing shows showing style slow fast pan zoom tilt
+    orbits clockwise aerial cinematic footage photography viewpoint"""
 )
+# Of views and places: a phrase ends with them.
+PLACES = word_set(
+    """left right top bottom middle centre center side edge corner front back background foreground distance
+    direction scene surface camera video clip shot view frame image picture photo timelapse"""
+)
+NOT_NAMES = _LOOSE | PLACES
 # These name somebody, but hardly tell one prompt from another.
 GENERIC = word_set("person people someone somebody")
 GROUPS = word_set(
