@@ -122,14 +122,16 @@ class ChatEndpoint:
         key = self._key()
         waits = 0
         while True:
-            status, reply, wait = self._post(self._accepted(body), key)
+            sent = self._accepted(body)
+            status, reply, wait = self._post(sent, key)
             if status is None:
                 # Some servers repeat the key that they refuse, in an answer too.
                 return self._without_secrets(reply, key)
             if status in BUSY_STATUSES and waits < BUSY_RETRIES:
                 time.sleep(FIRST_WAIT_SECONDS * 2**waits if wait is None else min(wait, LONGEST_WAIT_SECONDS))
                 waits += 1
-            elif status not in (400, 422) or not self._refuse(reply, body):
+            # Another question may have learnt meanwhile what this one was refused for.
+            elif status not in (400, 422) or (self._accepted(body) == sent and not self._refuse(reply, sent)):
                 break
         # Raised outside of `except`: the cause would show the key too.
         raise OSError(f"The rewriter's endpoint {self.url} failed ({self._without_secrets(reply, key)[:500]}).")
@@ -153,12 +155,12 @@ class ChatEndpoint:
                 accepted[other] = body[name]
         return accepted | dict(self.extra_body or {})
 
-    def _refuse(self, reply: str, body: Mapping[str, Any]) -> bool:
-        """Notes the parameter that a server's error names; whether there was one."""
-        sent = [name for name in (*RENAMED.values(), *OPTIONAL_PARAMETERS) if name in self._accepted(body)]
+    def _refuse(self, reply: str, sent: Mapping[str, Any]) -> bool:
+        """Notes the parameter of a request that a server's error names; whether there was one."""
+        known = [name for name in (*RENAMED.values(), *OPTIONAL_PARAMETERS) if name in sent]
         # Many servers say no more than that the request is not valid; it is the form of the answer that few know.
-        named = [name for name in sent if re.search(rf"\b{name}\b", reply)] or [
-            name for name in sent if name == "response_format"
+        named = [name for name in known if re.search(rf"\b{name}\b", reply)] or [
+            *{"response_format"}.intersection(known)
         ]
         self._refused.update(named[:1])
         return bool(named)

@@ -281,12 +281,16 @@ def _thing(tokens: Sequence[str], begin: int) -> tuple[int, Thing]:
                 break
     else:
         length += 1
-    is_optional = (
-        begin > 0
-        and tokens[begin - 1] in _OPTIONAL
-        and not {*tokens[max(0, begin - 2) : begin - 1]} & (NOT_NAMES | GROUPS)
-    )
-    return max(1, length), Thing(tuple(names), tuple(colours), number, is_optional)
+    return max(1, length), Thing(tuple(names), tuple(colours), number, _is_optional(tokens, begin))
+
+
+def _is_optional(tokens: Sequence[str], begin: int) -> bool:
+    """Whether what begins at a place is a setting, a part or a means, or a word of style behind a comma."""
+    before = tokens[begin - 1] if begin else "."
+    if before == ",":
+        return tokens[begin] not in ARTICLES | COLOURS and not is_number(tokens[begin])
+    # "A photo of a dog" is of a dog.
+    return before in _OPTIONAL and {*tokens[max(0, begin - 2) : begin - 1]}.isdisjoint(NOT_NAMES | GROUPS)
 
 
 def _ends_phrase(word: str, named: bool, first: str) -> bool:
