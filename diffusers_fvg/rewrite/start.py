@@ -216,7 +216,8 @@ def _start_text(sentence: str) -> str:
         ):
             span = span[:-1]
         if span:
-            part = sentence[found[span[0]].start() : found[span[-1]].end()]
+            # A quotation mark may open the sentence.
+            part = sentence[found[span[0]].start() if span[0] else 0 : found[span[-1]].end()]
             behind = [index for index in range(span[-1], min(span[-1] + 4, len(tokens))) if _changes(tokens, index)]
             old = [word for index in behind for word in _old_state(tokens, index)]
             parts.append(", ".join((part, *dict.fromkeys(old))))

@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 
 from diffusers_fvg.rewrite.caption_check import caption_problem, start_clause
+from diffusers_fvg.rewrite.judge import questions, verdict
 from diffusers_fvg.rewrite.plan import Plan, Subject
 from diffusers_fvg.rewrite.prompts import EXAMPLES
 
@@ -135,3 +136,20 @@ def faithful() -> list[tuple[str, str, str | None]]:
     rows = [json.loads(line) for line in FAITHFUL.read_text(encoding="utf-8").splitlines()]
     pairs = [(by_hash[row["prompt_sha256"]], row["caption"]) for row in rows]
     return [(prompt, caption, caption_problem(prompt, caption)) for prompt, caption in pairs]
+
+
+def judged(right: float, seed: int = 0) -> dict[str, int]:
+    """Start and end states that the words leave through, by a judge whose answers are right with a probability, and sure."""
+    draws = random.Random(seed)
+    counts = dict.fromkeys(("start states", "start states kept", "end states", "end states kept"), 0)
+    for entry in compbench()["dynamic_attribute_binding"]:
+        for name, key in (("start states", "state 0"), ("end states", "state 1")):
+            if not is_accepted(entry["prompt"], entry[key]):
+                continue
+            asked = questions(entry["prompt"], None)
+            # Only of an end state the answer to "does it show what happens later" is yes.
+            truth = [question.wanted or key == "state 1" for question in asked]
+            yes = [float(answer if draws.random() < right else not answer) for answer in truth]
+            counts[name] += 1
+            counts[f"{name} kept"] += verdict(asked, yes) is None
+    return counts

@@ -1,7 +1,7 @@
-"""The measures of the caption check on published prompt suites. Counts of 2026 in `examples/results/stage1.md`."""
+"""The measures of the caption check on published prompt suites. Counts of 2026: `examples/results/stage1`."""
 
 import pytest
-from caption_suites import FOLDER, end_states, exchanges, faithful, others, prompts, strangers
+from caption_suites import FOLDER, end_states, exchanges, faithful, judged, others, prompts, strangers
 
 
 pytestmark = [
@@ -44,3 +44,12 @@ def test_faithful_captions_are_accepted():
     print(*refused, sep="\n")
     assert len(rows) == 60 and len(refused) <= 3
     assert sum(len(prompt.split()) > 40 for prompt, _, _ in rows) == 20
+
+
+def test_a_judge_halves_the_end_states_that_words_leave_through():
+    counts = judged(right=0.9)
+    print(counts)
+    assert counts["end states kept"] <= counts["end states"] / 2
+    # A caption that it refuses wrongly is asked for once more, and stands in if no other is better.
+    assert counts["start states kept"] >= 0.75 * counts["start states"]
+    assert judged(right=1.0) == counts | {"start states kept": counts["start states"], "end states kept": 0}
