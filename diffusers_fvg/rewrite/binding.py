@@ -115,9 +115,9 @@ def _later_problem(start: Start, caption: str) -> str | None:
 
 def _is_done(verb: str, word: str) -> bool:
     """Whether a word is the state that a verb leads to: what is melting is melted then."""
-    return word in _PARTICIPLES | _STATES or (
-        word.endswith(("ed", "y")) and word != verb and word[:-1] + "ies" != verb
-    )
+    # "Beds" and "skies" are no verbs.
+    plurals = {word, f"{word}s", f"{word}es", f"{word[:-1]}ies"}
+    return word in _PARTICIPLES | _STATES or (word.endswith(("ed", "y")) and verb not in plurals)
 
 
 # -- negations --------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from .words import NOT_NAMES, STOPS
+from .words import NOT_NAMES, STOPS, root, roots, words
 
 
 # Characters of a caption. Below, there is no picture in it; above, it is longer than the 512 tokens that the text encoders
@@ -22,7 +22,7 @@ _REFUSALS = re.compile(
 _SEVERAL = re.compile(r"\b(frame|scene|shot|panel|image)\s*#?\s*[2-9]\b|(^|\n)\s*2[.)]\s", re.IGNORECASE)
 # Words in a row that a caption and an example share, from which on it is a copy, and how many of them name something: "at the
 # left edge of a" is nobody's own.
-_COPIED = ((5, 3), (8, 1))
+_COPIED = ((4, 2), (8, 1))
 
 
 def form_problem(prompt: str, caption: str, shown: Iterable[str] = ()) -> str | None:
@@ -53,16 +53,17 @@ def form_problem(prompt: str, caption: str, shown: Iterable[str] = ()) -> str | 
 
 
 def copied_text(caption: str, shown: Iterable[str], prompt: str = "") -> str | None:
-    """Words in a row that a caption has from a shown text and not from the prompt."""
+    """Words in a row that a caption has from a shown text, where what they name is not the prompt's."""
     tokens = re.findall(r"\w+", caption.lower())
-    own, *texts = (_one_line(text) for text in (prompt, *shown))
-    for length, names in _COPIED:
+    own, texts = roots(words(prompt)), [_one_line(text) for text in shown]
+    for length, least in _COPIED:
         for begin in range(len(tokens) - length + 1):
             row = tokens[begin : begin + length]
-            text = f" {' '.join(row)} "
-            named = sum(word not in STOPS | NOT_NAMES for word in row) >= names
-            if named and text not in own and any(text in other for other in texts):
-                return text.strip()
+            names = [word for word in row if word not in STOPS | NOT_NAMES]
+            if len(names) < least or own.issuperset(map(root, names)):
+                continue
+            if any(f" {' '.join(row)} " in text for text in texts):
+                return " ".join(row)
     return None
 
 

@@ -11,29 +11,30 @@ from .start import start_of
 from .words import COLOURS, NOT_NAMES, STOPS, is_english, is_word, root, words
 
 
-_TEXT = {"type": "string"}
-_TEXTS = {"type": "array", "items": _TEXT}
+TEXT = {"type": "string"}
+_TEXTS = {"type": "array", "items": TEXT}
 _SUBJECT_FIELDS = {
-    "name": _TEXT,
+    "name": TEXT,
     "count": {"type": "integer", "minimum": 1},
     "attributes": _TEXTS,
-    "state": _TEXT,
-    "place": _TEXT,
+    "state": TEXT,
+    "place": TEXT,
 }
 
 
-def _object(fields: Mapping[str, Any]) -> dict[str, Any]:
+def object_schema(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON schema of an object with just these fields."""
     return {"type": "object", "properties": dict(fields), "required": list(fields), "additionalProperties": False}
 
 
 # JSON schema of an answer. The caption is last: it is written with the plan in sight.
-PLAN_SCHEMA = _object(
+PLAN_SCHEMA = object_schema(
     {
-        "subjects": {"type": "array", "items": _object(_SUBJECT_FIELDS), "maxItems": 8},
+        "subjects": {"type": "array", "items": object_schema(_SUBJECT_FIELDS), "maxItems": 8},
         "relations": {**_TEXTS, "maxItems": 6},
-        "setting": _TEXT,
-        "later": _TEXT,
-        "first_frame": _TEXT,
+        "setting": TEXT,
+        "later": TEXT,
+        "first_frame": TEXT,
     }
 )
 

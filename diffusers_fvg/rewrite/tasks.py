@@ -12,7 +12,7 @@ from .answers import find_in_answer, text_under
 from .binding import Kept, Read, missing_problem, told_problem
 from .caption_check import check_caption, start_clause
 from .form import MAX_CAPTION_CHARACTERS, MIN_CAPTION_CHARACTERS, copied_text
-from .plan import PLAN_SCHEMA
+from .plan import PLAN_SCHEMA, TEXT, object_schema
 from .prompts import EXAMPLES, INSTRUCTION, PLAN_INSTRUCTION, format_answer, parse_answer, parse_planned
 from .start import Thing, lasting_things, start_of
 from .storyboard import Moment
@@ -62,6 +62,7 @@ FIRST_FRAME = RewriterTask(
     parse_answer,
     lambda prompt, caption, read, shown: check_caption(prompt, caption, None, read, shown),
     start_clause,
+    schema=object_schema({"first_frame": TEXT}),
 )
 # The same with a plan before the caption. Its examples have none: they are for models that do not manage the whole form.
 PLANNED_FRAME = replace(
@@ -135,6 +136,7 @@ STORYBOARD_EXAMPLES = tuple(
 
 def storyboard_task(num_moments: int) -> RewriterTask:
     """The question for the first frame and up to `num_moments - 1` later moments."""
+    moment = object_schema({"time": {"type": "number"}, "frame": TEXT})
     return RewriterTask(
         "storyboard",
         "storyboard",
@@ -145,6 +147,7 @@ def storyboard_task(num_moments: int) -> RewriterTask:
         partial(storyboard_problem, num_moments=num_moments),
         lambda prompt: [Moment(start_clause(prompt), 0.0)],
         captions=num_moments,
+        schema=object_schema({"moments": {"type": "array", "items": moment, "maxItems": num_moments}}),
     )
 
 
@@ -298,6 +301,14 @@ def motion_problem(prompt: str, motion: str, read: Read = str, shown: Sequence[s
 
 
 MOTION = RewriterTask(
-    "motion", "motion caption", MOTION_INSTRUCTION, MOTION_EXAMPLES, write_motion, read_motion, motion_problem, str
+    "motion",
+    "motion caption",
+    MOTION_INSTRUCTION,
+    MOTION_EXAMPLES,
+    write_motion,
+    read_motion,
+    motion_problem,
+    str,
+    schema=object_schema({"motion": TEXT}),
 )
 TASK_NAMES = (FIRST_FRAME.name, "storyboard", MOTION.name)

@@ -70,6 +70,7 @@ from diffusers_fvg.rewrite.words import is_english, root
         ("Ein Hund jagt 2 Katzen", "Zwei? Nein: 2 Katzen und ein Hund auf einer Wiese."),
         # Siblings of these kinds.
         ("A red circle on the left moves to the right.", "A red circle on the left."),
+        ("A cat between two beds of seeds yawns", "A cat in front of two beds, one bed near a seed."),
         ("A melting pot of cultures", "A melting pot of cultures at a street market."),
         ("The boy carries two of the five bags.", "A boy with two of five bags in his arms."),
         ("A girl on the left of a dog barks", "A dog on the right of a girl."),

