@@ -27,6 +27,11 @@ def check_texts(name: str, texts: list[str]) -> None:
             raise ValueError(f"`{name}` must hold strings, but holds {type(text).__name__}.")
         if not text.strip():
             raise ValueError(f"`{name}` is empty: {text!r}; describe what should be seen.")
+        lone = next((index for index, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
+        if lone is not None:
+            raise ValueError(
+                f"`{name}` holds {text[lone]!r} at character {lone}, a lone surrogate, which is half a character; remove it."
+            )
         if len(text) > MAX_PROMPT_CHARACTERS:
             raise ValueError(
                 f"`{name}` has {len(text)} characters, starting {text[:40]!r}; keep it under {MAX_PROMPT_CHARACTERS}."

@@ -8,6 +8,7 @@ import PIL.Image
 import torch
 from diffusers.utils import BaseOutput
 
+from ..rewrite.outcome import RewriteOutcome
 from ..rewrite.storyboard import Moment
 
 
@@ -29,6 +30,8 @@ class FactorizedVideoPipelineOutput(BaseOutput):
         storyboards (`list[list[Moment]]` or `None`): the moments of each prompt, with `mode="storyboard"`.
         records (`list[dict]`): per video, what [`replay`] makes it again from. JSON holds it, and so does a video's file:
             `write_video(..., metadata=out.records[0])`.
+        rewrites (`list[RewriteOutcome | None]` or `None`): how stage 1 came to each caption: accepted, repaired or a fallback,
+            with reasons; `None` for one that the caller gave, or when stages 1 and 2 were skipped.
     """
 
     frames: torch.Tensor | np.ndarray | list[list[PIL.Image.Image]]
@@ -38,6 +41,7 @@ class FactorizedVideoPipelineOutput(BaseOutput):
     timings: dict[str, float]
     storyboards: list[list[Moment]] | None
     records: list[dict[str, Any]]
+    rewrites: list[RewriteOutcome | None] | None = None
 
 
 @dataclass
@@ -45,7 +49,8 @@ class FactorizedDreamerPipelineOutput(FactorizedVideoPipelineOutput):
     """What every stage made.
 
     Args:
-        frames, first_frame_prompts, anchor_images, seeds, timings, storyboards, records: of [`FactorizedVideoPipelineOutput`].
+        frames, first_frame_prompts, anchor_images, seeds, timings, storyboards, records, rewrites: of
+            [`FactorizedVideoPipelineOutput`].
         motion_prompts (`list[str]` or `None`): what the video model was told, one per prompt; `None` for embeddings.
     """
 

@@ -214,6 +214,7 @@ class VideoRequest:
             timings=timings,
             storyboards=moments if is_storyboard else None,
             records=make_records(pipe, self, moments, seeds),
+            rewrites=None if moments is None else [first.rewrite for first, *_ in moments],
             **more,
         )
         # Last in every class, of which one adds fields of its own.

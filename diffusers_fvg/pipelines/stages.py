@@ -295,9 +295,11 @@ class FactorizedStages(FactorizedParts, ABC):
         if request.mode == "storyboard":
             return self.storyboard(request.prompt, request.num_moments, request.rewriter_max_new_tokens)
         captions = request.first_frame_prompt
-        if captions is None:
-            captions = self.rewrite(request.prompt, max_new_tokens=request.rewriter_max_new_tokens)
-        return [[Moment(caption, 0.0)] for caption in captions]
+        if captions is not None:
+            return [[Moment(caption, 0.0)] for caption in captions]
+        limit = request.rewriter_max_new_tokens
+        outcomes = self._ask_rewriter("rewrite_outcomes", "rewrite", request.prompt, max_new_tokens=limit)
+        return [[Moment(outcome.made, 0.0, outcome)] for outcome in outcomes]
 
     def _draw_moments(
         self, request: VideoRequest, moments: list[list[Moment]], seeds: list[dict[str, Any]]

@@ -31,7 +31,7 @@ from ..loading.references import REFERENCE_NAME, HubReference
 from ..lora.anchor_lora import AnchorLora
 from ..lora.loader import EXPERTS, read_lora
 from ..models import MODELS, ModelFacts, match_model, model_presets
-from ..rewrite import rewriter as rewriters
+from ..rewrite import rewriter_files as rewriters
 from ..schedules.cogvideox import COGVIDEOX_PRESETS
 from ..schedules.presets import WAN_PRESETS, SchedulerPresets
 from .privacy import PATH

@@ -23,7 +23,8 @@ from ..compose.composer import AnchorComposer
 from ..loading.references import REFERENCE_NAME, HubReference
 from ..pipelines.profiles import base_models, empty_weights
 from ..publishing.assembly import FAMILIES
-from ..rewrite.rewriter import CONFIG_NAME, FirstFrameRewriter, read_rewriter_config
+from ..rewrite.rewriter import FirstFrameRewriter
+from ..rewrite.rewriter_files import CONFIG_NAME, read_rewriter_config
 from ..schedules.presets import SchedulerPresets
 from .sources import INDEX, ModelSource, fetch_configs
 from .table import AnimatorRecipe, PartFacts, Recipe

@@ -6,14 +6,28 @@ import http.client
 import ipaddress
 import json
 import os
+import re
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from ..checks import check_at_least_one, check_number
 
-TIMEOUT_SECONDS, MAX_ERROR_BYTES = 120, 100_000
+
+MAX_ERROR_BYTES = 100_000
+# Shorter values of headers are no secrets, and may be words of an answer.
+SECRET_CHARACTERS = 8
+# Answers of a server that is busy, restarts or still loads its model.
+BUSY_STATUSES, BUSY_RETRIES = frozenset((429, 500, 502, 503, 504, 529)), 3
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 60.0
+# Newer models of OpenAI want the second name.
+RENAMED = {"max_tokens": "max_completion_tokens"}
+# What a server may refuse.
+OPTIONAL_PARAMETERS = ("max_tokens", "temperature", "top_p", "seed", "response_format")
 # Greedy decoding would tend to repeat the answer that was just refused; a small model loses the thread when it is hotter.
 RETRY_TEMPERATURE, RETRY_TOP_P = 0.3, 0.9
 
@@ -28,19 +42,33 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 class ChatEndpoint:
     """An OpenAI-compatible server that answers chats.
 
+    A parameter that the server refuses by name is renamed or left out, for this answer and all later ones. A server that is
+    busy is asked again, after the time that it names.
+
     Args:
-        url (`str`): base address, to which `/chat/completions` is added, as in `"http://127.0.0.1:8000/v1"`.
+        url (`str`): address with or without `/chat/completions` at its end, as in `"http://127.0.0.1:8000/v1"`.
         model (`str`): the server's name of the model.
         api_key_env (`str`, *optional*): environment variable that holds the key. It is read at each call and kept nowhere.
             With one the address must be https, or this machine.
+        timeout (`float`): seconds to wait for an answer.
+        headers (`Mapping[str, str]`, *optional*): sent with every request.
+        extra_body (`Mapping[str, Any]`, *optional*): more fields of every request, and others in place of this class's own.
+        max_concurrent (`int`): requests at a time, where there are several prompts.
 
     Raises:
-        `ValueError`: an address that is not http(s), or holds a secret; no model; or a key that would go over plain http.
+        `ValueError`: an address that is not http(s), or holds a secret; no model; a key or headers that would go over plain
+            http; a timeout that is no positive number.
     """
 
     url: str
     model: str
     api_key_env: str | None = None
+    timeout: float = 120.0
+    headers: Mapping[str, str] | None = field(default=None, repr=False, hash=False)
+    extra_body: Mapping[str, Any] | None = field(default=None, repr=False, hash=False)
+    max_concurrent: int = 4
+    # Parameters that the server has refused.
+    _refused: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         parts = urllib.parse.urlsplit(self.url)
@@ -54,53 +82,131 @@ class ChatEndpoint:
             )
         if not self.model:
             raise ValueError(f"The endpoint {self.url!r} needs the name of a `model`.")
-        if self.api_key_env is not None and parts.scheme == "http" and not _is_this_machine(parts.hostname):
+        secret = (
+            f"the key of {self.api_key_env}" if self.api_key_env is not None else "headers" if self.headers else None
+        )
+        if secret is not None and parts.scheme == "http" and not _is_this_machine(parts.hostname):
             raise ValueError(
-                f"The endpoint {self.url!r} would get the key of {self.api_key_env} over plain http; use https://, or a server "
-                "on this machine (localhost, 127.0.0.1, [::1])."
+                f"The endpoint {self.url!r} would get {secret} over plain http; use https://, or a server on this machine "
+                "(localhost, 127.0.0.1, [::1])."
             )
+        check_number("timeout", self.timeout)
+        if self.timeout is None or self.timeout <= 0:
+            raise ValueError(f"`timeout={self.timeout}` must be a positive number of seconds.")
+        check_at_least_one("max_concurrent", self.max_concurrent)
 
-    def answer(self, messages: list[dict[str, str]], max_new_tokens: int, seed: int | None = None) -> str:
-        """Asks the server; without a `seed` at temperature 0.
+    def answer(
+        self,
+        messages: list[dict[str, str]],
+        max_new_tokens: int,
+        seed: int | None = None,
+        schema: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Asks the server; without a `seed` at temperature 0. An answer without text is `""`.
+
+        Args:
+            messages (`list[dict[str, str]]`): turns with a `role` and a `content`.
+            max_new_tokens (`int`): longest answer in tokens.
+            seed (`int`, *optional*): sample with this seed.
+            schema (`Mapping`, *optional*): JSON schema that the answer should follow, where the server knows of such.
 
         Raises:
             `ValueError`: the environment variable of the key is not set.
-            `OSError`: the server cannot be reached, refuses, or answers something else than a chat completion.
+            `OSError`: the server cannot be reached, refuses, stays busy, or answers something else than a chat completion.
         """
         body = {"model": self.model, "messages": messages, "max_tokens": max_new_tokens, "seed": seed or 0}
         body |= {"temperature": 0} if seed is None else {"temperature": RETRY_TEMPERATURE, "top_p": RETRY_TOP_P}
-        headers = {"Content-Type": "application/json"}
-        key = None
-        if self.api_key_env is not None:
-            key = os.environ.get(self.api_key_env, "").strip()
-            if not key or not key.isascii() or not key.isprintable():
-                raise ValueError(
-                    f"The endpoint {self.url} needs a key of printable ASCII characters in the environment variable "
-                    f"{self.api_key_env}."
-                )
+        if schema is not None:
+            form = {"name": "answer", "schema": schema, "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": form}
+        key = self._key()
+        waits = 0
+        while True:
+            sent = self._accepted(body)
+            status, reply, wait = self._post(sent, key)
+            if status is None:
+                # Some servers repeat the key that they refuse, in an answer too.
+                return self._without_secrets(reply, key)
+            if status in BUSY_STATUSES and waits < BUSY_RETRIES:
+                time.sleep(FIRST_WAIT_SECONDS * 2**waits if wait is None else min(wait, LONGEST_WAIT_SECONDS))
+                waits += 1
+            # Another question may have learnt meanwhile what this one was refused for.
+            elif status not in (400, 422) or (self._accepted(body) == sent and not self._refuse(reply, sent)):
+                break
+        # Raised outside of `except`: the cause would show the key too.
+        raise OSError(f"The rewriter's endpoint {self.url} failed ({self._without_secrets(reply, key)[:500]}).")
+
+    def _key(self) -> str | None:
+        if self.api_key_env is None:
+            return None
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not key or not key.isascii() or not key.isprintable():
+            raise ValueError(
+                f"The endpoint {self.url} needs a key of printable ASCII characters in the environment variable "
+                f"{self.api_key_env}."
+            )
+        return key
+
+    def _accepted(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """A request without what the server has refused."""
+        accepted = {name: value for name, value in body.items() if name not in self._refused}
+        for name, other in RENAMED.items():
+            if name in body and name in self._refused and other not in self._refused:
+                accepted[other] = body[name]
+        return accepted | dict(self.extra_body or {})
+
+    def _refuse(self, reply: str, sent: Mapping[str, Any]) -> bool:
+        """Notes the parameter of a request that a server's error names; whether there was one."""
+        known = [name for name in (*RENAMED.values(), *OPTIONAL_PARAMETERS) if name in sent]
+        # Many servers say no more than that the request is not valid; it is the form of the answer that few know.
+        named = [name for name in known if re.search(rf"\b{name}\b", reply)] or [
+            *{"response_format"}.intersection(known)
+        ]
+        self._refused.update(named[:1])
+        return bool(named)
+
+    def _post(self, body: dict[str, Any], key: str | None) -> tuple[int | None, str, float | None]:
+        """`(None, text, None)` of an answer, or status (0 without one), what is wrong, and the seconds to wait if named."""
+        headers = {"Content-Type": "application/json", **(self.headers or {})}
+        if key is not None:
             headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(
-            f"{self.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers, method="POST"
-        )
+        address = f"{self.url.rstrip('/').removesuffix('/chat/completions')}/chat/completions"
+        request = urllib.request.Request(address, json.dumps(body).encode(), headers, method="POST")
         handlers: list = [_NoRedirect]
         if _is_this_machine(urllib.parse.urlsplit(self.url).hostname):
             # `http_proxy` would see the key, and is elsewhere than this machine.
             handlers.append(urllib.request.ProxyHandler({}))
-        opener = urllib.request.build_opener(*handlers)
         try:
-            with opener.open(request, timeout=TIMEOUT_SECONDS) as response:
-                content = json.load(response)["choices"][0]["message"]["content"]
+            with urllib.request.build_opener(*handlers).open(request, timeout=self.timeout) as response:
+                return None, _text_of(json.load(response)["choices"][0]["message"]), None
         except urllib.error.HTTPError as error:
-            problem = f"status {error.code}: {error.read(MAX_ERROR_BYTES).decode(errors='replace')}"
-        except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
-            problem = f"{type(error).__name__}: {error}"
-        else:
-            if isinstance(content, str):
-                return content if key is None else content.replace(key, "***")
-            problem = "the message has no text"
-        # Some servers repeat the key that they refuse. Raised outside of `except`: the cause would show it too.
-        problem = problem if key is None else problem.replace(key, "***")
-        raise OSError(f"The rewriter's endpoint {self.url} failed ({problem[:500]}).")
+            said = error.read(MAX_ERROR_BYTES).decode(errors="replace")
+            return error.code, f"status {error.code}: {said}", _seconds(error.headers.get("Retry-After"))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, http.client.HTTPException) as error:
+            return 0, f"{type(error).__name__}: {error}", None
+
+    def _without_secrets(self, text: str, key: str | None) -> str:
+        for secret in (key, *(self.headers or {}).values()):
+            text = text.replace(secret, "***") if secret and len(secret) >= SECRET_CHARACTERS else text
+        return text
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    """The text of a chat completion's message, which may be in parts; a refusal is one too."""
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(part.get("text") or "" for part in content if part.get("type") in ("text", "output_text"))
+    if not isinstance(content, str):
+        content = message.get("refusal")
+    return content if isinstance(content, str) else ""
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """The seconds of a `Retry-After` header; one that holds a date is left aside."""
+    try:
+        return max(0.0, float(retry_after))
+    except (TypeError, ValueError):
+        return None
 
 
 def _is_this_machine(host: str) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
@@ -19,6 +22,7 @@ from transformers import (
 
 from ..checks import stop_unless_finite
 from ..loading.files import component_files
+from .answers import is_thinking, marks_thinking
 from .chat_endpoint import RETRY_TEMPERATURE, RETRY_TOP_P
 
 
@@ -43,15 +47,17 @@ def has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, with_logits: bool = False
 ) -> GenerationConfig:
-    """Greedy, up to any of the tokens that end a turn."""
+    """Greedy, up to any of the tokens that end a turn; the logits of every token come along where they are asked for."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     # A base model's end of text may be all that the model knows of, where the chat ends its turns with another token.
     ends = sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
+        return_dict_in_generate=with_logits,
+        output_logits=with_logits,
         do_sample=False,
         num_beams=1,
         # Chat models come with a penalty on words that were there before; here they should be repeated.
@@ -72,6 +78,77 @@ def token_processors(seed: int | None) -> list[LogitsProcessor]:
             SeededDraw(seed),
         ]
     return processors
+
+
+def schema_processors(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, schema: dict[str, Any] | None, grammars: dict[str, Any]
+) -> list[LogitsProcessor]:
+    """What rules out tokens against a JSON schema, where xgrammar is installed; `grammars` keeps what was compiled."""
+    if schema is None or importlib.util.find_spec("xgrammar") is None:
+        return []
+    import xgrammar
+    from xgrammar.contrib.hf import LogitsProcessor as GrammarProcessor
+
+    text = json.dumps(schema)
+    if text not in grammars:
+        tokens = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=model.config.vocab_size)
+        grammars[text] = xgrammar.GrammarCompiler(tokens).compile_json_schema(text, any_whitespace=False)
+    # One follows one answer.
+    return [GrammarProcessor(grammars[text])]
+
+
+def answers_to(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    device: torch.device,
+    max_new_tokens: int,
+    seed: int | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    grammar: list[LogitsProcessor] | None = None,
+    choices: tuple[list[int], list[int]] | None = None,
+) -> list[str] | list[float]:
+    """What a model says to texts: its answers, or with `choices` the probabilities of [`choice_shares`].
+
+    Args:
+        model, tokenizer: of transformers.
+        texts (`list[str]`): chats by their template.
+        device (`torch.device`): where the model runs.
+        max_new_tokens (`int`): longest answer in tokens; with `choices` one is enough.
+        seed (`int`, *optional*): sample with this seed; greedy without it.
+        should_stop (`Callable`, *optional*): ends all answers where they are once it returns `True`.
+        grammar (`list[LogitsProcessor]`, *optional*): of [`schema_processors`].
+        choices (`tuple`, *optional*): two lists of token ids.
+    """
+    rows = [torch.tensor(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+    # On the left, so that every answer begins in the same column. The padding is masked: its id does not matter.
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left")
+    output = model.generate(
+        input_ids=input_ids.to(device),
+        attention_mask=mask.to(device),
+        generation_config=generation_config(model, tokenizer, max_new_tokens, choices is not None),
+        logits_processor=[*(grammar or ()), *token_processors(seed)],
+        stopping_criteria=[StopWhen(should_stop)] if should_stop is not None else None,
+    )
+    if choices is not None:
+        return choice_shares(output.logits[0], *choices)
+    answers = decode_answers(tokenizer, output[:, input_ids.shape[1] :])
+    # A template may open the thinking that the model goes on with.
+    return [f"<think>{answer}" if is_thinking(text) else answer for text, answer in zip(texts, answers)]
+
+
+def decode_answers(tokenizer: PreTrainedTokenizerBase, ids: torch.LongTensor) -> list[str]:
+    """Answers as text. Special tokens are left out, but for those that show where a model thinks."""
+    skip = not marks_thinking(tokenizer.all_special_tokens)
+    return tokenizer.batch_decode(ids, skip_special_tokens=skip)
+
+
+def choice_shares(logits: torch.FloatTensor, first: list[int], second: list[int]) -> list[float]:
+    """Probability of tokens of the first list among those of both, of each row of logits `(B, V)`."""
+    chances = logits.float().log_softmax(-1)
+    difference = chances[:, first].logsumexp(-1) - chances[:, second].logsumexp(-1)
+    return difference.sigmoid().tolist()
 
 
 class StopWhen(StoppingCriteria):

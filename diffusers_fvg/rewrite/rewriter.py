@@ -4,43 +4,51 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils import logging
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checks import check_at_least_one, check_texts
 from ..devices import get_module_execution_device
-from ..loading.arguments import call_argument, hub_arguments
-from ..loading.component_config import read_config
-from ..loading.files import fetch
-from ..loading.safety import check_folder, safetensors_only
 from ..locks import exclusive
-from .chat_endpoint import ChatEndpoint, host_of
-from .generation import StopWhen, chat_files, generation_config, has_system_role, token_processors
-from .prompts import EXAMPLES, INSTRUCTION, format_answer
+from .chat_endpoint import ChatEndpoint
+from .chats import build_messages, build_retry, without_system_role
+from .generation import answers_to, has_system_role, schema_processors
+from .judge import answers_schema, chat_of, chat_of_all, choice_tokens, questions, read_answers, verdict
+from .outcome import RewriteOutcome
+from .plan import PlannedCaption
+from .prompts import choose_examples
+from .rewriter_files import CONFIG_NAME, load_rewriter
 from .storyboard import Moment
-from .tasks import FIRST_FRAME, MOTION, TASK_NAMES, RewriterTask, storyboard_task
+from .tasks import FIRST_FRAME, MOTION, PLANNED_FRAME, TASK_NAMES, RewriterTask, storyboard_task
 
 
 logger = logging.get_logger(__name__)
 
-CONFIG_NAME = "rewriter_config.json"
 # Prompts that are answered in one batch. A 7B model's cache of 8 chats with our examples is about half a gigabyte.
 BATCH_SIZE = 8
+# Answers to one prompt, the first of which is greedy.
+ATTEMPTS = 2
 RETRY_SEED = 0
+# Longest answer of a server to questions about a caption.
+JUDGE_TOKENS = 200
 
 
 class FirstFrameRewriter(torch.nn.Module):
     """A chat model that turns the prompt of a video into the prompt of its first frame, a storyboard or a motion caption.
 
-    The answer is checked against the prompt. One that loses an object, a colour or a count, or that tells what happens
-    later, is asked for once more with the reason; after that the prompt itself stands in, with a warning. Greedy decoding:
-    equal prompts give equal captions, alone or in a batch.
+    The model plans the scene and writes its caption. The answer is checked against the prompt (`caption_problem`), and the
+    model is asked about it, yes or no ([`judge`]). An answer that loses an object, a colour or a count, or that tells what
+    happens later, is asked for again with the reason; after that the best answer or the prompt's start stands in, with a
+    warning. Greedy decoding: equal prompts give equal captions, alone or in a batch.
 
     It is either a transformers causal language model (`model` and `tokenizer`) or an `endpoint`, which is named by the
     caller alone: no file names one, and none is saved. As a component of a pipeline it gets the pipeline's dtype, moves with
@@ -56,9 +64,12 @@ class FirstFrameRewriter(torch.nn.Module):
             kinds of question: `"first_frame"`, `"storyboard"` (where `{num_moments}` stands for the number) and `"motion"`.
             Left out: those of `tasks.py`. A model that is trained for nothing else needs none: `""`.
         examples (`bool` or list of `[prompt, caption]`, *optional*): earlier turns of the chat; `True` for those of
-            `tasks.py`, a list for first frames of your own.
-        answer_format (`str`, *optional*): `"json"`, an object with the caption under `first_frame`, `moments` or `motion`.
-        max_new_tokens (`int`, *optional*): longest caption when a call does not say.
+            `tasks.py` that have nothing in common with the prompt, a list for first frames of your own. Left out: `True` where
+            a first answer was not valid.
+        answer_format (`str`, *optional*): of a first frame: `"plan"`, an object with the scene and the caption under
+            `first_frame`, or `"json"`, the caption alone, for a model that is trained for it.
+        judge (`bool`, *optional*): ask the model about its captions. Left out: where it plans.
+        max_new_tokens (`int`, *optional*): longest caption when a call does not say; a plan has as many beside it.
     """
 
     def __init__(
@@ -69,16 +80,17 @@ class FirstFrameRewriter(torch.nn.Module):
         endpoint: ChatEndpoint | None = None,
         reference: dict[str, str] | None = None,
         instruction: str | Mapping[str, str] | None = None,
-        examples: bool | Sequence[Sequence[str]] = True,
-        answer_format: str = "json",
+        examples: bool | Sequence[Sequence[str]] | None = None,
+        answer_format: str = "plan",
+        judge: bool | None = None,
         max_new_tokens: int = 256,
     ):
         super().__init__()
         if (endpoint is None) == (model is None) or (model is None) != (tokenizer is None):
             raise ValueError("A rewriter needs either `model` and `tokenizer`, or `endpoint`.")
-        if answer_format != "json":
-            raise ValueError(f"`answer_format={answer_format!r}` is not known; use 'json'.")
-        if not isinstance(examples, bool) and not all(
+        if answer_format not in ("plan", "json"):
+            raise ValueError(f"`answer_format={answer_format!r}` is not known; use 'plan' or 'json'.")
+        if not isinstance(examples, bool | None) and not all(
             len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in examples
         ):
             raise ValueError(f"`examples` must be true, false or a list of [prompt, caption], but is {examples!r}.")
@@ -92,6 +104,7 @@ class FirstFrameRewriter(torch.nn.Module):
         self.instruction = instruction
         self.examples = examples
         self.answer_format = answer_format
+        self.judge = answer_format == "plan" if judge is None else judge
         self.max_new_tokens = max_new_tokens
         if model is None:
             # Offloading asks every component for the device of its first parameter.
@@ -100,6 +113,8 @@ class FirstFrameRewriter(torch.nn.Module):
             if tokenizer.chat_template is None:
                 raise ValueError(f"{tokenizer.name_or_path!r} has no chat template; choose an instruct or chat model.")
             self._has_system_role = has_system_role(tokenizer)
+        # Grammars of JSON schemas, which take a moment to compile.
+        self._grammars: dict[str, Any] = {}
 
     # -- loading and saving -------------------------------------------------------------------------------------------
 
@@ -109,28 +124,20 @@ class FirstFrameRewriter(torch.nn.Module):
         path: str | os.PathLike,
         torch_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
-        *,
-        revision: str | None = None,
-        gguf_file: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        local_files_only: bool = False,
-        quantization_config=None,
-        trust_remote_code: bool = False,
+        **options: Any,
     ) -> FirstFrameRewriter:
         """Loads a rewriter from its folder, or makes one of a chat model's repository on the Hub.
 
         Args:
             path (`str` or `os.PathLike`): a folder with a `rewriter_config.json`, which either names a Hub repository, or
-                has the weights beside it in `model/` and `tokenizer/`; or a transformers chat model: a folder, or a Hub
-                repository.
+                has the weights beside it in `model/` and `tokenizer/`; or a transformers chat model: a folder, a GGUF file or
+                a folder that holds one, or a Hub repository.
             torch_dtype, dtype (`torch.dtype`, *optional*): of the weights; both names mean the same, since diffusers passes
                 the first. Left out: as stored.
-            revision, gguf_file (`str`, *optional*): of the Hub repository that `path` is; a folder names its own.
-            token, cache_dir, local_files_only (*optional*): for the Hub, whether `path` or the folder names the repository.
-            quantization_config (*optional*): of transformers.
-            trust_remote_code (`bool`): run the code that a model brings with it. A pipeline that loads its rewriter never
-                does; pass it the rewriter.
+            options: `revision` and `gguf_file` (`str`) of what `path` is, where it is no rewriter's folder, which names its
+                own; `token`, `cache_dir` and `local_files_only` for the Hub, whether `path` or the folder names the
+                repository; `quantization_config` of transformers; `trust_remote_code` (`bool`): run the code that a model
+                brings with it. A pipeline that loads its rewriter never does; pass it the rewriter.
 
         Raises:
             `ValueError`: a folder without a valid `rewriter_config.json`, or with one that names an endpoint; weights that
@@ -139,48 +146,8 @@ class FirstFrameRewriter(torch.nn.Module):
         """
         if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
             raise ValueError(f"`torch_dtype={torch_dtype}` and `dtype={dtype}` differ; give one of them.")
-        folder = Path(path)
-        if folder.is_dir():
-            if revision is not None or gguf_file is not None:
-                raise ValueError(
-                    f"`revision` and `gguf_file` are for a Hub repository, and {str(path)!r} is a folder."
-                )
-            is_chat_model = not (folder / CONFIG_NAME).is_file() and (folder / "config.json").is_file()
-            config = {} if is_chat_model else read_rewriter_config(folder / CONFIG_NAME)
-        else:
-            config = {"model": str(path), "revision": revision, "gguf_file": gguf_file}
-        reference = {key: config.pop(key, None) for key in ("model", "revision", "gguf_file")}
-        reference = {key: value for key, value in reference.items() if value is not None}
-        source = {"gguf_file": reference["gguf_file"]} if "gguf_file" in reference else {}
-        model_path, tokenizer_path = folder / "model", folder / "tokenizer"
-        if folder.is_dir() and is_chat_model:
-            model_path = tokenizer_path = folder
-        if reference:
-            hub = hub_arguments(cache_dir=cache_dir, local_files_only=local_files_only or None, token=token)
-            model_path = tokenizer_path = fetch(
-                reference["model"], reference.get("revision"), partial(chat_files, **source), "The rewriter", **hub
-            )[0]
-        for place in (model_path,) if reference else (folder, model_path, tokenizer_path):
-            check_folder(place)
-        try:
-            with safetensors_only(model_path):
-                model = AutoModelForCausalLM.from_pretrained(
-                    model_path,
-                    dtype=dtype or torch_dtype or "auto",
-                    quantization_config=quantization_config,
-                    device_map=call_argument("device_map"),
-                    use_safetensors=True,
-                    trust_remote_code=trust_remote_code,
-                    **source,
-                )
-                # Without a value transformers would ask at the terminal.
-                tokenizer = AutoTokenizer.from_pretrained(
-                    tokenizer_path, trust_remote_code=trust_remote_code, **source
-                )
-        except OSError as error:
-            # transformers does not always say what it was looking for, and a user of the pipeline never named it.
-            raise OSError(f"The rewriter's model {str(model_path)!r} cannot be loaded: {error}") from error
-        return cls(model, tokenizer, reference=reference or None, **config)
+        model, tokenizer, settings = load_rewriter(path, dtype or torch_dtype, **options)
+        return cls(model, tokenizer, **settings)
 
     def save_pretrained(self, path: str | os.PathLike, safe_serialization: bool = True) -> None:
         """Writes the folder that `from_pretrained` reads: settings, and the weights if the rewriter has its own.
@@ -204,8 +171,9 @@ class FirstFrameRewriter(torch.nn.Module):
         config = dict(self.reference or {})
         if self.instruction is not None:
             config["instruction"] = self.instruction if isinstance(self.instruction, str) else dict(self.instruction)
-        examples = self.examples if isinstance(self.examples, bool) else [list(pair) for pair in self.examples]
-        config |= {"examples": examples, "answer_format": self.answer_format, "max_new_tokens": self.max_new_tokens}
+        if self.examples is not None:
+            config["examples"] = self.examples if isinstance(self.examples, bool) else [*map(list, self.examples)]
+        config |= {"answer_format": self.answer_format, "judge": self.judge, "max_new_tokens": self.max_new_tokens}
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if self.model is not None and self.reference is None:
             self.model.save_pretrained(folder / "model")
@@ -245,7 +213,21 @@ class FirstFrameRewriter(torch.nn.Module):
         Raises:
             `ValueError`: empty prompts, or one that does not fit into the model's context together with the answer.
         """
-        return self._ask(FIRST_FRAME, prompts, max_new_tokens, on_progress, should_stop)
+        outcomes = self.rewrite_outcomes(prompts, max_new_tokens, on_progress, should_stop)
+        return [outcome.made for outcome in outcomes]
+
+    def rewrite_outcomes(
+        self,
+        prompts: list[str],
+        max_new_tokens: int | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[RewriteOutcome]:
+        """[`rewrite`], with how each caption came about."""
+        return self._ask(self._first_frame(), prompts, max_new_tokens, on_progress, should_stop)
+
+    def _first_frame(self) -> RewriterTask:
+        return PLANNED_FRAME if self.answer_format == "plan" else FIRST_FRAME
 
     def storyboard(
         self,
@@ -257,7 +239,7 @@ class FirstFrameRewriter(torch.nn.Module):
     ) -> list[list[Moment]]:
         """Writes captions of the first frame and of later moments for each prompt.
 
-        Checked, asked again and given up as in [`rewrite`]; what stands in is the prompt as the only moment.
+        Checked, asked again and given up as in [`rewrite`]; what stands in is the prompt's start as the only moment.
 
         Args:
             prompts (`list[str]`): what should happen in the videos.
@@ -274,10 +256,9 @@ class FirstFrameRewriter(torch.nn.Module):
         """
         check_at_least_one("num_moments", num_moments)
         if num_moments is None or num_moments < 2:
-            raise ValueError(
-                f"`num_moments={num_moments}` must be at least 2; `rewrite` writes the first frame alone."
-            )
-        return self._ask(storyboard_task(num_moments), prompts, max_new_tokens, on_progress, should_stop)
+            raise ValueError(f"`num_moments={num_moments}` must be at least 2: `rewrite` writes the first frame.")
+        outcomes = self._ask(storyboard_task(num_moments), prompts, max_new_tokens, on_progress, should_stop)
+        return [[replace(outcome.made[0], rewrite=outcome), *outcome.made[1:]] for outcome in outcomes]
 
     def describe_motion(
         self,
@@ -293,16 +274,32 @@ class FirstFrameRewriter(torch.nn.Module):
         Returns:
             `list[str]`: one caption per prompt.
         """
-        return self._ask(MOTION, prompts, max_new_tokens, on_progress, should_stop)
+        outcomes = self._ask(MOTION, prompts, max_new_tokens, on_progress, should_stop)
+        return [outcome.made for outcome in outcomes]
 
-    def messages(self, prompt: str, task: RewriterTask = FIRST_FRAME) -> list[dict[str, str]]:
-        """The chat that this rewriter answers for a prompt; a special-purpose model is trained on the same."""
+    # -- questions and answers ----------------------------------------------------------------------------------------
+
+    def messages(
+        self, prompt: str, task: RewriterTask | None = None, with_examples: bool = False
+    ) -> list[dict[str, str]]:
+        """The chat that this rewriter answers for a prompt; a special-purpose model is trained on the same.
+
+        Args:
+            prompt (`str`): what should happen in the video.
+            task (`RewriterTask`, *optional*): the kind of question; left out, a first frame.
+            with_examples (`bool`): where the rewriter's `examples` are left out, those of the task.
+        """
+        task = task or self._first_frame()
+        own = self._own_instruction(task)
+        instruction = (task.instruction if own is None else own).replace("{num_moments}", str(task.captions))
+        examples = self.examples if self.examples is not None else with_examples
+        if examples is True or (examples and task.name != FIRST_FRAME.name):
+            examples = choose_examples(prompt, task.examples)
+        return build_messages(prompt, instruction, examples or (), task.write)
+
+    def _own_instruction(self, task: RewriterTask) -> str | None:
         own = {FIRST_FRAME.name: self.instruction} if isinstance(self.instruction, str) else self.instruction or {}
-        instruction = own.get(task.name, task.instruction).replace("{num_moments}", str(task.captions))
-        examples = task.examples if self.examples else ()
-        if not isinstance(self.examples, bool) and task is FIRST_FRAME:
-            examples = self.examples
-        return build_messages(prompt, instruction, examples, task.write)
+        return own.get(task.name)
 
     def _ask(
         self,
@@ -311,42 +308,140 @@ class FirstFrameRewriter(torch.nn.Module):
         max_new_tokens: int | None,
         on_progress: Callable[[int, int], None] | None,
         should_stop: Callable[[], bool] | None,
-    ) -> list[Any]:
-        """One answer of a task per prompt."""
-        # A fast tokenizer keeps padding and truncation of its last call.
-        with exclusive(self.model, self.tokenizer):
-            return self._answer(task, prompts, max_new_tokens, on_progress, should_stop)
-
-    def _answer(
-        self,
-        task: RewriterTask,
-        prompts: list[str],
-        max_new_tokens: int | None,
-        on_progress: Callable[[int, int], None] | None,
-        should_stop: Callable[[], bool] | None,
-    ) -> list[Any]:
+    ) -> list[RewriteOutcome]:
+        """One outcome of a task per prompt."""
         check_texts("prompts", prompts)
         check_at_least_one("max_new_tokens", max_new_tokens)
-        limit = max_new_tokens or self.max_new_tokens * task.captions
-        chats = [self.messages(prompt, task) for prompt in prompts]
-        for prompt, chat in zip(prompts, chats):
-            excess = self._excess_tokens(chat, limit)
-            if excess > 0:
-                raise ValueError(
-                    f"The prompt {prompt[:60]!r} with instruction and an answer of {limit} tokens exceeds the context of "
-                    f"the rewriter by {excess} tokens; shorten it or lower `max_new_tokens`."
-                )
+        limit = max_new_tokens or self.max_new_tokens * task.captions + task.extra_tokens
         should_stop = should_stop or (lambda: False)
-        made = [task.fallback(prompt) for prompt in prompts]
-        for begin in range(0, len(prompts), BATCH_SIZE):
-            answers = self(chats[begin : begin + BATCH_SIZE], limit, should_stop=should_stop)
-            for index, answer in enumerate(answers, start=begin):
+        made = [RewriteOutcome("fallback", task.fallback(prompt), ("it was stopped",)) for prompt in prompts]
+        # A fast tokenizer keeps padding and truncation of its last call.
+        with exclusive(self.model, self.tokenizer):
+            for prompt in prompts:
+                excess = self._excess_tokens(self.messages(prompt, task), limit)
+                if excess > 0:
+                    raise ValueError(
+                        f"The prompt {prompt[:60]!r} with instruction and an answer of {limit} tokens exceeds the context of "
+                        f"the rewriter by {excess} tokens; shorten it or lower `max_new_tokens`."
+                    )
+            find = self._local_outcomes if self.endpoint is None else self._remote_outcomes
+            for index, outcome in enumerate(find(task, prompts, limit, should_stop)):
                 if should_stop():
-                    return made
-                made[index] = self._checked(task, prompts[index], chats[index], answer, limit, should_stop)
+                    break
+                made[index] = outcome
                 if on_progress is not None:
                     on_progress(index + 1, len(prompts))
         return made
+
+    def _local_outcomes(
+        self, task: RewriterTask, prompts: list[str], limit: int, should_stop: Callable[[], bool]
+    ) -> Iterator[RewriteOutcome]:
+        for begin in range(0, len(prompts), BATCH_SIZE):
+            batch = prompts[begin : begin + BATCH_SIZE]
+            began = time.perf_counter()
+            chats = [self.messages(prompt, task) for prompt in batch]
+            answers = self(chats, limit, should_stop=should_stop, schema=self._schema(task))
+            share = (time.perf_counter() - began) / len(batch)
+            for prompt, answer in zip(batch, answers):
+                if should_stop():
+                    return
+                yield self._settled(task, prompt, answer, limit, share, should_stop)
+
+    def _remote_outcomes(
+        self, task: RewriterTask, prompts: list[str], limit: int, should_stop: Callable[[], bool]
+    ) -> Iterator[RewriteOutcome]:
+        """Several prompts at once. A server that fails for one of them does not cost the captions of the others."""
+        errors: list[OSError] = []
+        answered: list[str] = []
+
+        def outcome_of(prompt: str) -> RewriteOutcome:
+            began = time.perf_counter()
+            stands_in = partial(RewriteOutcome, "fallback", task.fallback(prompt))
+            if should_stop() or (len(errors) >= self.endpoint.max_concurrent and not answered):
+                return stands_in(("it was not asked for",))
+            try:
+                (answer,) = self([self.messages(prompt, task)], limit, None, should_stop, self._schema(task))
+                answered.append(prompt)
+                return self._settled(task, prompt, answer, limit, time.perf_counter() - began, should_stop)
+            except OSError as error:
+                errors.append(error)
+                logger.warning(f"No {task.subject} for {prompt!r} ({error}); the prompt's start is used.")
+                return stands_in((str(error),), 1, time.perf_counter() - began)
+
+        with ThreadPoolExecutor(self.endpoint.max_concurrent) as pool:
+            yield from pool.map(outcome_of, prompts)
+        if errors and not answered:
+            raise errors[0]
+
+    def _settled(
+        self,
+        task: RewriterTask,
+        prompt: str,
+        answer: str,
+        limit: int,
+        seconds: float,
+        should_stop: Callable[[], bool],
+    ) -> RewriteOutcome:
+        """What becomes of a first answer: it is taken, asked for again, or given up."""
+        began = time.perf_counter() - seconds
+        reasons: list[str] = []
+        best, judged, judge_seconds = None, 0, 0.0
+        chat = self.messages(prompt, task)
+        for attempt in range(1, ATTEMPTS + 1):
+            made, problem = self._checked(task, prompt, chat, answer)
+            if problem is None:
+                judging = time.perf_counter()
+                count, problem = self._judged(task, prompt, made)
+                judged, judge_seconds = judged + count, judge_seconds + time.perf_counter() - judging
+                best = task.result(made) if best is None else best
+            if problem is None:
+                best, status = task.result(made), "accepted" if attempt == 1 else "repaired"
+                break
+            reasons.append(problem)
+            chat = build_retry(self.messages(prompt, task, with_examples=True), problem)
+            if attempt == ATTEMPTS or should_stop() or self._excess_tokens(chat, limit) > 0:
+                status = "fallback"
+                break
+            # One by one, each from the same seed: what a prompt gets does not depend on its neighbours.
+            (answer,) = self([chat], limit, RETRY_SEED + attempt - 1, should_stop, self._schema(task))
+        if status == "fallback" and not should_stop():
+            stands_in = "the prompt's start" if best is None else "the answer with the fewest faults"
+            logger.warning(f"No valid {task.subject} for {prompt!r} ({reasons[-1]}); {stands_in} is used.")
+        made = task.fallback(prompt) if best is None else best
+        seconds = time.perf_counter() - began
+        return RewriteOutcome(status, made, tuple(reasons), attempt, seconds, judged, judge_seconds)
+
+    def _checked(
+        self, task: RewriterTask, prompt: str, chat: list[dict[str, str]], answer: str
+    ) -> tuple[Any, str | None]:
+        """What an answer holds and what is wrong with it by its words."""
+        try:
+            made = task.read(answer)
+        except ValueError as error:
+            return None, str(error)
+        return made, task.problem(prompt, made, self._read, [turn["content"] for turn in chat[:-1]])
+
+    def _judged(self, task: RewriterTask, prompt: str, made: Any) -> tuple[int, str | None]:
+        """How many questions the model was asked about a caption, and what is wrong with it by its answers."""
+        if not self.judge or task.name != FIRST_FRAME.name:
+            return 0, None
+        caption, plan = task.result(made), made.plan if isinstance(made, PlannedCaption) else None
+        asked = questions(prompt, plan)
+        if self.endpoint is not None:
+            chat, schema = chat_of_all(prompt, caption, asked), answers_schema(len(asked))
+            try:
+                (answer,) = self([chat], JUDGE_TOKENS, schema=schema)
+            except OSError as error:
+                # The caption is there, and its words are right.
+                logger.warning(f"The caption of {prompt!r} was not judged ({error}).")
+                return 0, None
+            return len(asked), verdict(asked, read_answers(answer, len(asked)))
+        chats = [chat_of(prompt, caption, question) for question in asked]
+        if any(self._excess_tokens(chat, 1) > 0 for chat in chats):
+            return 0, None
+        return len(asked), verdict(asked, self(chats, 1, choices=choice_tokens(self.tokenizer)))
+
+    # -- the model ----------------------------------------------------------------------------------------------------
 
     def chat_text(self, messages: list[dict[str, str]]) -> str:
         """A chat as the text that the model continues with its answer."""
@@ -362,7 +457,9 @@ class FirstFrameRewriter(torch.nn.Module):
         max_new_tokens: int,
         seed: int | None = None,
         should_stop: Callable[[], bool] | None = None,
-    ) -> list[str]:
+        schema: dict[str, Any] | None = None,
+        choices: tuple[list[int], list[int]] | None = None,
+    ) -> list[str] | list[float]:
         """Answers chats. Offloading moves a component when its `forward` is called, so all use of the model is in here.
 
         Args:
@@ -370,59 +467,25 @@ class FirstFrameRewriter(torch.nn.Module):
             max_new_tokens (`int`): longest answer in tokens.
             seed (`int`, *optional*): sample with this seed, apart from the global random state; greedy without it.
             should_stop (`Callable`, *optional*): ends all answers where they are once it returns `True`.
+            schema (`dict`, *optional*): JSON schema that answers follow, where the runtime can enforce it.
+            choices (`tuple`, *optional*): two lists of token ids. The next token of each chat is chosen from them.
 
         Returns:
-            `list[str]`: the answers as the model gave them.
+            `list[str]`: the answers as the model gave them; with `choices` the probability of the first list, `list[float]`.
         """
         if self.endpoint is not None:
             stopped = should_stop or (lambda: False)
-            return ["" if stopped() else self.endpoint.answer(chat, max_new_tokens, seed) for chat in chats]
+            return ["" if stopped() else self.endpoint.answer(chat, max_new_tokens, seed, schema) for chat in chats]
         device = get_module_execution_device(self)
-        rows = [torch.tensor(self._token_ids(self.chat_text(chat))) for chat in chats]
-        # On the left, so that every answer begins in the same column. The padding is masked: its id does not matter.
-        input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left")
-        output = self.model.generate(
-            input_ids=input_ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=generation_config(self.model, self.tokenizer, max_new_tokens),
-            logits_processor=token_processors(seed),
-            stopping_criteria=[StopWhen(should_stop)] if should_stop is not None else None,
+        texts = [self.chat_text(chat) for chat in chats]
+        grammar = schema_processors(self.model, self.tokenizer, schema, self._grammars)
+        return answers_to(
+            self.model, self.tokenizer, texts, device, max_new_tokens, seed, should_stop, grammar, choices
         )
-        return self.tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
 
-    def _checked(
-        self,
-        task: RewriterTask,
-        prompt: str,
-        chat: list[dict[str, str]],
-        answer: str,
-        limit: int,
-        should_stop: Callable[[], bool],
-    ) -> Any:
-        """What an answer holds, or a second answer if the first is not valid, or what stands in."""
-        made, reason = self._judge(task, prompt, answer)
-        if reason is None:
-            return made
-        retry = build_retry(chat, reason)
-        if self._excess_tokens(retry, limit) <= 0:
-            # One by one, each from the same seed: what a prompt gets does not depend on its neighbours.
-            (answer,) = self([retry], limit, seed=RETRY_SEED, should_stop=should_stop)
-            if should_stop():
-                return task.fallback(prompt)
-            made, reason = self._judge(task, prompt, answer)
-        if reason is None:
-            return made
-        logger.warning(f"No valid {task.subject} for {prompt!r} ({reason}); the prompt itself is used.")
-        return task.fallback(prompt)
-
-    def _judge(self, task: RewriterTask, prompt: str, answer: str) -> tuple[Any, str | None]:
-        """What an answer holds and what is wrong with it."""
-        try:
-            made = task.read(answer)
-        except ValueError as error:
-            return None, str(error)
-        return made, task.problem(prompt, made, self._read)
+    def _schema(self, task: RewriterTask) -> dict[str, Any] | None:
+        """The form of an answer to the task's own instruction; another instruction may ask for another form."""
+        return task.schema if self._own_instruction(task) is None else None
 
     def _read(self, word: str) -> str:
         """A word as the model's tokenizer has it; one that maps words to its own vocabulary returns others."""
@@ -435,66 +498,3 @@ class FirstFrameRewriter(torch.nn.Module):
         """By how many tokens a chat and its answer exceed the context; an endpoint is left to say so itself."""
         context = None if self.model is None else getattr(self.model.config, "max_position_embeddings", None)
         return 0 if context is None else len(self._token_ids(self.chat_text(chat))) + max_new_tokens - context
-
-
-def read_rewriter_config(path: Path) -> dict[str, Any]:
-    """Reads a `rewriter_config.json` and refuses what this version does not know, and an endpoint.
-
-    Raises:
-        `ValueError`: as in [`~loading.component_config.read_config`], or the file names an endpoint.
-    """
-    if not path.is_file():
-        raise ValueError(f"{str(path.parent)!r} is no rewriter: it has no {CONFIG_NAME}.")
-    of_endpoint = {"endpoint", "api_key_env"}
-    settings = {"instruction", "examples", "answer_format", "max_new_tokens"}
-    known = {"model", "revision", "gguf_file", *settings, *of_endpoint}
-    config = read_config(path, known, "model", {"revision", "gguf_file"})
-    if config.keys() & of_endpoint:
-        # The file's author would get every prompt, and the value of any variable of this machine.
-        raise ValueError(
-            f"{str(path)!r} names an endpoint at {host_of(config.get('endpoint'))!r}, to which prompts would be sent. Only you "
-            "can name one: pass `rewriter=FirstFrameRewriter(endpoint=ChatEndpoint(url, model, api_key_env=...))`, or to `fvg` "
-            "`--rewriter URL`. `rewriter=None` loads without a rewriter."
-        )
-    return config
-
-
-def build_messages(
-    prompt: str,
-    instruction: str = INSTRUCTION,
-    examples: Sequence[tuple[str, Any]] = EXAMPLES,
-    write: Callable[[Any], str] = format_answer,
-) -> list[dict[str, str]]:
-    """The chat that asks about a prompt, for sampling and for training a rewriter alike.
-
-    Args:
-        prompt (`str`): what should happen in the video.
-        instruction (`str`, *optional*): the system turn; left out of the chat where it is empty.
-        examples (sequence of `(prompt, answer)`, *optional*): earlier turns.
-        write (`Callable`, *optional*): an answer of the examples as text.
-
-    Returns:
-        `list[dict[str, str]]`: turns with a `role` and a `content`, the last one the user's.
-    """
-    messages = [{"role": "system", "content": instruction}] if instruction else []
-    for question, answer in examples:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": write(answer)}]
-    return [*messages, {"role": "user", "content": prompt}]
-
-
-def build_retry(messages: list[dict[str, str]], reason: str) -> list[dict[str, str]]:
-    """The chat that asks again after an answer that was not valid.
-
-    The bad answer is not in it: small models go on with what they wrote, or discuss it, and lose the prompt.
-    """
-    *earlier, question = messages
-    hint = f"(An earlier answer was not valid: {reason}.)"
-    return [*earlier, {"role": "user", "content": f"{question['content']}\n{hint}"}]
-
-
-def without_system_role(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The same chat for a template that knows no system role: the instruction opens the first user turn."""
-    if messages[0]["role"] != "system":
-        return messages
-    system, first, *rest = messages
-    return [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest]

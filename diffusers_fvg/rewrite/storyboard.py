@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from .outcome import RewriteOutcome
 
 
 @dataclass(frozen=True)
@@ -13,10 +15,13 @@ class Moment:
     Args:
         caption (`str`): description of the still picture at that time.
         time (`float`): share of the video, 0 for its first frame and 1 for its last.
+        rewrite ([`RewriteOutcome`], *optional*): of a first moment, how a rewriter came to it. It does not count when moments
+            are compared.
     """
 
     caption: str
     time: float
+    rewrite: RewriteOutcome | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.caption, str) or not self.caption.strip():

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from .prompts import (
-    EXAMPLES,
-    INSTRUCTION,
-    caption_problem,
-    find_in_answer,
-    format_answer,
-    lasting_requirements,
-    missing_problem,
-    parse_answer,
-    picture_problem,
-    result_words,
-    start_requirements,
-    text_under,
-)
+from .answers import find_in_answer, text_under
+from .binding import Kept, Read, missing_problem, told_problem
+from .caption_check import check_caption, start_clause
+from .form import MAX_CAPTION_CHARACTERS, MIN_CAPTION_CHARACTERS, copied_text
+from .plan import PLAN_SCHEMA, TEXT, object_schema
+from .prompts import EXAMPLES, INSTRUCTION, PLAN_INSTRUCTION, format_answer, parse_answer, parse_planned
+from .start import Thing, lasting_things, start_of
 from .storyboard import Moment
+from .words import is_english
 
 
 @dataclass(frozen=True)
@@ -34,11 +28,15 @@ class RewriterTask:
         subject (`str`): what is written, for the warning that it was not.
         instruction (`str`): the system turn.
         examples (`tuple`): pairs of a prompt and its answer, earlier turns of the chat.
-        write (`Callable`): an answer as the text that is asked for.
-        read (`Callable`): the inverse; finds the answer in what a model says or raises `ValueError` with what it lacks.
-        problem (`Callable`): `problem(prompt, answer, read_word)`: why the answer is wrong for the prompt, or `None`.
+        write (`Callable`): an example's answer as text.
+        read (`Callable`): finds the answer in what a model says or raises `ValueError` with what it lacks.
+        problem (`Callable`): `problem(prompt, answer, read_word, shown)`: why the answer is wrong for the prompt, or `None`;
+            `shown` are the texts that the model was shown.
         fallback (`Callable`): from a prompt to what stands in for an answer.
+        result (`Callable`): what the caller gets of an answer.
         captions (`int`): number of captions in the longest answer.
+        extra_tokens (`int`): tokens of the longest answer beside its captions.
+        schema (`dict`, *optional*): JSON schema of the answer, for runtimes that enforce it.
     """
 
     name: str
@@ -47,13 +45,34 @@ class RewriterTask:
     examples: tuple[tuple[str, Any], ...]
     write: Callable[[Any], str]
     read: Callable[[str], Any]
-    problem: Callable[[str, Any, Callable[[str], str]], str | None]
-    fallback: Callable[[str], Any] = str
+    problem: Callable[[str, Any, Read, Sequence[str]], str | None]
+    fallback: Callable[[str], Any]
+    result: Callable[[Any], Any] = lambda made: made
     captions: int = 1
+    extra_tokens: int = 0
+    schema: dict[str, Any] | None = None
 
 
 FIRST_FRAME = RewriterTask(
-    "first_frame", "first-frame prompt", INSTRUCTION, EXAMPLES, format_answer, parse_answer, caption_problem
+    "first_frame",
+    "first-frame prompt",
+    INSTRUCTION,
+    EXAMPLES,
+    format_answer,
+    parse_answer,
+    lambda prompt, caption, read, shown: check_caption(prompt, caption, None, read, shown),
+    start_clause,
+    schema=object_schema({"first_frame": TEXT}),
+)
+# The same with a plan before the caption. Its examples have none: they are for models that do not manage the whole form.
+PLANNED_FRAME = replace(
+    FIRST_FRAME,
+    instruction=PLAN_INSTRUCTION,
+    read=parse_planned,
+    problem=lambda prompt, made, read, shown: check_caption(prompt, made.caption, made.plan, read, shown),
+    result=lambda made: made.caption,
+    extra_tokens=256,
+    schema=PLAN_SCHEMA,
 )
 
 # -- storyboard -------------------------------------------------------------------------------------------------------
@@ -117,6 +136,7 @@ STORYBOARD_EXAMPLES = tuple(
 
 def storyboard_task(num_moments: int) -> RewriterTask:
     """The question for the first frame and up to `num_moments - 1` later moments."""
+    moment = object_schema({"time": {"type": "number"}, "frame": TEXT})
     return RewriterTask(
         "storyboard",
         "storyboard",
@@ -125,8 +145,9 @@ def storyboard_task(num_moments: int) -> RewriterTask:
         write_moments,
         read_moments,
         partial(storyboard_problem, num_moments=num_moments),
-        lambda prompt: [Moment(prompt, 0.0)],
+        lambda prompt: [Moment(start_clause(prompt), 0.0)],
         captions=num_moments,
+        schema=object_schema({"moments": {"type": "array", "items": moment, "maxItems": num_moments}}),
     )
 
 
@@ -156,7 +177,7 @@ def _moments_of(value: dict) -> list[Moment] | None:
 
 
 def storyboard_problem(
-    prompt: str, moments: list[Moment], read: Callable[[str], str] = str, *, num_moments: int
+    prompt: str, moments: list[Moment], read: Read = str, shown: Sequence[str] = (), *, num_moments: int
 ) -> str | None:
     """Says why moments are no storyboard of a prompt, or returns `None` where nothing speaks against it.
 
@@ -167,7 +188,8 @@ def storyboard_problem(
     Args:
         prompt (`str`): what should happen in the video.
         moments (`list[Moment]`): in the order of the answer.
-        read (`Callable`, *optional*): as in `caption_problem`.
+        read (`Callable`, *optional*): as in `binding_problem`.
+        shown (`Sequence[str]`, *optional*): texts of which nothing may be copied.
         num_moments (`int`): the most that were asked for.
     """
     if not 1 <= len(moments) <= num_moments:
@@ -178,27 +200,37 @@ def storyboard_problem(
         return f"the first moment has time {times[0]}, not 0"
     if any(later - earlier < apart for earlier, later in zip(times, times[1:])):
         return f"the times {times} are not in order and at least {apart:.2g} apart"
-    problem = caption_problem(prompt, moments[0].caption, read)
+    problem = check_caption(prompt, moments[0].caption, None, read, shown)
     if problem is not None:
         return f"in the first moment {problem}"
-    lasting = lasting_requirements(prompt)
     for moment in moments[1:]:
-        problem = picture_problem(moment.caption) or missing_problem(lasting, moment.caption, read)
-        problem = problem or _unrelated_problem(prompt, moment.caption, read)
+        problem = _later_moment_problem(prompt, moment.caption, read, shown)
         if problem is not None:
             return f"at time {moment.time} {problem}"
-    results = tuple(result_words(prompt))
-    if results and missing_problem([results], " ".join(moment.caption for moment in moments[1:]), read) is not None:
-        return f'"{" ".join(results)}" of the prompt is in no later moment'
+    results = Thing(start_of(prompt).later) if is_english(prompt) else Thing(())
+    if missing_problem(results, Kept(" ".join(moment.caption for moment in moments[1:]), read)) is not None:
+        return f'"{" ".join(results.names)}" of the prompt is in no later moment'
     return None
 
 
-def _unrelated_problem(prompt: str, text: str, read: Callable[[str], str]) -> str | None:
+def _later_moment_problem(prompt: str, caption: str, read: Read, shown: Sequence[str]) -> str | None:
+    if not MIN_CAPTION_CHARACTERS <= len(caption) <= MAX_CAPTION_CHARACTERS:
+        return f"the description has {len(caption)} characters"
+    copied = copied_text(caption, shown, prompt)
+    if copied is not None:
+        return f'"{copied}" is copied from the instruction or its examples'
+    if not (is_english(prompt) and is_english(caption)):
+        return None
+    here = Kept(caption, read)
+    lost = (missing_problem(thing, here) for thing in lasting_things(prompt))
+    return told_problem(caption) or next(filter(None, lost), None) or _unrelated_problem(prompt, here)
+
+
+def _unrelated_problem(prompt: str, here: Kept) -> str | None:
     """Says so if a text has nothing of what a prompt names."""
-    named = [word for words in start_requirements(prompt) for word in words] + result_words(prompt)
-    if named and missing_problem([tuple(named)], text, read) is not None:
-        return "nothing of the prompt is there"
-    return None
+    start = start_of(prompt)
+    named = [name for thing in start.things for name in (*thing.names, *thing.colours)] + [*start.later]
+    return "nothing of the prompt is there" if named and not any(name in here for name in named) else None
 
 
 # -- motion -----------------------------------------------------------------------------------------------------------
@@ -244,7 +276,7 @@ def read_motion(answer: str) -> str:
     return find_in_answer(answer, lambda value: text_under(value, "motion"), 'text under "motion"')
 
 
-def motion_problem(prompt: str, motion: str, read: Callable[[str], str] = str) -> str | None:
+def motion_problem(prompt: str, motion: str, read: Read = str, shown: Sequence[str] = ()) -> str | None:
     """Says why a text is no motion caption of a prompt, or returns `None` where nothing speaks against it.
 
     It must be short, speak of something that the prompt has, and name what the prompt changes things into.
@@ -252,16 +284,31 @@ def motion_problem(prompt: str, motion: str, read: Callable[[str], str] = str) -
     Args:
         prompt (`str`): what should happen in the video.
         motion (`str`): what happens after the first frame.
-        read (`Callable`, *optional*): as in `caption_problem`.
+        read (`Callable`, *optional*): as in `binding_problem`.
+        shown (`Sequence[str]`, *optional*): texts of which nothing may be copied.
     """
     if not 3 <= len(motion) <= MAX_MOTION_CHARACTERS:
         return f"the motion caption has {len(motion)} characters, not 3 to {MAX_MOTION_CHARACTERS}"
-    missing = missing_problem([(word,) for word in result_words(prompt)], motion, read)
+    copied = copied_text(motion, shown, prompt)
+    if copied is not None:
+        return f'"{copied}" is copied from the instruction or its examples'
+    if not (is_english(prompt) and is_english(motion)):
+        return None
+    here = Kept(motion, read)
+    lost = next(filter(None, (missing_problem(Thing((word,)), here) for word in start_of(prompt).later)), None)
     # A picture that stays still needs no names.
-    return missing if missing is not None or "still" in motion.lower() else _unrelated_problem(prompt, motion, read)
+    return lost if lost is not None or "still" in motion.lower() else _unrelated_problem(prompt, here)
 
 
 MOTION = RewriterTask(
-    "motion", "motion caption", MOTION_INSTRUCTION, MOTION_EXAMPLES, write_motion, read_motion, motion_problem
+    "motion",
+    "motion caption",
+    MOTION_INSTRUCTION,
+    MOTION_EXAMPLES,
+    write_motion,
+    read_motion,
+    motion_problem,
+    str,
+    schema=object_schema({"motion": TEXT}),
 )
 TASK_NAMES = (FIRST_FRAME.name, "storyboard", MOTION.name)

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..rewrite.rewriter import FirstFrameRewriter, build_messages
+from ..rewrite.chats import build_messages
+from ..rewrite.rewriter import FirstFrameRewriter
 from ..rewrite.tasks import FIRST_FRAME, MOTION, RewriterTask, storyboard_task
 from .held_out import held_out_scenes, score_written_caption, score_written_motion, score_written_storyboard
 from .loop import train, training_device

@@ -732,8 +732,8 @@ def test_a_repository_on_the_hub_that_names_an_endpoint_is_refused(
     server = ["--rewriter", thief.url, "--rewriter-model", "chat"]
     assert main(["generate", *arguments, *size, *server]) == 0
     assert "A red circle on the left" in capsys.readouterr().out
-    # Asked without a key, since the command names none.
-    assert [key for _, key, _ in thief.requests] == [None]
+    # Asked without a key, since the command names none: for the caption, then about it.
+    assert [key for _, key, _ in thief.requests] == [None, None]
 
 
 def test_assemble_refuses_a_rewriter_that_names_an_endpoint(hub, repository, thief, tmp_path, monkeypatch):

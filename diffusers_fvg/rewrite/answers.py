@@ -1,0 +1,74 @@
+"""What a chat model's answer holds: its thinking aside, the last JSON object of the wanted form."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from typing import TypeVar
+
+
+Value = TypeVar("Value")
+
+_TAGS = "think|thinking|thought|thoughts|reasoning|reflection|analysis|seed:think"
+# How models mark their thinking: tags in brackets of several kinds, and the channels of gpt-oss.
+_BEGIN = re.compile(
+    rf"<(?:{_TAGS})>|\[THINK\]|\u25c1think\u25b7|<\|begin_of_thought\|>|<\|START_THINKING\|>|"
+    r"<\|channel\|>(?:analysis|commentary)[^<]*<\|message\|>",
+    re.IGNORECASE,
+)
+_END = re.compile(
+    rf"</(?:{_TAGS})>|\[/THINK\]|\u25c1/think\u25b7|<\|end_of_thought\|>|<\|END_THINKING\|>|<\|channel\|>final[^<]*<\|message\|>",
+    re.IGNORECASE,
+)
+
+
+def without_thinking(answer: str) -> str:
+    """An answer without what is before the last end of thinking, and behind a beginning that has no end."""
+    ends = list(_END.finditer(answer))
+    answer = answer[ends[-1].end() :] if ends else answer
+    begin = _BEGIN.search(answer)
+    return answer[: begin.start()] if begin else answer
+
+
+def is_thinking(text: str) -> bool:
+    """Whether a text ends within thinking, as the chat templates of some models do."""
+    begins = list(_BEGIN.finditer(text))
+    return bool(begins) and _END.search(text, begins[-1].end()) is None and not text[begins[-1].end() :].strip()
+
+
+def marks_thinking(tokens: list[str]) -> bool:
+    """Whether one of a tokenizer's special tokens marks thinking: a text without them would not show where it ends."""
+    return any(_BEGIN.search(token) or _END.search(token) or token == "<|channel|>" for token in tokens)
+
+
+def text_under(value: dict, key: str) -> str | None:
+    """The text of a JSON object under a key, in one line; one without a letter or digit is none ("...")."""
+    text = " ".join(value[key].split()) if isinstance(value.get(key), str) else None
+    return text if text is None or any(letter.isalnum() for letter in text) else None
+
+
+def find_in_answer(answer: str, read: Callable[[dict], Value | None], wanted: str) -> Value:
+    """What `read` makes of the last JSON object in an answer of which it makes anything: models repeat the form, and correct
+    themselves.
+
+    Raises:
+        `ValueError`: there is no such object; the message says that `wanted` is lacking.
+    """
+    answer = without_thinking(answer)
+    decoder = json.JSONDecoder(strict=False)
+    made, found, place = None, False, answer.find("{")
+    while place >= 0:
+        end = place + 1
+        try:
+            value, end = decoder.raw_decode(answer, place)
+        except (json.JSONDecodeError, RecursionError):
+            pass
+        else:
+            found = True
+            last = read(value)
+            made = made if last is None else last
+        place = answer.find("{", end)
+    if made is None:
+        raise ValueError(f"the JSON object has no {wanted}" if found else "it holds no JSON object")
+    return made

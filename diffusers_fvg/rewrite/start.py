@@ -1,0 +1,360 @@
+"""What a prompt says of the start of its video and what it says of later, read off its English words.
+
+A prompt tells of its start in its first sentence that shows anything, up to the first word of change or time. There is no
+grammar here: a thing is what follows an article, a number or the beginning of a clause, and what is uncertain is left out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from .words import (
+    ARTICLES,
+    COLOURS,
+    GENERIC,
+    GROUPS,
+    NO_COUNT,
+    NOT_NAMES,
+    PLACES,
+    PREPOSITIONS,
+    STOPS,
+    is_number,
+    is_plural,
+    is_word,
+    number_of,
+    root,
+    roots,
+    word_set,
+    words,
+)
+
+
+# Roots of verbs that give a thing another state: "turns yellow", "melts into", "is restored to".
+_CHANGES = word_set(
+    """turn becom chang transform transition morph evolv convert shift grow shrink fad melt dissolv ripen dark wilt yellow
+    bloom carv construct demolish assembl collaps crumbl expand develop progress advanc refin weather tarnish swel wax wan
+    diminish restor return harden freez thaw decay rot rust"""
+)
+# Of these, those that need no preposition before the new state.
+_BECOME = word_set("turn becom")
+# Roots of verbs that make something, or make it known.
+_MAKES = word_set(
+    """appear disappear vanish emerg reveal creat build mak draw paint sketch writ write bak form explod shater burst break"""
+)
+_TIME = word_set("then after before until finally eventually later afterwards subsequently suddenly")
+_MEANWHILE = word_set("while")
+_ING_NAMES = word_set(
+    """king ring wing string spring swing thing ceiling morning evening sibling painting building pudding duckling
+    wedding railing clothing lightning"""
+)
+_LY_NAMES = word_set("family butterfly dragonfly lily jelly belly bully fly assembly")
+_DIRECTIONS = word_set("left right up down top bottom side front back")
+# Behind these stands what a picture of the start may do without: settings, parts, means.
+_OPTIONAL = word_set("in with of at by for during to from through across per about into as when if onto")
+_AUXILIARIES = word_set(
+    "is are was were be being been has have had that which who it they he she begins starts to and"
+)
+_LONGEST_PHRASE = 7
+# A prompt of more words tells a story, of which its first frame shows a part.
+STORY_WORDS = 40
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A phrase of a text that names something.
+
+    Args:
+        names (`tuple[str, ...]`): its words that may be the name; without a grammar the verb behind it may be among them.
+        colours (`tuple[str, ...]`): its colours.
+        number (`str`, *optional*): how many, as digits.
+        is_optional (`bool`): a setting, a part or a means.
+    """
+
+    names: tuple[str, ...]
+    colours: tuple[str, ...] = ()
+    number: str | None = None
+    is_optional: bool = False
+
+
+@dataclass(frozen=True)
+class Start:
+    """The start of a prompt.
+
+    Args:
+        text (`str`): the prompt's words about it.
+        scene (`str`): the first sentence up to its first word of change or time, with what is made.
+        words (`tuple[str, ...]`): the same in lower case, with "." where something later was.
+        old (`tuple[str, ...]`): words of states that something changes from.
+        later (`tuple[str, ...]`): words of what something changes into and is not there from the start.
+        happening (`frozenset[str]`): verbs of the first sentence: what they do is not done yet.
+        free (`frozenset[str]`): words of change that are names or adjectives here ("a growing tree").
+        things (`tuple[Thing, ...]`): what is named.
+        is_story (`bool`): the prompt is long.
+    """
+
+    text: str
+    scene: str
+    words: tuple[str, ...]
+    old: tuple[str, ...]
+    later: tuple[str, ...]
+    happening: frozenset[str]
+    free: frozenset[str]
+    things: tuple[Thing, ...]
+    is_story: bool
+
+
+@lru_cache(maxsize=1024)
+def start_of(prompt: str) -> Start:
+    """Reads a prompt."""
+    sentence = first_sentence(prompt)
+    tokens = words(sentence)
+    kept = [word for span in _start_spans(tokens) for word in (*(tokens[index] for index in span), ".")]
+    changes = [index for index in range(len(tokens)) if _changes(tokens, index)]
+    old = tuple(word for index in changes for word in _old_state(tokens, index))
+    there = roots(word for word in (*kept, *old) if word not in STOPS)
+    later = dict.fromkeys(word for index in changes for word in _new_state(tokens, index) if root(word) not in there)
+    return Start(
+        text=_start_text(sentence),
+        scene=" ".join(tokens[: next((n for n, word in enumerate(tokens) if word in _TIME or n in changes), None)]),
+        words=tuple(kept),
+        old=old,
+        later=tuple(later),
+        happening=frozenset(word for index, word in enumerate(tokens) if _is_verb(word) and is_event(tokens, index)),
+        free=frozenset(word for index, word in enumerate(tokens) if not is_event(tokens, index)),
+        things=tuple(things(kept)),
+        is_story=len(prompt.split()) > STORY_WORDS,
+    )
+
+
+def lasting_things(prompt: str) -> list[Thing]:
+    """What a prompt names that is there from the first frame to the last.
+
+    Of a clause (they begin with "while" and end with a full stop) in which nothing is made or changed that is everything; of
+    one in which nothing but colours change, all but the colours; of any other nothing is certain.
+    """
+    lasting: list[Thing] = []
+    clause: list[str] = []
+    for word in (*words(prompt), "."):
+        if word not in _MEANWHILE | {"."}:
+            clause.append(word)
+            continue
+        ends = [index for index in range(len(clause)) if _ends_start(clause, index)]
+        changes = [index for index in ends if _changes(clause, index)]
+        states = [name for index in changes for name in (*_old_state(clause, index), *_new_state(clause, index))]
+        if not ends:
+            lasting += things(clause)
+        elif states and COLOURS.issuperset(states) and not any(_is_final(word) for word in clause):
+            lasting += (replace(thing, colours=()) for thing in things(clause[: ends[0]]) if thing.names)
+        clause = []
+    return lasting
+
+
+def _is_final(word: str) -> bool:
+    return word in _TIME or root(word) in _MAKES
+
+
+def first_sentence(prompt: str) -> str:
+    """The first sentence or line that names anything but views and movements of the camera."""
+    found = re.split(r"(?<=[.!?])[\"'\u201d]?\s+(?=[\"'\u201c(]?[A-Z0-9])|\n+", prompt.strip())
+    for sentence in found:
+        if any(thing.names for thing in things(words(sentence))):
+            return sentence.strip()
+    return found[0]
+
+
+def is_event(tokens: Sequence[str], index: int) -> bool:
+    """Whether a word of change tells what happens; behind an article or a preposition it is a name: "a growing tree"."""
+    previous = tokens[index - 1] if index else ""
+    return previous not in ARTICLES - {"that"} and not (
+        tokens[index].endswith("ing") and previous in PREPOSITIONS - {"by", "of"}
+    )
+
+
+def _is_verb(word: str) -> bool:
+    return word not in STOPS and (word.endswith("ing") or (word.endswith("s") and not word.endswith("ss")))
+
+
+def _ends_start(tokens: Sequence[str], index: int) -> bool:
+    """Whether a word begins what comes later."""
+    word = tokens[index]
+    if word in _TIME:
+        return True
+    if root(word) in _MAKES or _changes(tokens, index):
+        return is_event(tokens, index)
+    # ", forming a leaf pattern": what comes of it.
+    before = [token for token in tokens[max(0, index - 2) : index] if not token.endswith("ly")][-1:]
+    return word.endswith("ing") and word not in _ING_NAMES and before == [","]
+
+
+def _start_spans(tokens: Sequence[str]) -> list[list[int]]:
+    """Places of the words about the start: up to the first of what comes later, and again from "while" on."""
+    spans: list[list[int]] = [[]]
+    at_start = True
+    for index, word in enumerate(tokens):
+        begins_again = word in _MEANWHILE or (
+            word == "as" and not {*tokens[index + 1 : index + 2]}.isdisjoint(("a", "an"))
+        )
+        if begins_again or _ends_start(tokens, index):
+            at_start = begins_again
+            spans.append([])
+        elif at_start:
+            spans[-1].append(index)
+    return spans
+
+
+def _start_text(sentence: str) -> str:
+    """What a sentence says of the start, with the old state of what changes."""
+    found = list(re.finditer(r"\w+|[.,;:!?]", sentence))
+    tokens = [match[0].lower() for match in found]
+    parts = []
+    for span in _start_spans(tokens):
+        while span and (
+            not is_word(tokens[span[-1]]) or tokens[span[-1]] in _AUXILIARIES or tokens[span[-1]].endswith("ly")
+        ):
+            span = span[:-1]
+        if span:
+            # A quotation mark may open the sentence.
+            part = sentence[found[span[0]].start() if span[0] else 0 : found[span[-1]].end()]
+            behind = [index for index in range(span[-1], min(span[-1] + 4, len(tokens))) if _changes(tokens, index)]
+            old = [word for index in behind for word in _old_state(tokens, index)]
+            parts.append(", ".join((part, *dict.fromkeys(old))))
+    return re.sub(r"\b(slowly|gradually|suddenly) | (slowly|gradually|suddenly)\b", "", " and ".join(parts))
+
+
+# -- things -----------------------------------------------------------------------------------------------------------
+
+
+def things(tokens: Sequence[str]) -> Iterator[Thing]:
+    """The phrases that name something: behind an article, a number or a colour, and at the beginning of a clause."""
+    index, clause = 0, True
+    while index < len(tokens):
+        word = tokens[index]
+        if not is_word(word):
+            clause, index = True, index + 1
+        elif "camera" in tokens[index : index + 2]:
+            # What the camera does is behind it.
+            index = tokens.index("camera", index) + 2
+        elif word in ARTICLES or _counts(tokens, index) or word in COLOURS or (clause and word not in STOPS):
+            length, thing = _thing(tokens, index)
+            if thing.names or thing.colours or thing.number:
+                yield thing
+            index, clause = index + length, False
+        else:
+            index, clause = index + 1, clause and word in ("and", "as")
+
+
+def _counts(tokens: Sequence[str], index: int) -> bool:
+    return is_number(tokens[index]) and not {*tokens[index + 1 : index + 2]} & NO_COUNT
+
+
+def _thing(tokens: Sequence[str], begin: int) -> tuple[int, Thing]:
+    """The phrase at a place, and its length in words."""
+    names: list[str] = []
+    colours: list[str] = []
+    number = None
+    length = 0
+    for length, word in enumerate(tokens[begin : begin + _LONGEST_PHRASE]):
+        following = {*tokens[begin + length + 1 : begin + length + 2]}
+        if word in PLACES:
+            length += 1
+            break
+        if word in NOT_NAMES or (word in ARTICLES and length == 0):
+            continue
+        if word in COLOURS:
+            colours.append(word)
+        elif word in ("and", ",") and colours and not names and following & COLOURS:
+            continue
+        elif is_number(word) and number is None and not names and _counts(tokens, begin + length):
+            number = number_of(word)
+        elif word in GROUPS and following == {"of"}:
+            return length + 2, Thing(())
+        elif word.endswith("ly") and word not in _LY_NAMES and not names:
+            continue
+        elif not word.isalpha() or word in STOPS or is_number(word) or _ends_phrase(word, bool(names), tokens[begin]):
+            break
+        else:
+            names.append(word)
+            if number is not None and is_plural(word):
+                length += 1
+                break
+    else:
+        length += 1
+    return max(1, length), Thing(tuple(names), tuple(colours), number, _is_optional(tokens, begin))
+
+
+def _is_optional(tokens: Sequence[str], begin: int) -> bool:
+    """Whether what begins at a place is a setting, a part or a means, or a word of style behind a comma."""
+    before = tokens[begin - 1] if begin else "."
+    if before == ",":
+        return tokens[begin] not in ARTICLES | COLOURS and not is_number(tokens[begin])
+    # "A photo of a dog" is of a dog.
+    return before in _OPTIONAL and {*tokens[max(0, begin - 2) : begin - 1]}.isdisjoint(NOT_NAMES | GROUPS)
+
+
+def _ends_phrase(word: str, named: bool, first: str) -> bool:
+    """Whether a word is rather a verb or an adverb than one more name."""
+    if word.endswith("ing") and word not in _ING_NAMES or word.endswith("ly") and word not in _LY_NAMES:
+        return named
+    return first in ("a", "an") and named and is_plural(word)
+
+
+# -- changes ----------------------------------------------------------------------------------------------------------
+
+_NEAR = word_set("next close parallel due up")
+# "From ... to" behind these is a range.
+_SPANS = word_set("ranging ranges varying varies everything all")
+# Behind the new state.
+_AFTER_STATE = PREPOSITIONS - {"of", "to", "into"} | word_set("as while when where then next until")
+
+
+def _changes(tokens: Sequence[str], index: int) -> bool:
+    """Whether a word begins a change: a verb of change, or "from" before an old and a new state."""
+    word = tokens[index]
+    if root(word) in _CHANGES and word not in COLOURS:
+        return is_event(tokens, index)
+    return word == "from" and {*tokens[index - 1 : index]}.isdisjoint(_SPANS) and bool(_old_state(tokens, index))
+
+
+def _states(tokens: Sequence[str], index: int) -> tuple[list[str], list[str]]:
+    """The words between "from" and "to", and those behind "to", behind the beginning of a change."""
+    behind = list(tokens[index : index + 16])
+    stop = next((place for place, word in enumerate(behind) if word in ".;:!?"), len(behind))
+    if not (behind := behind[:stop]):
+        return [], []
+    marks = [place for place, word in enumerate(behind) if word in ("to", "into") and behind[place - 1] not in _NEAR]
+    if "from" in behind[:6]:
+        begin = behind.index("from")
+        marks = [place for place in marks if place > begin]
+        if not marks or {*behind[begin : marks[0] + 3]} & _DIRECTIONS:
+            return [], []
+        return behind[begin + 1 : marks[0]], behind[marks[0] + 1 :]
+    verb = root(behind[0])
+    if (
+        marks
+        and marks[0] < 6
+        and not (verb == "turn" and behind[marks[0]] == "to" and not {*behind[marks[0] + 1 : marks[0] + 2]} & COLOURS)
+    ):
+        return [], behind[marks[0] + 1 :]
+    if verb not in _BECOME:
+        # "fades pale", "growing moldy"
+        return [], [word for word in behind[1:2] if word in COLOURS or word.endswith("y")]
+    # "turns the page" is no change, "turns the water blue" is.
+    takes_object = verb == "turn" and bool({*behind[1:2]} & (ARTICLES - {"a", "an"} | PREPOSITIONS))
+    return [], [word for word in behind[1:] if word in COLOURS] if takes_object else behind[1:]
+
+
+def _old_state(tokens: Sequence[str], index: int) -> list[str]:
+    return [word for word in _states(tokens, index)[0] if is_word(word) and word not in STOPS]
+
+
+def _new_state(tokens: Sequence[str], index: int) -> Iterator[str]:
+    for place, word in enumerate(_states(tokens, index)[1]):
+        if place and word in _AFTER_STATE:
+            return
+        if is_word(word) and word not in STOPS | GENERIC:
+            yield word
+            if word.endswith("er"):
+                yield word[:-2]
