@@ -92,13 +92,22 @@ class AnchorAnimator(PipelineComponent):
 
         There are none for schedulers whose shift depends on the video's size, and for pipelines with noise levels of their own.
         """
-        return SchedulerPresets.of(*_presets(self.pipeline, self.family))
+        return SchedulerPresets.of(*_presets(self))
 
     @property
     def num_inference_steps(self) -> int:
         """Steps of a call that does not say."""
         default = call_arguments(self.pipeline)["num_inference_steps"].default
         return self.call_defaults.get("num_inference_steps", default)
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """Guidance of a call that does not say; `None` where nothing guides."""
+        argument = guidance_argument(self.pipeline)
+        if argument == "guider":
+            return float(self.pipeline.guider.guidance_scale)
+        default = None if argument is None else call_arguments(self.pipeline)[argument].default
+        return self.call_defaults.get(argument, default)
 
     @property
     def audio_sampling_rate(self) -> int | None:
@@ -380,15 +389,11 @@ def joined(videos: list[Any], output_type: str) -> Any:
     return torch.stack(videos) if output_type == "pt" else np.stack(videos)
 
 
-def _presets(pipeline: DiffusionPipeline, family: AnimatorFamily) -> list[SchedulerPreset]:
-    scheduler, declared = pipeline.scheduler, call_arguments(pipeline)
+def _presets(animator: AnchorAnimator) -> list[SchedulerPreset]:
+    scheduler, declared, family = animator.pipeline.scheduler, call_arguments(animator.pipeline), animator.family
     if family.own_schedule:
         return []
-    argument = guidance_argument(pipeline)
-    if argument == "guider":
-        scale = pipeline.guider.guidance_scale
-    else:
-        scale = 1.0 if argument is None else float(declared[argument].default)
+    scale = 1.0 if animator.guidance_scale is None else float(animator.guidance_scale)
     full = declared["num_inference_steps"].default
     names = {REDUCED_STEPS: f"anchored-{REDUCED_STEPS}", full: f"full-{full}"}
     kind, config = type(scheduler).__name__, {key: value for key, value in scheduler.config.items() if key[0] != "_"}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, Self
 
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import logging
 
 from ..animate.anchor import Anchor
@@ -25,7 +26,9 @@ from ..rewrite.storyboard import Moment, pair_storyboards
 from ..schedules.presets import SchedulerPresets
 from .output import FactorizedImageToVideoPipelineOutput
 from .parts import as_animator, with_optional_components
+from .profiles import VIDEO_MODELS
 from .request import AnchorResolver, Image, StepCallback, VideoRequest
+from .seeds import anchor_seeds
 from .stages import FactorizedStages
 
 
@@ -57,7 +60,7 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
     _optional_components = ["rewriter", "composer", "schedulers"]
     pipeline_shim = "from diffusers_fvg import FactorizedImageToVideoPipeline  # noqa: F401\n"
     # No model in the table of `models.py` is animated by this pipeline, and what the animator does by itself is its own call.
-    facts = scheduler = None
+    facts, matches_presets = None, False
 
     @with_optional_components
     def __init__(
@@ -106,6 +109,27 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
     @property
     def interrupt(self) -> bool:
         return self._interrupt
+
+    @property
+    def scheduler(self) -> SchedulerMixin:
+        """The animator's."""
+        return self.animator.pipeline.scheduler
+
+    @property
+    def vae(self) -> torch.nn.Module | None:
+        """The animator's."""
+        return getattr(self.animator.pipeline, "vae", None)
+
+    @property
+    def own_guidance_scale(self) -> float | None:
+        return self.animator.guidance_scale
+
+    @property
+    def own_num_inference_steps(self) -> int:
+        return self.animator.num_inference_steps
+
+    def _experts(self) -> dict[str, torch.nn.Module]:
+        return {name: self.animator.models[name] for name in VIDEO_MODELS if name in self.animator.models}
 
     @property
     def _callback_tensor_inputs(self) -> list[str]:
@@ -157,6 +181,15 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
 
     def _anchor_resolver(self) -> AnchorResolver:
         return partial(self.animator.family.resolve, temporal=self._frame_step())
+
+    def _request(self, arguments: dict[str, Any]) -> VideoRequest:
+        request = super()._request(arguments)
+        first, others = request.generator, request.num_videos - 1
+        if not isinstance(first, torch.Generator) or not others:
+            return request
+        # Videos are made one after the other, and a record gives each its own: those after the first get seeds of its.
+        seeds = anchor_seeds(first, others)
+        return replace(request, generator=[first, *(torch.Generator().manual_seed(seed) for seed in seeds)])
 
     def _check_own(self, request: VideoRequest) -> None:
         family, pipeline = self.animator.family, self.animator.pipeline
@@ -347,7 +380,7 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
             guidance_scale_2 (`float`, *optional*): of the low-noise expert.
             num_videos_per_prompt (`int`, *optional*): each video gets an anchor of its own.
             generator (`torch.Generator` or one per video, *optional*): the anchor's seed is derived from its state
-                without using it up. Videos are made one after the other, so that a single one is used in that order.
+                without using it up. Of a single one the first video is made, and the others of seeds that are derived from it.
             output_type (`str`, *optional*): `"np"`, `"uint8"`, `"pt"`, `"pil"` or `"latent"`, whose form is the family's.
             return_dict (`bool`, *optional*): `False` gives a tuple in the order of the output's fields.
             attention_kwargs (`dict`, *optional*): passed on to the transformer.
@@ -391,7 +424,7 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
             frames, audio = ([], []) if self.interrupt else self._animated(request)
         sound = {"audio": audio, "audio_sampling_rate": self.animator.audio_sampling_rate} if audio else {}
         output = FactorizedImageToVideoPipelineOutput
-        return request.output(frames, moments, images, seeds, progress.timings, output, **sound)
+        return request.output(self, frames, moments, images, seeds, progress.timings, output, **sound)
 
 
 @cache

@@ -57,6 +57,7 @@ NOT_RECORDED = (
     "prompt_embeds_2",
     "negative_prompt_embeds_2",
     "callback_on_step_end",
+    "animator_kwargs",
 )
 _COMMIT = re.compile(r"[\\/]snapshots[\\/]([0-9a-f]{40})(?=[\\/]|$)")
 
@@ -172,7 +173,7 @@ def _settings(pipe: FactorizedStages, request: VideoRequest) -> dict[str, Any]:
     settings["preset"] = None if sampling is None else sampling.name
     settings["scheduler"] = scheduler_config(pipe.scheduler) if sampling is None else None
     settings |= {"num_inference_steps": request.steps(pipe), "guidance_scale": scale}
-    if pipe.config.get("boundary_ratio") is not None:
+    if boundary_ratio(pipe) is not None:
         settings["guidance_scale_2"] = scale_2
     kwargs = request.attention_kwargs or {}
     settings["lora_scale"] = kwargs.get("scale")
@@ -217,6 +218,12 @@ def _quantization(model: torch.nn.Module) -> str | None:
         if casting is not None:
             return str(casting.storage_dtype).removeprefix("torch.")
     return None
+
+
+def boundary_ratio(pipe: FactorizedStages) -> float | None:
+    """Share of the time range that the second of two experts has; `None` for a single one. An animator's is its pipeline's."""
+    animator = getattr(pipe, "animator", None)
+    return (pipe if animator is None else animator.pipeline).config.get("boundary_ratio")
 
 
 def scheduler_config(scheduler: Any) -> dict[str, Any]:

@@ -225,7 +225,12 @@ def recorded_call(record: Mapping[str, Any], images: Any, changes: dict[str, Any
     elif images is not None:
         raise ValueError("`images` are for a record of pictures that were given; replace drawn ones by `image`.")
     # A new text stands in for embeddings, and what a callback did is not known.
-    kinds = ("latents", "attention_kwargs", *(() if "prompt" in changed else ("prompt_embeds", "prompt_embeds_2")))
+    kinds = (
+        "latents",
+        "attention_kwargs",
+        "animator_kwargs",
+        *(() if "prompt" in changed else ("prompt_embeds", "prompt_embeds_2")),
+    )
     kinds += () if "negative_prompt" in changed else ("negative_prompt_embeds", "negative_prompt_embeds_2")
     missing = [name for name in record.get("not_recorded") or () if name in kinds and name not in changes]
     if missing:

@@ -28,15 +28,13 @@ from ..models import warn_untrained
 from ..rewrite.storyboard import Moment, moment_frames, pair_storyboards
 from ..schedules.presets import SchedulerPreset, check_steps
 from .output import FactorizedVideoPipelineOutput
-from .record import make_records
+from .record import boundary_ratio, make_records
 from .seeds import Seed, draw_seed, video_seeds
 
 
 if TYPE_CHECKING:
     from .stages import FactorizedStages
 
-# Steps of a call with the user's own scheduler, where the call does not say.
-OWN_STEPS = 50
 MODES = ("factorized", "direct", "storyboard")
 OUTPUT_TYPES = ("np", "uint8", "pt", "pil", "latent")
 
@@ -132,12 +130,14 @@ class VideoRequest:
         """The preset of the call; `None` when `pipe.scheduler` is the user's own."""
         if self.preset is not None:
             return pipe.presets[self.preset]
-        return None if pipe.scheduler is None else pipe.presets.matching(pipe.scheduler)
+        return pipe.presets.matching(pipe.scheduler) if pipe.matches_presets else None
 
     def steps(self, pipe: FactorizedStages) -> int:
         """Steps of the video model."""
         sampling = self.sampling(pipe)
-        return self.num_inference_steps or (OWN_STEPS if sampling is None else sampling.num_inference_steps)
+        return self.num_inference_steps or (
+            pipe.own_num_inference_steps if sampling is None else sampling.num_inference_steps
+        )
 
     def guidance(self, pipe: FactorizedStages) -> tuple[float, float]:
         """Guidance of the video model, and of its low-noise expert."""
@@ -365,8 +365,7 @@ class VideoRequest:
             check_at_least_one(name, getattr(self, name))
         for name in ("guidance_scale", "guidance_scale_2", "guidance_rescale", "fps", "composer_guidance_scale"):
             check_number(name, getattr(self, name))
-        of_model = pipe if getattr(pipe, "animator", None) is None else pipe.animator.pipeline
-        if self.guidance_scale_2 is not None and of_model.config.get("boundary_ratio") is None:
+        if self.guidance_scale_2 is not None and boundary_ratio(pipe) is None:
             raise ValueError(
                 f"`guidance_scale_2={self.guidance_scale_2}` is for a model of two experts, and this one has no "
                 "`boundary_ratio`; leave it out."

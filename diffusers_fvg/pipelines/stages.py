@@ -43,7 +43,10 @@ class FactorizedStages(FactorizedParts, ABC):
     safety_checker: Callable[[PIL.Image.Image], bool | str | None] | None = None
     prompt_check: Callable[[str, bool], None] | None = None
     default_presets: SchedulerPresets
-    own_guidance_scale: float  # With the user's own scheduler.
+    # With the user's own scheduler; one that is a preset's is that preset.
+    own_guidance_scale: float
+    own_num_inference_steps = 50
+    matches_presets = True
     default_call: dict[str, Any]
 
     # -- what a call runs with ----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from tiny import tiny_composer, tiny_rewriter, tiny_wan_components
 from tiny_animators import tiny_animator
 
-from diffusers_fvg import Anchor, AnchorAnimator, FactorizedImageToVideoPipeline, Moment, apply_memory_profile
+from diffusers_fvg import Anchor, AnchorAnimator, FactorizedImageToVideoPipeline, Moment, apply_memory_profile, replay
 from diffusers_fvg.media import write_video
 from diffusers_fvg.pipelines import pipeline_factorized_image_to_video
 from diffusers_fvg.pipelines.profiles import pipeline_stages
@@ -316,6 +316,26 @@ def test_the_sound_track_is_kept(tmp_path):
     write_video(tmp_path / "a.mp4", output.frames[0], 24, audio=output.audio[0], audio_sampling_rate=24000)
     with av.open(tmp_path / "a.mp4") as container:
         assert container.streams.audio[0].rate == 24000 and container.streams.video[0].frames == 9
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("wan22_i2v", {"guidance_scale": 2.0, "guidance_scale_2": 3.0}),
+        ("wan22_i2v", {"preset": "anchored-15", "num_inference_steps": 3}),
+        ("stable_video_diffusion", {"fps": 12}),
+    ],
+)
+def test_a_video_is_made_again_from_its_record(family, options):
+    pipe = pipeline(family)
+    output = pipe([PROMPT] * 2, image=picture(), generator=seeded(4), **CALL | options)
+    again = replay(pipe, output.records[1], images=[picture()])
+    np.testing.assert_array_equal(again.frames[0], output.frames[1])
+    assert again.records[0]["seeds"] == output.records[1]["seeds"] and not np.array_equal(*output.frames)
+    told = pipe(PROMPT, image=picture(), animator_kwargs={"latents": None}, **CALL).records[0]
+    assert told["not_recorded"] == ["animator_kwargs"]
+    with pytest.raises(ValueError, match="made with `animator_kwargs`, which a record does not hold"):
+        replay(pipe, told, images=[picture()])
 
 
 # -- presets ----------------------------------------------------------------------------------------------------------

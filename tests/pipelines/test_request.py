@@ -13,6 +13,7 @@ from diffusers_fvg import (
     Anchor,
     FactorizedCogVideoXPipeline,
     FactorizedDreamerPipeline,
+    FactorizedImageToVideoPipeline,
     FactorizedVideoPipeline,
 )
 from diffusers_fvg.animate import anchor as anchors
@@ -22,6 +23,7 @@ from diffusers_fvg.pipelines.stages import FactorizedStages
 
 
 PIPELINES = [FactorizedVideoPipeline, FactorizedCogVideoXPipeline, FactorizedDreamerPipeline]
+PIPELINES += [FactorizedImageToVideoPipeline]
 FIELDS = {field.name: field for field in fields(VideoRequest)}
 SIZE = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16, "num_inference_steps": 1}
 # Of stages 1 and 2, and of all.
