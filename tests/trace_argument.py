@@ -73,8 +73,12 @@ def trace_pipeline(argument: str) -> list[Station]:
     if argument == "anchors":
         return trace(lambda: pipe(prompt, anchors=[Anchor(picture)], **SIZE), picture)
     # The prompt stands in as caption. A copy of it: what stage 2 receives is a caption, not the prompt.
-    rewrite = pipe.rewriter.rewrite
-    pipe.rewriter.rewrite = lambda *args, **options: ["".join(list(text)) for text in rewrite(*args, **options)]
+    rewrite = pipe.rewriter.rewrite_outcomes
+
+    def copied(*args, **options):
+        return [dataclasses.replace(outcome, made="".join(list(outcome.made))) for outcome in rewrite(*args, **options)]
+
+    pipe.rewriter.rewrite_outcomes = copied
     return trace(lambda: pipe(prompt, **SIZE), prompt)
 
 
