@@ -391,8 +391,9 @@ def test_bad_arguments_of_the_report(capsys, tmp_path):
     folder = str(tmp_path / "out")
     assert main(["shapes", "report", folder, "--ablation", "masked"]) == 2
     assert "give NAME=DIR" in capsys.readouterr().err
-    assert main(["shapes", "report", folder, "--seeds", "0"]) == 2
-    assert "--seeds 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["shapes", "report", folder, "--seeds", "0"])
+    assert "argument --seeds: '0'" in capsys.readouterr().err
     assert main(["shapes", "report", folder, "--ablation", "own=here", "--quiet"]) == 2
     assert "'own' is the row" in capsys.readouterr().err
     assert main(["shapes", "report", folder, "--ablation", f"masked={tmp_path}", "--quiet"]) == 2
