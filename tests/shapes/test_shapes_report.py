@@ -394,7 +394,9 @@ def test_bad_arguments_of_the_report(capsys, tmp_path):
     with pytest.raises(SystemExit, match="2"):
         main(["shapes", "report", folder, "--seeds", "0"])
     assert "argument --seeds: '0'" in capsys.readouterr().err
-    assert main(["shapes", "report", folder, "--ablation", "own=here", "--quiet"]) == 2
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "pytorch_lora_weights.safetensors").touch()
+    assert main(["shapes", "report", folder, "--ablation", f"own={tmp_path / 'lora'}", "--quiet"]) == 2
     assert "'own' is the row" in capsys.readouterr().err
     assert main(["shapes", "report", folder, "--ablation", f"masked={tmp_path}", "--quiet"]) == 2
     assert "No pytorch_lora_weights.safetensors" in capsys.readouterr().err
