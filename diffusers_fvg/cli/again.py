@@ -90,7 +90,7 @@ def take_over(arguments: argparse.Namespace, call: dict[str, Any]) -> Again:
         _take_model(arguments, record, wanted)
     needs_lora = is_same and arguments.lora is None and arguments.mode != "direct"
     dtypes = record.get("dtypes") or {}
-    dtype = dtypes.get("transformer", dtypes.get("unet"))
+    dtype = next((dtypes[name] for name in ("transformer", "unet", "animator") if name in dtypes), None)
     if arguments.dtype is None and dtype in ("float32", "bfloat16", "float16"):
         arguments.dtype = dtype
     if arguments.quantize is None:
@@ -188,7 +188,7 @@ def _take_model(arguments: argparse.Namespace, record: dict[str, Any], wanted: d
         print("from the record:    " + ", ".join(f"{titles.get(part, part)} {name}" for part, name in shown.items()))
     for flag, name in taken.items():
         setattr(arguments, flag, name)
-    if kind == "hub":
+    if recipe is None and kind != "embedded":
         _keep_own_parts(arguments, taken)
 
 

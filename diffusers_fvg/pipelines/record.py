@@ -225,7 +225,7 @@ def _adapter_hashes(model: torch.nn.Module) -> dict[str, str]:
     """
     hashes: dict[str, Any] = {}
     absent: set[str] = set()
-    for place, layer in model.named_modules():
+    for place, layer in getattr(model, "_orig_mod", model).named_modules():
         if not isinstance(layer, BaseTunerLayer):
             continue
         for name, tensors in _adapter_tensors(layer).items():

@@ -168,15 +168,20 @@ def test_a_lora_that_was_given_is_given_again(video, tmp_path, capsys):
             {"composer": "Tongyi-MAI/Z-Image-Turbo@a", "vae": "Wan-AI/Wan2.2-TI2V-5B-Diffusers@b"},
             {"model": "wan2.2-5b", "composer": "Tongyi-MAI/Z-Image-Turbo@a", "revision": "b"},
         ),
+        # What the repository names itself has its settings there.
+        ("hub", "org/base", None, {"composer": "org/own@c"}, {"model": "org/base", "composer": None}),
+        ("folder", "base", None, {"composer": "org/own@c"}, {"model": "base", "composer": None}),
         # A flag counts before the record.
         ("hub", "org/base", "org/own", {"composer": "org/t2i@a"}, {"composer": "org/own"}),
     ],
 )
-def test_the_parts_of_a_record_are_taken(kind, model, given, parts, expected, monkeypatch, capsys):
-    folder = ModelSource("org/base", folder=EMBEDDED_FOLDER)
-    monkeypatch.setattr(sources, "find_source", lambda *_: folder)
+def test_the_parts_of_a_record_are_taken(kind, model, given, parts, expected, tmp_path, monkeypatch, capsys):
+    (tmp_path / "composer").mkdir()
+    (tmp_path / "composer" / "composer_config.json").write_text('{"repository": "org/own", "revision": "c"}')
+    monkeypatch.setattr(sources, "find_source", lambda *_: ModelSource("base", folder=tmp_path))
     names = ("model", "composer", "rewriter", "lora", "revision", "token", "first_frame_prompt")
     arguments = argparse.Namespace(**dict.fromkeys(names) | {"composer": given, "first_frame_prompt": "a circle"})
+    arguments.model = model if kind == "folder" else None
     _take_model(arguments, {"model": model, "model_kind": kind, "hub_revisions": parts}, {"mode": "factorized"})
     assert {name: getattr(arguments, name) for name in expected} == expected
     # Said before anything is loaded.
