@@ -74,6 +74,7 @@ def load_embedded(dtype: torch.dtype | None = None) -> FactorizedVideoPipeline:
     pipe = FactorizedVideoPipeline.from_pretrained(EMBEDDED_FOLDER, dtype=dtype or torch.float32)
     pipe.prompt_check = check_world
     pipe.register_to_config(_name_or_path="embedded")
+    pipe.origin = {"kind": "embedded"}
     return pipe
 
 

@@ -408,6 +408,11 @@ def test_a_recipe_with_an_animator_becomes_a_video(recipe, hub, repositories, tm
     assert main(call) == 0, capsys.readouterr().err
     assert len(read_video(output)[0]) == 9
     assert read_video_metadata(output)["hub_revisions"]["animator"] == f"{facts.animator.repository}@{commit}"
+    again = ["generate", "--from", str(output), "--quiet", "--output", str(tmp_path / "again.mp4")]
+    assert main(again) == 0, capsys.readouterr().err
+    # Its own parts at the recorded commits, and called as the recipe says.
+    assert f"composer {facts.composer.repository}@" in capsys.readouterr().out
+    assert (tmp_path / "again.mp4").read_bytes() == output.read_bytes()
     pipe = load(recipe, dtype=torch.float32)
     assert type(pipe.animator.pipeline) is type(stock) and pipe.animator.call_defaults == facts.animator.call_defaults
     assert pipe.composer.call_defaults == facts.composer.call_defaults

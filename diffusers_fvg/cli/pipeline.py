@@ -50,7 +50,9 @@ class Model:
         known = inspect.signature(type(self.outline).__call__).parameters
         for name, value in call.items():
             if value is not None and name not in known:
-                raise ValueError(f"--{name.replace('_', '-')} {value} is not for a {type(self.outline).__name__}.")
+                is_flag = getattr(self.arguments, name, None) is not None
+                given = f"--{name.replace('_', '-')} {value}" if is_flag else f"`{name}={value!r}` of the record"
+                raise ValueError(f"{given} is not for a {type(self.outline).__name__}.")
         call = {name: value for name, value in call.items() if value is not None}
         request = VideoRequest(**{"mode": "factorized"} | call).completed(self.outline)
         self.plan(request.height, request.width, request.num_frames)
@@ -92,6 +94,7 @@ class Model:
         if arguments.model is None:
             # Records name it so.
             pipe.register_to_config(_name_or_path="embedded")
+            pipe.origin = {"kind": "embedded"}
         if quantization == "fp8":
             _store_in_fp8(pipe)
         pipe.set_progress_bar_config(disable=arguments.quiet)

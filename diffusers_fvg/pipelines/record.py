@@ -23,6 +23,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .. import __version__
 from ..animate.anchor import Anchor
+from ..lora.deltas import ParameterDeltas
 from ..publishing.privacy import hub_name
 from ..rewrite.storyboard import Moment
 from .seeds import Seed
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from .stages import FactorizedStages
 
 VERSION = 1
+MODEL_KINDS = ("embedded", "recipe", "folder", "hub")
 # Arguments of a call that are the same for all of its videos and are recorded as they were given.
 SETTINGS = (
     "mode",
@@ -107,10 +109,12 @@ def surroundings(pipe: FactorizedStages) -> dict[str, Any]:
     found = {
         "pipeline": type(pipe).__name__,
         "model": origin.get("repository") or model_name(pipe.name_or_path),
+        "model_kind": _model_kind(pipe),
         "revision": origin.get("revision") or _revision(pipe),
         "hub_revisions": dict(sorted(hub_revisions(pipe).items())),
         "rewriter": _rewriter_name(pipe.rewriter),
         "adapters": {name: found for name, expert in experts.items() if (found := _adapters(expert))},
+        "adapter_hashes": {name: found for name, expert in experts.items() if (found := _adapter_hashes(expert))},
         "quantization": {name: found for name, expert in experts.items() if (found := _quantization(expert))},
         "vae_tiling": bool(getattr(pipe.vae, "use_tiling", False)),
         "frame_rate": pipe.call_defaults["frame_rate"],
@@ -132,6 +136,15 @@ def model_name(name: str | os.PathLike | None) -> str | None:
     if name is None:
         return None
     return hub_name(str(name)) or re.sub(r"[^\w .()+@-]", "_", Path(name).resolve().name)[:255] or None
+
+
+def _model_kind(pipe: DiffusionPipeline) -> str | None:
+    """What the model's name is: one of `MODEL_KINDS`. A folder may be called as a recipe is."""
+    origin = getattr(pipe, "origin", {})
+    if kind := origin.get("kind"):
+        return kind
+    name = origin.get("repository") or pipe.name_or_path
+    return None if name is None else "hub" if hub_name(str(name)) else "folder"
 
 
 def hub_revisions(pipe: DiffusionPipeline) -> dict[str, str]:
@@ -203,6 +216,40 @@ def _adapters(model: torch.nn.Module) -> dict[str, Any]:
             is_on = name in layer.merged_adapters or name in layer.active_adapters and not layer.disable_adapters
             found.setdefault(Path(name).name, set()).add(round(scaling / trained, 6) if is_on else 0.0)
     return {name: values.pop() if len(values) == 1 else sorted(values) for name, values in found.items()}
+
+
+def _adapter_hashes(model: torch.nn.Module) -> dict[str, str]:
+    """The first 16 digits of SHA-256 of each adapter's weights as they are loaded: names, alphas and bytes.
+
+    An adapter whose weights are elsewhere now, as accelerate's sequential offload puts them, has none.
+    """
+    hashes: dict[str, Any] = {}
+    absent: set[str] = set()
+    for place, layer in getattr(model, "_orig_mod", model).named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        for name, tensors in _adapter_tensors(layer).items():
+            found = hashes.setdefault(name, hashlib.sha256())
+            found.update(repr((place, getattr(layer, "lora_alpha", {}).get(name))).encode())
+            for key, tensor in sorted(tensors.items()):
+                found.update(repr((key, str(tensor.dtype), tuple(tensor.shape))).encode())
+                if tensor.is_meta:
+                    absent.add(name)
+                    continue
+                found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return {Path(name).name: found.hexdigest()[:16] for name, found in hashes.items() if name not in absent}
+
+
+def _adapter_tensors(layer: BaseTunerLayer) -> dict[str, dict[str, torch.Tensor]]:
+    """Adapter to its weights in a layer."""
+    if isinstance(layer, ParameterDeltas):
+        return layer.deltas
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for kind in layer.adapter_layer_names:
+        for name, part in getattr(layer, kind, {}).items():
+            tensors = {"": part} if isinstance(part, torch.Tensor) else dict(part.named_parameters())
+            found.setdefault(name, {}).update({f"{kind}.{key}": tensor for key, tensor in tensors.items()})
+    return found
 
 
 def _quantization(model: torch.nn.Module) -> str | None:

@@ -25,6 +25,7 @@ from ..media import read_video_metadata
 from ..rewrite.storyboard import Moment, check_moments
 from .output import FactorizedVideoPipelineOutput
 from .record import (
+    MODEL_KINDS,
     NOT_RECORDED,
     SETTINGS,
     VERSION,
@@ -43,8 +44,12 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 # Beyond these a number in a record is a mistake or an attack, not a video.
-MAX_SIDE, MAX_FRAMES, MAX_PIXELS, MAX_STEPS, MAX_TOKENS, MAX_NUMBER = 8192, 10_000, 2**33, 1000, 100_000, 10_000
-MAX_VIDEOS, MAX_ITEMS, MAX_DETAIL_CHARACTERS = 4096, 256, 100_000
+MAX_SIDE, MAX_FRAMES, MAX_PIXELS, MAX_STEPS, MAX_TOKENS, MAX_NUMBER = 8192, 10_000, 2**32, 1000, 8192, 10_000
+MAX_VIDEOS, MAX_ITEMS, MAX_DETAIL_CHARACTERS, MAX_GUIDANCE = 4096, 256, 100_000, 1000
+# And beyond these a model makes it only where its user says so. Models were trained up to 2.3 times the pixels of their default,
+# as Wan2.1-14B at 720p beside 480p; what a small model makes of fewer pixels than OWN_PIXELS fits any memory. No text encoder of
+# the stock pipelines was trained on more tokens than OWN_TOKENS, where the model's default is not more.
+OWN_FACTOR, OWN_PIXELS, OWN_TOKENS = 4, 2**24, 512
 
 # Controls other than line ends and tabs, which a terminal would obey, and halves of characters.
 _UNSHOWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -91,22 +96,25 @@ def replay(
         record (`dict`): from [`read_record`], or one of the output's `records`.
         images (picture or list of pictures, *optional*): of the anchors that the call was given, in the record's order.
         changes: arguments of the pipeline's call in place of the recorded ones. A changed `prompt` or `mode` is rewritten
-            anew; a changed `preset` brings its own steps and guidance.
+            anew; a changed `preset` brings its own steps and guidance. `return_dict` is not among them.
 
     Returns:
         [`FactorizedVideoPipelineOutput`]
 
     Raises:
-        `ValueError`: a record that no call has or that is of another class, a picture that is missing or another one, or as in
-            the pipeline's call.
+        `ValueError`: a record that no call has or that is of another class, one of far more than the pipeline's own pixels or
+            text tokens, a picture that is missing or another one, or as in the pipeline's call.
     """
     check_record(record)
     changes = {name: value for name, value in changes.items() if value is not None}
+    if not changes.pop("return_dict", True):
+        raise ValueError("`return_dict=False`: a replay returns its output as an object; leave it out.")
     if record["pipeline"] != type(pipe).__name__:
         raise ValueError(
             f"The record is of a {record['pipeline']}, and this is a {type(pipe).__name__}: load the other."
         )
     call = recorded_call(record, images, changes)
+    check_own_limits(pipe, call, changes)
     draws = {}
     if "generator" not in changes:
         shape = pipe._latents_shape(1, call["num_frames"], call["height"], call["width"])
@@ -149,10 +157,19 @@ def differences(pipe: FactorizedStages, record: Mapping[str, Any]) -> list[str]:
     there["composer"] = (record.get("composer") or {}) if _is_drawn(record) else {}
     here["composer"] = (composer_call(pipe, record) or {}) if there["composer"] else {}
     found = []
-    for key in ("model", "revision", "frame_rate", "device", "vae_tiling"):
+    for key in ("model", "model_kind", "revision", "frame_rate", "device", "vae_tiling"):
         if there.get(key) != here[key]:
             found.append(f"{key} {there.get(key)!r}, here {here[key]!r}")
-    for key in ("versions", "hub_revisions", "dtypes", "quantization", "adapters", "scheduler", "composer"):
+    for key in (
+        "versions",
+        "hub_revisions",
+        "dtypes",
+        "quantization",
+        "adapters",
+        "adapter_hashes",
+        "scheduler",
+        "composer",
+    ):
         recorded, own = there.get(key) or {}, here[key]
         # Captions come from the record, and pictures where they were given.
         skipped = {"rewriter"} | (set() if _is_drawn(record) else {"composer"})
@@ -187,10 +204,33 @@ def given_anchors(record: Mapping[str, Any], images: Any) -> list[Anchor]:
         hashes = [picture_hash(picture_tensor(picture)) for picture in pictures_of(image)]
         if hashes != entry["sha256"]:
             raise ValueError(
-                f"Picture {number} is another one than the record's: its sha256 is {hashes[0]}, not {entry['sha256'][0]}."
+                f"Picture {number} is another one than the record's: its sha256 is {hashes[0]}, not {entry['sha256'][0]}. To "
+                "make the video of another picture pass it as `image` or in `anchors`."
             )
         anchors.append(Anchor(image, entry["frame_index"], entry["strength"]))
     return anchors
+
+
+def check_own_limits(pipe: FactorizedStages, call: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+    """What a record asks for is of the pipeline's own order. Changes are the user's word, and are not looked at.
+
+    Raises:
+        `ValueError`: naming the arguments and the way out.
+    """
+    own, sides = pipe.call_defaults, ("height", "width", "num_frames")
+    pixels, limit = math.prod(call[name] for name in sides), OWN_FACTOR * math.prod(own[name] for name in sides)
+    if not changes.keys() & {*sides} and pixels > max(limit, OWN_PIXELS):
+        asked = ", ".join(f"`{name}={call[name]}`" for name in sides)
+        raise ValueError(
+            f"The record asks for {asked}, {pixels} pixels in all, and of this model not more than {max(limit, OWN_PIXELS)} are "
+            "taken from a record: give one of the three yourself if you mean it."
+        )
+    tokens, limit = call.get("max_sequence_length", 1), max(own.get("max_sequence_length") or 0, OWN_TOKENS)
+    if "max_sequence_length" not in changes and tokens > limit:
+        raise ValueError(
+            f"The record asks for `max_sequence_length={tokens}`, and of this model not more than {limit} are taken from a "
+            "record: pass it yourself if you mean it."
+        )
 
 
 def _is_drawn(record: Mapping[str, Any]) -> bool:
@@ -211,6 +251,8 @@ def recorded_call(record: Mapping[str, Any], images: Any, changes: dict[str, Any
     changed = {name for name, value in changes.items() if not isinstance(value, plain) or value != record.get(name)}
     dropped: set[str] = set()
     if changed & {"prompt", "mode", "prompt_embeds"}:
+        dropped |= {*_CAPTIONS}
+    if "num_moments" in changed and changes.get("mode", record["mode"]) == "storyboard":
         dropped |= {*_CAPTIONS}
     if changed & {"image", "anchors", "first_frame_prompt", "storyboard"}:
         dropped |= {"first_frame_prompt", "storyboard"}
@@ -247,8 +289,12 @@ def check_record(record: Any) -> None:
     Raises:
         `ValueError`: naming the key and its value.
     """
-    if not isinstance(record, Mapping) or record.get("record_version") != VERSION:
-        version = record.get("record_version") if isinstance(record, Mapping) else record
+    if not isinstance(record, Mapping) or "record_version" not in record:
+        raise ValueError(
+            f"Pass one record, from `read_record` or of an output's `records`, and not a {type(record).__name__} without one."
+        )
+    if record["record_version"] != VERSION:
+        version = record["record_version"]
         raise ValueError(
             f"its record is of version {version!r:.40}, and this program reads {VERSION}: update one of them."
         )
@@ -284,6 +330,10 @@ def _whole(low: int, high: int) -> Callable[[Any], bool]:
 def _number(value: Any) -> bool:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_number and math.isfinite(value) and abs(value) <= MAX_NUMBER
+
+
+def _guidance(value: Any) -> bool:
+    return _number(value) and 0 <= value <= MAX_GUIDANCE
 
 
 def _text(longest: int = MAX_PROMPT_CHARACTERS) -> Callable[[Any], bool]:
@@ -383,9 +433,9 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "rewriter_max_new_tokens": _whole(1, MAX_TOKENS),
     "num_moments": _whole(1, MAX_ITEMS),
     **dict.fromkeys(("num_inference_steps", "composer_num_inference_steps"), _whole(1, MAX_STEPS)),
-    **dict.fromkeys(("guidance_scale", "guidance_scale_2", "guidance_rescale", "composer_guidance_scale"), _number),
-    **dict.fromkeys(("fps", "lora_scale"), _number),
-    "frame_rate": lambda value: _number(value) and value > 0,
+    **dict.fromkeys(("guidance_scale", "guidance_scale_2", "guidance_rescale", "composer_guidance_scale"), _guidance),
+    "lora_scale": _number,
+    **dict.fromkeys(("fps", "frame_rate"), lambda value: _number(value) and value > 0),
     "use_dynamic_cfg": lambda value: isinstance(value, bool),
     "anchor_decode": lambda value: value in ANCHOR_DECODES,
     "preset": _NAME,
@@ -395,10 +445,12 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "seeds": _seeds,
     "pipeline": _matches(r"[A-Za-z0-9]{1,100}"),
     **dict.fromkeys(("model", "rewriter"), _model),
+    "model_kind": lambda value: value in MODEL_KINDS,
     "revision": _matches("[0-9a-f]{40}"),
     "hub_revisions": _named(_repository),
     "versions": _named(_matches(r"[\w.+!-]{1,100}")),
     "adapters": _named(_named(lambda value: _number(value) or _each(_number)(value))),
+    "adapter_hashes": _named(_named(_matches("[0-9a-f]{16}"))),
     **dict.fromkeys(("dtypes", "quantization"), _named(_matches(r"[\w-]{1,40}"))),
     "vae_tiling": lambda value: isinstance(value, bool),
     "device": _WORD,

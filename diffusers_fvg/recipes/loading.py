@@ -120,7 +120,7 @@ def _load_source(
     revision = _given(revision=source.commit)
     pipe = source.pipeline_class.from_pretrained(place, dtype=dtype, **revision, **hub, **options, **parts)
     if source.repository is not None:
-        pipe.origin = {"repository": source.repository, "revision": source.commit}
+        pipe.origin = {"kind": "hub", "repository": source.repository, "revision": source.commit}
     return pipe
 
 
@@ -169,7 +169,7 @@ def _load_recipe(
     with tempfile.TemporaryDirectory(prefix="fvg-") as folder:
         assembly = assemble(folder, base, lora=lora, variant=variant, **hub)
         parts = _parts(names["composer"], names["rewriter"], dtype, hub, variant)
-        if composer is None:
+        if _is_own(composer, recipe):
             parts["composer"].call_defaults = dict(recipe.composer.call_defaults)
         pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **hub, **options, **parts)
     for part in assembly.parts:
@@ -177,6 +177,7 @@ def _load_recipe(
             pipe.anchor_lora.reference = {"repository": part.source.name, "revision": part.source.revision}
     # The folder was of this call alone.
     pipe.register_to_config(_name_or_path=recipe.name)
+    pipe.origin = {"kind": "recipe"}
     return pipe
 
 
@@ -200,11 +201,14 @@ def _load_animator_recipe(
     base = recipe.animator.repository + (f"@{revision}" if revision else "")
     place, _, commit = pinned(base, f"The animator of {recipe.name}", hub, folders=False).partition("@")
     parts = _parts(names["composer"], names["rewriter"], dtype, hub, options.get("variant"))
-    if composer is None:
+    if _is_own(composer, recipe):
         parts["composer"].call_defaults = dict(recipe.composer.call_defaults)
     animator = AnchorAnimator.from_pretrained(place, dtype=dtype, revision=commit, **hub, **options)
     animator.call_defaults = dict(recipe.animator.call_defaults)
-    return FactorizedImageToVideoPipeline(animator=animator, **parts)
+    pipe = FactorizedImageToVideoPipeline(animator=animator, **parts)
+    pipe.register_to_config(_name_or_path=recipe.name)
+    pipe.origin = {"kind": "recipe"}
+    return pipe
 
 
 def load_part(
@@ -292,6 +296,14 @@ def _parts(
             options = _given(revision=revision, variant=variant if part == "composer" else None)
             parts[part] = kind.from_pretrained(place, dtype=dtype, **options, **hub)
     return parts
+
+
+def _is_own(composer: Any, recipe: Recipe | AnimatorRecipe) -> bool:
+    """The recipe's own composer, at any commit: it is called as the recipe says."""
+    if composer is None:
+        return True
+    name = composer if isinstance(composer, str) and not Path(composer).exists() else ""
+    return name.partition("@")[0] == recipe.composer.repository
 
 
 def pinned(name: str | os.PathLike, place: str, hub: dict[str, Any], folders: bool = True) -> str:

@@ -1,5 +1,6 @@
 """`fvg generate --from` and --no-metadata, with the embedded model."""
 
+import argparse
 import functools
 import json
 import re
@@ -7,10 +8,16 @@ import re
 import av
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from diffusers_fvg import recipes
 from diffusers_fvg.cli import main
+from diffusers_fvg.cli.again import _take_model
+from diffusers_fvg.embedded import EMBEDDED_FOLDER
+from diffusers_fvg.lora.anchor_lora import WEIGHT_NAME
 from diffusers_fvg.media import read_video, read_video_metadata, write_video
+from diffusers_fvg.recipes import sources
+from diffusers_fvg.recipes.sources import ModelSource
 
 
 PROMPT = "A red circle moves to the right"
@@ -61,16 +68,24 @@ def test_a_flag_changes_what_the_file_says(video, tmp_path, capsys):
     assert (record["seeds"], record["mode"], record["anchors"]) == ({"video": 4}, "direct", [])
 
 
-def test_a_picture_is_given_again(video, tmp_path, capsys):
+def test_a_picture_is_given_again(video, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "stages"
     assert again(video, tmp_path / "a.mp4", "--save-stages", folder) == 0
     image = ["--image", str(folder / "anchor.png")]
     assert main(["animate", PROMPT, *image, "--seed", "3", "--output", str(tmp_path / "b.mp4"), *OPTIONS]) == 0
     assert again(tmp_path / "b.mp4", tmp_path / "c.mp4", *image) == 0
     assert (tmp_path / "b.mp4").read_bytes() == (tmp_path / "c.mp4").read_bytes()
-    for more, message in (([], "--image"), (["--image", folder / "frame_0016.png"], "Picture 1 is another one")):
-        assert again(tmp_path / "b.mp4", tmp_path / "d.mp4", *more) == 2
-        assert re.search(message, capsys.readouterr().err.strip().splitlines()[-1])
+    assert again(tmp_path / "b.mp4", tmp_path / "d.mp4") == 2
+    assert "--image" in capsys.readouterr().err.strip().splitlines()[-1]
+    # The flag counts before the record.
+    other = ["--image", str(folder / "frame_0016.png")]
+    told = []
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusers_fvg.pipelines.replay.logger.warning", told.append)
+        assert again(tmp_path / "b.mp4", tmp_path / "f.mp4", *other) == 0
+    assert "--image is another picture" in told[0]
+    assert main(["animate", PROMPT, *other, "--seed", "3", "--output", str(tmp_path / "g.mp4"), *OPTIONS]) == 0
+    assert (tmp_path / "f.mp4").read_bytes() == (tmp_path / "g.mp4").read_bytes()
     # Where the picture was drawn it is replaced.
     assert again(video, tmp_path / "e.mp4", "--image", folder / "frame_0016.png") == 0
     assert read_video_metadata(tmp_path / "e.mp4")["first_frame_prompt"] is None
@@ -91,12 +106,20 @@ def test_a_video_tells_its_story_or_nothing(video, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": "org/fvg", "revision": "0" * 40}, "org/fvg"),
-        ({"model": "my model"}, "the model was a folder called 'my model'; give it as --model"),
-        ({"model": "here/model"}, "'here/model' of the record is also a place here"),
+        ({"model_kind": "hub", "model": "org/fvg", "revision": "0" * 40}, "org/fvg"),
+        ({"model_kind": "folder", "model": "my model"}, "a folder called 'my model'; give it as --model"),
+        ({"model_kind": "folder"}, "a folder called 'embedded'; give it as --model"),
+        ({"model_kind": "folder", "model": "wan2.2-5b"}, "a folder called 'wan2.2-5b'; give it as --model"),
+        ({"model_kind": "recipe", "model": "none"}, "'none' is no recipe"),
+        ({"hub_revisions": {"composer": "org/t2i@" + "0" * 40}}, "org/t2i"),
+        ({"model_kind": "recipe", "model": "wan2.2-5b"}, "an anchor LoRA of a folder or file; give it as --lora"),
+        ({"fps": 1}, "`fps=1` of the record is not for a FactorizedVideoPipeline"),
+        ({"max_sequence_length": 8000}, "`max_sequence_length=8000`, and of this model not more than 512"),
+        ({"height": 4096, "width": 4096, "num_frames": 9}, "150994944 pixels in all"),
+        ({"model_kind": "hub", "model": "here/model"}, "'here/model' of the record is also a place here"),
         ({"model": None}, "names no model; give it as --model"),
         (
-            {"model": "wan2.2-5b", "hub_revisions": {"anchor_lora": "here/model@" + "0" * 40}},
+            {"model_kind": "recipe", "model": "wan2.2-5b", "hub_revisions": {"anchor_lora": "here/model@" + "0" * 40}},
             "'here/model@0+' of the record is also a place here; say by --lora",
         ),
         ({"model": "/etc"}, "which no call has"),
@@ -117,6 +140,68 @@ def test_a_record_that_cannot_be_followed_is_one_line(change, message, video, tm
     assert not (tmp_path / "again.mp4").exists()
     # What is fetched is said before.
     assert ("from the record:    model org/fvg" in printed.out) == (change.get("model") == "org/fvg")
+    assert ("from the record:    composer org/t2i" in printed.out) == (message == "org/t2i")
+
+
+def test_a_lora_that_was_given_is_given_again(video, tmp_path, capsys):
+    weights = load_file(EMBEDDED_FOLDER / "anchor_lora" / WEIGHT_NAME)
+    save_file({name: tensor * 2 for name, tensor in weights.items()}, tmp_path / "lora.safetensors")
+    lora, first, second = ["--lora", str(tmp_path / "lora.safetensors")], tmp_path / "a.mp4", tmp_path / "b.mp4"
+    assert main(["generate", PROMPT, *lora, "--seed", "3", "--output", str(first), *OPTIONS]) == 0
+    assert again(first, second) == 2
+    assert "another anchor LoRA than the model's own" in capsys.readouterr().err and not second.exists()
+    assert again(first, second, *lora) == 0
+    assert first.read_bytes() == second.read_bytes() != video.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "given", "parts", "expected"),
+    [
+        # As --composer would: that of a Hub repository, and the embedded model's.
+        ("hub", "org/base", None, {"composer": "org/t2i@a"}, {"model": "org/base", "composer": "org/t2i@a"}),
+        ("embedded", "embedded", None, {"composer": "org/t2i@a"}, {"model": None, "composer": "org/t2i@a"}),
+        # A recipe's own parts at the recorded commits.
+        (
+            "recipe",
+            "wan2.2-5b",
+            None,
+            {"composer": "Tongyi-MAI/Z-Image-Turbo@a", "vae": "Wan-AI/Wan2.2-TI2V-5B-Diffusers@b"},
+            {"model": "wan2.2-5b", "composer": "Tongyi-MAI/Z-Image-Turbo@a", "revision": "b"},
+        ),
+        # What the repository names itself has its settings there.
+        ("hub", "org/base", None, {"composer": "org/own@c"}, {"model": "org/base", "composer": None}),
+        ("folder", "base", None, {"composer": "org/own@c"}, {"model": "base", "composer": None}),
+        # A flag counts before the record.
+        ("hub", "org/base", "org/own", {"composer": "org/t2i@a"}, {"composer": "org/own"}),
+    ],
+)
+def test_the_parts_of_a_record_are_taken(kind, model, given, parts, expected, tmp_path, monkeypatch, capsys):
+    (tmp_path / "composer").mkdir()
+    (tmp_path / "composer" / "composer_config.json").write_text('{"repository": "org/own", "revision": "c"}')
+    monkeypatch.setattr(sources, "find_source", lambda *_: ModelSource("base", folder=tmp_path))
+    names = ("model", "composer", "rewriter", "lora", "revision", "token", "first_frame_prompt")
+    arguments = argparse.Namespace(**dict.fromkeys(names) | {"composer": given, "first_frame_prompt": "a circle"})
+    arguments.model = model if kind == "folder" else None
+    _take_model(arguments, {"model": model, "model_kind": kind, "hub_revisions": parts}, {"mode": "factorized"})
+    assert {name: getattr(arguments, name) for name in expected} == expected
+    # Said before anything is loaded.
+    assert given or parts["composer"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num-moments", 3], "--num-moments 3 has no effect: it is for --mode storyboard"),
+        (["--rewriter", "org/chat", "--mode", "direct"], "--rewriter org/chat has no effect: --mode direct"),
+        (["--rewriter", "org/chat", "--first-frame-prompt", "A red circle"], "--rewriter org/chat has no effect"),
+        (["--composer", "org/t2i", "--mode", "direct"], "--composer org/t2i has no effect: --mode direct"),
+        # Stage 1 runs with it.
+        (["--rewriter", "org/chat"], "names org/chat on the Hub"),
+    ],
+)
+def test_a_flag_has_an_effect_or_is_refused(flags, message, video, tmp_path, capsys):
+    assert again(video, tmp_path / "again.mp4", *flags) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_a_prompt_or_a_video_is_needed(capsys, tmp_path):

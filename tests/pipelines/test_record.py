@@ -19,7 +19,7 @@ from tiny_dreamer import tiny_dreamer_pipeline
 from diffusers_fvg import Anchor, ChatEndpoint, FirstFrameRewriter, Moment, read_record, replay
 from diffusers_fvg.media import write_video
 from diffusers_fvg.pipelines.record import surroundings
-from diffusers_fvg.pipelines.replay import check_record
+from diffusers_fvg.pipelines.replay import check_record, differences, recorded_call
 from diffusers_fvg.pipelines.seeds import restored_draws, video_seeds
 
 
@@ -266,6 +266,49 @@ def test_what_differs_is_told(pipe, record, told):
     assert "org/chat" not in told[0] and "drew another picture" in told[1] and len(told) == 2
 
 
+def test_another_lora_of_the_same_name_is_told(told):
+    pipe = tiny_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(_lora(pipe), adapter_name="style")
+    record = pipe(PROMPT, mode="direct", generator=seeded(), **SIZE).records[0]
+    assert not [line for line in differences(pipe, record) if "adapter" in line]
+    pipe.delete_adapters("style")
+    pipe.load_lora_weights({name: 2 * tensor for name, tensor in _lora(pipe).items()}, adapter_name="style")
+    (line,) = differences(pipe, record)
+    assert "adapter_hashes transformer" in line and record["adapters"] == {"transformer": {"style": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("change", "way_out", "words"),
+    [
+        ({"max_sequence_length": 2000}, {"max_sequence_length": 16}, "`max_sequence_length=2000`.* than 512"),
+        ({"height": 8192, "width": 8192, "num_frames": 9}, {"height": 32, "width": 32}, "603979776 pixels in all"),
+    ],
+)
+def test_a_record_beyond_the_models_own_is_refused(pipe, record, told, change, way_out, words):
+    with pytest.raises(ValueError, match=words):
+        replay(pipe, record | change)
+    replay(pipe, record | change, **way_out)
+
+
+@pytest.mark.parametrize("given", ["a.mp4", None, [{}], {}])
+def test_what_is_no_record_is_said(pipe, given):
+    with pytest.raises(ValueError, match="^Pass one record, from `read_record`"):
+        replay(pipe, given)
+
+
+def test_a_replay_returns_an_object(pipe, record):
+    with pytest.raises(ValueError, match="`return_dict=False`"):
+        replay(pipe, record, return_dict=False)
+
+
+def test_more_moments_are_written_anew(record):
+    board = [{"caption": "a red circle", "time": 0.0}, {"caption": "a blue circle", "time": 1.0}]
+    told = record | {"mode": "storyboard", "storyboard": board, "num_moments": 2}
+    assert "storyboard" in recorded_call(told, None, {"num_moments": 2})
+    assert "storyboard" not in recorded_call(told, None, {"num_moments": 3})
+
+
 def test_a_record_of_another_class_is_refused(pipes, record):
     with pytest.raises(ValueError, match="is of a FactorizedVideoPipeline, and this is a FactorizedCogVideoXPipeline"):
         replay(pipes["cogvideox"], record)
@@ -285,9 +328,14 @@ HOSTILE = {
     "path in a revision": {"hub_revisions": {"anchor_lora": "../lora"}},
     "url in a revision": {"hub_revisions": {"vae": "http://host/x"}},
     "size": {"height": 10**9},
-    "pixels": {"height": 8192, "width": 8192, "num_frames": 10_000},
+    "pixels": {"height": 8192, "width": 8192, "num_frames": 100},
     "videos": {"seeds": {"video": {"seed": 0, "index": 0, "of": 10**7}}},
     "place": {"seeds": {"video": {"seed": 0, "index": 3, "of": 2}}},
+    "guidance": {"guidance_scale": -5},
+    "frames per second": {"fps": -3},
+    "tokens": {"max_sequence_length": 100_000},
+    "kind of model": {"model_kind": "code"},
+    "hash": {"adapter_hashes": {"transformer": {"anchor": "x"}}},
     "steps": {"num_inference_steps": 10**6},
     "kind": {"num_frames": "9"},
     "truth": {"height": True},
@@ -339,6 +387,10 @@ def test_a_file_without_a_record_is_one_line(tmp_path, comment):
 
 def test_a_playlist_by_the_name_of_a_video_is_not_followed(tmp_path, record):
     write_video(tmp_path / "real.mp4", np.zeros((1, 16, 16, 3), np.uint8), 8, record)
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "real.mp4").read_bytes()[:600])
+    with pytest.raises(ValueError, match="is no video") as error:
+        read_record(tmp_path / "cut.mp4")
+    assert "\n" not in str(error.value)
     (tmp_path / "video.mp4").write_text("ffconcat version 1.0\nfile real.mp4\n")
     with pytest.raises(ValueError, match="is no video"):
         read_record(tmp_path / "video.mp4")
