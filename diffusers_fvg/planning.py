@@ -43,13 +43,14 @@ def plan_text(
         request ([`VideoRequest`]): of the call, completed.
         stages (sequence of [`Stage`]): what each part needs.
         memory ([`MemoryPlan`], *optional*): how it would be placed; left out, cards of several sizes are told.
-        parts (`dict`): composer and rewriter that were named in place of the model's.
+        parts (`dict`): composer, rewriter and LoRA that were named in place of the model's.
         variant (`str`, *optional*): of the weights.
     """
     lines = [f"model      {_title(source)}: {type(outline).__name__}"]
     lines += [f"licence    {part}: {name}" for part, name in _licenses(source, outline).items()]
     recipe = source.recipe
-    if recipe is not None and recipe.lora is None and not recipe.keeps_first_frame and request.mode != "direct":
+    is_missing = recipe is not None and not (recipe.lora or parts.get("lora") or recipe.keeps_first_frame)
+    if is_missing and request.mode != "direct":
         lines.append("           needs an anchor LoRA, and none is published: give --lora")
     rate = outline.call_defaults["frame_rate"]
     lines.append(

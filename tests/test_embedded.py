@@ -162,3 +162,15 @@ def test_what_goes_on_is_warned_of_once(pipe, warned, tmp_path):
     warned.clear()
     assert main(["compose", "a cat", "--quiet", "--steps", "1", "--output", str(tmp_path / "cat.png")]) == 0
     assert ["'cat'" in record.message for record in warned.records] == [True]
+
+
+@pytest.mark.parametrize("more", [[], ["--memory", "8GB"], ["--mode", "direct"], ["A red circle moves to the right"]])
+def test_it_is_planned_without_a_word_of_its_world(more, warned, capsys):
+    assert main(["plan", *more]) == 0
+    text = capsys.readouterr().out
+    assert "17 frames at 8 per second, 64 x 64" in text and not warned.records
+
+
+def test_a_plan_checks_the_prompt_that_it_is_given(capsys):
+    assert main(["plan", "a cat"]) == 2
+    assert "'cat'" in capsys.readouterr().err

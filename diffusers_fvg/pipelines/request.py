@@ -17,6 +17,7 @@ from ..animate.anchor import Anchor, decoded_anchors, pair_anchors, pictures_of
 from ..animate.fidelity import check_anchor_decode, check_has_anchors
 from ..checks import (
     check_at_least_one,
+    check_characters,
     check_finite,
     check_generators,
     check_num_frames,
@@ -388,6 +389,12 @@ class VideoRequest:
         wrong = [type(text).__name__ for text in negative or () if not isinstance(text, str)]
         if wrong:
             raise ValueError(f"`negative_prompt` must hold texts, but holds {wrong[0]}.")
+        drawn = self.composer_negative_prompt
+        drawn = [drawn] if isinstance(drawn, str) else drawn
+        for name, texts in (("negative_prompt", negative), ("composer_negative_prompt", drawn)):
+            for text in texts or ():
+                if isinstance(text, str):
+                    check_characters(name, text)
         if negative is not None and len(negative) != num_prompts:
             raise ValueError(
                 f"`negative_prompt` has {len(negative)} texts for {num_prompts} prompts; give one or {num_prompts}."

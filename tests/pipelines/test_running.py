@@ -598,6 +598,12 @@ OF_ANOTHER_KIND = [
     {"callback_on_step_end": 3},
     {"callback_on_stage_step": "print"},
     {"output_type": None},
+    # Characters that a terminal would obey, or that no file holds.
+    {"prompt": "a red \x1b[31m circle"},
+    {"first_frame_prompt": "a red \udce9"},
+    {"first_frame_prompt": "a red circle", "motion_prompt": "\x00 moves"},
+    {"negative_prompt": "\ud800"},
+    {"composer_negative_prompt": ["blue\x7f"]},
 ]
 
 
