@@ -601,7 +601,6 @@ OF_ANOTHER_KIND = [
     # Characters that a terminal would obey, or that no file holds.
     {"prompt": "a red \x1b[31m circle"},
     {"first_frame_prompt": "a red \udce9"},
-    {"first_frame_prompt": "a red circle", "motion_prompt": "\x00 moves"},
     {"negative_prompt": "\ud800"},
     {"composer_negative_prompt": ["blue\x7f"]},
 ]
@@ -651,3 +650,8 @@ def test_defaults_that_are_not_finite_are_refused(pipe, value):
         AnchorComposer(pipe.composer.pipeline, {"num_frames": 1, "num_inference_steps": value})
     with pytest.raises(ValueError, match="frame_rate.*finite"):
         tiny_pipeline(call_defaults={"frame_rate": value})
+
+
+def test_defaults_are_a_dictionary():
+    with pytest.raises(ValueError, match="`call_defaults` must be a dictionary .* but is 'x'"):
+        tiny_pipeline(call_defaults="x")
