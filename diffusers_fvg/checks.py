@@ -42,12 +42,14 @@ def check_texts(name: str, texts: list[str]) -> None:
         check_characters(name, text)
 
 
-def check_characters(name: str, text: str) -> None:
-    """A text of characters that a file of the video and a terminal can show; it may be empty."""
-    found = UNSHOWABLE.search(text)
-    if found is not None:
-        kind = "half of a character, as of a text that is not UTF-8" if found[0] >= "\ud800" else "a control character"
-        raise ValueError(f"`{name}` holds {found[0]!a} at place {found.start()}, {kind}; take it out.")
+def check_characters(name: str, texts: Any) -> None:
+    """A text, or each of a list, has characters that a video's file holds and a terminal shows. What is no text is left alone."""
+    for text in texts if isinstance(texts, (list, tuple)) else [texts]:
+        found = UNSHOWABLE.search(text) if isinstance(text, str) else None
+        if found is not None:
+            is_half = found[0] >= "\ud800"
+            kind = "half of a character, as of a text that is not UTF-8" if is_half else "a control character"
+            raise ValueError(f"`{name}` holds {found[0]!a} at place {found.start()}, {kind}; take it out.")
 
 
 def _check_whole(name: str, value: int) -> None:
@@ -97,6 +99,22 @@ def check_defaults(defaults: Mapping[str, Any] | None) -> None:
     for name, value in (defaults or {}).items():
         if isinstance(value, float):
             check_number(name, value)
+
+
+def as_dtype(dtype: torch.dtype | str | None, default: torch.dtype) -> torch.dtype:
+    """A dtype of weights, of its name in torch or itself.
+
+    Raises:
+        `ValueError`: no dtype of floating-point numbers.
+    """
+    found = default if dtype is None else dtype
+    if isinstance(found, str):
+        found = getattr(torch, found.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(
+            f"`dtype={dtype!r}` must be torch.bfloat16, torch.float16 or torch.float32, or the name of one."
+        )
+    return found
 
 
 def is_finite(values: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from .embedded import EMBEDDED_FOLDER
 from .loading.files import repository_files
-from .overview import GIB, NOT_KNOWN, weight_files
+from .overview import GIB, NOT_KNOWN, PLACED, weight_files
 from .pipelines.profiles import CARDS, MemoryPlan, Stage, plan_memory
 from .publishing.assembly import PARTS_NAME
 from .recipes import STORED
@@ -130,6 +130,8 @@ def _memory(stages: Sequence[Stage], memory: MemoryPlan | None) -> list[str]:
         memory = MemoryPlan("", 0, "none", False, tuple(stages))
     else:
         lines.append(f"  {memory.profile:8} {_way(memory)}, peak {memory.peak / GIB:.1f}")
+    host = sum(stage.weights for stage in stages) / GIB
+    lines.append(f"  stages and layers keep the other weights in the host's memory: {host:.1f} in all")
     width = max(16, *(len(stage.name) for stage in stages))
     lines.append(f"  {'part':{width}} {'weights':>8} {'works in':>9}")
     for stage in stages:
@@ -139,7 +141,7 @@ def _memory(stages: Sequence[Stage], memory: MemoryPlan | None) -> list[str]:
 
 
 def _way(plan: MemoryPlan) -> str:
-    return f"offload {plan.offload}{', decode in tiles' * plan.tile}"
+    return f"{PLACED[plan.offload]}{', decode in tiles' * plan.tile}"
 
 
 def _downloads(source: ModelSource, parts: dict[str, Any], variant: str | None) -> list[str]:

@@ -136,7 +136,7 @@ def generate(recipe: str, output: Path, *more: str) -> int:
 def test_a_name_becomes_a_video(recipe, repositories, lora, tmp_path, capsys):
     more = ("--memory", "16GB") if recipe == "wan2.2-5b" else ("--memory", "16GB", "--lora", lora(recipe))
     assert generate(recipe, tmp_path / "video.mp4", *more, "--save-stages", str(tmp_path / "stages")) == 0
-    assert "memory:             16GB: offload none, peak 2.0 GiB (computed)\n" in capsys.readouterr().out
+    assert "memory:             16GB: all, peak 2.0 GiB (computed)\n" in capsys.readouterr().out
     assert read_video(tmp_path / "video.mp4")[0].shape[0] == 9
     assert PIL.Image.open(tmp_path / "stages" / "anchor.png").height == int(SIZE[recipe][1])
     record = read_video_metadata(tmp_path / "video.mp4")
@@ -175,7 +175,7 @@ def test_a_plan_fetches_no_weights(recipe, hub, repositories, capsys):
     size = facts.sizes[0]
     assert f"{facts.frame_counts[0]} frames at {facts.frame_rate} per second, {size.height} x {size.width}" in text
     # 15 steps, each with and without the prompt.
-    assert "anchored-15: 15 steps\nforwards   30 of the video model\n" in text and "16GB     offload group" in text
+    assert "anchored-15: 15 steps\nforwards   30 of the video model\n" in text and "16GB     layers" in text
     assert ("needs an anchor LoRA" in text) == (recipe != "wan2.2-5b") and "licence    rewriter: apache-2.0" in text
     # Tiny weights under the real names, whose sizes are asked for.
     assert f"download   0.0 GB of weights:\n      0.0  {BASES[recipe]}\n" in text

@@ -8,7 +8,7 @@ import tempfile
 from typing import Any, Self
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 
 from ..checks import check_defaults
 from ..compose.composer import AnchorComposer
@@ -128,7 +128,7 @@ class FactorizedParts:
         parts = {"scheduler": ("set_timesteps", "step", "config"), "vae": ("encode", "decode", "config")}.get(name, ())
         if name.startswith("tokenizer"):
             expected = "tokenizer"
-            fits = callable(component) and not isinstance(component, (type, torch.nn.Module, DiffusionPipeline))
+            fits = not isinstance(component, (type, str, int, torch.nn.Module, DiffusionPipeline, SchedulerMixin))
         elif name in ("anchor_lora", "schedulers"):
             kind = {"anchor_lora": AnchorLora, "schedulers": SchedulerPresets}[name]
             expected, fits = kind.__name__, isinstance(component, kind)

@@ -30,10 +30,12 @@ def as_composer(composer: AnchorComposer | DiffusionPipeline | str) -> AnchorCom
         raise ValueError(
             f"`composer` must be an AnchorComposer, a text-to-image pipeline or its name, but is a {type(composer).__name__}."
         )
-    draws_videos = "num_frames" in inspect.signature(composer.pipeline.__call__).parameters
+    # One without its models has no pipeline.
+    pipeline = getattr(composer, "pipeline", None)
+    draws_videos = pipeline is not None and "num_frames" in inspect.signature(pipeline.__call__).parameters
     if draws_videos and composer.call_defaults.get("num_frames") != 1:
         raise ValueError(
-            f"`composer` draws with a {type(composer.pipeline).__name__}, which makes videos: choose a text-to-image pipeline, or "
+            f"`composer` draws with a {type(pipeline).__name__}, which makes videos: choose a text-to-image pipeline, or "
             'pass `AnchorComposer(pipeline, {"num_frames": 1})` where the model knows single pictures.'
         )
     return composer

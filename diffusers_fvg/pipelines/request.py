@@ -389,12 +389,8 @@ class VideoRequest:
         wrong = [type(text).__name__ for text in negative or () if not isinstance(text, str)]
         if wrong:
             raise ValueError(f"`negative_prompt` must hold texts, but holds {wrong[0]}.")
-        drawn = self.composer_negative_prompt
-        drawn = [drawn] if isinstance(drawn, str) else drawn
-        for name, texts in (("negative_prompt", negative), ("composer_negative_prompt", drawn)):
-            for text in texts or ():
-                if isinstance(text, str):
-                    check_characters(name, text)
+        check_characters("negative_prompt", negative)
+        check_characters("composer_negative_prompt", self.composer_negative_prompt)
         if negative is not None and len(negative) != num_prompts:
             raise ValueError(
                 f"`negative_prompt` has {len(negative)} texts for {num_prompts} prompts; give one or {num_prompts}."
@@ -446,6 +442,8 @@ class VideoRequest:
 
     def _check_skipped(self) -> None:
         """No argument is given of a stage that does not run."""
+        if self.mode not in (None, "storyboard") and self.num_moments != VideoRequest.num_moments:
+            raise ValueError(f'`num_moments={self.num_moments}` is for `mode="storyboard"`, not for {self.mode!r}.')
         draws = self.draws_anchors or self.mode is None
         stages = {
             "composer_": draws,

@@ -88,7 +88,16 @@ def test_a_seed_repeats_the_video_and_stages_chain(tmp_path, capsys):
             "The anchor LoRA names org/lora on the Hub, which cannot be loaded",
         ),
         (["generate", PROMPT, "--model", "none"], "'none' is no folder and no recipe; recipes are wan2.2-5b, "),
-        (["rewrite", "a", "--rewriter", "http://localhost/v1"], "needs --rewriter-model"),
+        (["generate", PROMPT, "--model", "WAN2.2-5B"], "Is 'wan2.2-5b' meant"),
+        (["generate", PROMPT, "--num-moments", "2"], "--num-moments 2 has no effect without --mode storyboard"),
+        (["generate", PROMPT, "--mode", "direct", "--rewriter", "a/b"], "--rewriter has no effect: --mode direct"),
+        (["plan", PROMPT, "--mode", "direct", "--composer", "a/b"], "--composer has no effect: --mode direct"),
+        (
+            ["plan", "--first-frame-prompt", PROMPT, "--rewriter", "a/b"],
+            "--rewriter has no effect: --first-frame-prompt",
+        ),
+        (["generate", PROMPT, "--lora", __file__], "test_cli.py is no safetensors file"),
+        (["rewrite", "a", "--rewriter", "HTTP://localhost/v1"], "needs --rewriter-model"),
         (["rewrite", "a", "--rewriter-api-key-env", "KEY"], "name it with --rewriter URL"),
         (
             ["rewrite", "a", "--rewriter", "http://host/v1", "--rewriter-model", "m", "--rewriter-api-key-env", "KEY"],

@@ -602,6 +602,7 @@ OF_ANOTHER_KIND = [
     {"prompt": "a red \x1b[31m circle"},
     {"first_frame_prompt": "a red \udce9"},
     {"negative_prompt": "\ud800"},
+    {"num_moments": 3},
     {"composer_negative_prompt": ["blue\x7f"]},
 ]
 
