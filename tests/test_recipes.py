@@ -12,6 +12,7 @@ from diffusers import (
     CogVideoXPipeline,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     WanPipeline,
     ZImagePipeline,
     ZImageTransformer2DModel,
@@ -19,8 +20,9 @@ from diffusers import (
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
-from tiny import WORDS, tiny_composer, tiny_pipeline, tiny_rewriter, tiny_tokenizer, tiny_unipc, tiny_wan_family
+from tiny import WORDS, tiny_pipeline, tiny_rewriter, tiny_tokenizer, tiny_unipc, tiny_wan_family
 from tiny_cogvideox import tiny_cogvideox_components, tiny_cogvideox_pipeline
+from tiny_composers import flux
 from transformers import Qwen3Config, Qwen3Model
 
 import diffusers_fvg
@@ -267,7 +269,7 @@ def test_a_commit_stays_the_same_offline_and_is_looked_up_anew_online(hub, repos
 
 
 def test_parts_can_be_replaced(hub, repositories, folders, lora, tmp_path):
-    tiny_composer().pipeline.save_pretrained(tmp_path / "t2i")
+    flux().save_pretrained(tmp_path / "t2i")
     commit = hub.add("org/t2i", tmp_path / "t2i")
     hub.add("org/chat", folders / REWRITER)
     hub.add("org/lora", Path(lora("wan2.1-1.3b")).parent)
@@ -282,7 +284,7 @@ def test_parts_can_be_replaced(hub, repositories, folders, lora, tmp_path):
         "wan2.1-1.3b", composer=tmp_path / "t2i", rewriter=folders / REWRITER, lora=tmp_path / "anchor.safetensors"
     )
     assert hub_revisions(again).keys() == {"tokenizer", "text_encoder", "transformer", "vae"}
-    assert type(again.composer.pipeline) is WanPipeline
+    assert type(again.composer.pipeline) is FluxPipeline
 
 
 def test_a_folder_comes_before_a_recipe(hub, folders, tmp_path, monkeypatch):
@@ -301,7 +303,7 @@ def again(video: Path, *more: str) -> int:
 
 @pytest.mark.slow
 def test_a_recipe_s_video_is_made_again_of_its_commits(hub, repositories, folders, lora, tmp_path, capsys):
-    tiny_composer().pipeline.save_pretrained(tmp_path / "t2i")
+    flux().save_pretrained(tmp_path / "t2i")
     hub.add("org/t2i", tmp_path / "t2i")
     hub.add("org/lora", Path(lora("wan2.1-1.3b")).parent)
     more = ("--lora", "org/lora/anchor.safetensors", "--composer", "org/t2i")
