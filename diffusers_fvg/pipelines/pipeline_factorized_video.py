@@ -160,6 +160,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         _, patch_height, patch_width = self.transformer.config.patch_size
         check_size("height", height, self.vae_scale_factor_spatial * patch_height)
         check_size("width", width, self.vae_scale_factor_spatial * patch_width)
+        self.transformer.check_size(height // self.vae_scale_factor_spatial, width // self.vae_scale_factor_spatial)
 
     def _frame_step(self) -> int:
         return self.vae_scale_factor_temporal

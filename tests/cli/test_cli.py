@@ -96,6 +96,8 @@ def test_a_seed_repeats_the_video_and_stages_chain(tmp_path, capsys):
             ["plan", "--first-frame-prompt", PROMPT, "--rewriter", "a/b"],
             "--rewriter has no effect: --first-frame-prompt",
         ),
+        (["compose", PROMPT, "--width", "2048"], "The width is 128 patches, .* 32 positions"),
+        (["generate", PROMPT, "--height", "1024"], "The height is 64 patches, .* 32 positions"),
         (["generate", PROMPT, "--lora", __file__], "test_cli.py is no safetensors file"),
         (["rewrite", "a", "--rewriter", "HTTP://localhost/v1"], "needs --rewriter-model"),
         (["rewrite", "a", "--rewriter-api-key-env", "KEY"], "name it with --rewriter URL"),
