@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from collections.abc import Mapping
 from pathlib import PureWindowsPath
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 
 # Text encoders read 512 tokens; a prompt longer than this many characters is a mistake (a file, a log), not a prompt.
 MAX_PROMPT_CHARACTERS = 10_000
+# Controls other than line ends and tabs, which a terminal would obey, and halves of characters.
+UNSHOWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def check_texts(name: str, texts: list[str]) -> None:
@@ -36,6 +39,17 @@ def check_texts(name: str, texts: list[str]) -> None:
             raise ValueError(
                 f"`{name}` has {len(text)} characters, starting {text[:40]!r}; keep it under {MAX_PROMPT_CHARACTERS}."
             )
+        check_characters(name, text)
+
+
+def check_characters(name: str, texts: Any) -> None:
+    """A text, or each of a list, has characters that a video's file holds and a terminal shows. What is no text is left alone."""
+    for text in texts if isinstance(texts, (list, tuple)) else [texts]:
+        found = UNSHOWABLE.search(text) if isinstance(text, str) else None
+        if found is not None:
+            is_half = found[0] >= "\ud800"
+            kind = "half of a character, as of a text that is not UTF-8" if is_half else "a control character"
+            raise ValueError(f"`{name}` holds {found[0]!a} at place {found.start()}, {kind}; take it out.")
 
 
 def _check_whole(name: str, value: int) -> None:
@@ -80,9 +94,27 @@ def check_number(name: str, value: float | None) -> None:
 
 def check_defaults(defaults: Mapping[str, Any] | None) -> None:
     """No number among the defaults of a call, which a file may hold, is NaN or infinite."""
+    if defaults is not None and not isinstance(defaults, Mapping):
+        raise ValueError(f"`call_defaults` must be a dictionary of a call's arguments, but is {defaults!r}.")
     for name, value in (defaults or {}).items():
         if isinstance(value, float):
             check_number(name, value)
+
+
+def as_dtype(dtype: torch.dtype | str | None, default: torch.dtype) -> torch.dtype:
+    """A dtype of weights, of its name in torch or itself.
+
+    Raises:
+        `ValueError`: no dtype of floating-point numbers.
+    """
+    found = default if dtype is None else dtype
+    if isinstance(found, str):
+        found = getattr(torch, found.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(
+            f"`dtype={dtype!r}` must be torch.bfloat16, torch.float16 or torch.float32, or the name of one."
+        )
+    return found
 
 
 def is_finite(values: torch.Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import PurePosixPath
@@ -15,12 +16,15 @@ from .recipes import ANIMATOR_RECIPES, RECIPES, STORED, Recipe
 H100_PEAK = 989.4e12
 GIB = 2**30
 NOT_KNOWN = "?"
+# What is on the card at a time, by the way of offloading.
+PLACED = {"none": "all", "model": "stages", "group": "layers"}
 NOTES = """\
 FIRST FRAME: "kept" by the base without training; others need an anchor LoRA,
 and none is published: `fvg train --recipe NAME` prints what makes one.
-12GB to 80GB: the least offloading for a card of that size, and the peak in GiB,
-all three stages in bfloat16 at the model's own size, "+" where the video is
-decoded in tiles. Computed, not measured. `fvg plan` tells it of any size.
+12GB to 80GB: what is on a card of that size at a time (all three stages, one
+after the other, or layer by layer), and the peak in GiB, in bfloat16 at the
+model's own size, "+" where the video is decoded in tiles. Computed, not
+measured. `fvg plan` tells it of any size.
 GB: weights on disk, as the Hub has them now; where it does not answer, as
 published, or "?": not known.
 cogvideox-license: a change of the card to Apache 2.0 is on record; read it.
@@ -54,7 +58,7 @@ def memory_cells(recipe: Recipe, profiles: Sequence[str]) -> list[str]:
     for profile in profiles:
         try:
             plan = plan_memory(stages, profile)
-            cells.append(f"{plan.offload} {plan.peak / GIB:.1f}{'+' * plan.tile}")
+            cells.append(f"{PLACED[plan.offload]} {plan.peak / GIB:.1f}{'+' * plan.tile}")
         except ValueError:
             cells.append("too large")
     return cells
@@ -189,7 +193,8 @@ def doctor_text() -> str:
     for device in devices:
         lines += ["", f"{device}: {_device_name(device)}", *_runs_on(device)]
     lines += ["", f"`fvg` uses {devices[0]} unless --device says otherwise."]
-    return "\n".join(lines)
+    wrap = partial(textwrap.wrap, width=80, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(part for line in lines for part in wrap(line) or [""])
 
 
 def _device_name(device: Any) -> str:
@@ -197,8 +202,12 @@ def _device_name(device: Any) -> str:
 
     from .animate.memory import free_bytes
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _threads(torch.get_num_threads())
     return f"{name}, {free_bytes(device) / GIB:.1f} GiB free"
+
+
+def _threads(number: int) -> str:
+    return f"{number} thread{'s' * (number != 1)}"
 
 
 def _runs_on(device: Any) -> list[str]:
@@ -218,8 +227,8 @@ def _runs_on(device: Any) -> list[str]:
         try:
             plan = plan_memory(stages, profile, int(USABLE * free_bytes(device)))
             tiles = ", decode in tiles" if plan.tile else ""
-            answer = f"fits with offload {plan.offload!r}{tiles}, {plan.peak / GIB:.1f} GiB (computed)"
+            answer = f"fits: {PLACED[plan.offload]}{tiles}, {plan.peak / GIB:.1f} GiB (computed)"
         except ValueError as error:
-            answer = f"too large: {str(error).partition(', but ')[2].partition(':')[0]}"
+            answer = f"too large: {str(error).partition(', but ')[2].partition(' with offload ')[0]}"
         lines.append(f"  {recipe.name}: {answer}")
     return lines

@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from .embedded import EMBEDDED_FOLDER
 from .loading.files import repository_files
-from .overview import GIB, NOT_KNOWN, weight_files
+from .overview import GIB, NOT_KNOWN, PLACED, weight_files
 from .pipelines.profiles import CARDS, MemoryPlan, Stage, plan_memory
 from .publishing.assembly import PARTS_NAME
 from .recipes import STORED
@@ -43,13 +43,14 @@ def plan_text(
         request ([`VideoRequest`]): of the call, completed.
         stages (sequence of [`Stage`]): what each part needs.
         memory ([`MemoryPlan`], *optional*): how it would be placed; left out, cards of several sizes are told.
-        parts (`dict`): composer and rewriter that were named in place of the model's.
+        parts (`dict`): composer, rewriter and LoRA that were named in place of the model's.
         variant (`str`, *optional*): of the weights.
     """
     lines = [f"model      {_title(source)}: {type(outline).__name__}"]
     lines += [f"licence    {part}: {name}" for part, name in _licenses(source, outline).items()]
     recipe = source.recipe
-    if recipe is not None and recipe.lora is None and not recipe.keeps_first_frame and request.mode != "direct":
+    is_missing = recipe is not None and not (recipe.lora or parts.get("lora") or recipe.keeps_first_frame)
+    if is_missing and request.mode != "direct":
         lines.append("           needs an anchor LoRA, and none is published: give --lora")
     rate = outline.call_defaults["frame_rate"]
     lines.append(
@@ -129,6 +130,8 @@ def _memory(stages: Sequence[Stage], memory: MemoryPlan | None) -> list[str]:
         memory = MemoryPlan("", 0, "none", False, tuple(stages))
     else:
         lines.append(f"  {memory.profile:8} {_way(memory)}, peak {memory.peak / GIB:.1f}")
+    host = sum(stage.weights for stage in stages) / GIB
+    lines.append(f"  stages and layers keep the other weights in the host's memory: {host:.1f} in all")
     width = max(16, *(len(stage.name) for stage in stages))
     lines.append(f"  {'part':{width}} {'weights':>8} {'works in':>9}")
     for stage in stages:
@@ -138,7 +141,7 @@ def _memory(stages: Sequence[Stage], memory: MemoryPlan | None) -> list[str]:
 
 
 def _way(plan: MemoryPlan) -> str:
-    return f"offload {plan.offload}{', decode in tiles' * plan.tile}"
+    return f"{PLACED[plan.offload]}{', decode in tiles' * plan.tile}"
 
 
 def _downloads(source: ModelSource, parts: dict[str, Any], variant: str | None) -> list[str]:

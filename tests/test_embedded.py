@@ -1,5 +1,6 @@
 """The model that ships with the package: its size, its parts, and that it does what it is for."""
 
+import shutil
 import time
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from diffusers_fvg import embedded, load_embedded
+from diffusers_fvg import embedded, load, load_embedded
 from diffusers_fvg.cli import main
 from diffusers_fvg.embedded import EMBEDDED_FOLDER, check_world
 from diffusers_fvg.shapes.report import evaluate, held_out_scenes
@@ -162,3 +163,52 @@ def test_what_goes_on_is_warned_of_once(pipe, warned, tmp_path):
     warned.clear()
     assert main(["compose", "a cat", "--quiet", "--steps", "1", "--output", str(tmp_path / "cat.png")]) == 0
     assert ["'cat'" in record.message for record in warned.records] == [True]
+
+
+@pytest.mark.parametrize("more", [[], ["--memory", "8GB"], ["--mode", "direct"], ["A red circle moves to the right"]])
+def test_it_is_planned_without_a_word_of_its_world(more, warned, capsys):
+    assert main(["plan", *more]) == 0
+    text = capsys.readouterr().out
+    assert "17 frames at 8 per second, 64 x 64" in text and not warned.records
+
+
+def test_a_plan_checks_the_prompt_that_it_is_given(capsys):
+    assert main(["plan", "a cat"]) == 2
+    assert "'cat'" in capsys.readouterr().err
+
+
+def test_it_loads_by_the_name_that_records_give_it(tmp_path, monkeypatch):
+    pipe = load("embedded", composer=False)
+    assert pipe.transformer.dtype == torch.float32 and pipe.config._name_or_path == "embedded"
+    assert pipe.prompt_check is check_world and load("embedded", dtype="bfloat16").transformer.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="'banana'.*bfloat16"):
+        load("embedded", dtype="banana")
+    with pytest.raises(ValueError, match="a FactorizedVideoPipeline.*from_pipe"):
+        load(pipe)
+    assert main(["plan", "--model", "embedded"]) == 0
+    # A folder of that name comes first.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "embedded").mkdir()
+    with pytest.raises(ValueError, match="no model_index.json"):
+        load("embedded")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        (
+            "text_encoder/model.safetensors",
+            "\x08\0\0\0",
+            "`text_encoder` cannot be loaded from .*Safetensor",
+        ),
+        ("tokenizer/tokenizer.json", "{}", "`tokenizer` cannot be loaded from "),
+        ("anchor_lora/weights/pytorch_lora_weights.safetensors", "none", "lora_weights.safetensors is no safetensors"),
+        ("schedulers/anchored-15/scheduler_config.json", "[]", "scheduler_config.json is no preset's configuration"),
+    ],
+)
+def test_a_damaged_file_is_named(file, text, message, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(EMBEDDED_FOLDER, folder)
+    (folder / file).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load(folder, composer=False, rewriter=False)

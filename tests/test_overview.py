@@ -124,12 +124,12 @@ def test_the_table_fits_a_terminal_and_says_what_is_not_known(capsys):
     assert table["wan2.2-5b"][1] == "kept" and table["wan2.1-1.3b"][1:3] == ["needs", "LoRA"]
     # The composer's weights, the VAE's, and 2 GiB to work in.
     peak = (2 * (Z_IMAGE + QWEN3_4B) + 2 * 704_688_668) / 2**30 + 2
-    assert table["wan2.2-5b"][6:8] == ["model", f"{peak:.1f}"]
+    assert table["wan2.2-5b"][6:8] == ["stages", f"{peak:.1f}"]
     # All at once is out of reach of 48 GB.
-    assert [table["wan2.2-5b"][2], table["wan2.2-5b"][8]] == ["group", "none"]
+    assert [table["wan2.2-5b"][2], table["wan2.2-5b"][8]] == ["layers", "all"]
     # Its VAE has 215,583,907 numbers, and decodes in tiles.
     peak = (2 * (Z_IMAGE + QWEN3_4B) + 2 * 215_583_907) / 2**30 + 2
-    assert table["cogvideox1.5-5b"][5:7] == ["model", f"{peak:.1f}+"] and "No recipe was ever run" in text
+    assert table["cogvideox1.5-5b"][5:7] == ["stages", f"{peak:.1f}+"] and "No recipe was ever run" in text
     # No Hub to ask: what is published, or nothing.
     assert table["Wan-AI/Wan2.2-TI2V-5B-Diffusers"][1:3] == ["apache-2.0", "34.2"]
     assert table["Tongyi-MAI/Z-Image-Turbo"][1:] == ["apache-2.0", "?", "all:", "composer"]
@@ -204,19 +204,18 @@ def test_doctor_tells_what_there_is_and_what_would_run(gibibytes, fits, capsys, 
     monkeypatch.setattr("diffusers_fvg.animate.memory.free_bytes", lambda device: gibibytes * 2**30)
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
     for package in ("torch", "diffusers", "transformers"):
         assert f"\n{package} {version(package)}\n" in text
     assert f", {gibibytes}.0 GiB free\n  attention: native\n  kernels: torch (FVG_KERNELS=reference" in text
     # 8.04 + 20.35 + 11.36 + 10.00 + 1.41 GB of weights, and what the VAE or the transformer works in.
     if fits:
-        (peak,) = re.findall(r"wan2.2-5b: fits with offload 'none', ([\d.]+) GiB", text)
+        (peak,) = re.findall(r"wan2.2-5b: fits: all, ([\d.]+) GiB", text)
         assert 51.16e9 / 2**30 < float(peak) < 60
     else:
-        assert re.search(r"wan2.2-5b: too large: `\w+` needs [\d.]+ GiB \(computed\) with offload 'none'\n", text)
+        assert re.search(r"wan2.2-5b: too large: `\w+` needs [\d.]+ GiB \(computed\)\n", text)
     # 2 bytes of 9 x 20 numbers for each pixel and channel do not fit into what is left: tiles do.
-    cogvideox = (
-        "cogvideox1.5-5b: fits with offload 'none', decode in tiles" if fits else "cogvideox1.5-5b: too large: "
-    )
+    cogvideox = "cogvideox1.5-5b: fits: all, decode in tiles" if fits else "cogvideox1.5-5b: too large: "
     assert cogvideox in text and "`fvg` uses cpu" in text
 
 

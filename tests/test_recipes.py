@@ -12,6 +12,7 @@ from diffusers import (
     CogVideoXPipeline,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     WanPipeline,
     ZImagePipeline,
     ZImageTransformer2DModel,
@@ -19,8 +20,9 @@ from diffusers import (
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
-from tiny import WORDS, tiny_composer, tiny_pipeline, tiny_rewriter, tiny_tokenizer, tiny_unipc, tiny_wan_family
+from tiny import WORDS, tiny_pipeline, tiny_rewriter, tiny_tokenizer, tiny_unipc, tiny_wan_family
 from tiny_cogvideox import tiny_cogvideox_components, tiny_cogvideox_pipeline
+from tiny_composers import flux
 from transformers import Qwen3Config, Qwen3Model
 
 import diffusers_fvg
@@ -136,7 +138,7 @@ def generate(recipe: str, output: Path, *more: str) -> int:
 def test_a_name_becomes_a_video(recipe, repositories, lora, tmp_path, capsys):
     more = ("--memory", "16GB") if recipe == "wan2.2-5b" else ("--memory", "16GB", "--lora", lora(recipe))
     assert generate(recipe, tmp_path / "video.mp4", *more, "--save-stages", str(tmp_path / "stages")) == 0
-    assert "memory:             16GB: offload none, peak 2.0 GiB (computed)\n" in capsys.readouterr().out
+    assert "memory:             16GB: all, peak 2.0 GiB (computed)\n" in capsys.readouterr().out
     assert read_video(tmp_path / "video.mp4")[0].shape[0] == 9
     assert PIL.Image.open(tmp_path / "stages" / "anchor.png").height == int(SIZE[recipe][1])
     record = read_video_metadata(tmp_path / "video.mp4")
@@ -175,7 +177,7 @@ def test_a_plan_fetches_no_weights(recipe, hub, repositories, capsys):
     size = facts.sizes[0]
     assert f"{facts.frame_counts[0]} frames at {facts.frame_rate} per second, {size.height} x {size.width}" in text
     # 15 steps, each with and without the prompt.
-    assert "anchored-15: 15 steps\nforwards   30 of the video model\n" in text and "16GB     offload group" in text
+    assert "anchored-15: 15 steps\nforwards   30 of the video model\n" in text and "16GB     layers" in text
     assert ("needs an anchor LoRA" in text) == (recipe != "wan2.2-5b") and "licence    rewriter: apache-2.0" in text
     # Tiny weights under the real names, whose sizes are asked for.
     assert f"download   0.0 GB of weights:\n      0.0  {BASES[recipe]}\n" in text
@@ -267,7 +269,7 @@ def test_a_commit_stays_the_same_offline_and_is_looked_up_anew_online(hub, repos
 
 
 def test_parts_can_be_replaced(hub, repositories, folders, lora, tmp_path):
-    tiny_composer().pipeline.save_pretrained(tmp_path / "t2i")
+    flux().save_pretrained(tmp_path / "t2i")
     commit = hub.add("org/t2i", tmp_path / "t2i")
     hub.add("org/chat", folders / REWRITER)
     hub.add("org/lora", Path(lora("wan2.1-1.3b")).parent)
@@ -282,7 +284,7 @@ def test_parts_can_be_replaced(hub, repositories, folders, lora, tmp_path):
         "wan2.1-1.3b", composer=tmp_path / "t2i", rewriter=folders / REWRITER, lora=tmp_path / "anchor.safetensors"
     )
     assert hub_revisions(again).keys() == {"tokenizer", "text_encoder", "transformer", "vae"}
-    assert type(again.composer.pipeline) is WanPipeline
+    assert type(again.composer.pipeline) is FluxPipeline
 
 
 def test_a_folder_comes_before_a_recipe(hub, folders, tmp_path, monkeypatch):
@@ -301,7 +303,7 @@ def again(video: Path, *more: str) -> int:
 
 @pytest.mark.slow
 def test_a_recipe_s_video_is_made_again_of_its_commits(hub, repositories, folders, lora, tmp_path, capsys):
-    tiny_composer().pipeline.save_pretrained(tmp_path / "t2i")
+    flux().save_pretrained(tmp_path / "t2i")
     hub.add("org/t2i", tmp_path / "t2i")
     hub.add("org/lora", Path(lora("wan2.1-1.3b")).parent)
     more = ("--lora", "org/lora/anchor.safetensors", "--composer", "org/t2i")

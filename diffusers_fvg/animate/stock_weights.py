@@ -79,12 +79,16 @@ class StockWeights:
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
-    def from_stock(cls, transformer: ModelMixin) -> Self:
+    def from_stock(cls, transformer: ModelMixin, name: str = "transformer") -> Self:
         """The same model as this class. One of this class is returned as it is.
 
         Layers are taken over as they are, quantized, cast or offloaded, with their weights and adapters: nothing is copied. What
         holds them is new, so that neither model sees an adapter, a strength, a processor or a window that the other gets. Both
         see what changes the weights themselves: fusing or hot-swapping an adapter, a cast, training.
+
+        Args:
+            transformer (`ModelMixin`): a `stock_class`.
+            name (`str`): what errors call it.
 
         Raises:
             `ValueError`: anything but a `stock_class`, one with fused adapters, or one with attention processors of somebody's
@@ -93,15 +97,17 @@ class StockWeights:
         inner = getattr(transformer, "_orig_mod", transformer)
         if isinstance(inner, cls):
             return transformer
+        if not isinstance(inner, nn.Module):
+            is_class = isinstance(transformer, type)
+            what = f"the class {transformer.__name__}" if is_class else f"a {type(transformer).__name__}"
+            raise ValueError(f"`{name}` must be a {cls.stock_class.__name__}, but is {what}.")
         if inner is not transformer or any(module._compiled_call_impl is not None for module in inner.modules()):
             logger.warning(
                 f"The compiled {type(inner).__name__} is taken over as it was before; compile the pipeline's own."
             )
         transformer = inner
         if not isinstance(transformer, cls.stock_class):
-            raise ValueError(
-                f"`transformer` must be a {cls.stock_class.__name__}, but is a {type(transformer).__name__}."
-            )
+            raise ValueError(f"`{name}` must be a {cls.stock_class.__name__}, but is a {type(transformer).__name__}.")
         fused = {name for layer in _adapter_layers(transformer) for name in layer.merged_adapters}
         if fused:
             raise ValueError(

@@ -334,6 +334,16 @@ class AnchorConditionedTransformer3D(StockWeights, WanTransformer3DModel):
 
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
+    def check_size(self, height: int, width: int) -> None:
+        """Raises `ValueError` for latents with more patches on a side than the rotary embedding has positions."""
+        _, *patch = self.config.patch_size
+        for name, size, cells in zip(("height", "width"), (height, width), patch):
+            if size // cells > self.config.rope_max_seq_len:
+                raise ValueError(
+                    f"The {name} is {size // cells} patches, and this model's rotary embedding has {self.config.rope_max_seq_len} "
+                    "positions; make it smaller."
+                )
+
     def _patch_grid(self, hidden_states: torch.Tensor) -> tuple[int, int, int]:
         size, patch_size = tuple(hidden_states.shape[2:]), tuple(self.config.patch_size)
         if any(n % p for n, p in zip(size, patch_size, strict=True)):

@@ -43,11 +43,16 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ArithmeticError, ImportError, MemoryError, RuntimeError) as error:
         print(f"fvg {arguments.command}: {_line(error)}", file=sys.stderr)
         return 2
+    except Exception as error:  # Of a library that was given a damaged file, most likely.
+        print(f"fvg {arguments.command}: {type(error).__name__}: {_line(error)}", file=sys.stderr)
+        return 1
     return 0
 
 
 def _line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    # The CPU's allocator has no class of its own.
+    if is_memory or "DefaultCPUAllocator" in text:
         text = f"out of memory: give a --memory, fewer pixels or frames, or --quantize ({text})"
     return text if len(text) <= 600 else f"{text[:600]} ..."

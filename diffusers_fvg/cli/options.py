@@ -25,7 +25,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "too; it makes a missing one an error. A token itself is not taken here, where every process could read it",
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of every stage (default: bfloat16)"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of every stage (default: bfloat16; float32 of the embedded model)",
     )
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu; the fastest there is when left out")
     parser.add_argument(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .options import add_sampling
+from .options import add_lora, add_sampling
 from .pipeline import look
 from .stages import SAMPLING, add_call, call_of, needed_parts, open_image
 
@@ -18,7 +18,9 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "plan", help="what `fvg generate` would take: memory, forwards, downloads; nothing large is fetched"
     )
+    parser.add_argument("prompt", nargs="?", help="what should happen; may be left out")
     add_call(parser)
+    add_lora(parser)
     add_sampling(parser)
     parser.set_defaults(run=_plan, negative_prompt=None)
 
@@ -38,15 +40,23 @@ def _models(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     from ..planning import plan_text
+    from ..recipes.loading import hub_options, pinned
 
     image = open_image(arguments.image) if arguments.image else None
-    call = call_of(arguments, (*SAMPLING, "mode", "num_moments", "first_frame_prompt"))
-    # A LoRA that is missing is told of in the text.
-    model = look(arguments, **needed_parts(arguments) | {"lora": False})
-    # Any text: its length changes nothing.
-    request = model.check(prompt="a prompt", **call, **({} if image is None else {"image": image}))
+    call = call_of(arguments, ("prompt", *SAMPLING, "mode", "num_moments", "first_frame_prompt"))
+    skipped = needed_parts(arguments)
+    if arguments.lora is None:
+        # One that is missing is told of in the text.
+        skipped["lora"] = False
+    model = look(arguments, **skipped)
+    if arguments.lora is not None:
+        pinned(arguments.lora, "The anchor LoRA", hub_options(arguments.token or None))
+    if arguments.prompt is None:
+        # Any text: its length changes nothing.
+        model.outline.prompt_check, call["prompt"] = None, "a prompt"
+    request = model.check(**call, **({} if image is None else {"image": image}))
     size = request.height, request.width, request.num_frames
-    parts = {part: model.parts[part] for part in ("composer", "rewriter")}
+    parts = {part: model.parts[part] for part in ("composer", "rewriter", "lora")}
     print(
         plan_text(
             model.source, model.outline, request, model.stages(*size), model.plan(*size), parts, arguments.variant

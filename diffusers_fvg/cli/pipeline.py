@@ -145,7 +145,10 @@ class Model:
 
 
 def _summary(plan: MemoryPlan, device: torch.device) -> str:
-    line = str(plan).partition("\n")[0]
+    from ..overview import GIB, PLACED
+
+    tiles = ", decode in tiles" * plan.tile
+    line = f"{plan.profile}: {PLACED[plan.offload]}{tiles}, peak {plan.peak / GIB:.1f} GiB (computed)"
     if device.type == "cpu" and plan.offload != "none":
         line += "; not offloaded: on the CPU weights are where they run"
     return line
@@ -163,6 +166,8 @@ def look(arguments: argparse.Namespace, **skipped: bool) -> Model:
     Args:
         skipped: `composer`, `rewriter` or `lora`: what the run does not need, `False`.
     """
+    if arguments.model == "embedded" and not Path("embedded").is_dir():
+        arguments.model = None  # Records call it so.
     _check_model(arguments)
     rewriter = named_rewriter(arguments) if "rewriter" in arguments else None
     parts = {name: getattr(arguments, name, None) for name in ("composer", "lora")} | {"rewriter": rewriter} | skipped
@@ -211,7 +216,7 @@ def _check_model(arguments: argparse.Namespace) -> None:
 
 def named_rewriter(arguments: argparse.Namespace):
     """What `--rewriter` names: a name, or what asks a server; `None` without it."""
-    is_server = (arguments.rewriter or "").startswith(("http://", "https://"))
+    is_server = (arguments.rewriter or "").lower().startswith(("http://", "https://"))
     if not is_server:
         if arguments.rewriter_model is not None or arguments.rewriter_api_key_env is not None:
             raise ValueError(

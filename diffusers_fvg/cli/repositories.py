@@ -11,7 +11,9 @@ from ..flags import FRAMES, PIXELS, Whole, check_folder
 def add_assemble(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("assemble", help="make a repository of parts given by name")
     parser.add_argument("output", type=Path, help="an empty or new folder")
-    parser.add_argument("--base", required=True, help="Wan pipeline: folder, org/name or org/name@revision")
+    parser.add_argument(
+        "--base", required=True, help="Wan or CogVideoX pipeline: folder, org/name or org/name@revision"
+    )
     parser.add_argument("--composer", help="text-to-image pipeline")
     parser.add_argument("--rewriter", help="chat model")
     parser.add_argument(

@@ -144,13 +144,28 @@ def _drawn_seed(arguments: argparse.Namespace) -> int:
 
 
 def needed_parts(arguments: argparse.Namespace) -> dict[str, bool]:
-    """The parts that a run does not need, `False`."""
+    """The parts that a run does not need, `False`; raises `ValueError` for a flag that would have no effect."""
+    _check_effects(arguments)
     if arguments.mode == "direct":
         skipped = {"composer": False, "rewriter": False}
         return skipped if getattr(arguments, "lora", None) is not None else skipped | {"lora": False}
     if arguments.image is not None:
         return {"composer": False, "rewriter": False}
     return {"rewriter": False} if arguments.first_frame_prompt is not None else {}
+
+
+def _check_effects(arguments: argparse.Namespace) -> None:
+    if getattr(arguments, "source", None) is not None:
+        return  # The record's stages ran with what it says.
+    captioned, pictured = arguments.first_frame_prompt is not None, arguments.image is not None
+    causes = {"--mode direct": arguments.mode == "direct", "--image": pictured, "--first-frame-prompt": captioned}
+    skipping = [cause for cause, is_given in causes.items() if is_given]
+    if skipping and arguments.rewriter is not None:
+        raise ValueError(f"--rewriter has no effect: {skipping[0]} skips stage 1. Leave one of them out.")
+    if skipping and skipping[0] != "--first-frame-prompt" and arguments.composer is not None:
+        raise ValueError(f"--composer has no effect: {skipping[0]} skips stage 2. Leave one of them out.")
+    if arguments.num_moments is not None and arguments.mode != "storyboard":
+        raise ValueError(f"--num-moments {arguments.num_moments} has no effect without --mode storyboard.")
 
 
 SAMPLING = ("height", "width", "num_frames", "preset", "num_inference_steps", "guidance_scale", "negative_prompt")

@@ -210,7 +210,15 @@ def load_guarded(load: Callable, arguments: dict[str, Any]) -> Any:
     # A component without a folder of its own is looked for in the pipeline's.
     check_folder(component if component.is_dir() else repository)
     with safetensors_only(repository):
-        return load(**arguments | {"use_safetensors": True})
+        try:
+            return load(**arguments | {"use_safetensors": True})
+        except (ValueError, OSError, ImportError, RuntimeError, MemoryError):
+            raise
+        except Exception as error:  # Of the library that reads the files; `tokenizers` raises no class of its own.
+            raise ValueError(
+                f"`{arguments['name']}` cannot be loaded from {component}: a file there is damaged or of another kind "
+                f"({type(error).__name__}: {error})."
+            ) from error
 
 
 def _check_class(arguments: dict[str, Any]) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..loading.safety import check_folder, refuse_pickles
+from .formats import read_safetensors
 from .loader import EXPERTS, load_lora
 
 
@@ -37,9 +37,7 @@ class AnchorLora:
         if not path.is_file():
             refuse_pickles(str(file) for file in Path(pretrained_model_name_or_path).rglob("*"))
             raise ValueError(f"No {WEIGHT_NAME} in {pretrained_model_name_or_path}.")
-        with safe_open(path, framework="pt") as file:
-            keys = list(file.keys())
-            return cls({key: file.get_tensor(key) for key in keys}, file.metadata())
+        return cls(*read_safetensors(path))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         path = Path(save_directory) / WEIGHT_NAME

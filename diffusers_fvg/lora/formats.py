@@ -26,11 +26,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 
@@ -305,3 +307,16 @@ def _alpha(config: dict[str, Any], path: str, name: str, rank: int) -> float:
     alpha = patterns.get(key, config.get("lora_alpha", rank))
     # alpha / sqrt(rank) instead of alpha / rank.
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of a file.
+
+    Raises:
+        `ValueError`: it is of another format, or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file, or a damaged one ({error}).") from error

@@ -20,13 +20,12 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_N
 from diffusers.utils import logging
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
 from torch import nn
 
 from ..checks import check_finite, check_name, check_number
 from ..loading.safety import refuse_pickles
 from .deltas import ParameterDeltas, base_parameter
-from .formats import EXPERTS, FORMATS, LoraFit, fit_tensors, refuse_other_methods, split_key
+from .formats import EXPERTS, FORMATS, LoraFit, fit_tensors, read_safetensors, refuse_other_methods, split_key
 
 
 logger = logging.get_logger(__name__)
@@ -123,9 +122,8 @@ def _sources(
 
 
 def _read(path: Path) -> _Source:
-    with safe_open(path, framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        metadata = _adapter_config(file.metadata() or {})
+    tensors, metadata = read_safetensors(path)
+    metadata = _adapter_config(metadata)
     if path.name == _PEFT_WEIGHT_NAME:
         config = path.with_name(_PEFT_CONFIG_NAME)
         if not config.is_file():

@@ -8,7 +8,7 @@ import tempfile
 from typing import Any, Self
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 
 from ..checks import check_defaults
 from ..compose.composer import AnchorComposer
@@ -28,6 +28,10 @@ class FactorizedParts:
     # What `loading/patches.py` asks a pipeline's class, and tells our classes by.
     safetensors_only = True
     _is_onnx = NOT_ONNX
+    # Component -> the class that is expected, and settings that tell it from others: one of somebody's own may have them.
+    component_kinds: dict[str, tuple[str, tuple[str, ...]]] = {}
+    # Of what may be absent in some modes, and freed, the video model is not.
+    required_components: tuple[str, ...] = ("transformer", "unet")
     # The file that makes a saved repository load without an import of this package: see `save_pretrained`.
     pipeline_shim: str
 
@@ -106,12 +110,38 @@ class FactorizedParts:
             `ValueError`: one that does not fit.
         """
         if component is None:
+            if name in self.required_components:
+                raise ValueError(
+                    f"`{name}` is None: without its video model a pipeline has no mode; delete the pipeline."
+                )
             return None
+        self._check_kind(name, component)
         if name == "rewriter":
             return as_rewriter(component)
         if name == "composer":
             return as_composer(component)
         return component
+
+    def _check_kind(self, name: str, component: Any) -> None:
+        """Refuses what is clearly something else; how a model is quantized, compiled, hooked or derived makes no difference."""
+        expected, settings = self.component_kinds.get(name, ("", ()))
+        parts = {"scheduler": ("set_timesteps", "step", "config"), "vae": ("encode", "decode", "config")}.get(name, ())
+        if name.startswith("tokenizer"):
+            expected = "tokenizer"
+            fits = not isinstance(component, (type, str, int, torch.nn.Module, DiffusionPipeline, SchedulerMixin))
+        elif name in ("anchor_lora", "schedulers"):
+            kind = {"anchor_lora": AnchorLora, "schedulers": SchedulerPresets}[name]
+            expected, fits = kind.__name__, isinstance(component, kind)
+        else:
+            expected = expected or name
+            config = getattr(component, "config", None)
+            fits = not isinstance(component, type) and all(hasattr(component, part) for part in parts)
+            fits = fits and all(hasattr(config, setting) for setting in settings)
+        if not fits:
+            what = (
+                f"the class {component.__name__}" if isinstance(component, type) else f"a {type(component).__name__}"
+            )
+            raise ValueError(f"`{name}` must be of the kind {expected}, but is {what}.")
 
     def _record_own_classes(self, components: dict[str, Any]) -> None:
         # diffusers would record our module path, which a Hub download refuses: our classes are attributes of diffusers.

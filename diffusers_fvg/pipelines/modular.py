@@ -383,6 +383,7 @@ class _Components(FactorizedVideoPipeline):
     """Loads components as the pipeline does (from the Hub, by reference, each in its dtype), but any of them alone."""
 
     _optional_components = sorted(COMPONENTS)
+    required_components = ()
 
     @wraps(FactorizedVideoPipeline.__init__)
     def __init__(self, **parts: Any):

@@ -23,12 +23,20 @@ def as_composer(composer: AnchorComposer | DiffusionPipeline | str) -> AnchorCom
         `ValueError`: something else.
     """
     if isinstance(composer, DiffusionPipeline):
-        return AnchorComposer(composer)
-    if isinstance(composer, (str, os.PathLike)):
-        return AnchorComposer.from_pretrained(composer)
+        composer = AnchorComposer(composer)
+    elif isinstance(composer, (str, os.PathLike)):
+        composer = AnchorComposer.from_pretrained(composer)
     if not isinstance(composer, AnchorComposer):
         raise ValueError(
             f"`composer` must be an AnchorComposer, a text-to-image pipeline or its name, but is a {type(composer).__name__}."
+        )
+    # One without its models has no pipeline.
+    pipeline = getattr(composer, "pipeline", None)
+    draws_videos = pipeline is not None and "num_frames" in inspect.signature(pipeline.__call__).parameters
+    if draws_videos and composer.call_defaults.get("num_frames") != 1:
+        raise ValueError(
+            f"`composer` draws with a {type(pipeline).__name__}, which makes videos: choose a text-to-image pipeline, or "
+            'pass `AnchorComposer(pipeline, {"num_frames": 1})` where the model knows single pictures.'
         )
     return composer
 
@@ -58,12 +66,18 @@ def as_rewriter(rewriter: FirstFrameRewriter | ChatEndpoint | Sequence[Any] | st
     """
     if isinstance(rewriter, ChatEndpoint):
         return FirstFrameRewriter(endpoint=rewriter)
+    if isinstance(rewriter, str) and rewriter.lower().startswith(("http://", "https://")):
+        raise ValueError(f"`rewriter={rewriter!r}` is a server's address: pass `ChatEndpoint({rewriter!r}, model)`.")
     if isinstance(rewriter, (str, os.PathLike)):
         return FirstFrameRewriter.from_pretrained(rewriter)
     if isinstance(rewriter, (tuple, list)) and len(rewriter) == 2:
         model, tokenizer = rewriter
-        if hasattr(tokenizer, "generate") or not hasattr(model, "generate"):
-            kinds = " and ".join(type(part).__name__ for part in rewriter)
+        kinds = " and ".join(type(part).__name__ for part in rewriter)
+        if not hasattr(model, "generate") and not hasattr(tokenizer, "generate"):
+            raise ValueError(
+                f"`rewriter` must be `(model, tokenizer)` of a model that writes, but is a pair of {kinds}."
+            )
+        if hasattr(tokenizer, "generate"):
             raise ValueError(f"`rewriter` must be `(model, tokenizer)`, in this order, but is a pair of {kinds}.")
         return FirstFrameRewriter(model, tokenizer)
     if not isinstance(rewriter, FirstFrameRewriter):

@@ -75,6 +75,10 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
 
     model_cpu_offload_seq = "rewriter->composer->text_encoder->transformer->vae"
     _optional_components = ["rewriter", "composer", "anchor_lora", "schedulers"]
+    component_kinds = {
+        "vae": ("AutoencoderKLCogVideoX", ("latent_channels", "temporal_compression_ratio")),
+        "text_encoder": ("T5EncoderModel", ("d_model",)),
+    }
     default_presets = COGVIDEOX_PRESETS
     own_guidance_scale = 6.0
     # CogVideoX1.5-5B's own (zai-org/CogVideo, README.md).
@@ -109,7 +113,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
     def _taken_over(self, name: str, component: Any) -> Any:
         if name != "transformer" or component is None:
             return super()._taken_over(name, component)
-        transformer = AnchorConditionedCogVideoXTransformer3D.from_stock(component)
+        transformer = AnchorConditionedCogVideoXTransformer3D.from_stock(component, name)
         transformer.check_text_to_video(transformer.config, f"`{name}`", self.vae.config.latent_channels)
         return transformer
 

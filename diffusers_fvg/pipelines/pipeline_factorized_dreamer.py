@@ -75,6 +75,10 @@ class FactorizedDreamerPipeline(
     model_cpu_offload_seq = "rewriter->composer->text_encoder->text_encoder_2->image_encoder->unet->vae"
     _optional_components = ["tokenizer_2", "text_encoder_2", "image_encoder", "rewriter", "composer", "schedulers"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    component_kinds = {
+        "vae": ("AutoencoderKL", ("latent_channels",)),
+        "text_encoder": ("CLIPTextModel", ("hidden_size",)),
+    }
     default_presets = DREAMER_PRESETS
     own_guidance_scale = 7.5
     # 512 pixels and 16 frames are the paper's, 8 frames per second those of Emu Video's, arXiv 2311.10709.

@@ -82,6 +82,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
 
     model_cpu_offload_seq = "rewriter->composer->text_encoder->transformer->transformer_2->vae"
     _optional_components = ["transformer_2", "rewriter", "composer", "anchor_lora", "schedulers"]
+    component_kinds = {"vae": ("AutoencoderKLWan", ("z_dim",)), "text_encoder": ("UMT5EncoderModel", ("d_model",))}
     default_presets = WAN_PRESETS
     own_guidance_scale = 5.0
     default_call = WAN_CALL_DEFAULTS
@@ -107,11 +108,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         if transformer is None:
             raise ValueError("`transformer` is None: the repository has no video model, which every mode needs.")
         check_number("boundary_ratio", boundary_ratio)
-        if transformer_2 is not None and boundary_ratio is None:
-            raise ValueError(
-                "`transformer_2` is never used without `boundary_ratio`, which is 0.875 in Wan2.2-T2V-A14B: pass it, or let "
-                "`from_pipe(pipe)` read it from the pipeline."
-            )
+        self._check_boundary(transformer_2, boundary_ratio)
         # `register_modules` asks the VAE which latents a transformer must take.
         self.vae = vae
         super().__init__(
@@ -128,13 +125,22 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
 
     # -- what FactorizedStages asks of a model ------------------------------------------------------------------------
 
+    def _check_boundary(self, transformer_2: Any, boundary_ratio: float | None) -> None:
+        if transformer_2 is not None and boundary_ratio is None:
+            raise ValueError(
+                "`transformer_2` is never used without `boundary_ratio`, which is 0.875 in Wan2.2-T2V-A14B: pass it, or let "
+                "`from_pipe(pipe)` read it from the pipeline."
+            )
+
     def _taken_over(self, name: str, component: Any) -> Any:
         if name not in ("transformer", "transformer_2") or component is None:
             return super()._taken_over(name, component)
-        transformer = AnchorConditionedTransformer3D.from_stock(component)
+        transformer = AnchorConditionedTransformer3D.from_stock(component, name)
         # A modular pipeline's components come one by one.
         vae = getattr(self, "vae", None)
         transformer.check_text_to_video(transformer.config, f"`{name}`", None if vae is None else vae.config.z_dim)
+        if name == "transformer_2" and hasattr(self, "_interrupt"):
+            self._check_boundary(transformer, self.config.boundary_ratio)
         return transformer
 
     def _check_scheduler(self) -> None:
@@ -154,6 +160,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         _, patch_height, patch_width = self.transformer.config.patch_size
         check_size("height", height, self.vae_scale_factor_spatial * patch_height)
         check_size("width", width, self.vae_scale_factor_spatial * patch_width)
+        self.transformer.check_size(height // self.vae_scale_factor_spatial, width // self.vae_scale_factor_spatial)
 
     def _frame_step(self) -> int:
         return self.vae_scale_factor_temporal

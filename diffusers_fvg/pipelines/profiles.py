@@ -58,15 +58,15 @@ VIDEO_MODELS = ("transformer", "transformer_2", "unet")
 
 
 def memory_bytes(profile: str) -> int:
-    """Bytes of a card, of its size in gigabytes: `"16GB"`, `"11.5 GB"`.
+    """Bytes of a card, of its size: `"16GB"`, `"11.5 GB"`, `"8192MB"`.
 
     Raises:
         `ValueError`: no size, or none above zero.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*g(?:i?b)?\s*", profile, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([gm])(?:i?b)?\s*", profile, re.IGNORECASE)
     if match is None or not 0 < float(match[1]) < 1e6:
         raise ValueError(f'The memory {profile!r} is no size: use one such as "16GB", "auto" or "cpu".')
-    return int(float(match[1]) * GIB)
+    return int(float(match[1]) * (GIB if match[2].lower() == "g" else 2**20))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..animate.anchor import Anchor, picture_tensor, pictures_of
 from ..animate.fidelity import ANCHOR_DECODES
-from ..checks import MAX_PROMPT_CHARACTERS
+from ..checks import MAX_PROMPT_CHARACTERS, UNSHOWABLE
 from ..media import read_video_metadata
 from ..rewrite.storyboard import Moment, check_moments
 from .output import FactorizedVideoPipelineOutput
@@ -51,8 +51,6 @@ MAX_VIDEOS, MAX_ITEMS, MAX_DETAIL_CHARACTERS, MAX_GUIDANCE = 4096, 256, 100_000,
 # the stock pipelines was trained on more tokens than OWN_TOKENS, where the model's default is not more.
 OWN_FACTOR, OWN_PIXELS, OWN_TOKENS = 4, 2**24, 512
 
-# Controls other than line ends and tabs, which a terminal would obey, and halves of characters.
-_UNSHOWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 _CAPTIONS = ("first_frame_prompt", "storyboard", "motion_prompt")
 
 
@@ -337,7 +335,7 @@ def _guidance(value: Any) -> bool:
 
 
 def _text(longest: int = MAX_PROMPT_CHARACTERS) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, str) and len(value) <= longest and not _UNSHOWABLE.search(value)
+    return lambda value: isinstance(value, str) and len(value) <= longest and not UNSHOWABLE.search(value)
 
 
 def _matches(pattern: str) -> Callable[[Any], bool]:

@@ -17,6 +17,7 @@ from ..animate.anchor import Anchor, decoded_anchors, pair_anchors, pictures_of
 from ..animate.fidelity import check_anchor_decode, check_has_anchors
 from ..checks import (
     check_at_least_one,
+    check_characters,
     check_finite,
     check_generators,
     check_num_frames,
@@ -388,6 +389,8 @@ class VideoRequest:
         wrong = [type(text).__name__ for text in negative or () if not isinstance(text, str)]
         if wrong:
             raise ValueError(f"`negative_prompt` must hold texts, but holds {wrong[0]}.")
+        check_characters("negative_prompt", negative)
+        check_characters("composer_negative_prompt", self.composer_negative_prompt)
         if negative is not None and len(negative) != num_prompts:
             raise ValueError(
                 f"`negative_prompt` has {len(negative)} texts for {num_prompts} prompts; give one or {num_prompts}."
@@ -439,6 +442,8 @@ class VideoRequest:
 
     def _check_skipped(self) -> None:
         """No argument is given of a stage that does not run."""
+        if self.mode not in (None, "storyboard") and self.num_moments != VideoRequest.num_moments:
+            raise ValueError(f'`num_moments={self.num_moments}` is for `mode="storyboard"`, not for {self.mode!r}.')
         draws = self.draws_anchors or self.mode is None
         stages = {
             "composer_": draws,

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .sources import ModelSource, find_source
+from .sources import EMBEDDED, ModelSource, find_source
 from .table import AnimatorRecipe, Recipe
 
 
@@ -26,7 +26,7 @@ NO_ANCHOR_LORA = ("FactorizedDreamerPipeline", "FactorizedImageToVideoPipeline")
 def load(
     name: str | os.PathLike,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     composer: str | os.PathLike | AnchorComposer | Literal[False] | None = None,
     rewriter: str | os.PathLike | FirstFrameRewriter | Literal[False] | None = None,
     lora: str | os.PathLike | Literal[False] | None = None,
@@ -44,8 +44,8 @@ def load(
     scheduler, and an image-to-video pipeline of diffusers, which becomes the animator of one.
 
     Args:
-        name (`str` or `os.PathLike`): one of [`RECIPES`], a folder or a repository.
-        dtype (`torch.dtype`, *optional*): of every stage; bfloat16 when left out.
+        name (`str` or `os.PathLike`): one of [`RECIPES`], a folder, a repository, or `"embedded"`: the model of this package.
+        dtype (`torch.dtype` or its name, *optional*): of every stage; bfloat16 when left out, float32 of the embedded model.
         composer (`str` or [`AnchorComposer`], *optional*): in place of the model's own; `False` loads none.
         rewriter (`str` or [`FirstFrameRewriter`], *optional*): in place of the model's own: a chat model, a rewriter's
             folder or a rewriter; `False` loads none.
@@ -63,12 +63,20 @@ def load(
     """
     import torch
 
-    dtype = dtype or torch.bfloat16
+    from ..checks import as_dtype
+    from ..embedded import check_world
+
     hub = hub_options(token, cache_dir, local_files_only)
     source = find_source(name, revision, hub)
+    is_embedded = source.name == EMBEDDED
+    dtype = as_dtype(dtype, torch.float32 if is_embedded else torch.bfloat16)
     options = _given(variant=variant, quantization_config=quantization_config)
     if source.recipe is None:
-        return _load_source(source, dtype, composer, rewriter, lora, hub, options)
+        pipe = _load_source(source, dtype, composer, rewriter, lora, hub, options)
+        if is_embedded:
+            pipe.prompt_check = check_world
+            pipe.register_to_config(_name_or_path=EMBEDDED)
+        return pipe
     check_lora(source, lora)
     if isinstance(source.recipe, AnimatorRecipe):
         return _load_animator_recipe(source.recipe, dtype, composer, rewriter, revision, hub, options)
@@ -236,10 +244,12 @@ def load_part(
     """
     import torch
 
+    from ..checks import as_dtype
     from ..loading.files import fetch
 
-    dtype, hub = dtype or torch.bfloat16, hub_options(token, cache_dir, local_files_only)
+    hub = hub_options(token, cache_dir, local_files_only)
     source = find_source(name, revision, hub)
+    dtype = as_dtype(dtype, torch.float32 if source.name == EMBEDDED else torch.bfloat16)
     if own is None and not source.has(part):
         raise ValueError(f"The model {source.name!r} has no {part}; name one with `{part}=` or --{part}.")
     if own is None and source.recipe is not None:

@@ -25,6 +25,8 @@ _PIPELINES = {
 # Stock pipelines of the same components.
 _STOCK = {"WanPipeline": "FactorizedVideoPipeline", "CogVideoXPipeline": "FactorizedCogVideoXPipeline"}
 INDEX = "model_index.json"
+# What ships with the package, as records call it.
+EMBEDDED = "embedded"
 # What says how models are made, without their weights.
 CONFIGS = {
     INDEX,
@@ -90,7 +92,7 @@ def find_source(name: str | os.PathLike, revision: str | None, hub: dict[str, An
     """Finds a model by name. Of a repository on the Hub its small configurations are fetched, of a recipe nothing.
 
     Args:
-        name (`str` or `os.PathLike`): a recipe, a folder, `"org/name"` or `"org/name@revision"`.
+        name (`str` or `os.PathLike`): a recipe, a folder, `"org/name"`, `"org/name@revision"` or `"embedded"`.
         revision (`str`, *optional*): of the repository; of a recipe's base.
         hub (`dict`): `token`, `cache_dir` and `local_files_only`, where they are set.
 
@@ -98,6 +100,19 @@ def find_source(name: str | os.PathLike, revision: str | None, hub: dict[str, An
         `ValueError`: an unknown name, or a pipeline that does not become one of this package.
         `OSError`: a repository or revision that is not there.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise ValueError(
+            f"`name` must be a recipe, a folder or a repository, but is a {type(name).__name__}; a pipeline of diffusers becomes one "
+            "of this package by `FactorizedVideoPipeline.from_pipe(pipeline)`."
+        )
+    if str(name) == EMBEDDED and not Path(name).is_dir():
+        from ..embedded import EMBEDDED_FOLDER
+
+        if revision is not None:
+            raise ValueError(
+                f"The revision {revision!r} is of a repository on the Hub, and the embedded model has none."
+            )
+        return ModelSource(EMBEDDED, folder=EMBEDDED_FOLDER, index=_index(EMBEDDED_FOLDER, EMBEDDED))
     recipe = find_recipe(name)
     if recipe is not None:
         return ModelSource(str(name), recipe)

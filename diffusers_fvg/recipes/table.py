@@ -257,5 +257,6 @@ def find_recipe(name: str | os.PathLike) -> Recipe | AnimatorRecipe | None:
         return None
     known = RECIPES | ANIMATOR_RECIPES
     if name not in known:
-        raise ValueError(f"{name!r} is no folder and no recipe; recipes are {', '.join(known)}.")
+        hint = f" Is {name.lower()!r} meant?" if name.lower() in known else ""
+        raise ValueError(f"{name!r} is no folder and no recipe; recipes are {', '.join(known)}.{hint}")
     return known[name]

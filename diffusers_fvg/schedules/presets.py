@@ -237,16 +237,24 @@ class SchedulerPresets(Mapping):
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path) -> SchedulerPresets:
         found = []
         for path in Path(pretrained_model_name_or_path).glob("*/scheduler_config.json"):
-            config = json.loads(path.read_text())
-            values, scheduler_class = config.pop("_preset"), config.pop("_class_name")
-            order = values.pop("order")
-            if values["name"] != path.parent.name:
-                raise ValueError(f"{path} calls its preset {values['name']!r}; rename the folder or the preset.")
-            values = {"sigmas": None, "flow_shift": None, **values}
-            found.append((order, SchedulerPreset(scheduler_class=scheduler_class, scheduler_config=config, **values)))
+            try:
+                found.append(_read_preset(path))
+            except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+                problem = f"{type(error).__name__}: {error}"
+                raise ValueError(f"{path} is no preset's configuration, or a damaged one ({problem}).") from error
         if not found:
             raise ValueError(f"No `<preset>/scheduler_config.json` in {pretrained_model_name_or_path}.")
         return cls.of(*(preset for _, preset in sorted(found, key=lambda item: item[0])))
+
+
+def _read_preset(path: Path) -> tuple[int, SchedulerPreset]:
+    config = json.loads(path.read_text())
+    values, scheduler_class = config.pop("_preset"), config.pop("_class_name")
+    order = values.pop("order")
+    if values["name"] != path.parent.name:
+        raise ValueError(f"{path} calls its preset {values['name']!r}; rename the folder or the preset.")
+    values = {"sigmas": None, "flow_shift": None, **values}
+    return order, SchedulerPreset(scheduler_class=scheduler_class, scheduler_config=config, **values)
 
 
 # Wan2.2-TI2V-5B's own shift and guidance (Wan-Video/Wan2.2, wan/configs/wan_ti2v_5B.py): the default of a pipeline that

@@ -1,11 +1,11 @@
 """Wrong values for every flag of every command, made from the parser itself; and its help texts."""
 
 import argparse
-import sys
 from pathlib import Path
 
 import PIL.Image
 import pytest
+import torch
 
 from diffusers_fvg.cli import main, parser
 from diffusers_fvg.flags import Number, Whole
@@ -15,6 +15,7 @@ from diffusers_fvg.recipes import outline
 # What a command needs beside the flag that is tried; `{}` is a folder of the test.
 NEEDED = {
     "fvg generate": ["a red circle"],
+    "fvg plan": ["a red circle"],
     "fvg rewrite": ["a red circle"],
     "fvg compose": ["a red circle"],
     "fvg animate": ["a red circle", "--image", "{}/picture.png"],
@@ -33,7 +34,7 @@ FREE_TEXT = {"negative_prompt", "commit_message"}
 # Any text names something on the Hub, which does not answer here, or a variable.
 NAMES = ["none", "org/none", "org/none@v1", "/no/such/folder", "\x00"]
 WRONG = {
-    "prompt": ["", " ", "\n", "\t", "a" * 20_000],
+    "prompt": ["", " ", "\n", "\t", "a" * 20_000, "\x1b[31m a red circle", "a red circle \udce9"],
     "model": ["none", "org/none", "/no/such/folder", "{}/picture.png", "{}/empty"],
     "device": ["banana", "cuda", "cuda:7", "mps", ""],
     "memory": ["16TB", "-8GB", "0GB", "nanGB", "1e20"],
@@ -183,12 +184,24 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
     assert main(["models"]) == 130 and capsys.readouterr().err == "fvg models: stopped\n"
 
 
-def test_what_runs_out_of_memory_says_what_helps(monkeypatch, capsys):
-    def too_large(*arguments, **options):
-        raise sys.modules["torch"].OutOfMemoryError("tried to allocate\n 20 GiB")
-
-    import torch  # noqa: F401
-
-    monkeypatch.setattr("diffusers_fvg.overview.models_text", too_large)
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("tried to allocate\n 20 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_what_runs_out_of_memory_says_what_helps(error, monkeypatch, capsys):
+    monkeypatch.setattr("diffusers_fvg.overview.models_text", failing(error))
     assert main(["models"]) == 2
     assert capsys.readouterr().err.startswith("fvg models: out of memory: give a --memory")
+
+
+def test_what_nobody_expected_is_one_line_with_its_kind(monkeypatch, capsys):
+    monkeypatch.setattr("diffusers_fvg.overview.models_text", failing(KeyError("added_tokens")))
+    assert main(["models"]) == 1
+    assert capsys.readouterr().err == "fvg models: KeyError: 'added_tokens'\n"
+
+
+def failing(error):
+    def fail(*arguments, **options):
+        raise error
+
+    return fail

@@ -37,6 +37,7 @@ from diffusers_fvg import (
 SIZE = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16, "output_type": "pt"}
 CALL = {**SIZE, "num_inference_steps": 2, "guidance_scale": 5.0}
 PROMPT = "a red circle moves to the right"
+SDXL = tiny_composers.stable_diffusion_xl()
 
 
 def seeded():
@@ -96,6 +97,22 @@ def test_a_pipeline_keeps_the_dtype_of_what_it_takes_over():
         ),
         ({"transformer_2": tiny_transformer(in_channels=36), "boundary_ratio": 0.9}, "`transformer_2` takes 36"),
         ({"transformer": torch.nn.Linear(1, 1)}, "must be a WanTransformer3DModel, but is a Linear"),
+        ({"transformer": "x"}, "`transformer` must be a WanTransformer3DModel, but is a str"),
+        (
+            {"transformer_2": torch.nn.Linear(1, 1), "boundary_ratio": 0.9},
+            "`transformer_2` must be a Wan.* is a Linear",
+        ),
+        ({"vae": SDXL.vae}, "`vae` must be of the kind AutoencoderKLWan, but is a AutoencoderKL"),
+        ({"vae": "x"}, "`vae` must be .* but is a str"),
+        (
+            {"composer": WanPipeline(**tiny_wan_components())},
+            "`composer` draws with a WanPipeline, which makes videos.*num_frames",
+        ),
+        (
+            {"rewriter": (tiny_wan_components()["text_encoder"], tiny_rewriter().tokenizer)},
+            "a model that writes.*UMT5",
+        ),
+        ({"rewriter": "HTTP://127.0.0.1:9/v1"}, "ChatEndpoint.*HTTP"),
         ({"composer": torch.nn.Linear(1, 1)}, "`composer` must be .* but is a Linear"),
         ({"composer": 3}, "`composer` must be .* but is a int"),
         ({"rewriter": tiny_rewriter().model}, "`rewriter` must be .* but is a LlamaForCausalLM"),
@@ -285,3 +302,27 @@ def test_fused_projections_do_not_drop_adapters():
     pipe.unload_lora_weights()
     pipe.transformer.fuse_qkv_projections()
     assert (frames_of(pipe) - styled).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("transformer", None),
+        ("transformer_2", tiny_transformer()),
+        ("vae", WanPipeline),
+        ("vae", tiny_transformer()),
+        ("text_encoder", SDXL.text_encoder),
+        ("tokenizer", torch.nn.Linear(1, 1)),
+        ("scheduler", torch.nn.Linear(1, 1)),
+        ("schedulers", "x"),
+        ("anchor_lora", "x"),
+    ],
+)
+def test_what_is_no_such_component_is_refused_when_it_is_assigned(name, value):
+    pipe = FactorizedVideoPipeline.from_pipe(wan())
+    before = getattr(pipe, name)
+    with pytest.raises(ValueError, match=f"`{name}` (must be|is None|is never used)"):
+        setattr(pipe, name, value)
+    with pytest.raises(ValueError, match=f"`{name}` "):
+        pipe.register_modules(**{name: value})
+    assert getattr(pipe, name) is before

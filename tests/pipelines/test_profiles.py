@@ -323,3 +323,7 @@ def test_readme_s_table_is_what_is_planned(real):
                 assert cell == "refused"
                 continue
             assert cell == f"{words[plan.offload]}, {plan.peak / GIB:.1f} GiB"
+
+
+def test_sizes_of_memory_have_units():
+    assert profiles.memory_bytes("8192MB") == profiles.memory_bytes("8 GiB") == 8 * 2**30

@@ -598,6 +598,12 @@ OF_ANOTHER_KIND = [
     {"callback_on_step_end": 3},
     {"callback_on_stage_step": "print"},
     {"output_type": None},
+    # Characters that a terminal would obey, or that no file holds.
+    {"prompt": "a red \x1b[31m circle"},
+    {"first_frame_prompt": "a red \udce9"},
+    {"negative_prompt": "\ud800"},
+    {"num_moments": 3},
+    {"composer_negative_prompt": ["blue\x7f"]},
 ]
 
 
@@ -645,3 +651,8 @@ def test_defaults_that_are_not_finite_are_refused(pipe, value):
         AnchorComposer(pipe.composer.pipeline, {"num_frames": 1, "num_inference_steps": value})
     with pytest.raises(ValueError, match="frame_rate.*finite"):
         tiny_pipeline(call_defaults={"frame_rate": value})
+
+
+def test_defaults_are_a_dictionary():
+    with pytest.raises(ValueError, match="`call_defaults` must be a dictionary .* but is 'x'"):
+        tiny_pipeline(call_defaults="x")
