@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import PIL.Image
 import pytest
 from diffusers import WanPipeline, WanTransformer3DModel
+from test_recipes import tiny_z_image
 from tiny_dreamer import tiny_unet2d
 
 from diffusers_fvg import load_embedded
@@ -51,7 +52,7 @@ def owned(tmp_path_factory):
     pipe.rewriter.model.config.max_position_embeddings = pipe.rewriter.tokenizer.model_max_length = 4096
     for part in (pipe.rewriter.model, pipe.rewriter.tokenizer):
         part.save_pretrained(folder / "chat-model")
-    pipe.composer.pipeline.save_pretrained(folder / "text-to-image")
+    tiny_z_image().save_pretrained(folder / "text-to-image")
     return wan, folder
 
 
@@ -105,7 +106,7 @@ def test_every_block_of_python_runs(path, desk, owned):
         "picture": PIL.Image.new("RGB", (64, 64), (128, 128, 128)),
         "wan": owned[0],
         "another_wan": owned[0],
-        "flux": pipe.composer.pipeline,
+        "flux": tiny_z_image(),
         "chat_model": pipe.rewriter.model,
         "tokenizer": pipe.rewriter.tokenizer,
         "sd_pipe": SimpleNamespace(unet=tiny_unet2d()),

@@ -76,7 +76,9 @@ def trace_pipeline(argument: str) -> list[Station]:
     rewrite = pipe.rewriter.rewrite_outcomes
 
     def copied(*args, **options):
-        return [dataclasses.replace(outcome, made="".join(list(outcome.made))) for outcome in rewrite(*args, **options)]
+        return [
+            dataclasses.replace(outcome, made="".join(list(outcome.made))) for outcome in rewrite(*args, **options)
+        ]
 
     pipe.rewriter.rewrite_outcomes = copied
     return trace(lambda: pipe(prompt, **SIZE), prompt)
