@@ -21,11 +21,18 @@ def write(arguments: argparse.Namespace, pipe, frames, record: dict, captions, a
         print(f"strip:              {arguments.strip}")
 
 
-def save_stages(folder: Path, record: dict, anchor, frames) -> None:
+def save_stages(folder: Path, record: dict, anchor, frames, candidates=None) -> None:
     import numpy as np
     import PIL.Image
 
     folder.mkdir(parents=True, exist_ok=True)
+    if candidates:
+        record = record | {"candidates": []}
+        for number, candidate in enumerate(candidates, start=1):
+            name = f"candidate_{number}.png"
+            candidate.image.save(folder / name)
+            facts = {"seed": candidate.seed, "score": candidate.score, "answers": candidate.answers}
+            record["candidates"].append({"file": name} | facts)
     (folder / "stages.json").write_text(json.dumps(record, indent=2) + "\n")
     if anchor is not None:
         anchors = [anchor] if isinstance(anchor, PIL.Image.Image) else anchor

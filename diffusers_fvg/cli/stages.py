@@ -210,7 +210,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     print("seconds:            " + ", ".join(f"{name} {value:.1f}" for name, value in output.timings.items()))
     write(arguments, pipe, output.frames[0], record, captions, anchor)
     if arguments.save_stages:
-        save_stages(arguments.save_stages, record | {"timings": output.timings}, anchor, output.frames[0])
+        facts = {"timings": output.timings, "motion": output.motion and output.motion[0]}
+        candidates = output.candidates and output.candidates[0]
+        save_stages(arguments.save_stages, record | facts, anchor, output.frames[0], candidates)
         print(f"stages:             {arguments.save_stages}")
 
 

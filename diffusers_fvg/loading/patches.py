@@ -26,6 +26,7 @@ PACKAGE = "diffusers_fvg"
 COMPONENTS = (
     "AnchorAnimator",
     "AnchorComposer",
+    "AnchorJudge",
     "AnchorLora",
     "FirstFrameRewriter",
     "HubReference",
@@ -41,6 +42,7 @@ CLASSES = (
     "FactorizedVideoBlocks",
     "FactorizedVideoModularPipeline",
     "FactorizedVideoPipeline",
+    "ShapesJudge",
     *COMPONENTS,
 )
 SAVE_AND_LOAD = ["save_pretrained", "from_pretrained"]
@@ -307,15 +309,22 @@ def check_passed(check: Callable) -> Callable:
     return maybe_raise_or_warn
 
 
-# What our pipelines make of a pipeline, of a model and its tokenizer, of an endpoint, or of a name.
-_MADE_OF_OTHERS = {("diffusers", name) for name in ("AnchorAnimator", "AnchorComposer", "FirstFrameRewriter")}
+# What our pipelines make of a pipeline, of a model and its tokenizer, of an endpoint, of a function, or of a name; one judge
+# stands for another.
+_MADE_OF_OTHERS = {
+    ("diffusers", name)
+    for name in ("AnchorAnimator", "AnchorComposer", "AnchorJudge", "FirstFrameRewriter", "ShapesJudge")
+}
 
 
 def _makes_one(component: Any) -> bool:
     from diffusers import DiffusionPipeline
 
-    return type(component).__name__ == "ChatEndpoint" or isinstance(
-        component, (str, os.PathLike, tuple, list, DiffusionPipeline)
+    return (
+        type(component).__name__ == "ChatEndpoint"
+        or inspect.isfunction(component)
+        or callable(getattr(component, "judge", None))
+        or isinstance(component, (str, os.PathLike, tuple, list, DiffusionPipeline))
     )
 
 

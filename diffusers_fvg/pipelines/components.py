@@ -11,14 +11,12 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
 from ..checks import check_defaults
-from ..compose.composer import AnchorComposer
 from ..loading.patches import NOT_ONNX
 from ..loading.references import HubReference
 from ..lora.anchor_lora import ADAPTER_NAME, AnchorLora
 from ..publishing.push import push
-from ..rewrite.rewriter import FirstFrameRewriter
 from ..schedules.presets import SchedulerPresets
-from .parts import as_composer, as_rewriter
+from .parts import as_composer, as_judge, as_rewriter
 from .saving import as_saved, forget_origins
 
 
@@ -35,17 +33,12 @@ class FactorizedParts:
     # The file that makes a saved repository load without an import of this package: see `save_pretrained`.
     pipeline_shim: str
 
-    def _add_stages(
-        self,
-        rewriter: FirstFrameRewriter | None,
-        composer: AnchorComposer | None,
-        anchor_lora: AnchorLora | None,
-        schedulers: SchedulerPresets | None,
-        call_defaults: dict[str, Any] | None,
-    ) -> None:
-        self.register_modules(rewriter=rewriter, composer=composer, anchor_lora=anchor_lora, schedulers=schedulers)
+    def _add_stages(self, parts: dict[str, Any], call_defaults: dict[str, Any] | None) -> None:
+        """Registers the components that come with the stages, `None` for those that are not there."""
+        self.register_modules(**parts)
         check_defaults(call_defaults)
         self.register_to_config(call_defaults=call_defaults)
+        anchor_lora = parts.get("anchor_lora")
         if anchor_lora is not None:
             for name, expert in self._experts().items():
                 if ADAPTER_NAME not in getattr(expert, "peft_config", {}):
@@ -120,7 +113,7 @@ class FactorizedParts:
             return as_rewriter(component)
         if name == "composer":
             return as_composer(component)
-        return component
+        return as_judge(component) if name == "anchor_judge" else component
 
     def _check_kind(self, name: str, component: Any) -> None:
         """Refuses what is clearly something else; how a model is quantized, compiled, hooked or derived makes no difference."""

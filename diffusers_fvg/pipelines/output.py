@@ -8,6 +8,7 @@ import PIL.Image
 import torch
 from diffusers.utils import BaseOutput
 
+from ..compose.candidates import AnchorCandidate
 from ..rewrite.outcome import RewriteOutcome
 from ..rewrite.storyboard import Moment
 
@@ -32,6 +33,10 @@ class FactorizedVideoPipelineOutput(BaseOutput):
             `write_video(..., metadata=out.records[0])`.
         rewrites (`list[RewriteOutcome | None]` or `None`): how stage 1 came to each caption: accepted, repaired or a fallback,
             with reasons; `None` for one that the caller gave, or when stages 1 and 2 were skipped.
+        motion (`list[float]` or `None`): of each video, what share of the picture changes ([`~animate.motion`]); `None` for
+            latents, and for videos of one frame.
+        candidates (`list[list[AnchorCandidate]]` or `None`): of each video the pictures among which `anchor_judge` chose its
+            first frame, in the order of drawing, with their scores, answers and seeds; `None` where there was no choice.
     """
 
     frames: torch.Tensor | np.ndarray | list[list[PIL.Image.Image]]
@@ -42,6 +47,8 @@ class FactorizedVideoPipelineOutput(BaseOutput):
     storyboards: list[list[Moment]] | None
     records: list[dict[str, Any]]
     rewrites: list[RewriteOutcome | None] | None = None
+    motion: list[float] | None = None
+    candidates: list[list[AnchorCandidate]] | None = None
 
 
 @dataclass
@@ -49,7 +56,7 @@ class FactorizedDreamerPipelineOutput(FactorizedVideoPipelineOutput):
     """What every stage made.
 
     Args:
-        frames, first_frame_prompts, anchor_images, seeds, timings, storyboards, records, rewrites: of
+        frames, first_frame_prompts, anchor_images, seeds, timings, storyboards, records, rewrites, motion, candidates: of
             [`FactorizedVideoPipelineOutput`].
         motion_prompts (`list[str]` or `None`): what the video model was told, one per prompt; `None` for embeddings.
     """
@@ -62,7 +69,8 @@ class FactorizedImageToVideoPipelineOutput(FactorizedVideoPipelineOutput):
     """What every stage made.
 
     Args:
-        frames, first_frame_prompts, anchor_images, seeds, timings, storyboards: of [`FactorizedVideoPipelineOutput`].
+        frames, first_frame_prompts, anchor_images, seeds, timings, storyboards, records, motion, candidates: of
+            [`FactorizedVideoPipelineOutput`]; motion is not looked at.
         audio (`list[torch.Tensor]` or `None`): the sound track of each video, `(channels, samples)`, where the animator makes
             one: for [`~media.write_video`].
         audio_sampling_rate (`int` or `None`): samples per second.

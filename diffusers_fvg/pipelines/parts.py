@@ -8,12 +8,23 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 
 from ..animate.animator import AnchorAnimator
 from ..compose.composer import AnchorComposer
+from ..compose.judge import AnchorJudge, Judge, JudgeFunction
 from ..rewrite.chat_endpoint import ChatEndpoint
 from ..rewrite.rewriter import FirstFrameRewriter
+
+
+def check_boundary(transformer_2: torch.nn.Module | None, boundary_ratio: float | None) -> None:
+    """Raises `ValueError` for a second expert that no time belongs to."""
+    if transformer_2 is not None and boundary_ratio is None:
+        raise ValueError(
+            "`transformer_2` is never used without `boundary_ratio`, which is 0.875 in Wan2.2-T2V-A14B: pass it, or let "
+            "`from_pipe(pipe)` read it from the pipeline."
+        )
 
 
 def as_composer(composer: AnchorComposer | DiffusionPipeline | str) -> AnchorComposer:
@@ -56,6 +67,28 @@ def as_animator(animator: AnchorAnimator | DiffusionPipeline | str) -> AnchorAni
             f"`animator` must be an AnchorAnimator, an image-to-video pipeline or its name, but is a {type(animator).__name__}."
         )
     return animator
+
+
+def as_judge(judge: Judge | JudgeFunction | ChatEndpoint | Sequence[Any] | str) -> Judge:
+    """A judge of `(model, processor)`, of an endpoint, of a function, or of the name of a model: a folder or one on the Hub.
+
+    Raises:
+        `ValueError`: something else.
+    """
+    if isinstance(judge, ChatEndpoint):
+        return AnchorJudge(endpoint=judge)
+    if isinstance(judge, (str, os.PathLike)):
+        return AnchorJudge.from_pretrained(judge)
+    if isinstance(judge, (tuple, list)) and len(judge) == 2:
+        return AnchorJudge(*judge)
+    if callable(getattr(judge, "judge", None)) and hasattr(judge, "threshold"):
+        return judge
+    if not callable(judge) or isinstance(judge, torch.nn.Module):
+        raise ValueError(
+            "`anchor_judge` must be an AnchorJudge, `(model, processor)`, a ChatEndpoint, a function of pictures, caption and "
+            f"plan, or the name of a model, but is a {type(judge).__name__}."
+        )
+    return AnchorJudge(function=judge)
 
 
 def as_rewriter(rewriter: FirstFrameRewriter | ChatEndpoint | Sequence[Any] | str) -> FirstFrameRewriter:

@@ -33,6 +33,7 @@ from ..animate.fidelity import decode_anchored
 from ..animate.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
 from ..checks import check_finite, check_size, stop_unless_finite
 from ..compose.composer import AnchorComposer
+from ..compose.judge import Judge
 from ..devices import get_module_execution_device
 from ..locks import exclusive
 from ..lora.anchor_lora import AnchorLora
@@ -64,6 +65,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
         scheduler (`CogVideoXDDIMScheduler` or `CogVideoXDPMScheduler`): used when no preset is asked for.
         rewriter (`FirstFrameRewriter`, *optional*): stage 1; not needed when `first_frame_prompt` or `image` is given.
         composer (`AnchorComposer`, *optional*): stage 2; not needed when `image` or `anchors` is given.
+        anchor_judge (`AnchorJudge`, *optional*): chooses among several pictures of stage 2.
         anchor_lora (`AnchorLora`, *optional*): loaded into the transformer as adapter `"anchor"`. It is switched off while
             there is no anchor, so that `mode="direct"` is the base model.
         schedulers (`SchedulerPresets`, *optional*): what `preset=` selects from; `COGVIDEOX_PRESETS` when absent.
@@ -73,8 +75,8 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
     Components may come as people have them, see [`FactorizedVideoPipeline`].
     """
 
-    model_cpu_offload_seq = "rewriter->composer->text_encoder->transformer->vae"
-    _optional_components = ["rewriter", "composer", "anchor_lora", "schedulers"]
+    model_cpu_offload_seq = "rewriter->anchor_judge->composer->text_encoder->transformer->vae"
+    _optional_components = ["rewriter", "composer", "anchor_judge", "anchor_lora", "schedulers"]
     component_kinds = {
         "vae": ("AutoencoderKLCogVideoX", ("latent_channels", "temporal_compression_ratio")),
         "text_encoder": ("T5EncoderModel", ("d_model",)),
@@ -95,6 +97,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
         scheduler: CogVideoXDDIMScheduler | CogVideoXDPMScheduler,
         rewriter: FirstFrameRewriter | None,
         composer: AnchorComposer | None,
+        anchor_judge: Judge | None,
         anchor_lora: AnchorLora | None,
         schedulers: SchedulerPresets | None,
         call_defaults: dict[str, Any] | None = None,
@@ -106,7 +109,8 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
         super().__init__(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
         )
-        self._add_stages(rewriter, composer, anchor_lora, schedulers, call_defaults)
+        parts = {"rewriter": rewriter, "composer": composer, "anchor_judge": anchor_judge, "schedulers": schedulers}
+        self._add_stages(parts | {"anchor_lora": anchor_lora}, call_defaults)
 
     # -- what FactorizedStages asks of a model ------------------------------------------------------------------------
 
@@ -413,6 +417,8 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
         composer_num_inference_steps: int | None = None,
         composer_guidance_scale: float | None = None,
         composer_negative_prompt: str | list[str] | None = None,
+        composer_num_candidates: int | None = None,
+        motion_retries: int = 0,
         callback_on_stage_step: Callable | None = None,
     ) -> FactorizedVideoPipelineOutput | tuple:
         r"""Generates videos. Arguments are those of [`FactorizedVideoPipeline.__call__`], except for these:
@@ -432,17 +438,18 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
             `ValueError`: bad input, before any model runs.
         """
         request = self._request(locals())
-        moments = images = None
+        moments = images = candidates = None
         with self._running(callback_on_stage_step) as progress:
             request, seeds = request.with_generator()
             if request.draws_anchors:
                 # Stage 1: a language model describes the first frame, or several moments
                 moments = self._write_moments(request)
                 # Stage 2: a text-to-image model draws them
-                images, request = self._draw_moments(request, moments, seeds)
+                images, candidates, request = self._draw_moments(request, moments, seeds)
             # Stage 3: the video model animates them
-            frames = [] if self.interrupt else self._animate(request)
-        return request.output(self, frames, moments, images, seeds, progress.timings)
+            frames, motion = ([], None) if self.interrupt else request.animate_moving(self, seeds)
+        judged = {"motion": motion, "candidates": candidates}
+        return request.output(self, frames, moments, images, seeds, progress.timings, **judged)
 
 
 def dynamic_guidance(guidance_scale: float, timestep: float, num_inference_steps: int) -> float:

@@ -27,8 +27,9 @@ from transformers import (
 )
 
 from ..animate.anchor import Anchor, crop_and_resize
-from ..checks import check_defaults, check_size, stop_unless_finite
+from ..checks import check_size, stop_unless_finite
 from ..compose.composer import AnchorComposer
+from ..compose.judge import Judge
 from ..devices import get_module_execution_device
 from ..dreamer.components import check_components, check_embeds
 from ..dreamer.conditions import decode_latents, embed_motion, image_conditions, resolve_first_frame
@@ -64,6 +65,7 @@ class FactorizedDreamerPipeline(
         image_encoder (`CLIPVisionModelWithProjection`, *optional*): needed where the UNet has a `t2i_adapter`.
         rewriter (`FirstFrameRewriter`, *optional*): stage 1; not needed when `first_frame_prompt` or `image` is given.
         composer (`AnchorComposer`, *optional*): stage 2; not needed when `image` or `anchors` is given.
+        anchor_judge (`AnchorJudge`, *optional*): chooses among several pictures of stage 2.
         schedulers (`SchedulerPresets`, *optional*): what `preset=` selects from; `DREAMER_PRESETS` when absent.
         call_defaults (`dict`, *optional*): `height`, `width`, `num_frames`, `frame_rate`, `max_sequence_length` and
             `negative_prompt` of the model, used where a call leaves them out.
@@ -72,8 +74,9 @@ class FactorizedDreamerPipeline(
         `ValueError`: a component that is missing or does not fit the UNet.
     """
 
-    model_cpu_offload_seq = "rewriter->composer->text_encoder->text_encoder_2->image_encoder->unet->vae"
-    _optional_components = ["tokenizer_2", "text_encoder_2", "image_encoder", "rewriter", "composer", "schedulers"]
+    model_cpu_offload_seq = "rewriter->anchor_judge->composer->text_encoder->text_encoder_2->image_encoder->unet->vae"
+    _optional_components = ["tokenizer_2", "text_encoder_2", "image_encoder"]
+    _optional_components += ["rewriter", "composer", "anchor_judge", "schedulers"]
     _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
     component_kinds = {
         "vae": ("AutoencoderKL", ("latent_channels",)),
@@ -102,6 +105,7 @@ class FactorizedDreamerPipeline(
         image_encoder: CLIPVisionModelWithProjection | None,
         rewriter: FirstFrameRewriter | None,
         composer: AnchorComposer | None,
+        anchor_judge: Judge | None,
         schedulers: SchedulerPresets | None,
         call_defaults: dict[str, Any] | None = None,
     ):
@@ -116,13 +120,9 @@ class FactorizedDreamerPipeline(
             tokenizer_2=tokenizer_2,
             text_encoder_2=text_encoder_2,
             image_encoder=image_encoder,
-            rewriter=rewriter,
-            composer=composer,
-            schedulers=schedulers,
         )
-        check_defaults(call_defaults)
-        self.register_to_config(call_defaults=call_defaults)
-        self._interrupt = False
+        parts = {"rewriter": rewriter, "composer": composer, "anchor_judge": anchor_judge, "schedulers": schedulers}
+        self._add_stages(parts, call_defaults)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -450,6 +450,8 @@ class FactorizedDreamerPipeline(
         composer_num_inference_steps: int | None = None,
         composer_guidance_scale: float | None = None,
         composer_negative_prompt: str | list[str] | None = None,
+        composer_num_candidates: int | None = None,
+        motion_retries: int = 0,
         callback_on_stage_step: Callable | None = None,
     ) -> FactorizedDreamerPipelineOutput | tuple:
         r"""Generates videos. Arguments are those of [`FactorizedVideoPipeline.__call__`], except for these:
@@ -480,7 +482,7 @@ class FactorizedDreamerPipeline(
             `ValueError`: bad input, before any model runs.
         """
         request = self._request(locals())
-        moments = images = None
+        moments = images = candidates = None
         with self._running(callback_on_stage_step) as progress:
             request, seeds = request.with_generator()
             if request.draws_anchors:
@@ -488,9 +490,10 @@ class FactorizedDreamerPipeline(
                 moments = self._write_moments(request)
                 request = self._write_motion(request)
                 # Stage 2: a text-to-image model draws the frame
-                images, request = self._draw_moments(request, moments, seeds)
+                images, candidates, request = self._draw_moments(request, moments, seeds)
             # Stage 3: the video model animates it
             told = request.motion_prompt or (None if self.interrupt else request.prompt)
-            frames = [] if self.interrupt else self._animate(request)
+            frames, motion = ([], None) if self.interrupt else request.animate_moving(self, seeds)
         made = (self, frames, moments, images, seeds, progress.timings)
-        return request.output(*made, FactorizedDreamerPipelineOutput, motion_prompts=told)
+        judged = {"motion": motion, "candidates": candidates}
+        return request.output(*made, FactorizedDreamerPipelineOutput, motion_prompts=told, **judged)

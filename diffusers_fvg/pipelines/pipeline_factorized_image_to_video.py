@@ -17,8 +17,9 @@ from ..animate.anchor import Anchor
 from ..animate.animator import AnchorAnimator, joined
 from ..animate.family import fitting_size, frame_step, signature_defaults, size_multiple
 from ..animate.fidelity import decode_anchored
-from ..checks import check_defaults, check_size
+from ..checks import check_size
 from ..compose.composer import AnchorComposer
+from ..compose.judge import Judge
 from ..loading.arguments import HUB_ARGUMENTS
 from ..loading.pipeline_component import call_arguments
 from ..rewrite.rewriter import FirstFrameRewriter
@@ -48,6 +49,7 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
         animator (`AnchorAnimator`): stage 3. An image-to-video pipeline, or the name of one, will do.
         rewriter (`FirstFrameRewriter`, *optional*): stage 1; not needed when `first_frame_prompt` or `image` is given.
         composer (`AnchorComposer`, *optional*): stage 2; not needed when `image` or `anchors` is given.
+        anchor_judge (`AnchorJudge`, *optional*): chooses among several pictures of stage 2.
         schedulers (`SchedulerPresets`, *optional*): what `preset=` selects from; [`AnchorAnimator.presets`] when absent.
         call_defaults (`dict`, *optional*): `height`, `width`, `num_frames`, `frame_rate`, `max_sequence_length` and
             `negative_prompt`, used where a call leaves them out; the animator's own when absent.
@@ -56,8 +58,8 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
         `ValueError`: a component that does not fit.
     """
 
-    model_cpu_offload_seq = "rewriter->composer->animator"
-    _optional_components = ["rewriter", "composer", "schedulers"]
+    model_cpu_offload_seq = "rewriter->anchor_judge->composer->animator"
+    _optional_components = ["rewriter", "composer", "anchor_judge", "schedulers"]
     pipeline_shim = "from diffusers_fvg import FactorizedImageToVideoPipeline  # noqa: F401\n"
     # No model in the table of `models.py` is animated by this pipeline, and what the animator does by itself is its own call.
     facts, matches_presets = None, False
@@ -68,14 +70,13 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
         animator: AnchorAnimator,
         rewriter: FirstFrameRewriter | None,
         composer: AnchorComposer | None,
+        anchor_judge: Judge | None,
         schedulers: SchedulerPresets | None,
         call_defaults: dict[str, Any] | None = None,
     ):
         super().__init__()
-        self.register_modules(animator=animator, rewriter=rewriter, composer=composer, schedulers=schedulers)
-        check_defaults(call_defaults)
-        self.register_to_config(call_defaults=call_defaults)
-        self._interrupt = False
+        parts = {"rewriter": rewriter, "composer": composer, "anchor_judge": anchor_judge, "schedulers": schedulers}
+        self._add_stages({"animator": animator} | parts, call_defaults)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
@@ -364,6 +365,7 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
         composer_num_inference_steps: int | None = None,
         composer_guidance_scale: float | None = None,
         composer_negative_prompt: str | list[str] | None = None,
+        composer_num_candidates: int | None = None,
         callback_on_stage_step: Callable | None = None,
     ) -> FactorizedImageToVideoPipelineOutput | tuple:
         r"""Generates videos.
@@ -401,6 +403,7 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
             num_moments (`int`, *optional*): with `mode="storyboard"`, the most that stage 1 writes.
             rewriter_max_new_tokens (`int`, *optional*): stage 1.
             composer_num_inference_steps, composer_guidance_scale, composer_negative_prompt (*optional*): stage 2.
+            composer_num_candidates (`int`, *optional*): the most pictures drawn for a video, of which `anchor_judge` chooses.
             callback_on_stage_step (`Callable`, *optional*): `callback(pipe, stage, step, steps)` after each step of each
                 stage. Setting `pipe._interrupt = True` in it, or in the other callback, stops the run: the video under way is
                 decoded as it is, where its pipeline can be interrupted, and those after it are left out.
@@ -412,19 +415,20 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
             `ValueError`: bad input, or what the animator's family cannot do, before any model runs.
         """
         request = self._request(locals())
-        moments = images = None
+        moments = images = candidates = None
         with self._running(callback_on_stage_step) as progress:
             request, seeds = request.with_generator()
             if request.draws_anchors:
                 # Stage 1: a language model describes the first frame, or several moments
                 moments = self._write_moments(request)
                 # Stage 2: a text-to-image model draws them
-                images, request = self._draw_moments(request, moments, seeds)
+                images, candidates, request = self._draw_moments(request, moments, seeds)
             # Stage 3: the image-to-video pipeline animates them
             frames, audio = ([], []) if self.interrupt else self._animated(request)
         sound = {"audio": audio, "audio_sampling_rate": self.animator.audio_sampling_rate} if audio else {}
         output = FactorizedImageToVideoPipelineOutput
-        return request.output(self, frames, moments, images, seeds, progress.timings, output, **sound)
+        made = (self, frames, moments, images, seeds, progress.timings)
+        return request.output(*made, output, candidates=candidates, **sound)
 
 
 @cache

@@ -28,6 +28,7 @@ from ..animate.memory import decoder_bytes, free_bytes
 from ..animate.transformer_anchor import AnchorConditionedTransformer3D
 from ..checks import check_finite, check_number, check_size, stop_unless_finite
 from ..compose.composer import AnchorComposer
+from ..compose.judge import Judge
 from ..devices import get_module_execution_device
 from ..locks import exclusive
 from ..lora.anchor_lora import AnchorLora
@@ -37,7 +38,7 @@ from ..rewrite.rewriter import FirstFrameRewriter
 from ..rewrite.storyboard import Moment
 from ..schedules.presets import WAN_PRESETS, SchedulerPresets
 from .output import FactorizedVideoPipelineOutput
-from .parts import with_optional_components
+from .parts import check_boundary, with_optional_components
 from .progress import StageProgress
 from .request import AnchorResolver, Image, StepCallback, VideoRequest
 from .stages import FactorizedStages
@@ -64,6 +65,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         transformer_2 (`AnchorConditionedTransformer3D`, *optional*): low-noise expert (Wan2.2-A14B).
         rewriter (`FirstFrameRewriter`, *optional*): stage 1; not needed when `first_frame_prompt` or `image` is given.
         composer (`AnchorComposer`, *optional*): stage 2; not needed when `image` or `anchors` is given.
+        anchor_judge (`AnchorJudge`, *optional*): chooses among several pictures of stage 2.
         anchor_lora (`AnchorLora`, *optional*): loaded into the transformers as adapter `"anchor"`. It is switched off
             while there is no anchor, so that `mode="direct"` is the base model.
         schedulers (`SchedulerPresets`, *optional*): what `preset=` selects from; those of Wan when absent.
@@ -80,8 +82,8 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         `ValueError`: a component that does not fit.
     """
 
-    model_cpu_offload_seq = "rewriter->composer->text_encoder->transformer->transformer_2->vae"
-    _optional_components = ["transformer_2", "rewriter", "composer", "anchor_lora", "schedulers"]
+    model_cpu_offload_seq = "rewriter->anchor_judge->composer->text_encoder->transformer->transformer_2->vae"
+    _optional_components = ["transformer_2", "rewriter", "composer", "anchor_judge", "anchor_lora", "schedulers"]
     component_kinds = {"vae": ("AutoencoderKLWan", ("z_dim",)), "text_encoder": ("UMT5EncoderModel", ("d_model",))}
     default_presets = WAN_PRESETS
     own_guidance_scale = 5.0
@@ -99,6 +101,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         transformer_2: AnchorConditionedTransformer3D | WanTransformer3DModel | None,
         rewriter: FirstFrameRewriter | None,
         composer: AnchorComposer | None,
+        anchor_judge: Judge | None,
         anchor_lora: AnchorLora | None,
         schedulers: SchedulerPresets | None,
         boundary_ratio: float | None = None,
@@ -108,7 +111,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         if transformer is None:
             raise ValueError("`transformer` is None: the repository has no video model, which every mode needs.")
         check_number("boundary_ratio", boundary_ratio)
-        self._check_boundary(transformer_2, boundary_ratio)
+        check_boundary(transformer_2, boundary_ratio)
         # `register_modules` asks the VAE which latents a transformer must take.
         self.vae = vae
         super().__init__(
@@ -121,16 +124,10 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             boundary_ratio=boundary_ratio,
             expand_timesteps=expand_timesteps,
         )
-        self._add_stages(rewriter, composer, anchor_lora, schedulers, call_defaults)
+        parts = {"rewriter": rewriter, "composer": composer, "anchor_judge": anchor_judge, "schedulers": schedulers}
+        self._add_stages(parts | {"anchor_lora": anchor_lora}, call_defaults)
 
     # -- what FactorizedStages asks of a model ------------------------------------------------------------------------
-
-    def _check_boundary(self, transformer_2: Any, boundary_ratio: float | None) -> None:
-        if transformer_2 is not None and boundary_ratio is None:
-            raise ValueError(
-                "`transformer_2` is never used without `boundary_ratio`, which is 0.875 in Wan2.2-T2V-A14B: pass it, or let "
-                "`from_pipe(pipe)` read it from the pipeline."
-            )
 
     def _taken_over(self, name: str, component: Any) -> Any:
         if name not in ("transformer", "transformer_2") or component is None:
@@ -140,7 +137,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         vae = getattr(self, "vae", None)
         transformer.check_text_to_video(transformer.config, f"`{name}`", None if vae is None else vae.config.z_dim)
         if name == "transformer_2" and hasattr(self, "_interrupt"):
-            self._check_boundary(transformer, self.config.boundary_ratio)
+            check_boundary(transformer, self.config.boundary_ratio)
         return transformer
 
     def _check_scheduler(self) -> None:
@@ -429,6 +426,8 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         composer_num_inference_steps: int | None = None,
         composer_guidance_scale: float | None = None,
         composer_negative_prompt: str | list[str] | None = None,
+        composer_num_candidates: int | None = None,
+        motion_retries: int = 0,
         callback_on_stage_step: Callable | None = None,
     ) -> FactorizedVideoPipelineOutput | tuple:
         r"""Generates videos.
@@ -439,8 +438,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             height, width (`int`, *optional*): pixels, multiples of VAE stride times patch size.
             num_frames (`int`, *optional*): 4k + 1.
             num_inference_steps (`int`, *optional*): steps of the video model; the preset's when left out.
-            guidance_scale (`float`, *optional*): 1 is off; the preset's when left out.
-            guidance_scale_2 (`float`, *optional*): of the low-noise expert.
+            guidance_scale, guidance_scale_2 (`float`, *optional*): 1 is off; the preset's when left out. 2: the low-noise expert's.
             num_videos_per_prompt (`int`, *optional*): each video gets an anchor of its own.
             generator (`torch.Generator` or one per video, *optional*): the anchor's seed is derived from its state
                 without using it up, so that a seed draws the same video noise in every mode.
@@ -450,8 +448,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             return_dict (`bool`, *optional*): `False` gives a tuple in the order of the output's fields.
             attention_kwargs (`dict`, *optional*): passed on to the transformer.
             callback_on_step_end (`Callable`, *optional*): as in every diffusers pipeline, after each video step.
-            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): of `latents`, `prompt_embeds`,
-                `negative_prompt_embeds`.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): of `latents`, `prompt_embeds`, `negative_prompt_embeds`.
             max_sequence_length (`int`, *optional*): text tokens of the video model.
             preset (`str`, *optional*): a name in `pipe.presets`. Left out: the preset that `pipe.scheduler` belongs to;
                 a scheduler of your own runs as it is, with 50 steps and guidance 5 unless given.
@@ -469,6 +466,8 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             num_moments (`int`, *optional*): with `mode="storyboard"`, the most that stage 1 writes.
             rewriter_max_new_tokens (`int`, *optional*): stage 1; an error where that does not run.
             composer_num_inference_steps, composer_guidance_scale, composer_negative_prompt (*optional*): stage 2; likewise.
+            composer_num_candidates (`int`, *optional*): the most pictures drawn for a video, of which `anchor_judge` chooses.
+            motion_retries (`int`): how often a video that moves less than the preset's `min_motion` is made again by another seed.
             callback_on_stage_step (`Callable`, *optional*): `callback(pipe, stage, step, steps)` after each step of each
                 stage. Setting `pipe._interrupt = True` in it, or in the other callback, stops the run.
 
@@ -479,17 +478,18 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             `ValueError`: bad input, before any model runs.
         """
         request = self._request(locals())
-        moments = images = None
+        moments = images = candidates = None
         with self._running(callback_on_stage_step) as progress:
             request, seeds = request.with_generator()
             if request.draws_anchors:
                 # Stage 1: a language model describes the first frame, or several moments
                 moments = self._write_moments(request)
                 # Stage 2: a text-to-image model draws them
-                images, request = self._draw_moments(request, moments, seeds)
+                images, candidates, request = self._draw_moments(request, moments, seeds)
             # Stage 3: the video model animates them
-            frames = [] if self.interrupt else self._animate(request)
-        return request.output(self, frames, moments, images, seeds, progress.timings)
+            frames, motion = ([], None) if self.interrupt else request.animate_moving(self, seeds)
+        judged = {"motion": motion, "candidates": candidates}
+        return request.output(self, frames, moments, images, seeds, progress.timings, **judged)
 
 
 def _sigmas(scheduler) -> list[float]:

@@ -35,7 +35,7 @@ from .record import (
     surroundings,
 )
 from .request import MODES, Image
-from .seeds import restored_draws
+from .seeds import anchor_seed, restored_draws
 
 
 if TYPE_CHECKING:
@@ -121,7 +121,8 @@ def replay(
     if told:
         logger.warning(f"The video may differ from the recorded one: {'; '.join(told)}.")
     before = draws["generator"].get_state() if "latents" in draws else None
-    output = pipe(**draws | call, return_dict=True)
+    with anchor_seed(None if "generator" in changes else record["seeds"].get("anchor")):
+        output = pipe(**draws | call, return_dict=True)
     if {"first_frame_prompt", "storyboard"} & (call.keys() - changes.keys()):
         _keep_writer(output.records, record)
     if before is not None and "latents" not in changes:
@@ -169,8 +170,8 @@ def differences(pipe: FactorizedStages, record: Mapping[str, Any]) -> list[str]:
         "composer",
     ):
         recorded, own = there.get(key) or {}, here[key]
-        # Captions come from the record, and pictures where they were given.
-        skipped = {"rewriter"} | (set() if _is_drawn(record) else {"composer"})
+        # Captions and the choice of a picture come from the record, and pictures where they were given.
+        skipped = {"rewriter", "anchor_judge"} | (set() if _is_drawn(record) else {"composer"})
         for name in sorted((recorded.keys() | own.keys()) - skipped):
             if recorded.get(name) != own.get(name):
                 found.append(f"{key} {name} {recorded.get(name)!r}, here {own.get(name)!r}")
@@ -275,7 +276,11 @@ def recorded_call(record: Mapping[str, Any], images: Any, changes: dict[str, Any
     missing = [name for name in record.get("not_recorded") or () if name in kinds and name not in changes]
     if missing:
         raise ValueError(f"The video was made with `{missing[0]}`, which a record does not hold: pass it again.")
-    return call | changes
+    call |= changes
+    if call["mode"] != "direct" and not call.keys() & {"image", "anchors"}:
+        # The recorded seed is that of the picture that was chosen.
+        call.setdefault("composer_num_candidates", 1)
+    return call
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------

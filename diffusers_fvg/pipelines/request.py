@@ -28,6 +28,8 @@ from ..checks import (
 from ..models import warn_untrained
 from ..rewrite.storyboard import Moment, moment_frames, pair_storyboards
 from ..schedules.presets import SchedulerPreset, check_steps
+from .candidates import ChosenPictures, candidate_count
+from .motion import MotionOfVideos
 from .output import FactorizedVideoPipelineOutput
 from .record import boundary_ratio, make_records
 from .seeds import Seed, draw_seed, video_seeds
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from .stages import FactorizedStages
 
 MODES = ("factorized", "direct", "storyboard")
+EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "prompt_embeds_2", "negative_prompt_embeds_2")
 OUTPUT_TYPES = ("np", "uint8", "pt", "pil", "latent")
 
 NO_REWRITER = (
@@ -54,7 +57,7 @@ AnchorResolver = Callable[[Sequence[Anchor], int], list[tuple[range, Anchor]]]
 
 
 @dataclass(frozen=True)
-class VideoRequest:
+class VideoRequest(ChosenPictures, MotionOfVideos):
     """Arguments of a call of any of the pipelines, under their own names; their `__call__` says what each is.
 
     [`completed`] gives the request that the stages work on: texts in lists, one for each prompt; a list of anchors for each
@@ -76,6 +79,7 @@ class VideoRequest:
     composer_num_inference_steps: int | None = None
     composer_guidance_scale: float | None = None
     composer_negative_prompt: str | list[str] | None = None
+    composer_num_candidates: int | None = None
     # First frames that are given
     image: Image | list[Image] | None = None
     anchors: Anchor | list[Anchor] | list[list[Anchor]] | None = None
@@ -103,6 +107,7 @@ class VideoRequest:
     callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
     output_type: str = "np"
     anchor_decode: str = "raw"
+    motion_retries: int = 0
     return_dict: bool = True
 
     @property
@@ -265,6 +270,9 @@ class VideoRequest:
 
     def _filled(self, pipe: FactorizedStages) -> dict[str, Any]:
         filled: dict[str, Any] = {}
+        if self.draws_anchors:
+            count = self.composer_num_candidates
+            filled["composer_num_candidates"] = candidate_count(pipe, count, "composer_num_candidates")
         for name in ("height", "width", "num_frames", "max_sequence_length"):
             filled[name] = pipe.call_defaults.get(name) if getattr(self, name) is None else getattr(self, name)
         for name in ("prompt", "first_frame_prompt", "motion_prompt"):
@@ -306,13 +314,7 @@ class VideoRequest:
         """Values are of the kinds that the other checks read."""
         for name in ("prompt", "first_frame_prompt", "motion_prompt", "negative_prompt"):
             self._check_kind(name, (str, list, tuple), "a text or a list of texts")
-        for name in (
-            "latents",
-            "prompt_embeds",
-            "negative_prompt_embeds",
-            "prompt_embeds_2",
-            "negative_prompt_embeds_2",
-        ):
+        for name in ("latents", *EMBEDS):
             self._check_kind(name, torch.Tensor, "a tensor")
             value = getattr(self, name)
             if value is not None and not value.is_floating_point():
@@ -328,7 +330,7 @@ class VideoRequest:
             known = (PipelineCallback, MultiPipelineCallbacks)
             if not (value is None or callable(value) or isinstance(value, known)):
                 raise ValueError(f"`{name}` must be a function, but is a {type(value).__name__}.")
-        for name in ("num_videos_per_prompt", "num_moments"):
+        for name in ("num_videos_per_prompt", "num_moments", "motion_retries"):
             if getattr(self, name) is None:
                 raise ValueError(f"`{name}=None` must be a whole number.")
 
@@ -445,10 +447,7 @@ class VideoRequest:
         if self.mode not in (None, "storyboard") and self.num_moments != VideoRequest.num_moments:
             raise ValueError(f'`num_moments={self.num_moments}` is for `mode="storyboard"`, not for {self.mode!r}.')
         draws = self.draws_anchors or self.mode is None
-        stages = {
-            "composer_": draws,
-            "rewriter_": draws and self.first_frame_prompt is None and self.storyboard is None,
-        }
+        stages = {"composer_": draws, "rewriter_": draws and self._written is None}
         for field in fields(self):
             runs = next((runs for stage, runs in stages.items() if field.name.startswith(stage)), True)
             if not runs and getattr(self, field.name) is not None:
@@ -480,6 +479,7 @@ class VideoRequest:
         expected = pipe._latents_shape(self.num_videos, self.num_frames, self.height, self.width)
         if self.latents is not None and tuple(self.latents.shape) != expected:
             raise ValueError(f"`latents` has shape {tuple(self.latents.shape)}, but this call needs {expected}.")
+        self._check_retries()
 
     def _check_moments(self, pipe: FactorizedStages) -> None:
         if self.mode != "storyboard":

@@ -23,8 +23,8 @@ logger = logging.get_logger(__name__)
 def as_saved(pipe: DiffusionPipeline, bundle: bool) -> DiffusionPipeline:
     """A shallow copy of a pipeline as `save_pretrained` should write it.
 
-    What came by reference is a reference again, or with `bundle` has its weights written. A rewriter that asks an endpoint
-    is left out, with a warning: who loads the repository names one.
+    What came by reference is a reference again, or with `bundle` has its weights written. A rewriter or a judge that asks an
+    endpoint, or calls a function, is left out, with a warning: who loads the repository names one.
 
     Raises:
         `ValueError`: a component that came by reference has LoRAs fused into its weights, which the reference would lose.
@@ -32,8 +32,11 @@ def as_saved(pipe: DiffusionPipeline, bundle: bool) -> DiffusionPipeline:
     saved = copy.copy(pipe)
     for name, component in pipe.components.items():
         reference = getattr(component, "hub_reference", None)
-        if getattr(component, "endpoint", None) is not None:
-            logger.warning(f"`{name}` asks an endpoint and is not saved; pass it again as `{name}=` when you load.")
+        callers = [own for own in ("endpoint", "function") if getattr(component, own, None) is not None]
+        if callers:
+            logger.warning(
+                f"`{name}` is your {callers[0]} and is not saved; pass it again as `{name}=` when you load."
+            )
             setattr(saved, name, None)
         elif reference is not None and not bundle:
             if any(isinstance(module, BaseTunerLayer) and module.merged for module in _modules(component)):

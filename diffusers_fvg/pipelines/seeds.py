@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -22,6 +25,9 @@ MAX_STATE_BYTES = 8192
 _TWISTER, _WORDS = struct.Struct("<8xiiQ"), 624
 
 
+_GIVEN: ContextVar[int | None] = ContextVar("anchor_seed", default=None)
+
+
 def draw_seed(generator: torch.Generator | None = None) -> int:
     """A seed from the generator, or from torch's own."""
     return int(torch.randint(2**31, (1,), generator=generator, device=generator.device if generator else None))
@@ -29,10 +35,29 @@ def draw_seed(generator: torch.Generator | None = None) -> int:
 
 def anchor_seeds(generator: torch.Generator | list[torch.Generator], num_videos: int) -> list[int]:
     """Seeds for the anchors from copies of the generators, whose own state stays for the video's noise."""
+    if (given := _GIVEN.get()) is not None:
+        return [given] * num_videos
     if isinstance(generator, list):
         return [draw_seed(item.clone_state()) for item in generator]
     copy = generator.clone_state()
     return [draw_seed(copy) for _ in range(num_videos)]
+
+
+@contextmanager
+def anchor_seed(seed: int | None) -> Iterator[None]:
+    """In a call within, anchors are drawn by this seed: a judge's choice, or a video made anew, has another than the derived one."""
+    token = _GIVEN.set(seed)
+    try:
+        yield
+    finally:
+        _GIVEN.reset(token)
+
+
+def caption_seeds(generator: torch.Generator | list[torch.Generator] | None, num_captions: int) -> list[int]:
+    """A seed for each caption: that of its generator, or one that is drawn from the generator of all."""
+    if isinstance(generator, list):
+        return [item.initial_seed() for item in generator]
+    return [draw_seed(generator) for _ in range(num_captions)]
 
 
 def video_seeds(generator: torch.Generator | list[torch.Generator], num_videos: int) -> list[Seed]:

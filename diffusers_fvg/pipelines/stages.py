@@ -18,6 +18,7 @@ import torch
 
 from ..animate.anchor import Anchor, decoded_anchors
 from ..checks import check_generators, check_texts
+from ..compose.candidates import AnchorCandidate, best_candidate
 from ..loading.pipeline_component import PipelineComponent
 from ..locks import exclusive, lockable
 from ..lora.anchor_lora import ADAPTER_NAME
@@ -25,10 +26,11 @@ from ..lora.scales import AdapterScales
 from ..models import ModelFacts, match_model, model_presets
 from ..rewrite.storyboard import Moment, moment_frames
 from ..schedules.presets import SchedulerPresets
+from .candidates import candidate_count, compose_candidates
 from .components import FactorizedParts
 from .progress import StageProgress
 from .request import NO_COMPOSER, NO_REWRITER, AnchorResolver, VideoRequest
-from .seeds import anchor_seeds
+from .seeds import anchor_seeds, caption_seeds
 
 
 class FactorizedStages(FactorizedParts, ABC):
@@ -208,6 +210,7 @@ class FactorizedStages(FactorizedParts, ABC):
         guidance_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        num_candidates: int | None = None,
     ) -> list[PIL.Image.Image]:
         """Stage 2: draws the anchor image of each caption.
 
@@ -217,6 +220,8 @@ class FactorizedStages(FactorizedParts, ABC):
             num_inference_steps, guidance_scale, negative_prompt (*optional*): of the text-to-image pipeline; its own
                 values when left out.
             generator (`torch.Generator` or one per caption, *optional*): for reproducible pictures.
+            num_candidates (`int`, *optional*): pictures drawn for each caption at the most, of which the best by `anchor_judge`
+                is kept; the pipeline's own number when left out, 1 without a judge.
 
         Returns:
             `list[PIL.Image.Image]`: one picture of `height` x `width` per caption.
@@ -224,8 +229,14 @@ class FactorizedStages(FactorizedParts, ABC):
         captions = [first_frame_prompts] if isinstance(first_frame_prompts, str) else first_frame_prompts
         check_texts("first_frame_prompts", captions)
         self._check_known(captions)
-        options = (num_inference_steps, guidance_scale, negative_prompt, generator)
-        return self._draw(None, list(captions), height, width, *options)
+        captions, count = list(captions), candidate_count(self, num_candidates)
+        sizes, options = (height, width), (num_inference_steps, guidance_scale, negative_prompt)
+        if count == 1:
+            return self._draw(None, captions, *sizes, *options, generator)
+        check_generators(generator, len(captions), "captions")
+        seeds = caption_seeds(generator, len(captions))
+        found = compose_candidates(self, captions, None, seeds, count, *sizes, *options)
+        return [best_candidate(candidates).image for candidates in found if candidates]
 
     @torch.no_grad()
     def derive(
@@ -306,52 +317,19 @@ class FactorizedStages(FactorizedParts, ABC):
 
     def _draw_moments(
         self, request: VideoRequest, moments: list[list[Moment]], seeds: list[dict[str, Any]]
-    ) -> tuple[list[list[PIL.Image.Image]] | None, VideoRequest]:
-        """Stage 2: the pictures of each video's moments, and the request with them as anchors. `seeds` gets the anchors'."""
+    ) -> tuple[list[list[PIL.Image.Image]] | None, list[list[AnchorCandidate]] | None, VideoRequest]:
+        """Stage 2: the pictures of each video's moments, what the first was chosen among, and the request with the pictures as
+        anchors. `seeds` gets the anchors'."""
         if self.interrupt:
-            return None, request
+            return None, None, request
         videos = [chosen for chosen in moments for _ in range(request.num_videos_per_prompt)]
         step = self._frame_step()
         frames = [moment_frames([moment.time for moment in video], request.num_frames, step) for video in videos]
         for seed, anchor_seed in zip(seeds, anchor_seeds(request.generator, len(videos))):
             seed["anchor"] = anchor_seed
-        pictures = self._draw_pictures(
-            videos,
-            [seed["anchor"] for seed in seeds],
-            request.composer_negative_prompt,
-            height=request.height,
-            width=request.width,
-            num_inference_steps=request.composer_num_inference_steps,
-            guidance_scale=request.composer_guidance_scale,
-        )
+        pictures, candidates = request.draw_pictures(self, videos, seeds)
         anchors = [[self._moment_anchor(*pair) for pair in zip(*video)] for video in zip(pictures, frames)]
-        return pictures, replace(request, anchors=decoded_anchors(anchors))
-
-    def _draw_pictures(
-        self,
-        moments: list[list[Moment]],
-        seeds: list[int],
-        negative_prompt: str | list[str] | None,
-        **options: Any,
-    ) -> list[list[PIL.Image.Image]]:
-        """Stage 2 of each video: the picture of its first moment, then those that are derived from it, by the same seed."""
-
-        def inputs_of(videos: list[int]) -> dict[str, Any]:
-            negative = negative_prompt
-            if isinstance(negative, list) and len(negative) == len(moments):
-                negative = [negative[video] for video in videos]
-            generators = [torch.Generator().manual_seed(seeds[video]) for video in videos]
-            return {"generator": generators, "negative_prompt": negative, **options}
-
-        firsts = self.compose([first.caption for first, *_ in moments], **inputs_of(list(range(len(moments)))))
-        pictures = [[image] for image in firsts]
-        later = [(video, moment.caption) for video, (_, *rest) in enumerate(moments) for moment in rest]
-        if later and not self.interrupt:
-            videos, captions = map(list, zip(*later))
-            derived = self.derive([firsts[video] for video in videos], captions, **inputs_of(videos))
-            for video, picture in zip(videos, derived):
-                pictures[video].append(picture)
-        return pictures
+        return pictures, candidates, replace(request, anchors=decoded_anchors(anchors))
 
     def _moment_anchor(self, picture: PIL.Image.Image, frame: int) -> Anchor:
         """The anchor of a moment: where several latents are a patch (CogVideoX 1.5), the picture stands still over it."""

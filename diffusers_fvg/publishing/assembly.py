@@ -26,6 +26,7 @@ from safetensors import safe_open
 from ..animate.transformer_anchor import AnchorConditionedTransformer3D
 from ..animate.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
 from ..compose import composer as composers
+from ..compose import judge as judges
 from ..loading.files import available_variant, component_files, fetch, repository_files
 from ..loading.references import REFERENCE_NAME, HubReference
 from ..lora.anchor_lora import AnchorLora
@@ -209,6 +210,7 @@ def assemble(
     *,
     light: bool = True,
     dry_run: bool = False,
+    anchor_judge: str | None = None,
     variant: str | None = None,
     call_defaults: dict[str, Any] | None = None,
     composer_call_defaults: dict[str, Any] | None = None,
@@ -232,6 +234,7 @@ def assemble(
             out, those for the repository's size first.
         light (`bool`): refer to what is on the Hub; a folder's files are copied in any case. Otherwise copy all.
         dry_run (`bool`): write nothing.
+        anchor_judge (`str`, *optional*): a model that chooses among pictures, or a judge's folder; see [`AnchorJudge`].
         variant (`str`, *optional*): of the weights, such as `"fp16"`.
         call_defaults (`dict`, *optional*): of the pipeline: `height`, `width`, `num_frames`, `frame_rate`, in place of the
             base's or the model's own.
@@ -291,6 +294,7 @@ def assemble(
     for name, class_name, value, plan in (
         ("composer", "AnchorComposer", composer, partial(_composer, defaults=composer_call_defaults, variant=variant)),
         ("rewriter", "FirstFrameRewriter", rewriter, _rewriter),
+        ("anchor_judge", "AnchorJudge", anchor_judge, _judge),
         ("anchor_lora", "AnchorLora", lora, partial(_lora, anchored=anchored, base=list(parts))),
     ):
         repository.index[name] = [None, None] if value is None else ["diffusers", class_name]
@@ -386,29 +390,42 @@ def _composer(
 
 
 def _rewriter(name: str, light: bool, hub: dict[str, Any]) -> list[Part]:
+    return _chat_model(
+        "rewriter", "tokenizer", rewriters.CONFIG_NAME, rewriters.read_rewriter_config, name, light, hub
+    )
+
+
+def _judge(name: str, light: bool, hub: dict[str, Any]) -> list[Part]:
+    return _chat_model("anchor_judge", "processor", judges.CONFIG_NAME, judges.read_judge_config, name, light, hub)
+
+
+def _chat_model(
+    part: str, reader: str, config: str, read: Callable, name: str, light: bool, hub: dict[str, Any]
+) -> list[Part]:
+    """A model of transformers with what reads its inputs, as a component that has both in folders of their own."""
     source = Source.of(name, hub)
-    if rewriters.CONFIG_NAME in source.files:
-        rewriters.read_rewriter_config(source.fetch([rewriters.CONFIG_NAME]) / rewriters.CONFIG_NAME)
-        files = {file: f"rewriter/{file}" for file in source.files if not file.startswith(".")}
-        return [Part("rewriter", source, files, False, _nothing, source.license())]
+    if config in source.files:
+        read(source.fetch([config]) / config)
+        files = {file: f"{part}/{file}" for file in source.files if not file.startswith(".")}
+        return [Part(part, source, files, False, _nothing, source.license())]
     model, texts = component_files(source.files), component_files(source.files, weights=False)
     refers = light and source.folder is None
     settings = {"model": source.name, "revision": source.revision} if refers else {}
-    files = {file: f"rewriter/model/{file}" for file in model}
+    files = {file: f"{part}/model/{file}" for file in model}
     # The tokenizer's class may be that of the model's configuration.
-    files |= {file: f"rewriter/tokenizer/{file}" for file in texts if file not in model}
-    write = partial(_write_rewriter, settings, None if refers else source)
-    return [Part("rewriter", source, files, refers, write, source.license())]
+    files |= {file: f"{part}/{reader}/{file}" for file in texts if file not in model}
+    write = partial(_write_chat_model, config, reader, settings, None if refers else source)
+    return [Part(part, source, files, refers, write, source.license())]
 
 
 def _write_settings(name: str, settings: dict[str, Any], folder: Path) -> None:
     write_json(folder / name, settings)
 
 
-def _write_rewriter(settings: dict[str, Any], source: Source | None, folder: Path) -> None:
-    write_json(folder / rewriters.CONFIG_NAME, settings)
+def _write_chat_model(config: str, reader: str, settings: dict[str, Any], source: Source | None, folder: Path) -> None:
+    write_json(folder / config, settings)
     if source is not None:
-        shutil.copyfile(source.fetch(["config.json"]) / "config.json", folder / "tokenizer" / "config.json")
+        shutil.copyfile(source.fetch(["config.json"]) / "config.json", folder / reader / "config.json")
 
 
 def _lora(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..schedules.presets import SchedulerPresets
 
 PROMPT = "A green leaf slowly turns yellow"
-STAGES = {"rewriter": "1 reasoning", "composer": "2 composition"}
+STAGES = {"rewriter": "1 reasoning", "composer": "2 composition", "anchor_judge": "2 composition"}
 ANIMATION = "3 animation"
 # What a training config says of the machine it ran on.
 PLACES = ("cache_dir", "output_dir")

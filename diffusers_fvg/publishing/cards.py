@@ -220,7 +220,14 @@ def folder_parts(folder: Path, license_inside: License | None) -> list[Part]:
 def _reference(folder: Path) -> dict[str, str]:
     """What a component's folder names instead of having weights."""
     config: dict[str, Any] = {}
-    for name in ("reference.json", "rewriter_config.json", "composer_config.json", "animator_config.json"):
+    names = (
+        "reference.json",
+        "rewriter_config.json",
+        "composer_config.json",
+        "judge_config.json",
+        "animator_config.json",
+    )
+    for name in names:
         if (folder / name).is_file():
             config = read_json(folder / name)
     repository = config.get("repository") or config.get("model")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
+import io
 import ipaddress
 import json
+import math
 import os
 import re
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import PIL.Image
 
 from ..checks import check_at_least_one, check_number
 
@@ -27,9 +32,11 @@ FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 60.0
 # Newer models of OpenAI want the second name.
 RENAMED = {"max_tokens": "max_completion_tokens"}
 # What a server may refuse.
-OPTIONAL_PARAMETERS = ("max_tokens", "temperature", "top_p", "seed", "response_format")
+OPTIONAL_PARAMETERS = ("max_tokens", "temperature", "top_p", "seed", "response_format", "top_logprobs", "logprobs")
 # Greedy decoding would tend to repeat the answer that was just refused; a small model loses the thread when it is hotter.
 RETRY_TEMPERATURE, RETRY_TOP_P = 0.3, 0.9
+# The most that OpenAI's interface gives.
+TOP_LOGPROBS = 20
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -119,14 +126,38 @@ class ChatEndpoint:
         if schema is not None:
             form = {"name": "answer", "schema": schema, "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": form}
+        return self._ask(body, _text_of)
+
+    def probability_of_yes(self, image: PIL.Image.Image, question: str) -> float:
+        """Asks a vision-language model about a picture: how likely its first word is yes and not no.
+
+        A server that tells no probabilities of tokens (`logprobs`) gives 1 for an answer that begins with yes, else 0.
+
+        Args:
+            image (`PIL.Image.Image`): sent as PNG.
+            question (`str`): to be answered with yes or no.
+
+        Raises:
+            `ValueError`, `OSError`: as [`answer`].
+        """
+        file = io.BytesIO()
+        image.save(file, format="PNG")
+        address = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+        content = [{"type": "image_url", "image_url": {"url": address}}, {"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}]
+        body = {"model": self.model, "messages": messages, "max_tokens": 1, "seed": 0, "temperature": 0}
+        return self._ask(body | {"logprobs": True, "top_logprobs": TOP_LOGPROBS}, _probability_of_yes)
+
+    def _ask(self, body: dict[str, Any], read: Callable[[Mapping[str, Any]], Any]) -> Any:
+        """Posts a request; `read` takes what is wanted from the server's first choice."""
         key = self._key()
         waits = 0
         while True:
             sent = self._accepted(body)
-            status, reply, wait = self._post(sent, key)
+            status, reply, wait = self._post(sent, key, read)
             if status is None:
                 # Some servers repeat the key that they refuse, in an answer too.
-                return self._without_secrets(reply, key)
+                return self._without_secrets(reply, key) if isinstance(reply, str) else reply
             if status in BUSY_STATUSES and waits < BUSY_RETRIES:
                 time.sleep(FIRST_WAIT_SECONDS * 2**waits if wait is None else min(wait, LONGEST_WAIT_SECONDS))
                 waits += 1
@@ -134,7 +165,7 @@ class ChatEndpoint:
             elif status not in (400, 422) or (self._accepted(body) == sent and not self._refuse(reply, sent)):
                 break
         # Raised outside of `except`: the cause would show the key too.
-        raise OSError(f"The rewriter's endpoint {self.url} failed ({self._without_secrets(reply, key)[:500]}).")
+        raise OSError(f"The endpoint {self.url} failed ({self._without_secrets(reply, key)[:500]}).")
 
     def _key(self) -> str | None:
         if self.api_key_env is None:
@@ -165,8 +196,10 @@ class ChatEndpoint:
         self._refused.update(named[:1])
         return bool(named)
 
-    def _post(self, body: dict[str, Any], key: str | None) -> tuple[int | None, str, float | None]:
-        """`(None, text, None)` of an answer, or status (0 without one), what is wrong, and the seconds to wait if named."""
+    def _post(
+        self, body: dict[str, Any], key: str | None, read: Callable[[Mapping[str, Any]], Any]
+    ) -> tuple[int | None, Any, float | None]:
+        """`(None, what was read, None)` of an answer, or status (0 without one), what is wrong, and the seconds to wait if named."""
         headers = {"Content-Type": "application/json", **(self.headers or {})}
         if key is not None:
             headers["Authorization"] = f"Bearer {key}"
@@ -178,7 +211,7 @@ class ChatEndpoint:
             handlers.append(urllib.request.ProxyHandler({}))
         try:
             with urllib.request.build_opener(*handlers).open(request, timeout=self.timeout) as response:
-                return None, _text_of(json.load(response)["choices"][0]["message"]), None
+                return None, read(json.load(response)["choices"][0]), None
         except urllib.error.HTTPError as error:
             said = error.read(MAX_ERROR_BYTES).decode(errors="replace")
             return error.code, f"status {error.code}: {said}", _seconds(error.headers.get("Retry-After"))
@@ -191,14 +224,28 @@ class ChatEndpoint:
         return text
 
 
-def _text_of(message: Mapping[str, Any]) -> str:
+def _text_of(choice: Mapping[str, Any]) -> str:
     """The text of a chat completion's message, which may be in parts; a refusal is one too."""
+    message = choice["message"]
     content = message.get("content")
     if isinstance(content, list):
         content = "".join(part.get("text") or "" for part in content if part.get("type") in ("text", "output_text"))
     if not isinstance(content, str):
         content = message.get("refusal")
     return content if isinstance(content, str) else ""
+
+
+def _probability_of_yes(choice: Mapping[str, Any]) -> float:
+    """Of the first token's alternatives that are yes or no in any spelling, the share of those that are yes."""
+    tokens = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs") or []
+    shares = {"yes": 0.0, "no": 0.0}
+    for token in tokens:
+        word = token["token"].strip().lower()
+        if word in shares:
+            shares[word] += math.exp(token["logprob"])
+    if sum(shares.values()) > 0:
+        return shares["yes"] / sum(shares.values())
+    return float(_text_of(choice).strip().lower().startswith("yes"))
 
 
 def _seconds(retry_after: str | None) -> float | None:

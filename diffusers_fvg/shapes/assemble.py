@@ -41,6 +41,8 @@ CALL_DEFAULTS = {
     "frame_rate": 8,
     "max_sequence_length": MAX_SEQUENCE_LENGTH,
 }
+# Where there is a judge to choose among them.
+JUDGE_DEFAULTS = {"composer_num_candidates": 4}
 
 
 def build_composer(folder: Path) -> AnchorComposer:
@@ -63,8 +65,8 @@ def build_composer(folder: Path) -> AnchorComposer:
 
 
 def build_pipeline(folder: Path) -> FactorizedVideoPipeline:
-    """The pipeline of the parts in `folder`: `vae`, `text_encoder`, `tokenizer` and `base`, and of `rewriter`,
-    `composer` and `anchor_lora` those that are there."""
+    """The pipeline of the parts in `folder`: `vae`, `text_encoder`, `tokenizer` and `base`, and of `rewriter`, `composer`,
+    `anchor_judge` and `anchor_lora` those that are there."""
     from diffusers import AutoencoderKLWan
     from transformers import AutoTokenizer, UMT5EncoderModel
 
@@ -72,10 +74,12 @@ def build_pipeline(folder: Path) -> FactorizedVideoPipeline:
     from ..lora.anchor_lora import AnchorLora
     from ..pipelines.pipeline_factorized_video import FactorizedVideoPipeline
     from ..rewrite.rewriter import FirstFrameRewriter
+    from .judge import ShapesJudge
 
     def optional(name: str, load: Callable[[Path], Any]) -> Any:
         return load(folder / name) if (folder / name).is_dir() else None
 
+    judge = optional("anchor_judge", ShapesJudge.from_pretrained)
     return FactorizedVideoPipeline(
         tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
         text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder"),
@@ -85,9 +89,10 @@ def build_pipeline(folder: Path) -> FactorizedVideoPipeline:
         transformer_2=None,
         rewriter=optional("rewriter", FirstFrameRewriter.from_pretrained),
         composer=optional("composer", lambda path: build_composer(folder)),
+        anchor_judge=judge,
         anchor_lora=optional("anchor_lora", AnchorLora.from_pretrained),
         schedulers=SHAPES_PRESETS,
-        call_defaults=CALL_DEFAULTS,
+        call_defaults=CALL_DEFAULTS | ({} if judge is None else JUDGE_DEFAULTS),
     )
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..pipelines.pipeline_factorized_video import FactorizedVideoPipeline
 
 # In the order of training: each part builds on those before it.
-SHAPES_PARTS = ("vae", "rewriter", "cache", "text", "base", "composer", "lora", "distilled")
+SHAPES_PARTS = ("vae", "rewriter", "cache", "text", "base", "composer", "judge", "lora", "distilled")
 COUNT = Whole(1, 1_000_000)
 
 
@@ -77,6 +77,7 @@ def _add_report(actions: argparse._SubParsersAction, add_model: Callable[[argpar
     kind.add_argument(
         "--anchors", action="store_true", help="instead both ends, continued clips, colours of anchors; one seed"
     )
+    kind.add_argument("--judge", action="store_true", help="instead the judge of anchors, and frozen clips")
     kind.add_argument(
         "--ablation",
         nargs="+",
@@ -149,6 +150,7 @@ def _report(arguments: argparse.Namespace, load: Callable) -> None:
     from .ablation import write_ablation
     from .anchors import write_anchors_report
     from .distillation import write_guidance_report
+    from .judge_report import write_judge_report
     from .report import write_quick_report, write_study
     from .storyboard import write_storyboard_report
     from .study import StudySettings
@@ -163,6 +165,8 @@ def _report(arguments: argparse.Namespace, load: Callable) -> None:
         print(write_storyboard_report(pipe, arguments.folder, **size))
     elif arguments.anchors:
         print(write_anchors_report(pipe, arguments.folder, arguments.per_category))
+    elif arguments.judge:
+        print(write_judge_report(pipe, arguments.folder, per_category=arguments.per_category, seeds=seeds))
     elif loras:
         print(write_ablation(pipe, arguments.folder, loras, **size))
     elif arguments.distilled:

@@ -41,6 +41,7 @@ class Arm:
         position (`float`): of the anchor in the clip, 0 for the first frame and 1 for the last.
         rewritten (`bool`): the video model reads the prompt together with the rewriter's caption, as one text.
         lora_strength (`float`): of the anchor LoRA.
+        judged (`bool`): the anchor is the best of several by the model's judge.
         sweep (`str`): `"all"` numbers of steps, the `"ends"` (full and few), or `"few"`.
     """
 
@@ -48,6 +49,7 @@ class Arm:
     position: float = 0.0
     rewritten: bool = False
     lora_strength: float = 1.0
+    judged: bool = False
     sweep: str = "few"
 
 
@@ -55,6 +57,7 @@ ARMS = {
     "direct": Arm(sweep="all"),
     "direct_rewritten": Arm(rewritten=True, sweep="all"),
     "factorized": Arm("written", sweep="all"),
+    "factorized_judged": Arm("written", judged=True),
     "true_caption": Arm("true caption"),
     "true_anchor": Arm("true", sweep="ends"),
     "true_middle": Arm("true", position=0.5),
@@ -89,7 +92,8 @@ class StudySettings:
 
 @dataclass(frozen=True)
 class Cell:
-    """What the videos of one mean have in common. `lora` is an adapter other than the model's own (the ablation's)."""
+    """What the videos of one mean have in common. `lora` is an adapter other than the model's own (the ablation's), `judge` the
+    weights of the one that chose the anchors."""
 
     split: str
     arm: str
@@ -98,6 +102,7 @@ class Cell:
     form: str | None = None
     lora: str | None = None
     strength: float | None = None
+    judge: str | None = None
 
     def facts(self) -> dict:
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -112,7 +117,7 @@ class FirstFrames:
     def __init__(self, pipe, scenes: Sequence[Scene]):
         self.pipe, self.scenes = pipe, scenes
         self.seconds: dict[str, float] = {}
-        self._composed: dict[tuple[str, int], list[PIL.Image.Image]] = {}
+        self._composed: dict[tuple[str, int, bool], list[PIL.Image.Image]] = {}
 
     @cached_property
     def captions(self) -> list[str]:
@@ -125,20 +130,21 @@ class FirstFrames:
     def caption(self, source: str, index: int) -> str:
         return self.captions[index] if source == "written" else self.scenes[index].caption
 
-    def composed(self, source: str, index: int, seed: int) -> PIL.Image.Image:
-        if (source, seed) not in self._composed:
+    def composed(self, source: str, index: int, seed: int, judged: bool = False) -> PIL.Image.Image:
+        if (source, seed, judged) not in self._composed:
             captions = [self.caption(source, k) for k in range(len(self.scenes))]
             began = time.perf_counter()
             # Other numbers than the video's: a picture and a clip that start from the same noise are no independent draws.
             generators = [noise(k, ANCHOR_SEEDS + seed) for k in range(len(captions))]
-            images = self.pipe.compose(captions, generator=generators)
-            self.seconds["compose"] = (time.perf_counter() - began) / len(captions)
-            self._composed[source, seed] = images
-        return self._composed[source, seed][index]
+            images = self.pipe.compose(captions, generator=generators, num_candidates=None if judged else 1)
+            self.seconds["judged" if judged else "compose"] = (time.perf_counter() - began) / len(captions)
+            self._composed[source, seed, judged] = images
+        return self._composed[source, seed, judged][index]
 
-    def stage_seconds(self, source: str) -> float:
+    def stage_seconds(self, source: str, judged: bool = False) -> float:
         """Seconds that stages 1 and 2 took for one video."""
-        return self.seconds["compose"] + (self.seconds["rewrite"] if source == "written" else 0.0)
+        drawn = self.seconds["judged" if judged else "compose"]
+        return drawn + (self.seconds["rewrite"] if source == "written" else 0.0)
 
 
 def noise(index: int, seed: int) -> torch.Generator:
@@ -211,7 +217,7 @@ def run_cell(
         if arm.anchor == "true":
             images = [PIL.Image.fromarray(render(scenes[k].objects, *size)[frame_index]) for k, _ in batch]
         elif arm.anchor is not None:
-            images = [first_frames.composed(arm.anchor, k, seed) for k, seed in batch]
+            images = [first_frames.composed(arm.anchor, k, seed, arm.judged) for k, seed in batch]
         anchors = [[Anchor(image, frame_index)] for image in images] if images else None
         began = time.perf_counter()
         with adapter(pipe, cell.lora or ADAPTER_NAME, strength):
@@ -226,7 +232,7 @@ def run_cell(
             if arm.anchor in ("written", "true caption"):
                 caption = first_frames.caption(arm.anchor, index)
                 record["anchor_score"] = round(score_anchor(np.asarray(images[position]), caption), 4)
-                record["stage_seconds"] = round(first_frames.stage_seconds(arm.anchor), 3)
+                record["stage_seconds"] = round(first_frames.stage_seconds(arm.anchor, arm.judged), 3)
             if arm.anchor == "written":
                 record["caption_score"] = round(score_written_caption(caption, scene), 4)
             records.append(record | {"seconds": round(seconds, 3)})
@@ -316,10 +322,18 @@ def complete(
 
 
 def fingerprint(pipe) -> str:
-    """Hash of all weights of a pipeline, its stages 1 and 2 and LoRAs included."""
-    digest = hashlib.sha256()
+    """Hash of all weights of a pipeline, its stages 1 and 2 and LoRAs included; its judge has one of its own."""
     parts = {"rewriter": pipe.rewriter, "composer": pipe.composer, "text": pipe.text_encoder, "vae": pipe.vae}
-    for part, module in (parts | {"transformer": pipe.transformer}).items():
+    return _hash(parts | {"transformer": pipe.transformer})
+
+
+def judge_fingerprint(pipe) -> str | None:
+    return None if pipe.anchor_judge is None else _hash({"judge": pipe.anchor_judge})
+
+
+def _hash(parts: dict[str, torch.nn.Module]) -> str:
+    digest = hashlib.sha256()
+    for part, module in parts.items():
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(f"{part}.{name}".encode())
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
@@ -333,9 +347,14 @@ def journal_header(pipe, **scenes: Sequence[Scene]) -> dict:
     return {"synthetic": True, "model": fingerprint(pipe), **prompts, "scenes": world}
 
 
-def tuning_cells(settings: StudySettings, arms: Sequence[str] = tuple(ARMS)) -> list[Cell]:
+def arms_of(pipe) -> tuple[str, ...]:
+    """The arms that a pipeline has the parts for."""
+    return tuple(name for name, arm in ARMS.items() if not arm.judged or pipe.anchor_judge is not None)
+
+
+def tuning_cells(settings: StudySettings, arms: Sequence[str] = tuple(ARMS), judge: str | None = None) -> list[Cell]:
     return [
-        Cell("tuning", name, settings.few_steps, guidance, form)
+        Cell("tuning", name, settings.few_steps, guidance, form, judge=judge if ARMS[name].judged else None)
         for name in arms
         for form in (FORMS if ARMS[name].rewritten else (None,))
         for guidance in settings.guidance
@@ -359,16 +378,16 @@ def best_settings(records: Sequence[dict]) -> dict[str, dict]:
     return chosen
 
 
-def study_cells(settings: StudySettings, tuned: dict[str, dict]) -> list[Cell]:
+def study_cells(settings: StudySettings, tuned: dict[str, dict], judge: str | None = None) -> list[Cell]:
     return [
-        Cell("study", name, steps, choice["guidance"], choice["form"])
+        Cell("study", name, steps, choice["guidance"], choice["form"], judge=judge if ARMS[name].judged else None)
         for name, choice in tuned.items()
         for steps in settings.arm_steps(ARMS[name])
     ]
 
 
 def run_study(
-    pipe, path: Path, settings: StudySettings, batch_size: int = 16, arms: Sequence[str] = tuple(ARMS)
+    pipe, path: Path, settings: StudySettings, batch_size: int = 16, arms: Sequence[str] | None = None
 ) -> tuple[list[dict], dict[str, dict], FirstFrames]:
     """Tunes each arm on prompts of their own, then runs all `arms` on the reported ones.
 
@@ -376,6 +395,7 @@ def run_study(
         pipe (`FactorizedVideoPipeline`): with all three stages and the anchor LoRA.
         path (`Path`): of the records; those that are there already are not made again.
         settings (`StudySettings`): what to run. With more seeds, steps or guidance scales the records made so far stay.
+        arms (`Sequence[str]`, *optional*): of `ARMS`; all that the pipeline has the parts for when left out.
 
     Returns:
         the records of the study, what `best_settings` chose, and scenes and captions of the reported prompts.
@@ -383,9 +403,9 @@ def run_study(
     reported, tuning = split_scenes(settings.per_category, settings.tuning_per_category)
     journal = Journal(path, journal_header(pipe, reported=reported, tuning=tuning))
     seeds = range(settings.tuning_seeds)
-    tuned = best_settings(
-        complete(pipe, tuning_cells(settings, arms), FirstFrames(pipe, tuning), seeds, journal, batch_size)
-    )
+    arms, judge = arms_of(pipe) if arms is None else arms, judge_fingerprint(pipe)
+    cells = tuning_cells(settings, arms, judge)
+    tuned = best_settings(complete(pipe, cells, FirstFrames(pipe, tuning), seeds, journal, batch_size))
     first_frames = FirstFrames(pipe, reported)
-    cells = study_cells(settings, tuned)
+    cells = study_cells(settings, tuned, judge)
     return complete(pipe, cells, first_frames, range(settings.seeds), journal, batch_size), tuned, first_frames

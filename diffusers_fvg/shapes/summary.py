@@ -169,4 +169,27 @@ def claims(records: Sequence[dict], few: int, full: int) -> list[dict]:
 
     rows.append(_claim("stage 1", "caption F1", average(factorized[few], "caption_score"), ">=", 0.95))
     rows.append(_claim("the whole", f"factorized at {few} steps", score["factorized"][few], ">=", 0.8))
+    return rows + judge_claims(records, few)
+
+
+def judge_claims(records: Sequence[dict], few: int) -> list[dict]:
+    """What anchors that the judge chose were to show; no rows where there are none."""
+    judged, without, true = (select(records, arm, few) for arm in ("factorized_judged", "factorized", "true_anchor"))
+    if not judged:
+        return []
+    claim, here, beside = "anchors are chosen", average(judged), f"without the judge {average(without):.3f}"
+    rows = [_claim(claim, f"factorized with the judge at {few} steps", here, ">=", 0.965, beside)]
+
+    def counts(group: Sequence[dict]) -> float:
+        return category_means(group)["generative_numeracy"]
+
+    rows.append(_claim(claim, "counting", counts(judged), ">=", 0.96, f"without the judge {counts(without):.3f}"))
+    overlaps = [
+        [r for r in group if any(f" {word} " in r["prompt"] for word in ("in front of", "behind"))]
+        for group in (judged, true)
+    ]
+    if all(overlaps):
+        ours, theirs = (_mean(group, "score") for group in overlaps)
+        beside = f"{ours:.3f}, with true anchors {theirs:.3f}"
+        rows.append(_claim(claim, "in front / behind lost to true anchors", theirs - ours, "<=", 0.01, beside))
     return rows

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from ..lora.anchor_lora import WEIGHT_NAME
 from ..rewrite.rewriter import FirstFrameRewriter
 from ..training.config import TrainConfig
-from . import train_models, train_rewriter, train_vae
+from . import train_judge, train_models, train_rewriter, train_vae
 from .assemble import CALL_DEFAULTS, SHAPES_PRESETS, assemble, build_composer, build_pipeline
 from .held_out import held_out_scenes
 from .loop import trained
@@ -166,6 +166,7 @@ PARTS: dict[str, Part] = {
     "text": Part(train_models.train_text, train_models.text_score, 0.99),
     "base": Part(train_models.train_base, lambda folder: video_score(folder, "direct", SINGLE_OBJECT), 0.6),
     "composer": Part(train_models.train_composer, composer_score, 0.8),
+    "judge": Part(train_judge.train_judge, train_judge.judge_score, 0.97),
     "lora": Part(train_lora, lambda folder: video_score(folder, "true_anchor", CATEGORIES), 0.8),
     "distilled": Part(train_distilled, distilled_score, 0.8),
 }

@@ -703,6 +703,30 @@ def test_a_repository_that_names_an_endpoint_is_refused(repository, thief):
     assert thief.requests[0][1] == f"Bearer {KEY}"
 
 
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        (
+            {"endpoint": "http://127.0.0.1:1/v1", "api_key_env": "HF_TOKEN"},
+            ValueError,
+            "names an endpoint.*anchor_judge=None",
+        ),
+        ({"model": "../evil"}, OSError, "evil"),
+        ({"model": "/etc/evil"}, OSError, "evil"),
+        ({"model": "org/clip", "revision": "../evil"}, OSError, "evil"),
+        ({"function": "os.system"}, ValueError, "function"),
+    ],
+)
+def test_a_repository_s_judge_names_no_endpoint_and_no_path(repository, settings, error, message):
+    index = json.loads((repository / "model_index.json").read_text()) | {"anchor_judge": ["diffusers", "AnchorJudge"]}
+    (repository / "model_index.json").write_text(json.dumps(index))
+    (repository / "anchor_judge").mkdir()
+    (repository / "anchor_judge" / "judge_config.json").write_text(json.dumps(settings))
+    with pytest.raises(error, match=message):
+        DiffusionPipeline.from_pretrained(repository)
+    assert DiffusionPipeline.from_pretrained(repository, anchor_judge=None).anchor_judge is None
+
+
 def test_a_repository_on_the_hub_that_names_an_endpoint_is_refused(
     hub, repository, thief, tmp_path, monkeypatch, capsys
 ):

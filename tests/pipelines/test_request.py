@@ -38,6 +38,8 @@ NOT_STAGE_3 = {
     "composer_num_inference_steps",
     "composer_guidance_scale",
     "composer_negative_prompt",
+    "composer_num_candidates",
+    "motion_retries",
     "callback_on_stage_step",
     "return_dict",
 }

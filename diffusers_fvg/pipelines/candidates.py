@@ -1,0 +1,124 @@
+"""Stage 2 of a pipeline that has a judge: composer and judge take turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import PIL.Image
+import torch
+
+from ..checks import check_at_least_one
+from ..compose.candidates import AnchorCandidate, best_candidate, draw_candidates
+from ..rewrite.storyboard import Moment
+
+
+if TYPE_CHECKING:
+    from .request import VideoRequest
+    from .stages import FactorizedStages
+
+NO_JUDGE = "`{name}={value}` needs an `anchor_judge` to choose among the pictures: load or pass one, or leave the argument out."
+
+
+def candidate_count(pipe: FactorizedStages, asked: int | None, name: str = "num_candidates") -> int:
+    """How many pictures may be drawn for each caption: what is asked for, or the pipeline's own number with its judge, or 1.
+
+    Raises:
+        `ValueError`: no whole number from 1 on, or several without a judge.
+    """
+    check_at_least_one(name, asked)
+    if pipe.anchor_judge is None:
+        if (asked or 1) > 1:
+            raise ValueError(NO_JUDGE.format(name=name, value=asked))
+        return 1
+    return asked or pipe.call_defaults.get("composer_num_candidates", 1)
+
+
+def compose_candidates(
+    pipe: FactorizedStages,
+    captions: Sequence[str],
+    plans: Sequence[Any] | None,
+    seeds: Sequence[int],
+    count: int,
+    height: int | None,
+    width: int | None,
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
+    negative_prompt: str | list[str] | None,
+) -> list[list[AnchorCandidate]]:
+    """[`~compose.candidates.draw_candidates`] by the pipeline's composer and judge, each on the device while it works."""
+
+    def draw(numbers: list[int], seeds: list[int]) -> list:
+        leave_device(pipe, "anchor_judge")
+        negative = [negative_prompt[k] for k in numbers] if isinstance(negative_prompt, list) else negative_prompt
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        texts = [captions[k] for k in numbers]
+        return pipe._draw(None, texts, height, width, num_inference_steps, guidance_scale, negative, generators)
+
+    def judging(work: Callable[[], list]) -> list:
+        leave_device(pipe, "composer")
+        with pipe._running() as progress, progress.stage("judge"):
+            return work()
+
+    with pipe._running():
+        found = draw_candidates(draw, pipe.anchor_judge, captions, plans, seeds, count, judging)
+        leave_device(pipe, "anchor_judge")
+    return found
+
+
+def leave_device(pipe: FactorizedStages, name: str) -> None:
+    """Takes a component off the device where whole components are offloaded: the next one's hook frees the one before it in
+    the order of stages alone, and these two take turns.
+    """
+    for hook in getattr(pipe, "_all_hooks", ()):
+        if hook.model is getattr(pipe, name):
+            hook.offload()
+
+
+class ChosenPictures:
+    """Stage 2 of a [`VideoRequest`]."""
+
+    def draw_pictures(
+        self: VideoRequest, pipe: FactorizedStages, moments: list[list[Moment]], seeds: list[dict[str, int]]
+    ) -> tuple[list[list[PIL.Image.Image]], list[list[AnchorCandidate]] | None]:
+        """Stage 2 of each video: the picture of its first moment, then those that are derived from it, by the same seed.
+
+        Args:
+            seeds (`list[dict]`): with each video's `"anchor"`, which becomes that of the candidate that is kept.
+
+        Returns:
+            the pictures of each video's moments, and the candidates for the first, where there was a choice.
+        """
+        names = ("num_inference_steps", "guidance_scale", "negative_prompt")
+        options = {name: getattr(self, f"composer_{name}") for name in names}
+        options |= {"height": self.height, "width": self.width}
+
+        def inputs_of(videos: list[int]) -> dict[str, Any]:
+            negative = options["negative_prompt"]
+            if isinstance(negative, list) and len(negative) == len(moments):
+                negative = [negative[video] for video in videos]
+            generators = [torch.Generator().manual_seed(seeds[video]["anchor"]) for video in videos]
+            return options | {"generator": generators, "negative_prompt": negative}
+
+        firsts, candidates = [video[0] for video in moments], None
+        captions, count = [first.caption for first in firsts], self.composer_num_candidates
+        if count > 1:
+            plans = [getattr(first, "plan", None) for first in firsts]
+            candidates = compose_candidates(
+                pipe, captions, plans, [seed["anchor"] for seed in seeds], count=count, **options
+            )
+            kept = [best_candidate(drawn) for drawn in candidates if drawn]
+            for seed, candidate in zip(seeds, kept):
+                seed["anchor"] = candidate.seed
+            pictures = [[candidate.image] for candidate in kept]
+        else:
+            pictures = [
+                [image] for image in pipe.compose(captions, num_candidates=1, **inputs_of(list(range(len(moments)))))
+            ]
+        later = [(video, moment.caption) for video, (_, *rest) in enumerate(moments) for moment in rest]
+        if later and not pipe.interrupt:
+            videos, captions = map(list, zip(*later))
+            derived = pipe.derive([pictures[video][0] for video in videos], captions, **inputs_of(videos))
+            for video, picture in zip(videos, derived):
+                pictures[video].append(picture)
+        return pictures, candidates

@@ -1,0 +1,392 @@
+"""Trains the shapes world's judge by contrast: a caption, the picture of its scene, and pictures that are nearly right.
+
+What is wrong with a picture is known because the scene that it is rendered from was changed: no picture is labelled by
+reading it. The benchmark's pixel reader, `scorer.py`, has no part in this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .held_out import held_out_scenes
+from .judge import ShapesJudge
+from .loop import train, training_device
+from .prompts import (
+    CAPTION_START,
+    CATEGORIES,
+    brief_caption,
+    make_scene,
+    place_centre,
+    place_name,
+    planned_caption,
+)
+from .train_models import TEXT_ENCODER_CONFIG, count, optimizers
+from .world import COLOURS, SHAPES, Scene, ShapeObject, render
+
+
+# Of the scenes. What composers get wrong has the larger share: counts, and one object before another.
+JUDGE_WEIGHTS = dict.fromkeys((*CATEGORIES, "placement"), 0.05) | {
+    "generative_numeracy": 0.42,
+    "spatial_relationships": 0.28,
+}
+NUM_KINDS = len(COLOURS) * len(SHAPES)
+# Where as many right pictures of held-out scenes are kept as wrong ones are refused.
+THRESHOLD = 0.7
+Objects = tuple[ShapeObject, ...]
+
+
+def stated(scene: Scene, rng: np.random.Generator) -> tuple[Objects, str]:
+    """The objects of a scene's first frame, and a caption of them: with places, as stage 1 writes it, or without."""
+    objects = tuple(replace(item, changes=()) for item in scene.objects)
+    if scene.category == "generative_numeracy":
+        if rng.random() < 0.35:
+            return objects, brief_caption(scene)
+        if rng.random() < 0.6:
+            return _laid_out(objects, planned_caption(scene), rng), planned_caption(scene)
+    return objects, brief_caption(scene) if rng.random() < 0.2 else scene.caption
+
+
+def _laid_out(objects: Objects, caption: str, rng: np.random.Generator) -> Objects:
+    """Objects at the places that a caption lists, in its order."""
+    places = [place_centre(part.rpartition(" at the ")[2]) for part in caption.removeprefix(CAPTION_START).split(", ")]
+    shifts = rng.uniform(-0.06, 0.06, size=(len(objects), 2))
+    return tuple(
+        replace(item, x=x + dx, y=y + dy) for item, (x, y), (dx, dy) in zip(objects, places, shifts, strict=True)
+    )
+
+
+# -- what may be wrong ------------------------------------------------------------------------------------------------
+# Each takes the objects of a picture and returns those of a wrong one, or `None` where it does not apply.
+
+
+def _free_place(objects: Objects, radius: float, rng: np.random.Generator) -> tuple[float, float] | None:
+    for _ in range(40):
+        x, y = rng.uniform(radius + 0.02, 0.98 - radius, size=2)
+        if all(np.hypot(x - item.x, y - item.y) > 1.15 * (radius + item.radius) for item in objects):
+            return float(x), float(y)
+    return None
+
+
+def one_missing(objects: Objects, rng: np.random.Generator) -> Objects | None:
+    drop = int(rng.integers(len(objects)))
+    return objects[:drop] + objects[drop + 1 :]
+
+
+def one_more(objects: Objects, rng: np.random.Generator) -> Objects | None:
+    """One of them twice, somewhere else."""
+    item = objects[int(rng.integers(len(objects)))]
+    place = _free_place(objects, item.radius, rng)
+    return None if place is None else (*objects, replace(item, x=place[0], y=place[1]))
+
+
+def one_strange(objects: Objects, rng: np.random.Generator) -> Objects | None:
+    """An object that nobody asked for, also a small one and one that touches others."""
+    small = rng.random() < 0.4
+    radius = float(rng.uniform(0.035, 0.06) if small else rng.uniform(0.08, 0.13))
+    near = objects[int(rng.integers(len(objects)))]
+    place = rng.normal((near.x, near.y), near.radius) if small else _free_place(objects, radius, rng)
+    if place is None:
+        return None
+    colours = [colour for colour in COLOURS if colour != near.colour]
+    x, y = np.clip(place, radius, 1 - radius)
+    kind = str(rng.choice(colours)), str(rng.choice(SHAPES))
+    return (*objects, ShapeObject(*kind, float(x), float(y), radius))
+
+
+def count_off_by_one(objects: Objects, rng: np.random.Generator) -> Objects | None:
+    """One more or one less of a kind, and all of them in other places, so that no gap and no crowd gives it away."""
+    kinds = list(dict.fromkeys((item.colour, item.shape) for item in objects))
+    kind = kinds[int(rng.integers(len(kinds)))]
+    own = next(item for item in objects if (item.colour, item.shape) == kind)
+    wrong = list(one_more((own,), rng) or ()) if rng.random() < 0.6 or len(objects) == 1 else []
+    others = list(objects) + wrong[1:]
+    if not wrong:
+        others.remove(own)
+    placed: list[ShapeObject] = []
+    for item in others:
+        place = _free_place(tuple(placed), 1.08 * item.radius, rng)
+        if place is None:
+            return None
+        placed.append(replace(item, x=place[0], y=place[1]))
+    return tuple(placed)
+
+
+def swapped_colours(objects: Objects, rng: np.random.Generator) -> Objects | None:
+    """Two kinds exchange their colours: "a red circle, a blue square" becomes "a blue circle, a red square"."""
+    return _swapped(objects, "colour", rng)
+
+
+def swapped_shapes(objects: Objects, rng: np.random.Generator) -> Objects | None:
+    return _swapped(objects, "shape", rng)
+
+
+def _swapped(objects: Objects, name: str, rng: np.random.Generator) -> Objects | None:
+    values = list(dict.fromkeys(getattr(item, name) for item in objects))
+    if len(values) < 2 or len({(item.colour, item.shape) for item in objects}) < 2:
+        return None
+    a, b = rng.permutation(values)[:2]
+    other = {a: b, b: a}
+    return tuple(replace(item, **{name: str(other.get(getattr(item, name), getattr(item, name)))}) for item in objects)
+
+
+def one_changed(objects: Objects, rng: np.random.Generator) -> Objects | None:
+    """One object of another colour or of another shape."""
+    index, item = (k := int(rng.integers(len(objects)))), objects[k]
+    name, values = ("colour", COLOURS) if rng.random() < 0.4 else ("shape", SHAPES)
+    value = str(rng.choice([value for value in values if value != getattr(item, name)]))
+    return (*objects[:index], replace(item, **{name: value}), *objects[index + 1 :])
+
+
+def opposite_relation(objects: Objects, rng: np.random.Generator) -> Objects | None:
+    """Two objects exchange their places; of two that overlap, the other one is in front."""
+    if len(objects) != 2:
+        return None
+    a, b = objects
+    return (b, a) if _overlap(objects) else (replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y))
+
+
+def opposite_side(objects: Objects, rng: np.random.Generator) -> Objects | None:
+    """Of two that overlap, the same one is in front, on the other side."""
+    if not _overlap(objects):
+        return None
+    a, b = objects
+    return replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)
+
+
+def _overlap(objects: Objects) -> bool:
+    return len(objects) == 2 and np.hypot(objects[0].x - objects[1].x, objects[0].y - objects[1].y) < 0.9 * sum(
+        item.radius for item in objects
+    )
+
+
+def merged(objects: Objects, rng: np.random.Generator) -> Objects | None:
+    """Two of one kind have become one: they overlap, or one large one is in the place of both."""
+    pairs = [
+        (i, j)
+        for i, a in enumerate(objects)
+        for j, b in enumerate(objects[:i])
+        if (a.colour, a.shape) == (b.colour, b.shape)
+    ]
+    if not pairs:
+        return None
+    i, j = pairs[int(rng.integers(len(pairs)))]
+    a, b = objects[i], objects[j]
+    rest = tuple(item for k, item in enumerate(objects) if k not in (i, j))
+    if rng.random() < 0.3:
+        return (*rest, replace(a, x=(a.x + b.x) / 2, y=(a.y + b.y) / 2, radius=1.3 * a.radius))
+    angle, reach = rng.uniform(0, 2 * np.pi), rng.uniform(0.5, 0.9) * a.radius
+    x, y = b.x + reach * np.cos(angle), b.y + reach * np.sin(angle)
+    return (*rest, b, replace(a, x=float(np.clip(x, 0.08, 0.92)), y=float(np.clip(y, 0.08, 0.92))))
+
+
+def displaced(objects: Objects, rng: np.random.Generator) -> Objects | None:
+    """One object far from where it should be, in another third of the picture."""
+    index = int(rng.integers(len(objects)))
+    item, rest = objects[index], (*objects[:index], *objects[index + 1 :])
+    for _ in range(10):
+        place = _free_place(rest, item.radius, rng)
+        far = place is not None and np.hypot(place[0] - item.x, place[1] - item.y) > 0.28
+        if far and place_name(*place) != place_name(item.x, item.y):
+            return (*objects[:index], replace(item, x=place[0], y=place[1]), *objects[index + 1 :])
+    return None
+
+
+Fault = Callable[[Objects, np.random.Generator], Objects | None]
+FAULTS: dict[str, Fault] = {
+    fault.__name__: fault
+    for fault in (
+        one_missing,
+        one_more,
+        one_strange,
+        count_off_by_one,
+        swapped_colours,
+        swapped_shapes,
+        one_changed,
+        opposite_relation,
+        opposite_side,
+        merged,
+        displaced,
+    )
+}
+# How two objects are to each other is learnt last: it takes shapes and places for granted. From this share of the steps on
+# it is in every other pair of two objects.
+OF_RELATIONS, LATE, RELATIONS = ("opposite_relation", "opposite_side", "displaced"), 0.75, 0.5
+
+
+def faulty(objects: Objects, caption: str, rng: np.random.Generator, relations: float = 0.0) -> tuple[str, Objects]:
+    """A wrong picture for a caption: what is wrong with it, and its objects.
+
+    Args:
+        relations (`float`): share of the faults of two objects that are in how these are to each other.
+    """
+    names = dict.fromkeys(FAULTS)
+    if " at the " not in caption:
+        # It says nothing of where things are.
+        del names["displaced"], names["opposite_relation"]
+    if " in front of a " in caption or " behind a " in caption:
+        del names["opposite_side"]
+    if len(objects) == 2 and "displaced" in names and rng.random() < relations:
+        names = {name: None for name in names if name in OF_RELATIONS} or names
+    while True:
+        name = str(rng.choice(list(names)))
+        found = FAULTS[name](objects, rng)
+        if found is not None and (name == "opposite_relation" and _overlap(objects) or _seen(found) != _seen(objects)):
+            return name, found
+
+
+def _seen(objects: Objects) -> list[tuple]:
+    return sorted((item.colour, item.shape, round(item.x, 3), round(item.y, 3)) for item in objects)
+
+
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def pictures(shown: Sequence[Objects], rng: np.random.Generator) -> torch.Tensor:
+    """Objects as a composer may draw them, `(B, 3, 64, 64)` in [-1, 1]: not quite in place, softer, noisier."""
+    drawn = []
+    for objects in shown:
+        scale, shift = rng.uniform(0.9, 1.12), rng.normal(0, 0.012, size=(len(objects), 2))
+        moved = [
+            replace(item, x=item.x + dx, y=item.y + dy, radius=item.radius * scale)
+            for item, (dx, dy) in zip(objects, shift)
+        ]
+        drawn.append(render(moved, 1)[0])
+    pixels = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    blur, bright, rough = (
+        torch.from_numpy(rng.uniform(low, high, (len(drawn), 1, 1, 1))).float()
+        for low, high in ((0.05, 0.8), (0.92, 1.03), (0.0, 0.03))
+    )
+    taps = torch.exp(-(torch.arange(-2, 3).view(1, 5, 1, 1) ** 2) / (2 * blur**2))
+    taps = taps / taps.sum(1, keepdim=True)
+    for axis in (2, 3):
+        pixels = sum(taps[:, k : k + 1] * pixels.roll(k - 2, axis) for k in range(5))
+    noise = torch.from_numpy(rng.standard_normal(pixels.shape, dtype=np.float32))
+    return bright * pixels + rough * noise
+
+
+def tally(objects: Objects) -> np.ndarray:
+    """How many there are of each kind, `(18,)`, and of each kind in each third, `(162,)`, as one array."""
+    kinds, placed = np.zeros(NUM_KINDS, np.float32), np.zeros((NUM_KINDS, 3, 3), np.float32)
+    for item in objects:
+        kind = len(SHAPES) * COLOURS.index(item.colour) + SHAPES.index(item.shape)
+        row, column = (min(max(int(value * 3), 0), 2) for value in (item.y, item.x))
+        kinds[kind] += 1
+        placed[kind, row, column] += 1
+    return np.concatenate([kinds, placed.reshape(-1)])
+
+
+class RoundTrip:
+    """Pictures through the composer's VAE, their latents a little off: what it draws has been through that too."""
+
+    def __init__(self, folder: Path):
+        from diffusers import AutoencoderKLWan
+
+        self.vae = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        latents = self.vae.encode(pixels[:, :, None]).latent_dist.mode()
+        off = 0.25 * torch.rand(len(latents), 1, 1, 1, 1) * latents.std((0, 2, 3, 4), keepdim=True)
+        return self.vae.decode(latents + off * torch.randn_like(latents)).sample[:, :, 0].clamp(-1, 1)
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def scene_group(
+    scene: Scene, rng: np.random.Generator, size: int, relations: float = 0.0
+) -> tuple[str, list[str], list[Objects]]:
+    """A caption, what is wrong with each of `size` pictures (nothing with the first), and their objects."""
+    objects, caption = stated(scene, rng)
+    wrong = [faulty(objects, caption, rng, relations) for _ in range(size - 1)]
+    return caption, ["", *(name for name, _ in wrong)], [objects, *(found for _, found in wrong)]
+
+
+def draw_batch(
+    rng: np.random.Generator, groups: int, size: int, relations: float = 0.0
+) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+    """Captions of `groups`, pictures `(groups * size, 3, 64, 64)` in [-1, 1], and the tallies of what they show."""
+
+    def scene() -> Scene:
+        category = str(rng.choice(list(JUDGE_WEIGHTS), p=list(JUDGE_WEIGHTS.values())))
+        return make_scene(category, rng, held_out=False)
+
+    drawn = [scene_group(scene(), rng, size, relations) for _ in range(groups)]
+    shown = [objects for *_, group in drawn for objects in group]
+    tallies = torch.from_numpy(np.stack([tally(objects) for objects in shown]))
+    return [caption for caption, *_ in drawn], pictures(shown, rng), tallies
+
+
+def train_judge(
+    folder: Path,
+    steps: int = 1000,
+    groups: int = 48,
+    size: int = 4,
+    round_trips: int = 2,
+    peak: float = 2e-3,
+) -> dict[str, int]:
+    """The judge, on rendered pictures; writes `folder/anchor_judge` (float16).
+
+    Args:
+        groups (`int`): captions of a batch.
+        size (`int`): pictures of each caption, of which the first is right.
+        round_trips (`int`): groups of a batch whose pictures go through the VAE in `folder`.
+    """
+    from transformers import UMT5EncoderModel
+
+    torch.manual_seed(0)
+    text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    words = {"vocab_size": text_encoder.config.vocab_size}
+    judge = ShapesJudge(TEXT_ENCODER_CONFIG | words, threshold=THRESHOLD)
+    judge.text_encoder.load_state_dict(text_encoder.encoder.state_dict())
+    judge.text_encoder.requires_grad_(False)
+    # Both readers also say how many there are of what, and where: from pairs alone they would take far longer to agree.
+    counts, through = torch.nn.Linear(judge.config.sum_width, 10 * NUM_KINDS), RoundTrip(folder / "vae")
+
+    def loss_of(step: int) -> tuple[str, torch.Tensor]:
+        relations = RELATIONS if step >= LATE * steps else 0.0
+        captions, pixels, tallies = draw_batch(np.random.default_rng((3, step)), groups, size, relations)
+        pixels[: round_trips * size] = through(pixels[: round_trips * size])
+        pixels, tallies = pixels.to(training_device()), tallies.to(training_device())
+        said = judge.read_captions(judge.tokenize(captions).to(training_device()))
+        shown = judge.read_pictures(pixels)
+        logits = judge.compare(shown, said.repeat_interleave(size, dim=0)).view(groups, size)
+        rank = torch.nn.functional.cross_entropy(logits, logits.new_zeros(groups, dtype=torch.long))
+        right = torch.zeros_like(logits)
+        right[:, 0] = 1
+        # Right and wrong pictures weigh the same, so that one half is where they are as likely.
+        weight = torch.where(right > 0, 0.5, 0.5 / (size - 1)) * size
+        known = torch.nn.functional.binary_cross_entropy_with_logits(logits, right, weight)
+        told = torch.ones_like(tallies[::size])
+        told[[" at the " not in caption for caption in captions], NUM_KINDS:] = 0
+        counted = (counts(shown) - tallies).square().sum(-1).mean()
+        counted = counted + ((counts(said) - tallies[::size]).square() * told).sum(-1).mean()
+        return "pair", rank + known + 0.2 * counted
+
+    modules = {"judge": judge, "counts": counts}
+    train(folder, "judge", steps, modules, lambda: optimizers(list(modules.values()), peak), loss_of, peak=peak)
+    judge.to(torch.float16).save_pretrained(folder / "anchor_judge")
+    return {"samples": steps * groups * size, **count(judge)}
+
+
+@torch.no_grad()
+def held_out_pairs(judge: ShapesJudge, per_category: int = 60, seed: int = 1, size: int = 6) -> dict[str, list[bool]]:
+    """Of each fault: whether the right picture is preferred to the wrong one, on held-out prompts."""
+    rng, found = np.random.default_rng((4, seed)), {}
+    for scene in held_out_scenes(per_category, seed):
+        caption, faults, objects = scene_group(scene, rng, size)
+        right, *wrong = judge(pictures(objects, rng), judge.tokenize([caption] * size)).tolist()
+        for name, logit in zip(faults[1:], wrong):
+            found.setdefault(name, []).append(right > logit)
+    return found
+
+
+def judge_score(folder: Path) -> float:
+    """Share of the held-out pairs in which the right picture is preferred."""
+    judge = ShapesJudge.from_pretrained(folder / "anchor_judge", torch_dtype=torch.float32)
+    return float(np.mean([right for pairs in held_out_pairs(judge).values() for right in pairs]))
