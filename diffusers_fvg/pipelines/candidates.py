@@ -103,7 +103,7 @@ class ChosenPictures:
         firsts, candidates = [video[0] for video in moments], None
         captions, count = [first.caption for first in firsts], self.composer_num_candidates
         if count > 1:
-            plans = [getattr(first, "plan", None) for first in firsts]
+            plans = [None if first.rewrite is None else first.rewrite.plan for first in firsts]
             candidates = compose_candidates(
                 pipe, captions, plans, [seed["anchor"] for seed in seeds], count=count, **options
             )

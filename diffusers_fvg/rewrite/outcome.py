@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .plan import Plan
+
 
 @dataclass(frozen=True)
 class RewriteOutcome:
@@ -19,6 +21,7 @@ class RewriteOutcome:
         seconds (`float`): from the first question to the end; of a batch, its share.
         judged (`int`): yes-or-no questions that the model was asked about its captions.
         judge_seconds (`float`): the part of `seconds` that they took.
+        plan ([`Plan`], *optional*): by which a caption was written that was not refused.
     """
 
     status: str
@@ -28,3 +31,4 @@ class RewriteOutcome:
     seconds: float = 0.0
     judged: int = 0
     judge_seconds: float = 0.0
+    plan: Plan | None = None

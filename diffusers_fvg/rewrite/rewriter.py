@@ -384,8 +384,7 @@ class FirstFrameRewriter(torch.nn.Module):
     ) -> RewriteOutcome:
         """What becomes of a first answer: it is taken, asked for again, or given up."""
         began = time.perf_counter() - seconds
-        reasons: list[str] = []
-        best, judged, judge_seconds = None, 0, 0.0
+        reasons, best, plan, judged, judge_seconds = [], None, None, 0, 0.0
         chat = self.messages(prompt, task)
         for attempt in range(1, ATTEMPTS + 1):
             made, problem = self._checked(task, prompt, chat, answer)
@@ -396,6 +395,7 @@ class FirstFrameRewriter(torch.nn.Module):
                 best = task.result(made) if best is None else best
             if problem is None:
                 best, status = task.result(made), "accepted" if attempt == 1 else "repaired"
+                plan = made.plan if isinstance(made, PlannedCaption) else None
                 break
             reasons.append(problem)
             chat = build_retry(self.messages(prompt, task, with_examples=True), problem)
@@ -409,7 +409,7 @@ class FirstFrameRewriter(torch.nn.Module):
             logger.warning(f"No valid {task.subject} for {prompt!r} ({reasons[-1]}); {stands_in} is used.")
         made = task.fallback(prompt) if best is None else best
         seconds = time.perf_counter() - began
-        return RewriteOutcome(status, made, tuple(reasons), attempt, seconds, judged, judge_seconds)
+        return RewriteOutcome(status, made, tuple(reasons), attempt, seconds, judged, judge_seconds, plan)
 
     def _checked(
         self, task: RewriterTask, prompt: str, chat: list[dict[str, str]], answer: str

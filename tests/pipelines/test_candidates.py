@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from tiny import tiny_pipeline
 from tiny_judges import tiny_chat_judge, tiny_clip_judge
 
-from diffusers_fvg import Anchor, AnchorJudge, FactorizedVideoPipeline, Moment, replay
+from diffusers_fvg import Anchor, AnchorJudge, FactorizedVideoPipeline, Moment, Plan, RewriteOutcome, Subject, replay
 
 
 SIZE = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16, "num_inference_steps": 1}
@@ -120,6 +120,20 @@ def test_a_storyboard_s_first_picture_is_chosen(pipe):
     output = pipe("a red circle", generator=seeded(), **options)
     (candidates,), (pictures,) = output.candidates, output.anchor_images
     assert pictures[0] is max(candidates, key=lambda candidate: candidate.score).image and len(pictures) == 2
+
+
+def test_the_judge_sees_the_plan_of_stage_1(monkeypatch):
+    plan, seen = Plan((Subject("circle", attributes=("red",)),)), []
+
+    def score(images, caption, plan):
+        seen.append((caption, plan))
+        return by_blue(images, caption, plan)
+
+    pipe = with_judge(score)
+    outcomes = [RewriteOutcome("accepted", "a red circle", plan=plan), RewriteOutcome("fallback", "a blue star")]
+    monkeypatch.setattr(pipe.rewriter, "rewrite_outcomes", lambda *args, **options: outcomes)
+    call(pipe, first_frame_prompt=None, composer_num_candidates=2)
+    assert seen == [("a red circle", plan), ("a blue star", None)]
 
 
 def test_an_interrupt_keeps_what_was_judged(pipe):
