@@ -8,6 +8,8 @@ import PIL.Image
 import pytest
 
 from diffusers_fvg.cli import main, parser
+from diffusers_fvg.cli.output import save_stages
+from diffusers_fvg.compose.candidates import AnchorCandidate
 from diffusers_fvg.media import read_video, read_video_metadata
 
 
@@ -33,6 +35,15 @@ def test_generate_writes_video_strip_and_stages(tmp_path, capsys):
     assert PIL.Image.open(tmp_path / "stages" / "anchor.png").size == (64, 64)
     assert len(list((tmp_path / "stages").glob("frame_*.png"))) == 17
     assert PIL.Image.open(tmp_path / "strip.png").width > 500
+
+
+def test_stages_tell_what_was_chosen_among(tmp_path):
+    images = [PIL.Image.new("RGB", (2, 2), colour) for colour in ("red", "blue")]
+    candidates = [AnchorCandidate(image, seed, seed / 10, None) for seed, image in enumerate(images)]
+    save_stages(tmp_path, {"prompt": "a"}, images[1], [], candidates)
+    told = json.loads((tmp_path / "stages.json").read_text())["candidates"]
+    assert [(each["seed"], each["score"]) for each in told] == [(0, 0.0), (1, 0.1)]
+    assert PIL.Image.open(tmp_path / told[1]["file"]).tobytes() == images[1].tobytes()
 
 
 def test_a_storyboard_shows_and_keeps_its_moments(tmp_path, capsys):

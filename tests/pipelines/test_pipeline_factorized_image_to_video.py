@@ -338,6 +338,22 @@ def test_a_video_is_made_again_from_its_record(family, options):
         replay(pipe, told, images=[picture()])
 
 
+def test_a_judge_chooses_the_picture_that_is_animated(stock):
+    def by_blue(images, caption, plan):
+        return [float(np.asarray(image)[..., 2].mean()) for image in images]
+
+    pipe = pipeline(composer=tiny_composer(), anchor_judge=by_blue)
+    caption = {"first_frame_prompt": "a red circle", "composer_num_inference_steps": 1}
+    output = pipe(PROMPT, generator=seeded(3), composer_num_candidates=4, **caption, **CALL)
+    (candidates,) = output.candidates
+    best = max(candidates, key=lambda each: each.score)
+    assert len(candidates) == 4 and best is not candidates[0] and output.anchor_images[0] is best.image
+    expected = stock(image=best.image, prompt=PROMPT, generator=seeded(3), **CALL).frames
+    np.testing.assert_array_equal(output.frames, expected)
+    pipe.anchor_judge = None
+    np.testing.assert_array_equal(replay(pipe, output.records[0]).frames, expected)
+
+
 # -- presets ----------------------------------------------------------------------------------------------------------
 
 

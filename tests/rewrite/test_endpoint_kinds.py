@@ -6,15 +6,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from diffusers_fvg import ChatEndpoint
+from diffusers_fvg import ChatEndpoint, Plan, Subject
 from diffusers_fvg.rewrite import chat_endpoint
-from diffusers_fvg.rewrite.prompts import format_answer
+from diffusers_fvg.rewrite.plan import PlannedCaption
+from diffusers_fvg.rewrite.prompts import format_answer, format_planned
 from diffusers_fvg.rewrite.rewriter import FirstFrameRewriter
 
 
 PROMPT = "A red circle on the left moves to the right."
 CAPTION, START = "A red circle on the left.", "A red circle on the left moves to the right"
 GOOD = format_answer(CAPTION)
+PLAN = Plan((Subject("circle", attributes=("red",)),))
 
 
 class Server:
@@ -162,11 +164,13 @@ def test_the_server_judges_its_captions(judges, status):
 
     def respond(body, number):
         judging = "Answer with JSON" in body["messages"][-1]["content"]
-        return good(json.dumps({"answers": judges}) if judging else GOOD)
+        planned = format_planned(PlannedCaption(CAPTION, PLAN))
+        return good(json.dumps({"answers": judges}) if judging else planned)
 
     with Server(respond) as server:
         (outcome,) = FirstFrameRewriter(endpoint=ChatEndpoint(server.url, "m")).rewrite_outcomes([PROMPT])
     assert (outcome.status, outcome.made) == (status, CAPTION)
+    assert outcome.plan == (PLAN if status == "accepted" else None)
     assert outcome.judged == 2 * outcome.attempts and 0 < outcome.judge_seconds < outcome.seconds
     assert server.bodies[0]["response_format"]["json_schema"]["schema"]["required"][-1] == "first_frame"
     if status == "fallback":
