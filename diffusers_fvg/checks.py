@@ -17,8 +17,8 @@ import torch
 
 # Text encoders read 512 tokens; a prompt longer than this many characters is a mistake (a file, a log), not a prompt.
 MAX_PROMPT_CHARACTERS = 10_000
-# Controls other than line ends and tabs, which a terminal would obey, and halves of characters.
-UNSHOWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+# Controls other than white space (U+0085 is one), which a terminal would obey, and halves of characters.
+UNSHOWABLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")
 
 
 def check_texts(name: str, texts: list[str]) -> None:

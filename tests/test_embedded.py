@@ -134,7 +134,7 @@ def test_what_it_is_trained_on_is_known(warned):
 )
 def test_a_caption_is_never_made_up(pipe, prompt, word, warned, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipe.rewriter, "_answer", None)
+    monkeypatch.setattr(pipe.rewriter, "_ask", None)
     for call in (pipe, pipe.rewrite, pipe.storyboard):
         with pytest.raises(
             ValueError, match=f"{word}.*: its world is red, .* and magenta circles, squares and triangles"

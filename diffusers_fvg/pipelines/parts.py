@@ -30,6 +30,8 @@ def check_boundary(transformer_2: torch.nn.Module | None, boundary_ratio: float 
 def as_composer(composer: AnchorComposer | DiffusionPipeline | str) -> AnchorComposer:
     """A composer of a text-to-image pipeline, or of the name of one: a folder or a repository on the Hub.
 
+    A text-to-video pipeline draws one frame, unless the composer's `call_defaults` have another number.
+
     Raises:
         `ValueError`: something else.
     """
@@ -41,14 +43,10 @@ def as_composer(composer: AnchorComposer | DiffusionPipeline | str) -> AnchorCom
         raise ValueError(
             f"`composer` must be an AnchorComposer, a text-to-image pipeline or its name, but is a {type(composer).__name__}."
         )
-    # One without its models has no pipeline.
+    # One without its models has no pipeline. A text-to-video pipeline, such as Wan's, would draw a video for each picture.
     pipeline = getattr(composer, "pipeline", None)
-    draws_videos = pipeline is not None and "num_frames" in inspect.signature(pipeline.__call__).parameters
-    if draws_videos and composer.call_defaults.get("num_frames") != 1:
-        raise ValueError(
-            f"`composer` draws with a {type(pipeline).__name__}, which makes videos: choose a text-to-image pipeline, or "
-            'pass `AnchorComposer(pipeline, {"num_frames": 1})` where the model knows single pictures.'
-        )
+    if pipeline is not None and "num_frames" in inspect.signature(pipeline.__call__).parameters:
+        composer.call_defaults = {"num_frames": 1} | composer.call_defaults
     return composer
 
 

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import tiny_composers
 import torch
@@ -105,10 +106,6 @@ def test_a_pipeline_keeps_the_dtype_of_what_it_takes_over():
         ({"vae": SDXL.vae}, "`vae` must be of the kind AutoencoderKLWan, but is a AutoencoderKL"),
         ({"vae": "x"}, "`vae` must be .* but is a str"),
         (
-            {"composer": WanPipeline(**tiny_wan_components())},
-            "`composer` draws with a WanPipeline, which makes videos.*num_frames",
-        ),
-        (
             {"rewriter": (tiny_wan_components()["text_encoder"], tiny_rewriter().tokenizer)},
             "a model that writes.*UMT5",
         ),
@@ -142,6 +139,17 @@ def test_what_cannot_fit_is_refused_by_name(changes, message):
         with pytest.raises(ValueError, match=message):
             pipe.register_modules(**{name: changes[name]})
     assert pipe.components == before
+
+
+def test_a_text_to_video_pipeline_draws_one_frame_for_a_picture():
+    composer = wan()
+    pipe = quiet(FactorizedVideoPipeline.from_pipe(wan(), composer=composer))
+    size = {"height": 32, "width": 32, "num_inference_steps": 1}
+    (picture,) = pipe.compose("a red circle", generator=torch.Generator().manual_seed(0), **size)
+    drawn = composer(
+        "a red circle", num_frames=1, generator=torch.Generator().manual_seed(0), output_type="pil", **size
+    )
+    assert np.array_equal(picture, drawn.frames[0][0])
 
 
 def test_a_pipeline_without_what_is_needed_is_refused():
