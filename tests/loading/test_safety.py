@@ -650,7 +650,7 @@ def test_the_key_stays_where_it_is(answer, monkeypatch, tmp_path, capfd, caplog)
     warnings = []
     monkeypatch.setattr("diffusers_fvg.pipelines.saving.logger.warning", warnings.append)
     pipe.save_pretrained(tmp_path / "repository")
-    assert any("asks an endpoint and is not saved" in warning for warning in warnings)
+    assert any("`rewriter` is your endpoint and is not saved" in warning for warning in warnings)
     seen += [
         *warnings,
         repr(pipe),
