@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from ..models import ModelFacts
     from ..pipelines.stages import FactorizedStages
 
-MODEL_CLASSES = (ModelMixin, PreTrainedModel)
-
 
 class EmptyComposer(AnchorComposer):
     """Stands for a composer: its models without weights. It checks numbers alone and draws nothing."""

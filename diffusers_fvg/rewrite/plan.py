@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from .binding import Kept, Read, swapped_problem
@@ -112,11 +112,6 @@ def _text(value: Mapping[str, Any], key: str) -> str:
 def _texts(value: Any) -> tuple[str, ...]:
     listed = value if isinstance(value, list) else []
     return tuple(" ".join(item.split()) for item in listed if isinstance(item, str) and item.strip())
-
-
-def plan_fields(made: PlannedCaption) -> dict[str, Any]:
-    """The JSON object of an answer."""
-    return asdict(made.plan or Plan()) | {"first_frame": made.caption}
 
 
 def plan_problem(prompt: str, caption: str, plan: Plan, read: Read = str) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .answers import find_in_answer, text_under
-from .plan import PlannedCaption, plan_fields, plan_of
+from .plan import PlannedCaption, plan_of
 from .words import NOT_NAMES, STOPS, roots, words
 
 
@@ -95,11 +95,6 @@ def choose_examples(prompt: str, examples: Sequence[tuple[str, Any]]) -> list[tu
 def format_answer(caption: str) -> str:
     """The answer without a plan, which a special-purpose rewriter is trained to give."""
     return json.dumps({"first_frame": caption}, ensure_ascii=False)
-
-
-def format_planned(made: PlannedCaption) -> str:
-    """The answer with a plan."""
-    return json.dumps(plan_fields(made), ensure_ascii=False)
 
 
 def parse_answer(answer: str) -> str:

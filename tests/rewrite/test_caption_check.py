@@ -3,13 +3,14 @@
 import json
 
 import pytest
+from planned import format_planned
 
 import diffusers_fvg
 from diffusers_fvg.rewrite.answers import is_thinking, without_thinking
 from diffusers_fvg.rewrite.caption_check import caption_problem, start_clause
 from diffusers_fvg.rewrite.judge import SURE, questions, read_answers, verdict
 from diffusers_fvg.rewrite.plan import PLAN_SCHEMA, Plan, PlannedCaption, Subject, plan_of, plan_problem
-from diffusers_fvg.rewrite.prompts import EXAMPLES, choose_examples, format_planned, parse_answer, parse_planned
+from diffusers_fvg.rewrite.prompts import EXAMPLES, choose_examples, parse_answer, parse_planned
 from diffusers_fvg.rewrite.words import is_english, root
 
 

@@ -5,11 +5,12 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from planned import format_planned
 
 from diffusers_fvg import ChatEndpoint, Plan, Subject
 from diffusers_fvg.rewrite import chat_endpoint
 from diffusers_fvg.rewrite.plan import PlannedCaption
-from diffusers_fvg.rewrite.prompts import format_answer, format_planned
+from diffusers_fvg.rewrite.prompts import format_answer
 from diffusers_fvg.rewrite.rewriter import FirstFrameRewriter
 
 
