@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from . import triton_modulation
+from .attention import once_for_tensor
 
 
 # The interpreter would multiply the bits of bfloat16 values.
@@ -50,14 +51,40 @@ def _dot(a, b, out, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _whole(pointers, h, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """A block of tokens that are all there."""
+    if H == BLOCK_H:
+        return tl.load(pointers)
+    return tl.load(pointers, h[None, :] < H, 0.0)
+
+
+@triton.jit
+def _attend(query, key, value, top, total, out, scale, keep, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """One step of the online softmax: the largest score, the sum of weights and the weighted sum, with a block of keys."""
+    scores = _dot(query, tl.trans(key), None, PRECISION)
+    if MASKED:
+        scores = tl.where(keep[None, :], scores, float("-inf"))
+    # The scale goes into the exponent: one multiplication and addition for each score.
+    new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
+    weights = tl.exp2(scores * scale - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(weights, axis=1)
+    return new_top, total, _dot(weights.to(value.dtype), value, out * shrink[:, None], PRECISION)
+
+
+@triton.jit
 def _fwd_kernel(
-    query_ptr, key_ptr, value_ptr, count_ptr, frames_ptr, out_ptr, lse_ptr,
+    query_ptr, key_ptr, value_ptr, count_ptr, runs_ptr, out_ptr, lse_ptr,
     F, T, N, scale,
     query_b, query_l, query_n, query_h, key_b, key_l, key_n, key_h, value_b, value_l, value_n, value_h,
     H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`out = softmax2(scale * query key^T) value` over the seen frames, with `softmax2` to base 2 (`scale` holds log2 e);
-    `lse` (B, N, L) is the logarithm to base 2 of the sum, kept for backward."""
+    `lse` (B, N, L) is the logarithm to base 2 of the sum, kept for backward.
+
+    Consecutive frames lie side by side in memory, so a program passes over runs of them; only the last block of a run
+    is masked.
+    """
     frame, start, b, n = _owner(T, N, BLOCK_Q)
     L = F * T
     t, h = start + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_H)
@@ -67,20 +94,24 @@ def _fwd_kernel(
     top = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     out = tl.zeros([BLOCK_Q, BLOCK_H], dtype=tl.float32)
-    blocks = tl.cdiv(T, BLOCK_K)
-    for i in range(0, tl.load(count_ptr + b * F + frame) * blocks):
-        other = tl.load(frames_ptr + (b * F + frame) * F + i // blocks).to(tl.int64) * T
-        s = i % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
-        key = _load(key_ptr, b * key_b + n * key_n + other * key_l, s, key_l, h, key_h, T, H)
-        value = _load(value_ptr, b * value_b + n * value_n + other * value_l, s, value_l, h, value_h, T, H)
-        scores = _dot(query, tl.trans(key), None, PRECISION) * scale
-        scores = tl.where(s[None, :] < T, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(weights, axis=1)
-        out = _dot(weights.to(value.dtype), value, out * shrink[:, None], PRECISION)
-        top = new_top
+    s = tl.arange(0, BLOCK_K)
+    row = b * F + frame
+    for run in range(0, tl.load(count_ptr + row)):
+        begin = tl.load(runs_ptr + (row * F + run) * 2).to(tl.int64) * T
+        size = tl.load(runs_ptr + (row * F + run) * 2 + 1) * T
+        whole = size // BLOCK_K * BLOCK_K
+        keys = key_ptr + b * key_b + n * key_n + begin * key_l + s[:, None] * key_l + h[None, :] * key_h
+        values = value_ptr + b * value_b + n * value_n + begin * value_l + s[:, None] * value_l + h[None, :] * value_h
+        for _ in range(0, whole, BLOCK_K):
+            key, value = _whole(keys, h, H, BLOCK_H), _whole(values, h, H, BLOCK_H)
+            top, total, out = _attend(query, key, value, top, total, out, scale, s, False, PRECISION)
+            keys += BLOCK_K * key_l
+            values += BLOCK_K * value_l
+        if whole < size:
+            keep = whole + s < size
+            mask = keep[:, None] & (h[None, :] < H)
+            key, value = tl.load(keys, mask, 0.0), tl.load(values, mask, 0.0)
+            top, total, out = _attend(query, key, value, top, total, out, scale, keep, True, PRECISION)
 
     token = (b * L + first + t)[:, None]
     mask = (t[:, None] < T) & (h[None, :] < H)
@@ -183,7 +214,7 @@ def _tile(tokens: int, head_dim: int, dtype: torch.dtype, own: str, limits: tupl
         "H": head_dim,
         "BLOCK_H": block_h,
         "PRECISION": "ieee" if is_wide else "tf32",
-        "num_warps": 8 if owned * block_h >= 128 * 128 else 4,
+        "num_warps": 8 if owned * block_h >= 128 * 64 else 4,
         "num_stages": 3,
     }
 
@@ -193,6 +224,24 @@ def _listed(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     seen = seen.contiguous()  # what argsort returns is laid out like its input
     frames = seen.to(torch.int8).argsort(dim=2, descending=True, stable=True)
     return seen.sum(dim=2, dtype=torch.int32), frames.to(torch.int32)
+
+
+_frames_seen = once_for_tensor(_listed)
+
+
+@once_for_tensor
+def _frames_seeing(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`_listed`] of the frames that see each frame."""
+    return _listed(seen.transpose(1, 2))
+
+
+@once_for_tensor
+def _runs(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many runs of consecutive frames each row sees, `(B, F)`, and their first frames and lengths, `(B, F, F, 2)`."""
+    edge = torch.zeros_like(seen[..., :1])
+    starts, ends = seen & ~torch.cat([edge, seen[..., :-1]], 2), seen & ~torch.cat([seen[..., 1:], edge], 2)
+    count, first = _listed(starts)
+    return count, torch.stack([first, _listed(ends)[1] - first + 1], dim=3)
 
 
 def _sizes(query: torch.Tensor, seen: torch.Tensor) -> tuple[int, int, int, float]:
@@ -215,7 +264,7 @@ def _frame_attention_op(query, key, value, seen):
     # Triton launches on the current device, which in a model spread over several is not always that of the tensors.
     with torch.cuda.device_of(query):
         _fwd_kernel[_grid(query, seen, tile["BLOCK_Q"])](
-            query, key, value, *_listed(seen), out, lse,
+            query, key, value, *_runs(seen), out, lse,
             *_sizes(query, seen), *query.stride(), *key.stride(), *value.stride(), **tile,
         )  # fmt: skip
     return out, lse
@@ -242,11 +291,11 @@ def _frame_attention_backward_op(grad, query, key, value, seen, out, lse):
     with torch.cuda.device_of(query):
         tile = _tile(tokens, head_dim, query.dtype, "query", _QUERY_BLOCKS)
         _bwd_query_kernel[_grid(query, seen, tile["BLOCK_Q"])](
-            grad, query, key, value, *_listed(seen), out, lse, delta, dquery, *sizes, **tile
+            grad, query, key, value, *_frames_seen(seen), out, lse, delta, dquery, *sizes, **tile
         )
         tile = _tile(tokens, head_dim, query.dtype, "key", _KEY_VALUE_BLOCKS)
         _bwd_key_value_kernel[_grid(query, seen, tile["BLOCK_K"])](
-            grad, query, key, value, *_listed(seen.transpose(1, 2)), lse, delta, dkey, dvalue, *sizes, **tile
+            grad, query, key, value, *_frames_seeing(seen), lse, delta, dkey, dvalue, *sizes, **tile
         )
     return dquery, dkey, dvalue
 
