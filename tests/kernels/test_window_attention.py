@@ -99,7 +99,9 @@ def test_frames_that_see_as_many_share_a_call(monkeypatch):
     times[0, 0] = 0
     calls, stock = [], attention.F.scaled_dot_product_attention
     monkeypatch.setattr(
-        attention.F, "scaled_dot_product_attention", lambda q, k, v: calls.append((len(q), k.shape[2])) or stock(q, k, v)
+        attention.F,
+        "scaled_dot_product_attention",
+        lambda q, k, v: calls.append((len(q), k.shape[2])) or stock(q, k, v),
     )
     *inputs, _ = make(1, 31, 2, 1, 4)
     attention.gathered_frame_attention(*inputs, attention.anchor_window(times, 3))
