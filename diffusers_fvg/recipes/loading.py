@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
     from ..compose.composer import AnchorComposer
+    from ..compose.judge import Judge
     from ..rewrite.rewriter import FirstFrameRewriter
 
 
@@ -230,11 +231,11 @@ def load_part(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
-) -> FirstFrameRewriter | AnchorComposer:
+) -> FirstFrameRewriter | AnchorComposer | Judge:
     """The model of stage 1 or 2 by itself, without fetching the others.
 
     Args:
-        part (`str`): `"rewriter"` or `"composer"`.
+        part (`str`): `"rewriter"`, `"composer"` or `"anchor_judge"`.
         name, dtype, revision, variant, token, cache_dir, local_files_only: of [`load`].
         own (*optional*): in place of the model's.
 
@@ -243,6 +244,8 @@ def load_part(
         `OSError`: it is not there.
     """
     import torch
+
+    import diffusers_fvg
 
     from ..checks import as_dtype
     from ..loading.files import fetch
@@ -269,6 +272,8 @@ def load_part(
 
             folder = fetch(source.repository, source.commit, select, f"The {part} of {name}", **hub)[0]
         own = folder / part
+    if part == "anchor_judge":
+        return getattr(diffusers_fvg, source.index[part][1]).from_pretrained(own, torch_dtype=dtype)
     return _parts(own if part == "composer" else False, own if part == "rewriter" else False, dtype, hub, variant)[
         part
     ]
