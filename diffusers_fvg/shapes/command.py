@@ -46,6 +46,9 @@ def add_shapes(
     dreamer.add_argument(
         "--design-steps", type=COUNT, metavar="STEPS", default=3000, help="how long each (default: %(default)s)"
     )
+    dreamer.add_argument(
+        "--vae", type=Path, metavar="DIR", help="begin with this VAE, whose decoder alone is trained on to its bar"
+    )
     dreamer.add_argument("--report", type=Path, metavar="DIR", help="then score all that is trained (synthetic)")
     clips = actions.add_parser(
         "clips", help="train video models on few distinct clips, as examples/clips says; continues where it stopped"
@@ -110,7 +113,7 @@ def _run(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], Fac
         from .dreamer import train_dreamer
         from .dreamer_report import write_dreamer_report
 
-        train_dreamer(arguments.folder, EMBEDDED_FOLDER, arguments.designs, arguments.design_steps)
+        train_dreamer(arguments.folder, EMBEDDED_FOLDER, arguments.designs, arguments.design_steps, arguments.vae)
         if arguments.report:
             print(write_dreamer_report(load_embedded(), arguments.folder, arguments.report))
         return
