@@ -16,6 +16,7 @@ COLOURS = {
     "direct": "#D55E00",
     "direct_rewritten": "#E69F00",
     "factorized": "#0072B2",
+    "factorized_judged": "#332288",
     "true_caption": "#56B4E9",
     "true_anchor": "#009E73",
     "true_middle": "#66C2A5",
@@ -117,7 +118,7 @@ def plot_categories(rows: Sequence[dict], steps: int, path: Path) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(f"Synthetic shapes world: score per category at {steps} steps, held-out prompts", fontsize=11)
-    figure.legend(frameon=False, ncols=len(chosen), loc="outside lower center", fontsize=9)
+    figure.legend(frameon=False, ncols=min(5, len(chosen)), loc="outside lower center", fontsize=9)
     _save(figure, path)
 
 
