@@ -25,6 +25,7 @@ from safetensors import safe_open
 
 from ..animate.transformer_anchor import AnchorConditionedTransformer3D
 from ..animate.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
+from ..animate.transformer_anchor_skyreels import AnchorConditionedSkyReelsV2Transformer3D
 from ..compose import composer as composers
 from ..compose import judge as judges
 from ..loading.files import available_variant, component_files, fetch, repository_files
@@ -44,6 +45,7 @@ FAMILIES: dict[str, tuple[type, str, SchedulerPresets]] = {
     name: (kind, pipeline, presets)
     for kind, pipeline, presets in (
         (AnchorConditionedTransformer3D, "FactorizedVideoPipeline", WAN_PRESETS),
+        (AnchorConditionedSkyReelsV2Transformer3D, "FactorizedVideoPipeline", WAN_PRESETS),
         (AnchorConditionedCogVideoXTransformer3D, "FactorizedCogVideoXPipeline", COGVIDEOX_PRESETS),
     )
     for name in (kind.stock_class.__name__, kind.__name__)
@@ -284,7 +286,7 @@ def assemble(
         "schedulers": ["diffusers", "SchedulerPresets"],
         **entries,
     }
-    if anchored is AnchorConditionedTransformer3D:
+    if pipeline == "FactorizedVideoPipeline":
         repository.index |= {
             "boundary_ratio": boundary_ratio,
             "expand_timesteps": bool(index.get("expand_timesteps")),
