@@ -16,6 +16,7 @@ from diffusers.utils import logging
 from ..checks import stop_unless_finite
 from ..loading.pipeline_component import PipelineComponent, call_arguments
 from ..locks import exclusive, lockable
+from ..schedules.distilled import DISTILLED_ANIMATOR_PRESETS
 from ..schedules.pinned import pinned_scheduler
 from ..schedules.presets import TIMESTEP_SCHEDULERS, SchedulerPreset, SchedulerPresets, timestep_preset, unipc_preset
 from .anchor import Anchor, fit_picture, picture_image, pictures_of
@@ -88,11 +89,13 @@ class AnchorAnimator(PipelineComponent):
 
     @property
     def presets(self) -> SchedulerPresets:
-        """Fewer steps, and as many as the pipeline takes by itself: at the shift of its own scheduler, in explicit sigmas.
+        """Fewer steps, and as many as the pipeline takes by itself: at the shift of its own scheduler, in explicit sigmas. Then
+        those of distilled weights of the family.
 
-        There are none for schedulers whose shift depends on the video's size, and for pipelines with noise levels of their own.
+        There are none of the first for schedulers whose shift depends on the video's size, and none at all for pipelines with
+        noise levels of their own.
         """
-        return SchedulerPresets.of(*_presets(self))
+        return SchedulerPresets.of(*_presets(self), *DISTILLED_ANIMATOR_PRESETS.get(self.family.name, ()))
 
     @property
     def num_inference_steps(self) -> int:
@@ -259,8 +262,12 @@ class AnchorAnimator(PipelineComponent):
         pipeline.scheduler = pinned_scheduler(preset, arguments.get("num_inference_steps"))
         given = {name: value for name, value in arguments.items() if value is not None}
         named = {"num_inference_steps": preset.num_inference_steps, "guidance_scale": preset.guidance_scale}
-        if preset.guidance_scale_2 is not None:
-            named["guidance_scale_2"] = preset.guidance_scale_2
+        if preset.guidance_scale_2 is not None or "guidance_scale_2" in self.call_defaults:
+            second = preset.guidance_scale_2
+            named["guidance_scale_2"] = preset.guidance_scale if second is None else second
+        if preset.weights:
+            declared = call_arguments(pipeline)
+            named |= {name: value for name, value in self.family.unguided.items() if name in declared}
         return named | given
 
     def _call_of(self, pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -390,11 +397,11 @@ def joined(videos: list[Any], output_type: str) -> Any:
 
 
 def _presets(animator: AnchorAnimator) -> list[SchedulerPreset]:
-    scheduler, declared, family = animator.pipeline.scheduler, call_arguments(animator.pipeline), animator.family
+    scheduler, family = animator.pipeline.scheduler, animator.family
     if family.own_schedule:
         return []
     scale = 1.0 if animator.guidance_scale is None else float(animator.guidance_scale)
-    full = declared["num_inference_steps"].default
+    full = animator.num_inference_steps
     names = {REDUCED_STEPS: f"anchored-{REDUCED_STEPS}", full: f"full-{full}"}
     kind, config = type(scheduler).__name__, {key: value for key, value in scheduler.config.items() if key[0] != "_"}
     source = f"arXiv 2512.16371: 15 steps; scheduler and guidance of {family.name}'s pipeline"

@@ -77,6 +77,11 @@ def _beside(pipeline: DiffusionPipeline, name: str) -> Any:
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
+# The defaults of LTX-2's calls guide sound, layers and the two modalities as well.
+_LTX2_UNGUIDED = {"stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0}
+_LTX2_UNGUIDED |= {"audio_guidance_scale": 1.0} | {f"audio_{name}": value for name, value in _LTX2_UNGUIDED.items()}
+
+
 def _transformer(pipeline: DiffusionPipeline) -> Mapping[str, Any]:
     return (getattr(pipeline, "transformer", None) or pipeline.transformer_2).config
 
@@ -148,6 +153,7 @@ FAMILIES: tuple[AnimatorFamily, ...] = (
         size_multiple=32,
         call_defaults={"num_frames": 121},
         direct="LTX2Pipeline",
+        unguided=_LTX2_UNGUIDED,
     ),
     AnimatorFamily(
         "LTX-2 conditions",
@@ -159,6 +165,7 @@ FAMILIES: tuple[AnimatorFamily, ...] = (
         size_multiple=32,
         call_defaults={"num_frames": 121},
         direct="LTX2ConditionPipeline",
+        unguided=_LTX2_UNGUIDED,
     ),
     AnimatorFamily(
         "HunyuanVideo-I2V",

@@ -27,6 +27,9 @@ from diffusers_fvg.schedules.presets import SchedulerPresets, timestep_preset, u
 PROMPT = "a red circle moves right"
 CALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2}
 
+LTX2_UNGUIDED = {"guidance_scale": 1.0, "stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0}
+LTX2_UNGUIDED |= {f"audio_{name}": value for name, value in LTX2_UNGUIDED.items()}
+
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
@@ -233,7 +236,7 @@ def unrunnable(family: str) -> FactorizedImageToVideoPipeline:
         ("ltx_condition", {"width": 48}, "`width=48` must be a positive multiple of 32; nearest: 32 and 64"),
         ("stable_video_diffusion", {"negative_prompt": "a dog"}, "has no argument negative_prompt"),
         ("stable_video_diffusion", {"preset": "anchored-15"}, "Unknown preset 'anchored-15'"),
-        ("wan22_i2v", {"preset": "fast"}, "Unknown preset 'fast'; this pipeline has anchored-15, full-50"),
+        ("wan22_i2v", {"preset": "fast"}, "Unknown preset 'fast'; this pipeline has anchored-15, full-50, lightning-4"),
         ("wan22_i2v", {"callback_on_step_end_tensor_inputs": ["noise"]}, r"found \['noise'\]"),
         ("wan22_i2v", {"animator_kwargs": [1]}, "`animator_kwargs` must be a dictionary"),
         ("wan22_i2v", {"mode": "storyboard", "num_moments": 3, "num_frames": 9}, "`num_moments=3`: .* takes a first and a last frame"),
@@ -358,7 +361,7 @@ def test_a_judge_chooses_the_picture_that_is_animated(stock):
 
 
 def test_presets_are_explicit_sigmas_at_the_shift_of_the_animators_scheduler(wan):
-    assert list(wan.presets) == ["anchored-15", "full-50"]
+    assert list(wan.presets) == ["anchored-15", "full-50", "lightning-4"]
     assert wan.presets["anchored-15"].sigmas == shifted_sigmas(15, 5.0)
     assert wan.presets["anchored-15"].guidance_scale == 5.0
     scheduler, seen = wan.animator.pipeline.scheduler, []
@@ -386,6 +389,40 @@ def test_a_preset_samples_as_the_stock_pipeline_with_its_scheduler():
     frames = pipe(PROMPT, image=picture(), generator=seeded(), preset="anchored-15", **call).frames
     stock = tiny_animator("cogvideox15_i2v")
     expected = stock(picture(), PROMPT, generator=seeded(), num_inference_steps=15, output_type="np", **call).frames
+    np.testing.assert_array_equal(frames, expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "size", "told"),
+    [
+        ("wan22_i2v", "lightning-4", (32, 32, 5), {"guidance_scale": 1.0, "guidance_scale_2": 1.0}),
+        ("ltx_i2v", "distilled-7", (32, 32, 9), {"guidance_scale": 1.0}),
+        pytest.param("ltx2_i2v", "distilled-8", (64, 64, 9), LTX2_UNGUIDED, marks=pytest.mark.slow),
+        pytest.param("hunyuan_video15_i2v", "step-distilled-8", (32, 32, 5), {}, marks=pytest.mark.slow),
+    ],
+)
+def test_presets_of_distilled_weights_are_the_stock_call_with_their_sigmas(family, name, size, told):
+    """The recipe of Wan2.2-I2V guides its low-noise expert by a default of its own, which a preset sets aside."""
+    defaults = {"guidance_scale": 3.5, "guidance_scale_2": 3.5} if family == "wan22_i2v" else {}
+    pipe = FactorizedImageToVideoPipeline(animator=AnchorAnimator(tiny_animator(family), defaults))
+    pipe.set_progress_bar_config(disable=True)
+    preset, image = pipe.presets[name], picture(0, *size[:2])
+    call = dict(zip(("height", "width", "num_frames"), size)) | {"prompt": PROMPT, "image": image}
+    frames = pipe(generator=seeded(), preset=name, **call).frames
+    stock = tiny_animator(family)
+
+    class Fixed(FlowMatchEulerDiscreteScheduler):
+        """As the authors step: at their levels, whatever it is asked for."""
+
+        def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, timesteps=None, mu=None):
+            super().set_timesteps(sigmas=np.array(preset.sigmas), device=device)
+
+    stock.scheduler = Fixed(shift=1.0)
+    if family == "hunyuan_video15_i2v":
+        stock.guider = stock.guider.new(guidance_scale=1.0)
+        call = {key: value for key, value in call.items() if key not in ("height", "width")}
+    steps = {"num_inference_steps": len(preset.sigmas)}
+    expected = stock(generator=seeded(), output_type="np", **call, **steps, **told).frames
     np.testing.assert_array_equal(frames, expected)
 
 
