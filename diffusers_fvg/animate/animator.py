@@ -154,6 +154,12 @@ class AnchorAnimator(PipelineComponent):
         pipeline = self.text_to_video() if direct else copy.copy(self.pipeline)
         self.family.check_call(self._call_of(pipeline, arguments), num_frames)
         if preset is None:
+            terminal = getattr(pipeline.scheduler, "config", {}).get("shift_terminal")
+            if terminal and arguments.get("num_inference_steps") == 1:
+                raise ValueError(
+                    f"`num_inference_steps=1`: the scheduler of {self.family.name} ends at `shift_terminal={terminal}`, which takes "
+                    "2 steps or more."
+                )
             return
         if self.family.own_schedule:
             raise ValueError(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -256,13 +257,25 @@ FAMILIES: tuple[AnimatorFamily, ...] = (
 )
 
 
-def is_image_to_video(class_name: str) -> bool:
-    """Whether a class of diffusers, by its name, is taken by [`family_of`], as far as its call tells."""
+def is_image_to_video(class_name: str, config: Mapping[str, Any] | None = None) -> bool:
+    """Whether a class of diffusers, by its name, is taken by [`family_of`], as far as its call tells.
+
+    Args:
+        class_name (`str`): of a pipeline.
+        config (`Mapping`, *optional*): its `model_index.json`. With it a text-to-video pipeline is one only where its weights
+            take pictures.
+    """
     kind = getattr(diffusers, class_name, None)
     if not isinstance(kind, type) or not issubclass(kind, DiffusionPipeline):
         return False
     declared = inspect.signature(kind.__call__).parameters
-    is_known = any(class_name in (*family.pipelines, family.direct) for family in FAMILIES)
+    stand_in = (
+        None if config is None else SimpleNamespace(config=SimpleNamespace(**{"expand_timesteps": False, **config}))
+    )
+    is_known = any(
+        class_name in family.pipelines or class_name == family.direct and (stand_in is None or family.when(stand_in))
+        for family in FAMILIES
+    )
     return is_known or ("image" in declared and bool({"num_frames", "frames"} & declared.keys()))
 
 

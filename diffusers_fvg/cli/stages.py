@@ -209,7 +209,7 @@ def _generate(arguments: argparse.Namespace) -> None:
             print(f"{f'moment at {moment.time:.0%}:':19s} {moment.caption}")
     print(f"seeds:              {_shown(output.seeds[0])}")
     print("seconds:            " + ", ".join(f"{name} {value:.1f}" for name, value in output.timings.items()))
-    write(arguments, pipe, output.frames[0], record, captions, anchor)
+    write(arguments, pipe, output, captions, anchor)
     if arguments.save_stages:
         facts = {"timings": output.timings, "motion": output.motion and output.motion[0]}
         candidates = output.candidates and output.candidates[0]
@@ -270,4 +270,4 @@ def _animate(arguments: argparse.Namespace) -> None:
     output = pipe(arguments.prompt, **call, **_generator(seed))
     print(f"prompt:             {arguments.prompt}")
     print(f"seeds:              {output.seeds[0]}")
-    write(arguments, pipe, output.frames[0], output.records[0], None, image)
+    write(arguments, pipe, output, None, image)

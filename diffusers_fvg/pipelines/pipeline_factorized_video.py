@@ -107,8 +107,8 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             raise ValueError("`transformer` is None: the repository has no video model, which every mode needs.")
         check_number("boundary_ratio", boundary_ratio)
         check_boundary(transformer_2, boundary_ratio)
-        # `register_modules` asks the VAE which latents a transformer must take.
-        self.vae = vae
+        # `register_modules` asks them which latents and texts a transformer must take.
+        self.vae, self.text_encoder = vae, text_encoder
         super().__init__(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
@@ -129,8 +129,8 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             return super()._taken_over(name, component)
         transformer = as_anchored(component, name)
         # A modular pipeline's components come one by one.
-        vae = getattr(self, "vae", None)
-        transformer.check_text_to_video(transformer.config, f"`{name}`", None if vae is None else vae.config.z_dim)
+        beside = self._setting("vae", "z_dim"), self._setting("text_encoder", "d_model")
+        transformer.check_text_to_video(transformer.config, f"`{name}`", *beside)
         if name == "transformer_2" and hasattr(self, "_interrupt"):
             check_boundary(transformer, self.config.boundary_ratio)
         return transformer

@@ -3,14 +3,16 @@ import subprocess
 import sys
 import time
 
+import av
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 from diffusers_fvg.cli import main, parser
 from diffusers_fvg.cli.output import save_stages
 from diffusers_fvg.compose.candidates import AnchorCandidate
-from diffusers_fvg.media import read_video, read_video_metadata
+from diffusers_fvg.media import read_video, read_video_metadata, write_video
 
 
 PROMPT = "A red circle moves to the right"
@@ -60,6 +62,32 @@ def test_a_storyboard_shows_and_keeps_its_moments(tmp_path, capsys):
     for anchor, frame in (("anchor.png", "frame_0000.png"), ("anchor_2.png", "frame_0016.png")):
         anchor, frame = (np.asarray(PIL.Image.open(tmp_path / "stages" / name)) for name in (anchor, frame))
         assert np.array_equal(anchor, frame)
+
+
+def test_the_sound_of_a_video_is_in_its_file(tmp_path, capsys):
+    from tiny_animators import tiny_animator
+
+    stock = tiny_animator("ltx2_i2v")
+    stock.save_pretrained(tmp_path / "ltx2")
+    PIL.Image.new("RGB", (64, 64), "red").save(tmp_path / "anchor.png")
+    size = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2}
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in size.items()]
+    arguments += ["--seed", "3", "--quiet", "--dtype", "float32", "--output", str(tmp_path / "video.mp4")]
+    call = ["animate", PROMPT, "--model", str(tmp_path / "ltx2"), "--image", str(tmp_path / "anchor.png")]
+    assert main([*call, *arguments]) == 0, capsys.readouterr().err
+    assert "video.mp4, with sound\n" in capsys.readouterr().out
+    image = PIL.Image.open(tmp_path / "anchor.png")
+    generator = torch.Generator().manual_seed(3)
+    expected = stock(image, PROMPT, generator=generator, output_type="np", **size).audio[0]
+    # What the sound is after AAC is tested of `write_video`.
+    write_video(tmp_path / "b.mp4", np.zeros((9, 64, 64, 3)), 24, audio=expected, audio_sampling_rate=24000)
+    sounds = []
+    for name in ("video.mp4", "b.mp4"):
+        with av.open(tmp_path / name) as container:
+            assert container.streams.audio[0].rate == 24000 and container.streams.video[0].frames == 9
+            sounds.append(np.concatenate([frame.to_ndarray() for frame in container.decode(audio=0)], axis=1))
+    np.testing.assert_array_equal(*sounds)
+    assert sounds[0].any() and b"Lavc" not in (tmp_path / "video.mp4").read_bytes()
 
 
 def test_a_seed_repeats_the_video_and_stages_chain(tmp_path, capsys):

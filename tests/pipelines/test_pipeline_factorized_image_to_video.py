@@ -231,6 +231,7 @@ def unrunnable(family: str) -> FactorizedImageToVideoPipeline:
         ("wan22_i2v", {"animator_kwargs": {"guidance_scale": 1}, "guidance_scale": 2}, "which the call has as well"),
         ("wan22_i2v", {"num_frames": 6}, r"`num_frames=6` must be 4k \+ 1; nearest: 5 and 9"),
         ("cogvideox15_i2v", {"num_frames": 5}, r"`num_frames=5` must be 8k \+ 1; nearest: 1 and 9"),
+        ("ltx2_i2v", {"num_inference_steps": 1, "height": 64, "width": 64}, "`num_inference_steps=1`: the scheduler of LTX-2 .* takes 2 steps"),
         ("ltx_condition", {"num_frames": 5}, r"`num_frames=5` must be 8k \+ 1; nearest: 1 and 9"),
         ("wan22_i2v", {"height": 40}, "`height=40` must be a positive multiple of 16; nearest: 32 and 48"),
         ("ltx_condition", {"width": 48}, "`width=48` must be a positive multiple of 32; nearest: 32 and 64"),
