@@ -48,6 +48,7 @@ class FactorizedStages(FactorizedParts, ABC):
     # With the user's own scheduler; one that is a preset's is that preset.
     own_guidance_scale: float
     own_num_inference_steps = 50
+    own_min_motion: float | None = None
     matches_presets = True
     default_call: dict[str, Any]
 
@@ -157,6 +158,10 @@ class FactorizedStages(FactorizedParts, ABC):
     @abstractmethod
     def _animate(self, request: VideoRequest) -> Any:
         """Stage 3: frames in the form of `request.output_type`."""
+
+    def _animate_with_sound(self, request: VideoRequest) -> tuple[Any, list[torch.Tensor]]:
+        """Stage 3: frames, and the sound tracks of a model that makes them."""
+        return self._animate(request), []
 
     # -- stages 1 and 2 -----------------------------------------------------------------------------------------------
 

@@ -322,6 +322,29 @@ def test_the_sound_track_is_kept(tmp_path):
         assert container.streams.audio[0].rate == 24000 and container.streams.video[0].frames == 9
 
 
+def test_a_video_that_stands_still_is_made_again_with_its_sound(monkeypatch, caplog):
+    amounts = iter([[0.01, 0.5], [0.3]])
+    monkeypatch.setattr("diffusers_fvg.pipelines.motion.motion_amounts", lambda frames: next(amounts))
+    pipe, call = pipeline("ltx2_i2v"), CALL | {"height": 64, "width": 64, "num_frames": 9}
+    image, stock = picture(0, 64, 64), tiny_animator("ltx2_i2v")
+    output = pipe([PROMPT] * 2, image=image, generator=[seeded(0), seeded(1)], motion_retries=2, **call)
+    assert output.motion == [0.3, 0.5] and "hardly moves" not in caplog.text
+    seeds = [seeds["video"] for seeds in output.seeds]
+    assert seeds[0] != 0 and seeds[1] == 1 and [record["seeds"]["video"] for record in output.records] == seeds
+    for number, seed in enumerate(seeds):
+        expected = stock(image, PROMPT, generator=seeded(seed), output_type="np", **call)
+        np.testing.assert_array_equal(output.frames[number], expected.frames[0])
+        assert torch.equal(output.audio[number], expected.audio[0])
+
+
+def test_motion_is_looked_at_without_a_preset(wan, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("diffusers_fvg"), "propagate", True)
+    monkeypatch.setattr("diffusers_fvg.pipelines.motion.motion_amounts", lambda frames: [0.0] * len(frames))
+    assert wan(PROMPT, image=picture(), **CALL).motion == [0.0]
+    assert "hardly moves: 0.0% of the picture changes, less than 2.0%" in caplog.text
+    assert wan(PROMPT, image=picture(), output_type="latent", **CALL).motion is None
+
+
 @pytest.mark.parametrize(
     ("family", "options"),
     [
