@@ -357,6 +357,37 @@ def kandinsky5_i2v() -> Kandinsky5I2VPipeline:
     )
 
 
+def motif_video_i2v() -> DiffusionPipeline:
+    try:
+        from diffusers import MotifVideoImage2VideoPipeline, MotifVideoTransformer3DModel
+        from transformers import T5Gemma2Encoder, T5Gemma2EncoderConfig
+    except ImportError as error:
+        # Not in diffusers 0.40.
+        pytest.skip(f"Motif-Video cannot be imported ({error})")
+    transformer = MotifVideoTransformer3DModel(
+        in_channels=33,
+        out_channels=16,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=1,
+        num_single_layers=1,
+        text_embed_dim=WIDTH,
+        image_embed_dim=WIDTH,
+        rope_axes_dim=(2, 4, 4),
+    )
+    sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": VOCABULARY, "dropout_rate": 0.0}
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    text_encoder = T5Gemma2Encoder(
+        T5Gemma2EncoderConfig(text_config=text, vision_config=vision, mm_tokens_per_image=1)
+    )
+    pictures = SiglipImageProcessor(size={"height": 16, "width": 16})
+    guider, scheduler = ClassifierFreeGuidance(guidance_scale=6.0), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return MotifVideoImage2VideoPipeline(
+        scheduler, tiny_vae(), text_encoder, tiny_tokenizer(), transformer, guider, pictures
+    )
+
+
 def sana_video_i2v() -> SanaImageToVideoPipeline:
     transformer = SanaVideoTransformer3DModel(
         num_attention_heads=2,
@@ -567,6 +598,7 @@ ANIMATORS: dict[str, Callable[[], DiffusionPipeline]] = {
         hunyuan_video_i2v,
         hunyuan_video15_i2v,
         kandinsky5_i2v,
+        motif_video_i2v,
         sana_video_i2v,
         skyreels_v2_i2v,
         skyreels_v2_df,

@@ -188,6 +188,14 @@ FAMILIES: tuple[AnimatorFamily, ...] = (
         call_defaults={"frame_rate": 24},
     ),
     AnimatorFamily(
+        # A video of one frame would be made without the picture.
+        "Motif-Video I2V",
+        ("MotifVideoImage2VideoPipeline",),
+        shortest=5,
+        call_defaults={"frame_rate": 24},
+        direct="MotifVideoPipeline",
+    ),
+    AnimatorFamily(
         # The size that is asked for, and not the nearest of a list.
         "SANA-Video",
         ("SanaImageToVideoPipeline",),
