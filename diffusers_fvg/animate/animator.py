@@ -116,7 +116,8 @@ class AnchorAnimator(PipelineComponent):
     def audio_sampling_rate(self) -> int | None:
         """Samples per second of the sound track; `None` for a family without."""
         vocoder = getattr(self.pipeline, "vocoder", None)
-        return None if vocoder is None else vocoder.config.get("output_sampling_rate")
+        rate = None if vocoder is None else vocoder.config.get("output_sampling_rate")
+        return getattr(self.pipeline, "audio_sample_rate", None) if rate is None else rate
 
     def text_to_video(self) -> DiffusionPipeline:
         """A pipeline of the same components that takes no picture.
@@ -237,7 +238,7 @@ class AnchorAnimator(PipelineComponent):
                     "is not known here."
                 )
             if getattr(output, "audio", None) is not None:
-                audio.append(output.audio[0])
+                audio.append(_as_sound(output.audio[0]))
         return Animation(frames, audio)
 
     @torch.no_grad()
@@ -381,6 +382,12 @@ def _as_pictures(anchor: Anchor, height: int, width: int, num_frames: int) -> An
     pictures = [picture_image(fit_picture(picture, height, width)) for picture in pictures_of(anchor.image)]
     image = pictures[0] if len(pictures) == 1 else pictures
     return replace(anchor, image=image, frame_index=anchor.frame_index % num_frames)
+
+
+def _as_sound(samples: torch.Tensor | np.ndarray) -> torch.Tensor:
+    """A sound track `(channels, samples)`; some pipelines give that of one channel without it."""
+    sound = torch.as_tensor(samples)
+    return sound[None] if sound.ndim == 1 else sound
 
 
 def _first(frames: Any, output_type: str) -> Any:
