@@ -188,6 +188,11 @@ FAMILIES: tuple[AnimatorFamily, ...] = (
         call_defaults={"frame_rate": 24},
     ),
     AnimatorFamily(
+        "Kandinsky 6",
+        ("Kandinsky6TI2VAPipeline",),
+        direct="Kandinsky6TI2VAPipeline",
+    ),
+    AnimatorFamily(
         # A video of one frame would be made without the picture.
         "Motif-Video I2V",
         ("MotifVideoImage2VideoPipeline",),

@@ -320,6 +320,12 @@ def test_the_sound_track_is_kept(tmp_path):
     write_video(tmp_path / "a.mp4", output.frames[0], 24, audio=output.audio[0], audio_sampling_rate=24000)
     with av.open(tmp_path / "a.mp4") as container:
         assert container.streams.audio[0].rate == 24000 and container.streams.video[0].frames == 9
+    # One channel, whose rate the VAE tells.
+    given = {"prompt": PROMPT, "image": picture(), **CALL}
+    output = pipeline("kandinsky6_ti2va")(generator=seeded(), **given)
+    expected = tiny_animator("kandinsky6_ti2va")(generator=seeded(), output_type="np", **given).audio
+    np.testing.assert_array_equal(output.audio[0].numpy(), expected)
+    assert output.audio_sampling_rate == 8000 and output.audio[0].shape == (1, expected.shape[1])
 
 
 def test_a_video_that_stands_still_is_made_again_with_its_sound(monkeypatch, caplog):
