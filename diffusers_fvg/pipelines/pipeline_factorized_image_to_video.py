@@ -192,6 +192,11 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
         seeds = anchor_seeds(first, others)
         return replace(request, generator=[first, *(torch.Generator().manual_seed(seed) for seed in seeds)])
 
+    def _warn_unguided(self, request: VideoRequest) -> None:
+        # What guides beside the scale may read it.
+        if not self.animator.family.unguided or (request.preset and request.sampling(self).weights):
+            super()._warn_unguided(request)
+
     def _check_own(self, request: VideoRequest) -> None:
         family, pipeline = self.animator.family, self.animator.pipeline
         if request.mode == "storyboard":

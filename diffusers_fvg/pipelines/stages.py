@@ -15,6 +15,7 @@ from typing import Any
 
 import PIL.Image
 import torch
+from diffusers.utils import logging
 
 from ..animate.anchor import Anchor, decoded_anchors
 from ..checks import check_generators, check_texts
@@ -31,6 +32,9 @@ from .components import FactorizedParts
 from .progress import StageProgress
 from .request import NO_COMPOSER, NO_REWRITER, AnchorResolver, VideoRequest
 from .seeds import anchor_seeds, caption_seeds
+
+
+logger = logging.get_logger(__name__)
 
 
 class FactorizedStages(FactorizedParts, ABC):
@@ -127,7 +131,20 @@ class FactorizedStages(FactorizedParts, ABC):
         """The request of a call, from the `locals()` of `__call__` or [`animate`]; raises `ValueError` for bad input."""
         arguments = {"prompt": arguments.get("prompts")} | arguments
         names = {field.name for field in fields(VideoRequest)}
-        return VideoRequest(**{name: value for name, value in arguments.items() if name in names}).completed(self)
+        given = VideoRequest(**{name: value for name, value in arguments.items() if name in names})
+        request = given.completed(self)
+        if given.negative_prompt or given.negative_prompt_embeds is not None:
+            self._warn_unguided(request)
+        return request
+
+    def _warn_unguided(self, request: VideoRequest) -> None:
+        """Tells of a negative prompt that nothing reads, as guidance is off."""
+        scales = [scale for scale in request.guidance(self) if scale is not None]
+        if scales and max(scales) <= 1:
+            logger.warning(
+                f"`negative_prompt` has no effect: with `guidance_scale={scales[0]:g}` the video model is not guided away from it. "
+                "Set `guidance_scale` above 1, or leave `negative_prompt` out."
+            )
 
     # -- what a model defines -----------------------------------------------------------------------------------------
 

@@ -169,6 +169,44 @@ def test_help_is_quick_and_names_the_commands():
         assert command in done.stdout
 
 
+def test_plan_takes_the_flags_of_generate(tmp_path, capsys, monkeypatch):
+    flags = [set(vars(parser().parse_args([command, "a prompt"]))) for command in ("generate", "plan")]
+    assert flags[0] == flags[1]
+    monkeypatch.chdir(tmp_path)
+    options = [
+        "--seed",
+        "3",
+        "--steps",
+        "2",
+        "--negative-prompt",
+        "blue",
+        "--anchor-decode",
+        "match",
+        "--compile",
+        "--quiet",
+    ]
+    options += ["--output", "video.mp4", "--strip", "strip.png", "--save-stages", "stages", "--no-metadata"]
+    assert main(["plan", PROMPT, *options, "--mode", "storyboard", "--num-moments", "3"]) == 0
+    assert "2 steps" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    # What generate would refuse, and what a file says.
+    assert main(["plan", PROMPT, "--output", "video.avi"]) == 2 and "must end in .mp4" in capsys.readouterr().err
+    record = {"--first-frame-prompt": "A red circle at the left", "--steps": "3", "--output": "made.mp4"}
+    assert main(["generate", PROMPT, "--quiet", *(text for pair in record.items() for text in pair)]) == 0
+    capsys.readouterr()
+    assert main(["plan", "--from", "made.mp4"]) == 0 and "3 steps" in capsys.readouterr().out
+    assert main(["plan", "--from", "made.mp4", "--steps", "4"]) == 0 and "4 steps" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made.mp4"]
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_image_without_a_name_is_one_sentence(name, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["generate", PROMPT, "--image", name])
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert "argument --image: the name of the file is empty: give one, or leave the flag out" in error
+
+
 def test_flags_mirror_argument_names():
     import inspect
 

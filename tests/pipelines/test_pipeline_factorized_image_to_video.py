@@ -17,7 +17,7 @@ from tiny_animators import tiny_animator
 
 from diffusers_fvg import Anchor, AnchorAnimator, FactorizedImageToVideoPipeline, Moment, apply_memory_profile, replay
 from diffusers_fvg.media import write_video
-from diffusers_fvg.pipelines import pipeline_factorized_image_to_video
+from diffusers_fvg.pipelines import pipeline_factorized_image_to_video, stages
 from diffusers_fvg.pipelines.profiles import pipeline_stages
 from diffusers_fvg.schedules.flow import shifted_sigmas
 from diffusers_fvg.schedules.pinned import pinned_scheduler
@@ -226,6 +226,7 @@ def unrunnable(family: str) -> FactorizedImageToVideoPipeline:
     [
         ("wan21_i2v", {"guidance_scale_2": 3.0}, "`guidance_scale_2=3.0` is for a model of two experts"),
         ("wan22_i2v", {"fps": 24}, r"Wan2.2-I2V \(WanImageToVideoPipeline\) has no argument fps"),
+        ("wan22_i2v", {"guidance_scale": -1.0}, "`guidance_scale=-1.0` must be at least 0"),
         ("wan22_i2v", {"animator_kwargs": {"motion": 1}}, "has no argument motion"),
         ("wan22_i2v", {"animator_kwargs": {"latents": 1}}, r"`animator_kwargs` holds \['latents'\]"),
         ("wan22_i2v", {"animator_kwargs": {"guidance_scale": 1}, "guidance_scale": 2}, "which the call has as well"),
@@ -341,6 +342,29 @@ def test_a_video_that_stands_still_is_made_again_with_its_sound(monkeypatch, cap
         expected = stock(image, PROMPT, generator=seeded(seed), output_type="np", **call)
         np.testing.assert_array_equal(output.frames[number], expected.frames[0])
         assert torch.equal(output.audio[number], expected.audio[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "is_told"),
+    [
+        ({"guidance_scale": 1.0}, True),
+        ({"guidance_scale": 1.0, "guidance_scale_2": 2.0}, False),
+        ({}, False),
+        ({"preset": "lightning-4"}, True),
+    ],
+)
+def test_a_negative_prompt_without_guidance_is_told_of(wan, options, is_told, monkeypatch):
+    told = []
+    monkeypatch.setattr(stages.logger, "warning", told.append)
+    call = {name: value for name, value in CALL.items() if name != "num_inference_steps" or "preset" not in options}
+    request = wan._request({"prompt": PROMPT, "image": picture(), "mode": "factorized", **call, **options})
+    assert request.negative_prompt is None and not told
+    wan._request(
+        {"prompt": PROMPT, "image": picture(), "mode": "factorized", "negative_prompt": "blue", **call, **options}
+    )
+    assert bool(told) is is_told and all(
+        "`negative_prompt` has no effect: with `guidance_scale=1`" in text for text in told
+    )
 
 
 def test_motion_is_looked_at_without_a_preset(wan, monkeypatch, caplog):
