@@ -175,6 +175,10 @@ def look(arguments: argparse.Namespace, **skipped: bool) -> Model:
 
     set_bars(arguments.quiet)
     device, memory = _device(arguments)
+    if getattr(arguments, "quantize", None) == "nf4" and device.type == "cpu":
+        raise ValueError(
+            "--quantize nf4 needs an accelerator: diffusers makes no weights of 4 bits without one. Use fp8 or int8."
+        )
     if arguments.model is None:
         # Its operations are too small to be split: more threads gain nothing, and on a busy machine they wait for each other.
         torch.set_num_threads(1)

@@ -140,7 +140,8 @@ def _check_base(source: ModelSource) -> None:
     from ..publishing.assembly import FAMILIES
 
     anchored = FAMILIES.get((source.index.get("transformer") or [None, None])[1])
-    if anchored is None:
+    if anchored is None or source.pipeline_name in NO_ANCHOR_LORA:
+        # What is animated by its own pipeline may take more than latents and a text.
         return
     configs = {}
     for name in ("transformer", "vae", "text_encoder"):
