@@ -82,6 +82,10 @@ class Model:
 
         arguments = self.arguments
         quantization = getattr(arguments, "quantize", None)
+        if quantization == "nf4" and self.device.type == "cpu":
+            raise ValueError(
+                "--quantize nf4 needs an accelerator: diffusers makes no weights of 4 bits without one. Use fp8 or int8."
+            )
         pipe = load(
             model_name(arguments),
             dtype=_dtype(arguments),
@@ -175,10 +179,6 @@ def look(arguments: argparse.Namespace, **skipped: bool) -> Model:
 
     set_bars(arguments.quiet)
     device, memory = _device(arguments)
-    if getattr(arguments, "quantize", None) == "nf4" and device.type == "cpu":
-        raise ValueError(
-            "--quantize nf4 needs an accelerator: diffusers makes no weights of 4 bits without one. Use fp8 or int8."
-        )
     if arguments.model is None:
         # Its operations are too small to be split: more threads gain nothing, and on a busy machine they wait for each other.
         torch.set_num_threads(1)
