@@ -449,17 +449,14 @@ def test_a_preset_samples_as_the_stock_pipeline_with_its_scheduler():
 @pytest.mark.parametrize(
     ("family", "name", "size", "told"),
     [
-        ("wan22_i2v", "lightning-4", (32, 32, 5), {"guidance_scale": 1.0, "guidance_scale_2": 1.0}),
+        ("wan22_i2v", "lightning-4", (32, 32, 5), {"guidance_scale": 1.0}),
         ("ltx_i2v", "distilled-7", (32, 32, 9), {"guidance_scale": 1.0}),
         pytest.param("ltx2_i2v", "distilled-8", (64, 64, 9), LTX2_UNGUIDED, marks=pytest.mark.slow),
         pytest.param("hunyuan_video15_i2v", "step-distilled-8", (32, 32, 5), {}, marks=pytest.mark.slow),
     ],
 )
 def test_presets_of_distilled_weights_are_the_stock_call_with_their_sigmas(family, name, size, told):
-    """The recipe of Wan2.2-I2V guides its low-noise expert by a default of its own, which a preset sets aside."""
-    defaults = {"guidance_scale": 3.5, "guidance_scale_2": 3.5} if family == "wan22_i2v" else {}
-    pipe = FactorizedImageToVideoPipeline(animator=AnchorAnimator(tiny_animator(family), defaults))
-    pipe.set_progress_bar_config(disable=True)
+    pipe = pipeline(family)
     preset, image = pipe.presets[name], picture(0, *size[:2])
     call = dict(zip(("height", "width", "num_frames"), size)) | {"prompt": PROMPT, "image": image}
     frames = pipe(generator=seeded(), preset=name, **call).frames
@@ -478,6 +475,19 @@ def test_presets_of_distilled_weights_are_the_stock_call_with_their_sigmas(famil
     steps = {"num_inference_steps": len(preset.sigmas)}
     expected = stock(generator=seeded(), output_type="np", **call, **steps, **told).frames
     np.testing.assert_array_equal(frames, expected)
+
+
+def test_a_preset_guides_both_experts_whatever_the_animators_defaults_are():
+    """The second of its two steps is of the low-noise expert."""
+    presets = SchedulerPresets.of(unipc_preset("five", 2, 5.0, 5.0, "this test"))
+    defaults = {"guidance_scale": 3.5, "guidance_scale_2": 3.5}
+    frames = []
+    for animator in (tiny_animator("wan22_i2v"), AnchorAnimator(tiny_animator("wan22_i2v"), defaults)):
+        pipe = FactorizedImageToVideoPipeline(animator=animator, schedulers=presets)
+        pipe.set_progress_bar_config(disable=True)
+        frames.append(pipe(PROMPT, image=picture(), generator=seeded(), preset="five", **CALL).frames)
+    np.testing.assert_array_equal(*frames)
+    assert not np.array_equal(frames[1], pipe(PROMPT, image=picture(), generator=seeded(), **CALL).frames)
 
 
 def test_presets_that_the_animator_cannot_sample_with():
