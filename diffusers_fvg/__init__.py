@@ -16,6 +16,7 @@ _MODULES = {
     "AnchorAnimator": "animate.animator",
     "AnchorComposer": "compose.composer",
     "AnchorConditionedCogVideoXTransformer3D": "animate.transformer_anchor_cogvideox",
+    "AnchorConditionedSkyReelsV2Transformer3D": "animate.transformer_anchor_skyreels",
     "AnchorConditionedTransformer3D": "animate.transformer_anchor",
     "AnchorCandidate": "compose.candidates",
     "AnchorJudge": "compose.judge",

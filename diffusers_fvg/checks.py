@@ -92,6 +92,13 @@ def check_number(name: str, value: float | None) -> None:
         raise ValueError(f"`{name}={value!r}` must be a finite number.")
 
 
+def check_guidance(name: str, value: float | None) -> None:
+    """A scale of classifier-free guidance: a finite number from 0 on, or `None` where it is left out."""
+    check_number(name, value)
+    if value is not None and value < 0:
+        raise ValueError(f"`{name}={value!r}` must be at least 0; 1 is no guidance.")
+
+
 def check_defaults(defaults: Mapping[str, Any] | None) -> None:
     """No number among the defaults of a call, which a file may hold, is NaN or infinite."""
     if defaults is not None and not isinstance(defaults, Mapping):

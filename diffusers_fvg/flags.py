@@ -53,6 +53,13 @@ class Number:
         return value
 
 
+def file_name(text: str) -> Path:
+    """The name of a file; an empty one would be the folder that the command runs in."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name of the file is empty: give one, or leave the flag out")
+    return Path(text)
+
+
 # Beyond any model: a slip of the finger is told from a large video.
 PIXELS, FRAMES, STEPS = Whole(8, 16384), Whole(1, 100_000), Whole(1, 1000)
 SEED = Whole(0, 2**63 - 1)

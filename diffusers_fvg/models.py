@@ -47,6 +47,8 @@ def match_model(transformer_config: Mapping[str, Any], boundary_ratio: float | N
     def plain(value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
+    if "inject_sample_info" in transformer_config:
+        return None  # SkyReels-V2: other weights in the shapes of Wan's.
     for facts in MODELS.values():
         same = all(plain(transformer_config.get(name)) == value for name, value in facts.transformer_config.items())
         if same and (facts.boundary_ratio is None) == (boundary_ratio is None):

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .recipes import ANIMATOR_RECIPES, RECIPES, STORED, Recipe
+from .recipes import ANIMATOR_RECIPES, RECIPES, STORED, AnimatorRecipe, Recipe
+
+
+if TYPE_CHECKING:
+    from .pipelines.profiles import Stage
 
 
 # NVIDIA H100 SXM data sheet: bfloat16 without sparsity, operations per second.
@@ -24,7 +28,8 @@ and none is published: `fvg train --recipe NAME` prints what makes one.
 12GB to 80GB: what is on a card of that size at a time (all three stages, one
 after the other, or layer by layer), and the peak in GiB, in bfloat16 at the
 model's own size, "+" where the video is decoded in tiles. Computed, not
-measured. `fvg plan` tells it of any size.
+measured; room to work in of image-to-video pipelines is an allowance of 8 GiB.
+`fvg plan` tells it of any size.
 GB: weights on disk, as the Hub has them now; where it does not answer, as
 published, or "?": not known.
 cogvideox-license: a change of the card to Apache 2.0 is on record; read it.
@@ -42,7 +47,12 @@ def models_text() -> str:
         lines.append(f"{recipe.name:15}  {first:12}{cells}")
     lines += ["", "IMAGE-TO-VIDEO PIPELINES (first frame kept; composer and rewriter as above)"]
     for recipe in ANIMATOR_RECIPES.values():
-        lines += [f"{recipe.name:20}  {recipe.licenses['animator']}", f"  {recipe.repositories['animator']}"]
+        cells = "".join(f" {cell:>11}" for cell in memory_cells(recipe, CARDS))
+        lines += [
+            f"{recipe.name:29}{cells}",
+            f"  {recipe.repositories['animator']}",
+            f"  {recipe.licenses['animator']}",
+        ]
     lines += ["", f"{'REPOSITORY':32}  {'LICENCE':17}  {'GB':>4}  USED BY"]
     sizes = _sizes()
     for repository, (license, user) in _repositories().items():
@@ -50,11 +60,43 @@ def models_text() -> str:
     return "\n".join([*lines, "", NOTES])
 
 
-def memory_cells(recipe: Recipe, profiles: Sequence[str]) -> list[str]:
-    from .pipelines.profiles import model_stages, plan_memory
+def recipe_stages(recipe: Recipe | AnimatorRecipe) -> list[Stage]:
+    """What each part of a recipe needs in bfloat16, of published configs."""
+    import torch
+
+    from .pipelines.profiles import animator_stages, empty_weights, model_stages, part_stage
+    from .recipes.outline import make_animator_models
+
+    parts = _parts(recipe.repositories["composer"], recipe.repositories["rewriter"])
+    if isinstance(recipe, AnimatorRecipe):
+        with empty_weights(torch.bfloat16):
+            models = make_animator_models(recipe)
+        return [part_stage(name, part) for name, part in parts.items()] + animator_stages(models)
+    return model_stages(recipe.facts, make_parts=lambda: parts)
+
+
+@cache
+def _parts(composer: str, rewriter: str) -> dict[str, Any]:
+    """Rewriter and composer without weights, which recipes share."""
+    import torch
+
+    from .pipelines.profiles import empty_weights
     from .recipes.outline import make_parts
 
-    stages, cells = model_stages(recipe.facts, make_parts=partial(make_parts, recipe)), []
+    named = {"composer": composer, "rewriter": rewriter}
+    recipes = (RECIPES | ANIMATOR_RECIPES).values()
+    with empty_weights(torch.bfloat16):
+        return make_parts(next(recipe for recipe in recipes if named.items() <= recipe.repositories.items()))
+
+
+def memory_cells(recipe: Recipe | AnimatorRecipe, profiles: Sequence[str]) -> list[str]:
+    from .pipelines.profiles import plan_memory
+
+    try:
+        stages, cells = recipe_stages(recipe), []
+    except (AttributeError, ImportError, RuntimeError):
+        # An older diffusers, which does not have its models.
+        return [NOT_KNOWN] * len(profiles)
     for profile in profiles:
         try:
             plan = plan_memory(stages, profile)
@@ -216,14 +258,13 @@ def _runs_on(device: Any) -> list[str]:
     from .animate.attention import choose_backend
     from .animate.memory import free_bytes
     from .kernels.dispatch import kernel_report
-    from .pipelines.profiles import USABLE, model_stages, plan_memory
-    from .recipes.outline import make_parts
+    from .pipelines.profiles import USABLE, plan_memory
 
     lines = [f"  attention: {choose_backend(device, torch.bfloat16, 128)}", f"  kernels: {kernel_report(device)}"]
     lines.append("  embedded shapes model: yes")
     profile = "cpu" if device.type == "cpu" else "auto"
     for recipe in RECIPES.values():
-        stages = model_stages(recipe.facts, make_parts=partial(make_parts, recipe))
+        stages = recipe_stages(recipe)
         try:
             plan = plan_memory(stages, profile, int(USABLE * free_bytes(device)))
             tiles = ", decode in tiles" if plan.tile else ""

@@ -16,7 +16,7 @@ from .embedded import EMBEDDED_FOLDER
 from .loading.files import repository_files
 from .overview import GIB, NOT_KNOWN, PLACED, weight_files
 from .pipelines.profiles import CARDS, MemoryPlan, Stage, plan_memory
-from .publishing.assembly import PARTS_NAME
+from .publishing.parts import PARTS_NAME
 from .recipes import STORED
 from .recipes.sources import ModelSource
 

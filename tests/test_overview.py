@@ -6,7 +6,6 @@ import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
-import diffusers
 import pytest
 import torch
 from accelerate import init_empty_weights
@@ -22,7 +21,7 @@ from diffusers_fvg.loading.references import HubReference
 from diffusers_fvg.overview import models_text, training_text, weight_bytes
 from diffusers_fvg.pipelines.profiles import WAN_VAES
 from diffusers_fvg.recipes import ANIMATOR_RECIPES, STORED
-from diffusers_fvg.recipes.outline import make_parts
+from diffusers_fvg.recipes.outline import make_animator_models, make_parts
 from diffusers_fvg.schedules.presets import SchedulerPresets
 from diffusers_fvg.training.config import TrainConfig
 
@@ -88,23 +87,33 @@ def test_names_and_sources(recipe):
     assert set(recipe.licenses.values()) <= {"apache-2.0", "cogvideox-license"}
 
 
-# Numbers of weights: of LTX-2.0 and of one expert. Counted of the classes with the converter's or their own values.
+# Numbers of weights. Stated by their authors, of Qwen2.5-7B without its head, or counted of the classes with the converters'
+# values: diffusers' own.
+GEMMA_3_12B, QWEN25_7B, UMT5_XXL = 12_187_325_040, 7_615_616_512 - 152064 * 3584, 5_680_910_336
 ANIMATORS = {
-    "ltx-2.3": 18_876_174_592,
-    "hunyuanvideo-1.5-i2v": 8_326_608_160,
-    "wan2.2-i2v-a14b": 14_288_901_184,
-    "sana-video-2b": 1_905_841_344,
+    "ltx-2.3": {"text_encoder": GEMMA_3_12B, "transformer": 18_988_838_144},
+    "hunyuanvideo-1.5-i2v": {"text_encoder": QWEN25_7B, "transformer": 8_326_608_160, "image_encoder": 428_225_600},
+    "wan2.2-i2v-a14b": {"text_encoder": UMT5_XXL, "transformer": 14_288_901_184, "transformer_2": 14_288_901_184},
+    "sana-video-2b": {"text_encoder": 2_614_341_888, "transformer": 1_905_841_344, "vae": 126_892_531},
 }
 
 
 @pytest.mark.parametrize("recipe", ANIMATOR_RECIPES.values(), ids=ANIMATOR_RECIPES.keys())
 def test_an_animator_resolves_on_the_meta_device(recipe):
-    ((kind, config),) = recipe.animator.configs.items()
     with torch.device("meta"):
-        model = getattr(diffusers, kind)(**config)
-    assert model.num_parameters() == ANIMATORS[recipe.name]
+        models = make_animator_models(recipe)
+    assert all(tensor.device.type == "meta" for model in models.values() for tensor in model.parameters())
+    counts = {name: sum(tensor.numel() for tensor in model.parameters()) for name, model in models.items()}
+    expected = ANIMATORS[recipe.name]
+    assert {name: counts[name] for name in expected} == expected
+    # What its text encoders give is what its video model takes.
+    config = models["transformer"].config
+    widths = [config.get(name) for name in ("text_dim", "caption_channels", "text_embed_dim") if config.get(name)]
+    texts = models["text_encoder"].config
+    assert widths[0] == getattr(texts, "d_model", None) or widths[0] == texts.get_text_config().hidden_size
     for part in recipe.parts.values():
-        assert {"repository", "license", "configs"} <= part.sources.keys() and all(part.sources.values())
+        named = "models" if part is recipe.animator else "configs"
+        assert {"repository", "license", named} <= part.sources.keys() and all(part.sources.values())
         assert bool(part.call_defaults) == ("call_defaults" in part.sources)
     assert "/" not in recipe.name and recipe.name == recipe.name.lower()
 
@@ -130,6 +139,12 @@ def test_the_table_fits_a_terminal_and_says_what_is_not_known(capsys):
     # Its VAE has 215,583,907 numbers, and decodes in tiles.
     peak = (2 * (Z_IMAGE + QWEN3_4B) + 2 * 215_583_907) / 2**30 + 2
     assert table["cogvideox1.5-5b"][5:7] == ["stages", f"{peak:.1f}+"] and "No recipe was ever run" in text
+    # The composer's weights, the text encoder's behind them or the VAE's, and the rooms to work in.
+    sana = table["sana-video-2b"]
+    peak = (2 * (Z_IMAGE + QWEN3_4B) + 2 * 126_892_531) / 2**30 + 2
+    assert sana[3:5] == ["stages", f"{peak:.1f}"]
+    # Both experts of 28.6 GB at once are for no card, one of them and the VAE for 48 GB, with an allowance of 8 GiB.
+    assert table["wan2.2-i2v-a14b"][5:] == ["stages", f"{(2 * 14_288_901_184 + 2 * 126_892_531) / 2**30 + 8:.1f}"] * 2
     # No Hub to ask: what is published, or nothing.
     assert table["Wan-AI/Wan2.2-TI2V-5B-Diffusers"][1:3] == ["apache-2.0", "34.2"]
     assert table["Tongyi-MAI/Z-Image-Turbo"][1:] == ["apache-2.0", "?", "all:", "composer"]

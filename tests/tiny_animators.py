@@ -357,6 +357,82 @@ def kandinsky5_i2v() -> Kandinsky5I2VPipeline:
     )
 
 
+def kandinsky6_ti2va() -> DiffusionPipeline:
+    """With a sound track of 8 kHz."""
+    try:
+        from diffusers import Kandinsky6TI2VAPipeline, Kandinsky6Transformer3DModel, MMAudioVAE, MMAudioVocoder
+    except ImportError as error:
+        # Not in diffusers 0.41.
+        pytest.skip(f"Kandinsky 6 cannot be imported ({error})")
+    transformer = Kandinsky6Transformer3DModel(
+        in_visual_dim=4,
+        out_visual_dim=4,
+        in_text_dim=WIDTH,
+        in_text_dim2=WIDTH,
+        time_dim=16,
+        model_dim=24,
+        ff_dim=32,
+        num_text_blocks=1,
+        num_visual_blocks=1,
+        axes_dims=(4, 4, 4),
+        in_audio_dim=4,
+        out_audio_dim=4,
+        visual_token_type_num_embeddings=2,
+        # As the released ones have them.
+        text_token_padding=True,
+        ca_rope=True,
+        cross_gates=True,
+        fix_modulation=True,
+    )
+    sizes = {"hidden_channels": 16, "channel_multipliers": (1, 2), "layers_per_block": 1, "latent_channels": 4}
+    audio_vae = MMAudioVAE(mel_bins=8, sample_rate=8000, n_fft=64, hop_length=16, **sizes)
+    rates = {"upsample_rates": (4, 4), "upsample_kernel_sizes": (8, 8)}
+    blocks = {"resblock_kernel_sizes": (3,), "resblock_dilation_sizes": ((1,),)}
+    vocoder = MMAudioVocoder(num_mels=8, upsample_initial_channel=16, **rates, **blocks)
+    return Kandinsky6TI2VAPipeline(
+        transformer,
+        _hunyuan_vae(),
+        _qwen(Qwen2_5_VLForConditionalGeneration),
+        tiny_tokenizer(),
+        _clip_text(),
+        tiny_tokenizer(),
+        FlowMatchEulerDiscreteScheduler(shift=5.0),
+        audio_vae,
+        vocoder,
+    )
+
+
+def motif_video_i2v() -> DiffusionPipeline:
+    try:
+        from diffusers import MotifVideoImage2VideoPipeline, MotifVideoTransformer3DModel
+        from transformers import T5Gemma2Encoder, T5Gemma2EncoderConfig
+    except ImportError as error:
+        # Not in diffusers 0.40.
+        pytest.skip(f"Motif-Video cannot be imported ({error})")
+    transformer = MotifVideoTransformer3DModel(
+        in_channels=33,
+        out_channels=16,
+        num_attention_heads=2,
+        attention_head_dim=10,
+        num_layers=1,
+        num_single_layers=1,
+        text_embed_dim=WIDTH,
+        image_embed_dim=WIDTH,
+        rope_axes_dim=(2, 4, 4),
+    )
+    sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": VOCABULARY, "dropout_rate": 0.0}
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    text_encoder = T5Gemma2Encoder(
+        T5Gemma2EncoderConfig(text_config=text, vision_config=vision, mm_tokens_per_image=1)
+    )
+    pictures = SiglipImageProcessor(size={"height": 16, "width": 16})
+    guider, scheduler = ClassifierFreeGuidance(guidance_scale=6.0), FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return MotifVideoImage2VideoPipeline(
+        scheduler, tiny_vae(), text_encoder, tiny_tokenizer(), transformer, guider, pictures
+    )
+
+
 def sana_video_i2v() -> SanaImageToVideoPipeline:
     transformer = SanaVideoTransformer3DModel(
         num_attention_heads=2,
@@ -567,6 +643,8 @@ ANIMATORS: dict[str, Callable[[], DiffusionPipeline]] = {
         hunyuan_video_i2v,
         hunyuan_video15_i2v,
         kandinsky5_i2v,
+        kandinsky6_ti2va,
+        motif_video_i2v,
         sana_video_i2v,
         skyreels_v2_i2v,
         skyreels_v2_df,

@@ -16,6 +16,7 @@ from diffusers.utils import logging
 from ..checks import stop_unless_finite
 from ..loading.pipeline_component import PipelineComponent, call_arguments
 from ..locks import exclusive, lockable
+from ..schedules.distilled import DISTILLED_ANIMATOR_PRESETS
 from ..schedules.pinned import pinned_scheduler
 from ..schedules.presets import TIMESTEP_SCHEDULERS, SchedulerPreset, SchedulerPresets, timestep_preset, unipc_preset
 from .anchor import Anchor, fit_picture, picture_image, pictures_of
@@ -88,11 +89,13 @@ class AnchorAnimator(PipelineComponent):
 
     @property
     def presets(self) -> SchedulerPresets:
-        """Fewer steps, and as many as the pipeline takes by itself: at the shift of its own scheduler, in explicit sigmas.
+        """Fewer steps, and as many as the pipeline takes by itself: at the shift of its own scheduler, in explicit sigmas. Then
+        those of distilled weights of the family.
 
-        There are none for schedulers whose shift depends on the video's size, and for pipelines with noise levels of their own.
+        There are none of the first for schedulers whose shift depends on the video's size, and none at all for pipelines with
+        noise levels of their own.
         """
-        return SchedulerPresets.of(*_presets(self))
+        return SchedulerPresets.of(*_presets(self), *DISTILLED_ANIMATOR_PRESETS.get(self.family.name, ()))
 
     @property
     def num_inference_steps(self) -> int:
@@ -113,7 +116,8 @@ class AnchorAnimator(PipelineComponent):
     def audio_sampling_rate(self) -> int | None:
         """Samples per second of the sound track; `None` for a family without."""
         vocoder = getattr(self.pipeline, "vocoder", None)
-        return None if vocoder is None else vocoder.config.get("output_sampling_rate")
+        rate = None if vocoder is None else vocoder.config.get("output_sampling_rate")
+        return getattr(self.pipeline, "audio_sample_rate", None) if rate is None else rate
 
     def text_to_video(self) -> DiffusionPipeline:
         """A pipeline of the same components that takes no picture.
@@ -151,6 +155,12 @@ class AnchorAnimator(PipelineComponent):
         pipeline = self.text_to_video() if direct else copy.copy(self.pipeline)
         self.family.check_call(self._call_of(pipeline, arguments), num_frames)
         if preset is None:
+            terminal = getattr(pipeline.scheduler, "config", {}).get("shift_terminal")
+            if terminal and arguments.get("num_inference_steps") == 1:
+                raise ValueError(
+                    f"`num_inference_steps=1`: the scheduler of {self.family.name} ends at `shift_terminal={terminal}`, which takes "
+                    "2 steps or more."
+                )
             return
         if self.family.own_schedule:
             raise ValueError(
@@ -228,7 +238,7 @@ class AnchorAnimator(PipelineComponent):
                     "is not known here."
                 )
             if getattr(output, "audio", None) is not None:
-                audio.append(output.audio[0])
+                audio.append(_as_sound(output.audio[0]))
         return Animation(frames, audio)
 
     @torch.no_grad()
@@ -259,8 +269,12 @@ class AnchorAnimator(PipelineComponent):
         pipeline.scheduler = pinned_scheduler(preset, arguments.get("num_inference_steps"))
         given = {name: value for name, value in arguments.items() if value is not None}
         named = {"num_inference_steps": preset.num_inference_steps, "guidance_scale": preset.guidance_scale}
-        if preset.guidance_scale_2 is not None:
-            named["guidance_scale_2"] = preset.guidance_scale_2
+        if preset.guidance_scale_2 is not None or "guidance_scale_2" in self.call_defaults:
+            second = preset.guidance_scale_2
+            named["guidance_scale_2"] = preset.guidance_scale if second is None else second
+        if preset.weights:
+            declared = call_arguments(pipeline)
+            named |= {name: value for name, value in self.family.unguided.items() if name in declared}
         return named | given
 
     def _call_of(self, pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -370,6 +384,12 @@ def _as_pictures(anchor: Anchor, height: int, width: int, num_frames: int) -> An
     return replace(anchor, image=image, frame_index=anchor.frame_index % num_frames)
 
 
+def _as_sound(samples: torch.Tensor | np.ndarray) -> torch.Tensor:
+    """A sound track `(channels, samples)`; some pipelines give that of one channel without it."""
+    sound = torch.as_tensor(samples)
+    return sound[None] if sound.ndim == 1 else sound
+
+
 def _first(frames: Any, output_type: str) -> Any:
     """The only video of an output: `(F, H, W, 3)`, `(F, 3, H, W)` or a list of pictures; latents keep their batch."""
     if output_type == "latent":
@@ -390,11 +410,11 @@ def joined(videos: list[Any], output_type: str) -> Any:
 
 
 def _presets(animator: AnchorAnimator) -> list[SchedulerPreset]:
-    scheduler, declared, family = animator.pipeline.scheduler, call_arguments(animator.pipeline), animator.family
+    scheduler, family = animator.pipeline.scheduler, animator.family
     if family.own_schedule:
         return []
     scale = 1.0 if animator.guidance_scale is None else float(animator.guidance_scale)
-    full = declared["num_inference_steps"].default
+    full = animator.num_inference_steps
     names = {REDUCED_STEPS: f"anchored-{REDUCED_STEPS}", full: f"full-{full}"}
     kind, config = type(scheduler).__name__, {key: value for key, value in scheduler.config.items() if key[0] != "_"}
     source = f"arXiv 2512.16371: 15 steps; scheduler and guidance of {family.name}'s pipeline"

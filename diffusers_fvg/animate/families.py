@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -75,6 +76,11 @@ def _beside(pipeline: DiffusionPipeline, name: str) -> Any:
 
 
 # -- the table --------------------------------------------------------------------------------------------------------
+
+
+# The defaults of LTX-2's calls guide sound, layers and the two modalities as well.
+_LTX2_UNGUIDED = {"stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0}
+_LTX2_UNGUIDED |= {"audio_guidance_scale": 1.0} | {f"audio_{name}": value for name, value in _LTX2_UNGUIDED.items()}
 
 
 def _transformer(pipeline: DiffusionPipeline) -> Mapping[str, Any]:
@@ -148,6 +154,7 @@ FAMILIES: tuple[AnimatorFamily, ...] = (
         size_multiple=32,
         call_defaults={"num_frames": 121},
         direct="LTX2Pipeline",
+        unguided=_LTX2_UNGUIDED,
     ),
     AnimatorFamily(
         "LTX-2 conditions",
@@ -159,6 +166,7 @@ FAMILIES: tuple[AnimatorFamily, ...] = (
         size_multiple=32,
         call_defaults={"num_frames": 121},
         direct="LTX2ConditionPipeline",
+        unguided=_LTX2_UNGUIDED,
     ),
     AnimatorFamily(
         "HunyuanVideo-I2V",
@@ -178,6 +186,19 @@ FAMILIES: tuple[AnimatorFamily, ...] = (
         # The colours of the first four latents are set by those after them; with none after them all is NaN.
         shortest=17,
         call_defaults={"frame_rate": 24},
+    ),
+    AnimatorFamily(
+        "Kandinsky 6",
+        ("Kandinsky6TI2VAPipeline",),
+        direct="Kandinsky6TI2VAPipeline",
+    ),
+    AnimatorFamily(
+        # A video of one frame would be made without the picture.
+        "Motif-Video I2V",
+        ("MotifVideoImage2VideoPipeline",),
+        shortest=5,
+        call_defaults={"frame_rate": 24},
+        direct="MotifVideoPipeline",
     ),
     AnimatorFamily(
         # The size that is asked for, and not the nearest of a list.
@@ -249,13 +270,25 @@ FAMILIES: tuple[AnimatorFamily, ...] = (
 )
 
 
-def is_image_to_video(class_name: str) -> bool:
-    """Whether a class of diffusers, by its name, is taken by [`family_of`], as far as its call tells."""
+def is_image_to_video(class_name: str, config: Mapping[str, Any] | None = None) -> bool:
+    """Whether a class of diffusers, by its name, is taken by [`family_of`], as far as its call tells.
+
+    Args:
+        class_name (`str`): of a pipeline.
+        config (`Mapping`, *optional*): its `model_index.json`. With it a text-to-video pipeline is one only where its weights
+            take pictures.
+    """
     kind = getattr(diffusers, class_name, None)
     if not isinstance(kind, type) or not issubclass(kind, DiffusionPipeline):
         return False
     declared = inspect.signature(kind.__call__).parameters
-    is_known = any(class_name in (*family.pipelines, family.direct) for family in FAMILIES)
+    stand_in = (
+        None if config is None else SimpleNamespace(config=SimpleNamespace(**{"expand_timesteps": False, **config}))
+    )
+    is_known = any(
+        class_name in family.pipelines or class_name == family.direct and (stand_in is None or family.when(stand_in))
+        for family in FAMILIES
+    )
     return is_known or ("image" in declared and bool({"num_frames", "frames"} & declared.keys()))
 
 

@@ -55,6 +55,7 @@ class AnimatorFamily:
         call_defaults (`Mapping`): of this package's arguments, where the signature has none.
         direct (`str`, *optional*): the class that makes video of text alone with the same weights.
         own_schedule (`bool`): the pipeline sets noise levels of its own, which a preset would not fit.
+        unguided (`Mapping`): arguments that switch off what guides beside `guidance_scale`, for a preset of distilled weights.
         note (`str`): what a user should know, said once.
     """
 
@@ -74,6 +75,7 @@ class AnimatorFamily:
     call_defaults: Mapping[str, Any] = field(default_factory=dict)
     direct: str | None = None
     own_schedule: bool = False
+    unguided: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
 
     # -- rules --------------------------------------------------------------------------------------------------------

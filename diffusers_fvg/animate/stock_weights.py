@@ -34,16 +34,19 @@ class StockWeights:
     further_inputs: dict[str, str] = {}
 
     @classmethod
-    def check_text_to_video(cls, config: Mapping[str, Any], name: str, latent_channels: int | None = None) -> None:
+    def check_text_to_video(
+        cls, config: Mapping[str, Any], name: str, latent_channels: int | None = None, text_width: int | None = None
+    ) -> None:
         """Checks that a model takes noisy latents and a text, and nothing else.
 
         Args:
             config (`Mapping`): its configuration, which may leave out what is the stock class's default.
             name (`str`): what errors call the model.
             latent_channels (`int`, *optional*): of the VAE beside it.
+            text_width (`int`, *optional*): numbers for each token of the text encoder beside it.
 
         Raises:
-            `ValueError`: an image-to-video or control model, or one of other latents.
+            `ValueError`: an image-to-video or control model, or one of other latents or texts.
         """
         declared = inspect.signature(cls.stock_class.__init__).parameters
         settings = {key: config.get(key, value.default) for key, value in declared.items()}
@@ -60,6 +63,12 @@ class StockWeights:
         if latent_channels not in (None, channels):
             raise ValueError(
                 f"{name} takes {channels} channels, and the VAE's latents have {latent_channels}: they are of different models."
+            )
+        # Wan's name of it, and CogVideoX's.
+        width = settings.get("text_dim", settings.get("text_embed_dim"))
+        if text_width not in (None, width):
+            raise ValueError(
+                f"{name} takes texts of width {width}, and the text encoder's have {text_width}: they are of different models."
             )
 
     @classmethod

@@ -203,45 +203,22 @@ class AppendedRotaryEmbedding(nn.Module):
         return tuple(joined)
 
 
-class AnchorConditionedTransformer3D(StockWeights, WanTransformer3DModel):
-    """Wan video transformer with one time per latent frame.
+class TimesPerFrame(StockWeights):
+    """The forward of Wan's network with one time per latent frame. Stands before a class of that network among the bases."""
 
-    Configuration and state dict are those of [`WanTransformer3DModel`], so Wan checkpoints and Wan LoRAs load into it and
-    its own load into the stock class. On the same weights and times its output is the stock one; with per-frame times
-    it needs no table the size of the tokens, and the modulation stays in float32 in a bfloat16 model
-    (load with `from_pretrained(..., dtype=torch.bfloat16)`; `.to(torch.bfloat16)` casts those weights too).
-    """
-
-    stock_class = WanTransformer3DModel
-    further_inputs = {"image_dim": "image embeddings"}
+    stock_processor: type[WanAttnProcessor] = WanAttnProcessor
     _no_split_modules = ["AnchorConditionedTransformerBlock"]
     _repeated_blocks = ["AnchorConditionedTransformerBlock"]
-    # time_proj is added to the stock list: its output is the modulation.
-    _keep_in_fp32_modules = [*WanTransformer3DModel._keep_in_fp32_modules, "time_proj"]
-    # The stock plan shards a 2-D timestep as if it were per token. Here the times stay whole on every rank, and the row
-    # of each token is sharded with the tokens: a shard may begin in the middle of a frame. Angles are sharded once those of
-    # appended frames are among them.
-    _cp_plan = {
-        **{name: plan for name, plan in WanTransformer3DModel._cp_plan.items() if name not in ("", "rope")},
-        "appended_rotary": WanTransformer3DModel._cp_plan["rope"],
-        "row_index": {0: ContextParallelInput(split_dim=0, expected_dims=1, split_output=True)},
-    }
-
-    # The configuration is read from the signature: it is the stock one, whatever the version of diffusers.
-    @functools.wraps(WanTransformer3DModel.__init__)
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._convert()
 
     def _convert(self) -> None:
         # Building the blocks a second time would double the memory and time of construction, for the same weights.
         for block in self.blocks:
             block.__class__ = AnchorConditionedTransformerBlock
             before, processor = block.attn1.processor, AnchorConditionedAttnProcessor()
-            if type(before) is not WanAttnProcessor:
+            if type(before) is not self.stock_processor:
                 raise ValueError(
-                    f"The transformer's self-attention runs by a {type(before).__name__}, and only WanAttnProcessor can be "
-                    "taken over: set that first."
+                    f"The transformer's self-attention runs by a {type(before).__name__}, and only "
+                    f"{self.stock_processor.__name__} can be taken over: set that first."
                 )
             processor._attention_backend, processor._parallel_config = (
                 before._attention_backend,
@@ -475,3 +452,32 @@ class AnchorConditionedTransformer3D(StockWeights, WanTransformer3DModel):
             modulation = embedder.time_proj(embedder.act_fn(temb).to(embedder.time_proj.weight.dtype))
         dtype = torch.promote_types(temb.dtype, torch.float32)
         return temb.to(dtype), modulation.unflatten(2, (6, -1)).to(dtype)
+
+
+class AnchorConditionedTransformer3D(TimesPerFrame, WanTransformer3DModel):
+    """Wan video transformer with one time per latent frame.
+
+    Configuration and state dict are those of [`WanTransformer3DModel`], so Wan checkpoints and Wan LoRAs load into it and
+    its own load into the stock class. On the same weights and times its output is the stock one; with per-frame times
+    it needs no table the size of the tokens, and the modulation stays in float32 in a bfloat16 model
+    (load with `from_pretrained(..., dtype=torch.bfloat16)`; `.to(torch.bfloat16)` casts those weights too).
+    """
+
+    stock_class = WanTransformer3DModel
+    further_inputs = {"image_dim": "image embeddings"}
+    # time_proj is added to the stock list: its output is the modulation.
+    _keep_in_fp32_modules = [*WanTransformer3DModel._keep_in_fp32_modules, "time_proj"]
+    # The stock plan shards a 2-D timestep as if it were per token. Here the times stay whole on every rank, and the row
+    # of each token is sharded with the tokens: a shard may begin in the middle of a frame. Angles are sharded once those of
+    # appended frames are among them.
+    _cp_plan = {
+        **{name: plan for name, plan in WanTransformer3DModel._cp_plan.items() if name not in ("", "rope")},
+        "appended_rotary": WanTransformer3DModel._cp_plan["rope"],
+        "row_index": {0: ContextParallelInput(split_dim=0, expected_dims=1, split_output=True)},
+    }
+
+    # The configuration is read from the signature: it is the stock one, whatever the version of diffusers.
+    @functools.wraps(WanTransformer3DModel.__init__)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._convert()

@@ -7,15 +7,18 @@ import json
 from pathlib import Path
 
 
-def write(arguments: argparse.Namespace, pipe, frames, record: dict, captions, anchors) -> None:
-    """Video and strip; `record` tells how the video was made, pictures and their captions are those of the strip."""
+def write(arguments: argparse.Namespace, pipe, output, captions, anchors) -> None:
+    """Video, with its sound, and strip, of the first video of an output; pictures and their captions are those of the strip."""
     from ..media import write_strip, write_video
 
+    frames, record = output.frames[0], output.records[0]
     frame_rate, metadata = pipe.call_defaults["frame_rate"], None if arguments.no_metadata else record
     # A player shows the embedded model's 64 pixels as a stamp: enlarged by whole factors, which keeps edges sharp.
     scale = max(1, 384 // frames.shape[1])
-    write_video(arguments.output, frames, frame_rate, metadata=metadata, scale=scale)
-    print(f"video:              {arguments.output}")
+    audio = getattr(output, "audio", None)
+    sound = {"audio": audio[0], "audio_sampling_rate": output.audio_sampling_rate} if audio else {}
+    write_video(arguments.output, frames, frame_rate, metadata=metadata, scale=scale, **sound)
+    print(f"video:              {arguments.output}{', with sound' * bool(sound)}")
     if arguments.strip:
         write_strip(arguments.strip, record["prompt"], captions, anchors, frames)
         print(f"strip:              {arguments.strip}")

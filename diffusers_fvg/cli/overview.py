@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .options import add_lora, add_sampling
-from .pipeline import look
-from .stages import SAMPLING, add_call, call_of, needed_parts, open_image
+from .stages import add_generation, look_at
 
 
 def add_models(commands: argparse._SubParsersAction) -> None:
@@ -19,10 +17,8 @@ def add_plan(commands: argparse._SubParsersAction) -> None:
         "plan", help="what `fvg generate` would take: memory, forwards, downloads; nothing large is fetched"
     )
     parser.add_argument("prompt", nargs="?", help="what should happen; may be left out")
-    add_call(parser)
-    add_lora(parser)
-    add_sampling(parser)
-    parser.set_defaults(run=_plan, negative_prompt=None)
+    add_generation(parser)
+    parser.set_defaults(run=_plan)
 
 
 def add_doctor(commands: argparse._SubParsersAction) -> None:
@@ -42,19 +38,10 @@ def _plan(arguments: argparse.Namespace) -> None:
     from ..planning import plan_text
     from ..recipes.loading import hub_options, pinned
 
-    image = open_image(arguments.image) if arguments.image else None
-    call = call_of(arguments, ("prompt", *SAMPLING, "mode", "num_moments", "first_frame_prompt"))
-    skipped = needed_parts(arguments)
-    if arguments.lora is None:
-        # One that is missing is told of in the text.
-        skipped["lora"] = False
-    model = look(arguments, **skipped)
+    looked = look_at(arguments, needs_prompt=False)
+    model, request = looked.model, looked.request
     if arguments.lora is not None:
         pinned(arguments.lora, "The anchor LoRA", hub_options(arguments.token or None))
-    if arguments.prompt is None:
-        # Any text: its length changes nothing.
-        model.outline.prompt_check, call["prompt"] = None, "a prompt"
-    request = model.check(**call, **({} if image is None else {"image": image}))
     size = request.height, request.width, request.num_frames
     parts = {part: model.parts[part] for part in ("composer", "rewriter", "lora")}
     print(

@@ -82,6 +82,10 @@ class Model:
 
         arguments = self.arguments
         quantization = getattr(arguments, "quantize", None)
+        if quantization == "nf4" and self.device.type == "cpu":
+            raise ValueError(
+                "--quantize nf4 needs an accelerator: diffusers makes no weights of 4 bits without one. Use fp8 or int8."
+            )
         pipe = load(
             model_name(arguments),
             dtype=_dtype(arguments),

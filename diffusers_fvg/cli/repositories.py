@@ -11,9 +11,9 @@ from ..flags import FRAMES, PIXELS, Whole, check_folder
 def add_assemble(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("assemble", help="make a repository of parts given by name")
     parser.add_argument("output", type=Path, help="an empty or new folder")
-    parser.add_argument(
-        "--base", required=True, help="Wan or CogVideoX pipeline: folder, org/name or org/name@revision"
-    )
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--base", help="Wan or CogVideoX pipeline: folder, org/name or org/name@revision")
+    model.add_argument("--animator", help="image-to-video pipeline of diffusers, in place of a base")
     parser.add_argument("--composer", help="text-to-image pipeline")
     parser.add_argument("--rewriter", help="chat model")
     parser.add_argument(
@@ -47,7 +47,7 @@ def _assemble(arguments: argparse.Namespace) -> None:
         check_folder("OUTPUT", arguments.output)
     names = ("height", "width", "num_frames", "frame_rate")
     defaults = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    names = ("base", "composer", "rewriter", "lora", "presets", "variant", "dry_run")
+    names = ("base", "animator", "composer", "rewriter", "lora", "presets", "variant", "dry_run")
     parts = {name: getattr(arguments, name) for name in names}
     print(assemble(arguments.output, light=not arguments.bundled, call_defaults=defaults or None, **parts))
     if not arguments.dry_run:

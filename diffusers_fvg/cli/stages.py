@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..flags import Number, Whole, check_file, check_folder, free_name
-from .again import add_from, take_over
+from ..flags import Number, Whole, check_file, check_folder, file_name, free_name
+from .again import Again, add_from, take_over
 from .options import (
     add_composer,
     add_lora,
@@ -23,22 +24,30 @@ from .output import save_stages, write
 from .pipeline import Model, look
 
 
+if TYPE_CHECKING:
+    from ..pipelines.request import VideoRequest
+
+
 def add_generate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("generate", help="a prompt becomes a video, through all three stages")
     parser.add_argument("prompt", nargs="?", help="what should happen; may be left out with --from")
+    add_generation(parser)
+    parser.set_defaults(run=_generate)
+
+
+def add_generation(parser: argparse.ArgumentParser) -> None:
+    """What says which model makes a video, which stages run, how, and what is written."""
     add_from(parser)
-    add_call(parser)
+    _add_call(parser)
     add_lora(parser)
     add_video(parser)
     add_seed(parser)
     parser.add_argument(
         "--save-stages", type=Path, metavar="DIR", help="also write caption, anchor and frames into this folder"
     )
-    parser.set_defaults(run=_generate)
 
 
-def add_call(parser: argparse.ArgumentParser) -> None:
-    """What says which model makes a video, and which stages run."""
+def _add_call(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_rewriter(parser)
     add_composer(parser)
@@ -53,7 +62,7 @@ def add_call(parser: argparse.ArgumentParser) -> None:
         "--num-moments", type=Whole(2, 100), metavar="NUMBER", help="of a storyboard, at most (default: 2)"
     )
     parser.add_argument("--first-frame-prompt", metavar="TEXT", help="what is seen at first; skips stage 1")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="anchor image; skips stages 1 and 2")
+    parser.add_argument("--image", type=file_name, metavar="FILE", help="anchor image; skips stages 1 and 2")
 
 
 def add_rewrite(commands: argparse._SubParsersAction) -> None:
@@ -89,7 +98,7 @@ def add_compose(commands: argparse._SubParsersAction) -> None:
 def add_animate(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("animate", help="stage 3: prompt and anchor image to video")
     parser.add_argument("prompt", help="what should happen")
-    parser.add_argument("--image", type=Path, required=True, metavar="FILE", help="the picture to pass through")
+    parser.add_argument("--image", type=file_name, required=True, metavar="FILE", help="the picture to pass through")
     parser.add_argument(
         "--frame-index",
         type=Whole(-1_000_000, 1_000_000),
@@ -125,7 +134,7 @@ def open_image(path: Path):
         raise ValueError(f"--image {path} cannot be read ({error}); give a PNG or JPEG file, or a video.") from error
 
 
-def _check_outputs(arguments: argparse.Namespace, default: str, suffix: str) -> None:
+def check_outputs(arguments: argparse.Namespace, default: str, suffix: str) -> None:
     """Refuses before minutes of work what would be refused after them."""
     if arguments.output is None:
         arguments.output = Path(default) if arguments.overwrite else free_name(Path(default))
@@ -184,16 +193,52 @@ def _generator(seed: int) -> dict[str, Any]:
     return {"generator": torch.Generator().manual_seed(seed), "output_type": "np"}
 
 
-def _generate(arguments: argparse.Namespace) -> None:
-    _check_outputs(arguments, "video.mp4", ".mp4")
+@dataclass(frozen=True)
+class Look:
+    """A run of all stages before its model is loaded.
+
+    Args:
+        model ([`Model`]): that the flags or the record name.
+        request ([`VideoRequest`]): of the call, completed.
+        call (`dict`): arguments of the call that flags give.
+        again ([`Again`], *optional*): the video that is to be made again.
+    """
+
+    model: Model
+    request: VideoRequest
+    call: dict[str, Any]
+    again: Again | None
+
+
+def look_at(arguments: argparse.Namespace, needs_prompt: bool = True) -> Look:
+    """What `fvg generate` would do, found out before anything large is read.
+
+    Raises:
+        `ValueError` or `OSError`: what cannot be.
+    """
+    check_outputs(arguments, "video.mp4", ".mp4")
     image = open_image(arguments.image) if arguments.image else None
     call = call_of(arguments, ("prompt", *SAMPLING, "anchor_decode", "mode", "num_moments", "first_frame_prompt"))
     call |= {} if image is None else {"image": image}
-    if arguments.source is None and arguments.prompt is None:
-        raise ValueError("give a prompt, or --from VIDEO to make a video again.")
     again = None if arguments.source is None else take_over(arguments, call)
-    model = look(arguments, **needed_parts(arguments))
-    request = model.check(**call if again is None else again.call)
+    if needs_prompt and again is None and arguments.prompt is None:
+        raise ValueError("give a prompt, or --from VIDEO to make a video again.")
+    skipped = needed_parts(arguments)
+    if not needs_prompt and arguments.lora is None:
+        # One that is missing is told of in the text.
+        skipped["lora"] = False
+    model = look(arguments, **skipped)
+    wanted = dict(call if again is None else again.call)
+    if again is None and arguments.prompt is None:
+        # Any text: its length changes nothing.
+        model.outline.prompt_check, wanted["prompt"] = None, "a prompt"
+    return Look(model, model.check(**wanted), call, again)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    looked = look_at(arguments)
+    model, request, call, again = looked.model, looked.request, looked.call, looked.again
+    image = call.get("image")
     pipe = model.load(request.height, request.width, request.num_frames)
     draws = _generator(_drawn_seed(arguments)) if again is None or arguments.seed is not None else {}
     output = pipe(**call, **draws) if again is None else again.make(pipe, draws)
@@ -209,7 +254,7 @@ def _generate(arguments: argparse.Namespace) -> None:
             print(f"{f'moment at {moment.time:.0%}:':19s} {moment.caption}")
     print(f"seeds:              {_shown(output.seeds[0])}")
     print("seconds:            " + ", ".join(f"{name} {value:.1f}" for name, value in output.timings.items()))
-    write(arguments, pipe, output.frames[0], record, captions, anchor)
+    write(arguments, pipe, output, captions, anchor)
     if arguments.save_stages:
         facts = {"timings": output.timings, "motion": output.motion and output.motion[0]}
         candidates = output.candidates and output.candidates[0]
@@ -238,7 +283,7 @@ def _rewrite(arguments: argparse.Namespace) -> None:
 def _compose(arguments: argparse.Namespace) -> None:
     from ..checks import check_texts
 
-    _check_outputs(arguments, "anchor.png", ".png")
+    check_outputs(arguments, "anchor.png", ".png")
     check_texts("first_frame_prompt", [arguments.first_frame_prompt])
     model = look(arguments, rewriter=False, lora=False)
     size = [model.outline.call_defaults[name] if value is None else value for name, value in _size(arguments)]
@@ -260,7 +305,7 @@ def _size(arguments: argparse.Namespace) -> list[tuple[str, int | None]]:
 def _animate(arguments: argparse.Namespace) -> None:
     from .. import Anchor
 
-    _check_outputs(arguments, "video.mp4", ".mp4")
+    check_outputs(arguments, "video.mp4", ".mp4")
     image = open_image(arguments.image)
     call = call_of(arguments, (*SAMPLING, "anchor_decode"))
     call |= {"anchors": [Anchor(image, arguments.frame_index, arguments.strength)]}
@@ -270,4 +315,4 @@ def _animate(arguments: argparse.Namespace) -> None:
     output = pipe(arguments.prompt, **call, **_generator(seed))
     print(f"prompt:             {arguments.prompt}")
     print(f"seeds:              {output.seeds[0]}")
-    write(arguments, pipe, output.frames[0], output.records[0], None, image)
+    write(arguments, pipe, output, None, image)

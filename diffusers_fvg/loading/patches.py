@@ -34,6 +34,7 @@ COMPONENTS = (
 )
 CLASSES = (
     "AnchorConditionedCogVideoXTransformer3D",
+    "AnchorConditionedSkyReelsV2Transformer3D",
     "AnchorConditionedTransformer3D",
     "FactorizedCogVideoXPipeline",
     "FactorizedDreamerPipeline",

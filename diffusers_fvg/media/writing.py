@@ -132,7 +132,9 @@ def write_video(
         context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
         if sound is not None:
             # A stream is there before the first packet; the container puts packets in the order of time.
-            track = container.add_stream("aac", rate=sound.sample_rate, layout=sound.layout.name)
+            # Bit-exact here too: the encoder writes its name and version into the first packet.
+            options = {"flags": "+bitexact"}
+            track = container.add_stream("aac", rate=sound.sample_rate, layout=sound.layout.name, options=options)
             container.mux(track.encode(sound))
             container.mux(track.encode())
         # x264 writes its version, its settings and the machine's number of threads into the stream, as a unit of type 6.

@@ -127,6 +127,10 @@ class FactorizedParts:
             return as_composer(component)
         return as_judge(component) if name == "anchor_judge" else component
 
+    def _setting(self, component: str, name: str) -> Any:
+        """A setting of a component; `None` where that is not there, or has no such setting."""
+        return getattr(getattr(getattr(self, component, None), "config", None), name, None)
+
     def _check_kind(self, name: str, component: Any) -> None:
         """Refuses what is clearly something else; how a model is quantized, compiled, hooked or derived makes no difference."""
         expected, settings = self.component_kinds.get(name, ("", ()))

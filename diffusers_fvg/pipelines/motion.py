@@ -36,23 +36,38 @@ class MotionOfVideos:
             )
 
     def animate_moving(
-        self: VideoRequest, pipe: FactorizedStages, seeds: list[dict[str, Any]]
+        self: VideoRequest, pipe: FactorizedStages, seeds: list[dict[str, Any]], audio: list[Any] | None = None
     ) -> tuple[Any, list[float] | None]:
         """Makes the videos of a call. One that moves less than the preset's `min_motion` is made again, up to `motion_retries`
         times, from the same anchors with another seed, and the one that moves most is kept.
 
         Args:
             seeds (`list[dict]`): with each video's `"video"`, which becomes that of the one that is kept.
+            audio (`list`, *optional*): gets the sound tracks of the videos that are kept.
 
         Returns:
             frames in the form of `output_type`, and [`~animate.motion.motion_amounts`] of them.
         """
-        frames = pipe._animate(self)
+        frames, tracks = pipe._animate_with_sound(self)
         motion = None if self.output_type == "latent" else motion_amounts(frames)
         sampling = self.sampling(pipe)
-        floor = None if sampling is None else sampling.min_motion
-        if motion is None or floor is None:
-            return frames, motion
+        floor = pipe.own_min_motion if sampling is None else sampling.min_motion
+        if motion is not None and floor is not None:
+            self._keep_moving(pipe, floor, frames, motion, tracks, seeds)
+        if audio is not None:
+            audio.extend(tracks)
+        return frames, motion
+
+    def _keep_moving(
+        self: VideoRequest,
+        pipe: FactorizedStages,
+        floor: float,
+        frames: Any,
+        motion: list[float],
+        tracks: list[Any],
+        seeds: list[dict[str, Any]],
+    ) -> None:
+        """Replaces videos that stand still by those that move more, in place, and tells of those that are left."""
         for _ in range(self.motion_retries):
             still = [video for video, amount in enumerate(motion) if amount < floor]
             if not still or pipe.interrupt:
@@ -60,11 +75,15 @@ class MotionOfVideos:
             generator = self.generator
             # Drawn from what is left of a video's generator: the same call has the same seeds.
             drawn = [draw_seed(generator[video] if isinstance(generator, list) else generator) for video in still]
-            again = pipe._animate(self._of_videos(still, [torch.Generator().manual_seed(seed) for seed in drawn]))
-            for video, seed, made, amount in zip(still, drawn, again, motion_amounts(again)):
+            generators = [torch.Generator().manual_seed(seed) for seed in drawn]
+            again, sounds = pipe._animate_with_sound(self._of_videos(still, generators))
+            for number, amount in enumerate(motion_amounts(again) or ()):
+                video = still[number]
                 if amount > motion[video]:
-                    frames[video], motion[video] = made, amount
-                    seeds[video]["video"] = seed
+                    frames[video], motion[video] = again[number], amount
+                    seeds[video]["video"] = drawn[number]
+                    if sounds:
+                        tracks[video] = sounds[number]
         for video, amount in enumerate(motion):
             if amount < floor:
                 prompt = "" if self.prompt is None else f" of {self.prompt[video // self.num_videos_per_prompt]!r}"
@@ -72,7 +91,6 @@ class MotionOfVideos:
                     f"Video {video}{prompt} hardly moves: {amount:.1%} of the picture changes, less than {floor:.1%}. If something should "
                     "move, try another seed (`motion_retries` does so), a prompt that says more of it, or a lower LoRA strength."
                 )
-        return frames, motion
 
     def _of_videos(self: VideoRequest, videos: list[int], generators: list[torch.Generator]) -> VideoRequest:
         """The request of stage 3 for some of the videos alone, each with a generator of its own."""

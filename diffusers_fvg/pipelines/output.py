@@ -69,8 +69,8 @@ class FactorizedImageToVideoPipelineOutput(FactorizedVideoPipelineOutput):
     """What every stage made.
 
     Args:
-        frames, first_frame_prompts, anchor_images, seeds, timings, storyboards, records, motion, candidates: of
-            [`FactorizedVideoPipelineOutput`]; motion is not looked at.
+        frames, first_frame_prompts, anchor_images, seeds, timings, storyboards, records, rewrites, motion, candidates: of
+            [`FactorizedVideoPipelineOutput`].
         audio (`list[torch.Tensor]` or `None`): the sound track of each video, `(channels, samples)`, where the animator makes
             one: for [`~media.write_video`].
         audio_sampling_rate (`int` or `None`): samples per second.

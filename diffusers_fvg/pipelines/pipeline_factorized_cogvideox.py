@@ -104,8 +104,8 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
     ):
         if transformer is None:
             raise ValueError("`transformer` is None: the repository has no video model, which every mode needs.")
-        # `register_modules` asks the VAE which latents a transformer must take.
-        self.vae = vae
+        # `register_modules` asks them which latents and texts a transformer must take.
+        self.vae, self.text_encoder = vae, text_encoder
         super().__init__(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
         )
@@ -118,7 +118,8 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
         if name != "transformer" or component is None:
             return super()._taken_over(name, component)
         transformer = AnchorConditionedCogVideoXTransformer3D.from_stock(component, name)
-        transformer.check_text_to_video(transformer.config, f"`{name}`", self.vae.config.latent_channels)
+        beside = self._setting("vae", "latent_channels"), self._setting("text_encoder", "d_model")
+        transformer.check_text_to_video(transformer.config, f"`{name}`", *beside)
         return transformer
 
     def _frame_step(self) -> int:

@@ -24,7 +24,7 @@ from ..loading.arguments import HUB_ARGUMENTS
 from ..loading.pipeline_component import call_arguments
 from ..rewrite.rewriter import FirstFrameRewriter
 from ..rewrite.storyboard import Moment, pair_storyboards
-from ..schedules.presets import SchedulerPresets
+from ..schedules.presets import MIN_MOTION, SchedulerPresets
 from .output import FactorizedImageToVideoPipelineOutput
 from .parts import as_animator, with_optional_components
 from .profiles import VIDEO_MODELS
@@ -62,7 +62,7 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
     _optional_components = ["rewriter", "composer", "anchor_judge", "schedulers"]
     pipeline_shim = "from diffusers_fvg import FactorizedImageToVideoPipeline  # noqa: F401\n"
     # No model in the table of `models.py` is animated by this pipeline, and what the animator does by itself is its own call.
-    facts, matches_presets = None, False
+    facts, matches_presets, own_min_motion = None, False, MIN_MOTION
 
     @with_optional_components
     def __init__(
@@ -192,6 +192,11 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
         seeds = anchor_seeds(first, others)
         return replace(request, generator=[first, *(torch.Generator().manual_seed(seed) for seed in seeds)])
 
+    def _warn_unguided(self, request: VideoRequest) -> None:
+        # What guides beside the scale may read it.
+        if not self.animator.family.unguided or (request.preset and request.sampling(self).weights):
+            super()._warn_unguided(request)
+
     def _check_own(self, request: VideoRequest) -> None:
         family, pipeline = self.animator.family, self.animator.pipeline
         if request.mode == "storyboard":
@@ -276,9 +281,9 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
             return self._animate(request)
 
     def _animate(self, request: VideoRequest):
-        return self._animated(request)[0]
+        return self._animate_with_sound(request)[0]
 
-    def _animated(self, request: VideoRequest) -> tuple[Any, list[torch.Tensor]]:
+    def _animate_with_sound(self, request: VideoRequest) -> tuple[Any, list[torch.Tensor]]:
         """Stage 3: frames in the form of `request.output_type`, and sound tracks."""
         with self._running() as progress:
             request.check_safety(self.safety_checker)
@@ -366,6 +371,7 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
         composer_guidance_scale: float | None = None,
         composer_negative_prompt: str | list[str] | None = None,
         composer_num_candidates: int | None = None,
+        motion_retries: int = 0,
         callback_on_stage_step: Callable | None = None,
     ) -> FactorizedImageToVideoPipelineOutput | tuple:
         r"""Generates videos.
@@ -404,6 +410,8 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
             rewriter_max_new_tokens (`int`, *optional*): stage 1.
             composer_num_inference_steps, composer_guidance_scale, composer_negative_prompt (*optional*): stage 2.
             composer_num_candidates (`int`, *optional*): the most pictures drawn for a video, of which `anchor_judge` chooses.
+            motion_retries (`int`): how often a video that moves less than the preset's `min_motion`, or than 2 % without a preset,
+                is made again by another seed.
             callback_on_stage_step (`Callable`, *optional*): `callback(pipe, stage, step, steps)` after each step of each
                 stage. Setting `pipe._interrupt = True` in it, or in the other callback, stops the run: the video under way is
                 decoded as it is, where its pipeline can be interrupted, and those after it are left out.
@@ -424,11 +432,12 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
                 # Stage 2: a text-to-image model draws them
                 images, candidates, request = self._draw_moments(request, moments, seeds)
             # Stage 3: the image-to-video pipeline animates them
-            frames, audio = ([], []) if self.interrupt else self._animated(request)
+            audio: list[torch.Tensor] = []
+            frames, motion = ([], None) if self.interrupt else request.animate_moving(self, seeds, audio)
         sound = {"audio": audio, "audio_sampling_rate": self.animator.audio_sampling_rate} if audio else {}
         output = FactorizedImageToVideoPipelineOutput
         made = (self, frames, moments, images, seeds, progress.timings)
-        return request.output(*made, output, candidates=candidates, **sound)
+        return request.output(*made, output, motion=motion, candidates=candidates, **sound)
 
 
 @cache

@@ -8,7 +8,7 @@ from inspect import signature
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, SchedulerMixin, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, SchedulerMixin, WanPipeline
 from diffusers.utils import logging
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
@@ -18,7 +18,7 @@ from ..animate.encoding import encode_anchors
 from ..animate.fidelity import decode_anchored
 from ..animate.memory import decoder_bytes, free_bytes
 from ..animate.placing import FORMS, resolve_anchors
-from ..animate.transformer_anchor import AnchorConditionedTransformer3D
+from ..animate.transformer_anchor_skyreels import WanNetwork, as_anchored
 from ..checks import check_finite, check_number, check_size, stop_unless_finite
 from ..compose.composer import AnchorComposer
 from ..compose.judge import Judge
@@ -54,7 +54,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         text_encoder (`UMT5EncoderModel`): the video model's text encoder.
         vae (`AutoencoderKLWan`): causal video VAE.
         scheduler (`SchedulerMixin`): flow-matching scheduler used when no preset is asked for.
-        transformer (`AnchorConditionedTransformer3D`): video model, or its high-noise expert.
+        transformer (`AnchorConditionedTransformer3D`): video model, or its high-noise expert; or one of SkyReels-V2 diffusion forcing.
         transformer_2 (`AnchorConditionedTransformer3D`, *optional*): low-noise expert (Wan2.2-A14B).
         rewriter (`FirstFrameRewriter`, *optional*): stage 1; not needed when `first_frame_prompt` or `image` is given.
         composer (`AnchorComposer`, *optional*): stage 2; not needed when `image` or `anchors` is given.
@@ -92,8 +92,8 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         text_encoder: UMT5EncoderModel,
         vae: AutoencoderKLWan,
         scheduler: SchedulerMixin,
-        transformer: AnchorConditionedTransformer3D | WanTransformer3DModel,
-        transformer_2: AnchorConditionedTransformer3D | WanTransformer3DModel | None,
+        transformer: WanNetwork,
+        transformer_2: WanNetwork | None,
         rewriter: FirstFrameRewriter | None,
         composer: AnchorComposer | None,
         anchor_judge: Judge | None,
@@ -107,8 +107,8 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             raise ValueError("`transformer` is None: the repository has no video model, which every mode needs.")
         check_number("boundary_ratio", boundary_ratio)
         check_boundary(transformer_2, boundary_ratio)
-        # `register_modules` asks the VAE which latents a transformer must take.
-        self.vae = vae
+        # `register_modules` asks them which latents and texts a transformer must take.
+        self.vae, self.text_encoder = vae, text_encoder
         super().__init__(
             tokenizer=tokenizer,
             text_encoder=text_encoder,
@@ -127,10 +127,10 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
     def _taken_over(self, name: str, component: Any) -> Any:
         if name not in ("transformer", "transformer_2") or component is None:
             return super()._taken_over(name, component)
-        transformer = AnchorConditionedTransformer3D.from_stock(component, name)
+        transformer = as_anchored(component, name)
         # A modular pipeline's components come one by one.
-        vae = getattr(self, "vae", None)
-        transformer.check_text_to_video(transformer.config, f"`{name}`", None if vae is None else vae.config.z_dim)
+        beside = self._setting("vae", "z_dim"), self._setting("text_encoder", "d_model")
+        transformer.check_text_to_video(transformer.config, f"`{name}`", *beside)
         if name == "transformer_2" and hasattr(self, "_interrupt"):
             check_boundary(transformer, self.config.boundary_ratio)
         return transformer

@@ -384,9 +384,16 @@ def part_stage(name: str, module: torch.nn.Module) -> Stage:
 
 
 def _animator_stages(animator: torch.nn.Module) -> list[Stage]:
-    """Stages of an image-to-video pipeline: its weights, and an allowance for what it works in."""
     order = animator.pipeline.model_cpu_offload_seq.split("->")
-    models = {name: animator.models[name] for name in order if name in animator.models}
+    return animator_stages({name: animator.models[name] for name in order if name in animator.models})
+
+
+def animator_stages(models: Mapping[str, torch.nn.Module]) -> list[Stage]:
+    """Stages of an image-to-video pipeline: its weights, and an allowance for what it works in.
+
+    Args:
+        models (`Mapping`): component to its model, in the order of running.
+    """
     names = {name: f"animator.{name}" if name in VIDEO_MODELS else name for name in models}
     stages = [part_stage(names[name], model) for name, model in models.items()]
     works = {name for name in names.values() if name == "vae" or "." in name}

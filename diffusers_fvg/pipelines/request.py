@@ -20,6 +20,7 @@ from ..checks import (
     check_characters,
     check_finite,
     check_generators,
+    check_guidance,
     check_num_frames,
     check_number,
     check_texts,
@@ -366,8 +367,9 @@ class VideoRequest(ChosenPictures, MotionOfVideos):
             "composer_num_inference_steps",
         ):
             check_at_least_one(name, getattr(self, name))
-        for name in ("guidance_scale", "guidance_scale_2", "guidance_rescale", "fps", "composer_guidance_scale"):
-            check_number(name, getattr(self, name))
+        for name in ("guidance_scale", "guidance_scale_2", "guidance_rescale", "composer_guidance_scale"):
+            check_guidance(name, getattr(self, name))
+        check_number("fps", self.fps)
         if self.guidance_scale_2 is not None and boundary_ratio(pipe) is None:
             raise ValueError(
                 f"`guidance_scale_2={self.guidance_scale_2}` is for a model of two experts, and this one has no "

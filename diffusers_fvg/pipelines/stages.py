@@ -15,6 +15,7 @@ from typing import Any
 
 import PIL.Image
 import torch
+from diffusers.utils import logging
 
 from ..animate.anchor import Anchor, decoded_anchors
 from ..checks import check_generators, check_texts
@@ -33,6 +34,9 @@ from .request import NO_COMPOSER, NO_REWRITER, AnchorResolver, VideoRequest
 from .seeds import anchor_seeds, caption_seeds
 
 
+logger = logging.get_logger(__name__)
+
+
 class FactorizedStages(FactorizedParts, ABC):
     """Stages 1 and 2 and the frame of a call, for a pipeline whose stage 3 is [`_animate`].
 
@@ -48,6 +52,7 @@ class FactorizedStages(FactorizedParts, ABC):
     # With the user's own scheduler; one that is a preset's is that preset.
     own_guidance_scale: float
     own_num_inference_steps = 50
+    own_min_motion: float | None = None
     matches_presets = True
     default_call: dict[str, Any]
 
@@ -126,7 +131,20 @@ class FactorizedStages(FactorizedParts, ABC):
         """The request of a call, from the `locals()` of `__call__` or [`animate`]; raises `ValueError` for bad input."""
         arguments = {"prompt": arguments.get("prompts")} | arguments
         names = {field.name for field in fields(VideoRequest)}
-        return VideoRequest(**{name: value for name, value in arguments.items() if name in names}).completed(self)
+        given = VideoRequest(**{name: value for name, value in arguments.items() if name in names})
+        request = given.completed(self)
+        if given.negative_prompt or given.negative_prompt_embeds is not None:
+            self._warn_unguided(request)
+        return request
+
+    def _warn_unguided(self, request: VideoRequest) -> None:
+        """Tells of a negative prompt that nothing reads, as guidance is off."""
+        scales = [scale for scale in request.guidance(self) if scale is not None]
+        if scales and max(scales) <= 1:
+            logger.warning(
+                f"`negative_prompt` has no effect: with `guidance_scale={scales[0]:g}` the video model is not guided away from it. "
+                "Set `guidance_scale` above 1, or leave `negative_prompt` out."
+            )
 
     # -- what a model defines -----------------------------------------------------------------------------------------
 
@@ -157,6 +175,10 @@ class FactorizedStages(FactorizedParts, ABC):
     @abstractmethod
     def _animate(self, request: VideoRequest) -> Any:
         """Stage 3: frames in the form of `request.output_type`."""
+
+    def _animate_with_sound(self, request: VideoRequest) -> tuple[Any, list[torch.Tensor]]:
+        """Stage 3: frames, and the sound tracks of a model that makes them."""
+        return self._animate(request), []
 
     # -- stages 1 and 2 -----------------------------------------------------------------------------------------------
 

@@ -5,12 +5,10 @@ No weights are loaded into memory: a light repository refers to the parts, a bun
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
@@ -20,14 +18,16 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from huggingface_hub import ModelCard
 from safetensors import safe_open
 
+from ..animate import animator as animators
+from ..animate.families import is_image_to_video
 from ..animate.transformer_anchor import AnchorConditionedTransformer3D
 from ..animate.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
+from ..animate.transformer_anchor_skyreels import AnchorConditionedSkyReelsV2Transformer3D
 from ..compose import composer as composers
 from ..compose import judge as judges
-from ..loading.files import available_variant, component_files, fetch, repository_files
+from ..loading.files import available_variant, component_files
 from ..loading.references import REFERENCE_NAME, HubReference
 from ..lora.anchor_lora import AnchorLora
 from ..lora.loader import EXPERTS, read_lora
@@ -35,6 +35,7 @@ from ..models import MODELS, ModelFacts, match_model, model_presets
 from ..rewrite import rewriter_files as rewriters
 from ..schedules.cogvideox import COGVIDEOX_PRESETS
 from ..schedules.presets import WAN_PRESETS, SchedulerPresets
+from .parts import Assembly, Part, Source, write_json
 from .privacy import PATH
 
 
@@ -44,157 +45,11 @@ FAMILIES: dict[str, tuple[type, str, SchedulerPresets]] = {
     name: (kind, pipeline, presets)
     for kind, pipeline, presets in (
         (AnchorConditionedTransformer3D, "FactorizedVideoPipeline", WAN_PRESETS),
+        (AnchorConditionedSkyReelsV2Transformer3D, "FactorizedVideoPipeline", WAN_PRESETS),
         (AnchorConditionedCogVideoXTransformer3D, "FactorizedCogVideoXPipeline", COGVIDEOX_PRESETS),
     )
     for name in (kind.stock_class.__name__, kind.__name__)
 }
-PARTS_NAME = "parts.json"
-
-
-# -- where parts come from --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Source:
-    """A repository at a commit, or a folder.
-
-    Args:
-        name (`str`): of the repository or folder.
-        folder (`Path`, *optional*): `None` for a repository on the Hub.
-        revision (`str`, *optional*): the commit of a repository.
-        files (`dict`): path to bytes.
-        hub (`dict`): `token` and other arguments for the Hub.
-    """
-
-    name: str
-    folder: Path | None
-    revision: str | None
-    files: dict[str, int]
-    hub: dict[str, Any]
-
-    @classmethod
-    def of(cls, name: str | os.PathLike, hub: dict[str, Any]) -> Source:
-        """A folder if there is one of that name, else `"org/name"` or `"org/name@revision"` on the Hub, pinned."""
-        folder = Path(name)
-        if folder.is_dir():
-            paths = [path for path in folder.rglob("*") if path.is_file()]
-            files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
-            return cls(folder.resolve().name, folder, None, files, hub)
-        repository, _, revision = str(name).partition("@")
-        try:
-            return cls.on_hub(repository, revision or None, hub)
-        except (OSError, ValueError) as error:
-            raise OSError(f"{str(name)!r} is no folder, and on the Hub: {error}") from error
-
-    @classmethod
-    def on_hub(cls, repository: str, revision: str | None, hub: dict[str, Any]) -> Source:
-        """A repository on the Hub, whatever folders there are here."""
-        commit, files = repository_files(repository, revision, **hub)
-        return cls(repository, None, commit, {path: file["size"] for path, file in files.items()}, hub)
-
-    def fetch(self, names: Sequence[str]) -> Path:
-        """The folder in which the files are."""
-        return self.folder or fetch(self.name, self.revision, lambda _: list(names), "`fvg assemble`", **self.hub)[0]
-
-    def read_json(self, name: str) -> dict[str, Any]:
-        if name not in self.files:
-            raise ValueError(f"{self.title} has no {name}.")
-        return json.loads((self.fetch([name]) / name).read_text(encoding="utf-8"))
-
-    def license(self) -> str:
-        """What the model card says, `"not stated"` if nothing."""
-        if "README.md" not in self.files:
-            return "not stated"
-        data = ModelCard.load(self.fetch(["README.md"]) / "README.md", ignore_metadata_errors=True).data
-        license = data.get("license") or "not stated"
-        return data.get("license_name") or license if license == "other" else license
-
-    @property
-    def title(self) -> str:
-        return self.name if self.revision is None else f"{self.name}@{self.revision[:8]}"
-
-
-@dataclass(frozen=True)
-class Part:
-    """A component of the repository that is put together.
-
-    Args:
-        name (`str`): of the component.
-        source (`Source`): where it comes from.
-        files (`dict`): path in the source to path in the repository, empty for what only `write` reads.
-        refers (`bool`): it stays where it is, and is fetched from there when the repository is loaded.
-        write (`Callable`): writes to the repository what is not one of `files`: a reference, settings, a LoRA.
-        license (`str`): of the source.
-    """
-
-    name: str
-    source: Source
-    files: dict[str, str]
-    refers: bool
-    write: Callable[[Path], None]
-    license: str
-
-    @property
-    def bytes(self) -> int:
-        return sum(self.source.files[name] for name in self.files)
-
-
-@dataclass
-class Assembly:
-    """What a repository consists of. `str()` of it lists parts, licences, files and sizes."""
-
-    index: dict[str, Any]
-    presets: SchedulerPresets
-    parts: list[Part] = field(default_factory=list)
-
-    def write(self, output: Path) -> None:
-        """Writes the repository into an empty folder."""
-        output.mkdir(parents=True, exist_ok=True)
-        for part in self.parts:
-            if not part.refers:
-                source = part.source.fetch(list(part.files))
-                for name, target in part.files.items():
-                    if target:
-                        (output / target).parent.mkdir(parents=True, exist_ok=True)
-                        shutil.copyfile(source / name, output / target)
-            part.write(output / part.name)
-        self.presets.save_pretrained(output / "schedulers")
-        next(iter(self.presets.values())).make_scheduler().save_pretrained(output / "scheduler")
-        shim = f"from diffusers_fvg import {self.index['_class_name']}  # noqa: F401\n"
-        (output / "pipeline.py").write_text(shim)
-        write_json(output / DiffusionPipeline.config_name, self.index)
-        write_json(output / PARTS_NAME, {part.name: _record(part) for part in self.parts})
-
-    def __str__(self) -> str:
-        lines = []
-        for part in self.parts:
-            kept = "referred to" if part.refers else "copied"
-            lines.append(f"{part.name}: {part.source.title}, {kept}, licence {part.license}")
-            lines += [f"  {_size(part.source.files[name])}  {name}" for name in part.files]
-        inside, outside = (sum(part.bytes for part in self.parts if part.refers is refers) for refers in (False, True))
-        lines.append(f"in the repository:         {_size(inside)}")
-        lines.append(f"fetched at the first load: {_size(outside)}")
-        return "\n".join(lines)
-
-
-def _record(part: Part) -> dict[str, Any]:
-    if part.source.folder is not None:
-        return {"license": part.license, "bytes": part.bytes}
-    return {
-        "repository": part.source.name,
-        "revision": part.source.revision,
-        "license": part.license,
-        "bytes": part.bytes,
-    }
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:12,.3f} MB"
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # -- planning ---------------------------------------------------------------------------------------------------------
@@ -202,18 +57,20 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 def assemble(
     output: str | os.PathLike,
-    base: str,
+    base: str | None = None,
     composer: str | None = None,
     rewriter: str | None = None,
     lora: str | Sequence[str] | None = None,
     presets: Sequence[str] = (),
     *,
+    animator: str | None = None,
     light: bool = True,
     dry_run: bool = False,
     anchor_judge: str | None = None,
     variant: str | None = None,
     call_defaults: dict[str, Any] | None = None,
     composer_call_defaults: dict[str, Any] | None = None,
+    animator_call_defaults: dict[str, Any] | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
@@ -224,21 +81,25 @@ def assemble(
 
     Args:
         output (`str` or `os.PathLike`): an empty or new folder.
-        base (`str`): a Wan or CogVideoX pipeline in diffusers' format, light or not; its composer, rewriter and presets are
-            not taken. For a model of [`models.MODELS`] size, length, negative prompt and presets are the model's own.
+        base (`str`, *optional*): a Wan, SkyReels-V2 diffusion forcing or CogVideoX pipeline in diffusers' format, light or not; its composer, rewriter and presets are
+            not taken. For a model of [`models.MODELS`] size, length, negative prompt and presets are the model's own. Given, or
+            an `animator` is.
         composer (`str`, *optional*): a text-to-image pipeline. Without one there is no stage 2.
         rewriter (`str`, *optional*): a chat model, or a rewriter's folder. Without one there is no stage 1.
         lora (`str` or two of them, *optional*): the anchor LoRA, of any known format: a file, folder or repository, or a
             pair for the high-noise and the low-noise expert.
         presets (`Sequence[str]`): names of presets, the default first, or one folder of them; all of the model's when left
             out, those for the repository's size first.
+        animator (`str`, *optional*): in place of the base an image-to-video pipeline, which takes no `lora` and no `presets`; the
+            repository is of a [`FactorizedImageToVideoPipeline`].
         light (`bool`): refer to what is on the Hub; a folder's files are copied in any case. Otherwise copy all.
         dry_run (`bool`): write nothing.
         anchor_judge (`str`, *optional*): a model that chooses among pictures, or a judge's folder; see [`AnchorJudge`].
         variant (`str`, *optional*): of the weights, such as `"fp16"`.
         call_defaults (`dict`, *optional*): of the pipeline: `height`, `width`, `num_frames`, `frame_rate`, in place of the
             base's or the model's own.
-        composer_call_defaults (`dict`, *optional*): of the composer, such as `num_inference_steps`.
+        composer_call_defaults, animator_call_defaults (`dict`, *optional*): of the composer and of the animator, such as
+            `num_inference_steps`.
         token, cache_dir, local_files_only (*optional*): for the Hub.
 
     Returns:
@@ -254,7 +115,45 @@ def assemble(
         raise ValueError(f"{str(output)!r} is there and not an empty folder; choose another.")
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only or None}
     hub = {name: value for name, value in hub.items() if value is not None}
-    source = Source.of(base, hub)
+    if (base is None) == (animator is None):
+        raise ValueError("Give a `base` or an `animator`, one of them.")
+    if animator is not None:
+        _check_no(lora=lora, presets=presets)
+        repository = _with_animator(call_defaults)
+        plan = partial(_animator, defaults=animator_call_defaults, variant=variant)
+        plans = [("animator", "AnchorAnimator", animator, plan)]
+    else:
+        _check_no(animator_call_defaults=animator_call_defaults)
+        repository, anchored = _of_base(Source.of(base, hub), presets, call_defaults, light, variant)
+        experts = partial(_lora, anchored=anchored, base=list(repository.parts))
+        plans = [("anchor_lora", "AnchorLora", lora, experts)]
+    plans += [
+        ("composer", "AnchorComposer", composer, partial(_composer, defaults=composer_call_defaults, variant=variant)),
+        ("rewriter", "FirstFrameRewriter", rewriter, _rewriter),
+        ("anchor_judge", "AnchorJudge", anchor_judge, _judge),
+    ]
+    for name, class_name, value, plan in plans:
+        repository.index[name] = [None, None] if value is None else ["diffusers", class_name]
+        if value is not None:
+            repository.parts += plan(value, light=light, hub=hub)
+    if variant is not None and not any(f".{variant}" in file for part in repository.parts for file in part.files):
+        raise ValueError(f"No part has weights of the variant {variant!r}; leave it out.")
+    if not dry_run:
+        repository.write(output)
+    return repository
+
+
+def _check_no(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if value:
+            around = "a `base`" if name.startswith("animator") else "an `animator`"
+            raise ValueError(f"`{name}={value!r}` is not for a repository of {around}; leave it out.")
+
+
+def _of_base(
+    source: Source, presets: Sequence[str], call_defaults: dict[str, Any] | None, light: bool, variant: str | None
+) -> tuple[Assembly, type]:
+    """The repository with the parts of a base, and this package's class for its video model."""
     index = source.read_json(DiffusionPipeline.config_name)
     class_name = index.get("transformer", [None, None])[1]
     if class_name == HubReference.__name__:
@@ -263,7 +162,7 @@ def assemble(
         known = ", ".join(facts.repository for facts in MODELS.values())
         raise ValueError(
             f"The base {source.title}, a {index.get('_class_name')}, has the video model {class_name!r}, not one of "
-            f"{tuple(FAMILIES)}. Use a text-to-video model, such as {known}."
+            f"{tuple(FAMILIES)}. Use a text-to-video model, such as {known}; an image-to-video pipeline is an `animator`."
         )
     anchored, pipeline, family_presets = FAMILIES[class_name]
     parts, entries = [], dict.fromkeys(BASE_COMPONENTS, [None, None])
@@ -284,27 +183,21 @@ def assemble(
         "schedulers": ["diffusers", "SchedulerPresets"],
         **entries,
     }
-    if anchored is AnchorConditionedTransformer3D:
+    if pipeline == "FactorizedVideoPipeline":
         repository.index |= {
             "boundary_ratio": boundary_ratio,
             "expand_timesteps": bool(index.get("expand_timesteps")),
         }
     else:
         del repository.index["transformer_2"]
-    for name, class_name, value, plan in (
-        ("composer", "AnchorComposer", composer, partial(_composer, defaults=composer_call_defaults, variant=variant)),
-        ("rewriter", "FirstFrameRewriter", rewriter, _rewriter),
-        ("anchor_judge", "AnchorJudge", anchor_judge, _judge),
-        ("anchor_lora", "AnchorLora", lora, partial(_lora, anchored=anchored, base=list(parts))),
-    ):
-        repository.index[name] = [None, None] if value is None else ["diffusers", class_name]
-        if value is not None:
-            repository.parts += plan(value, light=light, hub=hub)
-    if variant is not None and not any(f".{variant}" in file for part in repository.parts for file in part.files):
-        raise ValueError(f"No part has weights of the variant {variant!r}; leave it out.")
-    if not dry_run:
-        repository.write(output)
-    return repository
+    return repository, anchored
+
+
+def _with_animator(call_defaults: dict[str, Any] | None) -> Assembly:
+    """The repository without parts: presets are those that the animator makes of its scheduler."""
+    name = "FactorizedImageToVideoPipeline"
+    index = {"_class_name": name, "_diffusers_version": diffusers.__version__, "schedulers": [None, None]}
+    return Assembly(index | {"call_defaults": call_defaults or None}, None)
 
 
 def _presets(
@@ -318,13 +211,14 @@ def _presets(
 
 def _check_experts(parts: Sequence[Part], anchored: type) -> None:
     """Refuses a video model that cannot be anchored, from its configuration alone."""
-    configs = {part.name: _config(part) for part in parts if part.name in (*EXPERTS, "vae")}
-    vae = configs.pop("vae", {})
+    configs = {part.name: _config(part) for part in parts if part.name in (*EXPERTS, "vae", "text_encoder")}
+    vae, text_width = configs.pop("vae", {}), configs.pop("text_encoder", {}).get("d_model")
     # Wan's name of it, and CogVideoX's.
     channels = vae.get("z_dim", vae.get("latent_channels"))
     for part in parts:
         if part.name in EXPERTS:
-            anchored.check_text_to_video(configs[part.name], f"`{part.name}` of {part.source.title}", channels)
+            name = f"`{part.name}` of {part.source.title}"
+            anchored.check_text_to_video(configs[part.name], name, channels, text_width)
 
 
 def _config(part: Part) -> dict[str, Any]:
@@ -370,7 +264,26 @@ def _nothing(folder: Path) -> None:
 def _composer(
     name: str, light: bool, hub: dict[str, Any], defaults: dict[str, Any] | None, variant: str | None
 ) -> list[Part]:
+    return [_pipeline("composer", composers.CONFIG_NAME, Source.of(name, hub), light, defaults, variant)]
+
+
+def _animator(
+    name: str, light: bool, hub: dict[str, Any], defaults: dict[str, Any] | None, variant: str | None
+) -> list[Part]:
     source = Source.of(name, hub)
+    index = source.read_json(DiffusionPipeline.config_name)
+    class_name = str(index.get("_class_name"))
+    if not is_image_to_video(class_name, index):
+        raise ValueError(
+            f"The animator {source.title} is a {class_name}, and no image-to-video pipeline of diffusers."
+        )
+    return [_pipeline("animator", animators.CONFIG_NAME, source, light, defaults, variant)]
+
+
+def _pipeline(
+    part: str, config: str, source: Source, light: bool, defaults: dict[str, Any] | None, variant: str | None
+) -> Part:
+    """A pipeline of diffusers as a component."""
     settings = {} if defaults is None else {"call_defaults": defaults}
     index, names = source.read_json(DiffusionPipeline.config_name), [DiffusionPipeline.config_name]
     for component, entry in index.items():
@@ -382,11 +295,10 @@ def _composer(
     refers = light and source.folder is None
     if refers:
         settings |= {"repository": source.name, "revision": source.revision}
-    elif composers.CONFIG_NAME in source.files:
-        settings = source.read_json(composers.CONFIG_NAME) | settings
-    files = {file: f"composer/{file if variant is None else file.replace(f'.{variant}', '', 1)}" for file in names}
-    write = partial(_write_settings, composers.CONFIG_NAME, settings)
-    return [Part("composer", source, files, refers, write, source.license())]
+    elif config in source.files:
+        settings = source.read_json(config) | settings
+    files = {file: f"{part}/{file if variant is None else file.replace(f'.{variant}', '', 1)}" for file in names}
+    return Part(part, source, files, refers, partial(_write_settings, config, settings), source.license())
 
 
 def _rewriter(name: str, light: bool, hub: dict[str, Any]) -> list[Part]:

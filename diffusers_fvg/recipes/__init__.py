@@ -7,13 +7,14 @@ names it.
 """
 
 from .loading import load, load_part
-from .table import ANIMATOR_RECIPES, RECIPES, STORED, AnimatorRecipe, PartFacts, Recipe, find_recipe
+from .table import ANIMATOR_RECIPES, RECIPES, STORED, AnimatorFacts, AnimatorRecipe, PartFacts, Recipe, find_recipe
 
 
 __all__ = [
     "ANIMATOR_RECIPES",
     "RECIPES",
     "STORED",
+    "AnimatorFacts",
     "AnimatorRecipe",
     "PartFacts",
     "Recipe",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -122,6 +123,7 @@ def _load_source(
 ) -> DiffusionPipeline:
     """A folder or a repository."""
     check_lora(source, lora)
+    _check_base(source)
     parts = _parts(composer, rewriter, dtype, hub, options.get("variant"))
     if lora is not None and source.pipeline_name not in NO_ANCHOR_LORA:
         parts["anchor_lora"] = _anchor_lora(source, lora, hub) if lora else None
@@ -131,6 +133,25 @@ def _load_source(
     if source.repository is not None:
         pipe.origin = {"kind": "hub", "repository": source.repository, "revision": source.commit}
     return pipe
+
+
+def _check_base(source: ModelSource) -> None:
+    """VAE and text encoder are those of the video model, as their configurations say: asked before weights are read."""
+    from ..publishing.assembly import FAMILIES
+
+    anchored = FAMILIES.get((source.index.get("transformer") or [None, None])[1])
+    if anchored is None or source.pipeline_name in NO_ANCHOR_LORA:
+        # What is animated by its own pipeline may take more than latents and a text.
+        return
+    configs = {}
+    for name in ("transformer", "vae", "text_encoder"):
+        path = source.folder / name / "config.json"
+        configs[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    vae, text_width = configs["vae"], configs["text_encoder"].get("d_model")
+    channels = vae.get("z_dim", vae.get("latent_channels"))
+    name = f"`transformer` of {source.name}"
+    if configs["transformer"]:
+        anchored[0].check_text_to_video(configs["transformer"], name, channels, text_width)
 
 
 def _anchor_lora(source: ModelSource, lora: str | os.PathLike, hub: dict[str, Any]) -> Any:

@@ -143,12 +143,24 @@ def make_parts(recipe: Recipe | AnimatorRecipe) -> dict[str, torch.nn.Module]:
     }
 
 
+def make_animator_models(recipe: AnimatorRecipe) -> dict[str, torch.nn.Module]:
+    """Models of the animator on the default device, of published configs, in the order of running.
+
+    Raises:
+        `AttributeError`: the diffusers that is installed does not have one of them.
+    """
+    return {name: _published_model(kind, config) for name, (kind, config) in recipe.animator.models.items()}
+
+
 def _published_models(facts: PartFacts) -> dict[str, torch.nn.Module]:
-    models = {}
-    for kind, config in facts.configs.items():
-        made = getattr(diffusers, kind, None) or getattr(transformers, kind)
-        models[kind] = made(**config) if issubclass(made, ModelMixin) else made(made.config_class(**config))
-    return models
+    return {kind: _published_model(kind, config) for kind, config in facts.configs.items()}
+
+
+def _published_model(kind: str, config: dict[str, Any]) -> torch.nn.Module:
+    # Of LTX-2 some are in its own module.
+    places = (place for place in (diffusers, transformers, diffusers.pipelines.ltx2) if hasattr(place, kind))
+    made = getattr(next(places, diffusers), kind)
+    return made(**config) if issubclass(made, ModelMixin) else made(made.config_class(**config))
 
 
 def _component(folder: Path, library: str, class_name: str, hub: dict[str, Any]) -> Any:

@@ -15,20 +15,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PartFacts:
-    """A text-to-image pipeline, an image-to-video pipeline or a chat model.
+    """A text-to-image pipeline or a chat model.
 
     Args:
         repository (`str`): on the Hub.
         license (`str`): of the weights, as the Hub names it.
-        configs (`dict`): class in diffusers or transformers to its arguments, for each model of the part; of an animator the
-            video model alone.
-        call_defaults (`dict`): of the composer's or the animator's calls, as its authors call it.
+        configs (`dict`): class in diffusers or transformers to its arguments, for each model of the part.
+        call_defaults (`dict`): of the composer's calls, as its authors call it.
         sources (`dict[str, str]`): where each of these comes from.
     """
 
     repository: str
     license: str
     configs: dict[str, dict[str, Any]]
+    sources: dict[str, str]
+    call_defaults: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AnimatorFacts:
+    """An image-to-video pipeline.
+
+    Args:
+        repository, license (`str`): as of [`PartFacts`].
+        models (`dict`): component to its class in diffusers or transformers and the arguments of that, in the order of running.
+        call_defaults (`dict`): of its calls, as its authors call it.
+        sources (`dict[str, str]`): where each of these comes from.
+    """
+
+    repository: str
+    license: str
+    models: dict[str, tuple[str, dict[str, Any]]]
     sources: dict[str, str]
     call_defaults: dict[str, Any] = field(default_factory=dict)
 
@@ -85,18 +102,18 @@ class AnimatorRecipe:
 
     Args:
         name (`str`): without a slash.
-        animator, composer, rewriter ([`PartFacts`]): of stages 3, 2 and 1.
+        animator ([`AnimatorFacts`]), composer, rewriter ([`PartFacts`]): of stages 3, 2 and 1.
     """
 
     name: str
-    animator: PartFacts
+    animator: AnimatorFacts
     composer: PartFacts
     rewriter: PartFacts
     keeps_first_frame: ClassVar[bool] = True
     lora: ClassVar[None] = None
 
     @property
-    def parts(self) -> dict[str, PartFacts]:
+    def parts(self) -> dict[str, AnimatorFacts | PartFacts]:
         return {"animator": self.animator, "composer": self.composer, "rewriter": self.rewriter}
 
     @property
@@ -191,48 +208,120 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-_LTX2 = PartFacts(
+# google/umt5-xxl, config.json.
+_UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+# google/siglip-so400m-patch14-384 and the tower of google/gemma-3-12b-it, config.json.
+_SO400M = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+}
+# google/gemma-3-12b-it, config.json.
+_GEMMA3_12B = {
+    "text_config": {
+        "vocab_size": 262208,
+        "hidden_size": 3840,
+        "intermediate_size": 15360,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 256,
+    },
+    "vision_config": _SO400M | {"image_size": 896, "vision_use_head": False},
+}
+# Qwen/Qwen2.5-VL-7B-Instruct, config.json.
+_QWEN25_VL_7B = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
+# google/byt5-small, config.json; some hundred characters that Glyph-SDXL-v2 adds are left out.
+_BYT5_SMALL = {"vocab_size": 384, "d_model": 1472, "d_kv": 64, "d_ff": 3584, "num_layers": 12, "num_heads": 6}
+_LTX2 = AnimatorFacts(
     repository="diffusers/LTX-2.3-Diffusers",
     license="ltx-2-community",
-    # The class's own values are LTX-2.0's, of 19B; those of 2.3 (22B) have not been read.
-    configs={"LTX2VideoTransformer3DModel": {}},
+    models={
+        "text_encoder": ("Gemma3ForConditionalGeneration", _GEMMA3_12B),
+        "connectors": (
+            "LTX2TextConnectors",
+            {f"{kind}_connector_num_attention_heads": 32 for kind in ("video", "audio")}
+            | {f"{kind}_connector_num_layers": 8 for kind in ("video", "audio")}
+            | {"audio_connector_attention_head_dim": 64, "video_gated_attn": True, "audio_gated_attn": True}
+            | {"rope_type": "split", "per_modality_projections": True, "proj_bias": True},
+        ),
+        "transformer": (
+            "LTX2VideoTransformer3DModel",
+            {"gated_attn": True, "cross_attn_mod": True, "audio_gated_attn": True, "audio_cross_attn_mod": True}
+            | {"rope_type": "split", "use_prompt_embeddings": False, "perturbed_attn": True},
+        ),
+        "vae": (
+            "AutoencoderKLLTX2Video",
+            {"block_out_channels": (256, 512, 1024, 1024), "decoder_block_out_channels": (256, 512, 512, 1024)}
+            | {"layers_per_block": (4, 6, 4, 2, 2), "decoder_layers_per_block": (4, 6, 4, 2, 2)}
+            | {"decoder_spatio_temporal_scaling": (True,) * 4, "decoder_inject_noise": (False,) * 5}
+            | {"upsample_type": ("spatiotemporal", "spatiotemporal", "temporal", "spatial")}
+            | {"upsample_residual": (False,) * 4, "upsample_factor": (2, 2, 1, 2), "decoder_causal": False},
+        ),
+        "audio_vae": ("AutoencoderKLLTX2Audio", {}),
+        "vocoder": ("LTX2VocoderWithBWE", {}),
+    },
     sources={
         "repository": "Lightricks/LTX-2 400fd31, README.md",
         "license": "model card: LTX-2 Community License, 2026-01-05; pay from 10 million dollars of revenue",
-        "configs": "huggingface/diffusers 0.42.1: defaults of the class, LTX-2.0",
+        "models": "huggingface/diffusers 58eb52c, scripts/convert_ltx2_to_diffusers.py, version 2.3",
     },
 )
-_HUNYUAN = PartFacts(
+_HUNYUAN = AnimatorFacts(
     repository="hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v",
     license="tencent-hunyuan-community",
-    configs={"HunyuanVideo15Transformer3DModel": {}},
+    models={
+        "image_encoder": ("SiglipVisionModel", _SO400M | {"image_size": 384}),
+        "text_encoder": ("Qwen2_5_VLTextModel", _QWEN25_VL_7B),
+        "text_encoder_2": ("T5EncoderModel", _BYT5_SMALL | {"feed_forward_proj": "gated-gelu"}),
+        "transformer": ("HunyuanVideo15Transformer3DModel", {}),
+        "vae": ("AutoencoderKLHunyuanVideo15", {}),
+    },
     sources={
         "repository": "hao-ai-lab/FastVideo 2f3d407",
         "license": "model card; not for use in the European Union, the United Kingdom and South Korea",
-        "configs": "huggingface/diffusers 0.42.1: defaults of the class",
+        "models": "huggingface/diffusers 58eb52c, scripts/convert_hunyuan_video1_5_to_diffusers.py",
     },
 )
-_WAN22_I2V = PartFacts(
+_WAN22_I2V = AnimatorFacts(
     repository="Wan-AI/Wan2.2-I2V-A14B-Diffusers",
     license="apache-2.0",
-    # Each of two experts.
-    configs={"WanTransformer3DModel": {"in_channels": 36}},
+    models={
+        "text_encoder": ("UMT5EncoderModel", _UMT5_XXL),
+        "transformer": ("WanTransformer3DModel", {"in_channels": 36}),
+        "transformer_2": ("WanTransformer3DModel", {"in_channels": 36}),
+        "vae": ("AutoencoderKLWan", {}),
+    },
     call_defaults={"guidance_scale": 3.5, "guidance_scale_2": 3.5, "num_inference_steps": 40},
     sources={
         "repository": "Wan-Video/Wan2.2 42bf4cf, README.md",
         "license": "Wan-Video/Wan2.2 42bf4cf, README.md",
-        "configs": "huggingface/diffusers 0.42.1, scripts/convert_wan_to_diffusers.py",
+        "models": "huggingface/diffusers 58eb52c, scripts/convert_wan_to_diffusers.py",
         "call_defaults": "Wan-Video/Wan2.2 42bf4cf, wan/configs/wan_i2v_A14B.py",
     },
 )
-_SANA_VIDEO = PartFacts(
+_SANA_VIDEO = AnimatorFacts(
     repository="Efficient-Large-Model/SANA-Video_2B_480p_diffusers",
     license="nvidia-open-model-license",
-    configs={"SanaVideoTransformer3DModel": {}},
+    models={
+        # Of gemma-2-2b-it, which are the class's own values.
+        "text_encoder": ("Gemma2Model", {}),
+        "transformer": ("SanaVideoTransformer3DModel", {}),
+        "vae": ("AutoencoderKLWan", {}),
+    },
     sources={
         "repository": "huggingface/diffusers 0.42.1, documentation of SANA-Video",
         "license": "model card of the 720p model",
-        "configs": "huggingface/diffusers 0.42.1: defaults of the class",
+        "models": "huggingface/diffusers 58eb52c, scripts/convert_sana_video_to_diffusers.py, 480p; defaults of the classes",
     },
 )
 ANIMATOR_RECIPES: dict[str, AnimatorRecipe] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,12 +39,28 @@ def chat_files(names: list[str], gguf_file: str | None = None) -> list[str]:
 
 
 def has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template shows a system turn: some refuse it, some leave it out."""
+    """Whether the chat template shows a system turn: some refuse it, some leave it out.
+
+    Raises:
+        `ValueError`: the template is broken, and refuses every chat.
+    """
     chat = [{"role": "system", "content": "probe"}, {"role": "user", "content": "question"}]
     try:
         return "probe" in tokenizer.apply_chat_template(chat, tokenize=False)
     except TemplateError:
+        _check_template(tokenizer, chat[1:])
         return False
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]]) -> None:
+    try:
+        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        place = Path(tokenizer.name_or_path, "chat_template.jinja")
+        file = place if place.is_file() else place.with_name("tokenizer_config.json")
+        raise ValueError(
+            f"The chat template in {str(file)!r} is broken ({error}): mend it, or use another chat model."
+        ) from error
 
 
 def generation_config(

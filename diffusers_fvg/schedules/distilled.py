@@ -4,8 +4,8 @@ Such weights know the noise levels that they were trained at and no others, and 
 A LoRA is loaded beside the anchor's, `pipe.load_lora_weights("lightx2v/Wan2.2-Lightning", subfolder=...)`; whole weights are
 a transformer in place of the base's. That the anchor LoRA still holds its frame on top of them was not measured.
 
-Repositories that are named here were read at these commits: ModelTC/Wan2.2-Lightning 92efeb4, ModelTC/LightX2V f8aee98,
-hao-ai-lab/FastVideo 03e21aa.
+Repositories that are named here were read at these commits: ModelTC/Wan2.2-Lightning 92efeb4, ModelTC/LightX2V f8aee98 and for
+image-to-video 29c8504, hao-ai-lab/FastVideo 03e21aa, Lightricks/LTX-Video bc4ab62, Tencent-Hunyuan/HunyuanVideo-1.5 03719ce.
 """
 
 from __future__ import annotations
@@ -66,6 +66,64 @@ DISTILLED_PRESETS: dict[str, tuple[SchedulerPreset, ...]] = {
             weights="FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers",
             source="hao-ai-lab/FastVideo, fastvideo/configs/pipelines/wan.py, FastWan2_2_TI2V_5B_Config; "
             "fastvideo/pipelines/stages/denoising.py, DmdDenoisingStage: estimate and new noise, no guidance",
+        ),
+    ),
+}
+
+
+def _unguided(name: str, sigmas: tuple[float, ...], weights: str, source: str, flow_shift: float | None = None):
+    """Euler steps without guidance."""
+    kind = "FlowMatchEulerDiscreteScheduler"
+    return SchedulerPreset(
+        name, kind, UNSHIFTED, sigmas, flow_shift, guidance_scale=1.0, weights=weights, source=source
+    )
+
+
+_LTX2 = _unguided(
+    "distilled-8",
+    (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875),
+    "diffusers/LTX-2.3-Distilled-Diffusers",
+    "huggingface/diffusers 58eb52c, pipelines/ltx2/utils.py, DISTILLED_SIGMA_VALUES, of Lightricks/LTX-2, "
+    "ltx_pipelines/utils/constants.py; no guidance: its documentation of LTX-2",
+)
+# Family of image-to-video pipelines, as in `animate.families` -> presets.
+DISTILLED_ANIMATOR_PRESETS: dict[str, tuple[SchedulerPreset, ...]] = {
+    "Wan2.2-I2V": (
+        _unguided(
+            "lightning-4",
+            LIGHTX2V_SIGMAS,
+            "lightx2v/Wan2.2-Distill-Loras",
+            "ModelTC/LightX2V, configs/distill/wan22/wan_moe_i2v_distill_with_lora.json: steps, shift, guidance off, of which two "
+            "steps are of the high-noise expert",
+            LIGHTX2V_SHIFT,
+        ),
+    ),
+    "Wan2.1-I2V": (
+        _unguided(
+            "lightx2v-4",
+            LIGHTX2V_SIGMAS,
+            "lightx2v/Wan2.1-Distill-Loras",
+            "ModelTC/LightX2V, configs/distill/wan21/wan_i2v_distill_lora_4step_cfg.json: steps, shift, guidance off",
+            LIGHTX2V_SHIFT,
+        ),
+    ),
+    "LTX-Video image-to-video": (
+        _unguided(
+            "distilled-7",
+            (1.0, 0.9937, 0.9875, 0.9812, 0.975, 0.9094, 0.725),
+            "Lightricks/LTX-Video-0.9.7-distilled",
+            "Lightricks/LTX-Video, configs/ltxv-13b-0.9.7-distilled.yaml, first_pass",
+        ),
+    ),
+    "LTX-2 image-to-video": (_LTX2,),
+    "LTX-2 conditions": (_LTX2,),
+    "HunyuanVideo-1.5-I2V": (
+        _unguided(
+            "step-distilled-8",
+            shifted_sigmas(8, 7.0),
+            "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v_step_distilled",
+            "Tencent-Hunyuan/HunyuanVideo-1.5, README.md: 8 or 12 steps, shift 7, guidance 1",
+            7.0,
         ),
     ),
 }

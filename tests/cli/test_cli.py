@@ -3,14 +3,16 @@ import subprocess
 import sys
 import time
 
+import av
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 from diffusers_fvg.cli import main, parser
 from diffusers_fvg.cli.output import save_stages
 from diffusers_fvg.compose.candidates import AnchorCandidate
-from diffusers_fvg.media import read_video, read_video_metadata
+from diffusers_fvg.media import read_video, read_video_metadata, write_video
 
 
 PROMPT = "A red circle moves to the right"
@@ -60,6 +62,32 @@ def test_a_storyboard_shows_and_keeps_its_moments(tmp_path, capsys):
     for anchor, frame in (("anchor.png", "frame_0000.png"), ("anchor_2.png", "frame_0016.png")):
         anchor, frame = (np.asarray(PIL.Image.open(tmp_path / "stages" / name)) for name in (anchor, frame))
         assert np.array_equal(anchor, frame)
+
+
+def test_the_sound_of_a_video_is_in_its_file(tmp_path, capsys):
+    from tiny_animators import tiny_animator
+
+    stock = tiny_animator("ltx2_i2v")
+    stock.save_pretrained(tmp_path / "ltx2")
+    PIL.Image.new("RGB", (64, 64), "red").save(tmp_path / "anchor.png")
+    size = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2}
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in size.items()]
+    arguments += ["--seed", "3", "--quiet", "--dtype", "float32", "--output", str(tmp_path / "video.mp4")]
+    call = ["animate", PROMPT, "--model", str(tmp_path / "ltx2"), "--image", str(tmp_path / "anchor.png")]
+    assert main([*call, *arguments]) == 0, capsys.readouterr().err
+    assert "video.mp4, with sound\n" in capsys.readouterr().out
+    image = PIL.Image.open(tmp_path / "anchor.png")
+    generator = torch.Generator().manual_seed(3)
+    expected = stock(image, PROMPT, generator=generator, output_type="np", **size).audio[0]
+    # What the sound is after AAC is tested of `write_video`.
+    write_video(tmp_path / "b.mp4", np.zeros((9, 64, 64, 3)), 24, audio=expected, audio_sampling_rate=24000)
+    sounds = []
+    for name in ("video.mp4", "b.mp4"):
+        with av.open(tmp_path / name) as container:
+            assert container.streams.audio[0].rate == 24000 and container.streams.video[0].frames == 9
+            sounds.append(np.concatenate([frame.to_ndarray() for frame in container.decode(audio=0)], axis=1))
+    np.testing.assert_array_equal(*sounds)
+    assert sounds[0].any() and b"Lavc" not in (tmp_path / "video.mp4").read_bytes()
 
 
 def test_a_seed_repeats_the_video_and_stages_chain(tmp_path, capsys):
@@ -139,6 +167,44 @@ def test_help_is_quick_and_names_the_commands():
     assert done.returncode == 0 and seconds < 2
     for command in ("generate", "rewrite", "compose", "animate"):
         assert command in done.stdout
+
+
+def test_plan_takes_the_flags_of_generate(tmp_path, capsys, monkeypatch):
+    flags = [set(vars(parser().parse_args([command, "a prompt"]))) for command in ("generate", "plan")]
+    assert flags[0] == flags[1]
+    monkeypatch.chdir(tmp_path)
+    options = [
+        "--seed",
+        "3",
+        "--steps",
+        "2",
+        "--negative-prompt",
+        "blue",
+        "--anchor-decode",
+        "match",
+        "--compile",
+        "--quiet",
+    ]
+    options += ["--output", "video.mp4", "--strip", "strip.png", "--save-stages", "stages", "--no-metadata"]
+    assert main(["plan", PROMPT, *options, "--mode", "storyboard", "--num-moments", "3"]) == 0
+    assert "2 steps" in capsys.readouterr().out and not list(tmp_path.iterdir())
+    # What generate would refuse, and what a file says.
+    assert main(["plan", PROMPT, "--output", "video.avi"]) == 2 and "must end in .mp4" in capsys.readouterr().err
+    record = {"--first-frame-prompt": "A red circle at the left", "--steps": "3", "--output": "made.mp4"}
+    assert main(["generate", PROMPT, "--quiet", *(text for pair in record.items() for text in pair)]) == 0
+    capsys.readouterr()
+    assert main(["plan", "--from", "made.mp4"]) == 0 and "3 steps" in capsys.readouterr().out
+    assert main(["plan", "--from", "made.mp4", "--steps", "4"]) == 0 and "4 steps" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made.mp4"]
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_image_without_a_name_is_one_sentence(name, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["generate", PROMPT, "--image", name])
+    assert exit.value.code == 2
+    error = capsys.readouterr().err
+    assert "argument --image: the name of the file is empty: give one, or leave the flag out" in error
 
 
 def test_flags_mirror_argument_names():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffusers_fvg.cli import main, parser
-from diffusers_fvg.flags import Number, Whole
+from diffusers_fvg.flags import Number, Whole, file_name
 from diffusers_fvg.recipes import outline
 
 
@@ -53,6 +53,7 @@ WRONG = {
     "base": NAMES,
     "lora": NAMES,
     "composer": NAMES,
+    "animator": NAMES,
     "recipe": [*NAMES[:4], ""],
     "revision": ["none", "", "main", "v1", "x" * 40],
     "variant": ["none", "", "fp16", "..", "x"],
@@ -60,7 +61,7 @@ WRONG = {
 }
 FILES = ["{}/video.txt", "{}/no\x00name.mp4", "/proc/no/such/video.mp4", "{}", "{}/picture.png/video.mp4"]
 FOLDERS = ["{}/picture.png", "{}/picture.png/inside", "/proc/no/such", "{}/no\x00name", "/dev/null"]
-PICTURES = ["{}/none.png", "{}", "{}/run.toml", "/dev/null", "{}/no\x00name.png"]
+PICTURES = ["{}/none.png", "{}", "{}/run.toml", "/dev/null", "{}/no\x00name.png", "", " "]
 
 
 def commands(parser: argparse.ArgumentParser):
@@ -84,7 +85,7 @@ def wrong_values(action: argparse.Action) -> list[str]:
     if isinstance(action.type, Number):
         below = action.type.low if action.type.above else action.type.low - 1
         return [str(below), str(action.type.high * 2), "nan", "1e400", "x"]
-    assert action.type is Path, f"no wrong values for {action.dest}"
+    assert action.type in (Path, file_name), f"no wrong values for {action.dest}"
     if action.dest == "image":
         return PICTURES
     return (

@@ -51,6 +51,8 @@ DIRECT = {
     "wan22_ti2v",
     "ltx_i2v",
     "ltx_condition",
+    "kandinsky6_ti2va",
+    "motif_video_i2v",
     "sana_video_i2v",
     "skyreels_v2_df",
     "cosmos25_predict",

@@ -17,7 +17,7 @@ from tiny_animators import tiny_animator
 
 from diffusers_fvg import Anchor, AnchorAnimator, FactorizedImageToVideoPipeline, Moment, apply_memory_profile, replay
 from diffusers_fvg.media import write_video
-from diffusers_fvg.pipelines import pipeline_factorized_image_to_video
+from diffusers_fvg.pipelines import pipeline_factorized_image_to_video, stages
 from diffusers_fvg.pipelines.profiles import pipeline_stages
 from diffusers_fvg.schedules.flow import shifted_sigmas
 from diffusers_fvg.schedules.pinned import pinned_scheduler
@@ -26,6 +26,9 @@ from diffusers_fvg.schedules.presets import SchedulerPresets, timestep_preset, u
 
 PROMPT = "a red circle moves right"
 CALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2}
+
+LTX2_UNGUIDED = {"guidance_scale": 1.0, "stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0}
+LTX2_UNGUIDED |= {f"audio_{name}": value for name, value in LTX2_UNGUIDED.items()}
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -223,17 +226,19 @@ def unrunnable(family: str) -> FactorizedImageToVideoPipeline:
     [
         ("wan21_i2v", {"guidance_scale_2": 3.0}, "`guidance_scale_2=3.0` is for a model of two experts"),
         ("wan22_i2v", {"fps": 24}, r"Wan2.2-I2V \(WanImageToVideoPipeline\) has no argument fps"),
+        ("wan22_i2v", {"guidance_scale": -1.0}, "`guidance_scale=-1.0` must be at least 0"),
         ("wan22_i2v", {"animator_kwargs": {"motion": 1}}, "has no argument motion"),
         ("wan22_i2v", {"animator_kwargs": {"latents": 1}}, r"`animator_kwargs` holds \['latents'\]"),
         ("wan22_i2v", {"animator_kwargs": {"guidance_scale": 1}, "guidance_scale": 2}, "which the call has as well"),
         ("wan22_i2v", {"num_frames": 6}, r"`num_frames=6` must be 4k \+ 1; nearest: 5 and 9"),
         ("cogvideox15_i2v", {"num_frames": 5}, r"`num_frames=5` must be 8k \+ 1; nearest: 1 and 9"),
+        ("ltx2_i2v", {"num_inference_steps": 1, "height": 64, "width": 64}, "`num_inference_steps=1`: the scheduler of LTX-2 .* takes 2 steps"),
         ("ltx_condition", {"num_frames": 5}, r"`num_frames=5` must be 8k \+ 1; nearest: 1 and 9"),
         ("wan22_i2v", {"height": 40}, "`height=40` must be a positive multiple of 16; nearest: 32 and 48"),
         ("ltx_condition", {"width": 48}, "`width=48` must be a positive multiple of 32; nearest: 32 and 64"),
         ("stable_video_diffusion", {"negative_prompt": "a dog"}, "has no argument negative_prompt"),
         ("stable_video_diffusion", {"preset": "anchored-15"}, "Unknown preset 'anchored-15'"),
-        ("wan22_i2v", {"preset": "fast"}, "Unknown preset 'fast'; this pipeline has anchored-15, full-50"),
+        ("wan22_i2v", {"preset": "fast"}, "Unknown preset 'fast'; this pipeline has anchored-15, full-50, lightning-4"),
         ("wan22_i2v", {"callback_on_step_end_tensor_inputs": ["noise"]}, r"found \['noise'\]"),
         ("wan22_i2v", {"animator_kwargs": [1]}, "`animator_kwargs` must be a dictionary"),
         ("wan22_i2v", {"mode": "storyboard", "num_moments": 3, "num_frames": 9}, "`num_moments=3`: .* takes a first and a last frame"),
@@ -316,6 +321,58 @@ def test_the_sound_track_is_kept(tmp_path):
     write_video(tmp_path / "a.mp4", output.frames[0], 24, audio=output.audio[0], audio_sampling_rate=24000)
     with av.open(tmp_path / "a.mp4") as container:
         assert container.streams.audio[0].rate == 24000 and container.streams.video[0].frames == 9
+    # One channel, whose rate the VAE tells.
+    given = {"prompt": PROMPT, "image": picture(), **CALL}
+    output = pipeline("kandinsky6_ti2va")(generator=seeded(), **given)
+    expected = tiny_animator("kandinsky6_ti2va")(generator=seeded(), output_type="np", **given).audio
+    np.testing.assert_array_equal(output.audio[0].numpy(), expected)
+    assert output.audio_sampling_rate == 8000 and output.audio[0].shape == (1, expected.shape[1])
+
+
+def test_a_video_that_stands_still_is_made_again_with_its_sound(monkeypatch, caplog):
+    amounts = iter([[0.01, 0.5], [0.3]])
+    monkeypatch.setattr("diffusers_fvg.pipelines.motion.motion_amounts", lambda frames: next(amounts))
+    pipe, call = pipeline("ltx2_i2v"), CALL | {"height": 64, "width": 64, "num_frames": 9}
+    image, stock = picture(0, 64, 64), tiny_animator("ltx2_i2v")
+    output = pipe([PROMPT] * 2, image=image, generator=[seeded(0), seeded(1)], motion_retries=2, **call)
+    assert output.motion == [0.3, 0.5] and "hardly moves" not in caplog.text
+    seeds = [seeds["video"] for seeds in output.seeds]
+    assert seeds[0] != 0 and seeds[1] == 1 and [record["seeds"]["video"] for record in output.records] == seeds
+    for number, seed in enumerate(seeds):
+        expected = stock(image, PROMPT, generator=seeded(seed), output_type="np", **call)
+        np.testing.assert_array_equal(output.frames[number], expected.frames[0])
+        assert torch.equal(output.audio[number], expected.audio[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "is_told"),
+    [
+        ({"guidance_scale": 1.0}, True),
+        ({"guidance_scale": 1.0, "guidance_scale_2": 2.0}, False),
+        ({}, False),
+        ({"preset": "lightning-4"}, True),
+    ],
+)
+def test_a_negative_prompt_without_guidance_is_told_of(wan, options, is_told, monkeypatch):
+    told = []
+    monkeypatch.setattr(stages.logger, "warning", told.append)
+    call = {name: value for name, value in CALL.items() if name != "num_inference_steps" or "preset" not in options}
+    request = wan._request({"prompt": PROMPT, "image": picture(), "mode": "factorized", **call, **options})
+    assert request.negative_prompt is None and not told
+    wan._request(
+        {"prompt": PROMPT, "image": picture(), "mode": "factorized", "negative_prompt": "blue", **call, **options}
+    )
+    assert bool(told) is is_told and all(
+        "`negative_prompt` has no effect: with `guidance_scale=1`" in text for text in told
+    )
+
+
+def test_motion_is_looked_at_without_a_preset(wan, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("diffusers_fvg"), "propagate", True)
+    monkeypatch.setattr("diffusers_fvg.pipelines.motion.motion_amounts", lambda frames: [0.0] * len(frames))
+    assert wan(PROMPT, image=picture(), **CALL).motion == [0.0]
+    assert "hardly moves: 0.0% of the picture changes, less than 2.0%" in caplog.text
+    assert wan(PROMPT, image=picture(), output_type="latent", **CALL).motion is None
 
 
 @pytest.mark.parametrize(
@@ -358,7 +415,7 @@ def test_a_judge_chooses_the_picture_that_is_animated(stock):
 
 
 def test_presets_are_explicit_sigmas_at_the_shift_of_the_animators_scheduler(wan):
-    assert list(wan.presets) == ["anchored-15", "full-50"]
+    assert list(wan.presets) == ["anchored-15", "full-50", "lightning-4"]
     assert wan.presets["anchored-15"].sigmas == shifted_sigmas(15, 5.0)
     assert wan.presets["anchored-15"].guidance_scale == 5.0
     scheduler, seen = wan.animator.pipeline.scheduler, []
@@ -387,6 +444,50 @@ def test_a_preset_samples_as_the_stock_pipeline_with_its_scheduler():
     stock = tiny_animator("cogvideox15_i2v")
     expected = stock(picture(), PROMPT, generator=seeded(), num_inference_steps=15, output_type="np", **call).frames
     np.testing.assert_array_equal(frames, expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "size", "told"),
+    [
+        ("wan22_i2v", "lightning-4", (32, 32, 5), {"guidance_scale": 1.0}),
+        ("ltx_i2v", "distilled-7", (32, 32, 9), {"guidance_scale": 1.0}),
+        pytest.param("ltx2_i2v", "distilled-8", (64, 64, 9), LTX2_UNGUIDED, marks=pytest.mark.slow),
+        pytest.param("hunyuan_video15_i2v", "step-distilled-8", (32, 32, 5), {}, marks=pytest.mark.slow),
+    ],
+)
+def test_presets_of_distilled_weights_are_the_stock_call_with_their_sigmas(family, name, size, told):
+    pipe = pipeline(family)
+    preset, image = pipe.presets[name], picture(0, *size[:2])
+    call = dict(zip(("height", "width", "num_frames"), size)) | {"prompt": PROMPT, "image": image}
+    frames = pipe(generator=seeded(), preset=name, **call).frames
+    stock = tiny_animator(family)
+
+    class Fixed(FlowMatchEulerDiscreteScheduler):
+        """As the authors step: at their levels, whatever it is asked for."""
+
+        def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, timesteps=None, mu=None):
+            super().set_timesteps(sigmas=np.array(preset.sigmas), device=device)
+
+    stock.scheduler = Fixed(shift=1.0)
+    if family == "hunyuan_video15_i2v":
+        stock.guider = stock.guider.new(guidance_scale=1.0)
+        call = {key: value for key, value in call.items() if key not in ("height", "width")}
+    steps = {"num_inference_steps": len(preset.sigmas)}
+    expected = stock(generator=seeded(), output_type="np", **call, **steps, **told).frames
+    np.testing.assert_array_equal(frames, expected)
+
+
+def test_a_preset_guides_both_experts_whatever_the_animators_defaults_are():
+    """The second of its two steps is of the low-noise expert."""
+    presets = SchedulerPresets.of(unipc_preset("five", 2, 5.0, 5.0, "this test"))
+    defaults = {"guidance_scale": 3.5, "guidance_scale_2": 3.5}
+    frames = []
+    for animator in (tiny_animator("wan22_i2v"), AnchorAnimator(tiny_animator("wan22_i2v"), defaults)):
+        pipe = FactorizedImageToVideoPipeline(animator=animator, schedulers=presets)
+        pipe.set_progress_bar_config(disable=True)
+        frames.append(pipe(PROMPT, image=picture(), generator=seeded(), preset="five", **CALL).frames)
+    np.testing.assert_array_equal(*frames)
+    assert not np.array_equal(frames[1], pipe(PROMPT, image=picture(), generator=seeded(), **CALL).frames)
 
 
 def test_presets_that_the_animator_cannot_sample_with():

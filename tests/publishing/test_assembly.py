@@ -9,10 +9,19 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from tiny import tiny_wan_family
+from tiny_animators import tiny_animator
 from tiny_cogvideox import tiny_cogvideox_components, tiny_cogvideox_transformer
+from tiny_composers import flux
 
-from diffusers_fvg import FactorizedCogVideoXPipeline, FactorizedVideoPipeline, assemble
+from diffusers_fvg import (
+    FactorizedCogVideoXPipeline,
+    FactorizedImageToVideoPipeline,
+    FactorizedVideoPipeline,
+    assemble,
+    load,
+)
 from diffusers_fvg.animate.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
+from diffusers_fvg.cli import main
 from diffusers_fvg.models import MODELS, WAN_NEGATIVE_PROMPT
 from diffusers_fvg.schedules.cogvideox import COGVIDEOX_1_5_SCHEDULE, COGVIDEOX_PRESETS
 from diffusers_fvg.schedules.presets import SchedulerPresets
@@ -134,6 +143,68 @@ def test_a_vae_of_another_model_is_refused(tmp_path):
 
 
 # -- end to end at tiny size ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Wan2.1-T2V-1.3B", "CogVideoX1.5-5B"])
+def test_a_text_encoder_of_another_model_is_refused(name, tmp_path):
+    base = tmp_path / "base"
+    write_base(base, name)
+    (base / "text_encoder" / "config.json").write_text('{"d_model": 768}')
+    message = "takes texts of width 4096, and the text encoder's have 768: they are of different models"
+    # Empty files stand for the weights: what reads them fails otherwise.
+    for refused in (lambda: assemble(tmp_path / "out", str(base)), lambda: load(base, lora=False)):
+        with pytest.raises(ValueError, match=message):
+            refused()
+
+
+def test_a_text_encoder_of_another_model_is_refused_as_a_component():
+    parts = tiny_wan_family("Wan2.1-T2V-1.3B", text_dim=16)
+    with pytest.raises(ValueError, match="`transformer` takes texts of width 16, and the text encoder's have 32"):
+        FactorizedVideoPipeline(**parts, scheduler=None)
+
+
+@pytest.mark.parametrize("light", [True, False])
+def test_a_repository_around_an_animator(light, hub, tmp_path):
+    stock = tiny_animator("wan22_i2v")
+    stock.save_pretrained(tmp_path / "stock")
+    commit = hub.add("org/i2v", tmp_path / "stock")
+    flux().save_pretrained(tmp_path / "t2i")
+    settings = {"guidance_scale": 3.5, "guidance_scale_2": 3.5}
+    text = str(
+        assemble(
+            tmp_path / "out",
+            animator="org/i2v",
+            composer=str(tmp_path / "t2i"),
+            light=light,
+            call_defaults={"height": 32, "width": 32},
+            animator_call_defaults=settings,
+            cache_dir=tmp_path / "cache",
+        )
+    )
+    assert f"animator: org/i2v@{commit[:8]}, {'referred to' if light else 'copied'}, licence not stated" in text
+    assert bool(list((tmp_path / "out" / "animator").rglob("*.safetensors"))) is not light
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "out", cache_dir=tmp_path / "cache")
+    assert type(pipe) is FactorizedImageToVideoPipeline and type(pipe.composer.pipeline).__name__ == "FluxPipeline"
+    assert pipe.animator.call_defaults == settings and pipe.call_defaults["height"] == 32
+    assert (pipe.animator.reference or {}).get("revision") == (commit if light else None)
+    expected, found = stock.transformer.state_dict(), pipe.animator.pipeline.transformer.state_dict()
+    assert all(torch.equal(found[key], expected[key]) for key in expected) and pipe.rewriter is None
+
+
+def test_what_an_animator_s_repository_does_not_take_is_refused(tmp_path, capsys):
+    wan = write_base(tmp_path / "base", "Wan2.1-T2V-1.3B")
+    with pytest.raises(ValueError, match="animator base is a WanPipeline, and no image-to-video pipeline"):
+        assemble(tmp_path / "out", animator=wan)
+    for options, message in (
+        ({}, "Give a `base` or an `animator`, one of them"),
+        ({"base": wan, "animator": wan}, "one of them"),
+        ({"animator": wan, "lora": "org/lora"}, "`lora='org/lora'` is not for a repository of an `animator`"),
+        ({"base": wan, "animator_call_defaults": {"fps": 1}}, "is not for a repository of a `base`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            assemble(tmp_path / "out", **options)
+    assert main(["assemble", str(tmp_path / "out"), "--animator", wan, "--dry-run"]) == 2
+    assert "no image-to-video pipeline" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def write_lora(path, transformers):

@@ -23,7 +23,7 @@ from tiny import tiny_composer, tiny_pipeline, tiny_rewriter, tiny_transformer, 
 
 from diffusers_fvg import AnchorLora, FactorizedVideoPipeline, HubReference, assemble, load_lora, push
 from diffusers_fvg.cli import main
-from diffusers_fvg.publishing.assembly import PARTS_NAME
+from diffusers_fvg.publishing.parts import PARTS_NAME
 
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}

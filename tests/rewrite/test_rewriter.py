@@ -16,7 +16,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from huggingface_hub import HfApi
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from diffusers_fvg.rewrite.binding import binding_problem
 from diffusers_fvg.rewrite.caption_check import caption_problem, start_clause
@@ -64,6 +64,17 @@ def chat_tokenizer_of(texts: list[str], template: str = CHAT_TEMPLATE) -> PreTra
     tokenizer.train_from_iterator(texts, trainer)
     # No padding token, like many chat models.
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=template)
+
+
+def test_a_broken_chat_template_is_told_with_its_file(tmp_path):
+    tokenizer = chat_tokenizer_of(["a b"], "{% for message in messages %}{{ message['content'] }}")
+    tokenizer.save_pretrained(tmp_path)
+    broken = AutoTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"chat template in '.*chat_template.jinja' is broken \(.*end of template"):
+        FirstFrameRewriter(tiny_llama(600), broken)
+    # One that refuses a system turn alone is none.
+    picky = "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}{% endfor %}"
+    FirstFrameRewriter(tiny_llama(600), chat_tokenizer_of(["a b"], picky))
 
 
 def tiny_llama(vocabulary: int) -> LlamaForCausalLM:

@@ -3,12 +3,20 @@
 import numpy as np
 import pytest
 
+from diffusers_fvg.animate.families import FAMILIES
 from diffusers_fvg.models import MODELS, model_presets
-from diffusers_fvg.schedules.distilled import DISTILLED_PRESETS
+from diffusers_fvg.schedules.distilled import DISTILLED_ANIMATOR_PRESETS, DISTILLED_PRESETS
 
 
-PRESETS = [(name, preset) for name, presets in DISTILLED_PRESETS.items() for preset in presets]
-every_preset = pytest.mark.parametrize(("model", "preset"), PRESETS, ids=[preset.name for _, preset in PRESETS])
+PRESETS = [
+    (name, preset)
+    for table in (DISTILLED_PRESETS, DISTILLED_ANIMATOR_PRESETS)
+    for name, presets in table.items()
+    for preset in presets
+]
+every_preset = pytest.mark.parametrize(
+    ("model", "preset"), PRESETS, ids=[f"{name}-{preset.name}" for name, preset in PRESETS]
+)
 
 
 def lightx2v_times(steps, shift):
@@ -56,7 +64,27 @@ def test_steps_are_those_of_the_authors():
 def test_guidance_is_off_and_the_weights_are_named(model, preset):
     assert preset.guidance_scale == 1.0 and preset.guidance_scale_2 is None
     assert preset.weights.count("/") == 1 and preset.source
-    assert model in MODELS and preset.name in model_presets(MODELS[model])
+    if model in MODELS:
+        assert preset.name in model_presets(MODELS[model])
+    else:
+        assert model in {family.name for family in FAMILIES}
+
+
+def test_steps_of_image_to_video_are_those_of_the_authors():
+    levels = {name: presets[0].sigmas for name, presets in DISTILLED_ANIMATOR_PRESETS.items()}
+    for family in ("Wan2.2-I2V", "Wan2.1-I2V"):
+        np.testing.assert_allclose(
+            np.array(levels[family]) * 1000, lightx2v_times([1000, 750, 500, 250], 5.0), atol=1e-3
+        )
+    # Two of the four are of the high-noise expert, whose boundary in diffusers is 0.9.
+    assert sum(level >= 0.9 for level in levels["Wan2.2-I2V"]) == 2
+    # hyvideo: evenly spaced, shifted once.
+    even = np.linspace(1, 0, 9)[:-1]
+    np.testing.assert_allclose(levels["HunyuanVideo-1.5-I2V"], 7 * even / (1 + 6 * even), atol=1e-6)
+    utils = pytest.importorskip("diffusers.pipelines.ltx2.utils")
+    assert levels["LTX-2 conditions"] == levels["LTX-2 image-to-video"] == tuple(utils.DISTILLED_SIGMA_VALUES)
+    # LTX-Video's are the same, rounded by their authors, but for the last.
+    np.testing.assert_allclose(levels["LTX-Video image-to-video"], utils.DISTILLED_SIGMA_VALUES[:-1], atol=1e-4)
 
 
 def test_eight_steps_of_lightning_are_its_author_s_and_fastwan_has_three():

@@ -1,0 +1,70 @@
+"""The anchored video transformer of SkyReels-V2 diffusion forcing: Wan's network, which was trained with a time for every frame.
+
+Sources: arXiv 2504.13074; huggingface/diffusers 0.42.1, models/transformers/transformer_skyreels_v2.py.
+"""
+
+import functools
+
+import torch
+from diffusers import SkyReelsV2Transformer3DModel, WanTransformer3DModel
+from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2AttnProcessor
+
+from .transformer_anchor import AnchorConditionedTransformer3D, TimesPerFrame
+
+
+# Row of the embedding of the frame rate: 0 is 16 frames per second, 1 any other (diffusers, pipelines/skyreels_v2). The
+# published models of diffusion forcing make 24.
+FRAME_RATE = 1
+
+
+class AnchorConditionedSkyReelsV2Transformer3D(TimesPerFrame, SkyReelsV2Transformer3DModel):
+    """SkyReels-V2's video transformer with one time per latent frame.
+
+    Configuration and state dict are those of [`SkyReelsV2Transformer3DModel`]. On the same weights and times its output is the
+    one that the stock class gives with `enable_diffusion_forcing=True`, at 24 frames per second. All frames attend to all:
+    asynchronous sampling in causal blocks (`num_frame_per_block`) is the stock pipeline's.
+    """
+
+    stock_class = SkyReelsV2Transformer3DModel
+    stock_processor = SkyReelsV2AttnProcessor
+    further_inputs = {"image_dim": "image embeddings"}
+    _keep_in_fp32_modules = [*SkyReelsV2Transformer3DModel._keep_in_fp32_modules, "time_proj"]
+
+    @functools.wraps(SkyReelsV2Transformer3DModel.__init__)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._convert()
+
+    def _convert(self) -> None:
+        if self.config.num_frame_per_block != 1:
+            raise ValueError(
+                f"The transformer has `num_frame_per_block={self.config.num_frame_per_block}`, and anchors need frames that attend "
+                "to all others: set it to 1."
+            )
+        super()._convert()
+
+    def _time_rows(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        temb, modulation = super()._time_rows(timestep)
+        if self.config.inject_sample_info:
+            rate = self.fps_embedding(torch.full((1,), FRAME_RATE, device=timestep.device))
+            modulation = modulation + self.fps_projection(rate).unflatten(1, (1, 6, -1)).to(modulation.dtype)
+        return temb, modulation
+
+
+# What a pipeline of Wan's network takes as its video model, and keeps.
+WanNetwork = (
+    AnchorConditionedTransformer3D
+    | AnchorConditionedSkyReelsV2Transformer3D
+    | WanTransformer3DModel
+    | SkyReelsV2Transformer3DModel
+)
+
+
+def as_anchored(
+    transformer: WanNetwork, name: str = "transformer"
+) -> AnchorConditionedTransformer3D | AnchorConditionedSkyReelsV2Transformer3D:
+    """A stock transformer of Wan's network as the anchored class of its weights; see [`StockWeights.from_stock`]."""
+    inner = getattr(transformer, "_orig_mod", transformer)
+    is_skyreels = isinstance(inner, SkyReelsV2Transformer3DModel)
+    kind = AnchorConditionedSkyReelsV2Transformer3D if is_skyreels else AnchorConditionedTransformer3D
+    return kind.from_stock(transformer, name)

@@ -1,0 +1,85 @@
+"""`--quantize` and `--compile` through the command line: what the record says, what is made, and what is refused."""
+
+import importlib.util
+
+import numpy as np
+import PIL.Image
+import pytest
+from tiny import tiny_pipeline, tiny_transformer
+from tiny_animators import tiny_animator
+
+from diffusers_fvg.cli import main
+from diffusers_fvg.media import read_video, read_video_metadata
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A picture and two models, one an image-to-video pipeline of diffusers."""
+    folder = tmp_path_factory.mktemp("models")
+    PIL.Image.new("RGB", (64, 64), "red").save(folder / "a.png")
+    # Wide enough for the packages that quantize.
+    wide = {"num_attention_heads": 4, "attention_head_dim": 16, "ffn_dim": 64}
+    transformer = tiny_transformer(anchored=True, **wide)
+    tiny_pipeline(transformer=transformer, rewriter=None, composer=None).save_pretrained(folder / "wan")
+    tiny_animator("wan22_ti2v").save_pretrained(folder / "i2v")
+    return folder
+
+
+def generate(folder, model: str, *more: str) -> int:
+    size = [
+        "--height",
+        "32",
+        "--width",
+        "32",
+        "--num-frames",
+        "9",
+        "--steps",
+        "2",
+        "--seed",
+        "1",
+        "--dtype",
+        "float32",
+    ]
+    paths = ["--model", str(folder / model), "--image", str(folder / "a.png"), "--output", str(folder / "a.mp4")]
+    return main(["generate", "a red circle", *paths, *size, "--device", "cpu", "--quiet", "--overwrite", *more])
+
+
+def made(folder) -> tuple[np.ndarray, dict]:
+    return read_video(folder / "a.mp4")[0].astype(float), read_video_metadata(folder / "a.mp4")
+
+
+@pytest.mark.parametrize("model", ["wan", "i2v"])
+@pytest.mark.parametrize(("kind", "told"), [("fp8", "float8_e4m3fn"), ("int8", "torchao")])
+def test_weights_in_fewer_bits(model, kind, told, folder, capsys):
+    if kind == "int8" and importlib.util.find_spec("torchao") is None:
+        assert generate(folder, model, "--quantize", kind) == 2
+        assert "--quantize int8 needs torchao, which is not installed: pip install torchao" in capsys.readouterr().err
+        pytest.skip("needs the package torchao")
+    assert generate(folder, model) == 0, capsys.readouterr().err
+    plain, record = made(folder)
+    assert not record["quantization"]
+    assert generate(folder, model, "--quantize", kind) == 0, capsys.readouterr().err
+    frames, record = made(folder)
+    assert list(record["quantization"].values()) == [told]
+    assert frames.shape == plain.shape and np.abs(frames - plain).mean() < 3
+    # The file says it, and it is made again so.
+    again = ["generate", "--from", str(folder / "a.mp4"), "--model", str(folder / model), "--quiet"]
+    again += ["--image", str(folder / "a.png"), "--device", "cpu", "--overwrite", "--output", str(folder / "b.mp4")]
+    assert main(again) == 0, capsys.readouterr().err
+    np.testing.assert_array_equal(read_video(folder / "b.mp4")[0], frames)
+
+
+def test_four_bits_are_refused_without_an_accelerator(folder, capsys, monkeypatch):
+    monkeypatch.setattr("diffusers_fvg.cli.pipeline.importlib.util.find_spec", lambda name: True)
+    assert generate(folder, "wan", "--quantize", "nf4") == 2
+    assert "--quantize nf4 needs an accelerator" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["wan", "i2v"])
+def test_compiled_blocks(model, folder, capsys):
+    """By inductor, which takes its minute on a CPU."""
+    assert generate(folder, model) == 0
+    plain, _ = made(folder)
+    assert generate(folder, model, "--compile") == 0, capsys.readouterr().err
+    np.testing.assert_allclose(made(folder)[0], plain, atol=2)
