@@ -17,6 +17,13 @@ from ..publishing.toml import toml_value
 # Query, key, value, output and feed-forward of both attentions: what Pusa and DiffSynth-Studio train on Wan.
 WAN_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
+# Values of options that need a package which does not come with this one.
+PACKAGES = (
+    ("tracker", "tensorboard", "tensorboard"),
+    ("quantize", "nf4", "bitsandbytes"),
+    ("optimizer", "adamw-8bit", "bitsandbytes"),
+)
+
 
 @dataclass(frozen=True)
 class DataSource:
@@ -99,6 +106,18 @@ class TomlConfig:
         for name in ("max_rejected_share", "prompt_dropout", "ema_decay", *shares):
             _require(0 <= getattr(self, name) < 1, name, self, "must lie in [0, 1)")
         _require(self.warmup_steps < self.steps, "warmup_steps", self, f"must be below steps={self.steps}")
+
+    def check_packages(self) -> None:
+        """What an option needs beside the package's own dependencies is installed.
+
+        Raises:
+            `ValueError`: naming the option and the package.
+        """
+        for name, value, package in PACKAGES:
+            if getattr(self, name, None) == value:
+                found = importlib.util.find_spec(package) is not None
+                without = next(field.default for field in fields(self) if field.name == name)
+                _require(found, name, self, f"needs `pip install {package}`, or {name}={toml_value(without)}")
 
     @property
     def sources(self) -> tuple[DataSource, ...]:
@@ -205,6 +224,14 @@ class TrainConfig(TomlConfig):
         mixed_precision (`str`, *optional*): `"bf16"`: base model in bfloat16, LoRA and optimizer in float32. `"no"`:
             everything in float32. float16 is not offered: Wan's activations leave its range.
         gradient_checkpointing (`bool`, *optional*): keeps one activation per block and computes the rest again.
+        activation_offload (`bool`, *optional*): keeps that one in the computer's memory.
+        block_offload (`bool`, *optional*): keeps the base's blocks in the computer's memory and copies each to the device when
+            it runs, twice in a step: 57 GB for A14B in bfloat16, some 3 seconds over PCIe 4.0.
+        quantize (`str`, *optional*): how the frozen base is stored. `"fp8"`: a byte for a number of its blocks, float8_e4m3fn,
+            by diffusers' layerwise casting. `"nf4"`: 4 bits by bitsandbytes, as in QLoRA (arXiv 2305.14314), which finds its
+            4 bits as good as 16. Arithmetic stays in `mixed_precision`, and the LoRA is one for any form of the base.
+        optimizer (`str`, *optional*): `"adamw"`, or `"adamw-8bit"` of bitsandbytes, whose two moments take 2 bytes a number in
+            place of 8 (arXiv 2110.02861).
         seed (`int`, *optional*): of everything drawn. A draw depends on seed, expert, step and place in the batch alone.
         checkpoint_every, keep_checkpoints (`int`, *optional*): in optimizer steps; how many of the newest are kept. There
             is always one at the end.
@@ -267,6 +294,10 @@ class TrainConfig(TomlConfig):
 
     mixed_precision: Literal["no", "bf16"] = "bf16"
     gradient_checkpointing: bool = True
+    activation_offload: bool = False
+    block_offload: bool = False
+    quantize: Literal["none", "fp8", "nf4"] = "none"
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
     seed: int = 42
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
@@ -324,9 +355,26 @@ class TrainConfig(TomlConfig):
         )
         if not self.validation_every:
             _require(not pairs, "validation_prompts", self, "has no effect with validation_every=0: remove it")
-        if self.tracker == "tensorboard":
-            found = importlib.util.find_spec("tensorboard") is not None
-            _require(found, "tracker", self, 'needs `pip install tensorboard`, or tracker="none"')
+        self._validate_memory()
+
+    def _validate_memory(self) -> None:
+        for name in ("activation_offload", "block_offload"):
+            needed = self.gradient_checkpointing or not getattr(self, name)
+            _require(needed, name, self, "needs gradient_checkpointing=true, without which all stays on the device")
+        fp8, nf4 = self.quantize == "fp8", self.quantize == "nf4"
+        _require(
+            self.gradient_checkpointing or not fp8,
+            "quantize",
+            self,
+            "needs gradient_checkpointing=true, without which the backward keeps a wide copy of every weight",
+        )
+        _require(
+            not (nf4 and self.block_offload),
+            "quantize",
+            self,
+            'needs block_offload=false, as bitsandbytes keeps the weights for the backward: with "fp8" they can be off the device',
+        )
+        self.check_packages()
 
     def _validate_distillation(self) -> None:
         if not self.distill_guidance:

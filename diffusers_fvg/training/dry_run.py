@@ -13,7 +13,7 @@ from .checkpoints import Checkpoints
 from .config import TrainConfig
 from .data import model_folder
 from .draws import drawn_times
-from .estimate import clip_tokens, estimated_memory, estimated_operations
+from .estimate import clip_tokens, estimated_host_memory, estimated_memory, estimated_operations
 from .families import CogVideoX, Wan, family_of
 from .loop import check_model
 from .metadata import Example, read_examples
@@ -102,6 +102,10 @@ def _cost_part(config: TrainConfig, family: Wan | CogVideoX) -> list[str]:
     memory = estimated_memory(config, dict(shape), spatial, temporal)
     lines = [f"Memory, computed: {sum(memory.values()) / GIB:.2f} GiB, and about 2 for allocator and libraries"]
     lines += [f"  {name:14} {size / GIB:8.2f} GiB" for name, size in memory.items()]
+    host = estimated_host_memory(config, dict(shape), spatial, temporal)
+    if host:
+        lines.append(f"In the computer's memory, pinned for the device: {sum(host.values()) / GIB:.2f} GiB")
+        lines += [f"  {name:14} {size / GIB:8.2f} GiB" for name, size in host.items()]
     width = shape.num_attention_heads * shape.attention_head_dim
     sizes = (family.empty.num_parameters(), width, shape.num_layers, family.patch, spatial, temporal)
     operations = len(config.experts) * estimated_operations(config, *sizes)

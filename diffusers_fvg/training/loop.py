@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from diffusers.utils import logging
 from peft import LoraConfig
 from peft.helpers import disable_input_dtype_casting
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from ..lora.anchor_lora import ADAPTER_NAME
@@ -34,7 +35,9 @@ from .distillation import GuidedTeacher
 from .draws import Draw, draw, draw_loss, generator_for
 from .files import naming, write_text_whole
 from .initial import start_from
+from .low_memory import checkpoint_blocks, offload_blocks, quantize_base
 from .objectives import FlowMatching, VPrediction
+from .optimizers import as_tensors, from_tensors, make_optimizer
 from .output import write_intermediate
 from .processes import on_main_process, sharded_like, share, whole
 from .stopping import StopRequest
@@ -127,8 +130,13 @@ class Run:
             parameter.data = parameter.data.to(accelerator.device, torch.float32)
         if self.teacher is not None:
             self.teacher.start(transformer)
-        optimizer = torch.optim.AdamW(tuned, lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.model, self.optimizer = accelerator.prepare(transformer.train(), optimizer)
+        optimizer = make_optimizer(config, tuned)
+        # DDP would send the frozen weights around, which every process has read, and cannot do so in 8 bits.
+        frozen = {name for name, p in transformer.named_parameters() if not p.requires_grad}
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
+        # Blocks that are kept off the device stay there.
+        placement = [not config.block_offload, True]
+        self.model, self.optimizer = accelerator.prepare(transformer.train(), optimizer, device_placement=placement)
         self.transformer = accelerator.unwrap_model(self.model)
         self.forward = self._caller()
         # With FSDP these are shards, and so is what is computed from them.
@@ -153,7 +161,7 @@ class Run:
             transformer.set_anchor_window(config.anchor_window)
         transformer.requires_grad_(False)
         if config.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
+            checkpoint_blocks(transformer, config.activation_offload)
         lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets))
         # Only the initial LoRA comes from the global state.
         with torch.random.fork_rng():
@@ -162,6 +170,11 @@ class Run:
         self.origins = {}
         if config.initial_lora:
             self.origins["initial"] = start_from(transformer, self.expert, config.initial_lora)
+        # Only now: LoRA layers are made of the same numbers whatever the base is stored in.
+        if config.quantize != "none":
+            quantize_base(transformer, config.quantize, self.accelerator.device)
+        if config.block_offload:
+            offload_blocks(transformer, self.accelerator.device)
 
     def _caller(self) -> Callable:
         return self.objective.caller(self.model, self.transformer)
@@ -327,7 +340,7 @@ class Run:
         if self.config.ema_decay:
             tensors |= {f"average.{name}": tensor for name, tensor in self.average.items()}
         for name, parameter in self.tuned.items():
-            state = self.optimizer.state[parameter]
+            state = as_tensors(self.optimizer.state[parameter])
             tensors |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
         # Every process has a part in this.
         tensors = {name: whole(tensor) for name, tensor in tensors.items()}
@@ -351,12 +364,14 @@ class Run:
         kept = sorted({name.split(".")[1] for name in tensors if name.startswith("optimizer.")})
         for name, parameter in self.tuned.items():
             parameter.copy_(sharded_like(parameter, tensors[f"weights.{name}"]))
-            # AdamW counts its steps on the CPU.
-            self.optimizer.state[parameter] = {
+            # AdamW counts its steps on the CPU. Small tensors of an 8-bit optimizer have 32 bits and no tables.
+            state = {
                 key: value if key == "step" else sharded_like(parameter, value)
                 for key in kept
-                for value in [tensors[f"optimizer.{key}.{name}"]]
+                for value in [tensors.get(f"optimizer.{key}.{name}")]
+                if value is not None
             }
+            self.optimizer.state[parameter] = from_tensors(self.config, state)
         if self.config.ema_decay:
             for name, average in self.average.items():
                 average.copy_(sharded_like(average, tensors[f"average.{name}"]))
