@@ -58,7 +58,9 @@ def estimated_memory(
     working_set = config.batch_size * tokens * number * (BLOCK_WIDTHS * width + BLOCK_FEED_FORWARDS * feed_forward)
     per_block = config.batch_size * tokens * number * width if config.gradient_checkpointing else working_set
     blocks = blocks_of(transformer)
-    layers = {layer for _, layer in quantized_layers(transformer)} if config.quantize != "none" else set()
+    layers = (
+        {layer for _, layer in quantized_layers(transformer, config.quantize)} if config.quantize != "none" else set()
+    )
     wide = [number * _numel(module) for module in blocks[0].modules() if module in layers]
     return {
         "weights": _stored(transformer, layers, config)
@@ -84,7 +86,7 @@ def estimated_host_memory(
     width, _, tokens = _sizes(config, transformer, spatial, temporal)
     memory = {}
     if config.block_offload:
-        layers = {layer for _, layer in quantized_layers(transformer)} if config.quantize == "fp8" else set()
+        layers = {layer for _, layer in quantized_layers(transformer, "fp8")} if config.quantize == "fp8" else set()
         sizes = [
             parameter.numel() * (1 if module in layers else number)
             for module in blocks_of(transformer).modules()

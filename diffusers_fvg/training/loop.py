@@ -35,7 +35,7 @@ from .distillation import GuidedTeacher
 from .draws import Draw, draw, draw_loss, generator_for
 from .files import naming, write_text_whole
 from .initial import start_from
-from .low_memory import checkpoint_blocks, offload_blocks, quantize_base
+from .low_memory import NF4_BLOCK, checkpoint_blocks, offload_blocks, quantize_base, quantized_layers
 from .objectives import FlowMatching, VPrediction
 from .optimizers import as_tensors, from_tensors, make_optimizer
 from .output import write_intermediate
@@ -74,8 +74,8 @@ Validate = Callable[[Validation], None]
 
 
 def check_model(transformer: torch.nn.Module, config: TrainConfig) -> None:
-    """Each target is the end of the name of at least one linear layer, and the model has window attention and appended anchors
-    if they are asked for.
+    """Each target is the end of the name of at least one linear layer, and the model has window attention, appended anchors, or
+    layers that can be quantized, if they are asked for.
 
     Raises:
         `ValueError`: naming the targets that match nothing and what there is, or the option.
@@ -86,6 +86,11 @@ def check_model(transformer: torch.nn.Module, config: TrainConfig) -> None:
     if config.anchor_form == "appended" and not hasattr(transformer, "appended_rotary"):
         kind = type(transformer).__name__
         raise ValueError(f'`anchor_form="appended"`, but {kind} takes anchors in their slots alone: remove it.')
+    if config.quantize != "none" and not any(True for _ in quantized_layers(transformer, config.quantize)):
+        raise ValueError(
+            f"`quantize={config.quantize!r}`, but no layer of the transformer takes a multiple of {NF4_BLOCK} numbers: set it to "
+            '"fp8" or "none".'
+        )
     names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     unmatched = [
         target for target in config.targets if not any(name == target or name.endswith("." + target) for name in names)

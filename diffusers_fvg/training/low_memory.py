@@ -13,18 +13,26 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 
+# Numbers that share a constant: bitsandbytes' default, and QLoRA's.
+NF4_BLOCK = 64
+
+
 def blocks_of(transformer: nn.Module) -> nn.ModuleList:
     """The blocks of a Wan or CogVideoX transformer."""
     return transformer.blocks if hasattr(transformer, "blocks") else transformer.transformer_blocks
 
 
-def quantized_layers(transformer: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def quantized_layers(transformer: nn.Module, kind: str) -> Iterator[tuple[str, nn.Linear]]:
     """The layers that [`quantize_base`] stores in fewer bits, with their names: all linear ones of the blocks that belong to
-    neither a norm nor a LoRA. They are nearly all of the weights: 98 % of Wan2.2-TI2V-5B's."""
+    neither a norm nor a LoRA. They are nearly all of the weights: 98 % of Wan2.2-TI2V-5B's. In 4 bits only such that take a
+    multiple of 64 numbers, as every layer of Wan and CogVideoX does."""
     blocks = blocks_of(transformer)
     prefix = next(name for name, module in transformer.named_children() if module is blocks)
+    # bitsandbytes 0.50 gives other values on a CPU where a block of 64 runs over the end of a row.
+    multiple = NF4_BLOCK if kind == "nf4" else 1
     for name, module in blocks.named_modules(prefix=prefix):
-        if isinstance(module, nn.Linear) and "norm" not in name and "lora_" not in name:
+        plain = isinstance(module, nn.Linear) and "norm" not in name and "lora_" not in name
+        if plain and module.in_features % multiple == 0:
             yield name, module
 
 
@@ -42,7 +50,7 @@ def quantize_base(transformer: nn.Module, kind: str, device: torch.device) -> No
         return
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    for name, layer in list(quantized_layers(transformer)):
+    for name, layer in list(quantized_layers(transformer, kind)):
         has_bias, dtype = layer.bias is not None, layer.weight.dtype
         made = Linear4bit(layer.in_features, layer.out_features, has_bias, dtype, quant_type="nf4", device="meta")
         made.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=made)

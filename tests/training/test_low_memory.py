@@ -1,6 +1,7 @@
 """Training on a base in fewer bits, and with weights and activations off the device: against training without."""
 
 import importlib.util
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,14 +9,25 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from safetensors.torch import load_file
-from tiny import tiny_transformer, tiny_wan_components
+from tiny import tiny_transformer
 from tiny_cogvideox import tiny_cogvideox_transformer
 from torch.autograd.graph import saved_tensors_hooks
-from training_runs import finish, losses, save_cogvideox_model, save_config, save_model, save_videos, start, tiny_config
+from training_runs import (
+    finish,
+    losses,
+    save_cogvideox_model,
+    save_config,
+    save_model,
+    save_videos,
+    start,
+    tiny_config,
+)
 
 from diffusers_fvg import AnchorLora
+from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
 from diffusers_fvg.lora.anchor_lora import WEIGHT_NAME
 from diffusers_fvg.training import low_memory
+from diffusers_fvg.training.loop import check_model
 from diffusers_fvg.training.low_memory import blocks_of, offload_blocks, quantize_base, quantized_layers
 from diffusers_fvg.training.trainer import main_train
 
@@ -27,9 +39,13 @@ OFFLOADED = {"block_offload": True, "activation_offload": True}
 FORMS = [
     pytest.param({"quantize": "fp8"}, 0.005, id="fp8", marks=pytest.mark.slow),
     pytest.param({"quantize": "fp8"} | OFFLOADED, 0.005, id="fp8, offloaded"),
-    pytest.param({"quantize": "nf4"}, 0.02, id="nf4", marks=needs_bitsandbytes),
-    pytest.param({"optimizer": "adamw-8bit", "rank": 192}, 0.02, id="adamw-8bit", marks=needs_bitsandbytes),
+    pytest.param({"quantize": "nf4", "rank": 64}, 0.02, id="nf4", marks=needs_bitsandbytes),
+    pytest.param({"optimizer": "adamw-8bit", "rank": 64}, 0.02, id="adamw-8bit", marks=needs_bitsandbytes),
 ]
+
+
+# Of 64 channels, which bitsandbytes stores in 4 bits.
+WIDE = {"attention_head_dim": 32, "ffn_dim": 128}
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +55,20 @@ def places(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(places, tmp_path_factory):
-    """Runs without any of it, by rank. Of 192 the tensors are so large that their moments have 8 bits."""
-    configs = {rank: tiny_config(*places, tmp_path_factory.mktemp("whole"), rank=rank) for rank in ((4, 192) if HAS_BITSANDBYTES else (4,))}
+def wide(places, tmp_path_factory):
+    root = tmp_path_factory.mktemp("wide")
+    shutil.copytree(places[0], root / "model")
+    tiny_transformer(**WIDE).save_pretrained(root / "model" / "transformer")
+    return root / "model", places[1]
+
+
+@pytest.fixture(scope="module")
+def whole(places, wide, tmp_path_factory):
+    """Runs without any of it: of the tiny model, and where it is needed of one for bitsandbytes, whose moments have 8 bits of
+    tensors as large as a rank of 64 makes them."""
+    configs = {4: tiny_config(*places, tmp_path_factory.mktemp("whole"))}
+    if HAS_BITSANDBYTES:
+        configs[64] = tiny_config(*wide, tmp_path_factory.mktemp("whole"), rank=64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         torch.set_num_threads(1)
@@ -90,8 +117,8 @@ def test_losses_are_near_those_of_the_full_base_and_a_stopped_run_is_bit_equal(o
     # As any other LoRA: in a stock pipeline of the full base, and in ours.
     inputs = {"hidden_states": torch.randn(1, 16, 3, 4, 4), "encoder_hidden_states": torch.randn(1, 8, 32)}
     inputs |= {"timestep": torch.tensor([500.0]), "return_dict": False}
-    pipe = WanPipeline(**tiny_wan_components())
-    ours = tiny_transformer(anchored=True)
+    pipe = WanPipeline.from_pretrained(full.model)
+    ours = AnchorConditionedTransformer3D.from_stock(WanPipeline.from_pretrained(full.model).transformer)
     with torch.no_grad():
         base = pipe.transformer(**inputs)[0]
         pipe.load_lora_weights(tmp_path / "whole" / "weights")
@@ -102,8 +129,8 @@ def test_losses_are_near_those_of_the_full_base_and_a_stopped_run_is_bit_equal(o
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("options", "near"), FORMS)
-def test_two_processes_are_as_one(options, near, places, tmp_path):
-    config = tiny_config(*places, tmp_path / "two", **options)
+def test_two_processes_are_as_one(options, near, places, wide, tmp_path):
+    config = tiny_config(*(wide if "rank" in options else places), tmp_path / "two", **options)
     finish(start(save_config(config, tmp_path / "run.toml"), num_processes=2))
     run(replace(config, output_dir=str(tmp_path / "one"), batch_size=2))
     expected = [loss for _, loss in losses(tmp_path / "one")]
@@ -134,7 +161,7 @@ def with_lora(make=tiny_transformer, targets=("to_q", "ff.net.0.proj", "ffn.net.
 @pytest.mark.parametrize("make", [tiny_transformer, tiny_cogvideox_transformer])
 def test_layers_of_the_blocks_are_stored_in_8_bits_and_the_lora_in_32(make):
     transformer = with_lora(make)
-    layers = dict(quantized_layers(transformer))
+    layers = dict(quantized_layers(transformer, "fp8"))
     quantize_base(transformer, "fp8", torch.device("cpu"))
     narrow = {name for name, p in transformer.named_parameters() if p.dtype == torch.float8_e4m3fn}
     stored = {f"{name}.{part}" for name, layer in layers.items() for part, _ in layer.named_parameters()}
@@ -179,6 +206,35 @@ def test_blocks_run_with_copies_that_their_backward_finds():
     gradients = {name: p.grad for name, p in expected.named_parameters() if p.requires_grad}
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
     assert all(torch.equal(p.grad, gradients[n]) for n, p in transformer.named_parameters() if p.requires_grad)
+
+
+@needs_bitsandbytes
+def test_4_bits_are_those_of_the_weights(tmp_path):
+    """Each of 64 numbers the nearest of 16 (QLoRA, arXiv 2305.14314, appendix E) times the largest of them, which is itself
+    stored in 8 bits."""
+    levels = [-1, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0, 0.0795803, 0.1609302]
+    levels = torch.tensor([*levels, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1])
+    transformer = with_lora(**WIDE)
+    before = {name: layer.weight.detach().clone() for name, layer in quantized_layers(transformer, "nf4")}
+    for weight in before.values():
+        torch.nn.init.normal_(weight, std=0.02, generator=torch.Generator().manual_seed(0))
+    for name, layer in quantized_layers(transformer, "nf4"):
+        layer.weight.data.copy_(before[name])
+    quantize_base(transformer, "nf4", torch.device("cpu"))
+    from bitsandbytes.nn import Linear4bit
+
+    made = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, Linear4bit)}
+    assert made.keys() == before.keys() and "blocks.1.ffn.net.2.base_layer" in made
+    x = torch.eye(128)
+    for name, layer in made.items():
+        found = layer(x[: layer.in_features, : layer.in_features]).T - layer.bias[:, None]
+        rows = before[name].reshape(-1, 64)
+        largest = rows.abs().amax(dim=1, keepdim=True)
+        expected = levels[((rows / largest)[:, :, None] - levels).abs().argmin(dim=2)] * largest
+        assert (found - expected.reshape(found.shape)).norm() < 0.01 * expected.norm()
+    transformer = with_lora()
+    with pytest.raises(ValueError, match="no layer of the transformer takes a multiple of 64 numbers"):
+        check_model(transformer, tiny_config(tmp_path, tmp_path, tmp_path, quantize="nf4"))
 
 
 class Elsewhere:
