@@ -20,6 +20,7 @@ WAN_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"
 # Values of options that need a package which does not come with this one.
 PACKAGES = (
     ("tracker", "tensorboard", "tensorboard"),
+    ("tracker", "wandb", "wandb"),
     ("quantize", "nf4", "bitsandbytes"),
     ("optimizer", "adamw-8bit", "bitsandbytes"),
 )
@@ -169,8 +170,8 @@ class TrainConfig(TomlConfig):
         rank, alpha (`int`, `float`, *optional*): of the LoRA; its strength is `alpha / rank`. First author: 128/64 (5B),
             16/8 (1.3B), 256/128 (14B) used at weight 0.55. Pusa: 512/512 used at 1.4, larger ranks better and small ones
             slower to plateau. LTX-2, DiffSynth-Studio: 32.
-        initial_lora (`str`, *optional*): file, folder or repository of a LoRA of any known format that the new one starts from;
-            its rank is at most `rank`, its layers are among `targets`. Left out, the new one starts at nothing.
+        initial_lora (`str`, *optional*): file, folder or Hub repository of a LoRA of any known format that the new one starts
+            from; its rank is at most `rank`, its layers are among `targets`. Left out, the new one starts at nothing.
         targets (`tuple[str, ...]`, *optional*): ends of module names. Pusa finds that it is self-attention that learns
             the anchor.
 
@@ -240,8 +241,9 @@ class TrainConfig(TomlConfig):
         validation_every (`int`, *optional*): calls the `validate` that was passed to the trainer; 0 is never. That of
             `fvg train` makes a video of each of `validation_prompts`.
         validation_prompts, validation_anchors (`tuple[str, ...]`, *optional*): prompts, and for each a picture or a video
-            whose first frame it starts from. Better none that is trained on.
-        tracker (`str`, *optional*): `"none"` or `"tensorboard"`. `log_<expert>.jsonl` is written in any case.
+            whose first frame it starts from, or `""` for none; without anchors none has one. Better none that is trained on.
+        tracker (`str`, *optional*): `"none"`, `"tensorboard"` or `"wandb"` (Weights & Biases; `WANDB_MODE=offline` keeps it
+            on this computer). `log_<expert>.jsonl` is written in any case.
         process_group_timeout (`float`, *optional*): seconds that processes wait for each other before they take the run for
             dead. Validation and the encoding of captions are waited for.
     """
@@ -305,7 +307,7 @@ class TrainConfig(TomlConfig):
     validation_every: int = 0
     validation_prompts: tuple[str, ...] = ()
     validation_anchors: tuple[str, ...] = ()
-    tracker: Literal["none", "tensorboard"] = "none"
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
     process_group_timeout: float = 7200.0
 
     def validate(self) -> None:
@@ -349,12 +351,11 @@ class TrainConfig(TomlConfig):
             _require(self.anchor_window >= 0, "anchor_window", self, "must not be negative")
             # A frame of a time of its own is an anchor to the model, which every frame may look at.
             _require(self.frame_times == "shared", "anchor_window", self, 'needs frame_times="shared"')
-        pairs = len(self.validation_anchors)
-        _require(
-            len(self.validation_prompts) == pairs, "validation_prompts", self, f"needs as many as anchors: {pairs}"
-        )
+        prompts, anchors = len(self.validation_prompts), len(self.validation_anchors)
+        wanted = f'needs one for each of {prompts} validation_prompts, "" for none, or none at all'
+        _require(anchors in (0, prompts), "validation_anchors", self, wanted)
         if not self.validation_every:
-            _require(not pairs, "validation_prompts", self, "has no effect with validation_every=0: remove it")
+            _require(not prompts, "validation_prompts", self, "has no effect with validation_every=0: remove it")
         self._validate_memory()
 
     def _validate_memory(self) -> None:

@@ -95,7 +95,7 @@ class DreamerConfig(TomlConfig):
     seed: int = 42
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
-    tracker: Literal["none", "tensorboard"] = "none"
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
     process_group_timeout: float = 7200.0
 
     # What the trainer asks of any run, and is the same in every one of these.

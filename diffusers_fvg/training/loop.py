@@ -14,10 +14,9 @@ import re
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
@@ -41,6 +40,7 @@ from .optimizers import as_tensors, from_tensors, make_optimizer
 from .output import write_intermediate
 from .processes import on_main_process, sharded_like, share, whole
 from .stopping import StopRequest
+from .tracking import Tracking
 
 
 logger = logging.get_logger(__name__)
@@ -58,7 +58,7 @@ class Validation:
         folder (`Path`): of this validation, for videos; made by whoever writes there.
         config (`TrainConfig`): of the run.
         log (`Callable`): `log({"name": number})` hands numbers to the tracker.
-        log_frames (`Callable`): `log_frames("name", frames)` hands it pictures, `(F, H, W, 3)` float in [0, 1] or uint8.
+        log_video (`Callable`): `log_video("name", path)` hands it an mp4.
     """
 
     transformer: torch.nn.Module
@@ -67,7 +67,7 @@ class Validation:
     folder: Path
     config: TrainConfig
     log: Callable[[dict[str, float]], None]
-    log_frames: Callable[[str, np.ndarray], None]
+    log_video: Callable[[str, Path], None]
 
 
 Validate = Callable[[Validation], None]
@@ -189,9 +189,7 @@ class Run:
         config, accelerator = self.config, self.accelerator
         self._resume()
         on_main_process(accelerator, self._write_facts)
-        if config.tracker != "none":
-            shown = {name: str(value) for name, value in asdict(config).items()}
-            self._track(lambda: accelerator.init_trackers(self.expert, shown))
+        self.tracking = Tracking(accelerator, config, self.expert)
         together = config.batch_size * accelerator.num_processes
         order = BatchOrder(self.clips.shapes, together, config.seed, self.clips.repeats)
         batches = Prefetcher(self.clips, order, accelerator.process_index, config.batch_size)
@@ -215,8 +213,7 @@ class Run:
                     stopped = True
                 if stopped and self.step < config.steps:
                     self._leave()
-        for tracker in accelerator.trackers:
-            self._track(tracker.finish)
+        self.tracking.close()
         weights = {name: whole(tensor).cpu() for name, tensor in self.average.items()}
         check_weights(f"What `{self.expert}` learnt", weights)
         # The next expert needs the memory.
@@ -328,15 +325,7 @@ class Run:
         bar.update(1)
         bar.set_postfix(loss=f"{loss:.4f}", step=f"{seconds:.2f}s", memory=f"{memory / 2**30:.1f}GiB")
         values = {name: record[name] for name in record if name != "step"}
-        self._track(lambda: self.accelerator.log(values, step=self.step))
-
-    def _track(self, call: Callable[[], None]) -> None:
-        """Tells the tracker something, and does without it once it has failed."""
-        try:
-            call()
-        except Exception as error:
-            self.accelerator.trackers = []
-            logger.warning(f"The tracker {self.config.tracker!r} failed and is left out from here on: {error}")
+        self.tracking.log(values, self.step)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -423,16 +412,10 @@ class Run:
 
     def _validation(self) -> Validation:
         folder = self.output / "validation" / f"{self.expert}_step_{self.step:08d}"
-
-        def log(values: dict[str, float]) -> None:
-            self._track(lambda: self.accelerator.log(values, step=self.step))
-
-        def log_frames(name: str, frames: np.ndarray) -> None:
-            for tracker in self.accelerator.trackers:
-                options = {"step": self.step, "dataformats": "NHWC"}
-                self._track(functools.partial(tracker.log_images, {name: frames}, **options))
-
-        return Validation(self.transformer, self.expert, self.step, folder, self.config, log, log_frames)
+        log, log_video = (
+            functools.partial(call, step=self.step) for call in (self.tracking.log, self.tracking.log_video)
+        )
+        return Validation(self.transformer, self.expert, self.step, folder, self.config, log, log_video)
 
 
 def _memory(device: torch.device) -> int:

@@ -77,7 +77,10 @@ def test_load_refuses(tmp_path, line, message):
         ({"warmup_steps": 7}, "must be below steps=7"),
         ({"anchor_probability": 0}, "trains no anchor"),
         ({"timestep_density": "uniform", "timestep_std": 2.0}, "has no effect"),
-        ({"validation_every": 1, "validation_prompts": ["a dog"]}, "needs as many as anchors: 0"),
+        (
+            {"validation_every": 1, "validation_prompts": ["a dog"], "validation_anchors": ["a.png", ""]},
+            "needs one for each of 1 validation_prompts",
+        ),
         ({"validation_prompts": ["a dog"], "validation_anchors": ["a.png"]}, "no effect with validation_every=0"),
         ({"clips_per_video": 0}, "`clips_per_video=0` must be at least 1"),
         ({"teacher_lora": "lora"}, "`teacher_lora='lora'` has no effect without distill_guidance"),

@@ -204,14 +204,6 @@ def test_a_validation_that_fails_changes_nothing(config, whole, caplog):
     assert_as_whole(config, whole)
 
 
-def test_a_tracker_that_fails_is_left_out(config, whole, monkeypatch, caplog):
-    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: 1 / 0)
-    with caplog.at_level("WARNING"):
-        run(config)
-    assert "The tracker 'none' failed and is left out from here on: division by zero" in caplog.text
-    assert_as_whole(config, whole)
-
-
 def signal_after(monkeypatch, step: int, number: int) -> None:
     """Sends a signal to this process while it takes the step."""
     take = Run._optimizer_step
