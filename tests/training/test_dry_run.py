@@ -83,9 +83,6 @@ def test_the_command_line_tells_it(config, tmp_path, capsys):
     path = save_config(config, tmp_path / "c.toml")
     assert main(["train", str(path), "--dry-run"]) == 0
     assert capsys.readouterr().out == dry_run(config) + "\n"
-    path.write_text('system = "factorized-dreamer"\n')
-    assert main(["train", str(path), "--dry-run"]) == 2
-    assert "--dry-run tells of anchor LoRAs" in capsys.readouterr().err
 
 
 def test_cogvideox_is_told_of_too(config, tmp_path):
