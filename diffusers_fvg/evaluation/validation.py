@@ -24,6 +24,7 @@ from ..training.data import model_folder
 from ..training.families import Wan, family_of, text_pipeline
 from ..training.initial import of_expert
 from ..training.loop import Validation
+from ..training.processes import make_accelerator
 
 
 def make_validate(config: TrainConfig) -> Callable[[Validation], None]:
@@ -46,8 +47,9 @@ def make_validate(config: TrainConfig) -> Callable[[Validation], None]:
         )
     paths = config.validation_anchors or ("",) * len(config.validation_prompts)
     pictures = [first_frame(path) if path else None for path in paths]
-    folder = model_folder(config)
-    embeds = _embeds(config, folder)
+    # The run's own: it also says how long processes wait for each other, which the first one that is made settles.
+    accelerator, folder = make_accelerator(config), model_folder(config)
+    embeds = _embeds(config, folder, accelerator.device) if accelerator.is_main_process else []
     num_frames, height, width = next(bucket for bucket in config.all_buckets if bucket[0] > 1)
     size = {"num_frames": num_frames, "height": height, "width": width}
 
@@ -72,10 +74,10 @@ def make_validate(config: TrainConfig) -> Callable[[Validation], None]:
 
 
 @torch.no_grad()
-def _embeds(config: TrainConfig, folder: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _embeds(config: TrainConfig, folder: Path, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Embeddings `(1, L, D)` of each prompt and of the empty one, on the CPU."""
     family = family_of(config, folder)
-    pipe = text_pipeline(family, folder, _dtype(config), PartialState().device)
+    pipe = text_pipeline(family, folder, _dtype(config), device)
     return [
         tuple(part.cpu() for part in pipe.encode_prompt(prompt, max_sequence_length=config.max_sequence_length))
         for prompt in config.validation_prompts

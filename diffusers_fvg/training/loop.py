@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 import math
 import re
@@ -219,6 +220,8 @@ class Run:
         # The next expert needs the memory.
         self.model, self.optimizer = accelerator.free_memory(self.model, self.optimizer)
         del self.transformer, self.forward, self.tuned, self.average
+        # Hooks and blocks that are kept off the device hold each other.
+        gc.collect()
         return weights
 
     def _write_facts(self) -> None:
@@ -232,6 +235,7 @@ class Run:
 
     def _leave(self) -> None:
         """Ends the process after a checkpoint, as the signal would have."""
+        self.tracking.close()
         # Of processes that run together one may have been told alone.
         number = self.stop.signal or signal.SIGTERM
         if self.accelerator.is_main_process:

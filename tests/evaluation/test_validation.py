@@ -34,26 +34,43 @@ def run(config, validate) -> None:
     main_train(save_config(config, Path(config.output_dir) / "run.toml"), validate)
 
 
-def test_a_run_leaves_videos_of_its_prompts(config, tmp_path):
+def sampled(monkeypatch) -> list[np.ndarray]:
+    """Frames of each video, before they are written."""
+    frames = []
+
+    def write(path, video, *rest):
+        frames.append(np.asarray(video))
+        write_video(path, video, *rest)
+
+    monkeypatch.setattr(validation, "write_video", write)
+    return frames
+
+
+def test_a_run_leaves_videos_of_its_prompts(config, tmp_path, monkeypatch):
     save_model(tmp_path / "model")
-    validate, rendered, logged = make_validate(config), {}, []
+    validate, told, logged, rendered = make_validate(config), [], [], sampled(monkeypatch)
 
-    def watching(told):
+    def watching(given):
         def log_video(name, path):
-            rendered[told.step, name] = read_video(path)[0] / 255
+            told.append((given.step, name, path))
 
-        validate(replace(told, log_video=log_video, log=logged.append))
+        validate(replace(given, log_video=log_video, log=logged.append))
 
     run(config, watching)
-    assert sorted(rendered) == [(step, f"validation/{number}") for step in (2, 4) for number in (0, 1)]
+    paths = [
+        tmp_path / "out" / "validation" / f"transformer_step_{step:08d}" / f"{number}.mp4"
+        for step in (2, 4)
+        for number in (0, 1)
+    ]
+    names = [(step, f"validation/{number}") for step in (2, 4) for number in (0, 1)]
+    assert told == [(*name, path) for name, path in zip(names, paths)]
     assert [list(values) for values in logged] == [["validation_seconds"]] * 2
-    for step in (2, 4):
-        for number, prompt in enumerate(config.validation_prompts):
-            path = tmp_path / "out" / "validation" / f"transformer_step_{step:08d}" / f"{number}.mp4"
-            frames, frame_rate = read_video(path)
-            assert frames.shape == (9, 32, 32, 3) and frame_rate == 8
-            assert read_video_metadata(path) == {"prompt": prompt, "step": step}
-    assert np.abs(rendered[2, "validation/0"] - rendered[4, "validation/0"]).max() > 0.01
+    for (step, name), path in zip(names, paths):
+        frames, frame_rate = read_video(path)
+        assert frames.shape == (9, 32, 32, 3) and frame_rate == 8
+        prompt = config.validation_prompts[int(name[-1])]
+        assert read_video_metadata(path) == {"prompt": prompt, "step": step}
+    assert np.abs(rendered[0] - rendered[2]).max() > 1e-4
 
     # The finished LoRA in a pipeline of its own makes the last validation's video: the same weights, anchor and noise.
     absent = dict.fromkeys(("rewriter", "composer", "anchor_lora", "schedulers"))
@@ -64,9 +81,7 @@ def test_a_run_leaves_videos_of_its_prompts(config, tmp_path):
     generator = torch.Generator().manual_seed(config.seed)
     image = PIL.Image.open(tmp_path / "start.png")
     frames = pipe("a red circle", image=image, generator=generator, first_frame_prompt=None, **size).frames[0]
-    write_video(tmp_path / "expected.mp4", frames, 8)
-    expected = read_video(tmp_path / "expected.mp4")[0] / 255
-    np.testing.assert_allclose(rendered[4, "validation/0"], expected, atol=0.01)
+    np.testing.assert_allclose(rendered[2], frames, atol=1e-3)
 
 
 def test_cogvideox_has_a_pipeline_of_its_own(config, tmp_path):
@@ -76,13 +91,6 @@ def test_cogvideox_has_a_pipeline_of_its_own(config, tmp_path):
     run(config, make_validate(config))
     frames, _ = read_video(tmp_path / "out" / "validation" / "transformer_step_00000002" / "0.mp4")
     assert frames.shape == (9, 32, 32, 3)
-
-
-def sampled(monkeypatch) -> list[np.ndarray]:
-    """Frames of each video, before they are written."""
-    frames = []
-    monkeypatch.setattr(validation, "write_video", lambda path, video, *rest: frames.append(np.asarray(video)))
-    return frames
 
 
 def test_both_experts_of_a_model_make_the_video(config, tmp_path, monkeypatch):
