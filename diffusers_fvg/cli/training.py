@@ -20,7 +20,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="tell buckets, rejected files, tokens, memory, time, targets and times of the run; trains nothing",
+        help="tell buckets, rejected files, memory, time, what is trained and times of the run; trains nothing",
     )
     parser.add_argument(
         "--help-options", action="store_true", help="list every option of the file with type, default and reason"
@@ -54,9 +54,11 @@ def _train(arguments: argparse.Namespace) -> None:
     with contextlib.suppress(tomllib.TOMLDecodeError, UnicodeDecodeError):
         if "system" in tomllib.loads(arguments.config.read_text(encoding="utf-8")):
             if arguments.dry_run:
-                raise ValueError(
-                    f"--dry-run tells of anchor LoRAs, and {arguments.config} trains Factorized-Dreamer: leave it out."
-                )
+                from ..training.dreamer_config import DreamerConfig
+                from ..training.dreamer_dry_run import dreamer_dry_run
+
+                print(dreamer_dry_run(DreamerConfig.load(arguments.config)))
+                return
             from ..training.dreamer import main_train_dreamer
 
             print(f"video UNet: {main_train_dreamer(arguments.config)}")

@@ -2,75 +2,128 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
+from accelerate import PartialState
+from diffusers.hooks import apply_group_offloading
 
 from ..animate.anchor import Anchor
 from ..animate.frames import first_frame
-from ..animate.transformer_anchor import AnchorConditionedTransformer3D
+from ..lora.anchor_lora import ADAPTER_NAME
+from ..lora.export import read_lora
+from ..lora.loader import EXPERTS, load_lora
 from ..media import write_video
 from ..pipelines.pipeline_factorized_cogvideox import FactorizedCogVideoXPipeline
 from ..pipelines.pipeline_factorized_video import FactorizedVideoPipeline
 from ..training.config import TrainConfig
 from ..training.data import model_folder
+from ..training.families import Wan, family_of, text_pipeline
+from ..training.initial import of_expert
 from ..training.loop import Validation
+from ..training.processes import make_accelerator
 
 
 def make_validate(config: TrainConfig) -> Callable[[Validation], None]:
-    """A callable for [`training.trainer.main_train`] that makes a video of each validation prompt from its anchor.
+    """A callable for [`training.trainer.main_train`] that makes a video of each validation prompt, from its anchor or without.
 
-    Videos have the size of the first bucket and the steps of the default preset, and always the same noise. They go to
-    `output_dir/validation/<expert>_step_<step>/` and, frame by frame, to the tracker. While it lasts, text encoder and VAE
-    are on the device too.
+    Videos have the size of the first bucket of more than one frame and the steps of the default preset, and always the same
+    noise. They go to `output_dir/validation/<expert>_step_<step>/` and to the tracker. Prompts are encoded here, before there
+    is anything else on the device; while a validation lasts, the VAE is on it too. Of a model of two experts the one that is
+    not trained is loaded with the LoRA that the run has of it, if any, and goes through the device block by block.
 
     Args:
         config (`TrainConfig`): `validation_prompts` and `validation_anchors`.
 
     Raises:
-        `ValueError`: no prompts, an anchor that cannot be read, a model of two experts.
+        `ValueError`: no prompts, or an anchor that cannot be read.
     """
     if not config.validation_prompts:
         raise ValueError(
-            f"`validation_every={config.validation_every}` needs `validation_prompts` and `validation_anchors`; give some, or "
-            "set it to 0."
+            f"`validation_every={config.validation_every}` needs `validation_prompts`; give some, or set it to 0."
         )
-    folder = model_folder(config)
-    index = json.loads((folder / "model_index.json").read_text())
-    if index.get("boundary_ratio") is not None:
-        raise ValueError(
-            f"`validation_every={config.validation_every}`, but {config.model} samples with two experts, and training holds "
-            "one; set it to 0 and look at the finished LoRA's videos."
-        )
-    pictures = [first_frame(path) for path in config.validation_anchors]
+    paths = config.validation_anchors or ("",) * len(config.validation_prompts)
+    pictures = [first_frame(path) if path else None for path in paths]
+    # The run's own: it also says how long processes wait for each other, which the first one that is made settles.
+    accelerator, folder = make_accelerator(config), model_folder(config)
+    embeds = _embeds(config, folder, accelerator.device) if accelerator.is_main_process else []
+    num_frames, height, width = next(bucket for bucket in config.all_buckets if bucket[0] > 1)
+    size = {"num_frames": num_frames, "height": height, "width": width}
 
     def validate(validation: Validation) -> None:
-        transformer, started = validation.transformer, time.perf_counter()
-        kind = (
-            FactorizedVideoPipeline
-            if isinstance(transformer, AnchorConditionedTransformer3D)
-            else FactorizedCogVideoXPipeline
-        )
-        absent = dict.fromkeys(("rewriter", "composer", "anchor_lora", "schedulers"))
-        pipe = kind.from_pretrained(folder, transformer=transformer, dtype=transformer.dtype, **absent)
-        pipe.to(transformer.device).set_progress_bar_config(disable=True)
-        num_frames, height, width = config.buckets[0]
+        started = time.perf_counter()
+        pipe, guidance = _pipeline(validation, folder)
         for number, (prompt, picture) in enumerate(zip(config.validation_prompts, pictures)):
             frames = pipe.animate(
-                prompt,
-                anchors=Anchor(picture),
-                num_frames=num_frames,
-                height=height,
-                width=width,
-                max_sequence_length=config.max_sequence_length,
+                prompt_embeds=embeds[number][0],
+                negative_prompt_embeds=embeds[number][1],
+                anchors=None if picture is None else Anchor(picture),
                 generator=torch.Generator().manual_seed(config.seed),
+                **size,
+                **guidance,
             )[0]
-            metadata = {"prompt": prompt, "step": validation.step}
-            write_video(validation.folder / f"{number}.mp4", frames, config.frame_rate, metadata)
-            validation.log_frames(f"validation/{number}", np.asarray(frames))
+            path = validation.folder / f"{number}.mp4"
+            write_video(path, frames, config.frame_rate, {"prompt": prompt, "step": validation.step})
+            validation.log_video(f"validation/{number}", path)
         validation.log({"validation_seconds": time.perf_counter() - started})
 
     return validate
+
+
+@torch.no_grad()
+def _embeds(config: TrainConfig, folder: Path, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Embeddings `(1, L, D)` of each prompt and of the empty one, on the CPU."""
+    family = family_of(config, folder)
+    pipe = text_pipeline(family, folder, _dtype(config), device)
+    return [
+        tuple(part.cpu() for part in pipe.encode_prompt(prompt, max_sequence_length=config.max_sequence_length))
+        for prompt in config.validation_prompts
+    ]
+
+
+def _dtype(config: TrainConfig) -> torch.dtype:
+    return torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
+
+
+def _pipeline(
+    validation: Validation, folder: Path
+) -> tuple[FactorizedVideoPipeline | FactorizedCogVideoXPipeline, dict[str, float]]:
+    """The pipeline around the transformer that is trained, and the guidance that a distilled LoRA asks for."""
+    config, device = validation.config, PartialState().device
+    kind = FactorizedVideoPipeline if isinstance(family_of(config, folder), Wan) else FactorizedCogVideoXPipeline
+    absent = ("rewriter", "composer", "anchor_lora", "schedulers", "text_encoder", "tokenizer")
+    parts = {validation.expert: validation.transformer} | dict.fromkeys(absent)
+    pipe = kind.from_pretrained(folder, dtype=_dtype(config), **parts)
+    pipe.set_progress_bar_config(disable=True)
+    # Not the pipeline as a whole: blocks that are kept off the device stay there.
+    pipe.vae.to(device)
+    learnt = [validation.expert]
+    for name in set(EXPERTS) - {validation.expert}:
+        other = getattr(pipe, name, None)
+        if other is not None:
+            learnt += [name] if _load_other(other, name, config) else []
+            if device.type != "cpu":
+                apply_group_offloading(other, device, offload_type="block_level", num_blocks_per_group=1)
+    # Without an anchor a pipeline switches the anchor LoRA off. A sample shows what is learnt, with an anchor or without.
+    scales = pipe._adapter_scales
+    pipe._adapter_scales = lambda attention_kwargs, anchored: scales(attention_kwargs, anchored=True)
+    names = {"transformer": "guidance_scale", "transformer_2": "guidance_scale_2"}
+    return pipe, {names[name]: 1.0 for name in learnt} if config.distill_guidance else {}
+
+
+def _load_other(transformer: torch.nn.Module, expert: str, config: TrainConfig) -> bool:
+    """Gives the expert that is not trained the LoRA that it has learnt so far, or starts from; whether it has learnt one."""
+    saved = sorted((Path(config.output_dir) / "checkpoints" / expert).glob("step_*.safetensors"))
+    source: Any = None
+    options: dict[str, Any] = {}
+    if saved:
+        source, _ = read_lora(saved[-1])
+    elif config.initial_lora and expert in config.experts:
+        source, options = of_expert(config.initial_lora, expert)
+    if source is not None:
+        experts, sources = ([part if name == expert else None for name in EXPERTS] for part in (transformer, source))
+        load_lora(experts, sources, ADAPTER_NAME, strict=True, **options)
+    return bool(saved)

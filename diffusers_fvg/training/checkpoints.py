@@ -23,7 +23,7 @@ logger = logging.get_logger(__name__)
 FREE_ON_RESUME = {"experts", "checkpoint_every", "keep_checkpoints", "validation_every", "tracker"}
 FREE_ON_RESUME |= {"model", "data", "cache_dir", "output_dir", "validation_prompts", "validation_anchors"}
 FREE_ON_RESUME |= {"max_rejected_share", "gradient_checkpointing", "process_group_timeout"}
-FREE_ON_RESUME |= {"lora_every"}
+FREE_ON_RESUME |= {"lora_every", "activation_offload", "block_offload"}
 # These are known by their weights, not by where they are.
 FREE_ON_RESUME |= {"teacher_lora", "initial_lora"}
 # Of Factorized-Dreamer: a start, and encoders that the cache knows by their content.

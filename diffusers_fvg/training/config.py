@@ -17,6 +17,14 @@ from ..publishing.toml import toml_value
 # Query, key, value, output and feed-forward of both attentions: what Pusa and DiffSynth-Studio train on Wan.
 WAN_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
+# Values of options that need a package which does not come with this one.
+PACKAGES = (
+    ("tracker", "tensorboard", "tensorboard"),
+    ("tracker", "wandb", "wandb"),
+    ("quantize", "nf4", "bitsandbytes"),
+    ("optimizer", "adamw-8bit", "bitsandbytes"),
+)
+
 
 @dataclass(frozen=True)
 class DataSource:
@@ -100,6 +108,18 @@ class TomlConfig:
             _require(0 <= getattr(self, name) < 1, name, self, "must lie in [0, 1)")
         _require(self.warmup_steps < self.steps, "warmup_steps", self, f"must be below steps={self.steps}")
 
+    def check_packages(self) -> None:
+        """What an option needs beside the package's own dependencies is installed.
+
+        Raises:
+            `ValueError`: naming the option and the package.
+        """
+        for name, value, package in PACKAGES:
+            if getattr(self, name, None) == value:
+                found = importlib.util.find_spec(package) is not None
+                without = next(field.default for field in fields(self) if field.name == name)
+                _require(found, name, self, f"needs `pip install {package}`, or {name}={toml_value(without)}")
+
     @property
     def sources(self) -> tuple[DataSource, ...]:
         """What `data` names, one or several."""
@@ -150,8 +170,8 @@ class TrainConfig(TomlConfig):
         rank, alpha (`int`, `float`, *optional*): of the LoRA; its strength is `alpha / rank`. First author: 128/64 (5B),
             16/8 (1.3B), 256/128 (14B) used at weight 0.55. Pusa: 512/512 used at 1.4, larger ranks better and small ones
             slower to plateau. LTX-2, DiffSynth-Studio: 32.
-        initial_lora (`str`, *optional*): file, folder or repository of a LoRA of any known format that the new one starts from;
-            its rank is at most `rank`, its layers are among `targets`. Left out, the new one starts at nothing.
+        initial_lora (`str`, *optional*): file, folder or Hub repository of a LoRA of any known format that the new one starts
+            from; its rank is at most `rank`, its layers are among `targets`. Left out, the new one starts at nothing.
         targets (`tuple[str, ...]`, *optional*): ends of module names. Pusa finds that it is self-attention that learns
             the anchor.
 
@@ -205,6 +225,14 @@ class TrainConfig(TomlConfig):
         mixed_precision (`str`, *optional*): `"bf16"`: base model in bfloat16, LoRA and optimizer in float32. `"no"`:
             everything in float32. float16 is not offered: Wan's activations leave its range.
         gradient_checkpointing (`bool`, *optional*): keeps one activation per block and computes the rest again.
+        activation_offload (`bool`, *optional*): keeps that one in the computer's memory.
+        block_offload (`bool`, *optional*): keeps the base's blocks in the computer's memory and copies each to the device when
+            it runs, twice in a step: 57 GB for A14B in bfloat16, some 3 seconds over PCIe 4.0.
+        quantize (`str`, *optional*): how the frozen base is stored. `"fp8"`: a byte for a number of its blocks, float8_e4m3fn,
+            by diffusers' layerwise casting. `"nf4"`: 4 bits by bitsandbytes, as in QLoRA (arXiv 2305.14314), which finds its
+            4 bits as good as 16. Arithmetic stays in `mixed_precision`, and the LoRA is one for any form of the base.
+        optimizer (`str`, *optional*): `"adamw"`, or `"adamw-8bit"` of bitsandbytes, whose two moments take 2 bytes a number in
+            place of 8 (arXiv 2110.02861).
         seed (`int`, *optional*): of everything drawn. A draw depends on seed, expert, step and place in the batch alone.
         checkpoint_every, keep_checkpoints (`int`, *optional*): in optimizer steps; how many of the newest are kept. There
             is always one at the end.
@@ -213,8 +241,9 @@ class TrainConfig(TomlConfig):
         validation_every (`int`, *optional*): calls the `validate` that was passed to the trainer; 0 is never. That of
             `fvg train` makes a video of each of `validation_prompts`.
         validation_prompts, validation_anchors (`tuple[str, ...]`, *optional*): prompts, and for each a picture or a video
-            whose first frame it starts from. Better none that is trained on.
-        tracker (`str`, *optional*): `"none"` or `"tensorboard"`. `log_<expert>.jsonl` is written in any case.
+            whose first frame it starts from, or `""` for none; without anchors none has one. Better none that is trained on.
+        tracker (`str`, *optional*): `"none"`, `"tensorboard"` or `"wandb"` (Weights & Biases; `WANDB_MODE=offline` keeps it
+            on this computer). `log_<expert>.jsonl` is written in any case.
         process_group_timeout (`float`, *optional*): seconds that processes wait for each other before they take the run for
             dead. Validation and the encoding of captions are waited for.
     """
@@ -267,6 +296,10 @@ class TrainConfig(TomlConfig):
 
     mixed_precision: Literal["no", "bf16"] = "bf16"
     gradient_checkpointing: bool = True
+    activation_offload: bool = False
+    block_offload: bool = False
+    quantize: Literal["none", "fp8", "nf4"] = "none"
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
     seed: int = 42
     checkpoint_every: int = 250
     keep_checkpoints: int = 2
@@ -274,7 +307,7 @@ class TrainConfig(TomlConfig):
     validation_every: int = 0
     validation_prompts: tuple[str, ...] = ()
     validation_anchors: tuple[str, ...] = ()
-    tracker: Literal["none", "tensorboard"] = "none"
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
     process_group_timeout: float = 7200.0
 
     def validate(self) -> None:
@@ -318,15 +351,31 @@ class TrainConfig(TomlConfig):
             _require(self.anchor_window >= 0, "anchor_window", self, "must not be negative")
             # A frame of a time of its own is an anchor to the model, which every frame may look at.
             _require(self.frame_times == "shared", "anchor_window", self, 'needs frame_times="shared"')
-        pairs = len(self.validation_anchors)
-        _require(
-            len(self.validation_prompts) == pairs, "validation_prompts", self, f"needs as many as anchors: {pairs}"
-        )
+        prompts, anchors = len(self.validation_prompts), len(self.validation_anchors)
+        wanted = f'needs one for each of {prompts} validation_prompts, "" for none, or none at all'
+        _require(anchors in (0, prompts), "validation_anchors", self, wanted)
         if not self.validation_every:
-            _require(not pairs, "validation_prompts", self, "has no effect with validation_every=0: remove it")
-        if self.tracker == "tensorboard":
-            found = importlib.util.find_spec("tensorboard") is not None
-            _require(found, "tracker", self, 'needs `pip install tensorboard`, or tracker="none"')
+            _require(not prompts, "validation_prompts", self, "has no effect with validation_every=0: remove it")
+        self._validate_memory()
+
+    def _validate_memory(self) -> None:
+        for name in ("activation_offload", "block_offload"):
+            needed = self.gradient_checkpointing or not getattr(self, name)
+            _require(needed, name, self, "needs gradient_checkpointing=true, without which all stays on the device")
+        fp8, nf4 = self.quantize == "fp8", self.quantize == "nf4"
+        _require(
+            self.gradient_checkpointing or not fp8,
+            "quantize",
+            self,
+            "needs gradient_checkpointing=true, without which the backward keeps a wide copy of every weight",
+        )
+        _require(
+            not (nf4 and self.block_offload),
+            "quantize",
+            self,
+            'needs block_offload=false, as bitsandbytes keeps the weights for the backward: with "fp8" they can be off the device',
+        )
+        self.check_packages()
 
     def _validate_distillation(self) -> None:
         if not self.distill_guidance:

@@ -23,7 +23,7 @@ from .batches import Clips
 from .config import TrainConfig
 from .draws import appended_frames
 from .families import CogVideoX, Wan, text_pipeline
-from .files import write_whole
+from .files import write_text_whole, write_whole
 from .metadata import Example
 from .videos import read_clips
 
@@ -172,10 +172,7 @@ def _key(salt: str, content: bytes) -> str:
 
 def _check_settings(path: Path, settings: dict) -> None:
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(settings, indent=2) + "\n")
-        unfinished.replace(path)
+        write_text_whole(path, json.dumps(settings, indent=2) + "\n")
         return
     found = json.loads(path.read_text())
     differing = sorted(name for name in settings.keys() | found.keys() if settings.get(name) != found.get(name))

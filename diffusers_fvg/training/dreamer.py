@@ -95,10 +95,20 @@ class StableDiffusion(Family):
         self.motion_folder = component_folder(config.motion_encoder) if config.motion_encoder else None
         self.image_folder = component_folder(config.image_encoder) if config.image_encoder else None
         self._image_encoder: CLIPVisionModelWithProjection | None = None
+        self.check_buckets(config, folder)
+
+    @staticmethod
+    def check_buckets(config: DreamerConfig, folder: Path) -> int:
+        """Pixels of a latent in height and width.
+
+        Raises:
+            `ValueError`: a bucket that they do not divide.
+        """
         factor = 2 ** (len(AutoencoderKL.load_config(folder / "vae")["block_out_channels"]) - 1)
         for _, height, width in config.all_buckets:
             check_size("height", height, factor)
             check_size("width", width, factor)
+        return factor
 
     def encoders(self, folder: Path) -> dict[str, Path]:
         more = {"motion_encoder": self.motion_folder, "image_encoder": self.image_folder}
@@ -182,23 +192,37 @@ class DreamerClips(Clips):
         return batch
 
 
-def make_trainee(config: DreamerConfig, folder: Path, family: StableDiffusion) -> DreamerTrainee:
-    """The models of the stage at its start: those of the stage before, or the image UNet with new layers.
-
-    Raises:
-        `ValueError`: the stage before had other designs.
-    """
+def designs(
+    config: DreamerConfig, motion_encoder: str | Path | None, image_encoder: str | Path | None
+) -> dict[str, Any]:
+    """The switches of [`~dreamer.unet.FactorizedDreamerUNet`] for a stage, whose encoders' configs are read."""
     switches = {
         "num_frames": config.num_frames,
         "t2i_adapter": None if config.t2i_adapter == "none" else config.t2i_adapter,
         "paca": None if config.paca == "none" else config.paca,
         "motion_embed_dim": None,
     }
-    if family.motion_folder is not None:
-        switches["motion_embed_dim"] = AutoConfig.from_pretrained(family.motion_folder).d_model
-    if family.image_folder is not None:
-        vision = CLIPVisionModelWithProjection.config_class.from_pretrained(family.image_folder)
+    if motion_encoder:
+        switches["motion_embed_dim"] = AutoConfig.from_pretrained(motion_encoder).d_model
+    if image_encoder:
+        vision = CLIPVisionModelWithProjection.config_class.from_pretrained(image_encoder)
         switches["image_embed_dim"] = vision.projection_dim
+    return switches
+
+
+def noise_levels(config: DreamerConfig) -> torch.Tensor:
+    """Of each time, all of which are drawn alike, `(T,)`."""
+    scheduler = CogVideoXDDIMScheduler(**dreamer_schedule(config.shift, config.power, config.zero_terminal_snr))
+    return training_sigmas(scheduler)
+
+
+def make_trainee(config: DreamerConfig, folder: Path, family: StableDiffusion) -> DreamerTrainee:
+    """The models of the stage at its start: those of the stage before, or the image UNet with new layers.
+
+    Raises:
+        `ValueError`: the stage before had other designs.
+    """
+    switches = designs(config, family.motion_folder, family.image_folder)
     # What is new comes from the seed, and nothing else does.
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -238,8 +262,7 @@ class DreamerRun(Run):
                     parameter.data = parameter.data.to(torch.bfloat16)
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
-        scheduler = CogVideoXDDIMScheduler(**dreamer_schedule(config.shift, config.power, config.zero_terminal_snr))
-        self.sigmas = training_sigmas(scheduler).to(self.accelerator.device)
+        self.sigmas = noise_levels(config).to(self.accelerator.device)
 
     def _caller(self) -> Callable:
         return self.model

@@ -43,8 +43,9 @@ class DreamerConfig(TomlConfig):
             in all. It is what `mode="direct"` samples with.
 
         steps, batch_size, gradient_accumulation_steps, learning_rate, learning_rate_schedule, warmup_steps, weight_decay,
-            max_grad_norm, ema_decay, mixed_precision, gradient_checkpointing, seed, checkpoint_every, keep_checkpoints,
-            tracker, process_group_timeout: of [`TrainConfig`]. ConsistI2V: 200,000 steps at learning rate 5e-5; DynamiCrafter: 100,000 at 1e-5.
+            max_grad_norm, ema_decay, mixed_precision, gradient_checkpointing, optimizer, seed, checkpoint_every,
+            keep_checkpoints, tracker, process_group_timeout: of [`TrainConfig`]. ConsistI2V: 200,000 steps at learning rate
+            5e-5; DynamiCrafter: 100,000 at 1e-5.
     """
 
     system: Literal["factorized-dreamer"]
@@ -90,10 +91,11 @@ class DreamerConfig(TomlConfig):
 
     mixed_precision: Literal["no", "bf16"] = "bf16"
     gradient_checkpointing: bool = True
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
     seed: int = 42
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
-    tracker: Literal["none", "tensorboard"] = "none"
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
     process_group_timeout: float = 7200.0
 
     # What the trainer asks of any run, and is the same in every one of these.
@@ -101,6 +103,7 @@ class DreamerConfig(TomlConfig):
     negative_prompt: ClassVar[str] = ""
     validation_every: ClassVar[int] = 0
     lora_every: ClassVar[int] = 0
+    block_offload: ClassVar[bool] = False
 
     def validate(self) -> None:
         """Checks ranges, and options against each other.
@@ -136,9 +139,7 @@ class DreamerConfig(TomlConfig):
         if self.flow_teacher == "dis":
             found = importlib.util.find_spec("cv2") is not None
             _require(found, "flow_teacher", self, "needs `pip install opencv-python-headless`")
-        if self.tracker == "tensorboard":
-            found = importlib.util.find_spec("tensorboard") is not None
-            _require(found, "tracker", self, 'needs `pip install tensorboard`, or tracker="none"')
+        self.check_packages()
 
     @property
     def num_frames(self) -> int:

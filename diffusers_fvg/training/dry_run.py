@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,7 +14,8 @@ from .checkpoints import Checkpoints
 from .config import TrainConfig
 from .data import model_folder
 from .draws import drawn_times
-from .estimate import clip_tokens, estimated_memory, estimated_operations
+from .dreamer_config import DreamerConfig
+from .estimate import clip_tokens, estimated_host_memory, estimated_memory, estimated_operations
 from .families import CogVideoX, Wan, family_of
 from .loop import check_model
 from .metadata import Example, read_examples
@@ -43,10 +45,14 @@ def dry_run(config: TrainConfig) -> str:
     family = family_of(config, folder)
     check_model(family.empty, config)
     boundary = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("boundary_ratio")
-    clips, rejected = _planned(config, read_examples(config))
+    clips, rejected = planned(config, read_examples(config))
+
+    def tokens(bucket: tuple[int, int, int]) -> int:
+        return clip_tokens(bucket, family.patch, *family.strides)
+
     parts = [
-        _data_part(config, family, clips, rejected),
-        _steps_part(config, clips),
+        data_part(config, tokens, "tokens", clips, rejected),
+        steps_part(config, clips),
         _cost_part(config, family),
         _targets_part(config, family),
         *(_times_part(config, expert, sigma_ranges(boundary)[expert]) for expert in config.experts),
@@ -54,7 +60,7 @@ def dry_run(config: TrainConfig) -> str:
     return "\n\n".join("\n".join(part) for part in parts)
 
 
-def _planned(config: TrainConfig, examples: list[Example]) -> tuple[list[tuple], dict[str, str]]:
+def planned(config: TrainConfig | DreamerConfig, examples: list[Example]) -> tuple[list[tuple], dict[str, str]]:
     """Bucket and repeats of each clip, and why files cannot be used."""
     clips, rejected = [], {}
     for example in examples:
@@ -67,23 +73,34 @@ def _planned(config: TrainConfig, examples: list[Example]) -> tuple[list[tuple],
     return clips, rejected
 
 
-def _data_part(
-    config: TrainConfig, family: Wan | CogVideoX, clips: list[tuple], rejected: dict[str, str]
+def data_part(
+    config: TrainConfig | DreamerConfig,
+    size_of: Callable[[tuple[int, int, int]], int],
+    unit: str,
+    clips: list[tuple],
+    rejected: dict[str, str],
 ) -> list[str]:
+    """Buckets with counts and sizes, and the files that are rejected.
+
+    Args:
+        size_of (`Callable`): of a clip of a bucket, in `unit`.
+        clips, rejected: from [`planned`].
+    """
     counts, repeated = Counter(), Counter()
     for bucket, repeats in clips:
         counts[bucket] += 1
         repeated[bucket] += repeats
-    lines = ["Buckets (frames x height x width: clips, in an epoch, tokens of a step):"]
+    lines = [f"Buckets (frames x height x width: clips, in an epoch, {unit} of a step):"]
     for bucket in config.all_buckets:
-        tokens = config.batch_size * clip_tokens(bucket, family.patch, *family.strides)
         size = "x".join(map(str, bucket))
-        lines.append(f"  {size:>14}: {counts[bucket]:6} {repeated[bucket]:8g} {tokens:9,}")
+        of_a_step = config.batch_size * size_of(bucket)
+        lines.append(f"  {size:>14}: {counts[bucket]:6} {repeated[bucket]:8g} {of_a_step:9,}")
     lines.append(f"Rejected files: {len(rejected)}")
     return lines + [f"  {path}: {reason}" for path, reason in sorted(rejected.items())]
 
 
-def _steps_part(config: TrainConfig, clips: list[tuple]) -> list[str]:
+def steps_part(config: TrainConfig | DreamerConfig, clips: list[tuple]) -> list[str]:
+    """Steps, epochs and checkpoints that are there."""
     a_step = config.batch_size * config.gradient_accumulation_steps
     epoch = sum(repeats for _, repeats in clips)
     lines = [f"Steps: {config.steps} of {a_step} clips on each process, {len(config.experts)} expert(s)"]
@@ -102,6 +119,10 @@ def _cost_part(config: TrainConfig, family: Wan | CogVideoX) -> list[str]:
     memory = estimated_memory(config, dict(shape), spatial, temporal)
     lines = [f"Memory, computed: {sum(memory.values()) / GIB:.2f} GiB, and about 2 for allocator and libraries"]
     lines += [f"  {name:14} {size / GIB:8.2f} GiB" for name, size in memory.items()]
+    host = estimated_host_memory(config, dict(shape), spatial, temporal)
+    if host:
+        lines.append(f"In the computer's memory, pinned for the device: {sum(host.values()) / GIB:.2f} GiB")
+        lines += [f"  {name:14} {size / GIB:8.2f} GiB" for name, size in host.items()]
     width = shape.num_attention_heads * shape.attention_head_dim
     sizes = (family.empty.num_parameters(), width, shape.num_layers, family.patch, spatial, temporal)
     operations = len(config.experts) * estimated_operations(config, *sizes)
@@ -110,6 +131,12 @@ def _cost_part(config: TrainConfig, family: Wan | CogVideoX) -> list[str]:
         f"Time, computed at the largest bucket: {operations:.3g} operations, at least {hours:.2g} hours of one H100, if all of its "
         f"{H100_PEAK / 1e12:.0f} TFLOP/s were used"
     )
+    return lines + measured_time(config)
+
+
+def measured_time(config: TrainConfig | DreamerConfig) -> list[str]:
+    """What the logs of a run that was begun say."""
+    lines = []
     for expert in config.experts:
         log = Path(config.output_dir) / f"log_{expert}.jsonl"
         seconds = [json.loads(line)["seconds"] for line in log.read_text().splitlines()] if log.is_file() else []
@@ -136,8 +163,12 @@ def _times_part(config: TrainConfig, expert: str, time_range: tuple[float, float
     """A histogram of the times that are drawn."""
     # The middles of even quantiles.
     times = drawn_times((torch.arange(10_000) + 0.5) / 10_000, config, time_range)
-    shares = torch.histc(times.float(), BINS, 0, 1) / len(times)
-    lines = [f"Times of {expert}, 1 the time of pure noise (share of the draws):"]
+    return histogram(f"Times of {expert}, 1 the time of pure noise (share of the draws):", times)
+
+
+def histogram(title: str, values: torch.Tensor) -> list[str]:
+    """Shares of values in [0, 1], a line for a tenth."""
+    shares, lines = torch.histc(values.float(), BINS, 0, 1) / len(values), [title]
     for number, share in enumerate(shares.tolist()):
         bar = "#" * round(BAR * share / float(shares.max()))
         lines.append(f"  {number / BINS:.1f} to {(number + 1) / BINS:.1f} {share:6.1%} {bar}")

@@ -10,12 +10,16 @@ from accelerate import init_empty_weights
 from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
 
 from .config import TrainConfig
+from .low_memory import blocks_of, quantized_layers
 
 
 # Tensors of the model's width and of the feed-forward's that backpropagation through one of Wan's blocks holds at its peak,
 # counted in its source with LoRA on every linear layer and the memory-efficient attention backends. Of these 15 and 2 are
 # kept by the forward, with CogVideoX, which has no cross-attention, 11 and 2: for its blocks this is an upper bound.
 BLOCK_WIDTHS, BLOCK_FEED_FORWARDS = 24, 4
+# Of a number; see [`estimated_memory`].
+QUANTIZED_BYTES = {"fp8": 1.0, "nf4": 1 / 2 + 1 / 64 + 4 / (64 * 256)}
+OPTIMIZER_BYTES = {"adamw": 8.0, "adamw-8bit": 2 * (1 + 4 / 256)}
 
 
 def estimated_memory(
@@ -23,46 +27,117 @@ def estimated_memory(
 ) -> dict[str, int]:
     """Bytes on each device, by part; their sum is the need. Allocator and libraries take some 2 GiB more.
 
-    weights: the frozen base (2 bytes a parameter in bf16, else 4); one expert, also where two are trained.
-    lora: float32 weight, gradient and two moments of AdamW, 16 bytes a parameter; 4 for the average, 2 for the bfloat16
-        copy that mixed precision makes; where guidance is distilled, the frozen LoRA that is learnt from.
-    block_inputs: one activation per block with gradient checkpointing; without it each block's whole working set.
-    block: the working set of one block, `batch * tokens * (24 * width + 4 * feed_forward)` numbers.
+    weights: the frozen base (2 bytes a parameter in bf16, else 4); one expert, also where two are trained. A layer that is
+        quantized takes 1 byte a parameter in fp8 and `1/2 + 1/64 + 4/(64 * 256)` in nf4: 4 bits, a constant of 8 bits for 64
+        of them and one of 32 bits for 256 of those (QLoRA, arXiv 2305.14314, section 3). Of blocks that are offloaded there
+        is one.
+    lora: float32 weight and gradient, 8 bytes a parameter; 4 for the average, 2 for the bfloat16 copy that mixed precision
+        makes; where guidance is distilled, the frozen LoRA that is learnt from.
+    optimizer: two moments of AdamW, 8 bytes a parameter; in 8 bits `2 * (1 + 4/256)`, a constant of 32 bits for 256 of them
+        (arXiv 2110.02861).
+    block_inputs: one activation per block with gradient checkpointing, none where they are offloaded; without it each block's
+        whole working set.
+    block: the working set of one block, `batch * tokens * (24 * width + 4 * feed_forward)` numbers, and what it computes
+        with of weights that are quantized: of fp8 a wide copy of all its layers, of nf4 one of the largest layer.
 
     Args:
-        config (`TrainConfig`): batch size, buckets, rank, targets.
+        config (`TrainConfig`): batch size, buckets, rank, targets, and what saves memory.
         transformer_config (`dict`): of a Wan or CogVideoX transformer, as in its `config.json`.
         spatial, temporal (`int`): pixels per latent of the VAE in space, frames per latent in time.
     """
-    wan = "ffn_dim" in transformer_config
-    with init_empty_weights():
-        transformer = (WanTransformer3DModel if wan else CogVideoXTransformer3DModel).from_config(transformer_config)
-    shape = transformer.config
-    width = shape.num_attention_heads * shape.attention_head_dim
-    if wan:
-        feed_forward, texts, patch = shape.ffn_dim, 0, tuple(shape.patch_size)
-    else:
-        # Text tokens go through the blocks with the others. The feed-forward of diffusers' class is four times as wide.
-        feed_forward, texts = 4 * width, shape.max_text_seq_length
-        patch = (shape.patch_size_t or 1, shape.patch_size, shape.patch_size)
-    tokens = texts + _longest_video(config, patch, spatial, temporal)
+    transformer, number = _empty(transformer_config), _bytes_a_number(config)
+    width, feed_forward, tokens = _sizes(config, transformer, spatial, temporal)
     linears = [
         module
         for name, module in transformer.named_modules()
         if isinstance(module, torch.nn.Linear) and any(f".{name}".endswith(f".{end}") for end in config.targets)
     ]
     lora = sum(config.rank * (module.in_features + module.out_features) for module in linears)
-    number = 2 if config.mixed_precision == "bf16" else 4
-    lora_number = 16 + (4 if config.ema_decay else 0) + (2 if config.mixed_precision == "bf16" else 0)
+    lora_number = 8 + (4 if config.ema_decay else 0) + (2 if config.mixed_precision == "bf16" else 0)
     lora_number += number if config.distill_guidance else 0
-    block = config.batch_size * tokens * number * (BLOCK_WIDTHS * width + BLOCK_FEED_FORWARDS * feed_forward)
-    per_block = config.batch_size * tokens * number * width if config.gradient_checkpointing else block
+    working_set = config.batch_size * tokens * number * (BLOCK_WIDTHS * width + BLOCK_FEED_FORWARDS * feed_forward)
+    per_block = config.batch_size * tokens * number * width if config.gradient_checkpointing else working_set
+    blocks = blocks_of(transformer)
+    layers = (
+        {layer for _, layer in quantized_layers(transformer, config.quantize)} if config.quantize != "none" else set()
+    )
+    wide = [number * _numel(module) for module in blocks[0].modules() if module in layers]
     return {
-        "weights": number * transformer.num_parameters(),
+        "weights": _stored(transformer, layers, config)
+        - (_stored(blocks[1:], layers, config) if config.block_offload else 0),
         "lora": lora_number * lora,
-        "block_inputs": shape.num_layers * per_block,
-        "block": block,
+        "optimizer": int(OPTIMIZER_BYTES[config.optimizer] * lora),
+        "block_inputs": 0 if config.activation_offload else len(blocks) * per_block,
+        "block": working_set + {"none": 0, "fp8": sum(wide), "nf4": max(wide, default=0)}[config.quantize],
     }
+
+
+def estimated_host_memory(
+    config: TrainConfig, transformer_config: dict[str, Any], spatial: int, temporal: int = 4
+) -> dict[str, int]:
+    """Bytes that each process keeps in the computer's memory for the device, by part; nothing where nothing is offloaded.
+
+    They are pinned, and PyTorch's allocator gives out pinned memory in powers of two (`CachingHostAllocator`). A base is also
+    loaded there, in `mixed_precision`, before it goes to the device.
+
+    Args: as of [`estimated_memory`].
+    """
+    transformer, number = _empty(transformer_config), _bytes_a_number(config)
+    width, _, tokens = _sizes(config, transformer, spatial, temporal)
+    memory = {}
+    if config.block_offload:
+        layers = {layer for _, layer in quantized_layers(transformer, "fp8")} if config.quantize == "fp8" else set()
+        sizes = [
+            parameter.numel() * (1 if module in layers else number)
+            for module in blocks_of(transformer).modules()
+            for parameter in module.parameters(recurse=False)
+        ]
+        memory["weights"] = sum(map(_pinned, sizes))
+    if config.activation_offload:
+        block_input = config.batch_size * tokens * number * width
+        memory["block_inputs"] = len(blocks_of(transformer)) * _pinned(block_input)
+    return memory
+
+
+def _empty(transformer_config: dict[str, Any]) -> torch.nn.Module:
+    wan = "ffn_dim" in transformer_config
+    with init_empty_weights():
+        return (WanTransformer3DModel if wan else CogVideoXTransformer3DModel).from_config(transformer_config)
+
+
+def _sizes(config: TrainConfig, transformer: torch.nn.Module, spatial: int, temporal: int) -> tuple[int, int, int]:
+    """Widths of the tokens and of the feed-forward, and how many tokens the largest bucket has."""
+    shape = transformer.config
+    width = shape.num_attention_heads * shape.attention_head_dim
+    if isinstance(transformer, WanTransformer3DModel):
+        feed_forward, texts, patch = shape.ffn_dim, 0, tuple(shape.patch_size)
+    else:
+        # Text tokens go through the blocks with the others. The feed-forward of diffusers' class is four times as wide.
+        feed_forward, texts = 4 * width, shape.max_text_seq_length
+        patch = (shape.patch_size_t or 1, shape.patch_size, shape.patch_size)
+    return width, feed_forward, texts + _longest_video(config, patch, spatial, temporal)
+
+
+def _bytes_a_number(config: TrainConfig) -> int:
+    return 2 if config.mixed_precision == "bf16" else 4
+
+
+def _stored(module: torch.nn.Module, layers: set[torch.nn.Module], config: TrainConfig) -> int:
+    """Bytes of frozen weights as they are kept, those of `layers` in fewer bits."""
+    number, saved = _bytes_a_number(config), 0.0
+    for layer in layers.intersection(module.modules()):
+        # bitsandbytes leaves biases as they are.
+        size = _numel(layer) if config.quantize == "fp8" else layer.weight.numel()
+        saved += size * (number - QUANTIZED_BYTES[config.quantize])
+    return round(number * _numel(module) - saved)
+
+
+def _numel(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _pinned(size: int) -> int:
+    return 1 << max(size - 1, 0).bit_length()
 
 
 def estimated_operations(

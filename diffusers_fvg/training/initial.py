@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 
@@ -33,7 +36,7 @@ def start_from(transformer: torch.nn.Module, expert: str, weights: str) -> str:
         `ValueError`: a LoRA that does not fit into the new one's layers and rank, or has more than low-rank pairs.
     """
     label = f"`initial_lora={weights!r}`"
-    source, options = _of_expert(weights, expert)
+    source, options = of_expert(weights, expert)
     pair = [source if name == expert else None for name in EXPERTS]
     transformers = [transformer if name == expert else None for name in EXPERTS]
     load_lora(transformers, pair, INITIAL_NAME, strict=True, **options)
@@ -60,12 +63,22 @@ def start_from(transformer: torch.nn.Module, expert: str, weights: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _of_expert(weights: str, expert: str) -> tuple[str | dict[str, torch.Tensor], dict[str, Any]]:
-    """What `load_lora` is given for one expert."""
+def of_expert(weights: str, expert: str) -> tuple[str | dict[str, torch.Tensor], dict[str, Any]]:
+    """What [`lora.loader.load_lora`] is given for one expert, and its further arguments.
+
+    Args:
+        weights, expert (`str`): as of [`start_from`].
+
+    Raises:
+        `ValueError`: no such LoRA, or none of this expert.
+    """
     path = Path(weights)
-    path = path / WEIGHT_NAME if (path / WEIGHT_NAME).is_file() else path
+    if not path.exists():
+        path = _downloaded(weights)
+    standard = [path / name for name in (WEIGHT_NAME, Path(WEIGHT_NAME).name) if (path / name).is_file()]
+    path = standard[0] if standard else path
     if not (path.is_file() and path.suffix == ".safetensors"):
-        return weights, {}
+        return str(path), {}
     with safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
         metadata = file.metadata() or {}
@@ -74,6 +87,18 @@ def _of_expert(weights: str, expert: str) -> tuple[str | dict[str, torch.Tensor]
     if not own:
         raise ValueError(f"`initial_lora={weights!r}` has no weights for the expert {expert!r}.")
     return own, {"metadata": metadata}
+
+
+def _downloaded(name: str) -> Path:
+    """The LoRA of a Hub repository: files that lie in its folders are other models."""
+    try:
+        validate_repo_id(name)
+        files = {"allow_patterns": ["*.safetensors", "adapter_config.json"], "ignore_patterns": ["*/*"]}
+        return Path(snapshot_download(name, **files))
+    except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError) as error:
+        raise ValueError(
+            f"`initial_lora={name!r}` is no file, no folder and no repository that can be read."
+        ) from error
 
 
 @torch.no_grad()

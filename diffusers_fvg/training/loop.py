@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import json
 import math
 import re
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
 from diffusers.utils import logging
 from peft import LoraConfig
 from peft.helpers import disable_input_dtype_casting
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from ..lora.anchor_lora import ADAPTER_NAME
@@ -34,10 +35,13 @@ from .distillation import GuidedTeacher
 from .draws import Draw, draw, draw_loss, generator_for
 from .files import naming, write_text_whole
 from .initial import start_from
+from .low_memory import NF4_BLOCK, checkpoint_blocks, offload_blocks, quantize_base, quantized_layers
 from .objectives import FlowMatching, VPrediction
+from .optimizers import as_tensors, from_tensors, make_optimizer
 from .output import write_intermediate
 from .processes import on_main_process, sharded_like, share, whole
 from .stopping import StopRequest
+from .tracking import Tracking
 
 
 logger = logging.get_logger(__name__)
@@ -55,7 +59,7 @@ class Validation:
         folder (`Path`): of this validation, for videos; made by whoever writes there.
         config (`TrainConfig`): of the run.
         log (`Callable`): `log({"name": number})` hands numbers to the tracker.
-        log_frames (`Callable`): `log_frames("name", frames)` hands it pictures, `(F, H, W, 3)` float in [0, 1] or uint8.
+        log_video (`Callable`): `log_video("name", path)` hands it an mp4.
     """
 
     transformer: torch.nn.Module
@@ -64,15 +68,15 @@ class Validation:
     folder: Path
     config: TrainConfig
     log: Callable[[dict[str, float]], None]
-    log_frames: Callable[[str, np.ndarray], None]
+    log_video: Callable[[str, Path], None]
 
 
 Validate = Callable[[Validation], None]
 
 
 def check_model(transformer: torch.nn.Module, config: TrainConfig) -> None:
-    """Each target is the end of the name of at least one linear layer, and the model has window attention and appended anchors
-    if they are asked for.
+    """Each target is the end of the name of at least one linear layer, and the model has window attention, appended anchors, or
+    layers that can be quantized, if they are asked for.
 
     Raises:
         `ValueError`: naming the targets that match nothing and what there is, or the option.
@@ -83,6 +87,11 @@ def check_model(transformer: torch.nn.Module, config: TrainConfig) -> None:
     if config.anchor_form == "appended" and not hasattr(transformer, "appended_rotary"):
         kind = type(transformer).__name__
         raise ValueError(f'`anchor_form="appended"`, but {kind} takes anchors in their slots alone: remove it.')
+    if config.quantize != "none" and not any(True for _ in quantized_layers(transformer, config.quantize)):
+        raise ValueError(
+            f"`quantize={config.quantize!r}`, but no layer of the transformer takes a multiple of {NF4_BLOCK} numbers: set it to "
+            '"fp8" or "none".'
+        )
     names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     unmatched = [
         target for target in config.targets if not any(name == target or name.endswith("." + target) for name in names)
@@ -127,8 +136,13 @@ class Run:
             parameter.data = parameter.data.to(accelerator.device, torch.float32)
         if self.teacher is not None:
             self.teacher.start(transformer)
-        optimizer = torch.optim.AdamW(tuned, lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.model, self.optimizer = accelerator.prepare(transformer.train(), optimizer)
+        optimizer = make_optimizer(config, tuned)
+        # DDP would send the frozen weights around, which every process has read, and cannot do so in 8 bits.
+        frozen = {name for name, p in transformer.named_parameters() if not p.requires_grad}
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
+        # Blocks that are kept off the device stay there.
+        placement = [not config.block_offload, True]
+        self.model, self.optimizer = accelerator.prepare(transformer.train(), optimizer, device_placement=placement)
         self.transformer = accelerator.unwrap_model(self.model)
         self.forward = self._caller()
         # With FSDP these are shards, and so is what is computed from them.
@@ -153,7 +167,7 @@ class Run:
             transformer.set_anchor_window(config.anchor_window)
         transformer.requires_grad_(False)
         if config.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
+            checkpoint_blocks(transformer, config.activation_offload)
         lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets))
         # Only the initial LoRA comes from the global state.
         with torch.random.fork_rng():
@@ -162,6 +176,11 @@ class Run:
         self.origins = {}
         if config.initial_lora:
             self.origins["initial"] = start_from(transformer, self.expert, config.initial_lora)
+        # Only now: LoRA layers are made of the same numbers whatever the base is stored in.
+        if config.quantize != "none":
+            quantize_base(transformer, config.quantize, self.accelerator.device)
+        if config.block_offload:
+            offload_blocks(transformer, self.accelerator.device)
 
     def _caller(self) -> Callable:
         return self.objective.caller(self.model, self.transformer)
@@ -171,9 +190,7 @@ class Run:
         config, accelerator = self.config, self.accelerator
         self._resume()
         on_main_process(accelerator, self._write_facts)
-        if config.tracker != "none":
-            shown = {name: str(value) for name, value in asdict(config).items()}
-            self._track(lambda: accelerator.init_trackers(self.expert, shown))
+        self.tracking = Tracking(accelerator, config, self.expert)
         together = config.batch_size * accelerator.num_processes
         order = BatchOrder(self.clips.shapes, together, config.seed, self.clips.repeats)
         batches = Prefetcher(self.clips, order, accelerator.process_index, config.batch_size)
@@ -197,13 +214,14 @@ class Run:
                     stopped = True
                 if stopped and self.step < config.steps:
                     self._leave()
-        for tracker in accelerator.trackers:
-            self._track(tracker.finish)
+        self.tracking.close()
         weights = {name: whole(tensor).cpu() for name, tensor in self.average.items()}
         check_weights(f"What `{self.expert}` learnt", weights)
         # The next expert needs the memory.
         self.model, self.optimizer = accelerator.free_memory(self.model, self.optimizer)
         del self.transformer, self.forward, self.tuned, self.average
+        # Hooks and blocks that are kept off the device hold each other.
+        gc.collect()
         return weights
 
     def _write_facts(self) -> None:
@@ -217,6 +235,7 @@ class Run:
 
     def _leave(self) -> None:
         """Ends the process after a checkpoint, as the signal would have."""
+        self.tracking.close()
         # Of processes that run together one may have been told alone.
         number = self.stop.signal or signal.SIGTERM
         if self.accelerator.is_main_process:
@@ -310,15 +329,7 @@ class Run:
         bar.update(1)
         bar.set_postfix(loss=f"{loss:.4f}", step=f"{seconds:.2f}s", memory=f"{memory / 2**30:.1f}GiB")
         values = {name: record[name] for name in record if name != "step"}
-        self._track(lambda: self.accelerator.log(values, step=self.step))
-
-    def _track(self, call: Callable[[], None]) -> None:
-        """Tells the tracker something, and does without it once it has failed."""
-        try:
-            call()
-        except Exception as error:
-            self.accelerator.trackers = []
-            logger.warning(f"The tracker {self.config.tracker!r} failed and is left out from here on: {error}")
+        self.tracking.log(values, self.step)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -327,7 +338,7 @@ class Run:
         if self.config.ema_decay:
             tensors |= {f"average.{name}": tensor for name, tensor in self.average.items()}
         for name, parameter in self.tuned.items():
-            state = self.optimizer.state[parameter]
+            state = as_tensors(self.optimizer.state[parameter])
             tensors |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
         # Every process has a part in this.
         tensors = {name: whole(tensor) for name, tensor in tensors.items()}
@@ -351,12 +362,14 @@ class Run:
         kept = sorted({name.split(".")[1] for name in tensors if name.startswith("optimizer.")})
         for name, parameter in self.tuned.items():
             parameter.copy_(sharded_like(parameter, tensors[f"weights.{name}"]))
-            # AdamW counts its steps on the CPU.
-            self.optimizer.state[parameter] = {
+            # AdamW counts its steps on the CPU. Small tensors of an 8-bit optimizer have 32 bits and no tables.
+            state = {
                 key: value if key == "step" else sharded_like(parameter, value)
                 for key in kept
-                for value in [tensors[f"optimizer.{key}.{name}"]]
+                for value in [tensors.get(f"optimizer.{key}.{name}")]
+                if value is not None
             }
+            self.optimizer.state[parameter] = from_tensors(self.config, state)
         if self.config.ema_decay:
             for name, average in self.average.items():
                 average.copy_(sharded_like(average, tensors[f"average.{name}"]))
@@ -403,16 +416,10 @@ class Run:
 
     def _validation(self) -> Validation:
         folder = self.output / "validation" / f"{self.expert}_step_{self.step:08d}"
-
-        def log(values: dict[str, float]) -> None:
-            self._track(lambda: self.accelerator.log(values, step=self.step))
-
-        def log_frames(name: str, frames: np.ndarray) -> None:
-            for tracker in self.accelerator.trackers:
-                options = {"step": self.step, "dataformats": "NHWC"}
-                self._track(functools.partial(tracker.log_images, {name: frames}, **options))
-
-        return Validation(self.transformer, self.expert, self.step, folder, self.config, log, log_frames)
+        log, log_video = (
+            functools.partial(call, step=self.step) for call in (self.tracking.log, self.tracking.log_video)
+        )
+        return Validation(self.transformer, self.expert, self.step, folder, self.config, log, log_video)
 
 
 def _memory(device: torch.device) -> int:

@@ -12,7 +12,7 @@ from ..lora.anchor_lora import ADAPTER_NAME, WEIGHT_NAME
 from ..publishing.privacy import without_paths
 from .checkpoints import check_weights
 from .config import TrainConfig
-from .files import write_whole
+from .files import naming, write_whole
 
 
 def lora_state_dict(weights: dict[str, torch.Tensor], config: TrainConfig) -> dict[str, torch.Tensor]:
@@ -74,4 +74,6 @@ def write_card(config: TrainConfig) -> None:
         expert: [json.loads(line) for line in (output / f"log_{expert}.jsonl").read_text().splitlines()]
         for expert in config.experts
     }
-    training_card(config, log).save((output / WEIGHT_NAME).with_name("README.md"))
+    path = (output / WEIGHT_NAME).with_name("README.md")
+    with naming(path):
+        training_card(config, log).save(path)

@@ -17,12 +17,16 @@ from .config import TrainConfig
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 
+# Options that FSDP excludes, and their values without them.
+UNSHARDED = {"quantize": "none", "block_offload": False, "optimizer": "adamw"}
+
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """The accelerator of this process; its launcher's environment says how many there are and whether they share the model.
 
     Raises:
-        `ValueError`: set up for DeepSpeed, FSDP1 or FSDP's own activation checkpointing.
+        `ValueError`: set up for DeepSpeed, FSDP1 or FSDP's own activation checkpointing, or for FSDP with an option that it
+            has no way to shard.
     """
     tracker = {} if config.tracker == "none" else {"log_with": config.tracker, "project_dir": config.output_dir}
     # The default of NCCL, ten minutes, is less than a validation takes, for which the other processes wait.
@@ -42,6 +46,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             raise ValueError(
                 "`fsdp_activation_checkpointing` renames parameters; set it to false and `gradient_checkpointing = true`."
             )
+        for name, without in UNSHARDED.items():
+            if (value := getattr(config, name, without)) != without:
+                raise ValueError(
+                    f"`{name}={value!r}`, but FSDP shards weights and optimizer as they are; set it to {without!r}, or run on one "
+                    "device."
+                )
         # Weights keep their types: the base's bfloat16, the LoRA's float32. Accelerate's own policy would round the times,
         # which a forward takes as an input, to 8 bits.
         plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)

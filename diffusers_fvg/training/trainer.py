@@ -15,6 +15,7 @@ from .config import TrainConfig
 from .data import build_cache, model_folder
 from .distillation import GuidedTeacher
 from .families import family_of
+from .initial import of_expert
 from .loop import Run, Validate, check_model
 from .metadata import read_examples
 from .objectives import FLOW_MATCHING, FlowMatching, VPrediction
@@ -137,9 +138,11 @@ def check_run(
         )
     if "transformer_2" in config.experts and boundary_ratio is None:
         raise ValueError(f"`experts={config.experts}`, but the model has no `boundary_ratio`: it has one expert.")
-    if config.distill_guidance:
-        for expert in config.experts:
+    for expert in config.experts:
+        if config.distill_guidance:
             GuidedTeacher(config, expert)
+        if config.initial_lora:
+            of_expert(config.initial_lora, expert)
 
 
 def sigma_ranges(boundary_ratio: float | None) -> dict[str, tuple[float, float]]:

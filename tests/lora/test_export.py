@@ -3,17 +3,20 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import load_file, save_file
-from tiny import tiny_transformer, tiny_wan_components
+from tiny import tiny_euler, tiny_transformer, tiny_wan_components
 from training_runs import save_config, save_lora, save_model, save_videos, tiny_config
 
+from diffusers_fvg import FactorizedVideoPipeline
 from diffusers_fvg.cli import main
+from diffusers_fvg.embedded import EMBEDDED_FOLDER, load_embedded
 from diffusers_fvg.lora.anchor_lora import WEIGHT_NAME
-from diffusers_fvg.lora.export import export_lora, merge_lora, read_lora
+from diffusers_fvg.lora.export import FORMATS, export_lora, merge_lora, read_lora
 from diffusers_fvg.lora.loader import load_lora
 from diffusers_fvg.training.trainer import main_train
 
@@ -100,6 +103,44 @@ def test_exports_do_in_other_programs_what_was_trained(trained, tmp_path, source
     halves = [re.fullmatch(r"(.+)\.lora_([AB])\.weight", key).groups() for key in keys]
     assert {name for name, _ in halves} <= comfyui_map(2).keys() and len(halves) == 2 * 2 * 10
     assert {name for name, half in halves if half == "A"} == {name for name, half in halves if half == "B"}
+
+
+def test_videos_of_the_embedded_model_are_the_same_by_every_way(tmp_path):
+    """Its anchor LoRA exported and loaded back through our loader and the stock pipeline's: frames that the stock pipeline
+    makes with the products of its pairs added to the weights by hand."""
+    parts = load_embedded().components
+    call = {"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 2, "guidance_scale": 2.0}
+
+    def stock() -> WanPipeline:
+        shared = {name: parts[name] for name in ("vae", "text_encoder", "tokenizer")}
+        transformer = WanTransformer3DModel.from_pretrained(EMBEDDED_FOLDER / "transformer", torch_dtype=torch.float32)
+        return WanPipeline(**shared, transformer=transformer, scheduler=tiny_euler())
+
+    def frames(pipe) -> np.ndarray:
+        pipe.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        make = (
+            pipe.animate if isinstance(pipe, FactorizedVideoPipeline) else lambda *args, **more: pipe(*args, **more)[0]
+        )
+        return make("a red circle moves to the right", generator=generator, max_sequence_length=28, **call)[0]
+
+    merged, own = stock(), load_file(EMBEDDED_FOLDER / "anchor_lora" / WEIGHT_NAME)
+    plain = frames(merged)
+    for key, down in own.items():
+        if ".lora_A." in key:
+            layer = merged.transformer.get_submodule(key.removeprefix("transformer.").split(".lora_A.")[0])
+            layer.weight.data += own[key.replace(".lora_A.", ".lora_B.")].float() @ down.float()
+    expected = frames(merged)
+    assert np.abs(expected - plain).max() > 0.1
+
+    for format in FORMATS:
+        (file,) = export_lora(EMBEDDED_FOLDER / "anchor_lora", tmp_path / f"{format}.safetensors", format)
+        theirs, ours = stock(), FactorizedVideoPipeline.from_pipe(stock())
+        theirs.load_lora_weights(tmp_path, weight_name=file.name)
+        # Under another name than the anchor LoRA's, which is switched off without an anchor.
+        ours.load_lora_weights(file, adapter_name="exported")
+        for pipe in (theirs, ours):
+            np.testing.assert_allclose(frames(pipe), expected, atol=1e-5)
 
 
 def test_averages_and_weights_differ(trained):

@@ -1,3 +1,4 @@
+import importlib.util
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,11 @@ from tiny_cogvideox import TRANSFORMER_CONFIG as COGVIDEOX_CONFIG
 from tiny_cogvideox import tiny_cogvideox_transformer
 from training_runs import OPTIONS
 
+import diffusers_fvg.training
 from diffusers_fvg.models import MODELS
 from diffusers_fvg.publishing.privacy import without_paths
 from diffusers_fvg.training.config import TrainConfig
-from diffusers_fvg.training.estimate import estimated_memory
+from diffusers_fvg.training.estimate import estimated_host_memory, estimated_memory
 from diffusers_fvg.training.loop import check_model
 
 
@@ -75,7 +77,10 @@ def test_load_refuses(tmp_path, line, message):
         ({"warmup_steps": 7}, "must be below steps=7"),
         ({"anchor_probability": 0}, "trains no anchor"),
         ({"timestep_density": "uniform", "timestep_std": 2.0}, "has no effect"),
-        ({"validation_every": 1, "validation_prompts": ["a dog"]}, "needs as many as anchors: 0"),
+        (
+            {"validation_every": 1, "validation_prompts": ["a dog"], "validation_anchors": ["a.png", ""]},
+            "needs one for each of 1 validation_prompts",
+        ),
         ({"validation_prompts": ["a dog"], "validation_anchors": ["a.png"]}, "no effect with validation_every=0"),
         ({"clips_per_video": 0}, "`clips_per_video=0` must be at least 1"),
         ({"teacher_lora": "lora"}, "`teacher_lora='lora'` has no effect without distill_guidance"),
@@ -101,7 +106,7 @@ def test_estimated_memory_counts_parameters():
     transformer = WanTransformer3DModel(**TRANSFORMER_CONFIG)
     assert parts["weights"] == 4 * sum(p.numel() for p in transformer.parameters())
     # Two blocks of two attentions, 24 wide.
-    assert parts["lora"] == 16 * 3 * 4 * (24 + 24)
+    assert parts["lora"] == parts["optimizer"] == 8 * 3 * 4 * (24 + 24)
     # 3 latent frames of 2 x 2 patches, two clips.
     assert parts["block_inputs"] == 2 * (2 * 12) * 24 * 4
     # The teacher's adapter is as large and frozen.
@@ -117,9 +122,42 @@ def test_estimated_memory_of_cogvideox():
     transformer = tiny_cogvideox_transformer()
     assert parts["weights"] == 4 * sum(p.numel() for p in transformer.parameters())
     # Two blocks, 32 wide, with a feed-forward of 128.
-    assert parts["lora"] == 20 * 3 * 2 * (32 + 32 + 32 + 128)
+    assert parts["lora"] == 12 * 3 * 2 * (32 + 32 + 32 + 128)
     # 3 latent frames in two patches of 2 x 2 each, and 16 of text.
     assert parts["block_inputs"] == 2 * (2 * 4 + 16) * 32 * 4
+
+
+def test_estimated_memory_of_what_saves_it():
+    train = config(targets=["to_q"], rank=3, mixed_precision="bf16", ema_decay=0.0)
+    sizes = {"ffn_dim": 64, "attention_head_dim": 32}
+    model = TRANSFORMER_CONFIG | sizes
+    transformer = WanTransformer3DModel(**model)
+    full = estimated_memory(train, model, spatial=8)
+    whole = 2 * sum(p.numel() for p in transformer.parameters())
+    # Eight square layers of 64 and two of the feed-forward in each of two blocks, all with biases.
+    layers, biases = 8 * 64 * 64 + 2 * 64 * 64, 8 * 64 + 64 + 64
+    block = 2 * sum(p.numel() for p in transformer.blocks[0].parameters())
+    assert full["weights"] == whole and estimated_host_memory(train, model, spatial=8) == {}
+
+    fp8 = estimated_memory(replace(train, quantize="fp8"), model, spatial=8)
+    assert fp8 == full | {"weights": whole - 2 * (layers + biases), "block": full["block"] + 2 * (layers + biases)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: object())
+        nf4, eight = replace(train, quantize="nf4"), replace(train, optimizer="adamw-8bit")
+    parts = estimated_memory(nf4, model, spatial=8)
+    # 4 bits, 8 for 64 of them and 32 for 256 of those; one layer at a time is computed with.
+    bits = layers * 4 + layers / 64 * 8 + layers / 64 / 256 * 32
+    assert parts["weights"] == pytest.approx(whole - 2 * (2 * layers - bits / 8), abs=2)
+    assert parts["block"] == full["block"] + 2 * (64 * 64 + 64)
+    parameters = full["optimizer"] / 8
+    assert estimated_memory(eight, model, spatial=8)["optimizer"] == int(parameters * 2 * (1 + 4 / 256))
+
+    offloaded = replace(train, block_offload=True, activation_offload=True)
+    assert estimated_memory(offloaded, model, spatial=8) == full | {"weights": whole - block, "block_inputs": 0}
+    host = estimated_host_memory(offloaded, model, spatial=8)
+    # Pinned memory comes in powers of two: 64 x 64 and 64 numbers are some, six times 64 is none.
+    table = 2 * (512 - 6 * 64)
+    assert host == {"weights": 2 * (block + table), "block_inputs": 2 * 2048}
 
 
 @pytest.mark.parametrize("name", EXAMPLE_MODELS)
@@ -131,6 +169,30 @@ def test_example_config_states_its_computed_memory(name):
     stated = dict(re.findall(r"^# +(\w+) +([\d.]+) GiB", path.read_text(), flags=re.MULTILINE))
     computed = {part: f"{size / 2**30:.1f}" for part, size in parts.items()}
     assert stated == computed | {"sum": f"{sum(parts.values()) / 2**30:.1f}"}
+
+
+def test_readme_states_the_computed_memory_of_small_cards(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    text = (Path(diffusers_fvg.training.__file__).parent / "README.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
+    assert len(rows) == 9
+    columns = [
+        ("wan2.2-ti2v-5b", (121, 704, 1280)),
+        ("wan2.2-t2v-a14b", (81, 480, 832)),
+        ("wan2.2-t2v-a14b", (49, 480, 832)),
+    ]
+    values = {"fp8": ("quantize", "fp8"), "nf4": ("quantize", "nf4"), "adamw-8bit": ("optimizer", "adamw-8bit")}
+    options = {}
+    for name, *stated in rows:
+        on_host = name.startswith("...")
+        if not on_host:
+            options = dict(values.get(value, (value, True)) for value in re.findall(r"`([\w-]+)`", name))
+        for number, (example, bucket) in zip(stated, columns):
+            train, facts = TrainConfig.load(EXAMPLES / f"{example}.toml"), MODELS[EXAMPLE_MODELS[example]]
+            train = replace(train, rank=32, buckets=(bucket,), **options)
+            estimate = estimated_host_memory if on_host else estimated_memory
+            parts = estimate(train, facts.transformer_config, facts.vae_stride[1])
+            assert number == f"{sum(parts.values()) / 2**30:.1f}", (name, example)
 
 
 @pytest.mark.parametrize("name", EXAMPLE_MODELS)

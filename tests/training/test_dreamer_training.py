@@ -1,8 +1,10 @@
 """The stages of Factorized-Dreamer's training."""
 
+import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import sys
 import time
 from dataclasses import replace
@@ -14,7 +16,7 @@ import PIL.Image
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from tiny_dreamer import (
     clip_tokenizer,
@@ -29,8 +31,11 @@ from tiny_dreamer import (
 from training_runs import CAPTIONS, save_videos
 
 from diffusers_fvg import Anchor
+from diffusers_fvg.cli import main
 from diffusers_fvg.dreamer.objective import dreamer_loss
+from diffusers_fvg.dreamer.schedule import dreamer_schedule
 from diffusers_fvg.dreamer.unet import FactorizedDreamerUNet
+from diffusers_fvg.schedules.cogvideox import training_sigmas
 from diffusers_fvg.training.data import build_cache
 from diffusers_fvg.training.dreamer import (
     DreamerClips,
@@ -41,6 +46,7 @@ from diffusers_fvg.training.dreamer import (
     text_encoding,
 )
 from diffusers_fvg.training.dreamer_config import DreamerConfig
+from diffusers_fvg.training.dreamer_dry_run import dreamer_dry_run
 from diffusers_fvg.training.metadata import read_examples
 
 
@@ -343,3 +349,49 @@ def test_the_example_stages_follow_each_other():
     for name in ("cache_dir", "buckets", "clips_per_video", "max_sequence_length", "flow_teacher"):
         assert getattr(high, name) == getattr(last, name), name
     assert low.cache_dir != high.cache_dir
+
+
+# -- before a stage ---------------------------------------------------------------------------------------------------
+
+
+def test_the_dry_run_tells_what_the_stage_does(finished, places, tmp_path, capsys):
+    config = finished[0]
+    data = save_videos(tmp_path / "data", 3, num_frames=4)
+    (data / "2.mp4").write_text("no video")
+    changed = replace(config, data=str(data), max_rejected_share=0.5, batch_size=2)
+    (tmp_path / "c.toml").write_text(changed.to_toml())
+    assert main(["train", str(tmp_path / "c.toml"), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    # Four frames of 8 x 8 latents, two clips.
+    assert re.search(r"4x32x32: +2 +2 +512\n", text)
+    assert re.search(r"Rejected files: 1\n  .*2\.mp4: is no video that can be read", text)
+    assert "step_00000007.safetensors is there" in text and "s a step in its log" in text
+
+    # What is trained is what a checkpoint holds.
+    trained = sum(p.numel() for name, p in checkpoint(finished[1]).items() if name.startswith("weights."))
+    assert f"Parameters: {trained:,} are trained, " in text
+    frozen = sum(p.numel() for p in UNet2DConditionModel.from_pretrained(Path(config.model) / "unet").parameters())
+    assert f"are trained, {frozen:,} are frozen" in text
+    drawn = training_sigmas(CogVideoXDDIMScheduler(**dreamer_schedule(config.shift)))
+    share = float(((drawn >= 0.9) & (drawn <= 1)).float().mean())
+    assert f"  0.9 to 1.0 {share:6.1%}" in text
+
+
+def test_the_dry_run_counts_what_is_trained_and_in_how_many_bits(places, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    # In bytes: it is a tiny model.
+    monkeypatch.setattr("diffusers_fvg.training.dreamer_dry_run.GIB", 1)
+    config = tiny_config(places, tmp_path)
+    memory = {}
+    for name, options in {"plain": {}, "all": {"train_spatial": True}, "8bit": {"optimizer": "adamw-8bit"}}.items():
+        text = dreamer_dry_run(replace(config, **options))
+        sizes = [
+            int(number.replace(",", "")) for number in re.search(r": ([\d,]+) are trained, ([\d,]+)", text).groups()
+        ]
+        memory[name] = (*sizes, float(re.search(r"computed: ([\d.]+) GiB", text)[1]))
+    # The last stage has PredictNet, which is trained too.
+    assert memory["all"][:2] == (sum(memory["plain"][:2]), 0)
+    trained, frozen, plain = memory["plain"]
+    # Weight, gradient, average and two moments, or those in a byte each with four for 256 of them.
+    assert plain == 4 * frozen + (4 + 4 + 4 + 8) * trained
+    assert memory["8bit"][2] == pytest.approx(plain - (8 - 2 * (1 + 4 / 256)) * trained, abs=1)

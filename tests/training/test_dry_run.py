@@ -42,7 +42,7 @@ def test_the_dry_run_tells_what_the_run_does(config, tmp_path, monkeypatch):
     assert re.search(r"9x32x32: +4 +4 +24\n +9x64x32: +1 +1 +48\n", text)
     assert re.search(r"Rejected files: 1\n  .*3\.mp4: is no video that can be read", text)
     assert "Steps: 7 of 2 clips on each process, 2 expert(s)\n  2.8 epochs of 5 clips" in text
-    for part in ("weights", "lora", "block_inputs", "block"):
+    for part in ("weights", "lora", "optimizer", "block_inputs", "block"):
         assert re.search(rf"^  {part} +\d+\.\d\d GiB$", text, re.MULTILINE)
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -52,6 +52,12 @@ def test_the_dry_run_tells_what_the_run_does(config, tmp_path, monkeypatch):
     assert len(clips) == 4 + 1
     text = dry_run(config)
     assert "transformer_2: step_00000003.safetensors is there" in text and "s a step in its log" in text
+
+
+def test_what_is_off_the_device_is_told_of(config):
+    assert "In the computer's memory" not in dry_run(config)
+    text = dry_run(replace(config, block_offload=True, activation_offload=True))
+    assert re.search(r"pinned for the device: \d+\.\d\d GiB\n  weights +\d.*\n  block_inputs +\d", text)
 
 
 def test_targets_are_counted(config):
@@ -77,9 +83,6 @@ def test_the_command_line_tells_it(config, tmp_path, capsys):
     path = save_config(config, tmp_path / "c.toml")
     assert main(["train", str(path), "--dry-run"]) == 0
     assert capsys.readouterr().out == dry_run(config) + "\n"
-    path.write_text('system = "factorized-dreamer"\n')
-    assert main(["train", str(path), "--dry-run"]) == 2
-    assert "--dry-run tells of anchor LoRAs" in capsys.readouterr().err
 
 
 def test_cogvideox_is_told_of_too(config, tmp_path):

@@ -1,6 +1,10 @@
 """What goes wrong in a long run: weights that break, files that change, disks that fill, signals, a second run."""
 
+import contextlib
+import io
+import math
 import os
+import random
 import resource
 import signal
 import time
@@ -13,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from filelock import FileLock
 from safetensors.torch import load_file
-from training_runs import CAPTIONS, losses, save_config, save_model, save_videos, start, tiny_config
+from training_runs import CAPTIONS, finish, losses, save_config, save_model, save_videos, start, tiny_config
 
 from diffusers_fvg.lora.anchor_lora import WEIGHT_NAME
 from diffusers_fvg.training import loop, processes
@@ -204,14 +208,6 @@ def test_a_validation_that_fails_changes_nothing(config, whole, caplog):
     assert_as_whole(config, whole)
 
 
-def test_a_tracker_that_fails_is_left_out(config, whole, monkeypatch, caplog):
-    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: 1 / 0)
-    with caplog.at_level("WARNING"):
-        run(config)
-    assert "The tracker 'none' failed and is left out from here on: division by zero" in caplog.text
-    assert_as_whole(config, whole)
-
-
 def signal_after(monkeypatch, step: int, number: int) -> None:
     """Sends a signal to this process while it takes the step."""
     take = Run._optimizer_step
@@ -313,6 +309,63 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(config, whole, room):
     assert not [left for left in Path(config.output_dir).rglob("*") if left.name.endswith(".tmp")]
     run(config)
     assert_as_whole(config, whole)
+
+
+@pytest.mark.slow
+def test_30_kills_at_random_moments_cost_no_bit(places, tmp_path):
+    """From the start of the process to its last step, while latents are encoded too."""
+    options = {"steps": 60, "checkpoint_every": 2}
+    whole, killed = (
+        tiny_config(*places, tmp_path / name, cache_dir=str(tmp_path / f"{name}_cache"), **options)
+        for name in ("whole", "killed")
+    )
+    finish(start(save_config(whole, tmp_path / "whole.toml")))
+    path, moments, kills = save_config(killed, tmp_path / "killed.toml"), random.Random(0), 0
+    while kills < 30:
+        (process,) = start(path, seconds_per_step=0.2)
+        process.join(timeout=moments.uniform(0.0, 4.0))
+        assert process.is_alive(), "it was through before it was killed often enough"
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+    finish(start(path))
+    assert_as_whole(killed, (whole, tmp_path / "whole"))
+    assert [step for step, _ in losses(tmp_path / "killed")] == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_10_full_disks_at_random_moments_cost_no_bit(places, tmp_path):
+    """Files may grow to a number of bytes that is drawn anew: the config, the log at some step, a checkpoint, a latent."""
+    options = {"steps": 30, "checkpoint_every": 2, "warmup_steps": 0}
+    whole, filled = (
+        tiny_config(*places, tmp_path / name, cache_dir=str(tmp_path / f"{name}_cache"), **options)
+        for name in ("whole", "filled")
+    )
+    run(whole)
+    path, room, told = save_config(filled, tmp_path / "filled.toml"), random.Random(0), []
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    largest = max(file.stat().st_size for file in (tmp_path / "whole").rglob("step_*"))
+    while len(told) < 10:
+        limit = int(math.exp(room.uniform(math.log(300), math.log(largest))))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with (
+                pytest.raises(OSError, match="cannot be written: .*[Ff]ile too large") as error,
+                # What it shows goes to a file too, in a test.
+                contextlib.redirect_stderr(io.StringIO()),
+            ):
+                main_train(path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        told.append(str(error.value))
+        # The disk has room for a while, until some further steps are done.
+        done = max([0, *checkpoints(filled)])
+        if done < 28 and room.random() < 0.5:
+            run(replace(filled, steps=done + 2))
+    assert len({text.split(" cannot")[0] for text in told}) > 2, told
+    run(filled)
+    assert_as_whole(filled, (whole, tmp_path / "whole"))
+    assert [step for step, _ in losses(tmp_path / "filled")] == list(range(1, 31))
 
 
 def test_a_full_disk_while_videos_are_encoded_is_no_fault_of_theirs(config, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """LoRAs before and within a run: the one that it starts from, and those that it leaves on its way."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,6 +65,38 @@ def test_each_expert_starts_from_its_own(places, tmp_path):
         pair = [f"{expert}.blocks.1.ffn.net.2.lora_{half}.weight" for half in "BA"]
         products = [state[pair[0]] @ state[pair[1]] for state in (learnt, given)]
         torch.testing.assert_close(*products, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("experts", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_it_may_be_a_repository_on_the_hub(places, lora, tmp_path, hub, experts):
+    names = ["transformer", "transformer_2"][:experts]
+    source, model = lora, places[0]
+    if experts == 2:
+        source = Path(save_lora(tmp_path / "two", {name: tiny_transformer(seed=3) for name in names}))
+        model = save_model(tmp_path / "model", experts=2)
+    # As `fvg push` uploads it, beside a model in a folder of its own, which is not read.
+    shutil.copytree(source / "weights", tmp_path / "repository")
+    (tmp_path / "repository" / "transformer").mkdir()
+    (tmp_path / "repository" / "transformer" / "model.safetensors").write_bytes(b"0")
+    hub.add("org/lora", tmp_path / "repository")
+    options = {"steps": 1, "warmup_steps": 0, "learning_rate": 1e-12, "weight_decay": 0.0, "experts": names}
+    config = tiny_config(model, places[1], tmp_path / "out", initial_lora="org/lora", **options)
+    learnt, given = run(config), load_file(source / WEIGHT_NAME)
+    assert "transformer/model.safetensors" not in hub.downloaded("org/lora")
+    for name in names:
+        pair = [f"{name}.blocks.1.ffn.net.2.lora_{half}.weight" for half in "BA"]
+        products = [state[pair[0]] @ state[pair[1]] for state in (learnt, given)]
+        torch.testing.assert_close(*products, rtol=1e-5, atol=1e-6)
+    # Known by its weights: the run goes on from a copy of it.
+    run(replace(config, steps=2, initial_lora=str(source)))
+
+
+def test_a_repository_that_is_not_there_is_told_of_before_anything_is_encoded(places, tmp_path, hub):
+    for name in ("org/nothing", "no such place", "a/b/c"):
+        config = tiny_config(*places, tmp_path / "out", initial_lora=name, cache_dir=str(tmp_path / "cache"))
+        with pytest.raises(ValueError, match=f"`initial_lora='{name}'` is no file, no folder and no repository"):
+            run(config)
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.slow

@@ -363,26 +363,6 @@ def test_validate_sees_the_average_and_changes_nothing(finished, tmp_path):
     assert_same_run(output, tmp_path)
 
 
-@pytest.mark.slow
-def test_tensorboard_gets_what_the_log_has(places, tmp_path):
-    from tensorboard.backend.event_processing import event_accumulator
-
-    frames = torch.rand(3, 8, 8, 3, generator=torch.Generator().manual_seed(0)).numpy()
-
-    def validate(validation):
-        validation.log({"score": 0.5})
-        validation.log_frames("clip", frames)
-
-    config = tiny_config(*places, tmp_path / "out", steps=3, validation_every=2, tracker="tensorboard")
-    run(config, validate)
-    (file,) = (tmp_path / "out" / "transformer").glob("events.*")
-    events = event_accumulator.EventAccumulator(str(file))
-    events.Reload()
-    assert [(event.step, pytest.approx(event.value)) for event in events.Scalars("loss")] == losses(tmp_path / "out")
-    assert [(event.step, event.value) for event in events.Scalars("score")] == [(2, 0.5)]
-    assert [event.step for event in events.Images("clip")] == [2]
-
-
 # -- accelerate's own settings ----------------------------------------------------------------------------------------
 
 
