@@ -19,12 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..checks import check_at_least_one, check_texts
 from ..devices import get_module_execution_device
 from ..locks import exclusive
+from .attempts import settle
 from .chat_endpoint import ChatEndpoint
-from .chats import build_messages, build_retry, without_system_role
+from .chats import build_messages, without_system_role
 from .generation import answers_to, has_system_role, schema_processors
-from .judge import answers_schema, chat_of, chat_of_all, choice_tokens, questions, read_answers, verdict
 from .outcome import RewriteOutcome
-from .plan import PlannedCaption
 from .prompts import choose_examples
 from .rewriter_files import CONFIG_NAME, load_rewriter
 from .storyboard import Moment
@@ -35,11 +34,6 @@ logger = logging.get_logger(__name__)
 
 # Prompts that are answered in one batch. A 7B model's cache of 8 chats with our examples is about half a gigabyte.
 BATCH_SIZE = 8
-# Answers to one prompt, the first of which is greedy.
-ATTEMPTS = 2
-RETRY_SEED = 0
-# Longest answer of a server to questions about a caption.
-JUDGE_TOKENS = 200
 
 
 class FirstFrameRewriter(torch.nn.Module):
@@ -318,7 +312,7 @@ class FirstFrameRewriter(torch.nn.Module):
         # A fast tokenizer keeps padding and truncation of its last call.
         with exclusive(self.model, self.tokenizer):
             for prompt in prompts:
-                excess = self._excess_tokens(self.messages(prompt, task), limit)
+                excess = self.excess_tokens(self.messages(prompt, task), limit)
                 if excess > 0:
                     raise ValueError(
                         f"The prompt {prompt[:60]!r} with instruction and an answer of {limit} tokens exceeds the context of "
@@ -340,12 +334,12 @@ class FirstFrameRewriter(torch.nn.Module):
             batch = prompts[begin : begin + BATCH_SIZE]
             began = time.perf_counter()
             chats = [self.messages(prompt, task) for prompt in batch]
-            answers = self(chats, limit, should_stop=should_stop, schema=self._schema(task))
+            answers = self(chats, limit, should_stop=should_stop, schema=self.answer_schema(task))
             share = (time.perf_counter() - began) / len(batch)
             for prompt, answer in zip(batch, answers):
                 if should_stop():
                     return
-                yield self._settled(task, prompt, answer, limit, share, should_stop)
+                yield settle(self, task, prompt, answer, limit, share, should_stop)
 
     def _remote_outcomes(
         self, task: RewriterTask, prompts: list[str], limit: int, should_stop: Callable[[], bool]
@@ -360,9 +354,9 @@ class FirstFrameRewriter(torch.nn.Module):
             if should_stop() or (len(errors) >= self.endpoint.max_concurrent and not answered):
                 return stands_in(("it was not asked for",))
             try:
-                (answer,) = self([self.messages(prompt, task)], limit, None, should_stop, self._schema(task))
+                (answer,) = self([self.messages(prompt, task)], limit, None, should_stop, self.answer_schema(task))
                 answered.append(prompt)
-                return self._settled(task, prompt, answer, limit, time.perf_counter() - began, should_stop)
+                return settle(self, task, prompt, answer, limit, time.perf_counter() - began, should_stop)
             except OSError as error:
                 errors.append(error)
                 logger.warning(f"No {task.subject} for {prompt!r} ({error}); the prompt's start is used.")
@@ -372,74 +366,6 @@ class FirstFrameRewriter(torch.nn.Module):
             yield from pool.map(outcome_of, prompts)
         if errors and not answered:
             raise errors[0]
-
-    def _settled(
-        self,
-        task: RewriterTask,
-        prompt: str,
-        answer: str,
-        limit: int,
-        seconds: float,
-        should_stop: Callable[[], bool],
-    ) -> RewriteOutcome:
-        """What becomes of a first answer: it is taken, asked for again, or given up."""
-        began = time.perf_counter() - seconds
-        reasons, best, plan, judged, judge_seconds = [], None, None, 0, 0.0
-        chat = self.messages(prompt, task)
-        for attempt in range(1, ATTEMPTS + 1):
-            made, problem = self._checked(task, prompt, chat, answer)
-            if problem is None:
-                judging = time.perf_counter()
-                count, problem = self._judged(task, prompt, made)
-                judged, judge_seconds = judged + count, judge_seconds + time.perf_counter() - judging
-                best = task.result(made) if best is None else best
-            if problem is None:
-                best, status = task.result(made), "accepted" if attempt == 1 else "repaired"
-                plan = made.plan if isinstance(made, PlannedCaption) else None
-                break
-            reasons.append(problem)
-            chat = build_retry(self.messages(prompt, task, with_examples=True), problem)
-            if attempt == ATTEMPTS or should_stop() or self._excess_tokens(chat, limit) > 0:
-                status = "fallback"
-                break
-            # One by one, each from the same seed: what a prompt gets does not depend on its neighbours.
-            (answer,) = self([chat], limit, RETRY_SEED + attempt - 1, should_stop, self._schema(task))
-        if status == "fallback" and not should_stop():
-            stands_in = "the prompt's start" if best is None else "the answer with the fewest faults"
-            logger.warning(f"No valid {task.subject} for {prompt!r} ({reasons[-1]}); {stands_in} is used.")
-        made = task.fallback(prompt) if best is None else best
-        seconds = time.perf_counter() - began
-        return RewriteOutcome(status, made, tuple(reasons), attempt, seconds, judged, judge_seconds, plan)
-
-    def _checked(
-        self, task: RewriterTask, prompt: str, chat: list[dict[str, str]], answer: str
-    ) -> tuple[Any, str | None]:
-        """What an answer holds and what is wrong with it by its words."""
-        try:
-            made = task.read(answer)
-        except ValueError as error:
-            return None, str(error)
-        return made, task.problem(prompt, made, self._read, [turn["content"] for turn in chat[:-1]])
-
-    def _judged(self, task: RewriterTask, prompt: str, made: Any) -> tuple[int, str | None]:
-        """How many questions the model was asked about a caption, and what is wrong with it by its answers."""
-        if not self.judge or task.name != FIRST_FRAME.name:
-            return 0, None
-        caption, plan = task.result(made), made.plan if isinstance(made, PlannedCaption) else None
-        asked = questions(prompt, plan)
-        if self.endpoint is not None:
-            chat, schema = chat_of_all(prompt, caption, asked), answers_schema(len(asked))
-            try:
-                (answer,) = self([chat], JUDGE_TOKENS, schema=schema)
-            except OSError as error:
-                # The caption is there, and its words are right.
-                logger.warning(f"The caption of {prompt!r} was not judged ({error}).")
-                return 0, None
-            return len(asked), verdict(asked, read_answers(answer, len(asked)))
-        chats = [chat_of(prompt, caption, question) for question in asked]
-        if any(self._excess_tokens(chat, 1) > 0 for chat in chats):
-            return 0, None
-        return len(asked), verdict(asked, self(chats, 1, choices=choice_tokens(self.tokenizer)))
 
     # -- the model ----------------------------------------------------------------------------------------------------
 
@@ -483,18 +409,18 @@ class FirstFrameRewriter(torch.nn.Module):
             self.model, self.tokenizer, texts, device, max_new_tokens, seed, should_stop, grammar, choices
         )
 
-    def _schema(self, task: RewriterTask) -> dict[str, Any] | None:
+    def answer_schema(self, task: RewriterTask) -> dict[str, Any] | None:
         """The form of an answer to the task's own instruction; another instruction may ask for another form."""
         return task.schema if self._own_instruction(task) is None else None
 
-    def _read(self, word: str) -> str:
+    def read_word(self, word: str) -> str:
         """A word as the model's tokenizer has it; one that maps words to its own vocabulary returns others."""
         return word if self.tokenizer is None else self.tokenizer.decode(self._token_ids(word))
 
     def _token_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def _excess_tokens(self, chat: list[dict[str, str]], max_new_tokens: int) -> int:
+    def excess_tokens(self, chat: list[dict[str, str]], max_new_tokens: int) -> int:
         """By how many tokens a chat and its answer exceed the context; an endpoint is left to say so itself."""
         context = None if self.model is None else getattr(self.model.config, "max_position_embeddings", None)
         return 0 if context is None else len(self._token_ids(self.chat_text(chat))) + max_new_tokens - context

@@ -1,0 +1,98 @@
+"""What becomes of a language model's answer: it is checked, judged, taken, asked for again, or given up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from diffusers.utils import logging
+
+from .chats import build_retry
+from .judge import answers_schema, chat_of, chat_of_all, choice_tokens, questions, read_answers, verdict
+from .outcome import RewriteOutcome
+from .plan import PlannedCaption
+from .tasks import FIRST_FRAME, RewriterTask
+
+
+if TYPE_CHECKING:
+    from .rewriter import FirstFrameRewriter
+
+logger = logging.get_logger(__name__)
+
+# Answers to one prompt, the first of which is greedy.
+ATTEMPTS = 2
+RETRY_SEED = 0
+# Longest answer of a server to questions about a caption.
+JUDGE_TOKENS = 200
+
+
+def settle(
+    rewriter: FirstFrameRewriter,
+    task: RewriterTask,
+    prompt: str,
+    answer: str,
+    limit: int,
+    seconds: float,
+    should_stop: Callable[[], bool],
+) -> RewriteOutcome:
+    """What becomes of a first answer, which took so many seconds and may have up to `limit` tokens, as the later ones."""
+    began = time.perf_counter() - seconds
+    reasons, best, plan, judged, judge_seconds = [], None, None, 0, 0.0
+    chat = rewriter.messages(prompt, task)
+    for attempt in range(1, ATTEMPTS + 1):
+        made, problem = _checked(rewriter, task, prompt, chat, answer)
+        if problem is None:
+            judging = time.perf_counter()
+            count, problem = _judged(rewriter, task, prompt, made)
+            judged, judge_seconds = judged + count, judge_seconds + time.perf_counter() - judging
+            best = task.result(made) if best is None else best
+        if problem is None:
+            best, status = task.result(made), "accepted" if attempt == 1 else "repaired"
+            plan = made.plan if isinstance(made, PlannedCaption) else None
+            break
+        reasons.append(problem)
+        chat = build_retry(rewriter.messages(prompt, task, with_examples=True), problem)
+        if attempt == ATTEMPTS or should_stop() or rewriter.excess_tokens(chat, limit) > 0:
+            status = "fallback"
+            break
+        # One by one, each from the same seed: what a prompt gets does not depend on its neighbours.
+        (answer,) = rewriter([chat], limit, RETRY_SEED + attempt - 1, should_stop, rewriter.answer_schema(task))
+    if status == "fallback" and not should_stop():
+        stands_in = "the prompt's start" if best is None else "the answer with the fewest faults"
+        logger.warning(f"No valid {task.subject} for {prompt!r} ({reasons[-1]}); {stands_in} is used.")
+    made = task.fallback(prompt) if best is None else best
+    seconds = time.perf_counter() - began
+    return RewriteOutcome(status, made, tuple(reasons), attempt, seconds, judged, judge_seconds, plan)
+
+
+def _checked(
+    rewriter: FirstFrameRewriter, task: RewriterTask, prompt: str, chat: list[dict[str, str]], answer: str
+) -> tuple[Any, str | None]:
+    """What an answer holds and what is wrong with it by its words."""
+    try:
+        made = task.read(answer)
+    except ValueError as error:
+        return None, str(error)
+    return made, task.problem(prompt, made, rewriter.read_word, [turn["content"] for turn in chat[:-1]])
+
+
+def _judged(rewriter: FirstFrameRewriter, task: RewriterTask, prompt: str, made: Any) -> tuple[int, str | None]:
+    """How many questions the model was asked about a caption, and what is wrong with it by its answers."""
+    if not rewriter.judge or task.name != FIRST_FRAME.name:
+        return 0, None
+    caption, plan = task.result(made), made.plan if isinstance(made, PlannedCaption) else None
+    asked = questions(prompt, plan)
+    if rewriter.endpoint is not None:
+        chat, schema = chat_of_all(prompt, caption, asked), answers_schema(len(asked))
+        try:
+            (answer,) = rewriter([chat], JUDGE_TOKENS, schema=schema)
+        except OSError as error:
+            # The caption is there, and its words are right.
+            logger.warning(f"The caption of {prompt!r} was not judged ({error}).")
+            return 0, None
+        return len(asked), verdict(asked, read_answers(answer, len(asked)))
+    chats = [chat_of(prompt, caption, question) for question in asked]
+    if any(rewriter.excess_tokens(chat, 1) > 0 for chat in chats):
+        return 0, None
+    return len(asked), verdict(asked, rewriter(chats, 1, choices=choice_tokens(rewriter.tokenizer)))
