@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers.utils import logging
 
+from .answers import CutAnswer
 from .chats import build_retry
 from .judge import answers_schema, chat_of, chat_of_all, choice_tokens, questions, read_answers, verdict
 from .outcome import RewriteOutcome
 from .plan import PlannedCaption
-from .tasks import FIRST_FRAME, RewriterTask
+from .tasks import RewriterTask
 
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def settle(
     reasons, best, plan, judged, judge_seconds = [], None, None, 0, 0.0
     chat = rewriter.messages(prompt, task)
     for attempt in range(1, ATTEMPTS + 1):
-        made, problem = _checked(rewriter, task, prompt, chat, answer)
+        made, problem, misses_form = _checked(rewriter, task, prompt, chat, answer)
         if problem is None:
             judging = time.perf_counter()
             count, problem = _judged(rewriter, task, prompt, made)
@@ -52,7 +53,8 @@ def settle(
             plan = made.plan if isinstance(made, PlannedCaption) else None
             break
         reasons.append(problem)
-        chat = build_retry(rewriter.messages(prompt, task, with_examples=True), problem)
+        # Examples show the form. A small model copies their words, so that one that knows it is better off without.
+        chat = build_retry(rewriter.messages(prompt, task, with_examples=misses_form), problem)
         if attempt == ATTEMPTS or should_stop() or rewriter.excess_tokens(chat, limit) > 0:
             status = "fallback"
             break
@@ -68,20 +70,20 @@ def settle(
 
 def _checked(
     rewriter: FirstFrameRewriter, task: RewriterTask, prompt: str, chat: list[dict[str, str]], answer: str
-) -> tuple[Any, str | None]:
-    """What an answer holds and what is wrong with it by its words."""
+) -> tuple[Any, str | None, bool]:
+    """What an answer holds, what is wrong with it by its words, and whether it has another form than the one asked for."""
     try:
         made = task.read(answer)
     except ValueError as error:
-        return None, str(error)
-    return made, task.problem(prompt, made, rewriter.read_word, [turn["content"] for turn in chat[:-1]])
+        return None, str(error), not isinstance(error, CutAnswer)
+    return made, task.problem(prompt, made, rewriter.read_word, [turn["content"] for turn in chat[:-1]]), False
 
 
 def _judged(rewriter: FirstFrameRewriter, task: RewriterTask, prompt: str, made: Any) -> tuple[int, str | None]:
-    """How many questions the model was asked about a caption, and what is wrong with it by its answers."""
-    if not rewriter.judge or task.name != FIRST_FRAME.name:
+    """How many questions the model was asked about the first frame, and what is wrong with it by its answers."""
+    if not rewriter.judge or task.first_frame is None:
         return 0, None
-    caption, plan = task.result(made), made.plan if isinstance(made, PlannedCaption) else None
+    caption, plan = task.first_frame(made), made.plan if isinstance(made, PlannedCaption) else None
     asked = questions(prompt, plan)
     if rewriter.endpoint is not None:
         chat, schema = chat_of_all(prompt, caption, asked), answers_schema(len(asked))

@@ -59,10 +59,11 @@ class FirstFrameRewriter(torch.nn.Module):
             Left out: those of `tasks.py`. A model that is trained for nothing else needs none: `""`.
         examples (`bool` or list of `[prompt, caption]`, *optional*): earlier turns of the chat; `True` for those of
             `tasks.py` that have nothing in common with the prompt, a list for first frames of your own. Left out: `True` where
-            a first answer was not valid.
+            a first answer had not the form.
         answer_format (`str`, *optional*): of a first frame: `"plan"`, an object with the scene and the caption under
             `first_frame`, or `"json"`, the caption alone, for a model that is trained for it.
-        judge (`bool`, *optional*): ask the model about its captions. Left out: where it plans.
+        judge (`bool`, *optional*): ask the model about the first frames that it wrote, those of storyboards too. Left out: where
+            it plans.
         max_new_tokens (`int`, *optional*): longest caption when a call does not say; a plan has as many beside it.
     """
 

@@ -34,6 +34,7 @@ class RewriterTask:
             `shown` are the texts that the model was shown.
         fallback (`Callable`): from a prompt to what stands in for an answer.
         result (`Callable`): what the caller gets of an answer.
+        first_frame (`Callable`, *optional*): the caption of the first frame in an answer, which a judge is asked about.
         captions (`int`): number of captions in the longest answer.
         extra_tokens (`int`): tokens of the longest answer beside its captions.
         schema (`dict`, *optional*): JSON schema of the answer, for runtimes that enforce it.
@@ -48,6 +49,7 @@ class RewriterTask:
     problem: Callable[[str, Any, Read, Sequence[str]], str | None]
     fallback: Callable[[str], Any]
     result: Callable[[Any], Any] = lambda made: made
+    first_frame: Callable[[Any], str] | None = None
     captions: int = 1
     extra_tokens: int = 0
     schema: dict[str, Any] | None = None
@@ -62,6 +64,7 @@ FIRST_FRAME = RewriterTask(
     parse_answer,
     lambda prompt, caption, read, shown: check_caption(prompt, caption, None, read, shown),
     start_clause,
+    first_frame=str,
     schema=object_schema({"first_frame": TEXT}),
 )
 # The same with a plan before the caption. Its examples have none: they are for models that do not manage the whole form.
@@ -71,6 +74,7 @@ PLANNED_FRAME = replace(
     read=parse_planned,
     problem=lambda prompt, made, read, shown: check_caption(prompt, made.caption, made.plan, read, shown),
     result=lambda made: made.caption,
+    first_frame=lambda made: made.caption,
     extra_tokens=256,
     schema=PLAN_SCHEMA,
 )
@@ -146,6 +150,7 @@ def storyboard_task(num_moments: int) -> RewriterTask:
         read_moments,
         partial(storyboard_problem, num_moments=num_moments),
         lambda prompt: [Moment(start_clause(prompt), 0.0)],
+        first_frame=lambda moments: moments[0].caption,
         captions=num_moments,
         schema=object_schema({"moments": {"type": "array", "items": moment, "maxItems": num_moments}}),
     )

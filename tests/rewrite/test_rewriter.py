@@ -138,10 +138,26 @@ def test_parse_answer_finds_the_caption(answer):
 
 
 @pytest.mark.parametrize(
+    ("cut", "caption"),
+    [
+        ('{"first_frame": "A cat. It sits. It sits. It', "A cat. It sits."),
+        ('{"first_frame": "A \\"cat\\" at 3.5 m. It sits in the', 'A "cat" at 3.5 m.'),
+        ('Not {this}: {"subjects": [{"name": "cat"}], "first_frame": "A cat! A dog? A bird.', "A cat! A dog?"),
+        ('{"first_frame": "\u4e00\u53ea\u732b\u3002\u4e00\u53ea', "\u4e00\u53ea\u732b\u3002"),
+    ],
+)
+def test_of_a_cut_answer_whole_sentences_count(cut, caption):
+    assert parse_answer(cut) == caption
+
+
+@pytest.mark.parametrize(
     ("answer", "reason"),
     [
         ("A cat.", "no JSON object"),
-        ('{"first_frame": "A cat', "no JSON object"),
+        ("A {cat}", "no JSON object"),
+        ('{"first_frame": "A cat', "cut off"),
+        ('{"setting": "A street. A', "cut off"),
+        ('{"frame": "A cat. A', "cut off"),
         ('{"frame": "A cat."}', 'no text under "first_frame"'),
         ('{"first_frame": ["A cat."]}', 'no text under "first_frame"'),
     ],
@@ -554,6 +570,24 @@ def test_endpoint_answers_and_is_asked_again(monkeypatch):
     assert LEAF_REASON in retry["messages"][-1]["content"]
     assert retry["temperature"] > 0
     assert retry["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("first", "has_examples"),
+    [
+        (format_answer("A green leaf turns yellow."), False),
+        ('{"first_frame": "A green leaf in', False),
+        ("A green leaf.", True),
+        ('{"caption": "A green leaf."}', True),
+    ],
+    ids=["wrong", "cut", "no object", "another key"],
+)
+def test_examples_are_for_an_answer_of_another_form(first, has_examples):
+    with ChatServer(reply(first), reply(format_answer(LEAF_CAPTION))) as server:
+        rewriter = FirstFrameRewriter(endpoint=ChatEndpoint(server.url, "m"), judge=False)
+        assert rewriter.rewrite([LEAF]) == [LEAF_CAPTION]
+    asked, again = (len(body["messages"]) for _, _, body in server.requests)
+    assert asked == 2 and (again > 2) == has_examples
 
 
 def test_endpoint_without_a_key_sends_none():
