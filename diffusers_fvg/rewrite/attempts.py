@@ -53,6 +53,7 @@ def settle(
             plan = made.plan if isinstance(made, PlannedCaption) else None
             break
         reasons.append(problem)
+        task = task if made is not None or task.simpler is None else task.simpler
         # Examples show the form. A small model copies their words, so that one that knows it is better off without.
         chat = build_retry(rewriter.messages(prompt, task, with_examples=misses_form), problem)
         if attempt == ATTEMPTS or should_stop() or rewriter.excess_tokens(chat, limit) > 0:

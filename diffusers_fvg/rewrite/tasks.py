@@ -38,6 +38,7 @@ class RewriterTask:
         captions (`int`): number of captions in the longest answer.
         extra_tokens (`int`): tokens of the longest answer beside its captions.
         schema (`dict`, *optional*): JSON schema of the answer, for runtimes that enforce it.
+        simpler (`RewriterTask`, *optional*): asked in its place where an answer had not the form.
     """
 
     name: str
@@ -53,6 +54,7 @@ class RewriterTask:
     captions: int = 1
     extra_tokens: int = 0
     schema: dict[str, Any] | None = None
+    simpler: RewriterTask | None = None
 
 
 FIRST_FRAME = RewriterTask(
@@ -67,7 +69,7 @@ FIRST_FRAME = RewriterTask(
     first_frame=str,
     schema=object_schema({"first_frame": TEXT}),
 )
-# The same with a plan before the caption. Its examples have none: they are for models that do not manage the whole form.
+# The same with a plan before the caption, which small models do not manage.
 PLANNED_FRAME = replace(
     FIRST_FRAME,
     instruction=PLAN_INSTRUCTION,
@@ -77,6 +79,7 @@ PLANNED_FRAME = replace(
     first_frame=lambda made: made.caption,
     extra_tokens=256,
     schema=PLAN_SCHEMA,
+    simpler=FIRST_FRAME,
 )
 
 # -- storyboard -------------------------------------------------------------------------------------------------------

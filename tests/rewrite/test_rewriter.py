@@ -22,7 +22,7 @@ from diffusers_fvg.rewrite.binding import binding_problem
 from diffusers_fvg.rewrite.caption_check import caption_problem, start_clause
 from diffusers_fvg.rewrite.chats import build_messages, build_retry
 from diffusers_fvg.rewrite.judge import answers_schema, choice_tokens
-from diffusers_fvg.rewrite.prompts import EXAMPLES, PLAN_INSTRUCTION, format_answer, parse_answer
+from diffusers_fvg.rewrite.prompts import EXAMPLES, INSTRUCTION, PLAN_INSTRUCTION, format_answer, parse_answer
 from diffusers_fvg.rewrite.rewriter import ChatEndpoint, FirstFrameRewriter
 from diffusers_fvg.shapes.prompts import CATEGORIES, make_scene
 from diffusers_fvg.shapes.tokenizer import chat_tokenizer
@@ -588,6 +588,27 @@ def test_examples_are_for_an_answer_of_another_form(first, has_examples):
         assert rewriter.rewrite([LEAF]) == [LEAF_CAPTION]
     asked, again = (len(body["messages"]) for _, _, body in server.requests)
     assert asked == 2 and (again > 2) == has_examples
+
+
+@pytest.mark.parametrize(
+    ("first", "planned"),
+    [
+        ('{"subjects": [{"name": "leaf", "count": 1, "attr', False),
+        ("Sure!", False),
+        ("A green leaf turns yellow.", True),
+    ],
+    ids=["cut", "no object", "wrong"],
+)
+def test_a_model_that_does_not_manage_the_plan_is_asked_for_the_caption_alone(first, planned):
+    first = format_answer(first) if planned else first
+    with ChatServer(reply(first), reply(format_answer(LEAF_CAPTION))) as server:
+        rewriter = FirstFrameRewriter(endpoint=ChatEndpoint(server.url, "m"), judge=False)
+        assert [outcome.status for outcome in rewriter.rewrite_outcomes([LEAF])] == ["repaired"]
+    asked, again = (body for _, _, body in server.requests)
+    instructions = [body["messages"][0]["content"] for body in (asked, again)]
+    assert instructions == [PLAN_INSTRUCTION, PLAN_INSTRUCTION if planned else INSTRUCTION]
+    schema = again["response_format"]["json_schema"]["schema"]
+    assert ("subjects" in schema["properties"]) == planned
 
 
 def test_endpoint_without_a_key_sends_none():
