@@ -93,7 +93,7 @@ def _read_cut(answer: str) -> tuple[bool, dict | None]:
             escaped = not escaped
         elif letter == '"':
             begin = place + 1 if begin is None else None
-        elif begin is None and letter in "{[":
+        elif begin is None and (letter == "{" or letter == "[" and opened):
             opened.append(place)
         elif begin is None and letter in "}]" and opened:
             opened.pop()

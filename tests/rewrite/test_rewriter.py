@@ -142,6 +142,7 @@ def test_parse_answer_finds_the_caption(answer):
     [
         ('{"first_frame": "A cat. It sits. It sits. It', "A cat. It sits."),
         ('{"first_frame": "A \\"cat\\" at 3.5 m. It sits in the', 'A "cat" at 3.5 m.'),
+        ('[1 {"first_frame": "A cat. It', "A cat."),
         ('Not {this}: {"subjects": [{"name": "cat"}], "first_frame": "A cat! A dog? A bird.', "A cat! A dog?"),
         ('{"first_frame": "\u4e00\u53ea\u732b\u3002\u4e00\u53ea', "\u4e00\u53ea\u732b\u3002"),
     ],
