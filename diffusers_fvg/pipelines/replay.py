@@ -260,7 +260,11 @@ def recorded_call(record: Mapping[str, Any], images: Any, changes: dict[str, Any
     if "prompt_embeds" in changed:
         dropped |= {"prompt"}
     call = {name: value for name, value in call.items() if name not in dropped}
-    others = {"image", "anchors", "first_frame_prompt", "storyboard", "mode"}
+    given = {"image", "anchors", "first_frame_prompt", "storyboard"}
+    if given & {*call, *changes} or (call | changes)["mode"] == "direct":
+        # Stage 1 does not run again.
+        call.pop("rewriter_max_new_tokens", None)
+    others = given | {"mode"}
     if needs_images(record) and not changed & others:
         call["anchors"] = given_anchors(record, images)
     elif images is not None:

@@ -19,15 +19,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..checks import check_at_least_one, check_texts
 from ..devices import get_module_execution_device
 from ..locks import exclusive
-from .attempts import settle
 from .chat_endpoint import ChatEndpoint
-from .chats import build_messages, without_system_role
+from .chats import Chat, build_messages, settle, without_system_role
 from .generation import answers_to, has_system_role, schema_processors
 from .outcome import RewriteOutcome
 from .prompts import choose_examples
 from .rewriter_files import CONFIG_NAME, load_rewriter
 from .storyboard import Moment
-from .tasks import FIRST_FRAME, MOTION, PLANNED_FRAME, TASK_NAMES, RewriterTask, storyboard_task
+from .tasks import FIRST_FRAME, MOTION, PLANNED_FRAME, TASK_NAMES, RewriterTask, motion_question, storyboard_task
 
 
 logger = logging.get_logger(__name__)
@@ -261,22 +260,34 @@ class FirstFrameRewriter(torch.nn.Module):
         max_new_tokens: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
+        captions: list[str] | None = None,
     ) -> list[str]:
         """Writes a short caption of what happens after the first frame for each prompt, for an image-to-video model.
 
-        Checked, asked again and given up as in [`rewrite`], whose arguments these are too.
+        Checked, asked again and given up as in [`rewrite`]; what stands in is the prompt.
+
+        Args:
+            prompts, max_new_tokens, on_progress, should_stop: as in [`rewrite`].
+            captions (`list[str]`, *optional*): of the first frames, one per prompt: things are named as they name them. A
+                rewriter with an instruction of its own is not shown them.
 
         Returns:
             `list[str]`: one caption per prompt.
+
+        Raises:
+            `ValueError`: as in [`rewrite`], or another number of captions than of prompts.
         """
-        outcomes = self._ask(MOTION, prompts, max_new_tokens, on_progress, should_stop)
+        questions = None
+        if captions is not None and self._own_instruction(MOTION) is None:
+            if len(captions) != len(prompts):
+                raise ValueError(f"`captions` has {len(captions)} texts for {len(prompts)} prompts.")
+            questions = [motion_question(*pair) for pair in zip(prompts, captions)]
+        outcomes = self._ask(MOTION, prompts, max_new_tokens, on_progress, should_stop, questions)
         return [outcome.made for outcome in outcomes]
 
     # -- questions and answers ----------------------------------------------------------------------------------------
 
-    def messages(
-        self, prompt: str, task: RewriterTask | None = None, with_examples: bool = False
-    ) -> list[dict[str, str]]:
+    def messages(self, prompt: str, task: RewriterTask | None = None, with_examples: bool = False) -> Chat:
         """The chat that this rewriter answers for a prompt; a special-purpose model is trained on the same.
 
         Args:
@@ -303,8 +314,9 @@ class FirstFrameRewriter(torch.nn.Module):
         max_new_tokens: int | None,
         on_progress: Callable[[int, int], None] | None,
         should_stop: Callable[[], bool] | None,
+        questions: list[str] | None = None,
     ) -> list[RewriteOutcome]:
-        """One outcome of a task per prompt."""
+        """One outcome of a task per prompt; `questions` are the user's turns, where they are not the prompts."""
         check_texts("prompts", prompts)
         check_at_least_one("max_new_tokens", max_new_tokens)
         limit = max_new_tokens or self.max_new_tokens * task.captions + task.extra_tokens
@@ -312,15 +324,16 @@ class FirstFrameRewriter(torch.nn.Module):
         made = [RewriteOutcome("fallback", task.fallback(prompt), ("it was stopped",)) for prompt in prompts]
         # A fast tokenizer keeps padding and truncation of its last call.
         with exclusive(self.model, self.tokenizer):
-            for prompt in prompts:
-                excess = self.excess_tokens(self.messages(prompt, task), limit)
+            asked = [(prompt, self.messages(text, task)) for prompt, text in zip(prompts, questions or prompts)]
+            for prompt, chat in asked:
+                excess = self.excess_tokens(chat, limit)
                 if excess > 0:
                     raise ValueError(
                         f"The prompt {prompt[:60]!r} with instruction and an answer of {limit} tokens exceeds the context of "
                         f"the rewriter by {excess} tokens; shorten it or lower `max_new_tokens`."
                     )
             find = self._local_outcomes if self.endpoint is None else self._remote_outcomes
-            for index, outcome in enumerate(find(task, prompts, limit, should_stop)):
+            for index, outcome in enumerate(find(task, asked, limit, should_stop)):
                 if should_stop():
                     break
                 made[index] = outcome
@@ -329,48 +342,50 @@ class FirstFrameRewriter(torch.nn.Module):
         return made
 
     def _local_outcomes(
-        self, task: RewriterTask, prompts: list[str], limit: int, should_stop: Callable[[], bool]
+        self, task: RewriterTask, asked: list[tuple[str, Chat]], limit: int, should_stop: Callable[[], bool]
     ) -> Iterator[RewriteOutcome]:
-        for begin in range(0, len(prompts), BATCH_SIZE):
-            batch = prompts[begin : begin + BATCH_SIZE]
+        for begin in range(0, len(asked), BATCH_SIZE):
+            batch = asked[begin : begin + BATCH_SIZE]
             began = time.perf_counter()
-            chats = [self.messages(prompt, task) for prompt in batch]
-            answers = self(chats, limit, should_stop=should_stop, schema=self.answer_schema(task))
+            answers = self(
+                [chat for _, chat in batch], limit, should_stop=should_stop, schema=self.answer_schema(task)
+            )
             share = (time.perf_counter() - began) / len(batch)
-            for prompt, answer in zip(batch, answers):
+            for pair, answer in zip(batch, answers):
                 if should_stop():
                     return
-                yield settle(self, task, prompt, answer, limit, share, should_stop)
+                yield settle(self, task, *pair, answer, limit, share, should_stop)
 
     def _remote_outcomes(
-        self, task: RewriterTask, prompts: list[str], limit: int, should_stop: Callable[[], bool]
+        self, task: RewriterTask, asked: list[tuple[str, Chat]], limit: int, should_stop: Callable[[], bool]
     ) -> Iterator[RewriteOutcome]:
         """Several prompts at once. A server that fails for one of them does not cost the captions of the others."""
         errors: list[OSError] = []
         answered: list[str] = []
 
-        def outcome_of(prompt: str) -> RewriteOutcome:
+        def outcome_of(pair: tuple[str, Chat]) -> RewriteOutcome:
+            prompt, chat = pair
             began = time.perf_counter()
             stands_in = partial(RewriteOutcome, "fallback", task.fallback(prompt))
             if should_stop() or (len(errors) >= self.endpoint.max_concurrent and not answered):
                 return stands_in(("it was not asked for",))
             try:
-                (answer,) = self([self.messages(prompt, task)], limit, None, should_stop, self.answer_schema(task))
+                (answer,) = self([chat], limit, None, should_stop, self.answer_schema(task))
                 answered.append(prompt)
-                return settle(self, task, prompt, answer, limit, time.perf_counter() - began, should_stop)
+                return settle(self, task, *pair, answer, limit, time.perf_counter() - began, should_stop)
             except OSError as error:
                 errors.append(error)
                 logger.warning(f"No {task.subject} for {prompt!r} ({error}); the prompt's start is used.")
                 return stands_in((str(error),), 1, time.perf_counter() - began)
 
         with ThreadPoolExecutor(self.endpoint.max_concurrent) as pool:
-            yield from pool.map(outcome_of, prompts)
+            yield from pool.map(outcome_of, asked)
         if errors and not answered:
             raise errors[0]
 
     # -- the model ----------------------------------------------------------------------------------------------------
 
-    def chat_text(self, messages: list[dict[str, str]]) -> str:
+    def chat_text(self, messages: Chat) -> str:
         """A chat as the text that the model continues with its answer."""
         messages = messages if self._has_system_role else without_system_role(messages)
         # Templates of reasoning models know the variable, others take no notice.
@@ -380,7 +395,7 @@ class FirstFrameRewriter(torch.nn.Module):
 
     def forward(
         self,
-        chats: list[list[dict[str, str]]],
+        chats: list[Chat],
         max_new_tokens: int,
         seed: int | None = None,
         should_stop: Callable[[], bool] | None = None,
@@ -421,7 +436,7 @@ class FirstFrameRewriter(torch.nn.Module):
     def _token_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def excess_tokens(self, chat: list[dict[str, str]], max_new_tokens: int) -> int:
+    def excess_tokens(self, chat: Chat, max_new_tokens: int) -> int:
         """By how many tokens a chat and its answer exceed the context; an endpoint is left to say so itself."""
         context = None if self.model is None else getattr(self.model.config, "max_position_embeddings", None)
         return 0 if context is None else len(self._token_ids(self.chat_text(chat))) + max_new_tokens - context

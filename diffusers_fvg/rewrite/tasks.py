@@ -251,7 +251,8 @@ of the video. The first frame is given as a picture, so do not describe what it 
 nothing else: {"motion": "..."}
 Rules:
 1. Say what each thing that moves or changes does: how, where to, into what, in which order. Keep the movement of the camera.
-2. Name a thing with the few words that tell it apart in the picture. Leave out what stays as it is.
+2. Name a thing with the few words that tell it apart in the picture; where the text of the first frame is given, with its \
+words. Leave out what stays as it is.
 3. At most 25 words, in the language of the prompt, in the prompt's own words.
 4. If nothing moves or changes, say that the picture stays still."""
 
@@ -268,6 +269,11 @@ MOTION_EXAMPLES = (
 )
 # A motion caption of 25 words has some 150 characters.
 MAX_MOTION_CHARACTERS = 300
+
+
+def motion_question(prompt: str, caption: str) -> str:
+    """The user's turn for a prompt whose first frame is written."""
+    return f"{prompt}\n(First frame: {caption})"
 
 
 def write_motion(motion: str) -> str:

@@ -182,6 +182,20 @@ def test_a_motion_caption_is_asked_for():
     assert turns == []
 
 
+def test_a_motion_caption_is_written_by_the_names_of_the_first_frame():
+    prompts, captions = [LEAF, LEAF], ["A green leaf above a white cat.", "A leaf above a cat."]
+    motion = write_motion("The leaf turns yellow.")
+    _, requests = ask([motion] * 2, lambda rewriter: rewriter.describe_motion(prompts, captions=captions))
+    asked = {request["messages"][-1]["content"] for request in requests}
+    assert asked == {f"{LEAF}\n(First frame: {caption})" for caption in captions}
+    with pytest.raises(ValueError, match="`captions` has 1 texts for 2 prompts"):
+        ask([], lambda rewriter: rewriter.describe_motion(prompts, captions=captions[:1]))
+    # A model that was trained for prompts alone is shown these.
+    settings = {"instruction": {"motion": "motion"}}
+    _, (request,) = ask([motion], lambda rewriter: rewriter.describe_motion([LEAF], captions=captions[:1]), **settings)
+    assert request["messages"][-1]["content"] == LEAF
+
+
 def test_instructions_of_one_s_own_reach_their_question(tmp_path):
     settings = {"instruction": {"first_frame": "", "storyboard": "board {num_moments}"}, "examples": False}
     tiny = tiny_rewriter()
