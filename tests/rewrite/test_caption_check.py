@@ -81,6 +81,7 @@ from diffusers_fvg.rewrite.words import is_english, root
         ("Die Katze springt auf den roten Tisch", "Eine Katze vor einem roten Tisch."),
         ("一只猫跳上桌子", "一只猫在桌子旁边。"),
         ("قطة تقفز", "قطة على الأرض."),
+        ("एक बिल्ली कूदती है", "मेज़ के पास एक बिल्ली।"),
         ("A leaf turns from green\nto brown\nin {braces} 🍂", "A green leaf."),
     ],
 )
@@ -125,6 +126,7 @@ def test_faithful_captions_are_accepted(prompt, caption):
         ("A cat that is not black sleeps", "A black cat.", 'there is no "black"'),
         ("Tom waves to Anna in a park", "A park with trees.", '"tom waves" of the prompt is missing'),
         ("fireworks", "...", "no words"),
+        ("A panda making latte art", "Panda 1.0.1.1.1.1.1.1", "more digits and marks than letters"),
         ("Un gato rojo salta sobre la mesa", "???", "no words"),
         ("cinematic, 4k, rain", "I'm sorry, I can't help with that.", "a refusal"),
         ("Un gato rojo salta sobre la mesa", "null", "a placeholder"),
