@@ -16,7 +16,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from huggingface_hub import HfApi
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from diffusers_fvg.rewrite.binding import binding_problem
 from diffusers_fvg.rewrite.caption_check import caption_problem, start_clause
@@ -323,6 +323,20 @@ def test_a_gguf_in_a_local_folder_is_found(tmp_path, given, monkeypatch):
     (tmp_path / "second.gguf").touch()
     with pytest.raises(ValueError, match="name one"):
         FirstFrameRewriter.from_pretrained(tmp_path)
+
+
+def test_a_gguf_whose_weights_were_unpacked_is_saved(tmp_path, untrained, monkeypatch):
+    quantizers = pytest.importorskip("transformers.quantizers.quantizer_gguf")
+    model = tiny_llama(len(untrained.tokenizer))
+    model.hf_quantizer = quantizers.GgufHfQuantizer(quantizers.GgufConfig(dequantize=True))
+    model.config.quantization_config = model.hf_quantizer.quantization_config
+    (tmp_path / "model.Q4.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **options: model)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **options: untrained.tokenizer)
+    FirstFrameRewriter.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
+    monkeypatch.undo()
+    saved = FirstFrameRewriter.from_pretrained(tmp_path / "saved").model
+    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_rewrite_stops_between_tokens(untrained):
