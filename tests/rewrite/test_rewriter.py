@@ -328,7 +328,7 @@ def test_a_gguf_in_a_local_folder_is_found(tmp_path, given, monkeypatch):
 def test_a_gguf_whose_weights_were_unpacked_is_saved(tmp_path, untrained, monkeypatch):
     quantizers = pytest.importorskip("transformers.quantizers.quantizer_gguf")
     model = tiny_llama(len(untrained.tokenizer))
-    model.hf_quantizer = quantizers.GgufHfQuantizer(quantizers.GgufConfig(dequantize=True))
+    model.hf_quantizer = quantizers.GgufHfQuantizer(quantizers.GgufConfig())
     model.config.quantization_config = model.hf_quantizer.quantization_config
     (tmp_path / "model.Q4.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **options: model)
