@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from diffusers.utils import logging
@@ -26,7 +27,7 @@ logger = logging.get_logger(__name__)
 # Turns with a role and a content.
 Chat = list[dict[str, str]]
 
-# Answers to one prompt, the first of which is greedy.
+# Answers to one question about a prompt, the first of which is greedy.
 ATTEMPTS = 2
 RETRY_SEED = 0
 # Longest answer of a server to questions about a caption.
@@ -91,26 +92,30 @@ def settle(
     began = time.perf_counter() - seconds
     reasons, best, plan, judged, judge_seconds = [], None, None, 0, 0.0
     question = chat[-1]["content"]
-    for attempt in range(1, ATTEMPTS + 1):
+    most = ATTEMPTS
+    for attempt in count(1):
         made, problem, misses_form = _checked(rewriter, task, prompt, chat, answer)
         if problem is None:
             judging = time.perf_counter()
-            count, problem = _judged(rewriter, task, prompt, made)
-            judged, judge_seconds = judged + count, judge_seconds + time.perf_counter() - judging
+            number, problem = _judged(rewriter, task, prompt, made)
+            judged, judge_seconds = judged + number, judge_seconds + time.perf_counter() - judging
             best = task.result(made) if best is None else best
         if problem is None:
             best, status = task.result(made), "accepted" if attempt == 1 else "repaired"
             plan = made.plan if isinstance(made, PlannedCaption) else None
             break
         reasons.append(problem)
-        task = task if made is not None or task.simpler is None else task.simpler
+        is_simpler = made is None and task.simpler is not None
+        task, most = (task.simpler, attempt + ATTEMPTS) if is_simpler else (task, most)
         # Examples show the form. A small model copies their words, so that one that knows it is better off without.
-        chat = build_retry(rewriter.messages(question, task, with_examples=misses_form), problem)
-        if attempt == ATTEMPTS or should_stop() or rewriter.excess_tokens(chat, limit) > 0:
+        chat = rewriter.messages(question, task, with_examples=misses_form)
+        chat = chat if is_simpler else build_retry(chat, problem)
+        if attempt == most or should_stop() or rewriter.excess_tokens(chat, limit) > 0:
             status = "fallback"
             break
         # One by one, each from the same seed: what a prompt gets does not depend on its neighbours.
-        (answer,) = rewriter([chat], limit, RETRY_SEED + attempt - 1, should_stop, rewriter.answer_schema(task))
+        seed = None if is_simpler else RETRY_SEED + attempt - 1
+        (answer,) = rewriter([chat], limit, seed, should_stop, rewriter.answer_schema(task))
     if status == "fallback" and not should_stop():
         stands_in = "the prompt's start" if best is None else "the answer with the fewest faults"
         logger.warning(f"No valid {task.subject} for {prompt!r} ({reasons[-1]}); {stands_in} is used.")

@@ -13,7 +13,7 @@ from diffusers_fvg.rewrite.rewriter import FirstFrameRewriter
 
 
 PROMPT, MOTION = "a red circle moves right", "two blue cat"
-SIZE = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2}
+SIZE = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 1}
 
 
 def tiny_animated_pipeline() -> FactorizedImageToVideoPipeline:

@@ -111,7 +111,7 @@ def test_an_answer_without_text_is_no_error_of_the_call(message, caplog):
         for prompts in ([PROMPT], [PROMPT] * 2):
             outcomes = rewriter.rewrite_outcomes(prompts)
             assert [outcome.made for outcome in outcomes] == [START] * len(prompts)
-            assert {(outcome.status, outcome.attempts) for outcome in outcomes} == {("fallback", 2)}
+            assert {(outcome.status, outcome.attempts) for outcome in outcomes} == {("fallback", 3)}
     assert any("it holds no JSON object" in record.getMessage() for record in caplog.records)
 
 

@@ -624,6 +624,9 @@ def test_a_model_that_does_not_manage_the_plan_is_asked_for_the_caption_alone(fi
     assert instructions == [PLAN_INSTRUCTION, PLAN_INSTRUCTION if planned else INSTRUCTION]
     schema = again["response_format"]["json_schema"]["schema"]
     assert ("subjects" in schema["properties"]) == planned
+    # Another question is asked anew, greedily; the same one again with what was wrong.
+    assert (again["temperature"] > 0) == planned
+    assert ("An earlier answer" in again["messages"][-1]["content"]) == planned
 
 
 def test_endpoint_without_a_key_sends_none():
