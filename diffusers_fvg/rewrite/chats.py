@@ -15,8 +15,8 @@ from .answers import CutAnswer
 from .judge import answers_schema, chat_of, chat_of_all, choice_tokens, questions, read_answers, verdict
 from .outcome import RewriteOutcome
 from .plan import PlannedCaption
-from .prompts import EXAMPLES, INSTRUCTION, format_answer
-from .tasks import RewriterTask
+from .prompts import EXAMPLES, INSTRUCTION, choose_examples, format_answer
+from .tasks import FIRST_FRAME, RewriterTask
 
 
 if TYPE_CHECKING:
@@ -55,6 +55,16 @@ def build_messages(
     for question, answer in examples:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": write(answer)}]
     return [*messages, {"role": "user", "content": prompt}]
+
+
+def chat_about(rewriter: FirstFrameRewriter, prompt: str, task: RewriterTask, with_examples: bool) -> Chat:
+    """[`FirstFrameRewriter.messages`]"""
+    own = rewriter.own_instruction(task)
+    instruction = (task.instruction if own is None else own).replace("{num_moments}", str(task.captions))
+    examples = rewriter.examples if rewriter.examples is not None else with_examples
+    if examples is True or (examples and task.name != FIRST_FRAME.name):
+        examples = choose_examples(prompt, task.examples)
+    return build_messages(prompt, instruction, examples or (), task.write)
 
 
 def build_retry(messages: Chat, reason: str) -> Chat:
@@ -108,7 +118,7 @@ def settle(
         is_simpler = made is None and task.simpler is not None
         task, most = (task.simpler, attempt + ATTEMPTS) if is_simpler else (task, most)
         # Examples show the form. A small model copies their words, so that one that knows it is better off without.
-        chat = rewriter.messages(question, task, with_examples=misses_form)
+        chat = chat_about(rewriter, question, task, misses_form)
         chat = chat if is_simpler else build_retry(chat, problem)
         if attempt == most or should_stop() or rewriter.excess_tokens(chat, limit) > 0:
             status = "fallback"

@@ -20,10 +20,9 @@ from ..checks import check_at_least_one, check_texts
 from ..devices import get_module_execution_device
 from ..locks import exclusive
 from .chat_endpoint import ChatEndpoint
-from .chats import Chat, build_messages, settle, without_system_role
+from .chats import Chat, chat_about, settle, without_system_role
 from .generation import answers_to, has_system_role, schema_processors
 from .outcome import RewriteOutcome
-from .prompts import choose_examples
 from .rewriter_files import CONFIG_NAME, load_rewriter
 from .storyboard import Moment
 from .tasks import FIRST_FRAME, MOTION, PLANNED_FRAME, TASK_NAMES, RewriterTask, motion_question, storyboard_task
@@ -278,7 +277,7 @@ class FirstFrameRewriter(torch.nn.Module):
             `ValueError`: as in [`rewrite`], or another number of captions than of prompts.
         """
         questions = None
-        if captions is not None and self._own_instruction(MOTION) is None:
+        if captions is not None and self.own_instruction(MOTION) is None:
             if len(captions) != len(prompts):
                 raise ValueError(f"`captions` has {len(captions)} texts for {len(prompts)} prompts.")
             questions = [motion_question(*pair) for pair in zip(prompts, captions)]
@@ -295,15 +294,10 @@ class FirstFrameRewriter(torch.nn.Module):
             task (`RewriterTask`, *optional*): the kind of question; left out, a first frame.
             with_examples (`bool`): where the rewriter's `examples` are left out, those of the task.
         """
-        task = task or self._first_frame()
-        own = self._own_instruction(task)
-        instruction = (task.instruction if own is None else own).replace("{num_moments}", str(task.captions))
-        examples = self.examples if self.examples is not None else with_examples
-        if examples is True or (examples and task.name != FIRST_FRAME.name):
-            examples = choose_examples(prompt, task.examples)
-        return build_messages(prompt, instruction, examples or (), task.write)
+        return chat_about(self, prompt, task or self._first_frame(), with_examples)
 
-    def _own_instruction(self, task: RewriterTask) -> str | None:
+    def own_instruction(self, task: RewriterTask) -> str | None:
+        """The instruction that takes the place of a task's."""
         own = {FIRST_FRAME.name: self.instruction} if isinstance(self.instruction, str) else self.instruction or {}
         return own.get(task.name)
 
@@ -427,7 +421,7 @@ class FirstFrameRewriter(torch.nn.Module):
 
     def answer_schema(self, task: RewriterTask) -> dict[str, Any] | None:
         """The form of an answer to the task's own instruction; another instruction may ask for another form."""
-        return task.schema if self._own_instruction(task) is None else None
+        return task.schema if self.own_instruction(task) is None else None
 
     def read_word(self, word: str) -> str:
         """A word as the model's tokenizer has it; one that maps words to its own vocabulary returns others."""
