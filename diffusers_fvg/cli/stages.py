@@ -42,6 +42,13 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     add_lora(parser)
     add_video(parser)
     add_seed(parser)
+    parser.add_argument("--motion-prompt", metavar="TEXT", help="what the video model reads in place of the prompt")
+    parser.add_argument(
+        "--rewriter-motion",
+        action="store_true",
+        default=None,
+        help="stage 1 also writes what the video model reads: the motion, by the names of the first frame",
+    )
     parser.add_argument(
         "--save-stages", type=Path, metavar="DIR", help="also write caption, anchor and frames into this folder"
     )
@@ -218,7 +225,8 @@ def look_at(arguments: argparse.Namespace, needs_prompt: bool = True) -> Look:
     """
     check_outputs(arguments, "video.mp4", ".mp4")
     image = open_image(arguments.image) if arguments.image else None
-    call = call_of(arguments, ("prompt", *SAMPLING, "anchor_decode", "mode", "num_moments", "first_frame_prompt"))
+    texts = ("first_frame_prompt", "motion_prompt", "rewriter_motion")
+    call = call_of(arguments, ("prompt", *SAMPLING, "anchor_decode", "mode", "num_moments", *texts))
     call |= {} if image is None else {"image": image}
     again = None if arguments.source is None else take_over(arguments, call)
     if needs_prompt and again is None and arguments.prompt is None:
@@ -252,6 +260,8 @@ def _generate(arguments: argparse.Namespace) -> None:
         captions = [moment.caption for moment in output.storyboards[0]]
         for moment in output.storyboards[0][1:]:
             print(f"{f'moment at {moment.time:.0%}:':19s} {moment.caption}")
+    if output.motion_prompts:
+        print(f"motion prompt:      {output.motion_prompts[0]}")
     print(f"seeds:              {_shown(output.seeds[0])}")
     print("seconds:            " + ", ".join(f"{name} {value:.1f}" for name, value in output.timings.items()))
     write(arguments, pipe, output, captions, anchor)

@@ -23,8 +23,13 @@ logger = logging.get_logger(__name__)
 class MotionOfVideos:
     """Stage 3 of a [`VideoRequest`]."""
 
-    def _check_retries(self: VideoRequest) -> None:
-        """Raises `ValueError` where videos cannot be looked at, or not be drawn from other noise."""
+    def _check_motion(self: VideoRequest) -> None:
+        """Raises `ValueError` where the video's text is there twice, or videos cannot be looked at or drawn from other noise."""
+        others = {"prompt_embeds": self.prompt_embeds is not None, "rewriter_motion": self.rewriter_motion}
+        for name in (name for name, is_given in others.items() if is_given and self.motion_prompt is not None):
+            raise ValueError(f"Only one of `motion_prompt` and `{name}` can be used: both give the video's text.")
+        if not isinstance(self.rewriter_motion, bool):
+            raise ValueError(f"`rewriter_motion={self.rewriter_motion!r}` must be True or False.")
         if not self.motion_retries:
             return
         check_at_least_one("motion_retries", self.motion_retries)

@@ -37,6 +37,7 @@ class FactorizedVideoPipelineOutput(BaseOutput):
             latents, and for videos of one frame.
         candidates (`list[list[AnchorCandidate]]` or `None`): of each video the pictures among which `anchor_judge` chose its
             first frame, in the order of drawing, with their scores, answers and seeds; `None` where there was no choice.
+        motion_prompts (`list[str]` or `None`): what the video model read in place of the prompts, one for each.
     """
 
     frames: torch.Tensor | np.ndarray | list[list[PIL.Image.Image]]
@@ -49,6 +50,7 @@ class FactorizedVideoPipelineOutput(BaseOutput):
     rewrites: list[RewriteOutcome | None] | None = None
     motion: list[float] | None = None
     candidates: list[list[AnchorCandidate]] | None = None
+    motion_prompts: list[str] | None = None
 
 
 @dataclass
@@ -58,10 +60,8 @@ class FactorizedDreamerPipelineOutput(FactorizedVideoPipelineOutput):
     Args:
         frames, first_frame_prompts, anchor_images, seeds, timings, storyboards, records, rewrites, motion, candidates: of
             [`FactorizedVideoPipelineOutput`].
-        motion_prompts (`list[str]` or `None`): what the video model was told, one per prompt; `None` for embeddings.
+        motion_prompts (`list[str]` or `None`): what the video model read, one per prompt; `None` for embeddings.
     """
-
-    motion_prompts: list[str] | None = None
 
 
 @dataclass
@@ -69,8 +69,8 @@ class FactorizedImageToVideoPipelineOutput(FactorizedVideoPipelineOutput):
     """What every stage made.
 
     Args:
-        frames, first_frame_prompts, anchor_images, seeds, timings, storyboards, records, rewrites, motion, candidates: of
-            [`FactorizedVideoPipelineOutput`].
+        frames, first_frame_prompts, anchor_images, seeds, timings, storyboards, records, rewrites, motion, candidates,
+            motion_prompts: of [`FactorizedVideoPipelineOutput`].
         audio (`list[torch.Tensor]` or `None`): the sound track of each video, `(channels, samples)`, where the animator makes
             one: for [`~media.write_video`].
         audio_sampling_rate (`int` or `None`): samples per second.

@@ -271,7 +271,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
         # A fast tokenizer keeps padding and truncation of its last call.
         with exclusive(self.tokenizer):
             embeds = self.encode_prompt(
-                request.prompt,
+                request.motion_prompt or request.prompt,
                 request.negative_prompt,
                 do_classifier_free_guidance=self._guidance_scale > 1,
                 num_videos_per_prompt=request.num_videos_per_prompt,
@@ -409,12 +409,14 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
         preset: str | None = None,
         mode: str = "factorized",
         first_frame_prompt: str | list[str] | None = None,
+        motion_prompt: str | list[str] | None = None,
         image: Image | list[Image] | None = None,
         anchors: Anchor | list[Anchor] | list[list[Anchor]] | None = None,
         anchor_decode: str = "raw",
         storyboard: list[Moment] | list[list[Moment]] | None = None,
         num_moments: int = 2,
         rewriter_max_new_tokens: int | None = None,
+        rewriter_motion: bool = False,
         composer_num_inference_steps: int | None = None,
         composer_guidance_scale: float | None = None,
         composer_negative_prompt: str | list[str] | None = None,
@@ -445,6 +447,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
             if request.draws_anchors:
                 # Stage 1: a language model describes the first frame, or several moments
                 moments = self._write_moments(request)
+                request = self._write_motion(request, moments)
                 # Stage 2: a text-to-image model draws them
                 images, candidates, request = self._draw_moments(request, moments, seeds)
             # Stage 3: the video model animates them

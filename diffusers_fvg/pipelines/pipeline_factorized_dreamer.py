@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -156,8 +155,6 @@ class FactorizedDreamerPipeline(
         if request.mode == "storyboard":
             raise ValueError('This model takes a first frame only: `mode="storyboard"` is not for it.')
         config = self.unet.config
-        if request.motion_prompt is not None and request.prompt is None:
-            raise ValueError("Only one of `motion_prompt` and `prompt_embeds` can be used: both are the video's text.")
         for name in ("prompt_embeds", "negative_prompt_embeds"):
             pair = getattr(request, name), getattr(request, f"{name}_2")
             check_embeds(name, *pair, request.num_prompts, config.motion_embed_dim)
@@ -184,21 +181,6 @@ class FactorizedDreamerPipeline(
             height // self.vae_scale_factor,
             width // self.vae_scale_factor,
         )
-
-    # -- stage 1, its second output -----------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def describe_motion(self, prompts: str | list[str], max_new_tokens: int | None = None) -> list[str]:
-        """Stage 1, second output: writes a short caption of the motion for each prompt.
-
-        Args:
-            prompts (`str` or `list[str]`): what should happen in the videos.
-            max_new_tokens (`int`, *optional*): limit of the answer; the rewriter's own when left out.
-
-        Returns:
-            `list[str]`: one caption per prompt.
-        """
-        return self._ask_rewriter("describe_motion", "describe_motion", prompts, max_new_tokens=max_new_tokens)
 
     # -- stage 3 ------------------------------------------------------------------------------------------------------
 
@@ -273,12 +255,8 @@ class FactorizedDreamerPipeline(
         with self._running():
             return self._animate(request)
 
-    def _write_motion(self, request: VideoRequest) -> VideoRequest:
-        """Stage 1, second output: the request with captions of the motion, where the rewriter also wrote the first frame's."""
-        writes = request.mode == "factorized" and request.motion_prompt is None and request.first_frame_prompt is None
-        if not writes or self.interrupt:
-            return request
-        return replace(request, motion_prompt=self.describe_motion(request.prompt, request.rewriter_max_new_tokens))
+    def _writes_motion(self, request: VideoRequest) -> bool:
+        return request.mode == "factorized" and request.motion_prompt is None and request.first_frame_prompt is None
 
     def _animate(self, request: VideoRequest):
         with self._running() as progress:
@@ -305,7 +283,7 @@ class FactorizedDreamerPipeline(
 
     def _encode_texts(self, request: VideoRequest, device: torch.device) -> dict[str, torch.Tensor | None]:
         """What the UNet reads, one for each video: CLIP's `prompt_embeds` and T5's `prompt_embeds_2`, and both negative."""
-        texts = request.prompt if request.motion_prompt is None else request.motion_prompt
+        texts = request.motion_prompt or request.prompt
         guided, length = self._guidance_scale > 1, request.max_sequence_length
         motion, unguided = request.prompt_embeds_2, request.negative_prompt_embeds_2
         if motion is None:
@@ -488,7 +466,7 @@ class FactorizedDreamerPipeline(
             if request.draws_anchors:
                 # Stage 1: a language model describes the first frame, and the motion
                 moments = self._write_moments(request)
-                request = self._write_motion(request)
+                request = self._write_motion(request, moments)
                 # Stage 2: a text-to-image model draws the frame
                 images, candidates, request = self._draw_moments(request, moments, seeds)
             # Stage 3: the video model animates it

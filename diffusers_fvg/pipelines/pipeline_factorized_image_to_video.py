@@ -290,7 +290,7 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
             if self.animator.family.note:
                 tell_once(f"{self.animator.family.name} {self.animator.family.note}.")
             repeats, audio = request.num_videos_per_prompt, []
-            texts = [text for text in request.prompt for _ in range(repeats)]
+            texts = [text for text in request.motion_prompt or request.prompt for _ in range(repeats)]
             negative = request.negative_prompt and [text for text in request.negative_prompt for _ in range(repeats)]
 
             def make(output_type: str):
@@ -361,12 +361,14 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
         preset: str | None = None,
         mode: str = "factorized",
         first_frame_prompt: str | list[str] | None = None,
+        motion_prompt: str | list[str] | None = None,
         image: Image | list[Image] | None = None,
         anchors: Anchor | list[Anchor] | list[list[Anchor]] | None = None,
         anchor_decode: str = "raw",
         storyboard: list[Moment] | list[list[Moment]] | None = None,
         num_moments: int = 2,
         rewriter_max_new_tokens: int | None = None,
+        rewriter_motion: bool = False,
         composer_num_inference_steps: int | None = None,
         composer_guidance_scale: float | None = None,
         composer_negative_prompt: str | list[str] | None = None,
@@ -401,6 +403,7 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
             mode (`str`, *optional*): `"factorized"`; `"direct"` for text-to-video, where the family makes it with the same
                 weights; `"storyboard"` to write and draw several moments and anchor all, where it takes more than a first frame.
             first_frame_prompt (`str` or `list[str]`, *optional*): skips stage 1.
+            motion_prompt (`str` or `list[str]`, *optional*): what the video model reads in place of `prompt`.
             image (PIL image, array or tensor, or a list with one per prompt, *optional*): skips stages 1 and 2; the same
                 as `anchors=[Anchor(image)]`.
             anchors (`Anchor` or lists of them, *optional*): skips stages 1 and 2; see [`animate`].
@@ -408,6 +411,7 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
             storyboard (`list[Moment]` or one list per prompt, *optional*): with `mode="storyboard"`, skips stage 1.
             num_moments (`int`, *optional*): with `mode="storyboard"`, the most that stage 1 writes.
             rewriter_max_new_tokens (`int`, *optional*): stage 1.
+            rewriter_motion (`bool`): stage 1 also writes `motion_prompt`: what happens, by the names of the first frame.
             composer_num_inference_steps, composer_guidance_scale, composer_negative_prompt (*optional*): stage 2.
             composer_num_candidates (`int`, *optional*): the most pictures drawn for a video, of which `anchor_judge` chooses.
             motion_retries (`int`): how often a video that moves less than the preset's `min_motion`, or than 2 % without a preset,
@@ -429,6 +433,7 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
             if request.draws_anchors:
                 # Stage 1: a language model describes the first frame, or several moments
                 moments = self._write_moments(request)
+                request = self._write_motion(request, moments)
                 # Stage 2: a text-to-image model draws them
                 images, candidates, request = self._draw_moments(request, moments, seeds)
             # Stage 3: the image-to-video pipeline animates them

@@ -29,6 +29,7 @@ from ..lora.loader import FactorizedVideoLoraLoaderMixin
 from ..lora.scales import without_scale
 from ..rewrite.rewriter import FirstFrameRewriter
 from ..rewrite.storyboard import Moment
+from ..schedules.flow import noise_levels
 from ..schedules.presets import WAN_PRESETS, SchedulerPresets
 from .output import FactorizedVideoPipelineOutput
 from .parts import check_boundary, with_optional_components
@@ -265,7 +266,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         # A fast tokenizer keeps padding and truncation of its last call.
         with exclusive(self.tokenizer):
             embeds = self.encode_prompt(
-                request.prompt,
+                request.motion_prompt or request.prompt,
                 negative_prompt=request.negative_prompt,
                 do_classifier_free_guidance=self.do_classifier_free_guidance,
                 num_videos_per_prompt=request.num_videos_per_prompt,
@@ -288,7 +289,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         """The sampling loop, from noise to clean latents `(B, C, f, h, w)`."""
         dtype, sampling = self.transformer.dtype, request.sampling(self)
         scheduler = request.make_scheduler(self, latents.device)
-        timesteps, sigmas = scheduler.timesteps, _sigmas(scheduler)
+        timesteps, sigmas = scheduler.timesteps, noise_levels(scheduler)
         check_finite("scheduler.sigmas", torch.tensor(sigmas))
         self._num_timesteps = len(timesteps)
         if hasattr(scheduler, "set_begin_index"):
@@ -389,12 +390,14 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         preset: str | None = None,
         mode: str = "factorized",
         first_frame_prompt: str | list[str] | None = None,
+        motion_prompt: str | list[str] | None = None,
         image: Image | list[Image] | None = None,
         anchors: Anchor | list[Anchor] | list[list[Anchor]] | None = None,
         anchor_decode: str = "raw",
         storyboard: list[Moment] | list[list[Moment]] | None = None,
         num_moments: int = 2,
         rewriter_max_new_tokens: int | None = None,
+        rewriter_motion: bool = False,
         composer_num_inference_steps: int | None = None,
         composer_guidance_scale: float | None = None,
         composer_negative_prompt: str | list[str] | None = None,
@@ -427,6 +430,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             mode (`str`, *optional*): `"factorized"`; `"direct"` for plain text-to-video by the base model; `"storyboard"`
                 to write and draw the first frame and later moments ([`rewrite.storyboard`], [`compose`], [`derive`]) and anchor all.
             first_frame_prompt (`str` or `list[str]`, *optional*): skips stage 1.
+            motion_prompt (`str` or `list[str]`, *optional*): what the video model reads in place of `prompt`.
             image (PIL image, array or tensor, or a list with one per prompt, *optional*): skips stages 1 and 2; the same
                 as `anchors=[Anchor(image)]`.
             anchors (`Anchor` or lists of them, *optional*): skips stages 1 and 2; see [`animate`].
@@ -437,6 +441,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
                 becomes the frame nearest to its time; no two may share a latent frame.
             num_moments (`int`, *optional*): with `mode="storyboard"`, the most that stage 1 writes.
             rewriter_max_new_tokens (`int`, *optional*): stage 1; an error where that does not run.
+            rewriter_motion (`bool`): stage 1 also writes `motion_prompt`: what happens, by the names of the first frame.
             composer_num_inference_steps, composer_guidance_scale, composer_negative_prompt (*optional*): stage 2; likewise.
             composer_num_candidates (`int`, *optional*): the most pictures drawn for a video, of which `anchor_judge` chooses.
             motion_retries (`int`): how often a video that moves less than the preset's `min_motion` is made again by another seed.
@@ -456,17 +461,10 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             if request.draws_anchors:
                 # Stage 1: a language model describes the first frame, or several moments
                 moments = self._write_moments(request)
+                request = self._write_motion(request, moments)
                 # Stage 2: a text-to-image model draws them
                 images, candidates, request = self._draw_moments(request, moments, seeds)
             # Stage 3: the video model animates them
             frames, motion = ([], None) if self.interrupt else request.animate_moving(self, seeds)
         judged = {"motion": motion, "candidates": candidates}
         return request.output(self, frames, moments, images, seeds, progress.timings, **judged)
-
-
-def _sigmas(scheduler) -> list[float]:
-    """Noise levels of the steps and the final one. Time is `sigma * num_train_timesteps` where there are none (LCM)."""
-    sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is None:
-        sigmas = [*(scheduler.timesteps / scheduler.config.num_train_timesteps), 0.0]
-    return [float(sigma) for sigma in sigmas]

@@ -94,7 +94,7 @@ def replay(
         record (`dict`): from [`read_record`], or one of the output's `records`.
         images (picture or list of pictures, *optional*): of the anchors that the call was given, in the record's order.
         changes: arguments of the pipeline's call in place of the recorded ones. A changed `prompt` or `mode` is rewritten
-            anew; a changed `preset` brings its own steps and guidance. `return_dict` is not among them.
+            anew, as with `rewriter_motion`; a changed `preset` brings its own steps and guidance. `return_dict` is not among them.
 
     Returns:
         [`FactorizedVideoPipelineOutput`]
@@ -249,7 +249,7 @@ def recorded_call(record: Mapping[str, Any], images: Any, changes: dict[str, Any
     plain = (str, int, float)
     changed = {name for name, value in changes.items() if not isinstance(value, plain) or value != record.get(name)}
     dropped: set[str] = set()
-    if changed & {"prompt", "mode", "prompt_embeds"}:
+    if changed & {"prompt", "mode", "prompt_embeds", "rewriter_motion"}:
         dropped |= {*_CAPTIONS}
     if "num_moments" in changed and changes.get("mode", record["mode"]) == "storyboard":
         dropped |= {*_CAPTIONS}
@@ -260,7 +260,11 @@ def recorded_call(record: Mapping[str, Any], images: Any, changes: dict[str, Any
     if "prompt_embeds" in changed:
         dropped |= {"prompt"}
     call = {name: value for name, value in call.items() if name not in dropped}
-    others = {"image", "anchors", "first_frame_prompt", "storyboard", "mode"}
+    given = {"image", "anchors", "first_frame_prompt", "storyboard"}
+    if given & {*call, *changes} or (call | changes)["mode"] == "direct":
+        # Stage 1 does not run again.
+        call.pop("rewriter_max_new_tokens", None)
+    others = given | {"mode"}
     if needs_images(record) and not changed & others:
         call["anchors"] = given_anchors(record, images)
     elif images is not None:

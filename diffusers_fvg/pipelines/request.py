@@ -77,6 +77,7 @@ class VideoRequest(ChosenPictures, MotionOfVideos):
     storyboard: list[Moment] | list[list[Moment]] | None = None
     num_moments: int = 2
     rewriter_max_new_tokens: int | None = None
+    rewriter_motion: bool = False
     composer_num_inference_steps: int | None = None
     composer_guidance_scale: float | None = None
     composer_negative_prompt: str | list[str] | None = None
@@ -222,7 +223,7 @@ class VideoRequest(ChosenPictures, MotionOfVideos):
             storyboards=moments if is_storyboard else None,
             records=make_records(pipe, self, moments, seeds),
             rewrites=None if moments is None else [first.rewrite for first, *_ in moments],
-            **more,
+            **{"motion_prompts": self.motion_prompt} | more,
         )
         # Last in every class, of which one adds fields of its own.
         names = sorted(output.__dataclass_fields__, key="records".__eq__)
@@ -452,13 +453,14 @@ class VideoRequest(ChosenPictures, MotionOfVideos):
         stages = {"composer_": draws, "rewriter_": draws and self._written is None}
         for field in fields(self):
             runs = next((runs for stage, runs in stages.items() if field.name.startswith(stage)), True)
-            if not runs and getattr(self, field.name) is not None:
+            value = getattr(self, field.name)
+            if not runs and value is not None and value is not False:
                 given = ("first_frame_prompt", "storyboard", "image", "anchors")
                 cause = next(
                     (f"`{name}`" for name in given if getattr(self, name) is not None), f"`mode={self.mode!r}`"
                 )
                 raise ValueError(
-                    f"`{field.name}={getattr(self, field.name)!r}` has no effect: {cause} skips its stage. Leave one of them out."
+                    f"`{field.name}={value!r}` has no effect: {cause} skips its stage. Leave one of them out."
                 )
 
     def _check_sampling(self, pipe: FactorizedStages) -> None:
@@ -481,7 +483,7 @@ class VideoRequest(ChosenPictures, MotionOfVideos):
         expected = pipe._latents_shape(self.num_videos, self.num_frames, self.height, self.width)
         if self.latents is not None and tuple(self.latents.shape) != expected:
             raise ValueError(f"`latents` has shape {tuple(self.latents.shape)}, but this call needs {expected}.")
-        self._check_retries()
+        self._check_motion()
 
     def _check_moments(self, pipe: FactorizedStages) -> None:
         if self.mode != "storyboard":

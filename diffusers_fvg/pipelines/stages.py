@@ -195,6 +195,27 @@ class FactorizedStages(FactorizedParts, ABC):
         """
         return self._ask_rewriter("rewrite", "rewrite", prompts, max_new_tokens=max_new_tokens)
 
+    @torch.no_grad()
+    def describe_motion(
+        self,
+        prompts: str | list[str],
+        max_new_tokens: int | None = None,
+        first_frame_prompts: str | list[str] | None = None,
+    ) -> list[str]:
+        """Stage 1, second output: writes a short caption of the motion for each prompt.
+
+        Args:
+            prompts (`str` or `list[str]`): what should happen in the videos.
+            max_new_tokens (`int`, *optional*): limit of the answer; the rewriter's own when left out.
+            first_frame_prompts (`str` or `list[str]`, *optional*): captions of their first frames, whose names it uses.
+
+        Returns:
+            `list[str]`: one caption per prompt.
+        """
+        captions = [first_frame_prompts] if isinstance(first_frame_prompts, str) else first_frame_prompts
+        options = {"max_new_tokens": max_new_tokens, "captions": captions}
+        return self._ask_rewriter("describe_motion", "describe_motion", prompts, **options)
+
     def _ask_rewriter(self, method: str, stage: str, prompts: str | list[str], **options) -> list:
         if self.rewriter is None:
             raise ValueError(NO_REWRITER)
@@ -336,6 +357,18 @@ class FactorizedStages(FactorizedParts, ABC):
         limit = request.rewriter_max_new_tokens
         outcomes = self._ask_rewriter("rewrite_outcomes", "rewrite", request.prompt, max_new_tokens=limit)
         return [[Moment(outcome.made, 0.0, outcome)] for outcome in outcomes]
+
+    def _writes_motion(self, request: VideoRequest) -> bool:
+        """Whether stage 1 also writes what the video model reads."""
+        return request.rewriter_motion
+
+    def _write_motion(self, request: VideoRequest, moments: list[list[Moment]]) -> VideoRequest:
+        """Stage 1, second output: the request with captions of the motion, where they are asked for."""
+        if self.interrupt or not self._writes_motion(request):
+            return request
+        captions = [first.caption for first, *_ in moments]
+        motion = self.describe_motion(request.prompt, request.rewriter_max_new_tokens, captions)
+        return replace(request, motion_prompt=motion)
 
     def _draw_moments(
         self, request: VideoRequest, moments: list[list[Moment]], seeds: list[dict[str, Any]]

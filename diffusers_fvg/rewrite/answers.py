@@ -22,6 +22,8 @@ _END = re.compile(
     re.IGNORECASE,
 )
 
+_SENTENCE = re.compile(r"\S.*?(?:[.!?](?=\s)|[\u3002\uff01\uff1f])", re.DOTALL)
+
 
 def without_thinking(answer: str) -> str:
     """An answer without what is before the last end of thinking, and behind a beginning that has no end."""
@@ -48,12 +50,16 @@ def text_under(value: dict, key: str) -> str | None:
     return text if text is None or any(letter.isalnum() for letter in text) else None
 
 
+class CutAnswer(ValueError):
+    """An answer that ends within its JSON object, with nothing of it that could be used."""
+
+
 def find_in_answer(answer: str, read: Callable[[dict], Value | None], wanted: str) -> Value:
     """What `read` makes of the last JSON object in an answer of which it makes anything: models repeat the form, and correct
-    themselves.
+    themselves. Of an answer that was cut within a text, the first two whole sentences of that text count.
 
     Raises:
-        `ValueError`: there is no such object; the message says that `wanted` is lacking.
+        `ValueError`: there is no such object; the message says that `wanted` is lacking. [`CutAnswer`] where it was cut.
     """
     answer = without_thinking(answer)
     decoder = json.JSONDecoder(strict=False)
@@ -70,5 +76,33 @@ def find_in_answer(answer: str, read: Callable[[dict], Value | None], wanted: st
             made = made if last is None else last
         place = answer.find("{", end)
     if made is None:
+        is_cut, value = _read_cut(answer)
+        made = None if value is None else read(value)
+        if made is None and is_cut:
+            raise CutAnswer("it is too long and was cut off")
+    if made is None:
         raise ValueError(f"the JSON object has no {wanted}" if found else "it holds no JSON object")
     return made
+
+
+def _read_cut(answer: str) -> tuple[bool, dict | None]:
+    """Whether an answer ends within a JSON object, and that object if it ends in a text: with two whole sentences of that."""
+    opened, begin, escaped = [], None, False
+    for place, letter in enumerate(answer):
+        if escaped or letter == "\\":
+            escaped = not escaped
+        elif letter == '"':
+            begin = place + 1 if begin is None else None
+        elif begin is None and (letter == "{" or letter == "[" and opened):
+            opened.append(place)
+        elif begin is None and letter in "}]" and opened:
+            opened.pop()
+    # A model that runs on repeats itself.
+    said = [] if begin is None else [*dict.fromkeys(_SENTENCE.findall(f"{answer[begin:]} "))][:2]
+    if not opened or not said:
+        return bool(opened), None
+    ends = "".join("}" if answer[place] == "{" else "]" for place in reversed(opened))
+    try:
+        return True, json.loads(f'{answer[opened[0] : begin]}{" ".join(said)}"{ends}', strict=False)
+    except (json.JSONDecodeError, RecursionError):
+        return True, None

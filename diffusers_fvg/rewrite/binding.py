@@ -228,8 +228,10 @@ def _place_problem(start: Start, caption: str) -> str | None:
         for here, found, there in shown:
             is_same = bool(here & subject and there & landmark and not there & subject)
             is_turned = bool(here & landmark and there & subject and not there & landmark)
-            if (is_same and found == _OPPOSITE[kind]) or (is_turned and found == kind):
+            if is_same and found == _OPPOSITE[kind]:
                 return f'"{found}" contradicts "{kind}" of the prompt'
+            if is_turned and found == kind:
+                return f'"{kind}" of the prompt is turned round'
     return None
 
 

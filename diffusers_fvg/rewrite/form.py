@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from string import punctuation
 
 from .words import NOT_NAMES, STOPS, root, roots, words
 
@@ -41,6 +42,8 @@ def form_problem(prompt: str, caption: str, shown: Iterable[str] = ()) -> str | 
     letters = [letter for letter in caption if letter.isalpha()]
     if len(letters) < 2 and not any(letter > "\u2e80" for letter in letters):
         return "the description has no words"
+    if sum(letter.isdigit() or letter in punctuation for letter in caption) > len(letters):
+        return "the description has more digits and marks than letters"
     plain = caption.strip(" .\"'`<>[](){}*_").lower()
     if plain in _PLACEHOLDERS or (re.fullmatch(r"[<\[{].*[>\]}]", caption.strip()) and len(plain.split()) <= 6):
         return f"{caption[:40]!r} is a placeholder"

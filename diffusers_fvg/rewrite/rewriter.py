@@ -20,26 +20,18 @@ from ..checks import check_at_least_one, check_texts
 from ..devices import get_module_execution_device
 from ..locks import exclusive
 from .chat_endpoint import ChatEndpoint
-from .chats import build_messages, build_retry, without_system_role
+from .chats import Chat, chat_about, settle, without_system_role
 from .generation import answers_to, has_system_role, schema_processors
-from .judge import answers_schema, chat_of, chat_of_all, choice_tokens, questions, read_answers, verdict
 from .outcome import RewriteOutcome
-from .plan import PlannedCaption
-from .prompts import choose_examples
 from .rewriter_files import CONFIG_NAME, load_rewriter
 from .storyboard import Moment
-from .tasks import FIRST_FRAME, MOTION, PLANNED_FRAME, TASK_NAMES, RewriterTask, storyboard_task
+from .tasks import FIRST_FRAME, MOTION, PLANNED_FRAME, TASK_NAMES, RewriterTask, motion_question, storyboard_task
 
 
 logger = logging.get_logger(__name__)
 
 # Prompts that are answered in one batch. A 7B model's cache of 8 chats with our examples is about half a gigabyte.
 BATCH_SIZE = 8
-# Answers to one prompt, the first of which is greedy.
-ATTEMPTS = 2
-RETRY_SEED = 0
-# Longest answer of a server to questions about a caption.
-JUDGE_TOKENS = 200
 
 
 class FirstFrameRewriter(torch.nn.Module):
@@ -65,10 +57,11 @@ class FirstFrameRewriter(torch.nn.Module):
             Left out: those of `tasks.py`. A model that is trained for nothing else needs none: `""`.
         examples (`bool` or list of `[prompt, caption]`, *optional*): earlier turns of the chat; `True` for those of
             `tasks.py` that have nothing in common with the prompt, a list for first frames of your own. Left out: `True` where
-            a first answer was not valid.
+            a first answer had not the form.
         answer_format (`str`, *optional*): of a first frame: `"plan"`, an object with the scene and the caption under
             `first_frame`, or `"json"`, the caption alone, for a model that is trained for it.
-        judge (`bool`, *optional*): ask the model about its captions. Left out: where it plans.
+        judge (`bool`, *optional*): ask the model about the first frames that it wrote, those of storyboards too. Left out: where
+            it plans.
         max_new_tokens (`int`, *optional*): longest caption when a call does not say; a plan has as many beside it.
     """
 
@@ -266,22 +259,34 @@ class FirstFrameRewriter(torch.nn.Module):
         max_new_tokens: int | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
+        captions: list[str] | None = None,
     ) -> list[str]:
         """Writes a short caption of what happens after the first frame for each prompt, for an image-to-video model.
 
-        Checked, asked again and given up as in [`rewrite`], whose arguments these are too.
+        Checked, asked again and given up as in [`rewrite`]; what stands in is the prompt.
+
+        Args:
+            prompts, max_new_tokens, on_progress, should_stop: as in [`rewrite`].
+            captions (`list[str]`, *optional*): of the first frames, one per prompt: things are named as they name them. A
+                rewriter with an instruction of its own is not shown them.
 
         Returns:
             `list[str]`: one caption per prompt.
+
+        Raises:
+            `ValueError`: as in [`rewrite`], or another number of captions than of prompts.
         """
-        outcomes = self._ask(MOTION, prompts, max_new_tokens, on_progress, should_stop)
+        questions = None
+        if captions is not None and self.own_instruction(MOTION) is None:
+            if len(captions) != len(prompts):
+                raise ValueError(f"`captions` has {len(captions)} texts for {len(prompts)} prompts.")
+            questions = [motion_question(*pair) for pair in zip(prompts, captions)]
+        outcomes = self._ask(MOTION, prompts, max_new_tokens, on_progress, should_stop, questions)
         return [outcome.made for outcome in outcomes]
 
     # -- questions and answers ----------------------------------------------------------------------------------------
 
-    def messages(
-        self, prompt: str, task: RewriterTask | None = None, with_examples: bool = False
-    ) -> list[dict[str, str]]:
+    def messages(self, prompt: str, task: RewriterTask | None = None, with_examples: bool = False) -> Chat:
         """The chat that this rewriter answers for a prompt; a special-purpose model is trained on the same.
 
         Args:
@@ -289,15 +294,10 @@ class FirstFrameRewriter(torch.nn.Module):
             task (`RewriterTask`, *optional*): the kind of question; left out, a first frame.
             with_examples (`bool`): where the rewriter's `examples` are left out, those of the task.
         """
-        task = task or self._first_frame()
-        own = self._own_instruction(task)
-        instruction = (task.instruction if own is None else own).replace("{num_moments}", str(task.captions))
-        examples = self.examples if self.examples is not None else with_examples
-        if examples is True or (examples and task.name != FIRST_FRAME.name):
-            examples = choose_examples(prompt, task.examples)
-        return build_messages(prompt, instruction, examples or (), task.write)
+        return chat_about(self, prompt, task or self._first_frame(), with_examples)
 
-    def _own_instruction(self, task: RewriterTask) -> str | None:
+    def own_instruction(self, task: RewriterTask) -> str | None:
+        """The instruction that takes the place of a task's."""
         own = {FIRST_FRAME.name: self.instruction} if isinstance(self.instruction, str) else self.instruction or {}
         return own.get(task.name)
 
@@ -308,8 +308,9 @@ class FirstFrameRewriter(torch.nn.Module):
         max_new_tokens: int | None,
         on_progress: Callable[[int, int], None] | None,
         should_stop: Callable[[], bool] | None,
+        questions: list[str] | None = None,
     ) -> list[RewriteOutcome]:
-        """One outcome of a task per prompt."""
+        """One outcome of a task per prompt; `questions` are the user's turns, where they are not the prompts."""
         check_texts("prompts", prompts)
         check_at_least_one("max_new_tokens", max_new_tokens)
         limit = max_new_tokens or self.max_new_tokens * task.captions + task.extra_tokens
@@ -317,15 +318,16 @@ class FirstFrameRewriter(torch.nn.Module):
         made = [RewriteOutcome("fallback", task.fallback(prompt), ("it was stopped",)) for prompt in prompts]
         # A fast tokenizer keeps padding and truncation of its last call.
         with exclusive(self.model, self.tokenizer):
-            for prompt in prompts:
-                excess = self._excess_tokens(self.messages(prompt, task), limit)
+            asked = [(prompt, self.messages(text, task)) for prompt, text in zip(prompts, questions or prompts)]
+            for prompt, chat in asked:
+                excess = self.excess_tokens(chat, limit)
                 if excess > 0:
                     raise ValueError(
                         f"The prompt {prompt[:60]!r} with instruction and an answer of {limit} tokens exceeds the context of "
                         f"the rewriter by {excess} tokens; shorten it or lower `max_new_tokens`."
                     )
             find = self._local_outcomes if self.endpoint is None else self._remote_outcomes
-            for index, outcome in enumerate(find(task, prompts, limit, should_stop)):
+            for index, outcome in enumerate(find(task, asked, limit, should_stop)):
                 if should_stop():
                     break
                 made[index] = outcome
@@ -334,116 +336,50 @@ class FirstFrameRewriter(torch.nn.Module):
         return made
 
     def _local_outcomes(
-        self, task: RewriterTask, prompts: list[str], limit: int, should_stop: Callable[[], bool]
+        self, task: RewriterTask, asked: list[tuple[str, Chat]], limit: int, should_stop: Callable[[], bool]
     ) -> Iterator[RewriteOutcome]:
-        for begin in range(0, len(prompts), BATCH_SIZE):
-            batch = prompts[begin : begin + BATCH_SIZE]
+        for begin in range(0, len(asked), BATCH_SIZE):
+            batch = asked[begin : begin + BATCH_SIZE]
             began = time.perf_counter()
-            chats = [self.messages(prompt, task) for prompt in batch]
-            answers = self(chats, limit, should_stop=should_stop, schema=self._schema(task))
+            answers = self(
+                [chat for _, chat in batch], limit, should_stop=should_stop, schema=self.answer_schema(task)
+            )
             share = (time.perf_counter() - began) / len(batch)
-            for prompt, answer in zip(batch, answers):
+            for pair, answer in zip(batch, answers):
                 if should_stop():
                     return
-                yield self._settled(task, prompt, answer, limit, share, should_stop)
+                yield settle(self, task, *pair, answer, limit, share, should_stop)
 
     def _remote_outcomes(
-        self, task: RewriterTask, prompts: list[str], limit: int, should_stop: Callable[[], bool]
+        self, task: RewriterTask, asked: list[tuple[str, Chat]], limit: int, should_stop: Callable[[], bool]
     ) -> Iterator[RewriteOutcome]:
         """Several prompts at once. A server that fails for one of them does not cost the captions of the others."""
         errors: list[OSError] = []
         answered: list[str] = []
 
-        def outcome_of(prompt: str) -> RewriteOutcome:
+        def outcome_of(pair: tuple[str, Chat]) -> RewriteOutcome:
+            prompt, chat = pair
             began = time.perf_counter()
             stands_in = partial(RewriteOutcome, "fallback", task.fallback(prompt))
             if should_stop() or (len(errors) >= self.endpoint.max_concurrent and not answered):
                 return stands_in(("it was not asked for",))
             try:
-                (answer,) = self([self.messages(prompt, task)], limit, None, should_stop, self._schema(task))
+                (answer,) = self([chat], limit, None, should_stop, self.answer_schema(task))
                 answered.append(prompt)
-                return self._settled(task, prompt, answer, limit, time.perf_counter() - began, should_stop)
+                return settle(self, task, *pair, answer, limit, time.perf_counter() - began, should_stop)
             except OSError as error:
                 errors.append(error)
                 logger.warning(f"No {task.subject} for {prompt!r} ({error}); the prompt's start is used.")
                 return stands_in((str(error),), 1, time.perf_counter() - began)
 
         with ThreadPoolExecutor(self.endpoint.max_concurrent) as pool:
-            yield from pool.map(outcome_of, prompts)
+            yield from pool.map(outcome_of, asked)
         if errors and not answered:
             raise errors[0]
 
-    def _settled(
-        self,
-        task: RewriterTask,
-        prompt: str,
-        answer: str,
-        limit: int,
-        seconds: float,
-        should_stop: Callable[[], bool],
-    ) -> RewriteOutcome:
-        """What becomes of a first answer: it is taken, asked for again, or given up."""
-        began = time.perf_counter() - seconds
-        reasons, best, plan, judged, judge_seconds = [], None, None, 0, 0.0
-        chat = self.messages(prompt, task)
-        for attempt in range(1, ATTEMPTS + 1):
-            made, problem = self._checked(task, prompt, chat, answer)
-            if problem is None:
-                judging = time.perf_counter()
-                count, problem = self._judged(task, prompt, made)
-                judged, judge_seconds = judged + count, judge_seconds + time.perf_counter() - judging
-                best = task.result(made) if best is None else best
-            if problem is None:
-                best, status = task.result(made), "accepted" if attempt == 1 else "repaired"
-                plan = made.plan if isinstance(made, PlannedCaption) else None
-                break
-            reasons.append(problem)
-            chat = build_retry(self.messages(prompt, task, with_examples=True), problem)
-            if attempt == ATTEMPTS or should_stop() or self._excess_tokens(chat, limit) > 0:
-                status = "fallback"
-                break
-            # One by one, each from the same seed: what a prompt gets does not depend on its neighbours.
-            (answer,) = self([chat], limit, RETRY_SEED + attempt - 1, should_stop, self._schema(task))
-        if status == "fallback" and not should_stop():
-            stands_in = "the prompt's start" if best is None else "the answer with the fewest faults"
-            logger.warning(f"No valid {task.subject} for {prompt!r} ({reasons[-1]}); {stands_in} is used.")
-        made = task.fallback(prompt) if best is None else best
-        seconds = time.perf_counter() - began
-        return RewriteOutcome(status, made, tuple(reasons), attempt, seconds, judged, judge_seconds, plan)
-
-    def _checked(
-        self, task: RewriterTask, prompt: str, chat: list[dict[str, str]], answer: str
-    ) -> tuple[Any, str | None]:
-        """What an answer holds and what is wrong with it by its words."""
-        try:
-            made = task.read(answer)
-        except ValueError as error:
-            return None, str(error)
-        return made, task.problem(prompt, made, self._read, [turn["content"] for turn in chat[:-1]])
-
-    def _judged(self, task: RewriterTask, prompt: str, made: Any) -> tuple[int, str | None]:
-        """How many questions the model was asked about a caption, and what is wrong with it by its answers."""
-        if not self.judge or task.name != FIRST_FRAME.name:
-            return 0, None
-        caption, plan = task.result(made), made.plan if isinstance(made, PlannedCaption) else None
-        asked = questions(prompt, plan)
-        if self.endpoint is not None:
-            chat, schema = chat_of_all(prompt, caption, asked), answers_schema(len(asked))
-            try:
-                (answer,) = self([chat], JUDGE_TOKENS, schema=schema)
-            except OSError as error:
-                # The caption is there, and its words are right.
-                logger.warning(f"The caption of {prompt!r} was not judged ({error}).")
-                return 0, None
-            return len(asked), verdict(asked, read_answers(answer, len(asked)))
-        chats = [chat_of(prompt, caption, question) for question in asked]
-        if any(self._excess_tokens(chat, 1) > 0 for chat in chats):
-            return 0, None
-        return len(asked), verdict(asked, self(chats, 1, choices=choice_tokens(self.tokenizer)))
-
     # -- the model ----------------------------------------------------------------------------------------------------
 
-    def chat_text(self, messages: list[dict[str, str]]) -> str:
+    def chat_text(self, messages: Chat) -> str:
         """A chat as the text that the model continues with its answer."""
         messages = messages if self._has_system_role else without_system_role(messages)
         # Templates of reasoning models know the variable, others take no notice.
@@ -453,7 +389,7 @@ class FirstFrameRewriter(torch.nn.Module):
 
     def forward(
         self,
-        chats: list[list[dict[str, str]]],
+        chats: list[Chat],
         max_new_tokens: int,
         seed: int | None = None,
         should_stop: Callable[[], bool] | None = None,
@@ -483,18 +419,18 @@ class FirstFrameRewriter(torch.nn.Module):
             self.model, self.tokenizer, texts, device, max_new_tokens, seed, should_stop, grammar, choices
         )
 
-    def _schema(self, task: RewriterTask) -> dict[str, Any] | None:
+    def answer_schema(self, task: RewriterTask) -> dict[str, Any] | None:
         """The form of an answer to the task's own instruction; another instruction may ask for another form."""
-        return task.schema if self._own_instruction(task) is None else None
+        return task.schema if self.own_instruction(task) is None else None
 
-    def _read(self, word: str) -> str:
+    def read_word(self, word: str) -> str:
         """A word as the model's tokenizer has it; one that maps words to its own vocabulary returns others."""
         return word if self.tokenizer is None else self.tokenizer.decode(self._token_ids(word))
 
     def _token_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def _excess_tokens(self, chat: list[dict[str, str]], max_new_tokens: int) -> int:
+    def excess_tokens(self, chat: Chat, max_new_tokens: int) -> int:
         """By how many tokens a chat and its answer exceed the context; an endpoint is left to say so itself."""
         context = None if self.model is None else getattr(self.model.config, "max_position_embeddings", None)
         return 0 if context is None else len(self._token_ids(self.chat_text(chat))) + max_new_tokens - context

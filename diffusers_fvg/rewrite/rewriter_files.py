@@ -76,6 +76,10 @@ def load_rewriter(
     except OSError as error:
         # transformers does not always say what it was looking for, and a user of the pipeline never named it.
         raise OSError(f"The rewriter's model {str(model_path)!r} cannot be loaded: {error}") from error
+    quantizer = getattr(model, "hf_quantizer", None)
+    if source and getattr(quantizer, "packed_modules", True) == {}:
+        # No weight of the GGUF is packed any more, and transformers would not save a model that it calls quantized.
+        quantizer.remove_quantization_config(model)
     return model, tokenizer, {"reference": reference or None, **config}
 
 

@@ -34,9 +34,11 @@ class RewriterTask:
             `shown` are the texts that the model was shown.
         fallback (`Callable`): from a prompt to what stands in for an answer.
         result (`Callable`): what the caller gets of an answer.
+        first_frame (`Callable`, *optional*): the caption of the first frame in an answer, which a judge is asked about.
         captions (`int`): number of captions in the longest answer.
         extra_tokens (`int`): tokens of the longest answer beside its captions.
         schema (`dict`, *optional*): JSON schema of the answer, for runtimes that enforce it.
+        simpler (`RewriterTask`, *optional*): asked in its place where an answer had not the form.
     """
 
     name: str
@@ -48,9 +50,11 @@ class RewriterTask:
     problem: Callable[[str, Any, Read, Sequence[str]], str | None]
     fallback: Callable[[str], Any]
     result: Callable[[Any], Any] = lambda made: made
+    first_frame: Callable[[Any], str] | None = None
     captions: int = 1
     extra_tokens: int = 0
     schema: dict[str, Any] | None = None
+    simpler: RewriterTask | None = None
 
 
 FIRST_FRAME = RewriterTask(
@@ -62,17 +66,20 @@ FIRST_FRAME = RewriterTask(
     parse_answer,
     lambda prompt, caption, read, shown: check_caption(prompt, caption, None, read, shown),
     start_clause,
+    first_frame=str,
     schema=object_schema({"first_frame": TEXT}),
 )
-# The same with a plan before the caption. Its examples have none: they are for models that do not manage the whole form.
+# The same with a plan before the caption, which small models do not manage.
 PLANNED_FRAME = replace(
     FIRST_FRAME,
     instruction=PLAN_INSTRUCTION,
     read=parse_planned,
     problem=lambda prompt, made, read, shown: check_caption(prompt, made.caption, made.plan, read, shown),
     result=lambda made: made.caption,
+    first_frame=lambda made: made.caption,
     extra_tokens=256,
     schema=PLAN_SCHEMA,
+    simpler=FIRST_FRAME,
 )
 
 # -- storyboard -------------------------------------------------------------------------------------------------------
@@ -146,6 +153,7 @@ def storyboard_task(num_moments: int) -> RewriterTask:
         read_moments,
         partial(storyboard_problem, num_moments=num_moments),
         lambda prompt: [Moment(start_clause(prompt), 0.0)],
+        first_frame=lambda moments: moments[0].caption,
         captions=num_moments,
         schema=object_schema({"moments": {"type": "array", "items": moment, "maxItems": num_moments}}),
     )
@@ -243,7 +251,8 @@ of the video. The first frame is given as a picture, so do not describe what it 
 nothing else: {"motion": "..."}
 Rules:
 1. Say what each thing that moves or changes does: how, where to, into what, in which order. Keep the movement of the camera.
-2. Name a thing with the few words that tell it apart in the picture. Leave out what stays as it is.
+2. Name a thing with the few words that tell it apart in the picture; where the text of the first frame is given, with its \
+words. Leave out what stays as it is.
 3. At most 25 words, in the language of the prompt, in the prompt's own words.
 4. If nothing moves or changes, say that the picture stays still."""
 
@@ -260,6 +269,11 @@ MOTION_EXAMPLES = (
 )
 # A motion caption of 25 words has some 150 characters.
 MAX_MOTION_CHARACTERS = 300
+
+
+def motion_question(prompt: str, caption: str) -> str:
+    """The user's turn for a prompt whose first frame is written."""
+    return f"{prompt}\n(First frame: {caption})"
 
 
 def write_motion(motion: str) -> str:

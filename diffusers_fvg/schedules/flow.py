@@ -11,7 +11,13 @@ The model's time is `sigma * num_train_timesteps`. Training and sampling both im
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 
 def add_noise(clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -38,3 +44,11 @@ def shifted_sigmas(num_inference_steps: int, flow_shift: float) -> tuple[float, 
         raise ValueError(f"`num_inference_steps` must be at least 1, but is {num_inference_steps}.")
     even = [1 - step / num_inference_steps for step in range(num_inference_steps)]
     return tuple(round(flow_shift * u / (1 + (flow_shift - 1) * u), 6) for u in even)
+
+
+def noise_levels(scheduler: SchedulerMixin) -> list[float]:
+    """Noise levels of a scheduler's steps and the final one. Time is `sigma * num_train_timesteps` where there are none (LCM)."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is None:
+        sigmas = [*(scheduler.timesteps / scheduler.config.num_train_timesteps), 0.0]
+    return [float(sigma) for sigma in sigmas]

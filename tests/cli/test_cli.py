@@ -19,7 +19,7 @@ PROMPT = "A red circle moves to the right"
 
 
 def test_generate_writes_video_strip_and_stages(tmp_path, capsys):
-    arguments = ["generate", PROMPT, "--seed", "3", "--steps", "4", "--quiet"]
+    arguments = ["generate", PROMPT, "--seed", "3", "--steps", "4", "--rewriter-motion", "--quiet"]
     arguments += ["--output", str(tmp_path / "out" / "video.mp4"), "--strip", str(tmp_path / "strip.png")]
     assert main([*arguments, "--save-stages", str(tmp_path / "stages")]) == 0
     frames, frame_rate = read_video(tmp_path / "out" / "video.mp4")
@@ -30,7 +30,16 @@ def test_generate_writes_video_strip_and_stages(tmp_path, capsys):
     assert "red circle" in metadata["first_frame_prompt"] and "moves" not in metadata["first_frame_prompt"]
     assert metadata["versions"].keys() == {"diffusers-fvg", "diffusers", "torch", "transformers"}
     printed = capsys.readouterr().out
-    for words in (metadata["first_frame_prompt"], "rewrite", "compose", "denoise", "decode", "video.mp4"):
+    assert metadata["motion_prompt"] == "the red circle moves to the right"
+    for words in (
+        metadata["first_frame_prompt"],
+        metadata["motion_prompt"],
+        "rewrite",
+        "compose",
+        "denoise",
+        "decode",
+        "video.mp4",
+    ):
         assert words in printed
     stages = json.loads((tmp_path / "stages" / "stages.json").read_text())
     assert stages["first_frame_prompt"] == metadata["first_frame_prompt"]
@@ -128,6 +137,7 @@ def test_a_seed_repeats_the_video_and_stages_chain(tmp_path, capsys):
         ),
         (["generate", PROMPT, "--model", "none"], "'none' is no folder and no recipe; recipes are wan2.2-5b, "),
         (["generate", PROMPT, "--model", "WAN2.2-5B"], "Is 'wan2.2-5b' meant"),
+        (["generate", PROMPT, "--rewriter-motion", "--mode", "direct"], "`rewriter_motion=True` has no effect"),
         (["generate", PROMPT, "--num-moments", "2"], "--num-moments 2 has no effect without --mode storyboard"),
         (["generate", PROMPT, "--mode", "direct", "--rewriter", "a/b"], "--rewriter has no effect: --mode direct"),
         (["plan", PROMPT, "--mode", "direct", "--composer", "a/b"], "--composer has no effect: --mode direct"),

@@ -74,7 +74,7 @@ def commands(parser: argparse.ArgumentParser):
 
 
 def wrong_values(action: argparse.Action) -> list[str]:
-    if action.dest in ("first_frame_prompt",):
+    if action.dest in ("first_frame_prompt", "motion_prompt"):
         return WRONG["prompt"]
     if action.dest in WRONG:
         return WRONG[action.dest]

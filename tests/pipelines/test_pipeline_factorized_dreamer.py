@@ -122,14 +122,14 @@ def test_three_stages(pipe):
 def test_stage_one_writes_two_captions(pipe, monkeypatch):
     asked = []
 
-    def write(self, prompts, max_new_tokens=None, on_progress=None, should_stop=None):
-        asked.append((prompts, max_new_tokens))
+    def write(self, prompts, max_new_tokens=None, on_progress=None, should_stop=None, captions=None):
+        asked.append((prompts, max_new_tokens, captions))
         return ["the circle moves right"]
 
     monkeypatch.setattr(FirstFrameRewriter, "describe_motion", write)
     given = {"generator": seeded(), **LATENTS}
     out = pipe(PROMPT, rewriter_max_new_tokens=7, **given)
-    assert out.motion_prompts == ["the circle moves right"] and asked == [([PROMPT], 7)]
+    assert out.motion_prompts == ["the circle moves right"] and asked == [([PROMPT], 7, out.first_frame_prompts)]
     # The video follows it, and nothing but it.
     anchors = [[Anchor(out.anchor_images[0])]]
     assert torch.equal(pipe.animate(out.motion_prompts, anchors, **given | {"generator": seeded()}), out.frames)

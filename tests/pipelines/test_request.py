@@ -35,6 +35,7 @@ NOT_STAGE_3 = {
     "storyboard",
     "num_moments",
     "rewriter_max_new_tokens",
+    "rewriter_motion",
     "composer_num_inference_steps",
     "composer_guidance_scale",
     "composer_negative_prompt",

@@ -81,6 +81,7 @@ from diffusers_fvg.rewrite.words import is_english, root
         ("Die Katze springt auf den roten Tisch", "Eine Katze vor einem roten Tisch."),
         ("一只猫跳上桌子", "一只猫在桌子旁边。"),
         ("قطة تقفز", "قطة على الأرض."),
+        ("एक बिल्ली कूदती है", "मेज़ के पास एक बिल्ली।"),
         ("A leaf turns from green\nto brown\nin {braces} 🍂", "A green leaf."),
     ],
 )
@@ -125,6 +126,7 @@ def test_faithful_captions_are_accepted(prompt, caption):
         ("A cat that is not black sleeps", "A black cat.", 'there is no "black"'),
         ("Tom waves to Anna in a park", "A park with trees.", '"tom waves" of the prompt is missing'),
         ("fireworks", "...", "no words"),
+        ("A panda making latte art", "Panda 1.0.1.1.1.1.1.1", "more digits and marks than letters"),
         ("Un gato rojo salta sobre la mesa", "???", "no words"),
         ("cinematic, 4k, rain", "I'm sorry, I can't help with that.", "a refusal"),
         ("Un gato rojo salta sobre la mesa", "null", "a placeholder"),
@@ -152,7 +154,7 @@ def test_faithful_captions_are_accepted(prompt, caption):
         # Siblings of these kinds.
         ("Two red apples and three green pears", "Three red apples and two green pears.", "contradicts"),
         ("A bird above a car", "A bird below a car.", '"below" contradicts "above"'),
-        ("A dog behind a tree", "A tree behind a dog.", '"behind" contradicts'),
+        ("A dog behind a tree", "A tree behind a dog.", '"behind" of the prompt is turned round'),
         ("A room without windows", "A room with windows.", 'there is no "windows"'),
         ("A snowman melts in the sun", "A melted snowman in the sun.", '"melted" comes only later'),
         ("A banana ripens from green to yellow", "A yellow banana.", '"yellow" comes only later'),
@@ -295,7 +297,7 @@ def test_a_plan_survives_its_text_and_malformed_parts_are_left_out():
 )
 def test_the_caption_of_an_answer(answer, caption):
     if caption is None:
-        with pytest.raises(ValueError, match="no JSON object"):
+        with pytest.raises(ValueError, match="no JSON object|cut off"):
             parse_answer(answer)
     else:
         assert parse_answer(answer) == caption

@@ -12,6 +12,8 @@ from diffusers_fvg.rewrite import chat_endpoint
 from diffusers_fvg.rewrite.plan import PlannedCaption
 from diffusers_fvg.rewrite.prompts import format_answer
 from diffusers_fvg.rewrite.rewriter import FirstFrameRewriter
+from diffusers_fvg.rewrite.storyboard import Moment
+from diffusers_fvg.rewrite.tasks import write_moments
 
 
 PROMPT = "A red circle on the left moves to the right."
@@ -109,7 +111,7 @@ def test_an_answer_without_text_is_no_error_of_the_call(message, caplog):
         for prompts in ([PROMPT], [PROMPT] * 2):
             outcomes = rewriter.rewrite_outcomes(prompts)
             assert [outcome.made for outcome in outcomes] == [START] * len(prompts)
-            assert {(outcome.status, outcome.attempts) for outcome in outcomes} == {("fallback", 2)}
+            assert {(outcome.status, outcome.attempts) for outcome in outcomes} == {("fallback", 3)}
     assert any("it holds no JSON object" in record.getMessage() for record in caplog.records)
 
 
@@ -177,3 +179,20 @@ def test_the_server_judges_its_captions(judges, status):
     if status == "fallback":
         assert outcome.reasons == ('"red circle" is missing',) * 2
         assert '"red circle" is missing' in server.bodies[2]["messages"][-1]["content"]
+
+
+def test_the_server_judges_the_first_moment_of_a_storyboard():
+    """Later moments show what happens later, and are not asked about."""
+    moments = [Moment(CAPTION, 0.0), Moment("A red circle on the right.", 1.0)]
+
+    def respond(body, number):
+        judging = "Answer with JSON" in body["messages"][-1]["content"]
+        return good(json.dumps({"answers": ["yes", "no"]}) if judging else write_moments(moments))
+
+    with Server(respond) as server:
+        (board,) = FirstFrameRewriter(endpoint=ChatEndpoint(server.url, "m")).storyboard([PROMPT])
+    assert board == moments and (board[0].rewrite.status, board[0].rewrite.judged) == ("accepted", 2)
+    asked = server.bodies[-1]["messages"][-1]["content"]
+    assert f"first frame: {CAPTION}" in asked and "on the right" not in asked
+    assert "Does the description have this: red circle?" in asked
+    assert "show or tell anything that happens only later" in asked

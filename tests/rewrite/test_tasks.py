@@ -149,16 +149,14 @@ def ask(answers: list[str], ask_for, **settings):
 
 def test_a_storyboard_is_asked_for_checked_and_asked_for_again():
     answers = [write_moments(board(START, "A yellow leaf above a cat.")), write_moments(LEAF_BOARD)]
-    made, (first, retry) = ask(answers, lambda rewriter: rewriter.storyboard([LEAF], 2))
+    made, (first, retry) = ask(answers, lambda rewriter: rewriter.storyboard([LEAF], 2), judge=False)
     assert made == [LEAF_BOARD]
     system, *turns, question = first["messages"]
     assert system["content"] == STORYBOARD_INSTRUCTION.replace("{num_moments}", "2")
     assert "at most 2 moments" in system["content"]
     assert turns == [] and question["content"] == LEAF
-    # Asked again, it is shown examples that have nothing of the prompt.
-    shown = [read_moments(turn["content"]) for turn in retry["messages"][2:-1:2]]
-    fitting = ("A brown dog runs to the right across a snowy field.", "A girl builds a tower of wooden blocks.")
-    assert shown == [moments for prompt, moments in STORYBOARD_EXAMPLES if prompt in fitting]
+    # The form was right, so that no example is needed.
+    assert len(retry["messages"]) == 2
     # Room for as many captions as there are moments.
     assert first["max_tokens"] == 2 * 256
     assert 'at time 1.0 "white" of the prompt is missing' in retry["messages"][-1]["content"]
@@ -169,6 +167,10 @@ def test_without_a_valid_storyboard_the_prompt_is_its_only_moment(caplog):
     assert made == [[Moment(start_clause(LEAF), 0.0)]] and len(requests) == 2
     assert made[0][0].rewrite.status == "fallback" and made[0][0].rewrite.attempts == 2
     assert requests[0]["max_tokens"] == 40
+    # Asked again for the form, it is shown examples that have nothing of the prompt.
+    shown = [read_moments(turn["content"]) for turn in requests[1]["messages"][2:-1:2]]
+    fitting = ("A brown dog runs to the right across a snowy field.", "A girl builds a tower of wooden blocks.")
+    assert shown == [moments for prompt, moments in STORYBOARD_EXAMPLES if prompt in fitting]
 
 
 def test_a_motion_caption_is_asked_for():
@@ -178,6 +180,20 @@ def test_a_motion_caption_is_asked_for():
     system, *turns, _ = request["messages"]
     assert system["content"] == MOTION_INSTRUCTION
     assert turns == []
+
+
+def test_a_motion_caption_is_written_by_the_names_of_the_first_frame():
+    prompts, captions = [LEAF, LEAF], ["A green leaf above a white cat.", "A leaf above a cat."]
+    motion = write_motion("The leaf turns yellow.")
+    _, requests = ask([motion] * 2, lambda rewriter: rewriter.describe_motion(prompts, captions=captions))
+    asked = {request["messages"][-1]["content"] for request in requests}
+    assert asked == {f"{LEAF}\n(First frame: {caption})" for caption in captions}
+    with pytest.raises(ValueError, match="`captions` has 1 texts for 2 prompts"):
+        ask([], lambda rewriter: rewriter.describe_motion(prompts, captions=captions[:1]))
+    # A model that was trained for prompts alone is shown these.
+    settings = {"instruction": {"motion": "motion"}}
+    _, (request,) = ask([motion], lambda rewriter: rewriter.describe_motion([LEAF], captions=captions[:1]), **settings)
+    assert request["messages"][-1]["content"] == LEAF
 
 
 def test_instructions_of_one_s_own_reach_their_question(tmp_path):
