@@ -9,11 +9,10 @@ from pathlib import Path
 
 def write(arguments: argparse.Namespace, pipe, frames, record: dict, captions, anchors) -> None:
     """Video and strip; `record` tells how the video was made, pictures and their captions are those of the strip."""
-    from ..media import write_strip, write_video
+    from ..media import viewing_scale, write_strip, write_video
 
     frame_rate, metadata = pipe.call_defaults["frame_rate"], None if arguments.no_metadata else record
-    # A player shows the embedded model's 64 pixels as a stamp: enlarged by whole factors, which keeps edges sharp.
-    scale = max(1, 384 // frames.shape[1])
+    scale = viewing_scale(frames.shape[1])
     write_video(arguments.output, frames, frame_rate, metadata=metadata, scale=scale)
     print(f"video:              {arguments.output}")
     if arguments.strip:

@@ -15,7 +15,7 @@ from typing import Any
 PLAN, PLAN_FACTS = "plan.jsonl", "plan.json"
 VERSION = 1
 # In an output folder these hold no videos.
-RESERVED = {"manifest", "stages", "temporary", PLAN, PLAN_FACTS}
+RESERVED = {"captions", "manifest", "stages", "temporary", PLAN, PLAN_FACTS}
 # Of a name on Linux, macOS and Windows.
 MAX_NAME_BYTES = 255
 _FIELDS = {"path": str, "prompt": str, "seed": int, "arguments": dict, "labels": dict}
@@ -122,9 +122,7 @@ def write_plan(
         count, digest = _write_rows(draft, rows)
         facts = {"plan_version": VERSION, "videos": count, "sha256": digest, **(made_by or {})}
         if (folder / PLAN_FACTS).is_file():
-            if plan_facts(folder)["sha256"] != digest:
-                raise ValueError(f"{folder} holds the outputs of another plan; choose another folder.")
-            return plan_facts(folder)
+            return _same(folder, facts)
         os.replace(draft, folder / PLAN)
         text = json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         draft.write_text(text, encoding="utf-8", newline="\n")
@@ -132,6 +130,17 @@ def write_plan(
         return facts
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _same(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What `plan.json` in the folder holds, which is to say the same as `facts`; packages may have been updated since."""
+    there = plan_facts(folder)
+    differ = [name for name in {**there, **facts} if name != "versions" and there.get(name) != facts.get(name)]
+    if differ:
+        name = min(differ, key="sha256".__eq__)
+        was, now = (values.get(name) for values in (there, facts))
+        raise ValueError(f"{folder} holds the outputs of another plan: `{name}` was {was!r} and is {now!r}; choose another folder.")
+    return there
 
 
 def _write_rows(draft: Path, rows: Iterable[PlannedVideo]) -> tuple[int, str]:
