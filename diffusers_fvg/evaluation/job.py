@@ -71,19 +71,25 @@ def make_or_note(worker: Worker, row: PlannedVideo, stage: Callable[[PlannedVide
         return False
 
 
-class LineCounter:
-    """Counts the lines that workers add to the manifest, each time it is asked those since the last.
+class Watch:
+    """Shows on a bar the lines that workers add to the manifest; what is there already is not counted.
 
     Args:
-        folder (`Path`): the output folder. What is there already is not counted.
+        job ([`Job`]): whose workers they are.
+        bar (`tqdm`): the bar.
     """
 
-    def __init__(self, folder: Path):
-        self._folder = folder / MANIFEST
+    def __init__(self, job: Job, bar: tqdm):
+        self._folder, self._bar = job.folder / MANIFEST, bar
         self._places: dict[Path, int] = {}
-        self.new()
+        self._new()
 
-    def new(self) -> int:
+    def update(self) -> None:
+        count = self._new()
+        if count:
+            self._bar.update(count)
+
+    def _new(self) -> int:
         count = 0
         for path in self._folder.glob("*.jsonl"):
             place = self._places.get(path, 0)

@@ -15,7 +15,7 @@ from typing import Any
 PLAN, PLAN_FACTS = "plan.jsonl", "plan.json"
 VERSION = 1
 # In an output folder these hold no videos.
-RESERVED = {"captions", "manifest", "stages", "temporary", PLAN, PLAN_FACTS}
+RESERVED = {"captions", "manifest", "run.json", "stages", "temporary", PLAN, PLAN_FACTS}
 # Of a name on Linux, macOS and Windows.
 MAX_NAME_BYTES = 255
 _FIELDS = {"path": str, "prompt": str, "seed": int, "arguments": dict, "labels": dict}
@@ -121,26 +121,35 @@ def write_plan(
     try:
         count, digest = _write_rows(draft, rows)
         facts = {"plan_version": VERSION, "videos": count, "sha256": digest, **(made_by or {})}
-        if (folder / PLAN_FACTS).is_file():
-            return _same(folder, facts)
-        os.replace(draft, folder / PLAN)
-        text = json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        draft.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(draft, folder / PLAN_FACTS)
-        return facts
+        if not (folder / PLAN_FACTS).is_file():
+            os.replace(draft, folder / PLAN)
+        return keep_facts(folder / PLAN_FACTS, facts)
     finally:
         draft.unlink(missing_ok=True)
 
 
-def _same(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What `plan.json` in the folder holds, which is to say the same as `facts`; packages may have been updated since."""
-    there = plan_facts(folder)
-    differ = [name for name in {**there, **facts} if name != "versions" and there.get(name) != facts.get(name)]
-    if differ:
-        name = min(differ, key="sha256".__eq__)
-        was, now = (values.get(name) for values in (there, facts))
-        raise ValueError(f"{folder} holds the outputs of another plan: `{name}` was {was!r} and is {now!r}; choose another folder.")
-    return there
+def keep_facts(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes a file of facts, or finds the same in the one that is there; packages may have been updated since.
+
+    Raises:
+        `ValueError`: it says something else.
+    """
+    if path.is_file():
+        there = json.loads(path.read_text(encoding="utf-8"))
+        differ = [name for name in {**there, **facts} if name != "versions" and there.get(name) != facts.get(name)]
+        if differ:
+            # Of a plan that differs in more than its bytes, the cause.
+            name = min(differ, key=("sha256", "videos").__contains__)
+            raise ValueError(
+                f"{path} says that the videos there are of another plan or model: `{name}` was {there.get(name)!r} and is now "
+                f"{facts.get(name)!r}; choose another folder."
+            )
+        return there
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    text = json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    draft.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(draft, path)
+    return dict(facts)
 
 
 def _write_rows(draft: Path, rows: Iterable[PlannedVideo]) -> tuple[int, str]:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from diffusers.utils import logging
 
 from .engines import ENGINES
 from .job import Job
 from .manifest import TEMPORARY, Manifest, Turn, finished_sizes, is_finished, path_key, read_manifest
-from .plan import PlannedVideo, plan_facts, read_plan
+from .plan import PlannedVideo, keep_facts, plan_facts, read_plan
 from .worker import Load, note_found, parts_of
 
 
 logger = logging.get_logger(__name__)
 
-PENDING = "pending.jsonl"
+RUN_FACTS, PENDING = "run.json", "pending.jsonl"
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -41,6 +43,7 @@ class Summary:
 def run_plan(
     folder: str | os.PathLike,
     load: Load,
+    made_by: Mapping[str, Any] | None = None,
     engine: str = "in-process",
     num_processes: int = 1,
     num_rewriters: int = 1,
@@ -52,6 +55,8 @@ def run_plan(
     Args:
         folder (`str` or `os.PathLike`): the output folder, with the plan that [`~evaluation.plan.write_plan`] wrote.
         load ([`Load`]): the pipeline; engines of several processes pickle it.
+        made_by (mapping, *optional*): values of JSON that say which model makes the videos, for `run.json`: a later run with
+            another model is refused. `"versions"` among them may change.
         engine (`str`): `"in-process"` or `"accelerate"`: several processes on this machine.
         num_processes (`int`): workers that make videos.
         num_rewriters, num_composers (`int`): workers of stages 1 and 2, where an engine has them.
@@ -62,7 +67,7 @@ def run_plan(
         stop the others, and is tried again by the next run.
 
     Raises:
-        `ValueError`: no plan, an unknown engine, or another run in the folder.
+        `ValueError`: no plan, an unknown engine, another run in the folder, or videos of another model.
         `OSError`: a disk that is full: what is finished stays, and the same call goes on.
     """
     folder = Path(folder)
@@ -71,6 +76,7 @@ def run_plan(
     planned, count = plan_facts(folder)["videos"], 0
     with Turn(folder) as turn:
         try:
+            keep_facts(folder / RUN_FACTS, made_by or {})
             pending = folder / TEMPORARY / PENDING
             count, parts = _write_pending(folder, pending)
             if count:
@@ -120,7 +126,7 @@ def _is_found(folder: Path, row: PlannedVideo, sizes: dict[bytes, int], manifest
         return False
 
 
-def _missing(folder: Path):
+def _missing(folder: Path) -> Iterator[PlannedVideo]:
     sizes = finished_sizes(folder)
     return (row for row in read_plan(folder) if not is_finished(folder, row, sizes))
 

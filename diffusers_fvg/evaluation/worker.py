@@ -61,13 +61,13 @@ def parts_of(arguments: dict[str, Any]) -> frozenset[str]:
     return frozenset({COMPOSER, LORA, VIDEO} | (set() if is_written else {REWRITER}))
 
 
-def call_of(row: PlannedVideo) -> dict[str, Any]:
+def call_of(prompt: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the pipeline's call for a planned video, pictures opened.
 
     Raises:
         `ValueError`, `OSError`: a picture that cannot be read.
     """
-    call = {"prompt": row.prompt, **row.arguments}
+    call = {"prompt": prompt, **arguments}
     if call.get("image") is not None:
         call["image"] = first_frame(call["image"])
     if call.get("anchors") is not None:
@@ -112,7 +112,7 @@ class Worker:
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(path.parent / f"{int(path.stem[:8], 16) % NUM_LOCKS}.lock"):
                 if not path.exists():
-                    values = write(self.pipe, call_of(row)).to_json()
+                    values = write(self.pipe, call_of(row.prompt, row.arguments)).to_json()
                     self._put(path, lambda draft: _write_json(draft, {"prompt": row.prompt, **values}))
         return Writing.from_json(json.loads(path.read_text(encoding="utf-8")))
 
@@ -122,7 +122,7 @@ class Worker:
         if not folder.exists():
             writing = self.rewrite(row) if REWRITER in parts_of(row.arguments) else None
             started = time.perf_counter()
-            drawing = draw(self.pipe, call_of(row), row.seed, writing)
+            drawing = draw(self.pipe, call_of(row.prompt, row.arguments), row.seed, writing)
             seconds = round(time.perf_counter() - started, 4)
             self._put(folder, lambda draft: _save_drawing(draft, drawing, seconds))
         return _load_drawing(folder)
@@ -135,7 +135,7 @@ class Worker:
         started = time.perf_counter()
         writing = self.rewrite(row) if REWRITER in needed else None
         drawing = self.compose(row) if COMPOSER in needed else None
-        output = animate(self.pipe, call_of(row), row.seed, writing, drawing)
+        output = animate(self.pipe, call_of(row.prompt, row.arguments), row.seed, writing, drawing)
         size = self._write_video(path, output)
         seconds = {**output.timings, "total": time.perf_counter() - started}
         motion = getattr(output, "motion", None)

@@ -12,11 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from accelerate import PartialState
-
-from ..job import Job, LineCounter, make_or_note
-from ..manifest import PATIENCE, is_turn, stop_run, stopped_by
-from ..worker import Worker
+from .. import process
+from ..job import Job, Watch
+from ..manifest import PATIENCE, stopped_by
 
 
 # How often the launcher starts the processes anew.
@@ -30,34 +28,33 @@ def run_processes(job: Job) -> None:
     Raises:
         `OSError`, `RuntimeError`: what made a process stop the run, or processes that died again and again.
     """
-    counter = LineCounter(job.folder)
     # Private to this user: what is unpickled is what was pickled here.
     with tempfile.TemporaryDirectory() as private, job.bar() as bar:
-        path = Path(private) / "job.pickle"
+        watch, path = Watch(job, bar), Path(private) / "job.pickle"
         path.write_bytes(pickle.dumps(job))
         options = {"num_processes": job.num_processes, "num_machines": 1, "max_restarts": MAX_RESTARTS}
         options |= {"mixed_precision": "no", "dynamo_backend": "no", "main_process_port": 0}
         flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         # The launcher's way with several processes, on CPUs as well; with one it is not for.
         flags += ["--multi_gpu"] * (job.num_processes > 1)
-        command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", __name__, str(path)]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", process.__name__, str(path)]
         paths = [str(PACKAGE_FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])]
-        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+        launcher = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
         try:
-            while process.poll() is None:
-                bar.update(counter.new())
+            while launcher.poll() is None:
+                watch.update()
                 try:
-                    process.wait(PATIENCE)
+                    launcher.wait(PATIENCE)
                 except subprocess.TimeoutExpired:
                     continue
-            bar.update(counter.new())
+            watch.update()
         finally:
-            process.terminate()
-            process.wait()
+            launcher.terminate()
+            launcher.wait()
     raise_stopped(job.folder)
-    if process.returncode:
+    if launcher.returncode:
         raise RuntimeError(
-            f"the worker processes died {MAX_RESTARTS + 1} times (exit status {process.returncode}); what is finished stays, and the "
+            f"the worker processes died {MAX_RESTARTS + 1} times (exit status {launcher.returncode}); what is finished stays, and the "
             "same command goes on from there."
         )
 
@@ -69,27 +66,3 @@ def raise_stopped(folder: Path) -> None:
         kind = OSError if told["errno"] is not None else RuntimeError
         arguments = (told["errno"], told["error"]) if told["errno"] is not None else (f"{told['kind']}: {told['error']}",)
         raise kind(*arguments)
-
-
-def main(path: str) -> None:
-    """One of the processes."""
-    job: Job = pickle.loads(Path(path).read_bytes())
-    state, worker = PartialState(), None
-    try:
-        worker = Worker(job.folder, job.load, job.parts, None if state.device.type == "cpu" else str(state.device))
-        for row in job.rows(state.process_index, state.num_processes):
-            if not is_turn(job.folder, job.run_id):
-                break
-            make_or_note(worker, row, worker.make)
-    except Exception as error:
-        stop_run(job.folder, error)
-        if getattr(error, "errno", None) is None:
-            raise
-    finally:
-        if worker is not None:
-            worker.close()
-        state.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
