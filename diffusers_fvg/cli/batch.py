@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..evaluation.prompts import PromptRow
     from ..pipelines.stages import FactorizedStages
 
-ENGINES = ("in-process", "accelerate")
+ENGINES = ("in-process", "accelerate", "ray")
 WORKERS = Whole(1, 1024)
 # Kinds of calls that are remembered as checked.
 MAX_SEEN = 100_000
@@ -99,11 +99,15 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=ENGINES,
         default="in-process",
-        help="in-process makes one video after the other, accelerate several at a time on this machine (default: %(default)s)",
+        help="in-process makes one video after the other, accelerate several at a time on this machine, ray on the cluster of "
+        "RAY_ADDRESS or a small one of its own (default: %(default)s)",
     )
-    parser.add_argument(
-        "--num-processes", type=WORKERS, default=1, metavar="NUMBER", help="that make videos (default: %(default)s)"
-    )
+    for flag, what in (
+        ("--num-processes", "make videos"),
+        ("--num-rewriters", "write captions, with --engine ray"),
+        ("--num-composers", "draw first frames, with --engine ray"),
+    ):
+        parser.add_argument(flag, type=WORKERS, default=1, metavar="NUMBER", help=f"that {what} (default: %(default)s)")
 
 
 def add_run(actions: argparse._SubParsersAction) -> None:
@@ -217,6 +221,8 @@ def _run(arguments: argparse.Namespace, checks: CallChecks) -> None:
         _made_by(arguments, checks.model),
         arguments.engine,
         num_processes=arguments.num_processes,
+        num_rewriters=arguments.num_rewriters,
+        num_composers=arguments.num_composers,
         quiet=arguments.quiet,
     )
     print(f"videos:             {summary.finished} of {summary.planned} are finished, {summary.made} of them by this run")

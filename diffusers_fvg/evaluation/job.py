@@ -52,6 +52,12 @@ class Job:
                 if number % count == index:
                     yield PlannedVideo.from_json(line)
 
+    def row(self, place: int) -> PlannedVideo:
+        """The video whose line begins at this byte."""
+        with open(self.pending, "rb") as file:
+            file.seek(place)
+            return PlannedVideo.from_json(file.readline().decode())
+
     def bar(self) -> tqdm:
         return tqdm(total=self.count, desc="videos", unit="video", disable=self.quiet)
 

@@ -57,9 +57,9 @@ def run_plan(
         load ([`Load`]): the pipeline; engines of several processes pickle it.
         made_by (mapping, *optional*): values of JSON that say which model makes the videos, for `run.json`: a later run with
             another model is refused. `"versions"` among them may change.
-        engine (`str`): `"in-process"` or `"accelerate"`: several processes on this machine.
+        engine (`str`): `"in-process"`, `"accelerate"` (several processes on this machine) or `"ray"` (on any number).
         num_processes (`int`): workers that make videos.
-        num_rewriters, num_composers (`int`): workers of stages 1 and 2, where an engine has them.
+        num_rewriters, num_composers (`int`): with Ray, workers of stages 1 and 2.
         quiet (`bool`): no progress bar.
 
     Returns:

@@ -195,3 +195,5 @@ def _complete(
         for name, value in told.items():
             record[name] = record[name] | value if isinstance(value, dict) and record.get(name) else value
     record["hub_revisions"] = dict(sorted(record["hub_revisions"].items()))
+    # In a record of one call these are the last.
+    record |= {name: record.pop(name) for name in ("anchors", "seeds")}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ..job import Job, make_or_note
 from ..worker import Worker
+from .cluster import run_cluster
 from .processes import run_processes
 
 
@@ -21,4 +22,8 @@ def run_in_process(job: Job) -> None:
         worker.close()
 
 
-ENGINES: dict[str, Callable[[Job], None]] = {"in-process": run_in_process, "accelerate": run_processes}
+ENGINES: dict[str, Callable[[Job], None]] = {
+    "in-process": run_in_process,
+    "accelerate": run_processes,
+    "ray": run_cluster,
+}
