@@ -140,7 +140,8 @@ def _table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     )
                 yield reader.line_num, {name: _value(name, text) for name, text in values.items() if text}
         except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}.") from error
+            # That of the row before, of `DictReader` itself.
+            raise ValueError(f"{path}, line {reader.reader.line_num}: {error}.") from error
 
 
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
