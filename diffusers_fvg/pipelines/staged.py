@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..rewrite.outcome import RewriteOutcome
 from ..rewrite.plan import plan_of
 from ..rewrite.storyboard import Moment, moment_frames
 from .output import FactorizedVideoPipelineOutput
-from .record import composer_call, surroundings
+from .record import composer_call, hub_revisions, rewriter_name
 from .request import VideoRequest
 from .stages import FactorizedStages
 
@@ -94,14 +94,14 @@ def write(pipe: FactorizedStages, call: Mapping[str, Any]) -> Writing:
     Raises:
         `ValueError`: as in the pipeline's call.
     """
-    request = _request(pipe, call)
+    # The judge need not be here.
+    request = _request(pipe, {name: value for name, value in call.items() if name != "composer_num_candidates"})
     with pipe._running():
         moments, told = pipe._write_moments(request)[0], {}
         if hasattr(pipe, "_write_motion"):
             told = {"motion_prompt": pipe._write_motion(request).motion_prompt[0]}
-    here = surroundings(pipe)
-    revisions = {name: value for name, value in here["hub_revisions"].items() if name == "rewriter"}
-    return Writing(moments, **told, record={"rewriter": here["rewriter"], "hub_revisions": revisions})
+    record = {"rewriter": rewriter_name(pipe.rewriter), "hub_revisions": _revisions(pipe, ["rewriter"])}
+    return Writing(moments, **told, record=record)
 
 
 @torch.no_grad()
@@ -121,13 +121,17 @@ def draw(pipe: FactorizedStages, call: Mapping[str, Any], seed: int, writing: Wr
     moments, seeds = pipe._write_moments(request)[0] if writing is None else writing.moments, [{"video": seed}]
     with pipe._running():
         pictures, candidates, _ = pipe._draw_moments(request, [moments], seeds)
-    here = surroundings(pipe)
     negative = request.composer_negative_prompt
     options = {name: getattr(request, name) for name in _RECORDED if name.startswith("composer_")}
     options["composer_negative_prompt"] = negative[0] if isinstance(negative, list) else negative
-    told = {kind: {name: here[kind][name] for name in DRAWS if name in here[kind]} for kind in ("hub_revisions", "dtypes")}
-    record = {"composer": composer_call(pipe, options), "composer_negative_prompt": options["composer_negative_prompt"]}
-    return Drawing(pictures[0], seeds[0]["anchor"], candidates and candidates[0], record | told)
+    dtypes = {name: getattr(getattr(pipe, name), "dtype", None) for name in DRAWS}
+    record = {
+        "composer": composer_call(pipe, options),
+        "composer_negative_prompt": options["composer_negative_prompt"],
+        "hub_revisions": _revisions(pipe, DRAWS),
+        "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items() if dtype is not None},
+    }
+    return Drawing(pictures[0], seeds[0]["anchor"], candidates and candidates[0], record)
 
 
 def animate(
@@ -170,6 +174,10 @@ def animate(
 
 def _request(pipe: FactorizedStages, call: Mapping[str, Any]) -> VideoRequest:
     return pipe._request({"mode": "factorized", **call, "prompt": [call["prompt"]]})
+
+
+def _revisions(pipe: FactorizedStages, names: Sequence[str]) -> dict[str, str]:
+    return {name: value for name, value in hub_revisions(pipe).items() if name in names}
 
 
 def _moments(call: Mapping[str, Any]) -> list[Moment]:
