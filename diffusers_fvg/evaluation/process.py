@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import sys
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from .job import Job, make_or_note
 from .manifest import is_turn, stop_run
@@ -15,12 +15,17 @@ from .worker import Worker
 
 
 def main(path: str) -> None:
-    """Makes its share of the videos of a pickled [`Job`]."""
+    """Makes its share of the videos of a pickled [`Job`].
+
+    Nothing passes between the processes, so they make no process group, which would fail with one that dies.
+    """
     job: Job = pickle.loads(Path(path).read_bytes())
-    state, worker = PartialState(cpu=not torch.accelerator.is_available()), None
+    index, count, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = f"{torch.accelerator.current_accelerator().type}:{local}" if torch.accelerator.is_available() else None
+    worker = None
     try:
-        worker = Worker(job.folder, job.load, job.parts, None if state.device.type == "cpu" else str(state.device))
-        for row in job.rows(state.process_index, state.num_processes):
+        worker = Worker(job.folder, job.load, job.parts, device)
+        for row in job.rows(index, count):
             if not is_turn(job.folder, job.run_id):
                 break
             make_or_note(worker, row, worker.make)
@@ -30,7 +35,6 @@ def main(path: str) -> None:
     finally:
         if worker is not None:
             worker.close()
-        state.destroy_process_group()
 
 
 if __name__ == "__main__":
