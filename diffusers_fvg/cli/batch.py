@@ -59,24 +59,39 @@ class ModelLoad:
 
 
 def add_batch(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("batch", help="a file of prompts becomes a folder of videos; goes on where it stopped")
-    parser.add_argument("prompts", type=Path, metavar="PROMPTS", help="txt (a prompt in each line), csv, jsonl or parquet")
+    parser = commands.add_parser(
+        "batch", help="a file of prompts becomes a folder of videos; goes on where it stopped"
+    )
+    parser.add_argument(
+        "prompts", type=Path, metavar="PROMPTS", help="txt (a prompt in each line), csv, jsonl or parquet"
+    )
     parser.add_argument("folder", type=Path, metavar="OUT", help="folder for plan, videos and manifest")
     parser.add_argument(
         "--num-videos-per-prompt", type=WORKERS, default=1, metavar="NUMBER", help="each with a first frame of its own"
     )
     parser.add_argument(
-        "--seed", type=SEED, default=0, metavar="NUMBER", help="all videos' seeds are derived from it (default: %(default)s)"
+        "--seed",
+        type=SEED,
+        default=0,
+        metavar="NUMBER",
+        help="all videos' seeds are derived from it (default: %(default)s)",
     )
     parser.add_argument(
-        "--label", action="append", default=[], metavar="COLUMN", help="of the file, to be kept with the video; repeatable"
+        "--label",
+        action="append",
+        default=[],
+        metavar="COLUMN",
+        help="of the file, to be kept with the video; repeatable",
     )
     parser.add_argument("--mode", choices=("factorized", "direct", "storyboard"), help="of rows that give none")
     parser.add_argument("--num-moments", type=Whole(2, 100), metavar="NUMBER", help="of storyboards, at most")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="of the video model; the model's own when left out")
     parser.add_argument("--anchor-decode", choices=("raw", "match", "replace"), help="as of fvg generate")
     parser.add_argument(
-        "--composer-num-candidates", type=WORKERS, metavar="NUMBER", help="pictures that the model's judge chooses among"
+        "--composer-num-candidates",
+        type=WORKERS,
+        metavar="NUMBER",
+        help="pictures that the model's judge chooses among",
     )
     parser.add_argument(
         "--motion-retries", type=WORKERS, metavar="NUMBER", help="how often a video that stands still is made again"
@@ -107,7 +122,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         ("--num-rewriters", "write captions, with --engine ray"),
         ("--num-composers", "draw first frames, with --engine ray"),
     ):
-        parser.add_argument(flag, type=WORKERS, default=1, metavar="NUMBER", help=f"that {what} (default: %(default)s)")
+        parser.add_argument(
+            flag, type=WORKERS, default=1, metavar="NUMBER", help=f"that {what} (default: %(default)s)"
+        )
 
 
 def add_run(actions: argparse._SubParsersAction) -> None:
@@ -123,7 +140,11 @@ def add_check(actions: argparse._SubParsersAction) -> None:
     parser = actions.add_parser("check", help="find missing, damaged, short, black, still, repeated and stray files")
     parser.add_argument("folder", type=Path, metavar="RUN", help="folder with a plan, of fvg batch or fvg bench")
     parser.add_argument(
-        "--min-frames", type=Whole(1, 100_000), default=1, metavar="FRAMES", help="that an evaluator needs (default: %(default)s)"
+        "--min-frames",
+        type=Whole(1, 100_000),
+        default=1,
+        metavar="FRAMES",
+        help="that an evaluator needs (default: %(default)s)",
     )
     parser.set_defaults(run=check_run)
 
@@ -225,7 +246,9 @@ def _run(arguments: argparse.Namespace, checks: CallChecks) -> None:
         num_composers=arguments.num_composers,
         quiet=arguments.quiet,
     )
-    print(f"videos:             {summary.finished} of {summary.planned} are finished, {summary.made} of them by this run")
+    print(
+        f"videos:             {summary.finished} of {summary.planned} are finished, {summary.made} of them by this run"
+    )
     if summary.finished < summary.planned:
         for path, error in summary.failures:
             print(f"  {path}: {error}")
@@ -257,5 +280,7 @@ def check_run(arguments: argparse.Namespace) -> None:
     faults = {kind: count for kind, count in counts.items() if count}
     if faults:
         listed = ", ".join(f"{count} {kind}" for kind, count in faults.items())
-        raise ValueError(f"{listed}. Remove files that are damaged or black, and run the plan again: it makes what is missing.")
+        raise ValueError(
+            f"{listed}. Remove files that are damaged or black, and run the plan again: it makes what is missing."
+        )
     print("all videos of the plan are there and whole")

@@ -87,7 +87,9 @@ def _check_video(folder: Path, row: PlannedVideo, size: int | None, min_frames: 
     if record.get("prompt") != row.prompt:
         yield Finding("stray", row.path, f"is of another prompt, {record.get('prompt')!r}")
     if np.percentile(frames, 99) < BLACK:
-        yield Finding("black", row.path, f"no value but the brightest hundredth is above {int(np.percentile(frames, 99))} of 255")
+        yield Finding(
+            "black", row.path, f"no value but the brightest hundredth is above {int(np.percentile(frames, 99))} of 255"
+        )
         return
     amounts = motion_amounts(frames[None])
     if amounts is not None and amounts[0] < STILL:
@@ -99,6 +101,8 @@ def _strays(folder: Path, folders: set[str], planned: set[bytes]) -> Iterator[Fi
     for name in sorted(folders):
         for path in sorted((folder / name).glob("*")) if (folder / name).is_dir() else ():
             relative = path.relative_to(folder).as_posix()
-            is_own = relative in RESERVED or relative in folders or any(each.startswith(f"{relative}/") for each in folders)
+            is_own = (
+                relative in RESERVED or relative in folders or any(each.startswith(f"{relative}/") for each in folders)
+            )
             if not is_own and path_key(relative) not in planned:
                 yield Finding("stray", relative, "is not of the plan")

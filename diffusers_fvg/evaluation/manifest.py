@@ -164,7 +164,9 @@ def is_turn(folder: Path, run_id: str) -> bool:
 
 def stop_run(folder: Path, error: BaseException) -> None:
     """Tells the other workers and the driver why the run cannot go on; on a full disk too, in room that was kept for it."""
-    text = json.dumps({"error": str(error)[:1000], "kind": type(error).__name__, "errno": getattr(error, "errno", None)})
+    text = json.dumps(
+        {"error": str(error)[:1000], "kind": type(error).__name__, "errno": getattr(error, "errno", None)}
+    )
     try:
         with open(folder / TEMPORARY / ROOM, "r+", encoding="ascii") as file:
             file.write(text[:ROOM_BYTES].ljust(ROOM_BYTES))

@@ -13,7 +13,15 @@ from .plan import PlannedVideo, derive_seed
 
 
 # Arguments of a call that a row may give, of these kinds.
-TEXTS = ("mode", "preset", "first_frame_prompt", "negative_prompt", "motion_prompt", "anchor_decode", "composer_negative_prompt")
+TEXTS = (
+    "mode",
+    "preset",
+    "first_frame_prompt",
+    "negative_prompt",
+    "motion_prompt",
+    "anchor_decode",
+    "composer_negative_prompt",
+)
 WHOLES = (
     "height",
     "width",
@@ -86,7 +94,9 @@ def read_prompts(path: str | Path, labels: Collection[str] = ()) -> Iterator[Pro
             count += 1
             yield row
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not in UTF-8 ({error.reason} at byte {error.start}); save it in UTF-8.") from error
+        raise ValueError(
+            f"{path} is not in UTF-8 ({error.reason} at byte {error.start}); save it in UTF-8."
+        ) from error
     if not count:
         raise ValueError(f"{path} holds no prompts.")
 
@@ -131,7 +141,9 @@ def _table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             names = reader.fieldnames or []
             if len(set(names)) != len(names) or "prompt" not in names:
-                raise ValueError(f"{path}, line 1: the first line must name the columns, each once, `prompt` among them: {names}.")
+                raise ValueError(
+                    f"{path}, line 1: the first line must name the columns, each once, `prompt` among them: {names}."
+                )
             for values in reader:
                 if None in values:
                     raise ValueError(
@@ -155,7 +167,9 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: no JSON ({error}).") from error
             if not isinstance(values, dict):
-                raise ValueError(f"{path}, line {number}: must be an object, as {{\"prompt\": \"...\"}}, but is {line[:40]!r}.")
+                raise ValueError(
+                    f'{path}, line {number}: must be an object, as {{"prompt": "..."}}, but is {line[:40]!r}.'
+                )
             yield number, {name: value for name, value in values.items() if value is not None}
 
 

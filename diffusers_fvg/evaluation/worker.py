@@ -140,7 +140,10 @@ class Worker:
         seconds = {**output.timings, "total": time.perf_counter() - started}
         motion = getattr(output, "motion", None)
         line = {"path": row.path, "status": "made", "seed": row.seed, "bytes": size, "frames": len(output.frames[0])}
-        line |= {"seconds": {name: round(value, 4) for name, value in seconds.items()}, "memory_bytes": _memory_bytes()}
+        line |= {
+            "seconds": {name: round(value, 4) for name, value in seconds.items()},
+            "memory_bytes": _memory_bytes(),
+        }
         line |= {"caption": output.records[0]["first_frame_prompt"], "motion": motion and motion[0]}
         self.manifest.add(line)
         return line
@@ -213,7 +216,13 @@ def _save_drawing(folder: Path, drawing: Drawing, seconds: float) -> None:
         candidate.image.save(folder / f"candidate_{number}.png")
         facts = {"seed": candidate.seed, "score": candidate.score, "answers": candidate.answers}
         listed = [*(listed or ()), {"file": f"candidate_{number}.png", **facts}]
-    values = {"anchors": names, "seed": drawing.seed, "candidates": listed, "seconds": seconds, "record": drawing.record}
+    values = {
+        "anchors": names,
+        "seed": drawing.seed,
+        "candidates": listed,
+        "seconds": seconds,
+        "record": drawing.record,
+    }
     _write_json(folder / STAGES_FILE, values)
 
 
@@ -223,7 +232,9 @@ def _load_drawing(folder: Path) -> Drawing:
         AnchorCandidate(_picture(folder / each["file"]), each["seed"], each["score"], each["answers"])
         for each in values["candidates"]
     ]
-    return Drawing([_picture(folder / name) for name in values["anchors"]], values["seed"], candidates, values["record"])
+    return Drawing(
+        [_picture(folder / name) for name in values["anchors"]], values["seed"], candidates, values["record"]
+    )
 
 
 def _picture(path: Path) -> PIL.Image.Image:

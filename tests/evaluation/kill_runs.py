@@ -31,7 +31,10 @@ COLOURS, MOVES = ("red", "green", "blue", "yellow"), ("to the left", "to the rig
 
 def write_prompts(path: Path, count: int) -> None:
     prompts = [f"A {colour} circle moves {move}" for colour in COLOURS for move in MOVES]
-    rows = [{"prompt": prompts[index % len(prompts)], "mode": ("direct", "factorized")[index % 2]} for index in range(count)]
+    rows = [
+        {"prompt": prompts[index % len(prompts)], "mode": ("direct", "factorized")[index % 2]}
+        for index in range(count)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -47,7 +50,15 @@ class Cluster:
         head = ["--head", f"--port={self.PORT}", "--include-dashboard=false", "--disable-usage-stats"]
         for flags in (head, [f"--address=127.0.0.1:{self.PORT}"]):
             before = set(self._raylets())
-            command = [sys.executable, "-m", "ray.scripts.scripts", "start", *flags, "--num-cpus=3", "--object-store-memory=100000000"]
+            command = [
+                sys.executable,
+                "-m",
+                "ray.scripts.scripts",
+                "start",
+                *flags,
+                "--num-cpus=3",
+                "--object-store-memory=100000000",
+            ]
             subprocess.run(command, check=True, capture_output=True)
             self.nodes += set(self._raylets()) - before
         return {"RAY_ADDRESS": f"127.0.0.1:{self.PORT}"}
@@ -119,7 +130,10 @@ def run(arguments: argparse.Namespace) -> None:
                 if kind == "node":
                     cluster.nodes.pop()
             status = driver.wait()
-            print(f"{time.strftime('%X')} the driver ended with {status}, {finished(out)} videos are finished", flush=True)
+            print(
+                f"{time.strftime('%X')} the driver ended with {status}, {finished(out)} videos are finished",
+                flush=True,
+            )
             if cluster is not None:
                 cluster.stop()
             if status == 0:
@@ -129,7 +143,9 @@ def run(arguments: argparse.Namespace) -> None:
             cluster.stop()
     lines = Counter(line["path"] for line in read_manifest(out) if line["status"] != "failed")
     faults = [finding for finding in check_folder(out) if finding.is_fault]
-    print(f"kills: {dict(counts)}; videos: {len(lines)} of {arguments.videos}, most lines of one: {max(lines.values())}")
+    print(
+        f"kills: {dict(counts)}; videos: {len(lines)} of {arguments.videos}, most lines of one: {max(lines.values())}"
+    )
     print("statuses:", Counter(line["status"] for line in read_manifest(out)), "faults:", faults)
     assert len(lines) == arguments.videos and set(lines.values()) == {1} and not faults
     assert sum(counts[kind] for kind in KINDS) == arguments.kills

@@ -34,7 +34,10 @@ FAULTS = {
 def folder(tmp_path_factory):
     """A video for each fault, and strays."""
     out = tmp_path_factory.mktemp("checked")
-    rows = {name: PlannedVideo(f"videos/a/{name}.mp4", "a", number, {"num_frames": 9}) for number, name in enumerate(FAULTS)}
+    rows = {
+        name: PlannedVideo(f"videos/a/{name}.mp4", "a", number, {"num_frames": 9})
+        for number, name in enumerate(FAULTS)
+    }
     rows["again"] = PlannedVideo("videos/a/again.mp4", "a", rows["good"].seed, {"num_frames": 9})
     write_plan(out, rows.values())
     manifest = Manifest(out)

@@ -6,7 +6,9 @@ import pytest
 from diffusers_fvg.evaluation.plan import PlannedVideo, derive_seed, plan_facts, read_plan, write_plan
 
 
-ROW = PlannedVideo("videos/1.mp4", "Ein Kreis\u2028\x85 rückt", 5, {"width": 64, "height": 32}, {"suite": "a", "arm": "direct"})
+ROW = PlannedVideo(
+    "videos/1.mp4", "Ein Kreis\u2028\x85 rückt", 5, {"width": 64, "height": 32}, {"suite": "a", "arm": "direct"}
+)
 
 
 def test_a_plan_is_read_as_it_was_written_and_the_same_rows_are_the_same_bytes(tmp_path):
@@ -21,7 +23,10 @@ def test_a_plan_is_read_as_it_was_written_and_the_same_rows_are_the_same_bytes(t
     assert write_plan(tmp_path / "b", rows, {"seed": 3}) == facts
     data = (tmp_path / "a" / "plan.jsonl").read_bytes()
     assert (tmp_path / "b" / "plan.jsonl").read_bytes() == data
-    assert facts["videos"] == 2 and facts["sha256"] == hashlib.sha256(data).hexdigest() == plan_facts(tmp_path / "a")["sha256"]
+    assert (
+        facts["videos"] == 2
+        and facts["sha256"] == hashlib.sha256(data).hexdigest() == plan_facts(tmp_path / "a")["sha256"]
+    )
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["plan.json", "plan.jsonl"]
 
 
@@ -65,7 +70,12 @@ def test_what_would_mix_two_plans_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "line, told",
-    [("{", "Expecting"), ("[]", "must be an object"), ('{"path": "1.mp4"}', "must be an object"), (None, "`seed` must be int")],
+    [
+        ("{", "Expecting"),
+        ("[]", "must be an object"),
+        ('{"path": "1.mp4"}', "must be an object"),
+        (None, "`seed` must be int"),
+    ],
 )
 def test_a_damaged_line_is_told_with_its_number(tmp_path, line, told):
     write_plan(tmp_path, [ROW])

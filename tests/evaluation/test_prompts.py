@@ -17,7 +17,9 @@ def test_all_formats_say_the_same(tmp_path):
         {"prompt": "A circle, then\na square", "image": "a.png", "seed": 3, "height": 64, "guidance_scale": 2.5},
         {"prompt": "Ünïcode", "mode": "direct", "kind": "b"},
     ]
-    (tmp_path / "a.jsonl").write_text("\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(
+        "\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
+    )
     with open(tmp_path / "a.csv", "w", encoding="utf-8-sig", newline="") as file:
         writer = csv.DictWriter(file, ["prompt", "image", "seed", "height", "guidance_scale", "mode", "kind"])
         writer.writeheader()
@@ -26,17 +28,32 @@ def test_all_formats_say_the_same(tmp_path):
     first, second = found[0]
     assert first.prompt == rows[0]["prompt"] and first.seed == 3 and second.labels == {"kind": "b"}
     image = (tmp_path / "a.png").as_posix()
-    assert first.arguments == {"image": image, "height": 64, "guidance_scale": 2.5} and second.arguments == {"mode": "direct"}
+    assert first.arguments == {"image": image, "height": 64, "guidance_scale": 2.5} and second.arguments == {
+        "mode": "direct"
+    }
     without_place = [[vars(row) | {"place": ""} for row in rows] for rows in found]
     assert without_place[0] == without_place[1]
     assert first.place.endswith("a.jsonl, line 1") and second.place.endswith("a.jsonl, line 3")
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=pyarrow.schema(
-        [("prompt", "string"), ("image", "string"), ("seed", "int64"), ("height", "int32"), ("guidance_scale", "float64"),
-         ("mode", "string"), ("kind", "string")]
-    )), tmp_path / "a.parquet")
+    parquet.write_table(
+        pyarrow.Table.from_pylist(
+            rows,
+            schema=pyarrow.schema(
+                [
+                    ("prompt", "string"),
+                    ("image", "string"),
+                    ("seed", "int64"),
+                    ("height", "int32"),
+                    ("guidance_scale", "float64"),
+                    ("mode", "string"),
+                    ("kind", "string"),
+                ]
+            ),
+        ),
+        tmp_path / "a.parquet",
+    )
     assert [vars(row) | {"place": ""} for row in read_prompts(tmp_path / "a.parquet", ["kind"])] == without_place[0]
 
 
@@ -45,7 +62,9 @@ def test_a_line_of_text_is_a_prompt_and_videos_have_names_and_seeds_of_their_own
     rows = list(read_prompts(path))
     assert [row.prompt for row in rows] == ["A circle", "A square\u2028moves"]
     videos = list(planned_videos(rows, 9, 2, {"mode": "direct"}))
-    assert [video.path for video in videos] == [f"videos/00000{row}-{sample}.mp4" for row in (1, 2) for sample in (0, 1)]
+    assert [video.path for video in videos] == [
+        f"videos/00000{row}-{sample}.mp4" for row in (1, 2) for sample in (0, 1)
+    ]
     assert [video.seed for video in videos] == [derive_seed(9, row, sample) for row in (0, 1) for sample in (0, 1)]
     assert videos[0].arguments == {"mode": "direct"} and videos[1].labels == {"prompt": "000001", "sample": "1"}
     path = written(tmp_path / "a.jsonl", '{"prompt": "a", "name": "kite/red", "seed": 5, "mode": "factorized"}')

@@ -17,7 +17,9 @@ from diffusers_fvg.media import read_video, read_video_metadata
 
 
 def planned(folder, prompts=("a", "b", "c", "d")):
-    rows = [PlannedVideo(f"videos/{i}.mp4", text, derive_seed(0, i), {"mode": "direct"}) for i, text in enumerate(prompts)]
+    rows = [
+        PlannedVideo(f"videos/{i}.mp4", text, derive_seed(0, i), {"mode": "direct"}) for i, text in enumerate(prompts)
+    ]
     write_plan(folder, rows)
     return rows
 
@@ -45,7 +47,9 @@ def test_a_run_makes_what_is_missing_and_nothing_twice(tmp_path):
     assert calls == {rows[0].seed: 2, rows[1].seed: 2, rows[2].seed: 1, rows[3].seed: 1}
     assert lines(out)[rows[3].path, "found"] == 1 and len(read_video(out / rows[1].path)[0]) == 2
     assert run_plan(out, load, {"model": "a"}, quiet=True).made == 0
-    assert not (out / "temporary").exists() and [path.name for path in (out / "manifest").glob("*.lock")] == ["run.lock"]
+    assert not (out / "temporary").exists() and [path.name for path in (out / "manifest").glob("*.lock")] == [
+        "run.lock"
+    ]
     with pytest.raises(ValueError, match="`model` was 'a' and is now 'b'"):
         run_plan(out, load, {"model": "b"}, quiet=True)
 

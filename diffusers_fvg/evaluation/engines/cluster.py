@@ -71,7 +71,9 @@ def run_cluster(job: Job) -> None:
         import ray
         import ray.data
     except ImportError as error:
-        raise ImportError("--engine ray needs Ray, which is not installed: pip install 'diffusers-fvg[ray]'") from error
+        raise ImportError(
+            "--engine ray needs Ray, which is not installed: pip install 'diffusers-fvg[ray]'"
+        ) from error
     address = os.environ.get("RAY_ADDRESS")
     own = {"address": "local", "include_dashboard": False, "object_store_memory": STORE_BYTES}
     with warnings.catch_warnings():
@@ -125,4 +127,8 @@ def _share(num_workers: int) -> dict[str, Any]:
     # One processor is for Ray's own tasks.
     processors = max(0.0, there.get("CPU", 1) - 1) / num_workers
     cards = there.get("GPU", 0) / num_workers
-    return {name: min(1.0, int(value * 100) / 100) for name, value in (("num_cpus", processors), ("num_gpus", cards)) if value}
+    return {
+        name: min(1.0, int(value * 100) / 100)
+        for name, value in (("num_cpus", processors), ("num_gpus", cards))
+        if value
+    }

@@ -64,5 +64,7 @@ def raise_stopped(folder: Path) -> None:
     told = stopped_by(folder)
     if told is not None:
         kind = OSError if told["errno"] is not None else RuntimeError
-        arguments = (told["errno"], told["error"]) if told["errno"] is not None else (f"{told['kind']}: {told['error']}",)
+        arguments = (
+            (told["errno"], told["error"]) if told["errno"] is not None else (f"{told['kind']}: {told['error']}",)
+        )
         raise kind(*arguments)
