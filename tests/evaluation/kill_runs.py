@@ -26,6 +26,8 @@ from diffusers_fvg.evaluation.check import check_folder
 from diffusers_fvg.evaluation.manifest import read_manifest
 
 
+# In the environment of all that this script starts: nothing else is killed.
+MARK = f"kill-runs-{os.getpid()}-{time.time_ns()}"
 COLOURS, MOVES = ("red", "green", "blue", "yellow"), ("to the left", "to the right", "upwards", "downwards")
 
 
@@ -64,15 +66,25 @@ class Cluster:
         return {"RAY_ADDRESS": f"127.0.0.1:{self.PORT}"}
 
     def _raylets(self) -> list[int]:
-        return [each.pid for each in psutil.process_iter(["name"]) if each.info["name"] == "raylet"]
+        return [process.pid for process, _ in marked() if process.name() == "raylet"]
 
     def stop(self) -> None:
-        # Only what belongs to this cluster.
-        for process in psutil.process_iter(["cmdline"]):
-            words = " ".join(process.info["cmdline"] or ())
-            if str(self.PORT) in words and "ray" in words and process.pid != os.getpid():
+        for process, words in marked():
+            if str(self.PORT) in words or process.name() in ("raylet", "gcs_server") or words.startswith("ray::"):
                 kill(process.pid)
         self.nodes = []
+
+
+def marked() -> list[tuple[psutil.Process, str]]:
+    """The processes that this script started, and those that they started, with their command lines."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("FVG_MARK") == MARK and process.pid != os.getpid():
+                found.append((process, " ".join(process.cmdline())))
+        except psutil.Error:
+            continue
+    return found
 
 
 def kill(pid: int) -> None:
@@ -89,8 +101,7 @@ def finished(out: Path) -> int:
 def victims(driver: subprocess.Popen, engine: str, cluster: Cluster | None) -> dict[str, list[int]]:
     """Pids by their kind."""
     found = {"driver": [driver.pid], "launcher": [], "worker": []}
-    for process in psutil.process_iter(["cmdline", "name"]):
-        words = " ".join(process.info["cmdline"] or ())
+    for process, words in marked():
         if engine == "ray" and words.startswith("ray::MapWorker"):
             found["worker"].append(process.pid)
         elif "accelerate.commands.launch" in words:
@@ -108,6 +119,7 @@ def run(arguments: argparse.Namespace) -> None:
     write_prompts(prompts, arguments.videos)
     command = [sys.executable, "-m", "diffusers_fvg.cli", "batch", str(prompts), str(out), "--steps", "1", "--quiet"]
     command += ["--engine", arguments.engine, "--num-processes", "2"]
+    os.environ["FVG_MARK"] = MARK
     cluster = Cluster() if arguments.engine == "ray" else None
     log = open(out.with_suffix(".log"), "w")  # noqa: SIM115 (of all drivers)
     try:
