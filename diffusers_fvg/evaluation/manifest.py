@@ -7,6 +7,7 @@ it lives. Lines follow the videos they tell of: of a video without a line the fi
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -48,9 +49,11 @@ class Manifest:
     def add(self, line: dict[str, Any]) -> None:
         """Writes a line, to the disk itself."""
         if self._file is None:
-            self._file = open(self._path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115 (open as long as the worker)
-        self._file.write(json.dumps(line | {"worker": self.worker}, ensure_ascii=False) + "\n")
-        self._file.flush()
+            # Unbuffered: of a line that finds no room nothing is left to be written later.
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (as long as the worker)
+        data = (json.dumps(line | {"worker": self.worker}, ensure_ascii=False) + "\n").encode()
+        if self._file.write(data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(self._file.fileno())
 
     def close(self) -> None:

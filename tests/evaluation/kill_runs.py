@@ -77,14 +77,15 @@ class Cluster:
 
 def marked() -> list[tuple[psutil.Process, str]]:
     """The processes that this script started, and those that they started, with their command lines."""
-    found = []
+    found = {}
     for process in psutil.process_iter():
         try:
             if process.environ().get("FVG_MARK") == MARK and process.pid != os.getpid():
-                found.append((process, " ".join(process.cmdline())))
+                # Workers of Ray write their titles over their environments.
+                found |= {each.pid: (each, " ".join(each.cmdline())) for each in (process, *process.children())}
         except psutil.Error:
             continue
-    return found
+    return list(found.values())
 
 
 def kill(pid: int) -> None:
