@@ -27,6 +27,8 @@ from .plan import PlannedVideo
 MANIFEST, TEMPORARY = "manifest", "temporary"
 RUN_LOCK, RUN_ID, STOPPED, ROOM = "run.lock", "run.id", "stopped.json", "room"
 ROOM_BYTES = 4096
+# Errors of a disk without room, and of a user without any on it.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 # Seconds between two looks at what other processes do.
 PATIENCE = 0.2
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from diffusers.utils import logging
 
 from .engines import ENGINES
 from .job import Job
-from .manifest import TEMPORARY, Manifest, Turn, finished_sizes, is_finished, path_key, read_manifest
+from .manifest import FULL, TEMPORARY, Manifest, Turn, finished_sizes, is_finished, path_key, read_manifest
 from .plan import PlannedVideo, keep_facts, plan_facts, read_plan
 from .worker import Load, note_found, parts_of
 
@@ -21,7 +20,6 @@ from .worker import Load, note_found, parts_of
 logger = logging.get_logger(__name__)
 
 RUN_FACTS, PENDING = "run.json", "pending.jsonl"
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)

@@ -4,22 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..job import Job, make_or_note
-from ..worker import Worker
+from ..job import Job
 from .cluster import run_cluster
+from .in_process import run_in_process
 from .processes import run_processes
-
-
-def run_in_process(job: Job) -> None:
-    """One video after the other, here."""
-    worker = Worker(job.folder, job.load, job.parts)
-    try:
-        with job.bar() as bar:
-            for row in job.rows():
-                make_or_note(worker, row, worker.make)
-                bar.update()
-    finally:
-        worker.close()
 
 
 ENGINES: dict[str, Callable[[Job], None]] = {

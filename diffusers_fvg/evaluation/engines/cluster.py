@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,13 +42,13 @@ class Stage:
         self.job, self.parts, self.method, self.worker = job, parts, method, None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Takes places of lines and hands on those whose stage is done."""
-        return {"place": np.array([place for place in batch["place"] if self._is_done(int(place))], dtype=np.int64)}
+        """Takes numbers of lines and hands on those whose stage is done."""
+        return {"id": np.array([number for number in batch["id"] if self._is_done(int(number))], dtype=np.int64)}
 
-    def _is_done(self, place: int) -> bool:
+    def _is_done(self, number: int) -> bool:
         if not is_turn(self.job.folder, self.job.run_id):
             return False
-        row = self.job.row(place)
+        row = self.job.row(np.fromfile(_index(self.job), np.int64, 1, offset=8 * number)[0])
         if self.method != "animate" and not self.parts & parts_of(row.arguments):
             return True
         try:
@@ -94,21 +95,25 @@ def run_cluster(job: Job) -> None:
 
 
 def _videos(job: Job) -> ray.data.Dataset:
-    """The places of the lines, on their way through the pools."""
+    """The numbers of the lines, on their way through the pools."""
     import ray
 
     pools = [({REWRITER}, "rewrite", job.num_rewriters), ({COMPOSER}, "compose", job.num_composers)]
     pools = [pool for pool in pools if pool[0] & job.parts]
     pools.append(({LORA, VIDEO}, "animate", job.num_processes))
     share = _share(sum(count for *_, count in pools))
+    np.fromiter(_places(job), np.int64, job.count).tofile(_index(job))
     block = max(1, min(MAX_BLOCK, job.count // (BLOCKS_OF_A_WORKER * job.num_processes)))
-    places = np.fromiter(_places(job), dtype=np.int64, count=job.count)
-    data = ray.data.from_numpy([places[begin : begin + block] for begin in range(0, job.count, block)])
-    data = data.rename_columns({"data": "place"})
+    data = ray.data.range(job.count, override_num_blocks=-(-job.count // block))
     for parts, method, count in pools:
         arguments = (job, frozenset(parts & job.parts), method)
         data = data.map_batches(Stage, fn_constructor_args=arguments, concurrency=count, batch_size=None, **share)
     return data
+
+
+def _index(job: Job) -> Path:
+    """The file of the lines' places, which workers look up."""
+    return job.pending.with_suffix(".index")
 
 
 def _places(job: Job) -> Iterator[int]:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from .. import process
 from ..job import Job, Watch
-from ..manifest import PATIENCE, stopped_by
+from ..manifest import FULL, PATIENCE, stopped_by
+from .in_process import run_in_process
 
 
 # How often the launcher starts the processes anew.
@@ -23,11 +24,13 @@ PACKAGE_FOLDER = Path(__file__).parents[3]
 
 
 def run_processes(job: Job) -> None:
-    """Makes the videos in `job.num_processes` processes.
+    """Makes the videos in `job.num_processes` processes; one is this process, which its launcher would only repeat.
 
     Raises:
         `OSError`, `RuntimeError`: what made a process stop the run, or processes that died again and again.
     """
+    if job.num_processes == 1:
+        return run_in_process(job)
     # Private to this user: what is unpickled is what was pickled here.
     with tempfile.TemporaryDirectory() as private, job.bar() as bar:
         watch, path = Watch(job, bar), Path(private) / "job.pickle"
@@ -35,9 +38,9 @@ def run_processes(job: Job) -> None:
         options = {"num_processes": job.num_processes, "num_machines": 1, "max_restarts": MAX_RESTARTS}
         options |= {"mixed_precision": "no", "dynamo_backend": "no", "main_process_port": 0}
         flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        # The launcher's way with several processes, on CPUs as well; with one it is not for.
-        flags += ["--multi_gpu"] * (job.num_processes > 1)
-        command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "-m", process.__name__, str(path)]
+        # The launcher's way with several processes, on CPUs as well.
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+        command = [*launch, *flags, "-m", process.__name__, str(path)]
         paths = [str(PACKAGE_FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])]
         launcher = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
         try:
@@ -63,8 +66,8 @@ def raise_stopped(folder: Path) -> None:
     """Raises what a worker stopped the run by."""
     told = stopped_by(folder)
     if told is not None:
-        kind = OSError if told["errno"] is not None else RuntimeError
-        arguments = (
-            (told["errno"], told["error"]) if told["errno"] is not None else (f"{told['kind']}: {told['error']}",)
+        raise (
+            OSError(told["errno"], told["error"])
+            if told["errno"] in FULL
+            else RuntimeError(f"{told['kind']}: {told['error']}")
         )
-        raise kind(*arguments)
