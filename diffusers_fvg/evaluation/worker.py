@@ -24,7 +24,7 @@ from ..compose.candidates import AnchorCandidate
 from ..media import read_video_metadata, viewing_scale, write_video
 from ..pipelines.staged import Drawing, Writing, animate, draw, write
 from ..rewrite.storyboard import Moment
-from .manifest import TEMPORARY, Manifest
+from .manifest import TEMPORARY, Manifest, finished_sizes, path_key
 from .plan import PlannedVideo
 
 
@@ -91,6 +91,7 @@ class Worker:
         self.folder = folder
         self.manifest = Manifest(folder)
         self.pipe = load(parts, device)
+        self._listed: Collection[bytes] = ()
 
     def make(self, row: PlannedVideo) -> dict[str, Any] | None:
         """All stages of a video. Returns its line of the manifest, or `None` where it is there."""
@@ -131,7 +132,7 @@ class Worker:
         """Stage 3, the video's file and its line of the manifest, which it returns."""
         path, needed = self.folder / row.path, parts_of(row.arguments)
         if path.exists():
-            return note_found(self.folder, row, self.manifest)
+            return None if self._is_listed(row) else note_found(self.folder, row, self.manifest)
         started = time.perf_counter()
         writing = self.rewrite(row) if REWRITER in needed else None
         drawing = self.compose(row) if COMPOSER in needed else None
@@ -147,6 +148,12 @@ class Worker:
         line |= {"caption": output.records[0]["first_frame_prompt"], "motion": motion and motion[0]}
         self.manifest.add(line)
         return line
+
+    def _is_listed(self, row: PlannedVideo) -> bool:
+        """Whether a video that is there has a line: this worker may have been given what one that died had finished."""
+        if path_key(row.path) not in self._listed:
+            self._listed = finished_sizes(self.folder)
+        return path_key(row.path) in self._listed
 
     def _write_video(self, path: Path, output: FactorizedVideoPipelineOutput) -> int:
         """The file, whole or not at all, and its bytes."""

@@ -54,6 +54,20 @@ def test_a_run_makes_what_is_missing_and_nothing_twice(tmp_path):
         run_plan(out, load, {"model": "b"}, quiet=True)
 
 
+def test_a_worker_that_is_given_what_another_finished_leaves_it_as_it_is(tmp_path):
+    row, *_ = planned(tmp_path)
+    (tmp_path / "temporary").mkdir()
+    for times in range(3):
+        one = worker.Worker(tmp_path, StubLoad(tmp_path / "calls"), {"video"})
+        one.make(row)
+        one.close()
+        if times == 1:
+            # As a kill leaves it between the video and its line.
+            for path in (tmp_path / "manifest").glob("*.jsonl"):
+                path.write_text("")
+    assert lines(tmp_path) == {(row.path, "found"): 1} and len((tmp_path / "calls").read_text().split()) == 1
+
+
 def test_a_video_that_cannot_be_made_stops_no_other_and_is_tried_again(tmp_path):
     rows = planned(tmp_path, ("a", "impossible", "c"))
     summary = run_plan(tmp_path, StubLoad(), quiet=True)
