@@ -53,7 +53,9 @@ class Manifest:
         if self._file is None:
             # Unbuffered: of a line that finds no room nothing is left to be written later.
             self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (as long as the worker)
-        data = (json.dumps(line | {"worker": self.worker}, ensure_ascii=False) + "\n").encode()
+        data = (
+            json.dumps({**line, "worker": self.worker, "time": round(time.time(), 3)}, ensure_ascii=False) + "\n"
+        ).encode()
         if self._file.write(data) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         os.fsync(self._file.fileno())
@@ -67,8 +69,8 @@ class Manifest:
 
 def read_manifest(folder: str | os.PathLike) -> Iterator[dict[str, Any]]:
     """The lines of all workers: of each the `path` and `status` (`"made"`; `"found"`, a whole video without a line; `"failed"`,
-    with an `error`), and of a video `seed`, `bytes`, `seconds` of each stage, `peak_bytes` of memory, `caption`, `anchors`,
-    `candidates`, `motion`.
+    with an `error`), `worker` and `time` (seconds since 1970), and of a video `seed`, `bytes`, `frames`, `seconds` of each stage,
+    `memory_bytes`, `caption` and `motion`.
     """
     for path in sorted((Path(folder) / MANIFEST).glob("*.jsonl")):
         with open(path, encoding="utf-8", newline="\n") as file:

@@ -131,9 +131,8 @@ def _missing(folder: Path) -> Iterator[PlannedVideo]:
 
 def _summary(folder: Path, planned: int, count: int) -> Summary:
     missing = {path_key(row.path) for row in _missing(folder)}
-    failures = {
-        line["path"]: line["error"]
-        for line in (read_manifest(folder) if missing else ())
-        if line["status"] == "failed" and path_key(line["path"]) in missing
-    }
+    failed = [line for line in (read_manifest(folder) if missing else ()) if line["status"] == "failed"]
+    # What the last run says of each.
+    failed.sort(key=lambda line: line["time"])
+    failures = {line["path"]: line["error"] for line in failed if path_key(line["path"]) in missing}
     return Summary(planned, planned - len(missing), count - len(missing), tuple(failures.items())[:100])
