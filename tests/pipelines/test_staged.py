@@ -29,12 +29,12 @@ class Greenness:
         return [Judgement(float(np.asarray(image)[..., 1].mean())) for image in images]
 
 
+SHORT = {"num_inference_steps": 1, "composer_num_inference_steps": 2}
 CALLS = {
-    "factorized": {"composer_num_inference_steps": 2},
-    "direct": {"mode": "direct"},
-    "captioned": {"composer_num_inference_steps": 2, "first_frame_prompt": "a red circle at the left"},
-    "storyboard": {"mode": "storyboard", "num_moments": 2, "composer_num_inference_steps": 2},
-    "options": {"composer_num_inference_steps": 3, "composer_negative_prompt": "blue"},
+    "factorized": {**SHORT, "composer_negative_prompt": "blue"},
+    "direct": {"num_inference_steps": 1, "mode": "direct"},
+    "captioned": {**SHORT, "first_frame_prompt": "a red circle at the left"},
+    "storyboard": {**SHORT, "mode": "storyboard", "num_moments": 2},
 }
 
 
@@ -50,7 +50,7 @@ def staged(rewriting, composing, animating, call, seed):
 
 @pytest.mark.parametrize("kind", CALLS)
 def test_stages_one_by_one_are_the_call(pipe, kind):
-    call = {"prompt": PROMPT, "num_inference_steps": 2, **CALLS[kind]}
+    call = {"prompt": PROMPT, **CALLS[kind]}
     output = staged(pipe, pipe, pipe, call, 5)
     expected = pipe(**call, generator=torch.Generator().manual_seed(5))
     assert np.array_equal(output.frames, expected.frames) and output.seeds == expected.seeds
@@ -59,7 +59,7 @@ def test_stages_one_by_one_are_the_call(pipe, kind):
 
 
 def test_each_stage_needs_the_models_of_its_own_alone(pipe):
-    call = {"prompt": PROMPT, "num_inference_steps": 2, "composer_num_inference_steps": 2}
+    call = {"prompt": PROMPT, **SHORT}
     alone = [outline(find_source(EMBEDDED_FOLDER, None, {}), torch.float32) for _ in range(2)]
     alone[0].rewriter, alone[1].composer = pipe.rewriter, pipe.composer
     last = type(pipe).from_pretrained(EMBEDDED_FOLDER, rewriter=None, composer=None, dtype=torch.float32)
@@ -72,12 +72,7 @@ def test_each_stage_needs_the_models_of_its_own_alone(pipe):
 
 
 def test_a_judge_chooses_as_in_the_call(pipe, monkeypatch):
-    call = {
-        "prompt": PROMPT,
-        "num_inference_steps": 2,
-        "composer_num_inference_steps": 2,
-        "composer_num_candidates": 3,
-    }
+    call = {"prompt": PROMPT, **SHORT, "composer_num_candidates": 3}
     writing = write(pipe, call)
     with monkeypatch.context() as patch:
         patch.setattr(pipe, "anchor_judge", Greenness())
@@ -93,7 +88,7 @@ def test_a_judge_chooses_as_in_the_call(pipe, monkeypatch):
 
 def test_the_dreamer_is_told_the_motion_as_in_its_call():
     dreamer = load_embedded_dreamer()
-    call = {"prompt": "A red circle moves to the right", "num_inference_steps": 2, "composer_num_inference_steps": 2}
+    call = {"prompt": "A red circle moves to the right", **SHORT}
     output = staged(dreamer, dreamer, dreamer, call, 7)
     expected = dreamer(**call, generator=torch.Generator().manual_seed(7))
     assert output.motion_prompts == expected.motion_prompts and np.array_equal(output.frames, expected.frames)
