@@ -107,7 +107,13 @@ def _videos(job: Job) -> ray.data.Dataset:
     data = ray.data.range(job.count, override_num_blocks=-(-job.count // block))
     for parts, method, count in pools:
         arguments = (job, frozenset(parts & job.parts), method)
-        data = data.map_batches(Stage, fn_constructor_args=arguments, concurrency=count, batch_size=None, **share)
+        data = data.map_batches(
+            Stage,
+            fn_constructor_args=arguments,
+            compute=ray.data.ActorPoolStrategy(size=count),
+            batch_size=None,
+            **share,
+        )
     return data
 
 
