@@ -122,8 +122,8 @@ def run(arguments: argparse.Namespace) -> None:
     command = [sys.executable, "-m", "diffusers_fvg.cli", "batch", str(prompts), str(out), "--steps", "1", "--quiet"]
     command += ["--engine", arguments.engine, "--num-processes", "2"]
     # A token of its own, for nodes that nobody else is to use, whose workers do not wait for all other programs.
-    os.environ |= {"FVG_MARK": MARK, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-    os.environ["RAY_worker_niceness"] = "0"
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    os.environ |= {"FVG_MARK": MARK, "RAY_worker_niceness": "0", **token}
     cluster = Cluster() if arguments.engine == "ray" else None
     log = open(out.with_suffix(".log"), "w")  # noqa: SIM115 (of all drivers)
     try:
