@@ -62,7 +62,13 @@ class Cluster:
                 "--num-cpus=3",
                 "--object-store-memory=100000000",
             ]
-            subprocess.run(command, check=True, capture_output=True)
+            for _ in range(5):
+                if subprocess.run(command, capture_output=True).returncode == 0:
+                    break
+                # What was killed has not left its port yet.
+                time.sleep(5)
+            else:
+                raise RuntimeError(f"no node of Ray starts: {' '.join(command)}")
             self.nodes += set(self._raylets()) - before
         return {"RAY_ADDRESS": f"127.0.0.1:{self.PORT}"}
 
