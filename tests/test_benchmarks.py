@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,32 @@ def test_script_runs_at_tiny_size(script, arguments, tmp_path, monkeypatch, caps
         found["met"] is None for found in report["bars"] if "time" in found["figure"] or "GPU" in found["needs"]
     )
     assert report["runs"] and all(run.keys() == report["runs"][0].keys() for run in report["runs"])
+
+
+def test_gpu_run_at_tiny_size(tmp_path, monkeypatch, capsys):
+    """Each step leaves its report; one that fails or is late ends neither the run nor what came before it."""
+    import gpu_run
+
+    def late(run):
+        time.sleep(5)
+
+    def failing(run):
+        raise RuntimeError("no such kernel\nmore")
+
+    steps = {name: (name, needs, limit, call) for name, needs, limit, call in gpu_run.STEPS}
+    chosen = [("late", 1, 1, late), ("failing", 1, 9, failing)]
+    chosen += [steps[name] for name in ("attention_forms", "lora", "profile")] + [("too_long", 10_000, 1, late)]
+    monkeypatch.setattr(gpu_run, "STEPS", chosen)
+    monkeypatch.setattr(sys, "argv", ["gpu_run", "--size", "tiny", "--device", "cpu", "--output", str(tmp_path)])
+    gpu_run.main()
+    text = capsys.readouterr().out
+    assert "late: stopped at its limit" in text and "failing: RuntimeError: no such kernel after" in text
+    assert "too_long: skipped" in text
+    reports = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in tmp_path.glob("*.json")}
+    assert reports.keys() == {"attention_forms", "lora", "profile"}
+    forms = [row["form"] for row in reports["attention_forms"]["runs"]]
+    assert forms == ["dense, torch's choice", "dense, MATH", "window, gathered, MATH"]
+    assert [row["LoRA"] for row in reports["lora"]["runs"]][0] == "none"
+    with pytest.raises(SystemExit):
+        monkeypatch.setattr(sys, "argv", ["gpu_run", "--only", "nothing"])
+        gpu_run.main()

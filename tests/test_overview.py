@@ -207,7 +207,7 @@ def test_doctor_tells_what_there_is_and_what_would_run(gibibytes, fits, capsys, 
     assert max(map(len, text.splitlines())) <= 80
     for package in ("torch", "diffusers", "transformers"):
         assert f"\n{package} {version(package)}\n" in text
-    assert f", {gibibytes}.0 GiB free\n  attention: native\n  kernels: torch (FVG_KERNELS=reference" in text
+    assert f", {gibibytes}.0 GiB free\n  attention: native\n  kernels: torch (FVG_KERNELS=auto" in text
     # 8.04 + 20.35 + 11.36 + 10.00 + 1.41 GB of weights, and what the VAE or the transformer works in.
     if fits:
         (peak,) = re.findall(r"wan2.2-5b: fits: all, ([\d.]+) GiB", text)
@@ -221,9 +221,9 @@ def test_doctor_tells_what_there_is_and_what_would_run(gibibytes, fits, capsys, 
 
 def test_kernels_are_reported_as_they_are_chosen():
     cpu = torch.device("cpu")
-    assert kernel_report(cpu).startswith("torch (FVG_KERNELS=reference, the default); Triton cannot: ")
-    with use_kernels("auto"):
-        assert kernel_report(cpu).startswith("torch (FVG_KERNELS=auto); Triton is not for cpu: ")
+    assert kernel_report(cpu).startswith("torch (FVG_KERNELS=auto); Triton is not for cpu: ")
+    with use_kernels("reference"):
+        assert kernel_report(cpu).startswith("torch (FVG_KERNELS=reference); Triton is not for cpu: ")
 
 
 def test_version(capsys):

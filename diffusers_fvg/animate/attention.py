@@ -14,6 +14,7 @@ import torch
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.utils import logging
+from torch.nn.attention import SDPBackend
 
 
 logger = logging.get_logger(__name__)
@@ -44,10 +45,12 @@ def rank_backends(
     dtype: torch.dtype,
     training: bool,
     installed: Collection[str],
+    torch_takes_cudnn: bool = False,
 ) -> tuple[str, ...]:
     """Backends that fit, fastest first; the last is always diffusers' native one.
 
-    FlashAttention-3 on Hopper, cuDNN on Hopper and data-centre Blackwell, SageAttention where there is neither and 8-bit
+    FlashAttention-3 on Hopper, cuDNN on Hopper and data-centre Blackwell (torch's native attention where that takes cuDNN by
+    itself: diffusers' cuDNN backend copies the tensors to another layout first, 8 % of a step of Wan2.2-5B on an H200), SageAttention where there is neither and 8-bit
     products are twice as fast (consumer GPUs; 8-bit, so not exact, and without a backward pass), FlashAttention-2 from
     Ampere on. FlexAttention is no faster than these without a mask; window attention uses it by itself. The length of the
     clip does not change the order: where it is short, attention takes no time worth choosing for.
@@ -58,6 +61,7 @@ def rank_backends(
         dtype (`torch.dtype`): of query, key and value.
         training (`bool`): gradients are needed: FlashAttention-3 has none in diffusers, SageAttention none at all.
         installed (`Collection[str]`): names to choose from.
+        torch_takes_cudnn (`bool`): torch's own attention chooses cuDNN here.
     """
     if capability is None or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8:
         return (NATIVE,)
@@ -67,7 +71,10 @@ def rank_backends(
         "sage": capability in ((8, 6), (8, 9), (12, 0)) and head_dim in (64, 128) and not training,
         "flash": capability[0] >= 8 and head_dim <= 256,
     }
-    return (*(name for name, fit in fits.items() if fit and name in installed), NATIVE)
+    ranked = [name for name, fit in fits.items() if fit and name in installed]
+    if torch_takes_cudnn and "_native_cudnn" in ranked:
+        ranked = ranked[: ranked.index("_native_cudnn")]
+    return (*ranked, NATIVE)
 
 
 def choose_backend(
@@ -94,13 +101,21 @@ def choose_backend(
         installed = installed_backends()
         if context_parallel:
             installed &= attention_dispatch._AttentionBackendRegistry._supports_context_parallel
-        ranked = rank_backends(capability, head_dim, dtype, training, installed)
+        takes_cudnn = is_nvidia and _torch_takes_cudnn(device, dtype, head_dim)
+        ranked = rank_backends(capability, head_dim, dtype, training, installed, takes_cudnn)
     for name in ranked:
         problem = None if name == NATIVE else backend_problem(name, device, dtype, head_dim, training)
         if problem is None:
             return name
         logger.warning(f"Attention backend {name!r} is not used on {device} with {dtype}: {problem}.")
     return NATIVE
+
+
+@functools.cache
+def _torch_takes_cudnn(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """What `scaled_dot_product_attention` chooses by itself, which differs from version to version."""
+    query = torch.zeros(1, 2, _LENGTHS[0][0], head_dim, device=device, dtype=dtype)
+    return torch._fused_sdp_choice(query, query, query) == SDPBackend.CUDNN_ATTENTION.value
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from diffusers.models._modeling_parallel import ContextParallelInput
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import (
     WanAttention,
     WanAttnProcessor,
@@ -27,7 +28,7 @@ from diffusers.utils import apply_lora_scale
 from torch import nn
 
 from ..devices import get_module_execution_device
-from ..kernels import frame_attention, gated_residual, modulated_layer_norm, rms_norm_rope
+from ..kernels import frame_attention, gated_residual, layer_norm, modulated_layer_norm, rms_norm_rope
 from ..kernels.attention import anchor_window as frames_within_window
 from .attention import choose_backend
 from .stock_weights import StockWeights
@@ -140,7 +141,10 @@ class AnchorConditionedTransformerBlock(WanTransformerBlock):
         attended = self.attn1(normed, None, None, rotary_emb, seen=seen)
         hidden_states = gated_residual(hidden_states, attended, gate_attn, row_index)
 
-        hidden_states = hidden_states + self.attn2(self.norm2(hidden_states), encoder_hidden_states, None, None)
+        # Without `cross_attn_norm` it is no norm at all; hooks need the call.
+        is_plain = type(self.norm2) is FP32LayerNorm and not _is_hooked(self.norm2)
+        normed = layer_norm(hidden_states, self.norm2) if is_plain else self.norm2(hidden_states)
+        hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states, None, None)
 
         normed = modulated_layer_norm(hidden_states, scale_ffn, shift_ffn, self.norm3.eps, row_index)
         return gated_residual(hidden_states, self.ffn(normed), gate_ffn, row_index)

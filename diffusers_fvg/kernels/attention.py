@@ -7,12 +7,31 @@ The table of a clip with anchors is [`anchor_window`]: once the anchor is learne
 time, and little else. With a window of 3 at 31 frames that is a quarter of all pairs.
 """
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 _FLEX_BLOCK = 128
+_Found = TypeVar("_Found")
+
+
+def once_for_tensor(function: Callable[[torch.Tensor], _Found]) -> Callable[[torch.Tensor], _Found]:
+    """`function`, which then looks at a tensor once as long as it lives unchanged: every layer has the same table."""
+    known = WeakTensorKeyDictionary()
+
+    def look(tensor: torch.Tensor) -> _Found:
+        # A tensor of inference mode has no count of its changes.
+        version = None if tensor.is_inference() else tensor._version
+        if tensor not in known or known[tensor][0] != version:
+            known[tensor] = version, function(tensor)
+        return known[tensor][1]
+
+    return look
 
 
 def anchor_window(timestep: torch.Tensor, window: int) -> torch.Tensor:
@@ -53,29 +72,52 @@ def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
 def gathered_frame_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor
 ) -> torch.Tensor:
-    """[`frame_attention`] without a mask: frames that see the same attend together, to the keys of those alone.
+    """[`frame_attention`] without a mask: frames that see the same attend together, those that see as many in one batch.
 
-    `seen` is read on the host, which a graph of torch.compile cannot hold.
+    `seen` is read on the host, once for all calls with the same tensor, which a graph of torch.compile cannot hold.
     """
-    tables = seen.tolist()
-    if any(table != tables[0] for table in tables):
-        samples = zip(*(x.split(1) for x in (query, key, value, seen)), strict=True)
-        return torch.cat([gathered_frame_attention(*sample) for sample in samples])
+    batches = _batches(seen)
+    if all(len(others) == seen.shape[1] for groups in batches for _, others in groups):
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for frame, row in enumerate(tables[0]):
-        groups.setdefault(tuple(other for other, sees in enumerate(row) if sees), []).append(frame)
-    tokens = query.shape[1] // seen.shape[1]
-    queries, keys, values = (x.transpose(1, 2).split(tokens, dim=2) for x in (query, key, value))  # (B, N, T, H)
+    def gathered(frames: tuple[torch.Tensor, ...], wanted: list[list[int]]) -> torch.Tensor:
+        """Those frames of every group, `(groups, heads, tokens, head_dim)`."""
+        together = torch.stack([frames[frame] for group in wanted for frame in group])
+        return together.unflatten(0, (len(wanted), -1)).flatten(1, 2).transpose(1, 2)
+
+    num_frames = seen.shape[1]
+    queries, keys, values = (
+        x.unflatten(1, (num_frames, -1)).flatten(0, 1).unbind() for x in (query, key, value)
+    )  # of all samples, (T, N, H) each
     outs: dict[int, torch.Tensor] = {}
-    for others, frames in groups.items():
+    for groups in batches:
+        frames, others = ([list(group[k]) for group in groups] for k in (0, 1))
         out = F.scaled_dot_product_attention(
-            torch.cat([queries[frame] for frame in frames], dim=2),
-            torch.cat([keys[frame] for frame in others], dim=2),
-            torch.cat([values[frame] for frame in others], dim=2),
+            gathered(queries, frames), gathered(keys, others), gathered(values, others)
         )
-        outs.update(zip(frames, out.split(tokens, dim=2), strict=True))
-    return torch.cat([outs[frame] for frame in range(len(outs))], dim=2).transpose(1, 2)
+        out = out.transpose(1, 2).unflatten(1, (len(frames[0]), -1)).flatten(0, 1)
+        outs.update(zip((frame for group in frames for frame in group), out.unbind(), strict=True))
+    return torch.stack([outs[frame] for frame in range(len(outs))]).unflatten(0, (-1, num_frames)).flatten(1, 2)
+
+
+# A group: the query frames and the key frames that each of them sees. Frames are counted through all samples.
+_Group = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@once_for_tensor
+def _batches(seen: torch.Tensor) -> list[list[_Group]]:
+    """The groups of a table, those of as many query and key frames in one list."""
+    num_frames = seen.shape[1]
+    batches: dict[tuple[int, int], list[_Group]] = {}
+    for sample, table in enumerate(seen.tolist()):
+        offset = sample * num_frames
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for frame, row in enumerate(table, offset):
+            groups.setdefault(tuple(other for other, sees in enumerate(row, offset) if sees), []).append(frame)
+        for others, frames in groups.items():
+            batches.setdefault((len(frames), len(others)), []).append((tuple(frames), others))
+    return list(batches.values())
 
 
 def flex_frame_attention(

@@ -2,18 +2,20 @@
 
 `FVG_KERNELS`, read when the package is first used, or [`use_kernels`] says which:
 
-* `reference`, the default: always the definition in plain torch. The Triton kernels have passed their tests in Triton's
-  interpreter only; they become the default with their tests and benchmark run on a GPU.
-* `auto`: Triton on NVIDIA GPUs of compute capability 8.0 or higher, for the dtypes and widths the tests cover; the
-  definition everywhere else.
+* `auto`, the default: Triton on NVIDIA GPUs of a compute capability in `tested_gpus.json`, for the dtypes and widths the
+  tests cover; the definition everywhere else. `examples/benchmarks/gpu_run.py` enters a capability there when the tests
+  marked `gpu` passed on it.
+* `reference`: always the definition in plain torch.
 * `triton`: always Triton. Where it cannot run, an error says why.
 """
 
 import contextlib
 import functools
 import importlib.util
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -34,7 +36,7 @@ def _check_choice(kernels: str, source: str) -> str:
     return kernels
 
 
-_kernels = _check_choice(os.environ.get("FVG_KERNELS", "reference"), "The environment variable FVG_KERNELS")
+_kernels = _check_choice(os.environ.get("FVG_KERNELS", "auto"), "The environment variable FVG_KERNELS")
 
 
 @contextlib.contextmanager
@@ -73,6 +75,25 @@ def modulated_layer_norm(
 
         return triton_modulation.modulated_layer_norm(hidden_states, scale, shift, eps, row_index)
     return reference.modulated_layer_norm(hidden_states, scale, shift, eps, row_index)
+
+
+def layer_norm(hidden_states: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.Tensor:
+    """`norm(hidden_states)`, which computes in float32; with Triton in one pass, by the kernel of the modulated norm.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(B, L, D)`): tokens.
+        norm (`torch.nn.LayerNorm`): with a weight and a bias, over the last dimension (Wan's `norm2`).
+
+    Returns:
+        `torch.Tensor` of shape `(B, L, D)`.
+    """
+    if not _takes_triton(hidden_states, norm.weight, norm.bias):
+        return norm(hidden_states)
+    from . import triton_modulation
+
+    # One row for all tokens: `1 + scale` is the weight.
+    rows = (row.expand(hidden_states.shape[0], 1, -1) for row in (norm.weight.float() - 1, norm.bias.float()))
+    return triton_modulation.modulated_layer_norm(hidden_states, *rows, norm.eps, None)
 
 
 def gated_residual(
@@ -167,11 +188,11 @@ def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
 def kernel_report(device: torch.device) -> str:
     """What computes the package's kernels on a device, and why."""
     problem = _device_problem(device)
-    if _kernels == "reference":
-        return f"torch (FVG_KERNELS=reference, the default); Triton {'could run' if problem is None else f'cannot: {problem}'}"
-    if problem is None and (_kernels == "triton" or device.type == "cuda"):
+    if problem is None and _kernels == "auto":
+        problem = _untested(device)
+    if problem is None and _kernels != "reference":
         return f"Triton (FVG_KERNELS={_kernels})"
-    return f"torch (FVG_KERNELS={_kernels}); Triton is not for {device}" + (f": {problem}" if problem else "")
+    return f"torch (FVG_KERNELS={_kernels})" + (f"; Triton is not for {device}: {problem}" if problem else "")
 
 
 def _takes_triton(*tensors: torch.Tensor, max_dim: int = _MAX_DIM) -> bool:
@@ -180,7 +201,7 @@ def _takes_triton(*tensors: torch.Tensor, max_dim: int = _MAX_DIM) -> bool:
     Raises:
         `ValueError`: if Triton is asked for and cannot.
     """
-    if _kernels == "reference" or (_kernels == "auto" and tensors[0].device.type != "cuda"):
+    if _kernels == "reference" or (_kernels == "auto" and _untested(tensors[0].device) is not None):
         return False
     problem = _device_problem(tensors[0].device) or _tensor_problem(tensors, max_dim)
     if problem is not None and _kernels == "triton":
@@ -192,6 +213,24 @@ def _takes_triton(*tensors: torch.Tensor, max_dim: int = _MAX_DIM) -> bool:
 def _device_problem(device: torch.device) -> str | None:
     # torch.compile takes the answer as it is. It would trace through the cache of the function below.
     return _probe(device)
+
+
+@torch.compiler.assume_constant_result
+def _untested(device: torch.device) -> str | None:
+    return _tested_probe(device)
+
+
+@functools.cache
+def _tested_probe(device: torch.device) -> str | None:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "the tests of the Triton kernels pass on NVIDIA GPUs"
+    capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    tested = json.loads((Path(__file__).parent / "tested_gpus.json").read_text(encoding="utf-8"))
+    if capability not in tested:
+        return (
+            f"their tests have not run on compute capability {capability} (FVG_KERNELS=triton takes them all the same)"
+        )
+    return None
 
 
 @functools.cache

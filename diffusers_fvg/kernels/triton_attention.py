@@ -1,8 +1,8 @@
 """Triton form of [`animate.attention.frame_attention`]: blocks of unseen frames are never read, forward or backward.
 
 B batch, L tokens, N heads, H channels of a head, F frames of T = L / F tokens. A program owns BLOCK_Q tokens of one frame
-and head and passes over the frames that it sees, BLOCK_K tokens at a time; blocks begin with their frame, so that any T
-is right and one flag decides for a whole block. The softmax is summed as it goes (online softmax, arXiv 1805.02867) and
+and head and passes over the runs of consecutive frames that it sees, BLOCK_K tokens at a time; those of a run lie side by
+side in memory, so any T is right and only the last block of a run is masked. The softmax is summed as it goes (online softmax, arXiv 1805.02867) and
 computed again in the backward pass from its logarithmic sum (FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2).
 Products take the inputs' dtype, sums are in float32; float32 inputs are multiplied without TF32.
 """
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from . import triton_modulation
+from .attention import once_for_tensor
 
 
 # The interpreter would multiply the bits of bfloat16 values.
@@ -50,14 +51,40 @@ def _dot(a, b, out, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _whole(pointers, h, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """A block of tokens that are all there."""
+    if H == BLOCK_H:
+        return tl.load(pointers)
+    return tl.load(pointers, h[None, :] < H, 0.0)
+
+
+@triton.jit
+def _attend(query, key, value, top, total, out, scale, keep, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """One step of the online softmax: the largest score, the sum of weights and the weighted sum, with a block of keys."""
+    scores = _dot(query, tl.trans(key), None, PRECISION)
+    if MASKED:
+        scores = tl.where(keep[None, :], scores, float("-inf"))
+    # The scale goes into the exponent: one multiplication and addition for each score.
+    new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
+    weights = tl.exp2(scores * scale - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(weights, axis=1)
+    return new_top, total, _dot(weights.to(value.dtype), value, out * shrink[:, None], PRECISION)
+
+
+@triton.jit
 def _fwd_kernel(
-    query_ptr, key_ptr, value_ptr, count_ptr, frames_ptr, out_ptr, lse_ptr,
+    query_ptr, key_ptr, value_ptr, count_ptr, runs_ptr, out_ptr, lse_ptr,
     F, T, N, scale,
     query_b, query_l, query_n, query_h, key_b, key_l, key_n, key_h, value_b, value_l, value_n, value_h,
     H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`out = softmax2(scale * query key^T) value` over the seen frames, with `softmax2` to base 2 (`scale` holds log2 e);
-    `lse` (B, N, L) is the logarithm to base 2 of the sum, kept for backward."""
+    `lse` (B, N, L) is the logarithm to base 2 of the sum, kept for backward.
+
+    Consecutive frames lie side by side in memory, so a program passes over runs of them; only the last block of a run
+    is masked.
+    """
     frame, start, b, n = _owner(T, N, BLOCK_Q)
     L = F * T
     t, h = start + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_H)
@@ -67,20 +94,24 @@ def _fwd_kernel(
     top = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     out = tl.zeros([BLOCK_Q, BLOCK_H], dtype=tl.float32)
-    blocks = tl.cdiv(T, BLOCK_K)
-    for i in range(0, tl.load(count_ptr + b * F + frame) * blocks):
-        other = tl.load(frames_ptr + (b * F + frame) * F + i // blocks).to(tl.int64) * T
-        s = i % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
-        key = _load(key_ptr, b * key_b + n * key_n + other * key_l, s, key_l, h, key_h, T, H)
-        value = _load(value_ptr, b * value_b + n * value_n + other * value_l, s, value_l, h, value_h, T, H)
-        scores = _dot(query, tl.trans(key), None, PRECISION) * scale
-        scores = tl.where(s[None, :] < T, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
-        total = total * shrink + tl.sum(weights, axis=1)
-        out = _dot(weights.to(value.dtype), value, out * shrink[:, None], PRECISION)
-        top = new_top
+    s = tl.arange(0, BLOCK_K)
+    row = b * F + frame
+    for run in range(0, tl.load(count_ptr + row)):
+        begin = tl.load(runs_ptr + (row * F + run) * 2).to(tl.int64) * T
+        size = tl.load(runs_ptr + (row * F + run) * 2 + 1) * T
+        whole = size // BLOCK_K * BLOCK_K
+        keys = key_ptr + b * key_b + n * key_n + begin * key_l + s[:, None] * key_l + h[None, :] * key_h
+        values = value_ptr + b * value_b + n * value_n + begin * value_l + s[:, None] * value_l + h[None, :] * value_h
+        for _ in range(0, whole, BLOCK_K):
+            key, value = _whole(keys, h, H, BLOCK_H), _whole(values, h, H, BLOCK_H)
+            top, total, out = _attend(query, key, value, top, total, out, scale, s, False, PRECISION)
+            keys += BLOCK_K * key_l
+            values += BLOCK_K * value_l
+        if whole < size:
+            keep = whole + s < size
+            mask = keep[:, None] & (h[None, :] < H)
+            key, value = tl.load(keys, mask, 0.0), tl.load(values, mask, 0.0)
+            top, total, out = _attend(query, key, value, top, total, out, scale, keep, True, PRECISION)
 
     token = (b * L + first + t)[:, None]
     mask = (t[:, None] < T) & (h[None, :] < H)
@@ -90,8 +121,21 @@ def _fwd_kernel(
 
 
 @triton.jit
+def _query_step(
+    query, grad, key, value, lse, delta, dquery, scale, keep, MASKED: tl.constexpr, PRECISION: tl.constexpr
+):
+    """What a block of keys adds to the gradient of the queries."""
+    weights = tl.exp2(_dot(query, tl.trans(key), None, PRECISION) * scale - lse[:, None])
+    if MASKED:
+        # Beyond the run the key is 0 and adds 0, unless the weight of its score 0 is infinite.
+        weights = tl.where(keep[None, :], weights, 0.0)
+    dscores = weights * (_dot(grad, tl.trans(value), None, PRECISION) - delta[:, None])
+    return _dot(dscores.to(key.dtype), key, dquery, PRECISION)
+
+
+@triton.jit
 def _bwd_query_kernel(
-    grad_ptr, query_ptr, key_ptr, value_ptr, count_ptr, frames_ptr, out_ptr, lse_ptr, delta_ptr, dquery_ptr,
+    grad_ptr, query_ptr, key_ptr, value_ptr, count_ptr, runs_ptr, out_ptr, lse_ptr, delta_ptr, dquery_ptr,
     F, T, N, scale,
     grad_b, grad_l, grad_n, grad_h,
     query_b, query_l, query_n, query_h, key_b, key_l, key_n, key_h, value_b, value_l, value_n, value_h,
@@ -114,32 +158,49 @@ def _bwd_query_kernel(
     lse = tl.load(lse_ptr + row, t < T, 0.0)
 
     dquery = tl.zeros([BLOCK_Q, BLOCK_H], dtype=tl.float32)
-    blocks = tl.cdiv(T, BLOCK_K)
-    for i in range(0, tl.load(count_ptr + b * F + frame) * blocks):
-        other = tl.load(frames_ptr + (b * F + frame) * F + i // blocks).to(tl.int64) * T
-        s = i % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
-        key = _load(key_ptr, b * key_b + n * key_n + other * key_l, s, key_l, h, key_h, T, H)
-        value = _load(value_ptr, b * value_b + n * value_n + other * value_l, s, value_l, h, value_h, T, H)
-        scores = _dot(query, tl.trans(key), None, PRECISION) * scale
-        # Beyond the frame the key is 0 and adds 0, unless the weight of its score 0 is infinite.
-        weights = tl.where(s[None, :] < T, tl.exp2(scores - lse[:, None]), 0.0)
-        dscores = weights * (_dot(grad, tl.trans(value), None, PRECISION) - delta[:, None])
-        dquery = _dot(dscores.to(key.dtype), key, dquery, PRECISION)
+    s = tl.arange(0, BLOCK_K)
+    line = b * F + frame
+    for run in range(0, tl.load(count_ptr + line)):
+        begin = tl.load(runs_ptr + (line * F + run) * 2).to(tl.int64) * T
+        size = tl.load(runs_ptr + (line * F + run) * 2 + 1) * T
+        whole = size // BLOCK_K * BLOCK_K
+        keys = key_ptr + b * key_b + n * key_n + begin * key_l + s[:, None] * key_l + h[None, :] * key_h
+        values = value_ptr + b * value_b + n * value_n + begin * value_l + s[:, None] * value_l + h[None, :] * value_h
+        for _ in range(0, whole, BLOCK_K):
+            key, value = _whole(keys, h, H, BLOCK_H), _whole(values, h, H, BLOCK_H)
+            dquery = _query_step(query, grad, key, value, lse, delta, dquery, scale, s, False, PRECISION)
+            keys += BLOCK_K * key_l
+            values += BLOCK_K * value_l
+        if whole < size:
+            keep = whole + s < size
+            mask_k = keep[:, None] & (h[None, :] < H)
+            key, value = tl.load(keys, mask_k, 0.0), tl.load(values, mask_k, 0.0)
+            dquery = _query_step(query, grad, key, value, lse, delta, dquery, scale, keep, True, PRECISION)
 
     dquery = dquery * (scale * LN_2)
     tl.store(dquery_ptr + (token * N + n) * H + h[None, :], dquery.to(dquery_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
+def _key_value_step(query, grad, key, value, lse, delta, dkey, dvalue, scale, PRECISION: tl.constexpr):
+    """What a block of queries adds to the gradients of keys and values. Beyond a run query, gradient and delta are 0: what is
+    added is 0."""
+    weights = tl.exp2(_dot(key, tl.trans(query), None, PRECISION) * scale - lse[None, :])  # [BLOCK_K, BLOCK_Q]
+    dvalue = _dot(weights.to(grad.dtype), grad, dvalue, PRECISION)
+    dscores = weights * (_dot(value, tl.trans(grad), None, PRECISION) - delta[None, :])
+    return _dot(dscores.to(query.dtype), query, dkey, PRECISION), dvalue
+
+
+@triton.jit
 def _bwd_key_value_kernel(
-    grad_ptr, query_ptr, key_ptr, value_ptr, count_ptr, frames_ptr, lse_ptr, delta_ptr, dkey_ptr, dvalue_ptr,
+    grad_ptr, query_ptr, key_ptr, value_ptr, count_ptr, runs_ptr, lse_ptr, delta_ptr, dkey_ptr, dvalue_ptr,
     F, T, N, scale,
     grad_b, grad_l, grad_n, grad_h,
     query_b, query_l, query_n, query_h, key_b, key_l, key_n, key_h, value_b, value_l, value_n, value_h,
     H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`dvalue = p^T grad`, `dkey = ds^T query / sqrt(H)`. A program owns BLOCK_K tokens of a key frame; `count` and
-    `frames` list the frames that see it, none for a frame that nobody sees."""
+    `runs` list the frames that see it, none for a frame that nobody sees."""
     frame, start, b, n = _owner(T, N, BLOCK_K)
     L = F * T
     s, h = start + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_H)
@@ -149,21 +210,27 @@ def _bwd_key_value_kernel(
 
     dkey = tl.zeros([BLOCK_K, BLOCK_H], dtype=tl.float32)
     dvalue = tl.zeros([BLOCK_K, BLOCK_H], dtype=tl.float32)
-    blocks = tl.cdiv(T, BLOCK_Q)
-    for i in range(0, tl.load(count_ptr + b * F + frame) * blocks):
-        other = tl.load(frames_ptr + (b * F + frame) * F + i // blocks).to(tl.int64) * T
-        t = i % blocks * BLOCK_Q + tl.arange(0, BLOCK_Q)
-        query = _load(query_ptr, b * query_b + n * query_n + other * query_l, t, query_l, h, query_h, T, H)
-        grad = _load(grad_ptr, b * grad_b + n * grad_n + other * grad_l, t, grad_l, h, grad_h, T, H)
-        row = (b * N + n) * L + other + t
-        # Beyond the frame query, gradient and delta are 0: what is added is 0.
-        lse = tl.load(lse_ptr + row, t < T, 0.0)
-        delta = tl.load(delta_ptr + row, t < T, 0.0)
-        scores = _dot(key, tl.trans(query), None, PRECISION) * scale  # [BLOCK_K, BLOCK_Q]
-        weights = tl.exp2(scores - lse[None, :])
-        dvalue = _dot(weights.to(grad.dtype), grad, dvalue, PRECISION)
-        dscores = weights * (_dot(value, tl.trans(grad), None, PRECISION) - delta[None, :])
-        dkey = _dot(dscores.to(query.dtype), query, dkey, PRECISION)
+    t = tl.arange(0, BLOCK_Q)
+    line = b * F + frame
+    for run in range(0, tl.load(count_ptr + line)):
+        begin = tl.load(runs_ptr + (line * F + run) * 2).to(tl.int64) * T
+        size = tl.load(runs_ptr + (line * F + run) * 2 + 1) * T
+        whole = size // BLOCK_Q * BLOCK_Q
+        queries = query_ptr + b * query_b + n * query_n + begin * query_l + t[:, None] * query_l + h[None, :] * query_h
+        grads = grad_ptr + b * grad_b + n * grad_n + begin * grad_l + t[:, None] * grad_l + h[None, :] * grad_h
+        row = (b * N + n) * L + begin + t
+        for done in range(0, whole, BLOCK_Q):
+            query, grad = _whole(queries, h, H, BLOCK_H), _whole(grads, h, H, BLOCK_H)
+            lse, delta = tl.load(lse_ptr + row + done), tl.load(delta_ptr + row + done)
+            dkey, dvalue = _key_value_step(query, grad, key, value, lse, delta, dkey, dvalue, scale, PRECISION)
+            queries += BLOCK_Q * query_l
+            grads += BLOCK_Q * grad_l
+        if whole < size:
+            keep = whole + t < size
+            mask_q = keep[:, None] & (h[None, :] < H)
+            query, grad = tl.load(queries, mask_q, 0.0), tl.load(grads, mask_q, 0.0)
+            lse, delta = tl.load(lse_ptr + row + whole, keep, 0.0), tl.load(delta_ptr + row + whole, keep, 0.0)
+            dkey, dvalue = _key_value_step(query, grad, key, value, lse, delta, dkey, dvalue, scale, PRECISION)
 
     out = ((b * L + first + s)[:, None] * N + n) * H + h[None, :]
     mask = (s[:, None] < T) & (h[None, :] < H)
@@ -183,7 +250,7 @@ def _tile(tokens: int, head_dim: int, dtype: torch.dtype, own: str, limits: tupl
         "H": head_dim,
         "BLOCK_H": block_h,
         "PRECISION": "ieee" if is_wide else "tf32",
-        "num_warps": 8 if owned * block_h >= 128 * 128 else 4,
+        "num_warps": 8 if owned * block_h >= 128 * 64 else 4,
         "num_stages": 3,
     }
 
@@ -193,6 +260,21 @@ def _listed(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     seen = seen.contiguous()  # what argsort returns is laid out like its input
     frames = seen.to(torch.int8).argsort(dim=2, descending=True, stable=True)
     return seen.sum(dim=2, dtype=torch.int32), frames.to(torch.int32)
+
+
+@once_for_tensor
+def _runs(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many runs of consecutive frames each row sees, `(B, F)`, and their first frames and lengths, `(B, F, F, 2)`."""
+    edge = torch.zeros_like(seen[..., :1])
+    starts, ends = seen & ~torch.cat([edge, seen[..., :-1]], 2), seen & ~torch.cat([seen[..., 1:], edge], 2)
+    count, first = _listed(starts)
+    return count, torch.stack([first, _listed(ends)[1] - first + 1], dim=3)
+
+
+@once_for_tensor
+def _runs_that_see(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`_runs`] of the frames that see each frame."""
+    return _runs(seen.transpose(1, 2))
 
 
 def _sizes(query: torch.Tensor, seen: torch.Tensor) -> tuple[int, int, int, float]:
@@ -215,7 +297,7 @@ def _frame_attention_op(query, key, value, seen):
     # Triton launches on the current device, which in a model spread over several is not always that of the tensors.
     with torch.cuda.device_of(query):
         _fwd_kernel[_grid(query, seen, tile["BLOCK_Q"])](
-            query, key, value, *_listed(seen), out, lse,
+            query, key, value, *_runs(seen), out, lse,
             *_sizes(query, seen), *query.stride(), *key.stride(), *value.stride(), **tile,
         )  # fmt: skip
     return out, lse
@@ -242,11 +324,11 @@ def _frame_attention_backward_op(grad, query, key, value, seen, out, lse):
     with torch.cuda.device_of(query):
         tile = _tile(tokens, head_dim, query.dtype, "query", _QUERY_BLOCKS)
         _bwd_query_kernel[_grid(query, seen, tile["BLOCK_Q"])](
-            grad, query, key, value, *_listed(seen), out, lse, delta, dquery, *sizes, **tile
+            grad, query, key, value, *_runs(seen), out, lse, delta, dquery, *sizes, **tile
         )
         tile = _tile(tokens, head_dim, query.dtype, "key", _KEY_VALUE_BLOCKS)
         _bwd_key_value_kernel[_grid(query, seen, tile["BLOCK_K"])](
-            grad, query, key, value, *_listed(seen.transpose(1, 2)), lse, delta, dkey, dvalue, *sizes, **tile
+            grad, query, key, value, *_runs_that_see(seen), lse, delta, dkey, dvalue, *sizes, **tile
         )
     return dquery, dkey, dvalue
 

@@ -42,7 +42,7 @@ CALL_DEFAULTS = {
     "max_sequence_length": MAX_SEQUENCE_LENGTH,
 }
 # Where there is a judge to choose among them.
-JUDGE_DEFAULTS = {"composer_num_candidates": 4}
+JUDGE_DEFAULTS = {"composer_num_candidates": 8}
 
 
 def build_composer(folder: Path) -> AnchorComposer:

@@ -286,12 +286,13 @@ class RoundTrip:
     def __init__(self, folder: Path):
         from diffusers import AutoencoderKLWan
 
-        self.vae = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32).eval().requires_grad_(False)
+        vae = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32)
+        self.vae = vae.to(training_device()).eval().requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         latents = self.vae.encode(pixels[:, :, None]).latent_dist.mode()
-        off = 0.25 * torch.rand(len(latents), 1, 1, 1, 1) * latents.std((0, 2, 3, 4), keepdim=True)
+        off = 0.25 * torch.rand(len(latents), 1, 1, 1, 1).to(latents) * latents.std((0, 2, 3, 4), keepdim=True)
         return self.vae.decode(latents + off * torch.randn_like(latents)).sample[:, :, 0].clamp(-1, 1)
 
 
@@ -351,8 +352,8 @@ def train_judge(
     def loss_of(step: int) -> tuple[str, torch.Tensor]:
         relations = RELATIONS if step >= LATE * steps else 0.0
         captions, pixels, tallies = draw_batch(np.random.default_rng((3, step)), groups, size, relations)
-        pixels[: round_trips * size] = through(pixels[: round_trips * size])
         pixels, tallies = pixels.to(training_device()), tallies.to(training_device())
+        pixels[: round_trips * size] = through(pixels[: round_trips * size])
         said = judge.read_captions(judge.tokenize(captions).to(training_device()))
         shown = judge.read_pictures(pixels)
         logits = judge.compare(shown, said.repeat_interleave(size, dim=0)).view(groups, size)

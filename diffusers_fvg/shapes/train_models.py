@@ -89,7 +89,7 @@ def build_cache(
 
     if (folder / "latents.safetensors").exists():
         return
-    vae = AutoencoderKLWan.from_pretrained(folder / "vae")
+    vae = AutoencoderKLWan.from_pretrained(folder / "vae").to(training_device())
     rng = np.random.default_rng(seed)
     clips = [training_scene(rng) for _ in range(num_clips)]
     images = [make_scene(list(CATEGORY_WEIGHTS)[k % len(CATEGORY_WEIGHTS)], rng, False) for k in range(num_images)]
@@ -101,8 +101,8 @@ def build_cache(
         latents = []
         for start in range(0, len(scenes), batch_size):
             frames = [render(scene.objects, num_frames) for scene in scenes[start : start + batch_size]]
-            pixels = torch.from_numpy(np.stack(frames)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-            latents.append(vae.encode(pixels).latent_dist.mode().half())
+            pixels = torch.from_numpy(np.stack(frames)).to(vae.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+            latents.append(vae.encode(pixels).latent_dist.mode().half().cpu())
         return torch.cat(latents)
 
     latents = {

@@ -34,8 +34,8 @@ python examples/benchmarks/render.py                                    # this p
 | `loading` | stock `WanPipeline.from_pretrained` |
 | `dreamer` | the same UNet without its designs |
 
-No script has run on a GPU yet: with one, `--size 5b` is the default and closes what is marked open. A figure that is open has its script,
-which was run at small size; what it needs is named.
+`gpu_run.py` measures what is worth it on a GPU in one process that ends in time; the sections of a GPU come last. A figure that is open
+has its script, which was run at small size; what it needs is named.
 """
 
 
@@ -44,8 +44,9 @@ def main() -> None:
 
 
 def page(folder: Path) -> str:
-    """The whole page: one section for each report, in the order of the files' names."""
-    reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    """The whole page: one section for each report, in the order of the files' names, those of a GPU last."""
+    paths = [*sorted(folder.glob("*.json")), *sorted((folder / "gpu").glob("*.json"))]
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     return "\n".join([HEAD, *(section(report) for report in reports if "bars" in report)])
 
 

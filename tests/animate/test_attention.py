@@ -34,6 +34,22 @@ def test_rank(capability, head_dim, dtype, training, expected):
     assert rank_backends(capability, head_dim, dtype, training, ()) == ("native",)
 
 
+def test_torch_with_cudnn_inside_comes_before_what_copies():
+    def ranked(training):
+        return rank_backends((9, 0), 128, torch.bfloat16, training, ALL, torch_takes_cudnn=True)
+
+    assert ranked(training=False) == ("_flash_3", "native")
+    assert ranked(training=True) == ("native",)
+    assert rank_backends((8, 0), 128, torch.bfloat16, False, ALL, torch_takes_cudnn=True) == ("flash", "native")
+
+
+def test_what_torch_takes_is_asked(monkeypatch):
+    asked = attention._torch_takes_cudnn.__wrapped__
+    assert not asked(CPU, torch.float32, 64)
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_: torch.nn.attention.SDPBackend.CUDNN_ATTENTION.value)
+    assert asked(CPU, torch.float32, 64)
+
+
 def plain(query, key, value, **kwargs):
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, **kwargs).transpose(1, 2)

@@ -37,6 +37,17 @@ def test_a_gpu_takes_triton_where_it_was_tested(choice, dtype, calls, reference_
     assert len(reference_calls) == calls
 
 
+def test_auto_takes_the_kernels_where_their_tests_passed(monkeypatch):
+    """A stand-in for GPUs: what is asked of torch about them."""
+    probe = dispatch._tested_probe.__wrapped__
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert probe(cuda) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert "have not run on compute capability 8.6 (FVG_KERNELS=triton" in probe(cuda)
+    assert "NVIDIA" in probe(torch.device("cpu"))
+
+
 def test_triton_on_a_cpu_says_why_not():
     pytest.importorskip("triton")
     with kernels.use_kernels("triton"), pytest.raises(ValueError, match="the tensors are on cpu.*FVG_KERNELS=auto"):

@@ -1,5 +1,9 @@
 """The interpreter runs kernels that a compiler would refuse, so they also go through Triton's compiler, without a GPU."""
 
+import re
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -15,7 +19,7 @@ from diffusers_fvg.kernels import triton_attention, triton_modulation, triton_ro
 pytestmark = pytest.mark.skipif(triton_modulation.INTERPRETED, reason="this process runs Triton's interpreter")
 
 FLOAT32_POINTERS = ("scale", "shift", "gate", "mean", "rstd", "cos", "sin", "lse", "delta")
-INTEGER_POINTERS = {"index_ptr": "*i64", "count_ptr": "*i32", "frames_ptr": "*i32"}
+INTEGER_POINTERS = {"index_ptr": "*i64", "count_ptr": "*i32", "frames_ptr": "*i32", "runs_ptr": "*i32"}
 # Frames of 880 tokens, the width of Wan2.2-5B.
 RUN, DIM, HEAD_DIM = 880, 3072, 128
 
@@ -50,7 +54,8 @@ def attention_kernels():
 
 
 def source(kernel, constants):
-    """The kernel with the types it has in a bfloat16 model, and channels next to each other in memory."""
+    """The kernel with the types it has in a bfloat16 model, channels next to each other in memory, and addresses and strides
+    that 16 divides, which Triton sees at a launch."""
     constants = {**constants, **{name: 1 for name in kernel.arg_names if name.endswith(("_d", "_h"))}}
     signature = {}
     for name in kernel.arg_names:
@@ -63,16 +68,39 @@ def source(kernel, constants):
             signature[name] = "*fp32" if is_wide else "*bf16"
         else:
             signature[name] = "fp32" if name in ("eps", "scale") else "i32"
-    return ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in constants.items()})
+    aligned = [name for name in signature if name.endswith(("_ptr", "_b", "_l", "_n", "_r")) and name not in constants]
+    return ASTSource(
+        kernel,
+        signature,
+        {(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+# Of each compute capability, bytes of shared memory that a block may take (CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability"), and bytes of registers that a thread may spill. 8.6 has less of both than 8.0.
+LIMITS = {86: (99 * 1024, 112), 90: (227 * 1024, 0)}
+
+
+def stack_bytes(cubin: bytes, path: Path) -> int:
+    """What a thread keeps in local memory: registers that were spilled."""
+    path.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
+    return max(map(int, re.findall(r"STACK:(\d+)", usage.stdout + usage.stderr)))
+
+
+@pytest.mark.parametrize("capability", list(LIMITS))
 @pytest.mark.parametrize("kernels", [row_kernels, rope_kernels, attention_kernels])
-def test_compiles(kernels, capability, tmp_path, monkeypatch):
+def test_fits(kernels, capability, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for kernel, options in kernels():
         launch = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
         constants = {name: value for name, value in options.items() if name not in launch}
         target = GPUTarget("cuda", capability, warp_size=32)
         compiled = triton.compile(source(kernel, constants), target, launch)
-        assert compiled.asm["cubin"] and compiled.metadata.num_warps == options["num_warps"]
+        assert compiled.metadata.num_warps == options["num_warps"]
+        name = f"{kernel.fn.__name__} {options}"
+        shared_memory, spilled = LIMITS[capability]
+        assert compiled.metadata.shared <= shared_memory, name
+        assert stack_bytes(compiled.asm["cubin"], tmp_path / "kernel.cubin") <= spilled, name

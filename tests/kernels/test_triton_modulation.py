@@ -1,6 +1,7 @@
 """The Triton kernels of the modulation against the definition in float64: output and every gradient."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -79,6 +80,23 @@ def check(tensors, grad, row_index=None, rounding=0.0):
     for name, value in actual.items():
         assert_close(value, expected[name], name, rounding)
     return actual
+
+
+@pytest.mark.parametrize("dim", [40, 1100])
+def test_a_norm_with_weights(dim, device, guarded):
+    """Outputs and all gradients, against LayerNorm in float64."""
+    x, *_, grad = make((2, 13, dim, 1), device)
+    norm = torch.nn.LayerNorm(dim, eps=EPS, device=device)
+    torch.nn.init.normal_(norm.weight, 1, 0.3)
+    torch.nn.init.normal_(norm.bias)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        module, tokens = copy.deepcopy(norm).to(dtype), x.to(dtype).requires_grad_()
+        with kernels.use_kernels("triton" if dtype == torch.float32 else "auto"):
+            out = kernels.layer_norm(tokens, module)
+        found.append((out, *torch.autograd.grad(out, (tokens, module.weight, module.bias), grad.to(dtype))))
+    for actual, expected, name in zip(*found, ("out", "tokens", "weight", "bias"), strict=True):
+        assert_close(actual, expected, name)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

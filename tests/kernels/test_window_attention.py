@@ -81,6 +81,33 @@ def test_output_and_gradients(form, tokens):
             )
 
 
+def test_a_table_is_read_once_and_again_after_a_change():
+    calls = []
+    read = attention.once_for_tensor(lambda seen: calls.append(1) or seen.sum().item())
+    seen = two_clips()
+    assert read(seen) == read(seen) == seen.sum() and len(calls) == 1
+    seen[0, 0, 5] = True
+    assert read(seen) == seen.sum() and len(calls) == 2
+    assert read(seen.clone()) == seen.sum() and len(calls) == 3
+    with torch.inference_mode():
+        assert read(torch.ones(1, 2, 2, dtype=torch.bool)) == 4
+
+
+def test_frames_that_see_as_many_share_a_call(monkeypatch):
+    """31 frames with a window of 3 and an anchor at 0: 24 frames see 8, two 7, two 6, two 5, one 4."""
+    times = torch.full((1, 31), 500.0)
+    times[0, 0] = 0
+    calls, stock = [], attention.F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        attention.F,
+        "scaled_dot_product_attention",
+        lambda q, k, v: calls.append((len(q), k.shape[2])) or stock(q, k, v),
+    )
+    *inputs, _ = make(1, 31, 2, 1, 4)
+    attention.gathered_frame_attention(*inputs, attention.anchor_window(times, 3))
+    assert sorted(calls) == [(1, 8), (2, 10), (2, 12), (2, 14), (24, 16)]
+
+
 # Frames smaller than a block of FlexAttention, larger, and equal to it.
 @pytest.mark.parametrize("tokens", [7, 50, 128, 200])
 def test_flex_attention(tokens):

@@ -1,0 +1,363 @@
+"""Everything that is worth measuring on a GPU, in one process that ends in time.
+
+    python examples/benchmarks/gpu_run.py --deadline 470                    # all steps, the most valuable first
+    python examples/benchmarks/gpu_run.py --only decode,lora --deadline 120
+    python examples/benchmarks/gpu_run.py --size tiny --device cpu          # a dry run
+
+Random weights at Wan2.2-TI2V-5B's size. A step begins if the seconds that it needs are left, is stopped at its limit, and
+writes its report before the next begins, so that a cut leaves what was measured. `render.py` makes tables of the reports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import runpy
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from harness import (
+    RESULTS,
+    SIZES,
+    bar,
+    build_transformer,
+    count_flops,
+    describe,
+    peak_bytes,
+    synchronize,
+    transformer_inputs,
+    write_report,
+)
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diffusers_fvg import kernels
+from diffusers_fvg.animate import decoding
+from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
+from diffusers_fvg.kernels import attention
+from diffusers_fvg.pipelines.profiles import WAN_VAES
+
+
+HERE = Path(__file__).parent
+# The marker `gpu` in files that need no package but the requirements: `av` may be missing where a GPU is.
+TESTS = ["tests/kernels", "tests/animate/test_attention.py", "tests/pipelines/test_pipeline_factorized_video.py"]
+TESTED_GPUS = Path(kernels.__file__).parent / "tested_gpus.json"
+
+
+class Late(Exception):
+    """A step is over its limit."""
+
+
+class Run:
+    """What all steps share.
+
+    Args:
+        size (`str`): of `harness.SIZES`.
+        device (`str`): torch's name.
+        output (`Path`): folder for the reports.
+        deadline (`float`): seconds from the start of the process.
+    """
+
+    def __init__(self, size: str, device: str, output: Path, deadline: float):
+        self.name, self.size, self.device, self.output = size, SIZES[size], device, output
+        self.begin, self.deadline, self.log = time.monotonic(), deadline, []
+        self.on_gpu = device.startswith("cuda")
+
+    @property
+    def left(self) -> float:
+        return self.deadline - (time.monotonic() - self.begin)
+
+    def seconds(self, call: Callable[[], object], repeats: int = 3) -> float:
+        """Median over calls, after one that is not counted."""
+        found = []
+        for _ in range(repeats + 1):
+            synchronize(self.device)
+            begin = time.perf_counter()
+            call()
+            synchronize(self.device)
+            found.append(time.perf_counter() - begin)
+        return statistics.median(found[1:])
+
+    def report(
+        self, step: str, title: str, runs: list[dict], bars: tuple = (), notes: str = "", **settings: Any
+    ) -> None:
+        settings = describe(self.name, self.device, 3) | settings
+        write_report(self.output / f"{step}.json", f"On a GPU: {title}", self.device, settings, runs, [*bars], notes)
+
+    def step(self, name: str, needs: float, limit: float, call: Callable[[Run], object]) -> None:
+        """Runs `call` if `needs` seconds are left, and stops it after `limit`."""
+        if self.left < needs:
+            self.log.append((name, f"skipped: {self.left:.0f} s left"))
+            return
+        print(f"== {name}, {self.left:.0f} s left", flush=True)
+        # The last active backend of the process is that of other models too.
+        _AttentionBackendRegistry._active_backend = AttentionBackendName.NATIVE
+        begin, status = time.monotonic(), "done"
+        signal.setitimer(signal.ITIMER_REAL, max(1, min(limit, self.left - 2)))
+        try:
+            call(self)
+        except Late:
+            status = "stopped at its limit"
+        except (SystemExit, Exception) as error:
+            status = f"{type(error).__name__}: {error}".partition("\n")[0]
+            traceback.print_exc()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        self.log.append((name, f"{status} after {time.monotonic() - begin:.0f} s"))
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
+    def transformer(self, stock: bool = False) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+        """Stock or ours, and its inputs."""
+        cls = WanTransformer3DModel if stock else AnchorConditionedTransformer3D
+        return build_transformer(cls, self.size, self.device), transformer_inputs(
+            self.size, self.device, per_token=stock
+        )
+
+    @property
+    def window(self) -> int:
+        return min(3, (self.size.latent_frames - 1) // 4)
+
+
+def tests(run: Run) -> None:
+    """The suite's tests that need a GPU, in a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfE", "--tb=short", *TESTS]
+    done = subprocess.run(command, cwd=HERE.parents[1], capture_output=True, text=True, check=False)
+    print(done.stdout[-3000:])
+    summary = done.stdout.strip().splitlines()[-1]
+    run.report("tests", "tests marked gpu", [{"summary": summary}], exit_status=done.returncode)
+    if done.returncode == 0 and run.on_gpu:
+        import triton
+
+        # From now on `FVG_KERNELS=auto` takes the kernels on this compute capability.
+        table = json.loads(TESTED_GPUS.read_text(encoding="utf-8"))
+        capability = ".".join(map(str, torch.cuda.get_device_capability(run.device)))
+        name, date = torch.cuda.get_device_name(run.device), datetime.date.today().isoformat()
+        table[capability] = f"{name}, torch {torch.__version__}, triton {triton.__version__}, {date}"
+        TESTED_GPUS.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def attention_forms(run: Run) -> None:
+    """One layer's self-attention: dense backends, and every form with a window."""
+    heads, head_dim = run.size.config["num_attention_heads"], run.size.config["attention_head_dim"]
+    qkv = [torch.randn(1, run.size.tokens, heads, head_dim, device=run.device, dtype=run.size.dtype) for _ in range(3)]
+    times = torch.full((1, run.size.latent_frames), 900.0, device=run.device)
+    times[:, 0] = 0
+    seen = attention.anchor_window(times, run.window)
+    share, flops = seen.float().mean().item(), 4 * run.size.tokens**2 * heads * head_dim
+    transposed = [x.transpose(1, 2) for x in qkv]
+    rows: list[dict] = []
+
+    def add(form: str, call: Callable[[], torch.Tensor], share: float = 1.0) -> None:
+        seconds = run.seconds(call, 5)
+        rows.append(
+            {"form": form, "milliseconds": 1e3 * seconds, "TFLOP/s of the pairs seen": share * flops / seconds / 1e12}
+        )
+
+    add("dense, torch's choice", lambda: torch.nn.functional.scaled_dot_product_attention(*transposed))
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION) if run.on_gpu else (SDPBackend.MATH,):
+        with sdpa_kernel(backend):
+            add(f"dense, {backend.name}", lambda: torch.nn.functional.scaled_dot_product_attention(*transposed))
+            add(f"window, gathered, {backend.name}", lambda: attention.gathered_frame_attention(*qkv, seen), share)
+    if run.on_gpu:
+        with kernels.use_kernels("triton"):
+            add("window, Triton", lambda: kernels.frame_attention(*qkv, seen), share)
+            add("all frames, Triton", lambda: kernels.frame_attention(*qkv, torch.ones_like(seen)))
+    run.report("attention_forms", "self-attention of a layer", rows, window=run.window, share_of_frame_pairs=share)
+
+
+@torch.no_grad()
+def steps(run: Run) -> None:
+    """One forward: stock, and ours with either kernels, eager and compiled, and with the window."""
+    flops, rows, seconds = count_flops(AnchorConditionedTransformer3D, run.size, False), [], {}
+
+    def add(name: str, model: torch.nn.Module, inputs: dict[str, torch.Tensor], choice: str) -> None:
+        with kernels.use_kernels(choice):
+            seconds[name] = run.seconds(lambda: model(**inputs, return_dict=False))
+            # What Triton and the compiler take is seen by the GPU's allocator alone.
+            known = [*model.parameters(), *inputs.values()]
+            memory = peak_bytes(lambda: model(**inputs, return_dict=False), run.device, known) if run.on_gpu else None
+        dense = flops / seconds[name] / 1e12 if "window" not in name else None
+        rows.append(
+            {
+                "forward": name,
+                "seconds": seconds[name],
+                "TFLOP/s": dense,
+                "MiB above weights": memory and memory / 2**20,
+            }
+        )
+
+    for compiled in ("eager", "compiled"):
+        for stock in (True, False):
+            torch.compiler.reset()
+            model, inputs = run.transformer(stock)
+            if compiled == "compiled":
+                model.compile_repeated_blocks(fullgraph=True)
+            if stock:
+                add(f"stock, {compiled}", model, inputs, "reference")
+                continue
+            add(f"ours, {compiled}, torch", model, inputs, "reference")
+            add(f"ours, {compiled}, kernels", model, inputs, "auto")
+            model.set_anchor_window(run.window)
+            add(f"ours, {compiled}, kernels, window {run.window}", model, inputs, "auto")
+        del model
+    bars = [
+        bar("anchored step, eager: time of stock's", 0.7, seconds["ours, eager, kernels"] / seconds["stock, eager"]),
+        bar(
+            "anchored step, compiled: time of stock's",
+            0.95,
+            seconds["ours, compiled, kernels"] / seconds["stock, compiled"],
+        ),
+        bar(
+            f"step with window {run.window}: time of the dense one",
+            0.7,
+            seconds[f"ours, compiled, kernels, window {run.window}"] / seconds["ours, compiled, kernels"],
+        ),
+    ]
+    run.report("steps", "a forward", rows, bars, PFLOP=flops / 1e15)
+
+
+def decode(run: Run) -> None:
+    """The VAE's decoder on 5 latent frames, as it is and sped up, and what follows for the whole clip."""
+    channels = run.size.config["in_channels"]
+    tiny = {"base_dim": 4, "decoder_base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+    config = WAN_VAES[channels] | (tiny if run.name == "tiny" else {})
+    with torch.device(run.device):
+        vae = AutoencoderKLWan(**config | {"latents_mean": [0.0] * channels, "latents_std": [1.0] * channels})
+    vae = vae.eval().to(run.size.dtype)
+    shape = (1, channels, 5, run.size.latent_height, run.size.latent_width)
+    latents, rows = torch.randn(shape, device=run.device, dtype=run.size.dtype), []
+
+    def add(name: str) -> None:
+        whole, first = (
+            run.seconds(lambda n=n: list(decoding.decode_chunks(vae, latents[:, :, :n], decoding.to_uint8)), 2)
+            for n in (5, 1)
+        )
+        each = (whole - first) / 4
+        rows.append(
+            {"decoder": name, "a latent frame": each, "whole clip": first + each * (run.size.latent_frames - 1)}
+        )
+
+    with torch.no_grad():
+        add("as it is")
+        torch.backends.cudnn.benchmark = True
+        add("convolutions chosen by trying")
+        torch.backends.cudnn.benchmark = False
+        if run.on_gpu:
+            for block in (vae.decoder.mid_block, *vae.decoder.up_blocks):
+                block.compile()
+            add("blocks compiled")
+    run.report("decode", "decoding", rows)
+
+
+@torch.no_grad()
+def lora(run: Run) -> None:
+    """One forward with an anchor LoRA of rank 128: unfused, fused, without."""
+    from peft import LoraConfig
+
+    model, inputs = run.transformer()
+    rows = [{"LoRA": "none", "seconds": run.seconds(lambda: model(**inputs, return_dict=False))}]
+    # The targets of the trainer's own recipe.
+    model.add_adapter(
+        LoraConfig(r=128, target_modules=["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"])
+    )
+    model.to(run.size.dtype)
+    rows.append(
+        {"LoRA": "rank 128, layers of its own", "seconds": run.seconds(lambda: model(**inputs, return_dict=False))}
+    )
+    model.fuse_lora()
+    rows.append({"LoRA": "rank 128, fused", "seconds": run.seconds(lambda: model(**inputs, return_dict=False))})
+    run.report("lora", "an anchor LoRA", rows)
+
+
+@torch.no_grad()
+def profile(run: Run) -> None:
+    """Where one eager forward with kernels goes."""
+    from torch.profiler import ProfilerActivity
+
+    model, inputs = run.transformer()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if run.on_gpu else [])]
+    with kernels.use_kernels("auto"):
+        model(**inputs, return_dict=False)
+        with torch.profiler.profile(activities=activities) as found:
+            model(**inputs, return_dict=False)
+            synchronize(run.device)
+    key = "self_device_time_total" if run.on_gpu else "self_cpu_time_total"
+    events = sorted(found.key_averages(), key=lambda event: -getattr(event, key))[:24]
+    rows = [{"operation": e.key[:80], "milliseconds": getattr(e, key) / 1e3, "calls": e.count} for e in events]
+    run.report("profile", "operations of a forward", rows)
+
+
+def benchmark(name: str, run: Run) -> None:
+    """A script of this folder, its report beside the others."""
+    arguments = [
+        "--size",
+        run.name,
+        "--device",
+        run.device,
+        "--output",
+        str(run.output / f"{name}.json"),
+        "--repeats",
+        "3",
+    ]
+    before, sys.argv = sys.argv, [name, *arguments]
+    try:
+        torch.compiler.reset()
+        runpy.run_path(str(HERE / f"benchmark_{name}.py"), run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+# Name, seconds that it needs, its limit, call.
+STEPS: list[tuple[str, float, float, Callable[[Run], Any]]] = [
+    ("steps", 60, 120, steps),
+    ("attention_forms", 15, 40, attention_forms),
+    ("decode", 30, 70, decode),
+    ("lora", 20, 40, lora),
+    ("tests", 60, 170, tests),
+    ("kernels", 30, 60, partial(benchmark, "kernels")),
+    ("training_step", 60, 150, partial(benchmark, "training_step")),
+    ("attention", 40, 80, partial(benchmark, "attention")),
+    ("profile", 15, 30, profile),
+    ("transformer_step", 90, 200, partial(benchmark, "transformer_step")),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=sorted(SIZES), default="5b")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--output", type=Path, default=RESULTS / "gpu", help="folder (default: %(default)s)")
+    parser.add_argument("--deadline", type=float, default=470, help="seconds in all (default: %(default)s)")
+    parser.add_argument("--only", default="", help=f"names with commas, of {', '.join(name for name, *_ in STEPS)}")
+    args = parser.parse_args()
+    wanted = set(filter(None, args.only.split(",")))
+    if unknown := wanted - {name for name, *_ in STEPS}:
+        parser.error(f"--only {','.join(sorted(unknown))}: there are no such steps.")
+    run = Run(args.size, args.device, args.output, args.deadline)
+
+    def late(*_: Any) -> None:
+        raise Late
+
+    signal.signal(signal.SIGALRM, late)
+    for name, needs, limit, call in STEPS:
+        if not wanted or name in wanted:
+            run.step(name, needs, limit, call)
+    for name, status in run.log:
+        print(f"{name}: {status}")
+
+
+if __name__ == "__main__":
+    main()
