@@ -52,7 +52,10 @@ class ModelLoad:
         else:
             (part,) = parts
             # The other parts, without weights, check the call.
-            pipe = look(arguments, lora=False).load_part(part)
+            model = look(arguments, lora=False)
+            pipe = model.load_part(part)
+            if part == "composer" and model.source.has("anchor_judge"):
+                model.load_part("anchor_judge")
         # There is one for the whole run.
         pipe.set_progress_bar_config(disable=True)
         return pipe

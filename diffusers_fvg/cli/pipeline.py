@@ -125,7 +125,7 @@ class Model:
         from ..recipes import load_part
 
         arguments = self.arguments
-        own = self.parts[part]
+        own = self.parts.get(part)
         component = load_part(
             part,
             model_name(arguments),

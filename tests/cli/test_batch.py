@@ -84,5 +84,6 @@ def test_each_stage_is_loaded_alone():
     rewriting, composing = load({"rewriter"}), load({"composer"})
     assert rewriting.rewriter.model is not None and composing.composer.pipeline is not None
     assert all(pipe.transformer.device.type == "meta" for pipe in (rewriting, composing))
+    assert composing.anchor_judge.device.type == "cpu"
     animating = load({"lora", "video"})
     assert animating.rewriter is None and animating.composer is None and animating.transformer.device.type == "cpu"

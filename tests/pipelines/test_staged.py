@@ -29,7 +29,7 @@ class Greenness:
         return [Judgement(float(np.asarray(image)[..., 1].mean())) for image in images]
 
 
-SHORT = {"num_inference_steps": 1, "composer_num_inference_steps": 2}
+SHORT = {"num_inference_steps": 1, "composer_num_inference_steps": 2, "composer_num_candidates": 1}
 CALLS = {
     "factorized": {**SHORT, "composer_negative_prompt": "blue"},
     "direct": {"num_inference_steps": 1, "mode": "direct"},
@@ -59,10 +59,13 @@ def test_stages_one_by_one_are_the_call(pipe, kind):
 
 
 def test_each_stage_needs_the_models_of_its_own_alone(pipe):
-    call = {"prompt": PROMPT, **SHORT}
+    # The judge chooses, which is stage 2.
+    call = {"prompt": PROMPT, **SHORT, "composer_num_candidates": 2}
     alone = [outline(find_source(EMBEDDED_FOLDER, None, {}), torch.float32) for _ in range(2)]
-    alone[0].rewriter, alone[1].composer = pipe.rewriter, pipe.composer
-    last = type(pipe).from_pretrained(EMBEDDED_FOLDER, rewriter=None, composer=None, dtype=torch.float32)
+    alone[0].rewriter, alone[1].composer, alone[1].anchor_judge = pipe.rewriter, pipe.composer, pipe.anchor_judge
+    last = type(pipe).from_pretrained(
+        EMBEDDED_FOLDER, rewriter=None, composer=None, anchor_judge=None, dtype=torch.float32
+    )
     last.register_to_config(_name_or_path="embedded")
     last.origin = pipe.origin
     output = staged(*alone, last, call, 5)
