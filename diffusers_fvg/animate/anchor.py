@@ -65,6 +65,24 @@ class Anchor:
 
 
 @dataclass(frozen=True)
+class AppendedAnchors:
+    """Anchors that are latent frames of their own behind those of the clip, each of one picture.
+
+    Args:
+        latents (`torch.Tensor` of shape `(B, C, A, h, w)`): normalised clean latents of single pictures.
+        strength (`torch.Tensor` of shape `(B, A)`): in (0, 1]; 0 where a clip has fewer anchors than others.
+        noise (`torch.Tensor` of shape `(B, C, A, h, w)`): what anchors of a strength below 1 are mixed with.
+        positions (`torch.Tensor` of shape `(B, A)`): from [`placing.frame_position`]; below 0 where the strength is 0. They stay on the
+            host, where the model reads them.
+    """
+
+    latents: torch.Tensor
+    strength: torch.Tensor
+    noise: torch.Tensor
+    positions: torch.Tensor
+
+
+@dataclass(frozen=True)
 class AnchorLatents:
     """Anchors in latent form, the same for training and sampling.
 
@@ -72,18 +90,26 @@ class AnchorLatents:
         latents (`torch.Tensor` of shape `(B, C, f, h, w)`): normalised clean latents, zero where nothing is anchored.
         strength (`torch.Tensor` of shape `(B, f)`): in [0, 1]; 0 where nothing is anchored.
         noise (`torch.Tensor` of shape `(B, C, f, h, w)`): what anchors of a strength below 1 are mixed with.
+        appended (`AppendedAnchors`, *optional*): those behind the clip.
     """
 
     latents: torch.Tensor
     strength: torch.Tensor
     noise: torch.Tensor
+    appended: AppendedAnchors | None = None
+
+    def to(self, device: torch.device) -> AnchorLatents:
+        moved = [tensor.to(device) for tensor in (self.latents, self.strength, self.noise)]
+        if self.appended is None:
+            return AnchorLatents(*moved)
+        more = self.appended
+        tensors = [tensor.to(device) for tensor in (more.latents, more.strength, more.noise)]
+        return AnchorLatents(*moved, AppendedAnchors(*tensors, more.positions))
 
     def impose(self, latents: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
         """Puts the anchors into `latents` `(B, C, f, h, w)` at noise level `sigma`, a number or of shape `(B,)`."""
-        sigma = torch.as_tensor(sigma, dtype=self.strength.dtype, device=self.strength.device)
-        frame_sigma = ((1 - self.strength) * sigma.reshape(-1, 1))[:, None, :, None, None]
         anchored = (self.strength > 0)[:, None, :, None, None]
-        return torch.where(anchored, add_noise(self.latents, self.noise, frame_sigma).to(latents.dtype), latents)
+        return torch.where(anchored, _noised(self, sigma).to(latents.dtype), latents)
 
     def hold(self, velocity: torch.Tensor, latents: torch.Tensor, sigma: float) -> torch.Tensor:
         """Replaces the predicted velocity of anchored frames by the one whose clean estimate is the anchor itself.
@@ -94,13 +120,21 @@ class AnchorLatents:
         return torch.where(anchored, ((latents - self.latents) / sigma).to(velocity.dtype), velocity)
 
 
+def _noised(anchors: AnchorLatents | AppendedAnchors, sigma: torch.Tensor | float) -> torch.Tensor:
+    """The latents with the noise that is left to each at the clip's noise level, a number or of shape `(B,)`."""
+    sigma = torch.as_tensor(sigma, dtype=anchors.strength.dtype, device=anchors.strength.device)
+    frame_sigma = ((1 - anchors.strength) * sigma.reshape(-1, 1))[:, None, :, None, None]
+    return add_noise(anchors.latents, anchors.noise, frame_sigma)
+
+
 def anchored_model_input(
     latents: torch.Tensor, sigma: torch.Tensor | float, timestep: torch.Tensor, anchors: AnchorLatents | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `(hidden_states, timestep)` of one forward, for the trainer and the pipeline alike.
+) -> dict[str, torch.Tensor]:
+    """What the transformer is called with in one forward, beside the text, for the trainer and the pipeline alike.
 
     A fixed anchor is clean and has time 0, the other frames share the clip's time (Factorized Video Generation, arXiv
-    2512.16371, Figure 2; the per-frame time is that of Wan2.2-TI2V-5B).
+    2512.16371, Figure 2; the per-frame time is that of Wan2.2-TI2V-5B). Appended anchors follow the clip, as the keyframes of
+    diffusers' `LTX2ConditionPipeline`.
 
     Args:
         latents (`torch.Tensor` of shape `(B, C, f, h, w)`): noisy latents of the clip.
@@ -109,82 +143,25 @@ def anchored_model_input(
         anchors (`AnchorLatents`, *optional*): `None` for plain text-to-video.
 
     Returns:
-        `hidden_states` of shape `(B, C, f, h, w)`, and `timestep` of shape `(B, f)`, or `(B,)` without anchors.
+        `dict`: `hidden_states` of shape `(B, C, f, h, w)`, and `timestep` of shape `(B, f)`, or `(B,)` without anchors. With
+        appended ones both have `f + A` frames, and there is `anchor_positions` of shape `(B, A)`.
     """
     if anchors is None:
-        return latents, timestep
-    return anchors.impose(latents, sigma), (1 - anchors.strength) * timestep.to(anchors.strength.dtype)[:, None]
-
-
-def latent_index(frame_index: int, temporal: int = 4) -> int:
-    """Latent that holds a pixel frame: 0 for frame 0, then one for every `temporal` frames."""
-    return 0 if frame_index == 0 else 1 + (frame_index - 1) // temporal
+        return {"hidden_states": latents, "timestep": timestep}
+    hidden_states, strength, more = anchors.impose(latents, sigma), anchors.strength, {}
+    if anchors.appended is not None:
+        behind = _noised(anchors.appended, sigma).to(hidden_states.dtype)
+        hidden_states = torch.cat([hidden_states, behind], dim=2)
+        strength = torch.cat([strength, anchors.appended.strength], dim=1)
+        more["anchor_positions"] = anchors.appended.positions
+    timestep = (1 - strength) * timestep.to(strength.dtype)[:, None]
+    return {"hidden_states": hidden_states, "timestep": timestep} | more
 
 
 def pictures_of(image: Picture | Sequence[Picture]) -> list[Picture]:
     """The pictures of an anchor in time order: one, or those of a run."""
     several = isinstance(image, (list, tuple)) or (isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim == 4)
     return list(image) if several else [image]
-
-
-def covered_latents(anchor: Anchor, num_frames: int, temporal: int = 4) -> range:
-    """Latents that an anchor of a clip of `num_frames` frames stands for.
-
-    Raises:
-        `ValueError`: outside the clip, or a run that covers a part of a latent frame.
-    """
-    if not -num_frames <= anchor.frame_index < num_frames:
-        raise ValueError(
-            f"Anchor at `frame_index={anchor.frame_index}` lies outside the clip of {num_frames} frames; use "
-            f"{-num_frames} to {num_frames - 1}."
-        )
-    count, frame = len(pictures_of(anchor.image)), anchor.frame_index % num_frames
-    first = latent_index(frame, temporal)
-    if count == 1:
-        return range(first, first + 1)
-    run = f"A run of {count} frames at `frame_index={anchor.frame_index}` in a clip of {num_frames} frames"
-    alone = int(frame == 0)
-    if not alone and (frame - 1) % temporal:
-        starts = [1 + (first - 1) * temporal, 1 + first * temporal]
-        # Counted as the caller did.
-        starts = [start + anchor.frame_index - frame for start in starts if start < num_frames]
-        raise ValueError(
-            f"{run} begins within a latent frame, which stands for {temporal} frames; nearest `frame_index`: "
-            f"{' and '.join(map(str, starts))}."
-        )
-    longest = num_frames - frame
-    if not 0 < count <= longest or (count - alone) % temporal:
-        below = alone + (min(count, longest) - alone) // temporal * temporal
-        counts = [fitting for fitting in (below, below + temporal) if 0 < fitting <= longest]
-        raise ValueError(
-            f"{run} must cover whole latent frames, {temporal}k{' + 1' * alone} frames that end within the clip; nearest: "
-            f"{' and '.join(map(str, counts))}."
-        )
-    return range(first, first + (count - alone) // temporal + alone)
-
-
-def resolve_anchors(anchors: Sequence[Anchor], num_frames: int, temporal: int = 4) -> list[tuple[range, Anchor]]:
-    """Checks the anchors of one clip and returns `(latents, anchor)` pairs in time order.
-
-    Raises:
-        `ValueError`: as in `covered_latents`; a strength outside (0, 1], or two anchors on one latent frame.
-    """
-    placed: dict[int, Anchor] = {}
-    pairs = []
-    for anchor in anchors:
-        latents = covered_latents(anchor, num_frames, temporal)
-        if not 0 < anchor.strength <= 1:
-            raise ValueError(f"Anchor `strength={anchor.strength}` must lie in (0, 1]; leave the anchor out for 0.")
-        for index in latents:
-            if index in placed:
-                frames = sorted(item.frame_index % num_frames for item in (placed[index], anchor))
-                raise ValueError(
-                    f"Anchors at frames {frames[0]} and {frames[1]} fall on the same latent frame {index}; keep one of them "
-                    f"or move one away. Frame 0 is a latent frame of its own, then each stands for {temporal} frames."
-                )
-            placed[index] = anchor
-        pairs.append((latents, anchor))
-    return sorted(pairs, key=lambda pair: pair[0].start)
 
 
 def pair_anchors(anchors, num_prompts: int, num_videos_per_prompt: int) -> list[list[Anchor]]:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..schedules.cogvideox import add_noise, times_of
-from .anchor import Anchor, AnchorLatents, resolve_anchors
+from .anchor import Anchor, AnchorLatents
+from .placing import resolve_anchors
 
 
 def num_padding_frames(num_latent_frames: int, patch_size_t: int) -> int:

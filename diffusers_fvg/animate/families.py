@@ -19,8 +19,9 @@ import PIL.Image
 from diffusers import DiffusionPipeline
 
 from ..loading.pipeline_component import call_arguments
-from .anchor import Anchor, latent_index, pictures_of
+from .anchor import Anchor, pictures_of
 from .family import AnimatorFamily, anchors_at, sibling_of, temporal_stride
+from .placing import latent_index
 
 
 # -- anchors of a video to arguments of its call: see `family.AnchorArguments` -----------------------------------------

@@ -16,6 +16,7 @@ from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockR
 from diffusers.models._modeling_parallel import ContextParallelInput
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import (
@@ -58,7 +59,7 @@ class AnchorConditionedAttnProcessor(WanAttnProcessor):
             hidden_states (`torch.Tensor` of shape `(B, L, D)`): video tokens.
             encoder_hidden_states (`torch.Tensor`, *optional*): text tokens, in cross-attention.
             attention_mask (`torch.Tensor`, *optional*): as the attention backend takes it.
-            rotary_emb (`tuple` of two `torch.Tensor` of shape `(1, L, 1, head_dim)`, *optional*): cosines and sines.
+            rotary_emb (`tuple` of two `torch.Tensor` of shape `(1 or B, L, 1, head_dim)`, *optional*): cosines and sines.
             seen (`torch.Tensor` of shape `(B, F, F)`, *optional*): frames that each frame sees, in self-attention.
 
         Returns:
@@ -126,7 +127,7 @@ class AnchorConditionedTransformerBlock(WanTransformerBlock):
             hidden_states (`torch.Tensor` of shape `(B, L, D)`): video tokens, frame by frame.
             encoder_hidden_states (`torch.Tensor` of shape `(B, S, D)`): text tokens, image tokens before them.
             temb (`torch.Tensor` of shape `(B, R, 6, D)`, float32): modulation rows, `R` as in [`kernels.reference`].
-            rotary_emb (`tuple` of two `torch.Tensor` of shape `(1, L, 1, head_dim)`): cosines and sines.
+            rotary_emb (`tuple` of two `torch.Tensor` of shape `(1 or B, L, 1, head_dim)`): cosines and sines.
             row_index (`torch.Tensor` of shape `(L,)`, *optional*): row of each token, if not in equal runs.
             seen (`torch.Tensor` of shape `(B, F, F)`, *optional*): frames that each frame sees; all without it.
 
@@ -164,6 +165,44 @@ class RowIndex(nn.Module):
         return torch.arange(num_rows, device=device).repeat_interleave(num_tokens // num_rows)
 
 
+class AppendedRotaryEmbedding(nn.Module):
+    """Angles of the clip's tokens and, behind them, of appended frames at places of their own in time.
+
+    A module of its own so that context parallelism can shard its output.
+    """
+
+    def forward(
+        self, cos: torch.Tensor, sin: torch.Tensor, num_frames: int, positions: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            cos, sin (`torch.Tensor` of shape `(1, L, 1, head_dim)`): of the clip.
+            num_frames (`int`): of the clip.
+            positions (`torch.Tensor` of shape `(B, A)`, *optional*): of the appended frames.
+
+        Returns:
+            `tuple` of two `torch.Tensor` of shape `(B, L / num_frames * (num_frames + A), 1, head_dim)`; without appended
+            frames `cos` and `sin` themselves.
+        """
+        if positions is None:
+            return cos, sin
+        batch_size, num_appended = positions.shape
+        num_tokens = cos.shape[1] // num_frames
+        # Height and width have the first 2 * (head_dim // 6) channels from the end each, time the others.
+        time_dim = cos.shape[3] - 4 * (cos.shape[3] // 6)
+        # As the stock table is made, at real numbers.
+        turns = get_1d_rotary_pos_embed(
+            time_dim, positions.detach().cpu().double().flatten(), use_real=True, freqs_dtype=torch.float64
+        )
+        joined = []
+        for angles, turn in zip((cos, sin), turns, strict=True):
+            time = turn.to(angles).view(batch_size, num_appended, 1, 1, time_dim).expand(-1, -1, num_tokens, -1, -1)
+            space = angles[:, None, :num_tokens, :, time_dim:].expand(batch_size, num_appended, -1, -1, -1)
+            appended = torch.cat([time, space], dim=-1).flatten(1, 2)
+            joined.append(torch.cat([angles.expand(batch_size, -1, -1, -1), appended], dim=1))
+        return tuple(joined)
+
+
 class AnchorConditionedTransformer3D(StockWeights, WanTransformer3DModel):
     """Wan video transformer with one time per latent frame.
 
@@ -180,9 +219,11 @@ class AnchorConditionedTransformer3D(StockWeights, WanTransformer3DModel):
     # time_proj is added to the stock list: its output is the modulation.
     _keep_in_fp32_modules = [*WanTransformer3DModel._keep_in_fp32_modules, "time_proj"]
     # The stock plan shards a 2-D timestep as if it were per token. Here the times stay whole on every rank, and the row
-    # of each token is sharded with the tokens: a shard may begin in the middle of a frame.
+    # of each token is sharded with the tokens: a shard may begin in the middle of a frame. Angles are sharded once those of
+    # appended frames are among them.
     _cp_plan = {
-        **{name: plan for name, plan in WanTransformer3DModel._cp_plan.items() if name != ""},
+        **{name: plan for name, plan in WanTransformer3DModel._cp_plan.items() if name not in ("", "rope")},
+        "appended_rotary": WanTransformer3DModel._cp_plan["rope"],
         "row_index": {0: ContextParallelInput(split_dim=0, expected_dims=1, split_output=True)},
     }
 
@@ -208,6 +249,7 @@ class AnchorConditionedTransformer3D(StockWeights, WanTransformer3DModel):
             )
             block.attn1.set_processor(processor)
         self.row_index = RowIndex()
+        self.appended_rotary = AppendedRotaryEmbedding()
         self.anchor_window: int | None = None
 
     def set_anchor_window(self, window: int | None) -> None:
@@ -262,12 +304,14 @@ class AnchorConditionedTransformer3D(StockWeights, WanTransformer3DModel):
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
         anchor_window: int | None = None,
+        anchor_positions: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
         """Predict `noise - clean` for every latent.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(B, C, F, H, W)`):
-                Noisy latents, with anchors in place. `F`, `H`, `W` are multiples of the patch size.
+                Noisy latents, with anchors in place. `F`, `H`, `W` are multiples of the patch size. With `anchor_positions`
+                the last `A` of the `F` frames are anchors behind the clip, each a latent frame of one picture.
             timestep (`torch.Tensor` of shape `(B,)`, `(B, F)` or `(B, seq_len)`):
                 Times from 0 (clean) to 1000 (noise): one per sample, one per latent frame, or one per token (the stock
                 form: right, but with modulation the size of the tokens). With a temporal patch size above 1, none in
@@ -282,25 +326,31 @@ class AnchorConditionedTransformer3D(StockWeights, WanTransformer3DModel):
                 `{"scale": s}` weighs LoRA adapters by `s`.
             anchor_window (`int`, *optional*):
                 As in [`set_anchor_window`], for this forward; the model's own when left out.
+            anchor_positions (`torch.Tensor` of shape `(B, A)`, *optional*):
+                Places in time of the last `A` frames of `hidden_states`, in latent frames and fractions of them, from
+                [`~animate.placing.frame_position`]; below 0 for a frame that stands in where a clip has fewer anchors than
+                others of the batch, and which no frame sees. They are read on the host.
 
         Returns:
-            [`Transformer2DModelOutput`] or `tuple`: `sample` of shape `(B, out_channels, F, H, W)`.
+            [`Transformer2DModelOutput`] or `tuple`: `sample` of shape `(B, out_channels, F, H, W)`, without the frames of
+            `anchor_positions`.
 
         Raises:
-            `ValueError`: if the latents do not divide into patches or the timestep has none of the three shapes.
+            `ValueError`: if the latents do not divide into patches, the timestep has none of the three shapes, or the
+                positions do not fit the latents.
         """
         grid = self._patch_grid(hidden_states)
         num_tokens = grid[0] * grid[1] * grid[2]
         timestep = self._check_timestep(timestep, hidden_states.shape[0], grid)
-        seen = None
+        num_frames = grid[0] - self._count_appended(anchor_positions, hidden_states)
         window = self.anchor_window if anchor_window is None else anchor_window
-        if window is not None and timestep.shape[1] > 1:
-            seen = self._seen_frames(timestep, grid[0], window)
+        seen = self._seen_frames(timestep, num_frames, window, anchor_positions)
         # Rows cost next to nothing, and a compiled block with one row is not the one with a row for each frame.
         if timestep.shape[1] == 1:
             timestep = timestep.expand(-1, grid[0])
 
-        rotary_emb = self.rope(hidden_states)
+        rotary_emb = self.rope(hidden_states[:, :, : num_frames * self.config.patch_size[0]])
+        rotary_emb = self.appended_rotary(*rotary_emb, num_frames, anchor_positions)
         hidden_states = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
 
         # All tokens' rows, or under context parallelism those of this rank's tokens. An index is needed only where the
@@ -332,7 +382,7 @@ class AnchorConditionedTransformer3D(StockWeights, WanTransformer3DModel):
         hidden_states = self.proj_out(hidden_states)
 
         # (B, f*h*w, p_t*p_h*p_w*C) -> (B, C, f*p_t, h*p_h, w*p_w)
-        hidden_states = hidden_states.unflatten(2, (*self.config.patch_size, -1)).unflatten(1, grid)
+        hidden_states = hidden_states.unflatten(2, (*self.config.patch_size, -1)).unflatten(1, grid)[:, :num_frames]
         hidden_states = hidden_states.permute(0, 7, 1, 4, 2, 5, 3, 6)
         sample = hidden_states.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
@@ -368,13 +418,49 @@ class AnchorConditionedTransformer3D(StockWeights, WanTransformer3DModel):
             )
         return timestep.unsqueeze(1) if timestep.ndim == 1 else timestep
 
-    def _seen_frames(self, timestep: torch.Tensor, num_frames: int, window: int) -> torch.Tensor:
-        """Which frames see which, `(B, F, F)`, from times per frame or per token."""
+    def _count_appended(self, anchor_positions: torch.Tensor | None, hidden_states: torch.Tensor) -> int:
+        if anchor_positions is None:
+            return 0
+        batch_size, _, frames = hidden_states.shape[:3]
+        shape = tuple(anchor_positions.shape)
+        if len(shape) != 2 or shape[0] != batch_size or not 0 < shape[1] < frames:
+            raise ValueError(
+                f"anchor_positions has shape {shape}; pass ({batch_size}, A), with A below the {frames} frames of "
+                "hidden_states, whose last A they place."
+            )
+        if self.config.patch_size[0] > 1:
+            raise ValueError(
+                f"anchor_positions is for models whose patches are one latent frame long, not {self.config.patch_size[0]}: "
+                "leave it out."
+            )
+        return shape[1]
+
+    def _seen_frames(
+        self, timestep: torch.Tensor, num_frames: int, window: int | None, anchor_positions: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Which frames see which, `(B, F + A, F + A)`, from times per frame or per token; `None` where all see all."""
+        places, absent = None, None
+        if anchor_positions is not None:
+            anchor_positions = anchor_positions.to(timestep.device)
+            clip = torch.arange(num_frames, device=timestep.device).expand(len(timestep), -1)
+            # An anchor has the neighbours of the latent frame that it falls into.
+            places = torch.cat([clip, anchor_positions.round()], dim=1)
+            absent = places < 0 if (anchor_positions < 0).any() else None
+        if window is not None and timestep.shape[1] > 1:
+            count = num_frames if places is None else places.shape[1]
+            seen = frames_within_window(timestep.unflatten(1, (count, -1)).amax(dim=2), window, places)
+        elif absent is None:
+            return None
+        else:
+            seen = torch.ones(*absent.shape, absent.shape[1], dtype=torch.bool, device=absent.device)
         if any(block.attn1.processor._parallel_config is not None for block in self.blocks):
             raise ValueError(
                 "Window attention needs all tokens on one device; call set_anchor_window(None) for context parallelism."
+                if absent is None
+                else "Clips with fewer appended anchors than others need all tokens on one device; make them in a call of their "
+                "own, or without context parallelism."
             )
-        return frames_within_window(timestep.unflatten(1, (num_frames, -1)).amax(dim=2), window)
+        return seen if absent is None else seen & ~absent[:, None, :]
 
     def _time_rows(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Times `(B, R)` to embeddings `(B, R, D)` and block modulation `(B, R, 6, D)`, float32 or wider.

@@ -65,7 +65,8 @@ def add_rewrite(commands: argparse._SubParsersAction) -> None:
 
 
 def add_compose(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("compose", help="stage 2: first-frame prompt to anchor image")
+    what = "stage 2: first-frame prompt to anchor image, the best of several where the model has a judge"
+    parser = commands.add_parser("compose", help=what)
     parser.add_argument("first_frame_prompt", help="what is seen at first")
     add_model(parser)
     add_composer(parser)
@@ -243,6 +244,8 @@ def _compose(arguments: argparse.Namespace) -> None:
     size = [model.outline.call_defaults[name] if value is None else value for name, value in _size(arguments)]
     model.outline._check_size(*size)
     pipe, seed = model.load_part("composer"), _drawn_seed(arguments)
+    if pipe.anchor_judge is not None:
+        model.load_part("anchor_judge")
     options = {"num_inference_steps": arguments.num_inference_steps, "generator": _generator(seed)["generator"]}
     image = pipe.compose(arguments.first_frame_prompt, *size, **options)[0]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ def once_for_tensor(function: Callable[[torch.Tensor], _Found]) -> Callable[[tor
     return look
 
 
-def anchor_window(timestep: torch.Tensor, window: int) -> torch.Tensor:
+def anchor_window(timestep: torch.Tensor, window: int, places: torch.Tensor | None = None) -> torch.Tensor:
     """Each frame sees the anchors of its clip and the frames at most `window` away from it.
 
     A frame whose time is below the clip's own, the largest, is an anchor. A clip without anchors sees all of itself:
@@ -43,12 +43,15 @@ def anchor_window(timestep: torch.Tensor, window: int) -> torch.Tensor:
     Args:
         timestep (`torch.Tensor` of shape `(B, F)`): time of each latent frame.
         window (`int`): in latent frames, 0 for the frame itself and the anchors.
+        places (`torch.Tensor` of shape `(B, F)`, *optional*): of the frames in time, in latent frames; one after the other
+            when left out.
 
     Returns:
         `torch.Tensor` of shape `(B, F, F)`, `bool`.
     """
-    frame = torch.arange(timestep.shape[1], device=timestep.device)
-    near = (frame[:, None] - frame).abs() <= window
+    if places is None:
+        places = torch.arange(timestep.shape[1], device=timestep.device)[None]
+    near = (places[:, :, None] - places[:, None, :]).abs() <= window
     anchors = timestep < timestep.amax(dim=1, keepdim=True)
     return near | anchors[:, None, :] | ~anchors.any(dim=1)[:, None, None]
 

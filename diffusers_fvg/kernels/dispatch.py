@@ -131,7 +131,7 @@ def rms_norm_rope(
     Raises:
         `ValueError`: if the weights or angles do not fit the tokens.
     """
-    _, num_tokens, dim = query.shape
+    batch_size, num_tokens, dim = query.shape
     if key.shape != query.shape:
         raise ValueError(f"key has shape {tuple(key.shape)}; pass that of query, {tuple(query.shape)}.")
     for name, weight in (("query_weight", query_weight), ("key_weight", key_weight)):
@@ -139,10 +139,11 @@ def rms_norm_rope(
             raise ValueError(f"{name} has shape {tuple(weight.shape)}; pass ({dim},).")
     head_dim = cos.shape[-1]
     for name, angles in (("cos", cos), ("sin", sin)):
-        if angles.shape != (1, num_tokens, 1, head_dim) or head_dim % 2 or dim % head_dim:
+        shapes = [(count, num_tokens, 1, head_dim) for count in (1, batch_size)]
+        if tuple(angles.shape) not in shapes or head_dim % 2 or dim % head_dim:
             raise ValueError(
-                f"{name} has shape {tuple(angles.shape)}; pass (1, {num_tokens}, 1, head_dim), "
-                f"with an even head_dim that divides {dim}."
+                f"{name} has shape {tuple(angles.shape)}; pass (1, {num_tokens}, 1, head_dim), or {batch_size} of these for a "
+                f"batch, with an even head_dim that divides {dim}."
             )
         if angles.requires_grad:
             raise ValueError(f"{name} requires a gradient; the angles are constants here: pass {name}.detach().")

@@ -82,8 +82,8 @@ def rms_norm_rope(
         key (`torch.Tensor` of shape `(B, L, N * H)`): likewise.
         query_weight (`torch.Tensor` of shape `(N * H,)`): factor of the query's norm.
         key_weight (`torch.Tensor` of shape `(N * H,)`): factor of the key's norm.
-        cos (`torch.Tensor` of shape `(1, L, 1, H)`): cosines of the angles, every one twice in a row.
-        sin (`torch.Tensor` of shape `(1, L, 1, H)`): sines, likewise.
+        cos (`torch.Tensor` of shape `(1, L, 1, H)` or `(B, L, 1, H)`): cosines of the angles, every one twice in a row.
+        sin (`torch.Tensor` of the shape of `cos`): sines, likewise.
         eps (`float`): added to the mean square.
 
     Returns:

@@ -40,7 +40,7 @@ def _rms_norm_rope_fwd_kernel(
     query_ptr, key_ptr, query_weight_ptr, key_weight_ptr, cos_ptr, sin_ptr,
     query_out_ptr, key_out_ptr, query_rstd_ptr, key_rstd_ptr,
     L, N, H, eps,
-    query_b, query_l, query_d, key_b, key_l, key_d, cos_l, cos_h, sin_l, sin_h,
+    query_b, query_l, query_d, key_b, key_l, key_d, cos_b, cos_l, cos_h, sin_b, sin_l, sin_h,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """`out = rotate(x * rstd * weight)` for query and key; `rstd` (B, L) is kept for backward. Grid: (B * L,)."""
@@ -53,8 +53,8 @@ def _rms_norm_rope_fwd_kernel(
     # Both loads before the first sum: neither has to wait for the other.
     query = tl.load(query_ptr + b * query_b + l * query_l + d * query_d, mask=mask, other=0.0).to(tl.float32)
     key = tl.load(key_ptr + b * key_b + l * key_l + d * key_d, mask=mask, other=0.0).to(tl.float32)
-    cos = tl.load(cos_ptr + l * cos_l + pair * cos_h, mask=pair < H, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + l * sin_l + (pair + 1) * sin_h, mask=pair < H, other=0.0).to(tl.float32)
+    cos = tl.load(cos_ptr + b * cos_b + l * cos_l + pair * cos_h, mask=pair < H, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + b * sin_b + l * sin_l + (pair + 1) * sin_h, mask=pair < H, other=0.0).to(tl.float32)
     query_weight = tl.load(query_weight_ptr + d, mask=mask, other=0.0).to(tl.float32)
     key_weight = tl.load(key_weight_ptr + d, mask=mask, other=0.0).to(tl.float32)
 
@@ -71,7 +71,7 @@ def _rms_norm_rope_fwd_kernel(
 def _rms_norm_rope_bwd_kernel(
     grad_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, rstd_ptr, dx_ptr, dweight_ptr,
     num_tokens, L, N, H,
-    grad_b, grad_l, grad_n, grad_h, x_b, x_l, x_d, cos_l, cos_h, sin_l, sin_h,
+    grad_b, grad_l, grad_n, grad_h, x_b, x_l, x_d, cos_b, cos_l, cos_h, sin_b, sin_l, sin_h,
     WEIGHT_GRAD: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """With `n = x * rstd`, `g = rotate_back(grad)`: `dx = rstd * (g * weight - n * mean(g * weight * n))`,
@@ -90,8 +90,8 @@ def _rms_norm_rope_bwd_kernel(
         grad_ptrs = grad_ptr + b * grad_b + l * grad_l + n * grad_n + h * grad_h
         grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + b * x_b + l * x_l + d * x_d, mask=mask, other=0.0).to(tl.float32)
-        cos = tl.load(cos_ptr + l * cos_l + pair * cos_h, mask=pair < H, other=0.0).to(tl.float32)
-        sin = tl.load(sin_ptr + l * sin_l + (pair + 1) * sin_h, mask=pair < H, other=0.0).to(tl.float32)
+        cos = tl.load(cos_ptr + b * cos_b + l * cos_l + pair * cos_h, mask=pair < H, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + b * sin_b + l * sin_l + (pair + 1) * sin_h, mask=pair < H, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + token)
         # The inverse of a turn is the turn by the opposite angle.
         grad = _rotate(grad, cos, -sin, BLOCK_N, BLOCK_H)
@@ -110,6 +110,12 @@ def _block(dim: int, head_dim: int) -> dict[str, int]:
     return {"BLOCK_N": block_n, "BLOCK_H": block_h, "num_warps": max(1, min(16, block_n * block_h // 512))}
 
 
+def _angle_strides(angles: torch.Tensor) -> tuple[int, int, int]:
+    """Of sample, token and channel; those of one sample serve all."""
+    sample, token, _, channel = angles.stride()
+    return sample if angles.shape[0] > 1 else 0, token, channel
+
+
 @torch.library.custom_op(
     "diffusers_fvg::rms_norm_rope",
     mutates_args=(),
@@ -124,7 +130,7 @@ def _rms_norm_rope_op(query, key, query_weight, key_weight, cos, sin, eps):
         _rms_norm_rope_fwd_kernel[(batch_size * length,)](
             query, key, query_weight, key_weight, cos, sin, *outputs,
             length, dim // head_dim, head_dim, eps,
-            *query.stride(), *key.stride(), cos.stride(1), cos.stride(3), sin.stride(1), sin.stride(3),
+            *query.stride(), *key.stride(), *_angle_strides(cos), *_angle_strides(sin),
             **_block(dim, head_dim),
         )  # fmt: skip
     return outputs
@@ -154,7 +160,7 @@ def _rms_norm_rope_backward_op(grad, x, weight, cos, sin, rstd, weight_grad):
         _rms_norm_rope_bwd_kernel[(pieces,)](
             grad, x, weight, cos, sin, rstd, dx, dweight,
             batch_size * length, length, dim // head_dim, head_dim,
-            *grad.stride(), *x.stride(), cos.stride(1), cos.stride(3), sin.stride(1), sin.stride(3),
+            *grad.stride(), *x.stride(), *_angle_strides(cos), *_angle_strides(sin),
             WEIGHT_GRAD=weight_grad, TOKENS=_TOKENS_PER_SUM, **_block(dim, head_dim),
         )  # fmt: skip
     return dx, dweight.sum(0)

@@ -30,6 +30,11 @@ class AnchorLora:
         self.state_dict = state_dict
         self.metadata = metadata or {}
 
+    @property
+    def form(self) -> str:
+        """How anchors were given to the model in training, its metadata's `anchor_form`: `"slot"` or `"appended"`."""
+        return self.metadata.get("anchor_form", "slot")
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path) -> AnchorLora:
         check_folder(pretrained_model_name_or_path)

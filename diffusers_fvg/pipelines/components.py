@@ -30,6 +30,8 @@ class FactorizedParts:
     component_kinds: dict[str, tuple[str, tuple[str, ...]]] = {}
     # Of what may be absent in some modes, and freed, the video model is not.
     required_components: tuple[str, ...] = ("transformer", "unet")
+    # Ways to give the model an anchor, of which the anchor LoRA was trained for one: see `animate/placing.py`.
+    anchor_forms: tuple[str, ...] = ("slot",)
     # The file that makes a saved repository load without an import of this package: see `save_pretrained`.
     pipeline_shim: str
 
@@ -44,6 +46,11 @@ class FactorizedParts:
                 if ADAPTER_NAME not in getattr(expert, "peft_config", {}):
                     anchor_lora.load_into(expert, prefix=name)
         self._interrupt = False
+
+    @property
+    def anchor_form(self) -> str:
+        """How anchors are given to the model: as the anchor LoRA was trained, `"slot"` without one."""
+        return "slot" if self.anchor_lora is None else self.anchor_lora.form
 
     def _experts(self) -> dict[str, torch.nn.Module]:
         experts = {name: getattr(self, name, None) for name in ("transformer", "transformer_2")}
@@ -109,6 +116,11 @@ class FactorizedParts:
                 )
             return None
         self._check_kind(name, component)
+        if name == "anchor_lora" and component.form not in self.anchor_forms:
+            raise ValueError(
+                f"`anchor_lora` was trained with `anchor_form={component.form!r}`, and a {type(self).__name__} takes "
+                f"{' or '.join(map(repr, self.anchor_forms))} alone: use one that was trained so."
+            )
         if name == "rewriter":
             return as_rewriter(component)
         if name == "composer":

@@ -10,21 +10,14 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, SchedulerMixin, WanPipeline, WanTransformer3DModel
 from diffusers.utils import logging
-from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from ..animate.anchor import (
-    Anchor,
-    AnchorLatents,
-    anchor_pixels,
-    anchored_model_input,
-    denormalize_latents,
-    encode_anchor,
-    resolve_anchors,
-)
+from ..animate.anchor import Anchor, AnchorLatents, anchored_model_input, denormalize_latents
 from ..animate.decoding import decode_video
+from ..animate.encoding import encode_anchors
 from ..animate.fidelity import decode_anchored
 from ..animate.memory import decoder_bytes, free_bytes
+from ..animate.placing import FORMS, resolve_anchors
 from ..animate.transformer_anchor import AnchorConditionedTransformer3D
 from ..checks import check_finite, check_number, check_size, stop_unless_finite
 from ..compose.composer import AnchorComposer
@@ -67,7 +60,8 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         composer (`AnchorComposer`, *optional*): stage 2; not needed when `image` or `anchors` is given.
         anchor_judge (`AnchorJudge`, *optional*): chooses among several pictures of stage 2.
         anchor_lora (`AnchorLora`, *optional*): loaded into the transformers as adapter `"anchor"`. It is switched off
-            while there is no anchor, so that `mode="direct"` is the base model.
+            while there is no anchor, so that `mode="direct"` is the base model. Its metadata `anchor_form` says how anchors
+            are given to the model, see [`animate.placing`].
         schedulers (`SchedulerPresets`, *optional*): what `preset=` selects from; those of Wan when absent.
         boundary_ratio (`float`, *optional*): share of the time range below which `transformer_2` takes over; needed with it.
         expand_timesteps (`bool`, *optional*): the base has a native first-frame mode (Wan2.2-TI2V-5B). Kept in the config
@@ -85,6 +79,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
     model_cpu_offload_seq = "rewriter->anchor_judge->composer->text_encoder->transformer->transformer_2->vae"
     _optional_components = ["transformer_2", "rewriter", "composer", "anchor_judge", "anchor_lora", "schedulers"]
     component_kinds = {"vae": ("AutoencoderKLWan", ("z_dim",)), "text_encoder": ("UMT5EncoderModel", ("d_model",))}
+    anchor_forms = FORMS
     default_presets = WAN_PRESETS
     own_guidance_scale = 5.0
     default_call = WAN_CALL_DEFAULTS
@@ -163,7 +158,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         return self.vae_scale_factor_temporal
 
     def _anchor_resolver(self) -> AnchorResolver:
-        return partial(resolve_anchors, temporal=self.vae_scale_factor_temporal)
+        return partial(resolve_anchors, temporal=self.vae_scale_factor_temporal, form=self.anchor_form)
 
     def _latents_shape(self, num_videos: int, num_frames: int, height: int, width: int) -> tuple[int, ...]:
         return (
@@ -185,32 +180,9 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         num_frames: int,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> AnchorLatents:
-        """Encodes the anchors of each video.
-
-        Args:
-            anchors (`list[list[Anchor]]`): one list per video.
-            latents (`torch.Tensor` of shape `(B, C, f, h, w)`): gives shape, device and dtype.
-            height, width, num_frames (`int`): of the video, in pixels and frames.
-            generator (*optional*): draws the noise of anchors whose strength is below 1.
-        """
-        clean = torch.zeros_like(latents)
-        strength = latents.new_zeros(latents.shape[0], latents.shape[2])
-        # Videos of one prompt share their picture: each is encoded once for each position.
-        encoded: dict[tuple[int, int], torch.Tensor] = {}
-        resolve = self._anchor_resolver()
-        for video, video_anchors in enumerate(anchors):
-            for covered, anchor in resolve(video_anchors, num_frames):
-                key = (id(anchor.image), covered.start)
-                if key not in encoded:
-                    pixels = anchor_pixels(anchor, height, width)[None]
-                    device = get_module_execution_device(self.vae)
-                    encoded[key] = encode_anchor(self.vae, pixels, covered.start, device)[0]
-                clean[video, :, covered.start : covered.stop] = encoded[key].to(latents)
-                strength[video, covered.start : covered.stop] = anchor.strength
-        noise = torch.zeros_like(latents)
-        if ((strength > 0) & (strength < 1)).any():
-            noise = randn_tensor(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
-        return AnchorLatents(clean, strength, noise)
+        """[`animate.encoding.encode_anchors`] in the form that the anchor LoRA was trained in, which has the arguments."""
+        size = height, width, num_frames
+        return encode_anchors(self.vae, anchors, latents, *size, generator, self.anchor_form)
 
     @torch.no_grad()
     def animate(
@@ -334,8 +306,8 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
                 if self.interrupt:
                     break
                 self._current_timestep = t
-                hidden_states, timestep = anchored_model_input(latents, sigmas[i], t.expand(len(latents)), anchors)
-                inputs = {"hidden_states": hidden_states.to(dtype), "timestep": timestep}
+                inputs = anchored_model_input(latents, sigmas[i], t.expand(len(latents)), anchors)
+                inputs["hidden_states"] = inputs["hidden_states"].to(dtype)
                 place = {"step_index": i, "sigma": sigmas[i], "num_inference_steps": len(timesteps)}
                 noise_pred, scale = predict("cond", t, prompt_embeds, inputs, place)
                 if self.do_classifier_free_guidance and low <= sigmas[i] <= high:

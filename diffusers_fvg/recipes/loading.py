@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
     from ..compose.composer import AnchorComposer
+    from ..compose.judge import Judge
     from ..rewrite.rewriter import FirstFrameRewriter
 
 
@@ -230,11 +231,15 @@ def load_part(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
-) -> FirstFrameRewriter | AnchorComposer:
+) -> FirstFrameRewriter | AnchorComposer | Judge:
     """The model of stage 1 or 2 by itself, without fetching the others.
 
     Args:
+<<<<<<< HEAD
         part (`str`): `"rewriter"`, `"composer"`, or `"anchor_judge"` of a folder or repository.
+=======
+        part (`str`): `"rewriter"`, `"composer"` or `"anchor_judge"`.
+>>>>>>> main
         name, dtype, revision, variant, token, cache_dir, local_files_only: of [`load`].
         own (*optional*): in place of the model's.
 
@@ -243,6 +248,8 @@ def load_part(
         `OSError`: it is not there.
     """
     import torch
+
+    import diffusers_fvg
 
     from ..checks import as_dtype
     from ..loading.files import fetch
@@ -270,9 +277,13 @@ def load_part(
             folder = fetch(source.repository, source.commit, select, f"The {part} of {name}", **hub)[0]
         own = folder / part
     if part == "anchor_judge":
+<<<<<<< HEAD
         import diffusers
 
         return getattr(diffusers, source.index[part][1]).from_pretrained(own, torch_dtype=dtype)
+=======
+        return getattr(diffusers_fvg, source.index[part][1]).from_pretrained(own, torch_dtype=dtype)
+>>>>>>> main
     return _parts(own if part == "composer" else False, own if part == "rewriter" else False, dtype, hub, variant)[
         part
     ]

@@ -46,6 +46,9 @@ def add_shapes(
     dreamer.add_argument(
         "--design-steps", type=COUNT, metavar="STEPS", default=3000, help="how long each (default: %(default)s)"
     )
+    dreamer.add_argument(
+        "--vae", type=Path, metavar="DIR", help="begin with this VAE, whose decoder alone is trained on to its bar"
+    )
     dreamer.add_argument("--report", type=Path, metavar="DIR", help="then score all that is trained (synthetic)")
     clips = actions.add_parser(
         "clips", help="train video models on few distinct clips, as examples/clips says; continues where it stopped"
@@ -77,6 +80,12 @@ def _add_report(actions: argparse._SubParsersAction, add_model: Callable[[argpar
     kind.add_argument(
         "--anchors", action="store_true", help="instead both ends, continued clips, colours of anchors; one seed"
     )
+    kind.add_argument(
+        "--appended",
+        metavar="DIR",
+        type=Path,
+        help="instead anchors at their exact frame, by a LoRA that was trained so",
+    )
     kind.add_argument("--judge", action="store_true", help="instead the judge of anchors, and frozen clips")
     kind.add_argument(
         "--ablation",
@@ -104,7 +113,7 @@ def _run(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], Fac
         from .dreamer import train_dreamer
         from .dreamer_report import write_dreamer_report
 
-        train_dreamer(arguments.folder, EMBEDDED_FOLDER, arguments.designs, arguments.design_steps)
+        train_dreamer(arguments.folder, EMBEDDED_FOLDER, arguments.designs, arguments.design_steps, arguments.vae)
         if arguments.report:
             print(write_dreamer_report(load_embedded(), arguments.folder, arguments.report))
         return
@@ -145,10 +154,12 @@ def _report(arguments: argparse.Namespace, load: Callable) -> None:
     for flag, folders in (("--ablation", loras), ("--window", windows)):
         for name, path in folders.items():
             _check_lora(f"{flag} {name}={path}", path)
-    if arguments.distilled is not None:
-        _check_lora(f"--distilled {arguments.distilled}", arguments.distilled)
+    for flag in ("distilled", "appended"):
+        if getattr(arguments, flag) is not None:
+            _check_lora(f"--{flag} {getattr(arguments, flag)}", getattr(arguments, flag))
     from .ablation import write_ablation
     from .anchors import write_anchors_report
+    from .appended import write_appended_report
     from .distillation import write_guidance_report
     from .judge_report import write_judge_report
     from .report import write_quick_report, write_study
@@ -165,6 +176,8 @@ def _report(arguments: argparse.Namespace, load: Callable) -> None:
         print(write_storyboard_report(pipe, arguments.folder, **size))
     elif arguments.anchors:
         print(write_anchors_report(pipe, arguments.folder, arguments.per_category))
+    elif arguments.appended:
+        print(write_appended_report(pipe, arguments.folder, arguments.appended, **size))
     elif arguments.judge:
         print(write_judge_report(pipe, arguments.folder, per_category=arguments.per_category, seeds=seeds))
     elif loras:

@@ -307,7 +307,13 @@ def design_part(name: str, steps: int) -> str:
     return f"design_{name}_{steps}"
 
 
-def train_dreamer(folder: Path, shapes: Path, designs: Sequence[str] = (), design_steps: int = VIDEO_STEPS) -> None:
+def train_dreamer(
+    folder: Path,
+    shapes: Path,
+    designs: Sequence[str] = (),
+    design_steps: int = VIDEO_STEPS,
+    vae: Path | None = None,
+) -> None:
     """Trains the shapes model of Factorized-Dreamer, writes it to `folder/repository`, then trains `designs` for the report.
 
     A part that is done is not trained again, one that was interrupted continues.
@@ -318,6 +324,8 @@ def train_dreamer(folder: Path, shapes: Path, designs: Sequence[str] = (), desig
             the embedded repository.
         designs (`Sequence[str]`, *optional*): of `DESIGNS`.
         design_steps (`int`, *optional*): how long each of them is trained; `"all"` for `VIDEO_STEPS` is the model itself.
+        vae (`Path`, *optional*): folder of a VAE to begin with, whose decoder alone is trained on to its bar, for what was
+            trained on its latents; one is trained from nothing when left out.
 
     Raises:
         `ValueError`: a part stays below its bar, or designs that there are not.
@@ -329,6 +337,11 @@ def train_dreamer(folder: Path, shapes: Path, designs: Sequence[str] = (), desig
     for name in ("text_encoder", "tokenizer"):
         if not (folder / name).exists():
             shutil.copytree(shapes / name, folder / name)
+    if vae is not None and not (folder / "vae").exists():
+        from diffusers import AutoencoderKL
+
+        AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).save_pretrained(folder / "vae")
+        (folder / "training.json").write_text('{"vae": {}}\n')
     train_parts(folder, DREAMER_PARTS)
     if not (folder / "repository").exists():
         assemble_dreamer(folder, folder / "repository.tmp")

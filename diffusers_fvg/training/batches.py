@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from .draws import generator_for
+from .draws import Pictures, generator_for
 from .files import read_whole
 
 
@@ -59,14 +59,18 @@ class Clips:
         }
         return {key: hashlib.sha256(repr(column).encode()).hexdigest()[:16] for key, column in names.items()}
 
-    def load(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents `(B, C, f, h, w)` of clips of one shape and text embeddings `(B + 1, L, D)`, that of `empty_text` last."""
-        latents = torch.stack([_read(self.latents[index])["latents"] for index in indices])
+    def load(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, Pictures | None]:
+        """Latents `(B, C, f, h, w)` of clips of one shape, text embeddings `(B + 1, L, D)`, that of `empty_text` last, and the
+        clips' [`Pictures`], if the cache has them."""
+        files = [_read(self.latents[index]) for index in indices]
+        latents, pictures = torch.stack([file["latents"] for file in files]), None
+        if "pictures" in files[0]:
+            pictures = Pictures(*(torch.stack([file[name] for file in files]) for name in ("pictures", "frames")))
         texts = [_read(path)["embeds"] for path in [*(self.texts[index] for index in indices), self.empty_text]]
         embeds = texts[0].new_zeros(len(texts), self.max_sequence_length, texts[0].shape[1])
         for row, text in zip(embeds, texts):
             row[: len(text)] = text
-        return latents, embeds
+        return latents, embeds, pictures
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
@@ -149,7 +153,7 @@ class Prefetcher:
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._next: tuple[int, object] | None = None
 
-    def load(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def load(self, number: int) -> tuple[torch.Tensor, torch.Tensor, Pictures | None]:
         """Batch `number` of this process; see [`Clips.load`]."""
         if self._next is None or self._next[0] != number:
             self._next = self._submit(number)

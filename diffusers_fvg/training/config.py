@@ -168,6 +168,10 @@ class TrainConfig(TomlConfig):
         anchor_position (`str`, *optional*): which latent frame is given. `"first"` is what sampling uses nearly always;
             `"start-middle-last"` draws one of three (first author); `"uniform"` draws any ("a randomly chosen position",
             caption of the paper's Figure 2).
+        anchor_form (`str`, *optional*): how the model gets a picture behind frame 0. `"slot"`: in place of the latent frame
+            that it falls into, which is the clip's own (the paper). `"appended"`: as a latent frame of its own behind the
+            clip's, at its exact frame (LTX-2); `"start-middle-last"` and `"uniform"` then draw pictures that the cache holds
+            beside the clip, one for each latent frame with the latter. Sampling takes the form from the LoRA.
         anchor_probability (`float`, *optional*): share of samples with an anchor; the rest is text-to-video. Paper: 1.
             LTX-2: 0.5, so that text-to-video is not forgotten, which matters only where the LoRA stays on without an
             anchor (this package's pipeline switches it off).
@@ -241,6 +245,7 @@ class TrainConfig(TomlConfig):
     anchor_window: int | None = None
 
     anchor_position: Literal["first", "start-middle-last", "uniform"] = "uniform"
+    anchor_form: Literal["slot", "appended"] = "slot"
     anchor_probability: float = 1.0
     anchor_noise: float = 0.0
     mask_anchor_loss: bool = True

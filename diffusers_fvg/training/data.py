@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from ..checks import check_finite
 from .batches import Clips
 from .config import TrainConfig
+from .draws import appended_frames
 from .families import CogVideoX, Wan, text_pipeline
 from .files import write_whole
 from .metadata import Example
@@ -117,6 +118,8 @@ def build_cache(
     settings |= {"text_dtype": str(_text_dtype(config)), "reader": READER}
     for name in family.cache_settings:
         settings[name] = getattr(config, name)
+    if family.takes_pictures and config.anchor_form == "appended":
+        settings["pictures"] = config.anchor_position
     settings = json.loads(json.dumps(settings))
     with state.main_process_first():
         _check_settings(cache / "settings.json", settings)
@@ -223,7 +226,7 @@ def _cache_videos(
     config: TrainConfig, folder: Path, family: Wan | CogVideoX, examples: list[tuple[int, Example]], salt: str
 ) -> list[tuple[int, str | list[tuple[Path, tuple[int, ...]]]]]:
     """For each example its index and either files and shapes of its clips' latents or why it cannot be used."""
-    encoder, found = _LatentWriter(folder, family), {}
+    encoder, found = _LatentWriter(config, folder, family), {}
     for index, example in _progress(examples, "videos"):
         try:
             with open(example.path, "rb") as file:
@@ -266,10 +269,11 @@ def _clip_paths(first: Path) -> list[Path]:
 
 
 class _LatentWriter:
-    """Encodes clips to files, small ones together. The VAE is loaded with the first clip."""
+    """Encodes clips to files, small ones together, and the pictures of those that may be appended. The VAE is loaded with the
+    first clip."""
 
-    def __init__(self, folder: Path, family: Wan | CogVideoX):
-        self.folder, self.family, self.vae = folder, family, None
+    def __init__(self, config: TrainConfig, folder: Path, family: Wan | CogVideoX):
+        self.config, self.folder, self.family, self.vae = config, folder, family, None
         self.waiting: list[tuple[Path, torch.Tensor, dict[str, str]]] = []
 
     def add(self, path: Path, pixels: torch.Tensor, metadata: dict[str, str]) -> None:
@@ -288,10 +292,21 @@ class _LatentWriter:
             self.vae.to(PartialState().device)
         paths, pixels, metadata = zip(*self.waiting)
         self.waiting = []
-        for path, tensors, values in zip(paths, self.family.cached(self.vae, torch.stack(pixels)), metadata):
+        cached = self.family.cached(self.vae, torch.stack(pixels))
+        for path, clip, tensors, values in zip(paths, pixels, cached, metadata):
             if not torch.isfinite(tensors["latents"]).all():
                 raise RuntimeError(f"The VAE in {self.folder} gives latents that are not finite.")
-            write_whole(path, tensors, values)
+            write_whole(path, tensors | self._pictures(path.stem, clip), values)
+
+    def _pictures(self, name: str, clip: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Latents `(C, n, h, w)` of the frames of a clip `(3, F, H, W)` that may be appended, and these frames."""
+        frames = appended_frames(self.config, name, clip.shape[1]) if self.family.takes_pictures else []
+        if not frames:
+            return {}
+        alone = clip[:, frames].transpose(0, 1)[:, :, None]
+        parts = alone.split(max(1, PIXELS_AT_ONCE // alone[0].numel()))
+        latents = torch.cat([self.family.encode(self.vae, part) for part in parts])[:, :, 0]
+        return {"pictures": latents.transpose(0, 1).contiguous(), "frames": torch.tensor(frames)}
 
 
 def _progress(things: list, name: str):

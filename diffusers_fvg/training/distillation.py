@@ -33,8 +33,8 @@ class GuidedTeacher:
         expert (`str`): `"transformer"` or `"transformer_2"`.
 
     Raises:
-        `ValueError`: no LoRA in the folder, none of this expert, one that has guidance in it already, or one that does not
-            fit into the student's `rank` and `targets`.
+        `ValueError`: no LoRA in the folder, none of this expert, one that has guidance in it already, that was trained with
+            anchors of another form, or that does not fit into the student's `rank` and `targets`.
     """
 
     def __init__(self, config: TrainConfig, expert: str):
@@ -48,6 +48,11 @@ class GuidedTeacher:
             scale = lora.metadata["guidance_scale"]
             raise ValueError(
                 f"`teacher_lora={config.teacher_lora!r}` has a guidance of {scale} in it; distil the LoRA that it was made from."
+            )
+        if lora.form != config.anchor_form:
+            raise ValueError(
+                f"`anchor_form={config.anchor_form!r}`, and `teacher_lora={config.teacher_lora!r}` was trained with "
+                f"{lora.form!r}: set it to that."
             )
         self._check_fit()
         self.metadata = lora.metadata
@@ -91,8 +96,7 @@ class GuidedTeacher:
         model: Callable[..., tuple[torch.Tensor, ...]],
         transformer: torch.nn.Module,
         negative_embeds: torch.Tensor,
-        hidden_states: torch.Tensor,
-        timestep: torch.Tensor,
+        inputs: dict[str, torch.Tensor],
         prompt_embeds: torch.Tensor,
     ) -> torch.Tensor:
         """`uncond + scale * (cond - uncond)`, as the pipeline computes it, in float32.
@@ -101,12 +105,12 @@ class GuidedTeacher:
             model (`Callable`): called as the transformer, with `return_dict=False`.
             transformer (`torch.nn.Module`): what `model` wraps.
             negative_embeds, prompt_embeds (`torch.Tensor` of shape `(B, L, D)`): text embeddings.
-            hidden_states, timestep (`torch.Tensor`): from [`FlowMatching.model_input`].
+            inputs (`dict[str, torch.Tensor]`): from [`FlowMatching.model_input`].
         """
-        inputs = {"hidden_states": hidden_states, "timestep": timestep, "return_dict": False}
+        dtype = inputs["hidden_states"].dtype
         with _only(transformer, TEACHER_NAME), self._own_window(transformer):
             uncond, cond = (
-                model(encoder_hidden_states=embeds.to(hidden_states.dtype), **inputs)[0].float()
+                model(encoder_hidden_states=embeds.to(dtype), return_dict=False, **inputs)[0].float()
                 for embeds in (negative_embeds, prompt_embeds)
             )
         return uncond + self.guidance_scale * (cond - uncond)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..animate.anchor import AnchorLatents, latent_index
+from ..animate.anchor import AnchorLatents, AppendedAnchors
+from ..animate.placing import frame_position, latent_index
 from .config import TrainConfig
 from .objectives import FLOW_MATCHING, FlowMatching, VPrediction, velocity_loss
 
@@ -34,6 +35,22 @@ class Draw:
     anchors: AnchorLatents
     counted: torch.Tensor
     drop_prompt: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Single frames of the clips of a batch, each encoded alone, as an appended anchor is.
+
+    Args:
+        latents (`torch.Tensor` of shape `(B, C, n, h, w)`): normalised.
+        frames (`torch.Tensor` of shape `(B, n)`): their pixel frames, from [`appended_frames`].
+    """
+
+    latents: torch.Tensor
+    frames: torch.Tensor
+
+    def latent_indices(self) -> list[list[int]]:
+        return [[latent_index(frame) for frame in row] for row in self.frames.tolist()]
 
 
 def generator_for(*path: int | str) -> torch.Generator:
@@ -81,12 +98,33 @@ def anchor_index(position: str, num_latent_frames: int, generator: torch.Generat
     return latent_index(frame, temporal)
 
 
+def appended_frames(config: TrainConfig, clip: str, num_frames: int, temporal: int = 4) -> list[int]:
+    """Pixel frames of a clip whose pictures may be appended: at most one of each latent frame, none of the first.
+
+    With `anchor_position="uniform"` chance, by the clip's name alone, chooses the frame of each latent frame.
+
+    Args:
+        config (`TrainConfig`): `anchor_form`, `anchor_position`.
+        clip (`str`): its name.
+        num_frames (`int`): of the clip.
+        temporal (`int`, *optional*): frames of a latent frame.
+    """
+    last = num_frames - 1
+    if config.anchor_form == "slot" or config.anchor_position == "first" or not last:
+        return []
+    if config.anchor_position == "start-middle-last":
+        return sorted({last // 2, last})
+    offsets = torch.randint(temporal, (last // temporal,), generator=generator_for("pictures", clip))
+    return [temporal * index + 1 + int(offset) for index, offset in enumerate(offsets)]
+
+
 def draw(
     clean_latents: torch.Tensor,
     generators: Sequence[torch.Generator],
     config: TrainConfig,
     time_range: tuple[float, float] = (0.0, 1.0),
     objective: FlowMatching | VPrediction = FLOW_MATCHING,
+    pictures: Pictures | None = None,
 ) -> Draw:
     """Draws everything for a batch, each clip from a generator of its own.
 
@@ -96,14 +134,20 @@ def draw(
         config (`TrainConfig`): anchor and noise options.
         time_range (`tuple[float, float]`, *optional*): times of the expert that is trained.
         objective (`FlowMatching` or `VPrediction`, *optional*): of the model.
+        pictures ([`Pictures`], *optional*): of each clip, which are appended where their latent frame is drawn.
     """
     num_frames = clean_latents.shape[2]
-    rows = [_draw_clip(clean_latents[0].shape, generator, config, time_range, objective) for generator in generators]
-    noise, sigmas, strength, anchored, drop_prompt = (torch.stack(column) for column in zip(*rows))
+    places = [[]] * len(generators) if pictures is None else pictures.latent_indices()
+    rows = [
+        _draw_clip(clean_latents[0].shape, generator, config, time_range, objective, own)
+        for generator, own in zip(generators, places)
+    ]
+    noise, sigmas, strength, anchored, drop_prompt, picture, share = (torch.stack(column) for column in zip(*rows))
+    appended = None if pictures is None else _appended(pictures, picture, share, generators)
     counted = torch.ones(len(rows), num_frames)
     if config.mask_anchor_loss:
         counted = 1 - anchored
-    return Draw(noise, sigmas, AnchorLatents(clean_latents, strength, noise), counted, drop_prompt)
+    return Draw(noise, sigmas, AnchorLatents(clean_latents, strength, noise, appended), counted, drop_prompt)
 
 
 def _draw_clip(
@@ -112,7 +156,9 @@ def _draw_clip(
     config: TrainConfig,
     time_range: tuple[float, float],
     objective: FlowMatching | VPrediction,
+    places: list[int],
 ) -> tuple[torch.Tensor, ...]:
+    """What of a clip is drawn; `places`: latent indices of its pictures, which are appended where one is drawn."""
     # The frames of a patch have one time: they are anchored together.
     together = objective.frames_per_patch
     num_patches = shape[1] // together
@@ -122,17 +168,35 @@ def _draw_clip(
     times = drawn_times(torch.rand(num_patches, generator=generator), config, time_range)
     noise = torch.randn(shape, generator=generator)
 
-    anchored = torch.zeros(num_patches)
+    anchored, picture, share = torch.zeros(num_patches), torch.tensor(-1), 1 - noise_draw * config.anchor_noise
     # Of a picture the anchor would be all there is.
     if num_patches > 1 and anchor_draw < config.anchor_probability:
-        anchored[index] = 1
+        if index in places:
+            picture = torch.tensor(places.index(index))
+        else:
+            anchored[index] = 1
     if config.frame_times == "shared":
         times = times[:1].expand(num_patches)
     patch_sigmas = objective.sigmas_at(times)
     sigma = torch.where(anchored > 0, 0, patch_sigmas).max()
-    strength = torch.where(anchored > 0, 1 - noise_draw * config.anchor_noise, 1 - patch_sigmas / sigma).float()
+    strength = torch.where(anchored > 0, share, 1 - patch_sigmas / sigma).float()
     strength, anchored = strength.repeat_interleave(together), anchored.repeat_interleave(together)
-    return noise, sigma, strength, anchored, prompt_draw < config.prompt_dropout
+    return noise, sigma, strength, anchored, prompt_draw < config.prompt_dropout, picture, share
+
+
+def _appended(
+    pictures: Pictures, chosen: torch.Tensor, share: torch.Tensor, generators: Sequence[torch.Generator]
+) -> AppendedAnchors | None:
+    """The chosen picture of each clip, none where that is -1; `None` if all clips have none."""
+    has = chosen >= 0
+    if not has.any():
+        return None
+    rows, chosen = torch.arange(len(chosen)), chosen.clamp(min=0)
+    latents = pictures.latents[rows, :, chosen][:, :, None] * has[:, None, None, None, None]
+    frames = pictures.frames[rows, chosen].tolist()
+    positions = torch.tensor([[frame_position(frame)] for frame in frames], dtype=torch.float64)
+    noise = torch.stack([torch.randn(latents[0].shape, generator=generator) for generator in generators])
+    return AppendedAnchors(latents, (share * has)[:, None].float(), noise, positions.where(has[:, None], -1.0))
 
 
 def draw_loss(
@@ -142,7 +206,7 @@ def draw_loss(
     prompt_embeds: torch.Tensor,
     dtype: torch.dtype = torch.float32,
     objective: FlowMatching | VPrediction = FLOW_MATCHING,
-    teacher: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    teacher: Callable[[dict[str, torch.Tensor], torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Mean squared error of the predicted velocity over the frames that count.
 
@@ -156,11 +220,10 @@ def draw_loss(
         prompt_embeds (`torch.Tensor` of shape `(B, L, D)`): text embeddings.
         dtype (`torch.dtype`, *optional*): of the model's weights.
         objective (`FlowMatching` or `VPrediction`, *optional*): of the model.
-        teacher (`Callable`, *optional*): `teacher(hidden_states, timestep, prompt_embeds)` gives the target in place of the
-            objective's own.
+        teacher (`Callable`, *optional*): `teacher(inputs, prompt_embeds)` gives the target in place of the objective's own.
     """
-    hidden_states, timestep, target = objective.model_input(clean_latents, drawn.noise, drawn.sigmas, drawn.anchors)
-    hidden_states, prompt_embeds = hidden_states.to(dtype), prompt_embeds.to(dtype)
+    inputs, target = objective.model_input(clean_latents, drawn.noise, drawn.sigmas, drawn.anchors)
+    inputs["hidden_states"], prompt_embeds = inputs["hidden_states"].to(dtype), prompt_embeds.to(dtype)
     if teacher is not None:
-        target = teacher(hidden_states, timestep, prompt_embeds)
-    return velocity_loss(model, hidden_states, timestep, prompt_embeds, target, drawn.counted)
+        target = teacher(inputs, prompt_embeds)
+    return velocity_loss(model, inputs, prompt_embeds, target, drawn.counted)

@@ -31,6 +31,8 @@ class Family:
 
     # Options that the cached tensors depend on.
     cache_settings = ("buckets", "frame_rate", "clips_per_video", "max_sequence_length")
+    # Whether single frames may be anchors behind the clip, as `anchor_form` says.
+    takes_pictures = False
 
     def encoders(self, folder: Path) -> dict[str, Path]:
         """Where the models lie whose output is cached."""
@@ -51,6 +53,7 @@ class Wan(Family):
 
     transformer, vae, text_encoder = AnchorConditionedTransformer3D, AutoencoderKLWan, UMT5EncoderModel
     pipeline = WanPipeline
+    takes_pictures = True
 
     def __init__(self, folder: Path, transformer_config: dict):
         self.objective = FlowMatching()

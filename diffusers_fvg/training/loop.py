@@ -26,7 +26,6 @@ from peft import LoraConfig
 from peft.helpers import disable_input_dtype_casting
 from tqdm.auto import tqdm
 
-from ..animate.anchor import AnchorLatents
 from ..lora.anchor_lora import ADAPTER_NAME
 from .batches import BatchOrder, Clips, Prefetcher
 from .checkpoints import Checkpoints, check_step, check_weights, run_settings
@@ -72,7 +71,8 @@ Validate = Callable[[Validation], None]
 
 
 def check_model(transformer: torch.nn.Module, config: TrainConfig) -> None:
-    """Each target is the end of the name of at least one linear layer, and the model has window attention if that is asked for.
+    """Each target is the end of the name of at least one linear layer, and the model has window attention and appended anchors
+    if they are asked for.
 
     Raises:
         `ValueError`: naming the targets that match nothing and what there is, or the option.
@@ -80,6 +80,9 @@ def check_model(transformer: torch.nn.Module, config: TrainConfig) -> None:
     if config.anchor_window is not None and not hasattr(transformer, "set_anchor_window"):
         kind = type(transformer).__name__
         raise ValueError(f"`anchor_window={config.anchor_window}`, but {kind} has no window attention: remove it.")
+    if config.anchor_form == "appended" and not hasattr(transformer, "appended_rotary"):
+        kind = type(transformer).__name__
+        raise ValueError(f'`anchor_form="appended"`, but {kind} takes anchors in their slots alone: remove it.')
     names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
     unmatched = [
         target for target in config.targets if not any(name == target or name.endswith("." + target) for name in names)
@@ -281,21 +284,21 @@ class Run:
 
     def _batch(self, batches: Prefetcher, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Draw]:
         """Latents, embeddings of prompts and of as many empty (or negative) ones, and draws of forward `number`, on the device."""
-        latents, embeds = batches.load(number)
+        latents, embeds, pictures = batches.load(number)
         latents = self.objective.padded(latents)
         first = self.accelerator.process_index * len(latents)
         generators = [
             generator_for("clip", self.config.seed, self.expert, number, first + place)
             for place in range(len(latents))
         ]
-        drawn = draw(latents, generators, self.config, self.time_range, self.objective)
+        drawn = draw(latents, generators, self.config, self.time_range, self.objective, pictures)
         embeds, empty = embeds[:-1], embeds[-1:]
         embeds = torch.where(drawn.drop_prompt[:, None, None], empty, embeds)
         device = self.accelerator.device
-        anchors = AnchorLatents(*(getattr(drawn.anchors, k).to(device) for k in ("latents", "strength", "noise")))
         on_device = {k: getattr(drawn, k).to(device) for k in ("noise", "sigmas", "counted", "drop_prompt")}
         empty = empty.to(device).expand_as(embeds)
-        return latents.to(device), embeds.to(device), empty, Draw(anchors=anchors, **on_device)
+        drawn = Draw(anchors=drawn.anchors.to(device), **on_device)
+        return latents.to(device), embeds.to(device), empty, drawn
 
     def _log(self, bar: tqdm, loss: float, gradient_norm: float, seconds: float) -> None:
         if not self.accelerator.is_main_process:

@@ -31,14 +31,14 @@ class FlowMatching:
 
     def model_input(
         self, clean_latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor, anchors: AnchorLatents
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Hidden states `(B, C, f, h, w)`, timestep `(B, f)` and what is to be predicted, of the hidden states' shape."""
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """What the model is called with beside the text, and what is to be predicted, of the shape of `clean_latents`."""
         noisy_latents = add_noise(clean_latents, noise, sigmas.view(-1, 1, 1, 1, 1))
         inputs = anchored_model_input(noisy_latents, sigmas, sigmas * self.num_train_timesteps, anchors)
-        return *inputs, velocity(clean_latents, noise)
+        return inputs, velocity(clean_latents, noise)
 
     def caller(self, model: Callable, transformer: torch.nn.Module) -> Callable:
-        """`model` as a function of `hidden_states`, `timestep`, `encoder_hidden_states` and `return_dict`.
+        """`model` as a function of what [`model_input`] gives, `encoder_hidden_states` and `return_dict`.
 
         `transformer` is what `model` wraps, or `model` itself.
         """
@@ -68,14 +68,17 @@ class VPrediction:
 
     def model_input(
         self, clean_latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor, anchors: AnchorLatents
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         table = self.sigmas.to(sigmas.device)
         noisy_latents = schedules_cogvideox.add_noise(clean_latents, noise, sigmas.view(-1, 1, 1, 1, 1))
         timestep = schedules_cogvideox.times_of(sigmas, table)
-        inputs = anchor_cogvideox.anchored_model_input(noisy_latents, sigmas, timestep, anchors, table)
+        hidden_states, timestep = anchor_cogvideox.anchored_model_input(
+            noisy_latents, sigmas, timestep, anchors, table
+        )
         # Unlike the straight line's, this velocity depends on the noise level, and each frame has its own.
         frame_sigmas = (1 - anchors.strength.double()) * sigmas[:, None]
-        return *inputs, schedules_cogvideox.velocity(clean_latents, noise, frame_sigmas[:, None, :, None, None])
+        target = schedules_cogvideox.velocity(clean_latents, noise, frame_sigmas[:, None, :, None, None])
+        return {"hidden_states": hidden_states, "timestep": timestep}, target
 
     def caller(self, model: Callable, transformer: torch.nn.Module) -> Callable:
         return anchor_cogvideox.channels_first(model, transformer.rotary_embedding)
@@ -94,8 +97,7 @@ def sample_sigmas(
 
 def velocity_loss(
     model: Callable[..., tuple[torch.Tensor, ...]],
-    hidden_states: torch.Tensor,
-    timestep: torch.Tensor,
+    inputs: dict[str, torch.Tensor],
     prompt_embeds: torch.Tensor,
     target: torch.Tensor,
     counted: torch.Tensor,
@@ -106,14 +108,12 @@ def velocity_loss(
 
     Args:
         model (`Callable`): called as the transformer, with `return_dict=False`.
-        hidden_states, timestep (`torch.Tensor`): from [`anchored_model_input`].
+        inputs (`dict[str, torch.Tensor]`): from [`anchored_model_input`].
         prompt_embeds (`torch.Tensor` of shape `(B, L, D)`): text embeddings.
         target (`torch.Tensor` of shape `(B, C, f, h, w)`): `noise - clean`.
         counted (`torch.Tensor` of shape `(B, f)`): 1 where a frame counts, else 0.
     """
-    prediction = model(
-        hidden_states=hidden_states, timestep=timestep, encoder_hidden_states=prompt_embeds, return_dict=False
-    )[0]
+    prediction = model(**inputs, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
     error = (prediction.float() - target).square().mean(dim=(1, 3, 4))
     return (error * counted).sum() / counted.sum()
 
@@ -140,8 +140,8 @@ def anchored_flow_loss(
         anchors (`AnchorLatents`, *optional*): `None` is plain text-to-video.
     """
     noisy_latents = add_noise(clean_latents, noise, sigmas.view(-1, 1, 1, 1, 1))
-    hidden_states, timestep = anchored_model_input(noisy_latents, sigmas, sigmas * num_train_timesteps, anchors)
+    inputs = anchored_model_input(noisy_latents, sigmas, sigmas * num_train_timesteps, anchors)
     free = (
         noise.new_ones(noise.shape[0], noise.shape[2]) if anchors is None else (anchors.strength == 0).to(noise.dtype)
     )
-    return velocity_loss(model, hidden_states, timestep, prompt_embeds, velocity(clean_latents, noise), free)
+    return velocity_loss(model, inputs, prompt_embeds, velocity(clean_latents, noise), free)

@@ -29,11 +29,13 @@ def lora_state_dict(weights: dict[str, torch.Tensor], config: TrainConfig) -> di
 
 
 def sampling_facts(config: TrainConfig) -> dict[str, str]:
-    """What whoever samples with the LoRA has to know: the guidance that is inside it, so that it takes `guidance_scale=1`, and
-    the window of attention that it learnt."""
+    """What whoever samples with the LoRA has to know: the guidance that is inside it, so that it takes `guidance_scale=1`, the
+    window of attention that it learnt, and the form of its anchors, if that is not the usual one."""
     names = {"transformer": "guidance_scale", "transformer_2": "guidance_scale_2"}
     facts = {names[expert]: str(scale) for expert, scale in zip(config.experts, config.distill_guidance)}
-    return facts | ({} if config.anchor_window is None else {"anchor_window": str(config.anchor_window)})
+    if config.anchor_window is not None:
+        facts["anchor_window"] = str(config.anchor_window)
+    return facts if config.anchor_form == "slot" else facts | {"anchor_form": config.anchor_form}
 
 
 def write_lora(config: TrainConfig, weights: dict[str, dict[str, torch.Tensor]]) -> None:

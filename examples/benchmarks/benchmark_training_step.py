@@ -73,7 +73,9 @@ class Step:
         counted = torch.ones(1, size.latent_frames)
         counted[:, 0] = 0
         target = torch.randn(inputs["hidden_states"].shape, generator=torch.Generator().manual_seed(2))
-        self.inputs = [tensor.to(device) for tensor in (*inputs.values(), target, counted)]
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        embeds = inputs.pop("encoder_hidden_states")
+        self.inputs = [inputs, embeds, target.to(device), counted.to(device)]
 
     def __call__(self, held: Callable[[], int] = lambda: 0) -> tuple[torch.Tensor, int]:
         """Forward and backward; returns the loss, and what `held` gives between the two."""
@@ -116,7 +118,9 @@ class Step:
         self.model.zero_grad(set_to_none=True)
         gc.collect()
         if not self.device.startswith("cuda"):
-            with LiveBytes([*self.model.parameters(), *self.model.buffers(), *self.inputs]) as counter:
+            with LiveBytes(
+                [*self.model.parameters(), *self.model.buffers(), *self.inputs[0].values(), *self.inputs[1:]]
+            ) as counter:
                 _, kept = self(lambda: counter.live)
             return kept, counter.peak
         before = torch.cuda.memory_allocated(self.device)

@@ -10,13 +10,11 @@ from diffusers_fvg.animate.anchor import (
     AnchorLatents,
     anchor_pixels,
     anchored_model_input,
-    covered_latents,
     denormalize_latents,
     encode_anchor,
-    latent_index,
     normalize_latents,
-    resolve_anchors,
 )
+from diffusers_fvg.animate.placing import covered_latents, latent_index, resolve_anchors
 from diffusers_fvg.embedded import EMBEDDED_FOLDER
 from diffusers_fvg.shapes.world import Change, ShapeObject, render
 
@@ -170,8 +168,8 @@ def test_encode_anchor_far_into_a_clip_is_the_steady_state():
 
 def test_model_input_without_anchors_is_untouched():
     latents, timestep = torch.randn(2, 4, 3, 2, 2), torch.tensor([900.0, 100.0])
-    hidden_states, time = anchored_model_input(latents, 0.9, timestep, None)
-    assert hidden_states is latents and time is timestep
+    inputs = anchored_model_input(latents, 0.9, timestep, None)
+    assert inputs["hidden_states"] is latents and inputs["timestep"] is timestep and len(inputs) == 2
 
 
 def test_model_input_holds_clean_frames_at_time_zero():
@@ -179,7 +177,7 @@ def test_model_input_holds_clean_frames_at_time_zero():
     strength = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.75]])
     anchors = AnchorLatents(clean, strength, noise)
     latents, sigma = torch.randn_like(clean), torch.tensor([0.8, 0.4])
-    hidden_states, timestep = anchored_model_input(latents, sigma, sigma * 1000, anchors)
+    hidden_states, timestep = anchored_model_input(latents, sigma, sigma * 1000, anchors).values()
     torch.testing.assert_close(timestep, torch.tensor([[0.0, 800.0, 800.0], [400.0, 400.0, 100.0]]))
     assert torch.equal(hidden_states[0, :, 0], clean[0, :, 0])
     torch.testing.assert_close(hidden_states[1, :, 2], 0.9 * clean[1, :, 2] + 0.1 * noise[1, :, 2])

@@ -45,6 +45,8 @@ CONFIG = {
 BATCH, FRAMES, HEIGHT, WIDTH = 2, 5, 4, 6
 TOKENS_PER_FRAME = (HEIGHT // 2) * (WIDTH // 2)
 FORMS = ("sample", "frame", "token")
+# A place in time of each sample, of one frame behind its clip.
+APPENDED = torch.tensor([[1.125], [0.625]])
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 
@@ -555,6 +557,7 @@ def context_parallel_rank(rank, folder):
     _, ours = make_pair()
     enable_context_parallel_on_cpu(ours, rank)
     outputs = {form: run(ours, make_inputs(form, frames=3)[0]) for form in FORMS}
+    outputs["appended"] = run(ours, make_inputs("frame", frames=4)[0], anchor_positions=APPENDED)
     if rank == 0:
         torch.save(outputs, f"{folder}/outputs.pt")
     torch.distributed.destroy_process_group()
@@ -568,3 +571,6 @@ def test_context_parallel(tmp_path):
     for form in FORMS:
         expected = run(stock, make_inputs(form, frames=3)[1])
         torch.testing.assert_close(outputs[form], expected, **TOLERANCE, msg=lambda m, form=form: f"{form}: {m}")
+    # A frame behind the clip makes 4 of 6 tokens.
+    alone = run(make_pair()[1], make_inputs("frame", frames=4)[0], anchor_positions=APPENDED)
+    torch.testing.assert_close(outputs["appended"], alone, **TOLERANCE)

@@ -16,13 +16,13 @@ NAMES = ("query", "key", "gradient of query", "gradient of key", "gradient of qu
 SHAPES = [(2, 7, 3, 6), (1, 13, 2, 12), (2, 1, 1, 2), (3, 11, 5, 10), (1, 2, 40, 128)]
 
 
-def make(shape, device, dtype=torch.float32):
-    """Query, key, their weights; angles; gradients of the outputs."""
+def make(shape, device, dtype=torch.float32, samples=1):
+    """Query, key, their weights; angles of one sample or of each; gradients of the outputs."""
     batch, length, heads, head_dim = shape
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randn(batch, length, heads * head_dim, generator=generator) for _ in range(2)]
     weights = [torch.randn(heads * head_dim, generator=generator) + 1 for _ in range(2)]
-    angle = torch.rand(1, length, 1, head_dim // 2, generator=generator) * 6
+    angle = torch.rand(samples, length, 1, head_dim // 2, generator=generator) * 6
     angles = [turn.repeat_interleave(2, dim=-1).to(device) for turn in (angle.cos(), angle.sin())]
     grads = [torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2)]
     return [tensor.to(device, dtype) for tensor in (*tokens, *weights)], angles, grads
@@ -54,6 +54,12 @@ def check(tensors, angles, grads, rounding=0.0):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_definition(shape, device, guarded):
     check(*make(shape, device))
+
+
+def test_angles_of_each_sample(device, guarded, layouts):
+    tensors, (cos, sin), grads = make((2, 7, 3, 6), device, samples=2)
+    assert (cos[0] - cos[1]).abs().max() > 0.1
+    check(tensors, (layouts.windowed(cos), layouts.transposed(sin)), grads)
 
 
 def test_strided_tensors(device, guarded, layouts):

@@ -6,9 +6,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from diffusers_fvg.cli import parser
-from diffusers_fvg.embedded import EMBEDDED_FOLDER, load_embedded_dreamer
+from diffusers_fvg.embedded import EMBEDDED_DREAMER_FOLDER, EMBEDDED_FOLDER, load_embedded_dreamer
 from diffusers_fvg.shapes import dreamer, dreamer_image
 from diffusers_fvg.shapes.blobs import find_objects
 from diffusers_fvg.shapes.dreamer import DESIGNS, PLAIN, VIDEO_STEPS, train_dreamer
@@ -107,6 +108,26 @@ def test_every_part_trains_and_one_call_continues(tmp_path, monkeypatch):
     pipe = load_embedded_dreamer(folder=tmp_path / "repository")
     out = pipe("A red circle moves to the left", num_inference_steps=2, num_frames=10)
     assert out.frames.shape == (1, 10, 64, 64, 3) and out.motion_prompts == ["the red circle moves to the left"]
+
+
+def test_a_vae_to_begin_with_keeps_its_latents(tmp_path, monkeypatch):
+    vae = EMBEDDED_DREAMER_FOLDER / "vae"
+
+    def next_part(folder):
+        raise InterruptedError
+
+    parts = {
+        "vae": Part(next_part),
+        "decoder": Part(partial(dreamer_image.train_decoder, steps=1), lambda folder: 1.0, 0.95),
+        "clip": Part(next_part),
+    }
+    monkeypatch.setattr(dreamer, "DREAMER_PARTS", parts)
+    with pytest.raises(InterruptedError):
+        train_dreamer(tmp_path, EMBEDDED_FOLDER, vae=vae)
+    assert list(json.loads((tmp_path / "training.json").read_text())) == ["vae", "decoder"]
+    given, trained = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (vae, tmp_path / "vae"))
+    changed = {name.split(".")[0] for name, tensor in trained.items() if not torch.equal(tensor, given[name].float())}
+    assert changed == {"decoder", "post_quant_conv"}
 
 
 def test_the_shipped_model_moves_what_it_is_shown():

@@ -67,7 +67,7 @@ def test_latents_and_times_are_those_of_the_scheduler(frame_times, anchor_noise)
     clean = torch.randn(32, 2, 6, 2, 2, generator=torch.Generator().manual_seed(1))
     drawn, model = draw(clean, generators(32), train, objective=objective()), Recorder()
     draw_loss(model, clean, drawn, torch.zeros(32, 1, 1), objective=objective())
-    target = objective().model_input(clean, drawn.noise, drawn.sigmas, drawn.anchors)[2]
+    target = objective().model_input(clean, drawn.noise, drawn.sigmas, drawn.anchors)[1]
 
     given = drawn.anchors.strength * drawn.sigmas[:, None] > 0
     pairs = model.timestep.unflatten(1, (3, 2))

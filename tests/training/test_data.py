@@ -60,7 +60,7 @@ def test_a_data_set_of_hugging_face(config, tmp_path, form):
     assert [example.caption for example in examples] == CAPTIONS
     place = Path(config.model)
     clips = build_cache(replace(config, **columns), examples, place, family_of(config, place))
-    latents, embeds = clips.load([0, 1, 2])
+    latents, embeds, _ = clips.load([0, 1, 2])
     expected = cache(config).load([0, 1, 2])
     torch.testing.assert_close(latents, expected[0])
     torch.testing.assert_close(embeds, expected[1])
@@ -75,7 +75,7 @@ def test_cache_holds_what_the_pipeline_would_compute(config, tmp_path, monkeypat
     # Of clips encoded together the last bit can differ.
     monkeypatch.setattr(data, "PIXELS_AT_ONCE", 0)
     clips = cache(config)
-    latents, embeds = clips.load([1])
+    latents, embeds, _ = clips.load([1])
     pipe = WanPipeline(**tiny_wan_components())
     for row, prompt in zip(embeds, [CAPTIONS[1], ""]):
         with torch.no_grad():

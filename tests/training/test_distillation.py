@@ -74,7 +74,8 @@ def test_the_target_is_the_guided_prediction_of_the_stock_class(places, teacher_
     teacher, transformer = with_teacher(distilled_config(places, tmp_path, teacher_lora))
     transformer.add_adapter(_random_adapter(), adapter_name=ADAPTER_NAME)
     given = inputs()
-    target = teacher.predict(transformer, transformer, **given)
+    model_input = {name: given[name] for name in ("hidden_states", "timestep")}
+    target = teacher.predict(transformer, transformer, given["negative_embeds"], model_input, given["prompt_embeds"])
 
     stock, state = tiny_transformer(), load_file(Path(teacher_lora) / WEIGHT_NAME)
     for key, down in state.items():
@@ -121,7 +122,8 @@ def test_the_target_is_bit_equal_to_what_the_pipeline_hands_to_its_scheduler(
 
     cond, uncond = calls
     teacher, transformer = with_teacher(distilled_config(places, tmp_path, teacher_lora))
-    embeds = uncond["encoder_hidden_states"], cond["hidden_states"], cond["timestep"], cond["encoder_hidden_states"]
+    model_input = {name: cond[name] for name in ("hidden_states", "timestep")}
+    embeds = uncond["encoder_hidden_states"], model_input, cond["encoder_hidden_states"]
     target = teacher.predict(transformer, transformer, *embeds)
     # Frame 0 is the anchor: the pipeline holds it, and the loss leaves it out.
     assert torch.equal(target[:, :, 1:], guided[0][:, :, 1:])

@@ -5,11 +5,20 @@ import torch
 from tiny import tiny_pipeline
 from training_runs import OPTIONS, moving_square
 
-from diffusers_fvg import Anchor, SchedulerPreset, SchedulerPresets
+from diffusers_fvg import Anchor, AnchorLora, SchedulerPreset, SchedulerPresets
 from diffusers_fvg.animate.anchor import crop_and_resize
+from diffusers_fvg.animate.placing import latent_index
 from diffusers_fvg.schedules.flow import add_noise
 from diffusers_fvg.training.config import TrainConfig
-from diffusers_fvg.training.draws import anchor_index, draw, draw_loss, drawn_times, generator_for
+from diffusers_fvg.training.draws import (
+    Pictures,
+    anchor_index,
+    appended_frames,
+    draw,
+    draw_loss,
+    drawn_times,
+    generator_for,
+)
 from diffusers_fvg.training.families import Wan
 from diffusers_fvg.training.objectives import anchored_flow_loss, sample_sigmas
 
@@ -25,9 +34,10 @@ def generators(count: int) -> list[torch.Generator]:
 class Recorder:
     """Stands where the transformer does: keeps what it is given and predicts zero."""
 
-    def __call__(self, hidden_states, timestep, encoder_hidden_states, return_dict):
-        self.hidden_states, self.timestep = hidden_states, timestep
-        return (torch.zeros_like(hidden_states),)
+    def __call__(self, hidden_states, timestep, encoder_hidden_states, return_dict, anchor_positions=None):
+        self.hidden_states, self.timestep, self.anchor_positions = hidden_states, timestep, anchor_positions
+        appended = 0 if anchor_positions is None else anchor_positions.shape[1]
+        return (torch.zeros_like(hidden_states[:, :, : hidden_states.shape[2] - appended]),)
 
 
 @pytest.mark.parametrize(("batch_size", "std"), [(1, 1.0), (7, 1.0), (24, 1.2), (64, 1.2), (100, 0.7)])
@@ -162,3 +172,74 @@ def test_model_inputs_are_bit_equal_to_those_of_the_pipeline(sigma):
     pipe.animate("a red circle", anchors=Anchor(frames[0]), latents=start, output_type="latent", **options)
     assert torch.equal(seen["timestep"], model.timestep) and seen["timestep"].shape == (1, 3)
     assert torch.equal(seen["hidden_states"], model.hidden_states)
+
+    # The same for anchors behind the clip.
+    pipe.anchor_lora = AnchorLora({}, {"anchor_form": "appended"})
+    for frame, position in ((4, 1.375), (8, 2.375)):
+        alone = Wan.encode(pipe.vae, pixels[None, :, [frame]])
+        pictures = Pictures(alone, torch.tensor([[frame]]))
+        train = config(anchor_position="start-middle-last", anchor_form="appended")
+        # A seed that draws the frame.
+        drawn = next(
+            found
+            for index in range(99)
+            for found in [draw(clean, [generator_for("test", index)], train, pictures=pictures)]
+            if found.anchors.appended is not None
+        )
+        draw_loss(model, clean, replace(drawn, sigmas=torch.tensor([sigma])), torch.zeros(1, 1, 1))
+        start = add_noise(clean, drawn.noise, torch.tensor(sigma))
+        anchor = Anchor(frames[frame], frame)
+        pipe.animate("a red circle", anchors=anchor, latents=start, output_type="latent", **options)
+        for name in ("hidden_states", "timestep", "anchor_positions"):
+            assert torch.equal(seen[name], getattr(model, name)), name
+        assert seen["anchor_positions"].tolist() == [[position]] and seen["timestep"].shape == (1, 4)
+        assert seen["timestep"][0, :3].min() == seen["timestep"].max() > 0 == seen["timestep"][0, 3]
+
+
+def test_frames_that_may_be_appended():
+    def frames(clip="clip", num_frames=17, **options):
+        return appended_frames(config(anchor_form="appended", **options), clip, num_frames)
+
+    assert frames(anchor_position="start-middle-last") == [8, 16] and frames(anchor_position="first") == []
+    assert frames(anchor_position="start-middle-last", num_frames=1) == frames(num_frames=1) == []
+    assert appended_frames(config(anchor_position="uniform"), "clip", 17) == []
+    # One of each latent frame behind the first, and over many clips all of them.
+    drawn = [frames(str(number), anchor_position="uniform") for number in range(99)]
+    assert all([latent_index(frame) for frame in row] == [1, 2, 3, 4] for row in drawn)
+    assert {frame for row in drawn for frame in row} == set(range(1, 17))
+    assert frames("7", anchor_position="uniform") == drawn[7]
+
+
+@pytest.mark.parametrize("frame_times", ["shared", "independent"])
+def test_a_drawn_picture_is_appended_in_place_of_its_latent_frame(frame_times):
+    train = config(
+        anchor_position="start-middle-last", anchor_form="appended", frame_times=frame_times, anchor_noise=0.3
+    )
+    clean = torch.randn(64, 2, 5, 2, 2, generator=torch.Generator().manual_seed(1))
+    pictures = Pictures(torch.randn(64, 2, 2, 2, 2), torch.tensor([[8, 16]]).expand(64, -1))
+    drawn, slots, model = (
+        draw(clean, generators(64), train, pictures=pictures),
+        draw(clean, generators(64), train),
+        Recorder(),
+    )
+    draw_loss(model, clean, drawn, torch.zeros(64, 1, 1))
+    appended, given = drawn.anchors.appended, slots.counted == 0
+    # Whose latent frame that was is free now; who has the first frame keeps it.
+    assert torch.equal(drawn.counted == 0, given & (torch.arange(5) == 0)) and 16 < given[:, 1:].sum() < 60
+    assert torch.equal(drawn.noise, slots.noise) and (drawn.anchors.strength >= 0).all()
+    for clip, index in given.nonzero().tolist():
+        position = {0: -1.0, 2: 2.375, 4: 4.375}[index]
+        assert appended.positions[clip].item() == position
+        strength = appended.strength[clip].item()
+        assert strength == (0 if index == 0 else pytest.approx(slots.anchors.strength[clip, index].item()))
+        level = (1 - strength) * drawn.sigmas[clip]
+        assert model.timestep[clip, 5].item() == pytest.approx(1000 * level.item(), abs=1e-2)
+        latents = pictures.latents[clip, :, index // 2 - 1] if index else torch.zeros(2, 2, 2)
+        expected = (1 - level) * latents + level * appended.noise[clip, :, 0]
+        torch.testing.assert_close(model.hidden_states[clip, :, 5], expected, rtol=0, atol=1e-6)
+    assert set(given.nonzero()[:, 1].tolist()) == {0, 2, 4}
+    # A batch in which none is drawn is as without pictures.
+    assert (
+        draw(clean, generators(64), replace(train, anchor_position="first"), pictures=pictures).anchors.appended
+        is None
+    )

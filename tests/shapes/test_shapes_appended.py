@@ -1,0 +1,66 @@
+"""The report on anchors at the exact frame, at its smallest."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+
+from diffusers_fvg import load_embedded
+from diffusers_fvg.embedded import EMBEDDED_FOLDER
+from diffusers_fvg.shapes.appended import appended_claims, psnr, write_appended_report
+
+
+OWN_LORA = EMBEDDED_FOLDER / "anchor_lora" / "weights"
+FILE = "pytorch_lora_weights.safetensors"
+
+
+def test_psnr_by_closed_form():
+    black, grey = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 51, np.uint8)
+    # An error of a fifth of the range is 20 log10(5) dB.
+    assert psnr(grey, black) == psnr(black, grey) == pytest.approx(13.9794, abs=1e-4)
+    assert psnr(grey, grey) == float("inf")
+
+
+def row(form, frames, **values):
+    return {"form": form, "frames": list(frames)} | values
+
+
+def test_claims_are_losses_against_the_forms_own_first_frame():
+    rows = [
+        row("slot", (0,), kept=0.92, psnr=24.0),
+        row("slot", (8,), kept=0.85, psnr=18.0),
+        row("appended", (0,), kept=0.94, psnr=25.0),
+        row("appended", (6,), kept=0.9, psnr=24.2),
+        row("appended", (8,), kept=0.92, psnr=23.9),
+    ]
+    found = {claim["measure"]: claim for claim in appended_claims(rows)}
+    assert {name: (claim["value"], claim["met"], claim.get("beside")) for name, claim in found.items()} == {
+        "share kept lost by the true middle frame": (0.02, True, "slot 0.070"),
+        "dB of frame 6 beyond those of frame 0": (-0.8, True, None),
+        "dB of frame 8 beyond those of frame 0": (-1.1, False, "slot -6.000"),
+    }
+
+
+def test_report(tmp_path):
+    pipe = load_embedded()
+    pipe.set_progress_bar_config(disable=True)
+    own = pipe.anchor_lora
+    # The same weights, used in the other form.
+    save_file(load_file(OWN_LORA / FILE), tmp_path / FILE, metadata={"anchor_form": "appended"})
+    size = {"per_category": 1, "seeds": 1, "steps": 1, "sets": ((0,), (6, 8))}
+    text = write_appended_report(pipe, tmp_path / "out", tmp_path, **size)
+    report = json.loads((tmp_path / "out" / "appended.json").read_text())
+    # Two frames of one latent frame are of the appended form alone.
+    slot, first, both = report["rows"]
+    assert [(row["form"], row["frames"]) for row in report["rows"]] == [
+        ("slot", [0]),
+        ("appended", [0]),
+        ("appended", [6, 8]),
+    ]
+    assert {**slot, "form": "appended"} == first and len(text.splitlines()) == 14
+    # Frame 0 is what the VAE makes of it; an anchor behind the clip is seen, not put in.
+    assert first["psnr"] == pytest.approx(first["vae"], abs=0.05) and 5 < both["psnr"] < both["vae"] - 1
+    assert pipe.anchor_lora is own and pipe.anchor_form == "slot" and pipe.get_active_adapters() == ["anchor"]
+    with pytest.raises(ValueError, match="was trained with `anchor_form='slot'`, not with 'appended'"):
+        write_appended_report(pipe, tmp_path, OWN_LORA)
