@@ -235,11 +235,7 @@ def load_part(
     """The model of stage 1 or 2 by itself, without fetching the others.
 
     Args:
-<<<<<<< HEAD
-        part (`str`): `"rewriter"`, `"composer"`, or `"anchor_judge"` of a folder or repository.
-=======
         part (`str`): `"rewriter"`, `"composer"` or `"anchor_judge"`.
->>>>>>> main
         name, dtype, revision, variant, token, cache_dir, local_files_only: of [`load`].
         own (*optional*): in place of the model's.
 
@@ -277,13 +273,7 @@ def load_part(
             folder = fetch(source.repository, source.commit, select, f"The {part} of {name}", **hub)[0]
         own = folder / part
     if part == "anchor_judge":
-<<<<<<< HEAD
-        import diffusers
-
-        return getattr(diffusers, source.index[part][1]).from_pretrained(own, torch_dtype=dtype)
-=======
         return getattr(diffusers_fvg, source.index[part][1]).from_pretrained(own, torch_dtype=dtype)
->>>>>>> main
     return _parts(own if part == "composer" else False, own if part == "rewriter" else False, dtype, hub, variant)[
         part
     ]
