@@ -14,6 +14,7 @@ from tiny_dreamer import tiny_unet2d
 
 from diffusers_fvg import load_embedded
 from diffusers_fvg.cli import main
+from diffusers_fvg.cli.batch import ENGINES
 from diffusers_fvg.embedded import EMBEDDED_FOLDER
 from diffusers_fvg.lora.anchor_lora import WEIGHT_NAME
 
@@ -64,6 +65,8 @@ def desk(tmp_path, monkeypatch, hub, owned):
     hub.add("Wan-AI/Wan2.2-TI2V-5B-Diffusers", owned[1] / "wan")
     hub.add("org/text-to-image", owned[1] / "text-to-image")
     hub.add("org/chat-model", owned[1] / "chat-model")
+    (tmp_path / "prompts.txt").write_text("A red circle moves to the right\n")
+    (tmp_path / "prompts.csv").write_text("prompt,mode\nA blue square moves upwards,direct\n")
     monkeypatch.setenv("HF_TOKEN", hub.token)
     monkeypatch.chdir(tmp_path)
 
@@ -74,7 +77,10 @@ def run(words: list[str]) -> None:
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in arguments)
     elif program == "export":
-        assert words == ["export", "PATH=$PWD/.venv/bin:$PATH"]
+        assert words[1] in ("PATH=$PWD/.venv/bin:$PATH", "RAY_ADDRESS=first-machine:6379")
+    elif program == "ray":
+        # Of several machines; an engine has tests of its own.
+        assert words[:2] == ["ray", "start"] and words[2] in ("--head", "--address")
     elif program == "pip":
         (extra,) = re.findall(r"^\.(?:\[(\w+)\])?$", arguments[-1])
         assert arguments[0] == "install"
@@ -88,6 +94,10 @@ def run(words: list[str]) -> None:
             # Real weights, and videos of their size: the embedded model takes their place.
             if words[place] == "--model" and word != "org/fvg":
                 arguments[place] = str(EMBEDDED_FOLDER)
+        if "--engine" in arguments:
+            # Each has tests of its own, and takes long to start.
+            assert arguments[arguments.index("--engine") + 1] in ENGINES
+            arguments.append("--plan-only")
         assert main(arguments) == 0, shlex.join(words)
 
 

@@ -8,6 +8,7 @@ import sys
 from .. import __version__
 from ..flags import Parser
 from ..shapes.command import add_shapes
+from .batch import add_batch
 from .lora import add_lora
 from .options import add_model
 from .overview import add_doctor, add_models, add_plan
@@ -24,7 +25,17 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(
         dest="command", required=True, metavar="COMMAND", help="each has a --help of its own"
     )
-    adders = (add_generate, add_rewrite, add_compose, add_animate, add_plan, add_train, add_assemble, add_push)
+    adders = (
+        add_generate,
+        add_batch,
+        add_rewrite,
+        add_compose,
+        add_animate,
+        add_plan,
+        add_train,
+        add_assemble,
+        add_push,
+    )
     for add in (*adders, add_lora, add_models, add_doctor):
         add(commands)
     add_shapes(commands, add_model, load_pipeline)

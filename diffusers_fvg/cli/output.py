@@ -9,12 +9,11 @@ from pathlib import Path
 
 def write(arguments: argparse.Namespace, pipe, output, captions, anchors) -> None:
     """Video, with its sound, and strip, of the first video of an output; pictures and their captions are those of the strip."""
-    from ..media import write_strip, write_video
+    from ..media import viewing_scale, write_strip, write_video
 
     frames, record = output.frames[0], output.records[0]
     frame_rate, metadata = pipe.call_defaults["frame_rate"], None if arguments.no_metadata else record
-    # A player shows the embedded model's 64 pixels as a stamp: enlarged by whole factors, which keeps edges sharp.
-    scale = max(1, 384 // frames.shape[1])
+    scale = viewing_scale(frames.shape[1])
     audio = getattr(output, "audio", None)
     sound = {"audio": audio[0], "audio_sampling_rate": output.audio_sampling_rate} if audio else {}
     write_video(arguments.output, frames, frame_rate, metadata=metadata, scale=scale, **sound)

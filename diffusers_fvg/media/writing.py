@@ -67,6 +67,11 @@ def frames_to_uint8(frames: Frames) -> np.ndarray:
     return np.round(frames * 255).astype(np.uint8)
 
 
+def viewing_scale(height: int) -> int:
+    """The `scale` for [`write_video`] by which a video of few pixels is no stamp in a player: whole factors keep edges sharp."""
+    return max(1, 384 // height)
+
+
 def write_video(
     path: str | Path,
     frames: Frames | Iterator[np.ndarray],

@@ -112,7 +112,7 @@ def surroundings(pipe: FactorizedStages) -> dict[str, Any]:
         "model_kind": _model_kind(pipe),
         "revision": origin.get("revision") or _revision(pipe),
         "hub_revisions": dict(sorted(hub_revisions(pipe).items())),
-        "rewriter": _rewriter_name(pipe.rewriter),
+        "rewriter": rewriter_name(pipe.rewriter),
         "adapters": {name: found for name, expert in experts.items() if (found := _adapters(expert))},
         "adapter_hashes": {name: found for name, expert in experts.items() if (found := _adapter_hashes(expert))},
         "quantization": {name: found for name, expert in experts.items() if (found := _quantization(expert))},
@@ -279,7 +279,7 @@ def scheduler_config(scheduler: Any) -> dict[str, Any]:
     return {"class": type(scheduler).__name__, **config}
 
 
-def _rewriter_name(rewriter: Any) -> str | None:
+def rewriter_name(rewriter: Any) -> str | None:
     """The chat model's name on the Hub or of a server, and not where the server is."""
     if rewriter is None:
         return None

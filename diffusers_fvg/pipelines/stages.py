@@ -108,7 +108,12 @@ class FactorizedStages(FactorizedParts, ABC):
         """What other pipelines leave alone during a run: all, where hooks keep state from one forward to the next (offload,
         layerwise casting, step caches); otherwise each part is taken only while it works.
         """
-        within = [part.pipeline for part in self.components.values() if isinstance(part, PipelineComponent)]
+        # A part without weights, of a process for another stage, has none.
+        within = [
+            part.pipeline
+            for part in self.components.values()
+            if isinstance(part, PipelineComponent) and hasattr(part, "pipeline")
+        ]
         parts = [part for pipeline in (self, *within) for part in pipeline.components.values()]
         parts += [] if self.rewriter is None else [self.rewriter.model, self.rewriter.tokenizer]
         # The stages take none but these: two threads that take more while they hold some could wait for each other.

@@ -1,0 +1,289 @@
+"""`fvg batch`, and what runs and checks the plan of a folder."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import inspect
+import json
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..flags import SEED, Whole, check_folder
+from .options import add_composer, add_lora, add_model, add_quantize, add_rewriter, add_sampling, add_size
+from .pipeline import Model, look
+
+
+if TYPE_CHECKING:
+    from ..evaluation.prompts import PromptRow
+    from ..pipelines.stages import FactorizedStages
+
+ENGINES = ("in-process", "accelerate", "ray")
+WORKERS = Whole(1, 1024)
+# Kinds of calls that are remembered as checked.
+MAX_SEEN = 100_000
+# Flags that are arguments of the call for rows that do not give them.
+DEFAULTS = ("mode", "num_moments", "height", "width", "num_frames", "preset", "num_inference_steps", "guidance_scale")
+DEFAULTS += ("negative_prompt", "anchor_decode", "composer_num_candidates", "motion_retries")
+
+
+@dataclass(frozen=True)
+class ModelLoad:
+    """Loads the model that the flags name, in any process.
+
+    Args:
+        arguments (`argparse.Namespace`): of the command line.
+        size (`tuple`, *optional*): height, width and frames of the largest video, for the plan of memory.
+    """
+
+    arguments: argparse.Namespace
+    size: tuple[int | None, int | None, int | None] = (None, None, None)
+
+    def __call__(self, parts: Collection[str], device: str | None = None) -> FactorizedStages:
+        arguments = copy.copy(self.arguments)
+        arguments.device = arguments.device or device
+        skipped = {part: False for part in ("rewriter", "composer", "lora") if part not in parts}
+        if "video" in parts:
+            pipe = look(arguments, **skipped).load(*self.size)
+        else:
+            (part,) = parts
+            # The other parts, without weights, check the call.
+            model = look(arguments, lora=False)
+            pipe = model.load_part(part)
+            if part == "composer" and model.source.has("anchor_judge"):
+                model.load_part("anchor_judge")
+        # There is one for the whole run.
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+def add_batch(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "batch", help="a file of prompts becomes a folder of videos; goes on where it stopped"
+    )
+    parser.add_argument(
+        "prompts", type=Path, metavar="PROMPTS", help="txt (a prompt in each line), csv, jsonl or parquet"
+    )
+    parser.add_argument("folder", type=Path, metavar="OUT", help="folder for plan, videos and manifest")
+    parser.add_argument(
+        "--num-videos-per-prompt", type=WORKERS, default=1, metavar="NUMBER", help="each with a first frame of its own"
+    )
+    parser.add_argument(
+        "--seed",
+        type=SEED,
+        default=0,
+        metavar="NUMBER",
+        help="all videos' seeds are derived from it (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--label",
+        action="append",
+        default=[],
+        metavar="COLUMN",
+        help="of the file, to be kept with the video; repeatable",
+    )
+    parser.add_argument("--mode", choices=("factorized", "direct", "storyboard"), help="of rows that give none")
+    parser.add_argument("--num-moments", type=Whole(2, 100), metavar="NUMBER", help="of storyboards, at most")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="of the video model; the model's own when left out")
+    parser.add_argument("--anchor-decode", choices=("raw", "match", "replace"), help="as of fvg generate")
+    parser.add_argument(
+        "--composer-num-candidates",
+        type=WORKERS,
+        metavar="NUMBER",
+        help="pictures that the model's judge chooses among",
+    )
+    parser.add_argument(
+        "--motion-retries", type=WORKERS, metavar="NUMBER", help="how often a video that stands still is made again"
+    )
+    add_size(parser)
+    add_sampling(parser)
+    add_run_flags(parser)
+    parser.add_argument("--plan-only", action="store_true", help="check the file and write the plan; make no video")
+    parser.set_defaults(run=_batch)
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """What says which model makes videos, and on what engine."""
+    add_model(parser)
+    add_rewriter(parser)
+    add_composer(parser)
+    add_lora(parser)
+    add_quantize(parser)
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="in-process",
+        help="in-process makes one video after the other, accelerate several at a time on this machine, ray on the cluster of "
+        "RAY_ADDRESS or a small one of its own (default: %(default)s)",
+    )
+    for flag, what in (
+        ("--num-processes", "make videos"),
+        ("--num-rewriters", "write captions, with --engine ray"),
+        ("--num-composers", "draw first frames, with --engine ray"),
+    ):
+        parser.add_argument(
+            flag, type=WORKERS, default=1, metavar="NUMBER", help=f"that {what} (default: %(default)s)"
+        )
+
+
+def add_run(actions: argparse._SubParsersAction) -> None:
+    """`run`, of a folder that has a plan."""
+    parser = actions.add_parser("run", help="make the videos of a plan; goes on where it stopped")
+    parser.add_argument("folder", type=Path, metavar="RUN", help="folder with a plan")
+    add_run_flags(parser)
+    parser.set_defaults(run=run_folder)
+
+
+def add_check(actions: argparse._SubParsersAction) -> None:
+    """`check`, of a folder that has a plan."""
+    parser = actions.add_parser("check", help="find missing, damaged, short, black, still, repeated and stray files")
+    parser.add_argument("folder", type=Path, metavar="RUN", help="folder with a plan, of fvg batch or fvg bench")
+    parser.add_argument(
+        "--min-frames",
+        type=Whole(1, 100_000),
+        default=1,
+        metavar="FRAMES",
+        help="that an evaluator needs (default: %(default)s)",
+    )
+    parser.set_defaults(run=check_run)
+
+
+# -- what they do -----------------------------------------------------------------------------------------------------
+
+
+class CallChecks:
+    """Checks the calls of a plan against a model, before anything large is read.
+
+    Args:
+        arguments (`argparse.Namespace`): of the command line.
+        parts (collection of `str`): what the calls together need.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, parts: Collection[str]):
+        self.model = look(arguments, **({} if "lora" in parts else {"lora": False}))
+        self.largest: tuple[int | None, int | None, int | None] = (None, None, None)
+        self._known = inspect.signature(type(self.model.outline).__call__).parameters
+        self._seen: set[str] = set()
+
+    def check(self, prompt: str, arguments: dict[str, Any]) -> None:
+        """Raises `ValueError` or `OSError` for what the model's call refuses."""
+        from ..checks import check_texts
+        from ..evaluation.worker import REWRITER, call_of, parts_of
+
+        unknown = next((name for name in arguments if name not in self._known), None)
+        if unknown is not None:
+            raise ValueError(f"`{unknown}` is not for a {type(self.model.outline).__name__}; leave it out.")
+        check_texts("prompt", [prompt])
+        self.model.outline._check_known([prompt], writes=REWRITER in parts_of(arguments))
+        # Many videos differ by their prompts alone.
+        key = json.dumps(arguments, sort_keys=True)
+        if key in self._seen:
+            return
+        request = self.model.check(**call_of(prompt, arguments))
+        size = (request.height, request.width, request.num_frames)
+        self.largest = max(self.largest, size, key=_pixels)
+        if len(self._seen) < MAX_SEEN:
+            self._seen.add(key)
+
+
+def _pixels(size: tuple[int | None, int | None, int | None]) -> int:
+    return math.prod(side or 0 for side in size)
+
+
+def _batch(arguments: argparse.Namespace) -> None:
+    from ..evaluation.plan import write_plan
+    from ..evaluation.prompts import planned_videos, read_prompts
+    from ..evaluation.worker import parts_of
+
+    check_folder("OUT", arguments.folder)
+    defaults = {name: getattr(arguments, name) for name in DEFAULTS if getattr(arguments, name) is not None}
+    calls = (defaults | row.arguments for row in read_prompts(arguments.prompts, arguments.label))
+    checks = CallChecks(arguments, frozenset().union(*map(parts_of, calls)))
+
+    def checked() -> Iterator[PromptRow]:
+        for row in read_prompts(arguments.prompts, arguments.label):
+            try:
+                checks.check(row.prompt, defaults | row.arguments)
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{row.place}: {error}") from error
+            yield row
+
+    videos = planned_videos(checked(), arguments.seed, arguments.num_videos_per_prompt, defaults)
+    plan = write_plan(arguments.folder, videos, {"seed": arguments.seed})
+    print(f"plan:               {plan['videos']} videos in {arguments.folder / 'plan.jsonl'}")
+    if not arguments.plan_only:
+        _run(arguments, checks)
+
+
+def run_folder(arguments: argparse.Namespace) -> None:
+    """Makes the videos of the plan in `arguments.folder`."""
+    from ..evaluation.plan import read_plan
+    from ..evaluation.worker import parts_of
+
+    folder = arguments.folder
+    checks = CallChecks(arguments, frozenset().union(*(parts_of(row.arguments) for row in read_plan(folder))))
+    for number, row in enumerate(read_plan(folder), 1):
+        try:
+            checks.check(row.prompt, row.arguments)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{folder / 'plan.jsonl'}, line {number}: {error}") from error
+    _run(arguments, checks)
+
+
+def _run(arguments: argparse.Namespace, checks: CallChecks) -> None:
+    from ..evaluation.run import run_plan
+
+    given = {name: value for name, value in vars(arguments).items() if not callable(value)}
+    load = ModelLoad(argparse.Namespace(**given), checks.largest)
+    summary = run_plan(
+        arguments.folder,
+        load,
+        _made_by(arguments, checks.model),
+        arguments.engine,
+        num_processes=arguments.num_processes,
+        num_rewriters=arguments.num_rewriters,
+        num_composers=arguments.num_composers,
+        quiet=arguments.quiet,
+    )
+    print(
+        f"videos:             {summary.finished} of {summary.planned} are finished, {summary.made} of them by this run"
+    )
+    if summary.finished < summary.planned:
+        for path, error in summary.failures:
+            print(f"  {path}: {error}")
+        raise ValueError(
+            f"{summary.planned - summary.finished} of {summary.planned} videos are missing; the same command tries them again."
+        )
+
+
+def _made_by(arguments: argparse.Namespace, model: Model) -> dict[str, Any]:
+    """What says which model makes the videos, without a path of this machine."""
+    from ..pipelines.record import model_name, versions
+
+    names = {name: getattr(arguments, name) for name in ("composer", "lora", "rewriter", "rewriter_model")}
+    names = {name: model_name(value.rpartition("://")[2]) for name, value in names.items() if value is not None}
+    kinds = {name: getattr(arguments, name) for name in ("dtype", "quantize", "variant") if getattr(arguments, name)}
+    name = "embedded" if arguments.model is None else model_name(arguments.model)
+    revision = model.source.commit or arguments.revision
+    return {"model": name, "revision": revision, **names, **kinds, "versions": versions()}
+
+
+def check_run(arguments: argparse.Namespace) -> None:
+    """Prints what is wrong in `arguments.folder`; raises `ValueError` where something is."""
+    from ..evaluation.check import check_folder as found_in
+
+    counts: Counter[str] = Counter()
+    for finding in found_in(arguments.folder, arguments.min_frames):
+        counts[finding.kind] += finding.is_fault
+        print(f"{finding.kind:15} {finding.path}: {finding.reason}")
+    faults = {kind: count for kind, count in counts.items() if count}
+    if faults:
+        listed = ", ".join(f"{count} {kind}" for kind, count in faults.items())
+        raise ValueError(
+            f"{listed}. Remove files that are damaged or black, and run the plan again: it makes what is missing."
+        )
+    print("all videos of the plan are there and whole")

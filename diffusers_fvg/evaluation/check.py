@@ -1,0 +1,108 @@
+"""What is wrong with the videos of a plan: nothing that a benchmark would score is taken on trust."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from ..animate.motion import motion_amounts
+from ..media import read_video, read_video_metadata
+from .manifest import finished_sizes, path_key
+from .plan import RESERVED, PlannedVideo, read_plan
+
+
+# Of 255: a video whose brightest hundredth of values is below it shows nothing. Black in TV range comes back as 0.
+BLACK = 16
+# A share of the picture, as [`~animate.motion.motion_amounts`] measures it: noise and drift of a decoder stay below 0.03 there.
+STILL = 0.01
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong with one file.
+
+    Args:
+        kind (`str`): `"missing"`, `"truncated"`, `"unreadable"`, `"too short"`, `"duplicate seed"`, `"black"`, `"frozen"` or
+            `"stray"`.
+        path (`str`): of the file, relative to the output folder.
+        reason (`str`): what was seen.
+        is_fault (`bool`): not so where a video may be meant to be so: one of things at rest is frozen.
+    """
+
+    kind: str
+    path: str
+    reason: str
+    is_fault: bool = True
+
+
+def check_folder(folder: str | os.PathLike, min_frames: int = 1) -> Iterator[Finding]:
+    """What is wrong in an output folder, in the order of the plan; stray files come last.
+
+    Every video is decoded from beginning to end.
+
+    Args:
+        folder (`str` or `os.PathLike`): with a plan.
+        min_frames (`int`): that an evaluator needs.
+
+    Raises:
+        `ValueError`: no plan.
+    """
+    folder = Path(folder)
+    sizes, planned, seeds, folders = finished_sizes(folder), set(), set(), set()
+    for row in read_plan(folder):
+        planned.add(path_key(row.path))
+        folders.add(PurePosixPath(row.path).parent.as_posix())
+        asked = json.dumps([row.prompt, row.seed, row.arguments], sort_keys=True).encode()
+        key = hashlib.blake2b(asked, digest_size=16).digest()
+        if key in seeds:
+            yield Finding("duplicate seed", row.path, f"prompt, arguments and seed {row.seed} of an earlier video")
+        seeds.add(key)
+        yield from _check_video(folder, row, sizes.get(path_key(row.path)), min_frames)
+    yield from _strays(folder, folders, planned)
+
+
+def _check_video(folder: Path, row: PlannedVideo, size: int | None, min_frames: int) -> Iterator[Finding]:
+    path = folder / row.path
+    if not path.is_file():
+        yield Finding("missing", row.path, "not there" if size is None else "was made, and is not there any more")
+        return
+    found = path.stat().st_size
+    if size is not None and found < size:
+        yield Finding("truncated", row.path, f"{found} bytes of {size}")
+        return
+    try:
+        record, (frames, _) = read_video_metadata(path), read_video(path)
+    except (ValueError, OSError) as error:
+        yield Finding("unreadable", row.path, str(error).removeprefix(f"{path} "))
+        return
+    expected = max(row.arguments.get("num_frames") or record.get("num_frames") or 1, min_frames)
+    if len(frames) < expected:
+        yield Finding("too short", row.path, f"{len(frames)} frames of {expected}")
+    if record.get("prompt") != row.prompt:
+        yield Finding("stray", row.path, f"is of another prompt, {record.get('prompt')!r}")
+    if np.percentile(frames, 99) < BLACK:
+        yield Finding(
+            "black", row.path, f"no value but the brightest hundredth is above {int(np.percentile(frames, 99))} of 255"
+        )
+        return
+    amounts = motion_amounts(frames[None])
+    if amounts is not None and amounts[0] < STILL:
+        yield Finding("frozen", row.path, f"{amounts[0]:.1%} of the picture changes", is_fault=False)
+
+
+def _strays(folder: Path, folders: set[str], planned: set[bytes]) -> Iterator[Finding]:
+    """Files that no plan names, in the folders that hold its videos: evaluators open every file that they find there."""
+    for name in sorted(folders):
+        for path in sorted((folder / name).glob("*")) if (folder / name).is_dir() else ():
+            relative = path.relative_to(folder).as_posix()
+            is_own = (
+                relative in RESERVED or relative in folders or any(each.startswith(f"{relative}/") for each in folders)
+            )
+            if not is_own and path_key(relative) not in planned:
+                yield Finding("stray", relative, "is not of the plan")

@@ -1,0 +1,17 @@
+"""What makes the videos of a [`Job`]: this process, several on this machine, or a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..job import Job
+from .cluster import run_cluster
+from .in_process import run_in_process
+from .processes import run_processes
+
+
+ENGINES: dict[str, Callable[[Job], None]] = {
+    "in-process": run_in_process,
+    "accelerate": run_processes,
+    "ray": run_cluster,
+}

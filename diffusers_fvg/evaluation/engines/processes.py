@@ -1,0 +1,73 @@
+"""Several processes on this machine, started by `accelerate launch`: each loads the pipeline and makes its share of the videos.
+
+A process that dies is started again, with all others, by the launcher; what they had finished is left as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from .. import process
+from ..job import Job, Watch
+from ..manifest import FULL, PATIENCE, stopped_by
+from .in_process import run_in_process
+
+
+# How often the launcher starts the processes anew.
+MAX_RESTARTS = 3
+PACKAGE_FOLDER = Path(__file__).parents[3]
+
+
+def run_processes(job: Job) -> None:
+    """Makes the videos in `job.num_processes` processes; one is this process, which its launcher would only repeat.
+
+    Raises:
+        `OSError`, `RuntimeError`: what made a process stop the run, or processes that died again and again.
+    """
+    if job.num_processes == 1:
+        return run_in_process(job)
+    # Private to this user: what is unpickled is what was pickled here.
+    with tempfile.TemporaryDirectory() as private, job.bar() as bar:
+        watch, path = Watch(job, bar), Path(private) / "job.pickle"
+        path.write_bytes(pickle.dumps(job))
+        options = {"num_processes": job.num_processes, "num_machines": 1, "max_restarts": MAX_RESTARTS}
+        options |= {"mixed_precision": "no", "dynamo_backend": "no", "main_process_port": 0}
+        flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        # The launcher's way with several processes, on CPUs as well.
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+        command = [*launch, *flags, "-m", process.__name__, str(path)]
+        paths = [str(PACKAGE_FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])]
+        launcher = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)})
+        try:
+            while launcher.poll() is None:
+                watch.update()
+                try:
+                    launcher.wait(PATIENCE)
+                except subprocess.TimeoutExpired:
+                    continue
+            watch.update()
+        finally:
+            launcher.terminate()
+            launcher.wait()
+    raise_stopped(job.folder)
+    if launcher.returncode:
+        raise RuntimeError(
+            f"the worker processes died {MAX_RESTARTS + 1} times (exit status {launcher.returncode}); what is finished stays, and the "
+            "same command goes on from there."
+        )
+
+
+def raise_stopped(folder: Path) -> None:
+    """Raises what a worker stopped the run by."""
+    told = stopped_by(folder)
+    if told is not None:
+        raise (
+            OSError(told["errno"], told["error"])
+            if told["errno"] in FULL
+            else RuntimeError(f"{told['kind']}: {told['error']}")
+        )

@@ -1,0 +1,138 @@
+"""Makes the videos of a plan: on an engine, from where an earlier run stopped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils import logging
+
+from .engines import ENGINES
+from .job import Job
+from .manifest import FULL, TEMPORARY, Manifest, Turn, finished_sizes, is_finished, path_key, read_manifest
+from .plan import PlannedVideo, keep_facts, plan_facts, read_plan
+from .worker import Load, note_found, parts_of
+
+
+logger = logging.get_logger(__name__)
+
+RUN_FACTS, PENDING = "run.json", "pending.jsonl"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to.
+
+    Args:
+        planned, finished (`int`): videos of the plan, and those of them that are there.
+        made (`int`): those that this run made.
+        failures (`tuple[tuple[str, str], ...]`): path and error of those that could not be made, the first hundred.
+    """
+
+    planned: int
+    finished: int
+    made: int
+    failures: tuple[tuple[str, str], ...] = ()
+
+
+def run_plan(
+    folder: str | os.PathLike,
+    load: Load,
+    made_by: Mapping[str, Any] | None = None,
+    engine: str = "in-process",
+    num_processes: int = 1,
+    num_rewriters: int = 1,
+    num_composers: int = 1,
+    quiet: bool = False,
+) -> Summary:
+    """Makes the videos of the plan in a folder that are not there yet.
+
+    Args:
+        folder (`str` or `os.PathLike`): the output folder, with the plan that [`~evaluation.plan.write_plan`] wrote.
+        load ([`Load`]): the pipeline; engines of several processes pickle it.
+        made_by (mapping, *optional*): values of JSON that say which model makes the videos, for `run.json`: a later run with
+            another model is refused. `"versions"` among them may change.
+        engine (`str`): `"in-process"`, `"accelerate"` (several processes on this machine) or `"ray"` (on any number).
+        num_processes (`int`): workers that make videos.
+        num_rewriters, num_composers (`int`): with Ray, workers of stages 1 and 2.
+        quiet (`bool`): no progress bar.
+
+    Returns:
+        [`Summary`]: a video that cannot be made for a reason of its own, a `ValueError` or values that are not finite, does not
+        stop the others, and is tried again by the next run.
+
+    Raises:
+        `ValueError`: no plan, an unknown engine, another run in the folder, or videos of another model.
+        `OSError`: a disk that is full: what is finished stays, and the same call goes on.
+    """
+    folder = Path(folder)
+    if engine not in ENGINES:
+        raise ValueError(f"`engine={engine!r}` must be one of {', '.join(ENGINES)}.")
+    planned, count = plan_facts(folder)["videos"], 0
+    with Turn(folder) as turn:
+        try:
+            keep_facts(folder / RUN_FACTS, made_by or {})
+            pending = folder / TEMPORARY / PENDING
+            count, parts = _write_pending(folder, pending)
+            if count:
+                workers = (num_processes, num_rewriters, num_composers)
+                ENGINES[engine](Job(folder, pending, count, load, parts, turn.id, *workers, quiet))
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            finished = planned - sum(1 for _ in _missing(folder))
+            raise OSError(
+                f"no space is left in {folder}: {finished} of {planned} videos are finished and whole. Make room and give the same "
+                "command again, which goes on from there."
+            ) from error
+    return _summary(folder, planned, count)
+
+
+def _write_pending(folder: Path, pending: Path) -> tuple[int, frozenset[str]]:
+    """Lists what is to be made. Returns how many, and what parts of the pipeline they need."""
+    count, parts = 0, frozenset()
+    sizes, manifest = finished_sizes(folder), Manifest(folder)
+    try:
+        with open(pending, "w", encoding="utf-8", newline="\n") as file:
+            for row in read_plan(folder):
+                if is_finished(folder, row, sizes) or _is_found(folder, row, sizes, manifest):
+                    continue
+                file.write(row.to_json() + "\n")
+                count, parts = count + 1, parts | parts_of(row.arguments)
+    finally:
+        manifest.close()
+    return count, parts
+
+
+def _is_found(folder: Path, row: PlannedVideo, sizes: dict[bytes, int], manifest: Manifest) -> bool:
+    """Whether a video without a line is there and gets one now; one that has another size than its line says is removed."""
+    path = folder / row.path
+    if not path.exists():
+        return False
+    if path_key(row.path) in sizes:
+        logger.warning(f"{path} is not as it was written, {path.stat().st_size} bytes, and is made again.")
+        path.unlink()
+        return False
+    try:
+        note_found(folder, row, manifest)
+        return True
+    except ValueError:
+        # Its worker says so.
+        return False
+
+
+def _missing(folder: Path) -> Iterator[PlannedVideo]:
+    sizes = finished_sizes(folder)
+    return (row for row in read_plan(folder) if not is_finished(folder, row, sizes))
+
+
+def _summary(folder: Path, planned: int, count: int) -> Summary:
+    missing = {path_key(row.path) for row in _missing(folder)}
+    failed = [line for line in (read_manifest(folder) if missing else ()) if line["status"] == "failed"]
+    # What the last run says of each.
+    failed.sort(key=lambda line: line["time"])
+    failures = {line["path"]: line["error"] for line in failed if path_key(line["path"]) in missing}
+    return Summary(planned, planned - len(missing), count - len(missing), tuple(failures.items())[:100])

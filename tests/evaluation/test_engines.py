@@ -1,0 +1,72 @@
+"""Every engine makes the same plan and the same videos. Processes take long to start, so these tests are slow."""
+
+import argparse
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from diffusers_fvg.cli.batch import ModelLoad
+from diffusers_fvg.evaluation.manifest import read_manifest
+from diffusers_fvg.evaluation.plan import PlannedVideo, derive_seed, write_plan
+from diffusers_fvg.evaluation.run import run_plan
+
+
+pytestmark = pytest.mark.slow
+
+PROMPTS = ("A red circle moves to the right", "A blue square moves upwards")
+
+
+@pytest.fixture(scope="module")
+def load():
+    from diffusers_fvg.cli import parser
+
+    arguments = parser().parse_args(["batch", "a", "b", "--quiet"])
+    return ModelLoad(argparse.Namespace(**{name: value for name, value in vars(arguments).items() if name != "run"}))
+
+
+def made(folder: Path, load, engine: str) -> dict[str, bytes]:
+    rows = [
+        PlannedVideo(
+            f"videos/{mode}-{index}-{sample}.mp4",
+            prompt,
+            derive_seed(0, index, sample),
+            {"num_inference_steps": 1, "mode": mode},
+        )
+        for mode in ("factorized", "direct")
+        for index, prompt in enumerate(PROMPTS)
+        for sample in range(2)
+    ]
+    write_plan(folder, rows)
+    summary = run_plan(folder, load, engine=engine, num_processes=2, quiet=True)
+    assert (summary.finished, summary.made) == (8, 8)
+    lines = list(read_manifest(folder))
+    assert Counter(line["status"] for line in lines) == {"made": 8}
+    files = [*(folder / row.path for row in rows), folder / "plan.jsonl", folder / "plan.json"]
+    assert len(list((folder / "captions").glob("*.json"))) == 2
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory, load):
+    return made(tmp_path_factory.mktemp("in-process"), load, "in-process")
+
+
+def test_processes_of_accelerate_make_the_same_files(tmp_path, load, expected):
+    assert made(tmp_path, load, "accelerate") == expected
+    assert len({line["worker"] for line in read_manifest(tmp_path)}) == 2
+
+
+def test_workers_of_ray_make_the_same_files(tmp_path, load, expected, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert made(tmp_path, load, "ray") == expected
+
+
+def test_a_killed_run_goes_on(tmp_path, run_python):
+    """What `kill_runs.py` does twenty times."""
+    script = Path(__file__).parent / "kill_runs.py"
+    os.makedirs(tmp_path / "runs")
+    code = f"import sys, runpy; sys.argv = {[str(script), str(tmp_path / 'runs' / 'a'), '--kills', '2', '--videos', '8']}; "
+    assert "faults: []" in run_python(code + f"runpy.run_path({str(script)!r}, run_name='__main__')")
