@@ -12,6 +12,8 @@ from .statistics import Difference, Spread
 # Okabe and Ito's palette, which colour-blind readers can tell apart. One colour for an arm in all figures.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A")
 WIDTH, LEFT, RIGHT, TOP = 720, 56, 24, 16
+# A figure of differences reaches so many times as far as the largest of them.
+CUT = 2.5
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
@@ -100,13 +102,16 @@ def differences_chart(
     """
     left, line_height, gap = 210, 15, 10
     found = [own for row in rows.values() for own in row.values() if own is not None]
-    ends = [end for own in found for end in (own.mean, own.low, own.high) if end is not None]
+    # Of few prompts intervals are far wider than what there is to see.
+    reach = CUT * max((abs(own.mean) for own in found), default=0.0) or 1.0
+    ends = [min(max(end, -reach), reach) for own in found for end in (own.mean, own.low, own.high) if end is not None]
     marks = ticks(min([0.0, *ends]), max([0.0, *ends]))
     heights = [line_height * max(1, len(row)) + gap for row in rows.values()]
     bottom = TOP + sum(heights)
 
     def across(value: float) -> float:
-        return left + (value - marks[0]) / (marks[-1] - marks[0]) * (WIDTH - RIGHT - left)
+        inside = min(max(value, marks[0]), marks[-1])
+        return left + (inside - marks[0]) / (marks[-1] - marks[0]) * (WIDTH - RIGHT - left)
 
     parts = []
     for mark in marks:

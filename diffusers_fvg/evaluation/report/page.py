@@ -62,9 +62,8 @@ def write_report(
 def page(gathered: Gathered, comparison: Comparison) -> str:
     """The HTML page."""
     suite, style = gathered.suite, files(__package__).joinpath("page.css").read_text(encoding="utf-8")
-    tag = '<span class="tag">synthetic</span>' * suite.synthetic
     body = [
-        f"<h1>{escape(suite.title)}{tag}</h1>",
+        f"<h1>{escape(suite.title)}</h1>",
         f'<p class="soft">{escape(_made_with(gathered))}</p>',
         _facts(gathered, comparison),
         f'<p class="warning">{SYNTHETIC}</p>' if suite.synthetic else "",
@@ -157,7 +156,7 @@ def _figures(gathered: Gathered, comparison: Comparison) -> str:
         others = dict.fromkeys(name for row in rows.values() for name in row)
         legend = "".join(f"<span>{_name(name, colour)}</span>" for name in others)
         parts.append(
-            f'<h2>{escape(label)}</h2><p class="soft">Points to the right are better, of scores where more is better.</p>'
+            f'<h2>{escape(label)}</h2><p class="soft">Points to the right are higher scores. Intervals that leave the figure are cut.</p>'
         )
         parts.append(f'<div class="legend">{legend}</div>{differences_chart(rows, colour, label)}')
     series = steps_series(gathered, comparison)

@@ -1,5 +1,5 @@
 # Environments of T2V-CompBench V1 (branch main): its scripts are copied into the repositories whose models they use, as its
-# README says. Needs conda and CUDA.
+# README says. Needs conda, CUDA and CUDA_HOME.
 
 [ -d "$CHECKOUT" ] || git clone https://github.com/KaiyueSun98/T2V-CompBench "$CHECKOUT"
 cd "$CHECKOUT"
@@ -18,12 +18,12 @@ cp Tracking_eval/eval_motion_binding_*.py Tracking_eval/motion_binding_score_cal
 cp Tracking_eval/demo_options.py dot/dot/utils/options/demo_options.py
 
 "$CONDA" create --yes --prefix "$ENVIRONMENTS/llava" python=3.10
-"$ENVIRONMENTS/llava/bin/python" -m pip install -e LLaVA
+"$ENVIRONMENTS/llava/bin/python" -m pip install -e ./LLaVA
 export AM_I_DOCKER=False BUILD_WITH_CUDA=True
 "$CONDA" create --yes --prefix "$ENVIRONMENTS/compbench" python=3.10
 python="$ENVIRONMENTS/compbench/bin/python"
-"$python" -m pip install -e Grounded-Segment-Anything/segment_anything
-"$python" -m pip install --no-build-isolation -e Grounded-Segment-Anything/GroundingDINO
+"$python" -m pip install -e ./Grounded-Segment-Anything/segment_anything
+"$python" -m pip install --no-build-isolation -e ./Grounded-Segment-Anything/GroundingDINO
 "$python" -m pip install -r Grounded-Segment-Anything/requirements.txt -r Depth-Anything/requirements.txt -r dot/requirements.txt
 fetch Grounded-Segment-Anything/groundingdino_swint_ogc.pth \
   https://github.com/IDEA-Research/GroundingDINO/releases/download/v0.1.0-alpha/groundingdino_swint_ogc.pth

@@ -1,4 +1,4 @@
-# Environments of T2V-CompBench V2, as the README of branch V2 makes them, and three repairs of its scripts. Needs conda and CUDA.
+# Environments of T2V-CompBench V2, as the README of branch V2 makes them, and three repairs of its scripts. Needs conda, CUDA and CUDA_HOME.
 
 [ -d "$CHECKOUT" ] || git clone --branch V2 https://github.com/KaiyueSun98/T2V-CompBench "$CHECKOUT"
 cd "$CHECKOUT"
@@ -7,15 +7,15 @@ cd "$CHECKOUT"
 "$CONDA" create --yes --prefix "$ENVIRONMENTS/llava" python=3.10.15
 python="$ENVIRONMENTS/llava/bin/python"
 "$python" -m pip install --upgrade pip
-"$python" -m pip install -e LLaVA
-"$python" -m pip install -e "LLaVA[train]"
+"$python" -m pip install -e ./LLaVA
+"$python" -m pip install -e "./LLaVA[train]"
 "$python" -m pip install flash-attn --no-build-isolation --no-cache-dir
 
 # Detection and tracking: GroundingDINO, SAM, Depth Anything, DOT.
 export AM_I_DOCKER=False BUILD_WITH_CUDA=True
 "$CONDA" create --yes --prefix "$ENVIRONMENTS/compbench" python=3.12.3
 python="$ENVIRONMENTS/compbench/bin/python"
-"$python" -m pip install -e Grounded-Segment-Anything/segment_anything
+"$python" -m pip install -e ./Grounded-Segment-Anything/segment_anything
 "$python" -m pip install -r Grounded-Segment-Anything/requirements.txt
 fetch Grounded-Segment-Anything/GroundingDINO/weights/groundingdino_swint_ogc.pth \
   https://github.com/IDEA-Research/GroundingDINO/releases/download/v0.1.0-alpha/groundingdino_swint_ogc.pth
