@@ -113,7 +113,8 @@ def _problems(comparison: Comparison) -> str:
 
 
 def _name(name: str, colour: Mapping[str, str]) -> str:
-    return f'<span class="dot" style="background:{colour[name]}"></span>{escape(name)}'
+    # May be broken at its parts, so that many columns fit.
+    return f'<span class="dot" style="background:{colour[name]}"></span>{escape(name).replace("_", "_<wbr>")}'
 
 
 def _scores(gathered: Gathered, comparison: Comparison) -> str:
@@ -146,30 +147,30 @@ def _scores(gathered: Gathered, comparison: Comparison) -> str:
 
 
 def _figures(gathered: Gathered, comparison: Comparison) -> str:
-    colour, parts = colours(list(gathered.conditions)), []
+    colour, sections = colours(list(gathered.conditions)), []
     rows = {name: row for name, row in comparison.differences.items() if any(own is not None for own in row.values())}
     # A total of another scale has a row of its own in the table alone.
     if comparison.total in rows and abs(sum(gathered.suite.weights.values()) - 1) > 1e-9:
         rows.pop(comparison.total)
     if rows:
         label = f"Difference from {comparison.baseline}"
-        others = dict.fromkeys(name for row in rows.values() for name in row)
-        legend = "".join(f"<span>{_name(name, colour)}</span>" for name in others)
-        parts.append(
-            f'<h2>{escape(label)}</h2><p class="soft">Points to the right are higher scores. Intervals that leave the figure are cut.</p>'
-        )
-        parts.append(f'<div class="legend">{legend}</div>{differences_chart(rows, colour, label)}')
+        others = {name: colour[name] for name in dict.fromkeys(name for row in rows.values() for name in row)}
+        told = '<p class="soft">Points to the right are higher scores. Intervals that leave the figure are cut.</p>'
+        sections.append(_figure(label, others, told + differences_chart(rows, colour, label)))
     series = steps_series(gathered, comparison)
     if len({steps for line in series.values() for steps in line}) > 1:
         arms = {
             arm: next(colour[own.name] for own in gathered.conditions.values() if own.arm == arm) for arm in series
         }
-        legend = "".join(f"<span>{_name(name, arms)}</span>" for name in series)
-        what = f"{'Synthetic ' * gathered.suite.synthetic}{comparison.total}"
-        parts.append(
-            f"<h2>Score against steps</h2><div class='legend'>{legend}</div>{steps_chart(series, arms, what)}"
-        )
-    return "".join(parts)
+        what = f"{'synthetic ' * gathered.suite.synthetic}{comparison.total}"
+        told = f'<p class="soft">The {what}; whiskers are one standard deviation over seeds.</p>'
+        sections.append(_figure("Score against steps", arms, told + steps_chart(series, arms, what)))
+    return f'<div class="figures">{"".join(sections)}</div>' if sections else ""
+
+
+def _figure(title: str, colour: Mapping[str, str], inner: str) -> str:
+    legend = "".join(f"<span>{_name(name, colour)}</span>" for name in colour)
+    return f'<section><h2>{escape(title)}</h2><div class="legend">{legend}</div>{inner}</section>'
 
 
 # -- the gallery ------------------------------------------------------------------------------------------------------
@@ -240,14 +241,12 @@ def _exhibit(exhibit: Exhibit, colour: Mapping[str, str]) -> str:
     for shown in exhibit.videos:
         anchors = _anchors(shown)
         frames = _strip([(words, image, False) for words, image in _frames(shown.path)])
-        drawn = f'<div class="drawn">{_strip(anchors)}</div>' if anchors else ""
+        drawn = f'<div class="drawn">{_strip(anchors) if anchors else ""}</div>'
         caption = ""
         if shown.caption and shown.caption != told:
             told = shown.caption
             caption = f'<p class="soft">first frame: {escape(shown.caption)}</p>'
-        rows.append(
-            f'<div class="made"><b>{_name(shown.condition, colour)}</b><div>{caption}{drawn}{frames}</div></div>'
-        )
+        rows.append(f'<div class="made"><b>{_name(shown.condition, colour)}</b>{drawn}{frames}{caption}</div>')
     kind = escape(exhibit.category.replace("_", " ").replace("+", ", "))
     return (
         f'<section class="exhibit"><span class="soft">{kind}</span><blockquote>{escape(exhibit.prompt)}</blockquote>'
