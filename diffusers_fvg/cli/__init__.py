@@ -9,6 +9,7 @@ from .. import __version__
 from ..flags import Parser
 from ..shapes.command import add_shapes
 from .batch import add_batch
+from .bench import add_bench
 from .lora import add_lora
 from .options import add_model
 from .overview import add_doctor, add_models, add_plan
@@ -36,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         add_assemble,
         add_push,
     )
-    for add in (*adders, add_lora, add_models, add_doctor):
+    for add in (*adders, add_bench, add_lora, add_models, add_doctor):
         add(commands)
     add_shapes(commands, add_model, load_pipeline)
     return top

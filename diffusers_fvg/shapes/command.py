@@ -56,6 +56,7 @@ def add_shapes(
     clips.add_argument("folder", type=Path, help="for the cache, checkpoints, logs and weights")
     clips.add_argument("--report", type=Path, metavar="DIR", help="instead score the runs that are done (synthetic)")
     _add_report(actions, add_model)
+    _add_benchmark(actions)
     shapes.set_defaults(run=lambda arguments: _run(arguments, load))
 
 
@@ -101,12 +102,28 @@ def _add_report(actions: argparse._SubParsersAction, add_model: Callable[[argpar
     )
 
 
+def _add_benchmark(actions: argparse._SubParsersAction) -> None:
+    prompts = actions.add_parser("prompts", help="write held-out prompts as a benchmark's files, for fvg bench plan")
+    prompts.add_argument("folder", type=Path, help="for prompts/ and meta_data/")
+    prompts.add_argument(
+        "--per-category", type=COUNT, metavar="NUMBER", default=9, help="prompts (default: %(default)s)"
+    )
+    score = actions.add_parser("score", help="score videos of those prompts by their pixels (synthetic)")
+    score.add_argument("videos", type=Path, help="folder with a folder for each category")
+    score.add_argument("prompts", type=Path, help="what fvg shapes prompts wrote")
+    score.add_argument("folder", type=Path, help="for a CSV file of each category")
+    score.add_argument("--name", default="shapes", help="at the start of the files' names (default: %(default)s)")
+
+
 def _run(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], FactorizedVideoPipeline]) -> None:
     check_folder("FOLDER", arguments.folder)
     if getattr(arguments, "report", None) is not None:
         check_folder("--report", arguments.report)
     if arguments.action == "report":
         _report(arguments, load)
+        return
+    if arguments.action in ("prompts", "score"):
+        _run_benchmark(arguments)
         return
     if arguments.action == "dreamer":
         from ..embedded import EMBEDDED_FOLDER, load_embedded
@@ -129,6 +146,18 @@ def _run(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], Fac
     from .train import train_all
 
     train_all(arguments.folder, arguments.parts)
+
+
+def _run_benchmark(arguments: argparse.Namespace) -> None:
+    from .benchmark import score_videos, write_prompts
+
+    if arguments.action == "prompts":
+        for category, count in write_prompts(arguments.folder, arguments.per_category).items():
+            print(f"{category:24s}{count:5d} prompts")
+        return
+    means = score_videos(arguments.videos, arguments.prompts, arguments.folder, arguments.name)
+    for category, score in means.items():
+        print(f"{category:24s}{score:8.3f} (synthetic)")
 
 
 def _check_lora(flag: str, folder: Path) -> None:

@@ -28,9 +28,19 @@ NEEDED = {
     "fvg shapes dreamer": ["{}/trained"],
     "fvg shapes clips": ["{}/trained"],
     "fvg shapes report": ["{}/report"],
+    "fvg shapes prompts": ["{}/prompts"],
+    "fvg shapes score": ["{}/empty", "{}/empty", "{}/scores"],
+    "fvg bench plan": ["{}/run", "--suite", "vbench-2.0", "--prompts", "{}/empty"],
+    "fvg bench run": ["{}/empty"],
+    "fvg bench check": ["{}/empty"],
+    "fvg bench layout": ["{}/empty", "{}/layout"],
+    "fvg bench commands": ["{}/empty", "{}/checkout", "{}/results"],
+    "fvg bench read": ["{}/empty"],
+    "fvg bench pack": ["{}/empty", "{}/ours.zip", "--suite", "vbench-2.0", "--name", "ours"],
+    "fvg bench report": ["{}/empty", "{}/report"],
 }
 # Text of which no value is wrong by itself.
-FREE_TEXT = {"negative_prompt", "commit_message"}
+FREE_TEXT = {"negative_prompt", "commit_message", "name"}
 # Any text names something on the Hub, which does not answer here, or a variable.
 NAMES = ["none", "org/none", "org/none@v1", "/no/such/folder", "\x00"]
 WRONG = {
@@ -57,6 +67,10 @@ WRONG = {
     "recipe": [*NAMES[:4], ""],
     "revision": ["none", "", "main", "v1", "x" * 40],
     "variant": ["none", "", "fp16", "..", "x"],
+    "arms": ["none", "", "direct@", "@full-50", "image"],
+    "categories": ["none", "", "material", "Material+Mechanics", "x"],
+    "ratio": ["1:1", "", "4-3", "16-9", "x"],
+    "baseline": ["none", "", "direct", "x", "y"],
     "presets": ["none", "", "x", "y", "z"],
 }
 FILES = ["{}/video.txt", "{}/no\x00name.mp4", "/proc/no/such/video.mp4", "{}", "{}/picture.png/video.mp4"]

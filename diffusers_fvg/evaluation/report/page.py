@@ -1,0 +1,279 @@
+"""The report of a run: one HTML page that opens from disk, with its pictures in it, and one Markdown table."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+
+from ...media import Video
+from ..suites.suite import Suite
+from .charts import colours, differences_chart, steps_chart
+from .comparison import Comparison, compare, steps_series
+from .gather import Exhibit, Gathered, Shown, gather
+from .table import MIB, PAIRED, SYNTHETIC, difference_text, markdown, spread_text, stage_seconds, stages_of
+
+
+FRAMES = 6
+# Twice the height at which the page shows a picture, for sharp screens.
+PICTURE_HEIGHT = 192
+FAILURES = 50
+
+
+def write_report(
+    run: Path,
+    folder: Path,
+    suites: Mapping[str, Suite],
+    scores: Path | None = None,
+    baseline: str | None = None,
+    gallery: int = 8,
+) -> list[Path]:
+    """Writes `report.html` and `report.md`.
+
+    Args:
+        run (`Path`): folder of the run.
+        folder (`Path`): for the two files.
+        suites (`Mapping[str, Suite]`): by name.
+        scores (`Path`, *optional*): what `fvg bench read` wrote; a report without has times, memory and videos alone.
+        baseline (`str`, *optional*): condition that others are compared with; the first of the plan when left out.
+        gallery (`int`): prompts that are shown.
+
+    Returns:
+        `list[Path]`: the files.
+
+    Raises:
+        `ValueError`: no run of a suite, scores of another, or an unknown baseline.
+    """
+    gathered = gather(run, suites, scores, gallery)
+    comparison = compare(gathered, baseline)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {"report.html": page(gathered, comparison), "report.md": markdown(gathered, comparison)}
+    for name, text in written.items():
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+    return [folder / name for name in written]
+
+
+def page(gathered: Gathered, comparison: Comparison) -> str:
+    """The HTML page."""
+    suite, style = gathered.suite, files(__package__).joinpath("page.css").read_text(encoding="utf-8")
+    body = [
+        f"<h1>{escape(suite.title)}</h1>",
+        f'<p class="soft">{escape(_made_with(gathered))}</p>',
+        _facts(gathered, comparison),
+        f'<p class="warning">{SYNTHETIC}</p>' if suite.synthetic else "",
+        _problems(comparison),
+        _scores(gathered, comparison),
+        _figures(gathered, comparison),
+        _gallery(gathered),
+        _resources(gathered),
+    ]
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(suite.title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>\n{style}</style></head>\n<body>\n'
+        + "\n".join(part for part in body if part)
+        + "\n</body></html>\n"
+    )
+
+
+def _made_with(gathered: Gathered) -> str:
+    record = next((own.made_with for own in gathered.conditions.values() if own.made_with), {})
+    versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
+    size = (
+        f"{record['num_frames']} frames of {record['width']} x {record['height']}" if record.get("num_frames") else ""
+    )
+    model = f"model {record['model']}" if record.get("model") else ""
+    return " · ".join(part for part in (model, size, versions) if part)
+
+
+def _facts(gathered: Gathered, comparison: Comparison) -> str:
+    conditions = list(gathered.conditions.values())
+    planned, finished = (sum(getattr(own, name) for own in conditions) for name in ("planned", "finished"))
+    cells = [("arms", str(len(conditions))), ("prompts", str(len(set(gathered.prompt_of.values()))))]
+    cells += [("videos", f"{finished:,}" if finished == planned else f"{finished:,} of {planned:,}")]
+    for name in comparison.best(comparison.total)[:1] if comparison.total else ():
+        cells.append((f"{comparison.total}, {name}", spread_text(comparison.spreads[comparison.total][name])))
+    inner = "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for name, value in cells)
+    return f'<div class="facts">{inner}</div>'
+
+
+def _problems(comparison: Comparison) -> str:
+    parts = []
+    for name, problems in comparison.problems.items():
+        items = "".join(f"<li>{escape(problem)}</li>" for problem in problems)
+        parts.append(f'<div class="warning"><b>No official total of {escape(name)}</b><ul>{items}</ul></div>')
+    for name, notes in comparison.notes.items():
+        parts += [f'<p class="soft">{escape(name)}: {escape(note)}</p>' for note in notes]
+    return "".join(parts)
+
+
+def _name(name: str, colour: Mapping[str, str]) -> str:
+    # May be broken at its parts, so that many columns fit.
+    return f'<span class="dot" style="background:{colour[name]}"></span>{escape(name).replace("_", "_<wbr>")}'
+
+
+def _scores(gathered: Gathered, comparison: Comparison) -> str:
+    names = [name for name, own in gathered.conditions.items() if own.scores]
+    if not names:
+        return ""
+    colour = colours(list(gathered.conditions))
+    rows = []
+    for row, spreads in comparison.spreads.items():
+        cells = []
+        for name in names:
+            difference = comparison.differences.get(row, {}).get(name)
+            kind = "" if difference is None or not difference.is_clear else "up" if difference.mean > 0 else "down"
+            below = f'<small class="{kind}">{escape(difference_text(difference))}</small>' if difference else ""
+            best = ' class="best"' if name in comparison.best(row) else ""
+            cells.append(f"<td{best}>{escape(spread_text(spreads[name]))}{below}</td>")
+        kind = ' class="total"' if row == comparison.total else ""
+        rows.append(f'<tr{kind}><th scope="row">{escape(row.replace("_", " "))}</th>{"".join(cells)}</tr>')
+    head = "".join(f'<th scope="col">{_name(name, colour)}</th>' for name in names)
+    seeds = max(len(own.scores) for own in gathered.conditions.values())
+    told = [f"± is the standard deviation over {seeds} seeds."] if seeds > 1 else []
+    if len(names) > 1:
+        told.append(
+            f"Under a score: its difference from {comparison.baseline}, coloured where the interval leaves 0 out. {PAIRED}"
+        )
+    return (
+        f'<h2>Scores</h2><p class="soft">{escape(" ".join(told))}</p><div class="wide"><table><thead><tr><th></th>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _figures(gathered: Gathered, comparison: Comparison) -> str:
+    colour, sections = colours(list(gathered.conditions)), []
+    rows = {name: row for name, row in comparison.differences.items() if any(own is not None for own in row.values())}
+    # A total of another scale has a row of its own in the table alone.
+    if comparison.total in rows and abs(sum(gathered.suite.weights.values()) - 1) > 1e-9:
+        rows.pop(comparison.total)
+    if rows:
+        label = f"Difference from {comparison.baseline}"
+        others = {name: colour[name] for name in dict.fromkeys(name for row in rows.values() for name in row)}
+        told = '<p class="soft">Points to the right are higher scores. Intervals that leave the figure are cut.</p>'
+        sections.append(_figure(label, others, told + differences_chart(rows, colour, label)))
+    series = steps_series(gathered, comparison)
+    if len({steps for line in series.values() for steps in line}) > 1:
+        arms = {
+            arm: next(colour[own.name] for own in gathered.conditions.values() if own.arm == arm) for arm in series
+        }
+        what = f"{'synthetic ' * gathered.suite.synthetic}{comparison.total}"
+        told = f'<p class="soft">The {what}; whiskers are one standard deviation over seeds.</p>'
+        sections.append(_figure("Score against steps", arms, told + steps_chart(series, arms, what)))
+    return f'<div class="figures">{"".join(sections)}</div>' if sections else ""
+
+
+def _figure(title: str, colour: Mapping[str, str], inner: str) -> str:
+    legend = "".join(f"<span>{_name(name, colour)}</span>" for name in colour)
+    return f'<section><h2>{escape(title)}</h2><div class="legend">{legend}</div>{inner}</section>'
+
+
+# -- the gallery ------------------------------------------------------------------------------------------------------
+
+
+def picture(image: PIL.Image.Image) -> str:
+    """A `data:` address of a JPEG; small pictures are enlarged by whole factors, which keeps edges sharp."""
+    factor = PICTURE_HEIGHT // image.height
+    if factor > 1:
+        image = image.resize((image.width * factor, image.height * factor), PIL.Image.Resampling.NEAREST)
+    elif image.height > PICTURE_HEIGHT:
+        size = (max(1, round(image.width * PICTURE_HEIGHT / image.height)), PICTURE_HEIGHT)
+        image = image.resize(size, PIL.Image.Resampling.LANCZOS)
+    held = io.BytesIO()
+    image.convert("RGB").save(held, "JPEG", quality=88)
+    return f"data:image/jpeg;base64,{base64.b64encode(held.getvalue()).decode()}"
+
+
+def _frames(path: Path) -> list[tuple[str, PIL.Image.Image]]:
+    video = Video(path)
+    indices = np.linspace(0, len(video.times) - 1, min(FRAMES, len(video.times))).round().astype(int)
+    return [
+        (f"{video.times[k]:.1f} s", PIL.Image.fromarray(frame))
+        for k, frame in zip(indices, video.frames(indices.tolist()))
+    ]
+
+
+def _strip(pictures: Sequence[tuple[str, PIL.Image.Image, bool]]) -> str:
+    cells = []
+    for words, image, chosen in pictures:
+        kind = ' class="chosen"' if chosen else ""
+        cells.append(
+            f'<figure{kind}><img src="{picture(image)}" alt="{escape(words, quote=True)}"><figcaption>{escape(words)}</figcaption></figure>'
+        )
+    return f'<div class="strip">{"".join(cells)}</div>'
+
+
+def _anchors(shown: Shown) -> list[tuple[str, PIL.Image.Image, bool]]:
+    """The pictures among which the judge chose, with its scores; the best one is the anchor. Without a judge the anchors."""
+    if not shown.candidates:
+        return [("anchor", _opened(path), False) for path in shown.anchors]
+    best = max(range(len(shown.candidates)), key=lambda k: shown.candidates[k][1] or 0.0)
+    return [
+        ("judge -" if score is None else f"judge {score:.2f}", _opened(path), number == best)
+        for number, (path, score) in enumerate(shown.candidates)
+    ]
+
+
+def _opened(path: Path) -> PIL.Image.Image:
+    with PIL.Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def _gallery(gathered: Gathered) -> str:
+    exhibits = [exhibit for exhibit in gathered.gallery if exhibit.videos]
+    if not exhibits:
+        return ""
+    colour = colours(list(gathered.conditions))
+    inner = "".join(_exhibit(exhibit, colour) for exhibit in exhibits)
+    return (
+        '<h2>Gallery</h2><p class="soft">The first video of each prompt and arm. A framed picture is the one that the judge chose, '
+        f"of those that it was shown.</p>{inner}"
+    )
+
+
+def _exhibit(exhibit: Exhibit, colour: Mapping[str, str]) -> str:
+    rows, told = [], None
+    for shown in exhibit.videos:
+        anchors = _anchors(shown)
+        frames = _strip([(words, image, False) for words, image in _frames(shown.path)])
+        drawn = f'<div class="drawn">{_strip(anchors) if anchors else ""}</div>'
+        caption = ""
+        if shown.caption and shown.caption != told:
+            told = shown.caption
+            caption = f'<p class="soft">first frame: {escape(shown.caption)}</p>'
+        rows.append(f'<div class="made"><b>{_name(shown.condition, colour)}</b>{drawn}{frames}{caption}</div>')
+    kind = escape(exhibit.category.replace("_", " ").replace("+", ", "))
+    return (
+        f'<section class="exhibit"><span class="soft">{kind}</span><blockquote>{escape(exhibit.prompt)}</blockquote>'
+        f"{''.join(rows)}</section>"
+    )
+
+
+# -- what it took -----------------------------------------------------------------------------------------------------
+
+
+def _resources(gathered: Gathered) -> str:
+    colour, stages, rows, failures = colours(list(gathered.conditions)), stages_of(gathered), [], []
+    for name, own in gathered.conditions.items():
+        medians = stage_seconds(own)
+        cells = [f"{own.finished} of {own.planned}", *(f"{medians[s]:.2f}" if s in medians else "-" for s in stages)]
+        cells.append(f"{own.memory_bytes / MIB:,.0f}" if own.memory_bytes else "-")
+        cells.append(f"{sum(own.motion) / len(own.motion):.3f}" if own.motion else "-")
+        cells.append(str(len(own.failures)))
+        inner = "".join(f"<td>{cell}</td>" for cell in cells)
+        rows.append(f'<tr><th scope="row">{_name(name, colour)}</th>{inner}</tr>')
+        failures += [f"<li>{escape(path)}: {escape(reason)}</li>" for path, reason in own.failures.items()]
+    heads = ["", "videos", *(f"{stage}, s" for stage in stages), "memory, MiB", "motion", "missing"]
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in heads)
+    listed = f"<p>Missing videos, and why:</p><ul>{''.join(failures[:FAILURES])}</ul>" if failures else ""
+    more = f"<p>{len(failures) - FAILURES} more are missing.</p>" if len(failures) > FAILURES else ""
+    return (
+        '<h2>Times, memory, failures</h2><p class="soft">Seconds are medians over videos; memory is the most that one process used; '
+        f'motion is the share of the picture that changes.</p><div class="wide"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>{listed}{more}"
+    )

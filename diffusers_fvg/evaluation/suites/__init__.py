@@ -1,0 +1,10 @@
+"""Published benchmarks: prompts from the published files, official names, and official aggregates from official results."""
+
+from .evalcrafter import EVALCRAFTER
+from .suite import Suite
+from .t2v_compbench import T2V_COMPBENCH_V1, T2V_COMPBENCH_V2
+from .vbench2 import VBENCH_2
+from .vbench_i2v import VBENCH_I2V
+
+
+PUBLISHED: tuple[Suite, ...] = (T2V_COMPBENCH_V1, T2V_COMPBENCH_V2, VBENCH_2, EVALCRAFTER, VBENCH_I2V)
