@@ -317,7 +317,10 @@ def test_a_study_writes_everything_and_continues(pipe, tmp_path, monkeypatch, ca
     assert study["synthetic"] is True and "synthetic" in text and study["training"] == training
     assert {(row["arm"], row["steps"]) for row in study["results"]} == {
         *((arm, steps) for arm in ("direct", "direct_rewritten", "factorized", "true_anchor") for steps in (2, 1)),
-        *((arm, 1) for arm in ("factorized_judged", "true_caption", "true_middle", "true_last", "true_anchor_no_lora")),
+        *(
+            (arm, 1)
+            for arm in ("factorized_judged", "true_caption", "true_middle", "true_last", "true_anchor_no_lora")
+        ),
     }
     assert all(row["videos"] == 7 and set(row["categories"]) == set(CATEGORIES) for row in study["results"])
     assert set(study["tuning"]) == set(ARMS) and len(study["captions"]) == 7
