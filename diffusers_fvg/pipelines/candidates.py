@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from .request import VideoRequest
     from .stages import FactorizedStages
 
+NO_COMPOSER = (
+    "This pipeline has no `composer`, which draws the anchor: pass `image=` or `anchors=`, use "
+    '`mode="direct"`, or load a composer.'
+)
 NO_JUDGE = "`{name}={value}` needs an `anchor_judge` to choose among the pictures: load or pass one, or leave the argument out."
 
 

@@ -43,8 +43,9 @@ from ..loading.patches import add_modular
 from ..lora.anchor_lora import AnchorLora
 from ..rewrite.rewriter import FirstFrameRewriter
 from ..schedules.presets import SchedulerPresets
+from .candidates import NO_COMPOSER
 from .pipeline_factorized_video import FactorizedVideoPipeline
-from .request import NO_COMPOSER, NO_REWRITER
+from .request import NO_REWRITER
 from .seeds import anchor_seeds
 
 

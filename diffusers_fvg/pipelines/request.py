@@ -29,7 +29,7 @@ from ..checks import (
 from ..models import warn_untrained
 from ..rewrite.storyboard import Moment, moment_frames, pair_storyboards
 from ..schedules.presets import SchedulerPreset, check_steps
-from .candidates import ChosenPictures, candidate_count
+from .candidates import NO_COMPOSER, ChosenPictures, candidate_count
 from .motion import MotionOfVideos
 from .output import FactorizedVideoPipelineOutput
 from .record import boundary_ratio, make_records
@@ -46,10 +46,6 @@ OUTPUT_TYPES = ("np", "uint8", "pt", "pil", "latent")
 NO_REWRITER = (
     "This pipeline has no `rewriter`, which writes the first-frame prompt: pass `first_frame_prompt=` or `image=`, use "
     '`mode="direct"`, or load a rewriter.'
-)
-NO_COMPOSER = (
-    "This pipeline has no `composer`, which draws the anchor: pass `image=` or `anchors=`, use "
-    '`mode="direct"`, or load a composer.'
 )
 
 Image = PIL.Image.Image | np.ndarray | torch.Tensor

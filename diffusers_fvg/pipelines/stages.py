@@ -27,10 +27,10 @@ from ..lora.scales import AdapterScales
 from ..models import ModelFacts, match_model, model_presets
 from ..rewrite.storyboard import Moment, moment_frames
 from ..schedules.presets import SchedulerPresets
-from .candidates import candidate_count, compose_candidates
+from .candidates import NO_COMPOSER, candidate_count, compose_candidates
 from .components import FactorizedParts
 from .progress import StageProgress
-from .request import NO_COMPOSER, NO_REWRITER, AnchorResolver, VideoRequest
+from .request import NO_REWRITER, AnchorResolver, VideoRequest
 from .seeds import anchor_seeds, caption_seeds
 
 
