@@ -23,6 +23,7 @@ LEVELS = [
     {"recipes"},
     {"overview"},
     {"planning", "shapes"},
+    {"app"},
     {"cli"},
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

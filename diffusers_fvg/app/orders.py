@@ -1,0 +1,282 @@
+"""What can be asked of a server: one stage, or all of them. Each order is checked before it waits, and run by one worker."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import PIL.Image
+import torch
+
+from ..animate.anchor import Anchor
+from ..checks import check_texts
+from ..compose.candidates import candidate_seeds
+from ..media import write_video
+from ..pipelines.candidates import leave_device
+from ..pipelines.record import composer_call
+from ..pipelines.request import MODES, VideoRequest
+from ..pipelines.seeds import anchor_seed
+from ..rewrite.storyboard import Moment
+from .limits import Limits
+
+
+if TYPE_CHECKING:
+    from ..pipelines.stages import FactorizedStages
+
+STAGES = ("rewrite", "compose", "animate", "generate")
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that stage 2 drew.
+
+    Args:
+        image (`PIL.Image.Image`): of the video's size.
+        seed (`int`): draws it again.
+        score (`float`, *optional*): of the pipeline's judge.
+        answers (`dict[str, float]`, *optional*): question -> probability of a yes, of a judge that asks.
+    """
+
+    image: PIL.Image.Image
+    seed: int
+    score: float | None = None
+    answers: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an order made.
+
+    Args:
+        caption (`str`, *optional*): of the first frame.
+        moments (`list[Moment]`): of a storyboard.
+        pictures (`list[Picture]`): drawn for the caption, in the order of drawing.
+        anchors (`list[PIL.Image.Image]`): what the video passes through.
+        video (`Path`, *optional*): the mp4.
+        record (`dict`, *optional*): in the mp4, from which it is made again.
+    """
+
+    caption: str | None = None
+    moments: list[Moment] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    anchors: list[PIL.Image.Image] = field(default_factory=list)
+    video: Path | None = None
+    record: dict[str, Any] | None = None
+
+    @property
+    def best(self) -> int:
+        """Number of the picture with the highest score; the first where there are none."""
+        scores = [picture.score or 0.0 for picture in self.pictures]
+        return scores.index(max(scores)) if scores else 0
+
+
+@dataclass(frozen=True)
+class Order:
+    """One stage, or all of them; the arguments are those of the pipeline's call.
+
+    Args:
+        stage (`str`): `"rewrite"`, `"compose"`, `"animate"`, or `"generate"` for all three.
+        prompt (`str`): what should happen.
+        mode (`str`): `"factorized"`, `"direct"` or `"storyboard"`.
+        first_frame_prompt (`str`, *optional*): what is seen at first; in `"generate"` it skips stage 1.
+        storyboard (`list[Moment]`, *optional*): captions of a storyboard's moments; likewise.
+        picture ([`Picture`], *optional*): of `"animate"`, the one that was chosen of those stage 2 drew.
+        anchors (`list[Anchor]`, *optional*): pictures of the user's own.
+        num_candidates (`int`): pictures to choose among; in `"generate"` the judge chooses, and without one it is 1.
+        anchor_seed, seed (`int`, *optional*): of stage 2 and of stage 3; drawn when left out.
+        lora_scale (`float`, *optional*): strength of the anchor LoRA.
+    """
+
+    stage: str
+    prompt: str
+    mode: str = "factorized"
+    first_frame_prompt: str | None = None
+    storyboard: list[Moment] | None = None
+    picture: Picture | None = None
+    anchors: list[Anchor] | None = None
+    num_moments: int | None = None
+    num_candidates: int = 1
+    anchor_seed: int | None = None
+    seed: int | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    preset: str | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    anchor_decode: str = "raw"
+    lora_scale: float | None = None
+
+    def checked(self, pipe: FactorizedStages, limits: Limits) -> Order:
+        """The order with its seeds and sizes filled in.
+
+        Raises:
+            `ValueError`: one that the model or the server cannot carry out, in a sentence.
+        """
+        if self.stage not in STAGES:
+            raise ValueError(f"`stage={self.stage!r}` must be one of {', '.join(STAGES)}.")
+        if self.mode not in MODES:
+            raise ValueError(f"`mode={self.mode!r}` must be one of {', '.join(MODES)}.")
+        check_texts("prompt", [self.prompt])
+        limits.check_count(self.num_candidates, len(self.anchors or ()))
+        own = pipe.call_defaults
+        filled = {name: own[name] if getattr(self, name) is None else getattr(self, name) for name in SIZES}
+        filled |= {name: new_seed() for name in ("seed", "anchor_seed") if getattr(self, name) is None}
+        order = replace(self, **filled)
+        order._check_stage()
+        call, known = order._call(), inspect.signature(type(pipe).__call__).parameters
+        unknown = [name for name in call if name not in known]
+        if unknown:
+            raise ValueError(
+                f"`{unknown[0]}={call[unknown[0]]!r:.80}` is not for a {type(pipe).__name__}; leave it out."
+            )
+        request = VideoRequest(**call).completed(pipe)
+        limits.check_size(request.height, request.width, request.num_frames, request.steps(pipe))
+        return order
+
+    def _check_stage(self) -> None:
+        """Raises `ValueError` where the stage does not run, or lacks what it starts from."""
+        cause = "`anchors`" if self.anchors else "`mode='direct'`" if self.mode == "direct" else None
+        if self.stage in ("rewrite", "compose") and cause:
+            raise ValueError(f"{cause} skips stage `{self.stage}`; leave one of them out.")
+        if self.stage == "compose" and self.first_frame_prompt is None:
+            raise ValueError("`first_frame_prompt` is missing: stage `compose` draws what it says.")
+        size = self.width, self.height
+        if self.picture is not None and self.picture.image.size != size:
+            was = "{} x {}".format(*self.picture.image.size)
+            raise ValueError(
+                f"The picture was drawn for {was} pixels, and the video has {size[0]} x {size[1]}: draw it again."
+            )
+
+    def steps(self, pipe: FactorizedStages) -> int:
+        """Steps of the video model."""
+        return VideoRequest(preset=self.preset, num_inference_steps=self.num_inference_steps).steps(pipe)
+
+    def _call(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call, without generator."""
+        call = {name: getattr(self, name) for name in (*SIZES, *SAMPLING) if getattr(self, name) is not None}
+        call |= {"prompt": self.prompt, "mode": self.mode}
+        if self.stage == "compose":
+            return call | {"mode": "factorized", "first_frame_prompt": self.first_frame_prompt}
+        if self.lora_scale is not None:
+            call["attention_kwargs"] = {"scale": self.lora_scale}
+        if self.anchor_decode != "raw" and self.stage != "rewrite":
+            call["anchor_decode"] = self.anchor_decode
+        for name in ("first_frame_prompt", "storyboard", "num_moments", "anchors"):
+            if getattr(self, name) is not None:
+                call[name] = getattr(self, name)
+        return call
+
+    # -- what the worker does -----------------------------------------------------------------------------------------
+
+    def run(self, pipe: FactorizedStages, report: Report, video: Path) -> Result:
+        """Carries it out, checked before; `report(stage, step, steps)` is called after each step, and may raise to stop."""
+        if self.stage in ("animate", "generate"):
+            return self._animate(pipe, report, video)
+        with pipe._running(lambda _, *place: report(*place)):
+            if self.stage == "rewrite":
+                return self._rewrite(pipe)
+            return Result(self.first_frame_prompt, self.storyboard or [], self._draw(pipe))
+
+    def _rewrite(self, pipe: FactorizedStages) -> Result:
+        if self.mode == "storyboard":
+            (moments,) = pipe.storyboard([self.prompt], self.num_moments or 2)
+            return Result(moments[0].caption, moments)
+        (caption,) = pipe.rewrite([self.prompt])
+        return Result(caption)
+
+    def _draw(self, pipe: FactorizedStages) -> list[Picture]:
+        """The pictures one by one: each is then what its seed alone draws, whatever was drawn beside it."""
+        pictures, size = [], {"height": self.height, "width": self.width}
+        for seed in candidate_seeds(self.anchor_seed, self.num_candidates):
+            generator = torch.Generator().manual_seed(seed)
+            drawn = pipe.compose([self.first_frame_prompt], **size, generator=[generator], num_candidates=1)
+            pictures += [Picture(image, seed) for image in drawn]
+        if pipe.anchor_judge is None or len(pictures) < 2:
+            return pictures
+        leave_device(pipe, "composer")
+        with pipe._running() as progress, progress.stage("judge"):
+            captions = [self.first_frame_prompt] * len(pictures)
+            judgements = pipe.anchor_judge.judge([picture.image for picture in pictures], captions)
+            leave_device(pipe, "anchor_judge")
+        pairs = zip(pictures, judgements, strict=True)
+        return [replace(picture, score=found.score, answers=found.answers) for picture, found in pairs]
+
+    def _animate(self, pipe: FactorizedStages, report: Report, video: Path) -> Result:
+        call, drawn = self._call(), self.anchor_seed
+        if self.picture is not None and self.mode != "direct" and not self.anchors:
+            drawn = self.picture.seed
+            if self.mode == "factorized":
+                # The picture itself: it need not be drawn again.
+                del call["first_frame_prompt"]
+                call["anchors"] = [Anchor(self.picture.image)]
+        if self.mode != "direct" and "anchors" not in call:
+            is_choice = self.stage == "generate" and pipe.anchor_judge is not None
+            call["composer_num_candidates"] = self.num_candidates if is_choice else 1
+        generator = torch.Generator().manual_seed(self.seed)
+        with anchor_seed(drawn):
+            output = pipe(
+                **call, generator=generator, output_type="uint8", callback_on_stage_step=lambda _, *at: report(*at)
+            )
+        record = output.records[0]
+        if "anchors" in call and not self.anchors:
+            self._tell_of_drawing(pipe, record)
+        # A player shows the embedded model's 64 pixels as a stamp.
+        frames, scale = output.frames[0], max(1, 384 // output.frames.shape[2])
+        write_video(video, frames, pipe.call_defaults["frame_rate"], metadata=record, scale=scale)
+        return self._result(output, record, video)
+
+    def _tell_of_drawing(self, pipe: FactorizedStages, record: dict[str, Any]) -> None:
+        """The record says of a picture that stage 2 drew what it says where the whole call draws it."""
+        record["first_frame_prompt"] = self.first_frame_prompt
+        record["composer"] = composer_call(pipe, record)
+        record["seeds"] = {"video": record["seeds"]["video"], "anchor": self.picture.seed}
+
+    def _result(self, output: Any, record: dict[str, Any], video: Path) -> Result:
+        own = [anchor.image for anchor in self.anchors or ()]
+        drawn = [] if self.picture is None or self.anchors else [self.picture.image]
+        made = output.anchor_images[0] if output.anchor_images else own or drawn
+        anchors = made if isinstance(made, list) else [made]
+        pictures = [
+            Picture(each.image, each.seed, each.score, each.answers) for each in (output.candidates or [[]])[0]
+        ]
+        if not pictures and output.anchor_images:
+            pictures = [Picture(anchors[0], record["seeds"]["anchor"])]
+        moments = output.storyboards[0] if output.storyboards else []
+        return Result(record["first_frame_prompt"], moments, pictures, anchors, video, record)
+
+
+SIZES = ("height", "width", "num_frames")
+SAMPLING = ("preset", "num_inference_steps", "guidance_scale", "negative_prompt")
+
+
+def new_seed() -> int:
+    """As `fvg generate` draws one."""
+    return secrets.randbelow(2**31)
+
+
+def moments_text(moments: list[Moment]) -> str:
+    """Moments as a person edits them: one line each, the time in per cent of the video and the caption."""
+    return "\n".join(f"{moment.time:.0%} {moment.caption}" for moment in moments)
+
+
+def read_moments(text: str) -> list[Moment]:
+    """[`moments_text`] back.
+
+    Raises:
+        `ValueError`: a line without a time.
+    """
+    moments = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        found = re.fullmatch(r"(\d{1,3}(?:\.\d+)?)\s*%\s*(.+)", line)
+        if found is None:
+            raise ValueError(f"The storyboard's line {line!r:.80} must begin with a time, as in `50% A red circle`.")
+        moments.append(Moment(found[2], float(found[1]) / 100))
+    return moments

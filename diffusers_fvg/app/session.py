@@ -1,0 +1,233 @@
+"""One person's video in the making: what each stage made, what the person made of it, and the seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from ..animate.anchor import Anchor, fit_picture
+from ..overview import GIB
+from ..pipelines.profiles import CARDS, pipeline_stages, plan_memory
+from ..pipelines.replay import check_own_limits, needs_images, read_record, recorded_call
+from ..rewrite.storyboard import Moment
+from .limits import open_upload
+from .orders import SAMPLING, SIZES, Order, Picture, new_seed
+from .worker import Job, Worker
+
+
+SETTINGS = (*SIZES, *SAMPLING, "anchor_decode", "num_moments")
+
+
+@dataclass
+class Session:
+    """Three stages that are run one by one. Each starts from what stands here: of the stage before, or as it was edited.
+
+    Args:
+        worker ([`Worker`]): runs them.
+        owner (`str`): whose session it is.
+
+    Attributes:
+        prompt, mode: of the video.
+        caption (`str`), moments (`list[Moment]`): what stage 1 wrote; may be edited.
+        pictures (`list[Picture]`), chosen (`int`): what stage 2 drew, and which of them is animated.
+        drawn_for (`str`): the caption that they were drawn for.
+        anchors (`list[Anchor]`): uploaded pictures, in place of stages 1 and 2.
+        anchor_seed, seed (`int`): of stages 2 and 3; kept until they are changed.
+        num_candidates (`int`): pictures of stage 2.
+        settings (`dict`): arguments of the pipeline's call that are not the model's own.
+        video (`Job`): the latest that has a video.
+    """
+
+    worker: Worker
+    owner: str
+    prompt: str = ""
+    mode: str = "factorized"
+    caption: str = ""
+    moments: list[Moment] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    chosen: int = 0
+    drawn_for: str = ""
+    anchors: list[Anchor] = field(default_factory=list)
+    anchor_seed: int = field(default_factory=new_seed)
+    seed: int = field(default_factory=new_seed)
+    num_candidates: int = 4
+    settings: dict[str, Any] = field(default_factory=dict)
+    lora_scale: float | None = None
+    video: Job | None = None
+
+    # -- the stages ---------------------------------------------------------------------------------------------------
+
+    def rewrite(self) -> Job:
+        """Stage 1: the caption of the prompt, or the moments of a storyboard. Nothing is drawn at random in it."""
+        return self._submit("rewrite")
+
+    def compose(self) -> Job:
+        """Stage 2: pictures of the caption as it stands, by `anchor_seed`."""
+        # The pictures are of the first moment; the later ones are derived from the one that is chosen.
+        return self._submit("compose", first_frame_prompt=self._first_caption(), num_candidates=self.num_candidates)
+
+    def animate(self) -> Job:
+        """Stage 3: the video of the prompt and the chosen picture, by `seed`.
+
+        Raises:
+            `ValueError`: no picture, or one that another caption was drawn for.
+        """
+        if self.mode == "direct":
+            return self._submit("animate")
+        if self.anchors:
+            return self._submit("animate", anchors=list(self.anchors))
+        if not self.pictures:
+            raise ValueError("There is no picture to animate: draw one in stage 2, upload one, or choose mode direct.")
+        caption = self._first_caption()
+        if caption != self.drawn_for:
+            raise ValueError("The caption was changed after its pictures were drawn: run stage 2 again.")
+        given = {"storyboard": self.moments} if self.mode == "storyboard" else {"first_frame_prompt": caption}
+        return self._submit("animate", picture=self.pictures[self.chosen], **given)
+
+    def generate(self) -> Job:
+        """All stages in one run, from the prompt."""
+        if self.anchors and self.mode != "direct":
+            return self.animate()
+        return self._submit("generate", num_candidates=self.num_candidates)
+
+    def _submit(self, stage: str, **given: Any) -> Job:
+        settings = {name: value for name, value in self.settings.items() if value is not None}
+        if self.mode != "storyboard" or "storyboard" in given or given.get("anchors"):
+            settings.pop("num_moments", None)
+        if self.mode == "direct" or stage in ("rewrite", "compose"):
+            settings.pop("anchor_decode", None)
+        scale = None if self.mode == "direct" else self.lora_scale
+        mode = "factorized" if given.get("anchors") else self.mode
+        order = Order(
+            stage,
+            self.prompt,
+            mode,
+            anchor_seed=self.anchor_seed,
+            seed=self.seed,
+            lora_scale=scale,
+            **settings,
+            **given,
+        )
+        return self.worker.submit(self.owner, order)
+
+    def _first_caption(self) -> str | None:
+        if self.mode == "storyboard":
+            return self.moments[0].caption if self.moments else None
+        return self.caption or None
+
+    def take(self, job: Job) -> None:
+        """Takes over what a finished job of this session made."""
+        result, stage = job.result, job.order.stage
+        if job.state != "done" or result is None:
+            return
+        if stage in ("rewrite", "generate") and job.order.mode != "direct":
+            self.caption, self.moments = result.caption or "", result.moments
+        if stage in ("compose", "generate") and result.pictures:
+            self.pictures, self.chosen = result.pictures, result.best
+            self.drawn_for = self._first_caption() if stage == "generate" else job.order.first_frame_prompt
+        if result.video is not None:
+            self.video = job
+
+    # -- pictures of the person's own ---------------------------------------------------------------------------------
+
+    def upload(self, path: str | Path, frame_index: int = 0, strength: float = 1.0) -> PIL.Image.Image:
+        """Adds a picture as an anchor, in place of one at the same frame, and returns it as the model will see it.
+
+        Raises:
+            `ValueError`: no picture, or a frame or strength that is none.
+        """
+        self.worker.limits.check_count(1, len(self.anchors) + 1)
+        image = open_upload(path, self.worker.limits)
+        anchor = Anchor(image, frame_index, strength)
+        if not 0 < anchor.strength <= 1:
+            raise ValueError(f"`strength={strength}` must be above 0, and at the most 1.")
+        others = [other for other in self.anchors if other.frame_index != frame_index]
+        self.anchors = sorted([*others, anchor], key=lambda other: other.frame_index % self.num_frames)
+        return self.seen(anchor)
+
+    def seen(self, anchor: Anchor) -> PIL.Image.Image:
+        """An anchor upright and cropped as the model sees it."""
+        pixels = fit_picture(anchor.image, *(self._size(name) for name in ("height", "width")))
+        return PIL.Image.fromarray(np.round(pixels.permute(1, 2, 0).numpy() * 255).astype(np.uint8))
+
+    @property
+    def num_frames(self) -> int:
+        return self._size("num_frames")
+
+    def _size(self, name: str) -> int:
+        return self.settings.get(name) or self.worker.pipe.call_defaults[name]
+
+    # -- recipes ------------------------------------------------------------------------------------------------------
+
+    def take_recipe(self, path: str | Path) -> str:
+        """Takes over what an mp4 says of how it was made, and returns what is still to be done, a sentence.
+
+        Raises:
+            `ValueError`: a file without a recipe, or with one of another model's.
+        """
+        pipe, path = self.worker.pipe, Path(path)
+        try:
+            record = read_record(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(str(error).replace(str(path), f"The file {path.name!r}")) from error
+        if record["pipeline"] != type(pipe).__name__:
+            raise ValueError(
+                f"The video was made by a {record['pipeline']}, and this model is a {type(pipe).__name__}."
+            )
+        seeds, is_own = record["seeds"], needs_images(record)
+        if not isinstance(seeds["video"], int):
+            raise ValueError(
+                "The video was made by a generator that was used before: `fvg generate --from` makes it again."
+            )
+        check_own_limits(pipe, recorded_call(record, None, {"mode": "direct"}), {})
+        self.prompt = record.get("prompt") or ""
+        self.mode, self.caption = record["mode"], record.get("first_frame_prompt") or ""
+        self.moments = [Moment(**moment) for moment in record.get("storyboard") or ()]
+        self.settings = {name: record[name] for name in SETTINGS if record.get(name) is not None}
+        self.lora_scale, self.seed = record.get("lora_scale"), seeds["video"]
+        self.anchor_seed = seeds.get("anchor", self.anchor_seed)
+        self.pictures, self.anchors, self.num_candidates, self.drawn_for = [], [], 1, ""
+        if (
+            record.get("model") != (pipe.config.get("_name_or_path") or None)
+            and record.get("model_kind") == "embedded"
+        ):
+            return "The recipe is there. It was made with the embedded model, so that this one makes another video."
+        if is_own:
+            return "The recipe is there, but not its pictures, which a video does not hold: upload them again."
+        if self.mode == "direct":
+            return "The recipe is there: run stage 3."
+        return "The recipe is there: run stage 2 to draw its picture again, then stage 3."
+
+    # -- before a run -------------------------------------------------------------------------------------------------
+
+    def memory_text(self) -> str:
+        """What a video of this size takes, computed before it is made."""
+        stages = pipeline_stages(self.worker.pipe, *(self._size(name) for name in SIZES))
+        fits = []
+        for card in CARDS:
+            try:
+                fits.append((card, plan_memory(stages, card)))
+            except ValueError:
+                continue
+        peak = max(stage.working for stage in stages) + sum(stage.weights for stage in stages)
+        smallest = f"the smallest card that can: {fits[0][0]}" if fits else "no card of up to 80GB can"
+        seconds = self.num_frames / self.worker.pipe.call_defaults["frame_rate"]
+        return f"{self.num_frames} frames, {seconds:.1f} s · up to {peak / GIB:.1f} GiB with all models in memory (computed), {smallest}"
+
+
+class Sessions:
+    """The sessions of all people, by their key; who has been away longest makes room."""
+
+    def __init__(self, worker: Worker):
+        self.worker, self._sessions = worker, {}
+
+    def of(self, owner: str) -> Session:
+        session = self._sessions.pop(owner, None) or Session(self.worker, owner)
+        self._sessions[owner] = session
+        while len(self._sessions) > self.worker.limits.people:
+            self._sessions.pop(next(iter(self._sessions)))
+        return session

@@ -1,0 +1,272 @@
+"""One worker for one device: people's orders wait in a queue, and run one after the other."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffusers.utils import logging
+
+from .limits import Limits
+from .orders import Order, Result
+
+
+if TYPE_CHECKING:
+    from ..pipelines.stages import FactorizedStages
+
+logger = logging.get_logger(__name__)
+
+ENDED = ("done", "failed", "cancelled")
+# The stages that an order reports, in their order; which of them come is known before they do.
+STEPS = {
+    "rewrite": ("rewrite",),
+    "compose": ("compose", "judge"),
+    "animate": ("encode", "denoise", "decode"),
+    "generate": ("rewrite", "compose", "judge", "derive", "encode", "denoise", "decode"),
+}
+
+
+class QueueFull(ValueError):
+    """No more orders are taken for now."""
+
+
+class Cancelled(Exception):
+    """Leaves a run that nobody waits for."""
+
+
+@dataclass
+class Job:
+    """An order on its way.
+
+    Attributes:
+        id (`str`): which nobody guesses.
+        owner (`str`): whose it is.
+        state (`str`): `"waiting"`, `"running"`, `"done"`, `"failed"` or `"cancelled"`.
+        stage, step, steps: where it is.
+        seconds_left (`float`, *optional*): of the run, from this and from earlier runs; `None` where too little is known.
+        result ([`Result`], *optional*): once it is done.
+        error (`str`, *optional*): what was wrong, a sentence.
+    """
+
+    id: str
+    owner: str
+    order: Order
+    state: str = "waiting"
+    stage: str = ""
+    step: int = 0
+    steps: int = 0
+    seconds_left: float | None = None
+    result: Result | None = None
+    error: str | None = None
+    is_unwanted: bool = field(default=False, repr=False)
+    ended: threading.Event = field(default_factory=threading.Event, repr=False)
+
+
+class Worker:
+    """Runs the orders of all people on one pipeline.
+
+    Args:
+        pipe ([`FactorizedStages`]): loaded and placed. Nothing else may call it meanwhile.
+        limits ([`Limits`], *optional*): of the server.
+    """
+
+    def __init__(self, pipe: FactorizedStages, limits: Limits | None = None):
+        self.pipe = pipe
+        self.limits = (limits or Limits()).of_model(pipe.call_defaults)
+        self.folder = Path(tempfile.mkdtemp(prefix="fvg-app-"))
+        # People by who came last, and each one's jobs by when they came.
+        self._jobs: OrderedDict[str, dict[str, Job]] = OrderedDict()
+        self._waiting: list[Job] = []
+        self._running: Job | None = None
+        self._change, self._closed = threading.Condition(), False
+        # Seconds that a step of a stage took, by stage and size.
+        self._seconds: dict[tuple, float] = {}
+        self._thread = threading.Thread(target=self._work, name="fvg-app-worker", daemon=True)
+        self._thread.start()
+
+    # -- what people ask ----------------------------------------------------------------------------------------------
+
+    def submit(self, owner: str, order: Order) -> Job:
+        """Checks an order and puts it in the queue.
+
+        Raises:
+            `ValueError`: an order that cannot be carried out, or [`QueueFull`].
+        """
+        order = order.checked(self.pipe, self.limits)
+        with self._change:
+            jobs = self._of(owner)
+            mine = [job for job in jobs.values() if job.state not in ENDED]
+            if len(mine) >= self.limits.waiting:
+                raise QueueFull(
+                    f"{len(mine)} of your jobs wait or run, the most at a time: cancel one, or wait for it."
+                )
+            if len(self._waiting) >= self.limits.queue:
+                raise QueueFull(f"{len(self._waiting)} jobs wait, the most on this server: try again later.")
+            job = Job(secrets.token_urlsafe(16), owner, order)
+            jobs[job.id] = job
+            self._waiting.append(job)
+            self._forget_old(jobs)
+            self._change.notify_all()
+        return job
+
+    def job(self, owner: str, id: str) -> Job:
+        """One of a person's jobs.
+
+        Raises:
+            `KeyError`: none of theirs.
+        """
+        with self._change:
+            return self._of(owner)[id]
+
+    def history(self, owner: str) -> list[Job]:
+        """A person's jobs, the latest first."""
+        with self._change:
+            return list(self._of(owner).values())[::-1]
+
+    def position(self, job: Job) -> int:
+        """How many jobs run before it."""
+        with self._change:
+            if job not in self._waiting:
+                return 0
+            return self._waiting.index(job) + (self._running is not None)
+
+    def cancel(self, owner: str, id: str) -> Job:
+        """Ends a job: one that waits at once, one that runs after the step that it is in. One that has ended stays as it is."""
+        with self._change:
+            job = self._of(owner)[id]
+            if job in self._waiting:
+                self._waiting.remove(job)
+                self._end(job, "cancelled")
+            elif job is self._running:
+                job.is_unwanted = True
+                # Stage 1 asks for it before every token.
+                self.pipe._interrupt = True
+        return job
+
+    def close(self) -> None:
+        """Ends all jobs, and deletes what they made."""
+        with self._change:
+            self._closed = True
+            for job in [*self._waiting, *([self._running] if self._running else [])]:
+                job.is_unwanted = True
+            self.pipe._interrupt = True
+            self._change.notify_all()
+        self._thread.join()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # -- the worker's thread ------------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._waiting or self._closed)
+                if self._closed:
+                    return
+                job = self._running = self._waiting.pop(0)
+                job.state = "running"
+            state, result, error = self._run(job)
+            with self._change:
+                self._running = None
+                job.result, job.error = result, error
+                self._end(job, state)
+
+    def _run(self, job: Job) -> tuple[str, Result | None, str | None]:
+        clock = _Clock(job, self._seconds, job.order.steps(self.pipe))
+        file = self.folder / job.id / "video.mp4"
+
+        def report(stage: str, step: int, steps: int) -> None:
+            if job.is_unwanted:
+                raise Cancelled
+            clock.tell(stage, step, steps)
+
+        try:
+            result = job.order.run(self.pipe, report, file)
+        except Cancelled:
+            result = None
+        except Exception as error:
+            # Whatever it is, the next one's turn comes.
+            logger.warning(
+                f"A job failed: {type(error).__name__}: {error}", exc_info=not isinstance(error, ValueError)
+            )
+            return "failed", None, sentence(error)
+        if job.is_unwanted or result is None:
+            shutil.rmtree(file.parent, ignore_errors=True)
+            return "cancelled", None, None
+        return "done", result, None
+
+    # -- with the lock held -------------------------------------------------------------------------------------------
+
+    def _of(self, owner: str) -> dict[str, Job]:
+        jobs = self._jobs.setdefault(owner, {})
+        self._jobs.move_to_end(owner)
+        idle = [name for name, theirs in self._jobs.items() if all(job.state in ENDED for job in theirs.values())]
+        for name in idle[: max(0, len(self._jobs) - self.limits.people)]:
+            if name != owner:
+                for job in self._jobs.pop(name).values():
+                    self._delete(job)
+        return jobs
+
+    def _forget_old(self, jobs: dict[str, Job]) -> None:
+        ended = [job for job in jobs.values() if job.state in ENDED]
+        for job in ended[: max(0, len(ended) - self.limits.kept)]:
+            self._delete(jobs.pop(job.id))
+
+    def _delete(self, job: Job) -> None:
+        shutil.rmtree(self.folder / job.id, ignore_errors=True)
+
+    def _end(self, job: Job, state: str) -> None:
+        job.state, job.seconds_left = state, None
+        job.ended.set()
+
+
+class _Clock:
+    """How far a job is, and how long it will take."""
+
+    def __init__(self, job: Job, seconds: dict[tuple, float], denoise_steps: int):
+        self.job, self.seconds, self.denoise_steps = job, seconds, denoise_steps
+        order = job.order
+        self.size = order.height, order.width, order.num_frames
+        self.since = time.monotonic()
+
+    def tell(self, stage: str, step: int, steps: int) -> None:
+        job, now = self.job, time.monotonic()
+        advanced = step - job.step if stage == job.stage and step > job.step else max(step, 1)
+        key = (stage, *self.size)
+        took = (now - self.since) / advanced
+        # What one step took lately: the first one of all warms up.
+        self.seconds[key] = took if key not in self.seconds else 0.5 * self.seconds[key] + 0.5 * took
+        self.since, job.stage, job.step, job.steps = now, stage, step, steps
+        job.seconds_left = self._left()
+
+    def _left(self) -> float | None:
+        job = self.job
+        planned = STEPS[job.order.stage]
+        later = planned[planned.index(job.stage) + 1 :] if job.stage in planned else ()
+        left = (job.steps - job.step) * self.seconds[job.stage, *self.size]
+        for stage in later:
+            known = self.seconds.get((stage, *self.size))
+            if known is None:
+                if stage in ("denoise", "decode"):
+                    # Most of the time, and not known yet.
+                    return None
+                continue
+            left += known * (self.denoise_steps if stage == "denoise" else 1)
+        return left
+
+
+def sentence(error: Exception) -> str:
+    """What went wrong, as a person reads it: no traceback, no place on this machine."""
+    text = " ".join(str(error).split())
+    name = type(error).__name__
+    if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
+        return "The memory was not enough: choose fewer pixels or frames."
+    if isinstance(error, (ValueError, FloatingPointError)) and text:
+        return text if len(text) <= 600 else f"{text[:600]} ..."
+    return f"The job failed with a {name}; the server's log says more. Try again, or change what you asked for."
