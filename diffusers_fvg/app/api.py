@@ -1,0 +1,299 @@
+"""The HTTP API: submit, progress, cancel, fetch. FastAPI writes its OpenAPI document to `/openapi.json`, and a page of it to `/docs`."""
+
+from __future__ import annotations
+
+import base64
+import io
+import secrets
+import tempfile
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from .. import __version__
+from ..animate.anchor import Anchor
+from ..animate.fidelity import ANCHOR_DECODES
+from ..checks import MAX_PROMPT_CHARACTERS, check_texts
+from ..pipelines.request import MODES
+from ..rewrite.storyboard import Moment
+from .limits import Limits, open_upload
+from .orders import STAGES, Order
+from .worker import Job, QueueFull, Worker
+
+
+def _shown(text: str) -> str:
+    check_texts("text", [text])
+    return text
+
+
+Text = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS), AfterValidator(_shown)]
+# Whole numbers and numbers as JSON has them: "3" and true are none.
+Whole = Annotated[int, Field(strict=True)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
+Count = Annotated[Whole, Field(ge=1, le=100_000)]
+Pixels = Annotated[Whole, Field(ge=8, le=16384)]
+
+
+class AnchorInput(BaseModel):
+    """A picture that the video passes through."""
+
+    model_config = ConfigDict(extra="forbid")
+    image: Annotated[str, Field(min_length=1, description="a PNG or JPEG file in base64")]
+    frame_index: Annotated[Whole, Field(ge=-100_000, le=100_000, description="from the end where negative")] = 0
+    strength: Annotated[Number, Field(gt=0, le=1, description="below 1 the video may move away from it")] = 1.0
+
+
+class MomentInput(BaseModel):
+    """What is seen at one time of a storyboard."""
+
+    model_config = ConfigDict(extra="forbid")
+    caption: Text
+    time: Annotated[
+        Number, Field(ge=0, le=1, description="share of the video, 0 for the first frame and 1 for the last")
+    ]
+
+
+class JobInput(BaseModel):
+    """What is to be made. What is left out is the model's own, or drawn."""
+
+    model_config = ConfigDict(extra="forbid")
+    prompt: Annotated[Text, Field(description="what should happen")]
+    stage: Annotated[Literal[STAGES], Field(description="one stage, or `generate` for all")] = "generate"
+    mode: Annotated[Literal[MODES], Field(description="`direct` is plain text-to-video")] = "factorized"
+    first_frame_prompt: Annotated[Text | None, Field(description="what is seen at first; skips stage 1")] = None
+    storyboard: Annotated[list[MomentInput] | None, Field(min_length=1, max_length=100)] = None
+    anchors: Annotated[list[AnchorInput] | None, Field(min_length=1, max_length=100)] = None
+    num_moments: Annotated[Whole | None, Field(ge=2, le=100)] = None
+    num_candidates: Annotated[Whole, Field(ge=1, le=100, description="pictures to choose among")] = 1
+    seed: Seed | None = None
+    anchor_seed: Seed | None = None
+    height: Pixels | None = None
+    width: Pixels | None = None
+    num_frames: Count | None = None
+    preset: Annotated[str | None, Field(max_length=255)] = None
+    num_inference_steps: Annotated[Whole | None, Field(ge=1, le=1000)] = None
+    guidance_scale: Annotated[Number | None, Field(ge=0, le=1000)] = None
+    negative_prompt: Annotated[str | None, Field(max_length=MAX_PROMPT_CHARACTERS)] = None
+    anchor_decode: Literal[ANCHOR_DECODES] = "raw"
+    lora_scale: Annotated[Number | None, Field(ge=-10, le=10)] = None
+
+    def order(self, limits: Limits) -> Order:
+        """Raises `ValueError` for a picture that is none."""
+        given = {name: getattr(self, name) for name in type(self).model_fields}
+        given["storyboard"] = self.storyboard and [Moment(each.caption, each.time) for each in self.storyboard]
+        limits.check_count(self.num_candidates, len(self.anchors or ()))
+        given["anchors"] = self.anchors and [_anchor(each, limits) for each in self.anchors]
+        return Order(**given)
+
+
+class PictureOutput(BaseModel):
+    """A picture of stage 2; the image itself is at `url`."""
+
+    url: str
+    seed: int
+    score: float | None
+    answers: dict[str, float] | None
+
+
+class JobOutput(BaseModel):
+    """A job: where it is, and once it is done what it made."""
+
+    id: str
+    stage: str = Field(description="as it was asked for")
+    state: Literal["waiting", "running", "done", "failed", "cancelled"]
+    jobs_before: int
+    running_stage: str
+    step: int
+    steps: int
+    seconds_left: float | None
+    error: str | None
+    first_frame_prompt: str | None = None
+    storyboard: list[dict[str, Any]] = []
+    pictures: list[PictureOutput] = []
+    video: str | None = Field(None, description="where the mp4 is")
+    record: dict[str, Any] | None = Field(None, description="from which the video is made again; the mp4 holds it too")
+
+
+class Problem(BaseModel):
+    """What was wrong, a sentence."""
+
+    detail: str
+
+
+PROBLEMS = {status: {"model": Problem} for status in (400, 404, 413, 422, 429)}
+
+
+def make_api(worker: Worker) -> FastAPI:
+    """The application, without a page."""
+    api = FastAPI(
+        title="diffusers-fvg",
+        version=__version__,
+        description="Prompt, first-frame caption, picture, video: submit a job, ask how far it is, fetch what it made.",
+        responses={status: PROBLEMS[status] for status in (404, 422)},
+    )
+    _add_errors(api)
+    _limit_requests(api, worker.limits)
+
+    @api.post("/api/jobs", status_code=202, responses={status: PROBLEMS[status] for status in (400, 413, 429)})
+    def submit(job: JobInput, request: Request) -> JobOutput:
+        """Puts a job in the queue."""
+        return _told(worker, worker.submit(_owner(request), job.order(worker.limits)))
+
+    @api.get("/api/jobs")
+    def history(request: Request) -> list[JobOutput]:
+        """Your jobs, the latest first."""
+        return [_told(worker, job) for job in worker.history(_owner(request))]
+
+    @api.get("/api/jobs/{id}")
+    def progress(id: str, request: Request) -> JobOutput:
+        """How far a job is, and what it made."""
+        return _told(worker, _job(worker, request, id))
+
+    @api.delete("/api/jobs/{id}")
+    def cancel(id: str, request: Request) -> JobOutput:
+        """Ends a job; one that runs after the step that it is in. One that has ended stays as it is."""
+        return _told(worker, worker.cancel(_owner(request), _job(worker, request, id).id))
+
+    @api.get("/api/jobs/{id}/video", response_class=FileResponse)
+    def video(id: str, request: Request) -> FileResponse:
+        """The mp4, which plays everywhere, with its record inside."""
+        job = _job(worker, request, id)
+        if job.result is None or job.result.video is None:
+            raise HTTPException(404, f"The job has no video: it is of stage `{job.order.stage}` and {job.state}.")
+        return FileResponse(job.result.video, media_type="video/mp4", filename="video.mp4")
+
+    @api.get("/api/jobs/{id}/pictures/{number}", response_class=Response)
+    def picture(id: str, number: int, request: Request) -> Response:
+        """A picture of stage 2 as PNG, counted from 0."""
+        job = _job(worker, request, id)
+        pictures = [] if job.result is None else job.result.pictures
+        if not 0 <= number < len(pictures):
+            raise HTTPException(404, f"The job has {len(pictures)} pictures, counted from 0, and no picture {number}.")
+        file = io.BytesIO()
+        pictures[number].image.save(file, "PNG")
+        return Response(file.getvalue(), media_type="image/png")
+
+    @api.get("/api/model")
+    def model() -> dict[str, Any]:
+        """The model's own size and length, its presets, and the limits of this server."""
+        return model_facts(worker)
+
+    return api
+
+
+def model_facts(worker: Worker) -> dict[str, Any]:
+    """What people need to know of the model to ask it for something."""
+    pipe, limits = worker.pipe, worker.limits
+    facts = {name: pipe.call_defaults[name] for name in ("height", "width", "num_frames", "frame_rate")}
+    facts |= {"model": str(pipe.config.get("_name_or_path") or "").split("/")[-1], "pipeline": type(pipe).__name__}
+    facts["presets"] = {name: preset.num_inference_steps for name, preset in pipe.presets.items()}
+    parts = {"rewriter": pipe.rewriter, "composer": pipe.composer, "anchor_judge": pipe.anchor_judge}
+    facts |= {f"has_{name}": part is not None for name, part in parts.items()}
+    return facts | {f"max_{name}": getattr(limits, name) for name in ("pixels", "frames", "steps", "anchors")}
+
+
+def require_login(api: FastAPI, auth: tuple[str, str]) -> None:
+    """Asks for a name and a password, of the page and of the API alike (HTTP Basic)."""
+    expected = b":".join(part.encode() for part in auth)
+
+    @api.middleware("http")
+    async def check(request: Request, call_next: Callable) -> Response:
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        try:
+            is_known = kind.lower() == "basic" and secrets.compare_digest(base64.b64decode(given), expected)
+        except ValueError:
+            is_known = False
+        if is_known:
+            return await call_next(request)
+        wanted = {"WWW-Authenticate": 'Basic realm="fvg", charset="UTF-8"'}
+        return JSONResponse({"detail": "Give the name and the password of this server."}, 401, wanted)
+
+
+def _owner(request: Request) -> str:
+    """Whose jobs they are: those of one address. An id is known to nobody else either."""
+    return f"api {request.client.host if request.client else ''}"
+
+
+def _job(worker: Worker, request: Request, id: str) -> Job:
+    try:
+        return worker.job(_owner(request), id)
+    except KeyError:
+        raise HTTPException(404, f"You have no job {id!r:.80}: it was forgotten, or is another's.") from None
+
+
+def _anchor(given: AnchorInput, limits: Limits) -> Anchor:
+    try:
+        content = base64.b64decode(given.image, validate=True)
+    except ValueError as error:
+        raise ValueError(f"`image` of an anchor must be a file in base64 ({error}).") from error
+    with tempfile.NamedTemporaryFile(prefix="anchor-") as file:
+        file.write(content)
+        file.flush()
+        return Anchor(open_upload(file.name, limits), given.frame_index, given.strength)
+
+
+def _told(worker: Worker, job: Job) -> JobOutput:
+    result, place = job.result, f"/api/jobs/{job.id}"
+    made = {}
+    if result is not None:
+        made = {
+            "first_frame_prompt": result.caption,
+            "storyboard": [{"caption": each.caption, "time": each.time} for each in result.moments],
+            "pictures": [
+                PictureOutput(url=f"{place}/pictures/{number}", seed=each.seed, score=each.score, answers=each.answers)
+                for number, each in enumerate(result.pictures)
+            ],
+            "video": result.video and f"{place}/video",
+            "record": result.record,
+        }
+    return JobOutput(
+        id=job.id,
+        stage=job.order.stage,
+        state=job.state,
+        jobs_before=worker.position(job),
+        running_stage=job.stage,
+        step=job.step,
+        steps=job.steps,
+        seconds_left=job.seconds_left,
+        error=job.error,
+        **made,
+    )
+
+
+def _add_errors(api: FastAPI) -> None:
+    """What is wrong comes as a sentence in `detail`, never as a traceback."""
+
+    @api.exception_handler(RequestValidationError)
+    def bad_request(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"][1:]) or "body"
+        return JSONResponse({"detail": f"`{place}` cannot be used: {first['msg'].rstrip('.')}."}, 422)
+
+    @api.exception_handler(QueueFull)
+    def full(_: Request, error: QueueFull) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 429)
+
+    @api.exception_handler(ValueError)
+    def refused(_: Request, error: ValueError) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 400)
+
+
+def _limit_requests(api: FastAPI, limits: Limits) -> None:
+    # In base64 a file is a third longer; beside it come some texts.
+    longest = limits.anchors * limits.upload_bytes * 4 // 3 + 2**20
+
+    @api.middleware("http")
+    async def check(request: Request, call_next: Callable) -> Response:
+        length = request.headers.get("content-length", "")
+        if (
+            request.method == "POST"
+            and request.url.path == "/api/jobs"
+            and not (length.isdigit() and int(length) <= longest)
+        ):
+            return JSONResponse({"detail": f"A request says its length, up to {longest} bytes."}, 413)
+        return await call_next(request)
