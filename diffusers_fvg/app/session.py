@@ -205,18 +205,23 @@ class Session:
     # -- before a run -------------------------------------------------------------------------------------------------
 
     def memory_text(self) -> str:
-        """What a video of this size takes, computed before it is made."""
-        stages = pipeline_stages(self.worker.pipe, *(self._size(name) for name in SIZES))
-        fits = []
+        """What a video of this size takes, told before it is made: memory as it is computed, time as it was here before."""
+        pipe, sizes = self.worker.pipe, {name: self._size(name) for name in SIZES}
+        stages, fits = pipeline_stages(pipe, *sizes.values()), None
         for card in CARDS:
             try:
-                fits.append((card, plan_memory(stages, card)))
+                fits = fits or (card, plan_memory(stages, card))
             except ValueError:
                 continue
-        peak = max(stage.working for stage in stages) + sum(stage.weights for stage in stages)
-        smallest = f"the smallest card that can: {fits[0][0]}" if fits else "no card of up to 80GB can"
-        seconds = self.num_frames / self.worker.pipe.call_defaults["frame_rate"]
-        return f"{self.num_frames} frames, {seconds:.1f} s · up to {peak / GIB:.1f} GiB with all models in memory (computed), {smallest}"
+        told = [f"{self.num_frames} frames, {self.num_frames / pipe.call_defaults['frame_rate']:.1f} s"]
+        if fits is None:
+            told.append(f"too large for a card of {CARDS[-1]} (computed)")
+        else:
+            told.append(f"peak {fits[1].peak / GIB:.1f} GiB on a card of {fits[0]} (computed)")
+        sampling = {name: self.settings.get(name) for name in ("preset", "num_inference_steps")}
+        seconds = self.worker.seconds_before(Order("animate", self.prompt, **sizes, **sampling))
+        told.append("time: known after the first video" if seconds is None else f"about {seconds:.0f} s here")
+        return " · ".join(told)
 
 
 class Sessions:

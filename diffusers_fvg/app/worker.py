@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -137,6 +138,13 @@ class Worker:
                 return 0
             return self._waiting.index(job) + (self._running is not None)
 
+    def seconds_before(self, order: Order) -> float | None:
+        """What the video stage of such an order took here lately; `None` before the first."""
+        size = order.height, order.width, order.num_frames
+        if ("denoise", *size) not in self._seconds:
+            return None
+        return seconds_of(STEPS["animate"], self._seconds, size, order.steps(self.pipe))
+
     def cancel(self, owner: str, id: str) -> Job:
         """Ends a job: one that waits at once, one that runs after the step that it is in. One that has ended stays as it is."""
         with self._change:
@@ -246,19 +254,19 @@ class _Clock:
         job.seconds_left = self._left()
 
     def _left(self) -> float | None:
-        job = self.job
-        planned = STEPS[job.order.stage]
+        job, planned = self.job, STEPS[self.job.order.stage]
         later = planned[planned.index(job.stage) + 1 :] if job.stage in planned else ()
-        left = (job.steps - job.step) * self.seconds[job.stage, *self.size]
-        for stage in later:
-            known = self.seconds.get((stage, *self.size))
-            if known is None:
-                if stage in ("denoise", "decode"):
-                    # Most of the time, and not known yet.
-                    return None
-                continue
-            left += known * (self.denoise_steps if stage == "denoise" else 1)
-        return left
+        if "denoise" in later and ("denoise", *self.size) not in self.seconds:
+            # Most of the time, and not known yet.
+            return None
+        now = (job.steps - job.step) * self.seconds[job.stage, *self.size]
+        return now + seconds_of(later, self.seconds, self.size, self.denoise_steps)
+
+
+def seconds_of(stages: Iterable[str], seconds: dict[tuple, float], size: tuple[int, ...], denoise_steps: int) -> float:
+    """What stages take, as far as they ran before at that size."""
+    steps = {"denoise": denoise_steps}
+    return sum(seconds.get((stage, *size), 0.0) * steps.get(stage, 1) for stage in stages)
 
 
 def sentence(error: Exception) -> str:

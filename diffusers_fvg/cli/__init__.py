@@ -8,6 +8,7 @@ import sys
 from .. import __version__
 from ..flags import Parser
 from ..shapes.command import add_shapes
+from .app import add_app
 from .batch import add_batch
 from .bench import add_bench
 from .lora import add_lora
@@ -37,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         add_assemble,
         add_push,
     )
-    for add in (*adders, add_bench, add_lora, add_models, add_doctor):
+    for add in (*adders, add_app, add_bench, add_lora, add_models, add_doctor):
         add(commands)
     add_shapes(commands, add_model, load_pipeline)
     return top

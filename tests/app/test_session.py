@@ -239,4 +239,5 @@ def test_a_failure_is_a_sentence_and_the_next_job_runs(session, worker, monkeypa
     assert job.state == "failed" and "KeyError" in job.error and "secret" not in job.error
     monkeypatch.undo()
     assert ended(session, session.animate()).state == "done"
-    assert session.memory_text().startswith("17 frames, 2.1 s")
+    told = session.memory_text()
+    assert told.startswith("17 frames, 2.1 s · peak ") and told.endswith(" s here")

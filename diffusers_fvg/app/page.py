@@ -1,0 +1,460 @@
+"""The page of `fvg app`: a prompt, and a panel for each stage. It shows a [`Session`] and asks for its stages."""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import secrets
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gradio as gr
+import PIL.Image
+from fastapi import FastAPI
+
+from ..animate.fidelity import ANCHOR_DECODES
+from ..animate.frames import first_frame
+from .orders import moments_text, new_seed, read_moments
+from .session import Session, Sessions
+from .worker import ENDED, Job, Worker
+
+
+CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+NAMES = {
+    "rewrite": "writing",
+    "compose": "drawing",
+    "judge": "judging the pictures",
+    "derive": "drawing later moments",
+    "encode": "preparing",
+    "denoise": "animating",
+    "decode": "decoding",
+}
+# Seconds between two looks at a job.
+LOOK = 0.3
+SEED_LIMIT = 2**31 - 1
+
+
+def add_page(api: FastAPI, worker: Worker) -> FastAPI:
+    """The application with the page at its root, beside the API."""
+    blocks = make_page(worker)
+    limit = worker.limits.upload_bytes
+    theme = gr.themes.Soft(primary_hue="orange", neutral_hue="slate", font=["system-ui", "sans-serif"]).set(
+        block_title_background_fill="none",
+        block_title_text_color="*neutral_600",
+        block_title_padding="0",
+        block_label_background_fill="none",
+        block_label_text_color="*neutral_600",
+    )
+    return gr.mount_gradio_app(
+        api,
+        blocks,
+        path="/",
+        css=CSS,
+        theme=theme,
+        max_file_size=limit,
+        allowed_paths=[str(worker.folder)],
+        show_error=False,
+        footer_links=[],
+        ssr_mode=False,
+    )
+
+
+def make_page(worker: Worker) -> gr.Blocks:
+    """The page alone."""
+    with gr.Blocks(title="Factorized Video Generation", analytics_enabled=False) as blocks:
+        parts = _layout(worker)
+        _Actions(parts, Sessions(worker)).connect(blocks)
+    return blocks.queue(default_concurrency_limit=None, api_open=False)
+
+
+# -- what is seen -----------------------------------------------------------------------------------------------------
+
+
+def _layout(worker: Worker) -> SimpleNamespace:
+    parts, pipe = SimpleNamespace(), worker.pipe
+    name = str(pipe.config.get("_name_or_path") or type(pipe).__name__).split("/")[-1]
+    parts.key = gr.BrowserState("", storage_key="fvg-session")
+    gr.HTML(
+        "<h1>Factorized Video Generation</h1><p>Read what stands in the first frame, fix it, pick the picture, then make the "
+        f"video. Model: <b>{html.escape(name)}</b></p>",
+        elem_id="head",
+        padding=False,
+    )
+    with gr.Group(elem_id="ask"):
+        parts.prompt = gr.Textbox(
+            label="Prompt", placeholder="A red circle moves to the right", lines=2, max_lines=6, elem_id="prompt"
+        )
+        choices = [("first frame, then video", "factorized"), ("storyboard", "storyboard"), ("video alone", "direct")]
+        parts.mode = gr.Radio(choices, value="factorized", label="Way", elem_id="mode")
+    with gr.Row(elem_id="do"):
+        parts.generate = gr.Button("Make the video", variant="primary", scale=3, min_width=160, elem_id="generate")
+        parts.cancel = gr.Button("Cancel", scale=1, min_width=100, elem_id="cancel")
+    parts.status = gr.HTML(elem_id="status", padding=False)
+    with gr.Row(elem_id="stages", equal_height=False):
+        _caption_panel(parts)
+        _picture_panel(parts, worker)
+        _video_panel(parts)
+    _settings(parts, worker)
+    with gr.Accordion("History of this session", open=True):
+        parts.history = gr.Gallery(
+            show_label=False,
+            columns=6,
+            height="auto",
+            fit_columns=False,
+            allow_preview=False,
+            interactive=False,
+            buttons=[],
+            elem_id="history",
+        )
+    return parts
+
+
+def _title(number: int, name: str, does: str) -> None:
+    gr.HTML(f"<h2><span>{number}</span>{name}</h2><p>{does}</p>", elem_classes="title", padding=False)
+
+
+def _caption_panel(parts: SimpleNamespace) -> None:
+    with gr.Column(min_width=300, elem_classes="panel"):
+        _title(1, "Words", "What is seen before anything moves.")
+        parts.caption = gr.Textbox(
+            label="First frame (edit it)",
+            lines=9,
+            max_lines=14,
+            placeholder="Written from the prompt, or by you. A storyboard has a line for each moment: 50% A red circle",
+            elem_id="caption",
+        )
+        gr.HTML("<p>Nothing is drawn at random here: there is no seed.</p>", elem_classes="note", padding=False)
+        parts.rewrite = gr.Button("Write it", elem_id="rewrite")
+
+
+def _picture_panel(parts: SimpleNamespace, worker: Worker) -> None:
+    with gr.Column(min_width=300, elem_classes="panel"):
+        _title(2, "Picture", "Choose the one to animate.")
+        parts.pictures = gr.Gallery(
+            show_label=False,
+            columns=2,
+            height="auto",
+            fit_columns=False,
+            allow_preview=False,
+            interactive=False,
+            buttons=[],
+            elem_id="pictures",
+        )
+        parts.judged = gr.HTML(elem_id="judged", padding=False)
+        with gr.Row():
+            parts.anchor_seed = gr.Number(label="Seed", precision=0, minimum=0, min_width=110, elem_id="anchor-seed")
+            parts.anchor_dice = gr.Button("New", min_width=64, scale=0, elem_classes="dice")
+            parts.num_candidates = gr.Slider(1, worker.limits.pictures, 4, step=1, label="Pictures", min_width=110)
+        parts.compose = gr.Button("Draw it", elem_id="compose")
+        with gr.Accordion("Pictures of your own", open=False, elem_id="own"):
+            with gr.Row():
+                parts.frame = gr.Number(0, label="Frame (−1: last)", precision=0, min_width=110, elem_id="frame")
+                parts.strength = gr.Slider(0.05, 1, 1, step=0.05, label="Strength", min_width=110)
+            parts.upload = gr.File(
+                label="PNG or JPEG, used at once at that frame", file_count="single", height=110, elem_id="upload"
+            )
+            parts.anchors = gr.Gallery(
+                label="As the model sees them",
+                columns=3,
+                height="auto",
+                allow_preview=False,
+                interactive=False,
+                elem_id="anchors",
+            )
+            parts.clear = gr.Button("Take them away", size="sm")
+
+
+def _video_panel(parts: SimpleNamespace) -> None:
+    with gr.Column(min_width=300, elem_classes="panel"):
+        _title(3, "Video", "The picture in motion.")
+        parts.video = gr.Video(show_label=False, autoplay=True, loop=True, interactive=False, elem_id="video")
+        with gr.Row():
+            parts.seed = gr.Number(label="Seed", precision=0, minimum=0, min_width=110, elem_id="seed")
+            parts.dice = gr.Button("New", min_width=64, scale=0, elem_classes="dice")
+        parts.memory = gr.HTML(elem_id="memory", elem_classes="note", padding=False)
+        parts.animate = gr.Button("Animate it", elem_id="animate")
+        parts.download = gr.DownloadButton("Download the mp4 with its recipe", size="sm", elem_id="download")
+        with gr.Accordion("Recipe of a video", open=False):
+            parts.recipe = gr.File(
+                label="Drop an mp4 that was made here", file_types=[".mp4"], height=110, elem_id="recipe"
+            )
+
+
+def _settings(parts: SimpleNamespace, worker: Worker) -> None:
+    own, limits = worker.pipe.call_defaults, worker.limits
+    step = worker.pipe._frame_step()
+    with gr.Accordion("Settings", open=False, elem_id="settings"):
+        with gr.Row():
+            parts.width = gr.Number(own["width"], label="Width", precision=0, min_width=110)
+            parts.height = gr.Number(own["height"], label="Height", precision=0, min_width=110)
+            parts.num_frames = gr.Slider(1, limits.frames, own["num_frames"], step=step, label="Frames", min_width=160)
+        with gr.Row():
+            presets = [("the model's own", ""), *((name, name) for name in worker.pipe.presets)]
+            parts.preset = gr.Dropdown(presets, value="", label="Preset", min_width=160)
+            parts.num_inference_steps = gr.Slider(
+                0, limits.steps, 0, step=1, label="Steps (0: the preset's)", min_width=160
+            )
+            parts.guidance_scale = gr.Slider(0, 20, 0, step=0.5, label="Guidance (0: the preset's)", min_width=160)
+        with gr.Row():
+            parts.lora_scale = gr.Slider(0, 2, 1, step=0.05, label="Strength of the anchor LoRA", min_width=160)
+            parts.anchor_decode = gr.Dropdown(
+                list(ANCHOR_DECODES), value="raw", label="Anchor's colours", min_width=160
+            )
+            parts.num_moments = gr.Slider(2, 6, 2, step=1, label="Moments of a storyboard", min_width=160)
+        parts.negative_prompt = gr.Textbox(label="Negative prompt (empty: the model's own)")
+
+
+# -- what it does -----------------------------------------------------------------------------------------------------
+
+
+class _Actions:
+    """Events of the page. Each reads the page into the person's session, acts, and shows the session again."""
+
+    def __init__(self, parts: SimpleNamespace, sessions: Sessions):
+        self.parts, self.sessions = parts, sessions
+
+    def connect(self, blocks: gr.Blocks) -> None:
+        parts = self.parts
+        values = set(vars(parts).values())
+        read = {
+            part
+            for part in values
+            if not isinstance(part, (gr.Button, gr.DownloadButton, gr.HTML, gr.Gallery, gr.Video))
+        }
+        shown = list(values)
+
+        def on(event: Callable, do: Callable) -> None:
+            event(do, inputs=read, outputs=shown, show_progress="hidden", api_visibility="private")
+
+        for name in ("rewrite", "compose", "animate", "generate"):
+            on(getattr(parts, name).click, self._stage(name))
+        on(blocks.load, self._load)
+        on(parts.cancel.click, self._quick(self._cancel))
+        on(parts.upload.upload, self._quick(self._upload))
+        on(parts.recipe.upload, self._quick(lambda session, data: session.take_recipe(data[parts.recipe])))
+        on(parts.clear.click, self._quick(lambda session, data: session.anchors.clear()))
+        on(parts.dice.click, self._quick(lambda session, data: setattr(session, "seed", new_seed())))
+        on(parts.anchor_dice.click, self._quick(lambda session, data: setattr(session, "anchor_seed", new_seed())))
+        for size in (parts.width, parts.height, parts.num_frames):
+            size.change(
+                self._memory,
+                [parts.key, parts.width, parts.height, parts.num_frames],
+                parts.memory,
+                show_progress="hidden",
+            )
+        parts.pictures.select(self._choose, parts.key, [parts.judged], show_progress="hidden")
+        parts.history.select(self._look_back, parts.key, shown, show_progress="hidden")
+
+    # -- stages -------------------------------------------------------------------------------------------------------
+
+    def _stage(self, name: str) -> Callable:
+        async def run(data: dict) -> AsyncIterator[dict]:
+            session = self._session(data[self.parts.key])
+            try:
+                await asyncio.to_thread(self._read, session, data)
+                job = await asyncio.to_thread(getattr(session, name))
+            except ValueError as error:
+                yield {self.parts.status: _problem(str(error))}
+                return
+            async for update in self._follow(session, job):
+                yield update
+
+        return run
+
+    async def _follow(self, session: Session, job: Job) -> AsyncIterator[dict]:
+        last = None
+        while job.state not in ENDED:
+            told = _progress(session.worker, job)
+            if told != last:
+                yield {self.parts.status: told}
+            last = told
+            await asyncio.sleep(LOOK)
+        session.take(job)
+        texts = {"done": "Done.", "cancelled": "Cancelled.", "failed": job.error}
+        show = _problem if job.state == "failed" else _message
+        yield await asyncio.to_thread(self._view, session) | {self.parts.status: show(texts[job.state])}
+
+    async def _load(self, data: dict) -> AsyncIterator[dict]:
+        key = data[self.parts.key] or secrets.token_urlsafe(24)
+        session = self._session(key)
+        yield await asyncio.to_thread(self._view, session) | {self.parts.key: key, self.parts.status: ""}
+        for job in session.worker.history(session.owner):
+            if job.state not in ENDED:
+                async for update in self._follow(session, job):
+                    yield update
+
+    def _quick(self, act: Callable[[Session, dict], Any]) -> Callable:
+        """What takes no model: acts, and tells what `act` returns if it is a text."""
+
+        def run(data: dict) -> dict:
+            session = self._session(data[self.parts.key])
+            try:
+                self._read(session, data)
+                told = act(session, data)
+            except ValueError as error:
+                return {self.parts.status: _problem(str(error)), self.parts.upload: None, self.parts.recipe: None}
+            status = {self.parts.status: _message(told)} if isinstance(told, str) else {}
+            return self._view(session) | status
+
+        return run
+
+    def _cancel(self, session: Session, data: dict) -> str:
+        waiting = [job for job in session.worker.history(session.owner) if job.state not in ENDED]
+        for job in waiting:
+            session.worker.cancel(session.owner, job.id)
+        return "Cancelling after this step …" if waiting else "Nothing is running."
+
+    def _upload(self, session: Session, data: dict) -> str:
+        frame, strength = int(data[self.parts.frame] or 0), float(data[self.parts.strength])
+        session.upload(data[self.parts.upload], frame, strength)
+        return "The picture stands in for stages 1 and 2: animate it, or add another at another frame."
+
+    def _choose(self, key: str, event: gr.SelectData) -> str:
+        session = self._session(key)
+        session.chosen = min(event.index, max(0, len(session.pictures) - 1))
+        return _judged(session)
+
+    def _look_back(self, key: str, event: gr.SelectData) -> dict:
+        session, videos = self._session(key), self._videos(key)
+        if event.index >= len(videos):
+            return self._view(session)
+        session.video = videos[event.index]
+        told = session.take_recipe(session.video.result.video)
+        return self._view(session) | {self.parts.status: _message(told)}
+
+    def _memory(self, key: str, width: float | None, height: float | None, num_frames: float) -> str:
+        session = self._session(key)
+        session.settings |= {
+            "width": int(width or 0) or None,
+            "height": int(height or 0) or None,
+            "num_frames": int(num_frames),
+        }
+        return session.memory_text()
+
+    # -- between page and session -------------------------------------------------------------------------------------
+
+    def _session(self, key: str) -> Session:
+        # A page without a key of its own has a session that nobody finds again.
+        return self.sessions.of(f"page {key or secrets.token_urlsafe(24)}")
+
+    def _videos(self, key: str) -> list[Job]:
+        jobs = self.sessions.worker.history(self._session(key).owner)
+        return [job for job in jobs if job.result is not None and job.result.video is not None]
+
+    def _read(self, session: Session, data: dict) -> None:
+        """The page's values into the session; raises `ValueError`."""
+        parts = self.parts
+        session.prompt, session.mode = data[parts.prompt] or "", data[parts.mode]
+        session.num_candidates = int(data[parts.num_candidates])
+        for name in ("seed", "anchor_seed"):
+            value = data[getattr(parts, name)]
+            setattr(session, name, new_seed() if value is None else int(value))
+        text = (data[parts.caption] or "").strip()
+        if session.mode == "storyboard":
+            is_moments = text[:1].isdigit() and "%" in text
+            session.moments = read_moments(text) if is_moments else session.moments if not text else []
+        else:
+            session.caption = text
+        whole = ("width", "height", "num_frames", "num_inference_steps", "num_moments")
+        settings = {name: int(data[getattr(parts, name)] or 0) or None for name in whole}
+        settings |= {
+            name: data[getattr(parts, name)] or None for name in ("preset", "guidance_scale", "negative_prompt")
+        }
+        session.settings = settings | {"anchor_decode": data[parts.anchor_decode]}
+        session.lora_scale = None if data[parts.lora_scale] == 1 else data[parts.lora_scale]
+
+    def _view(self, session: Session) -> dict:
+        """The session as the page shows it."""
+        parts, settings = self.parts, session.settings
+        own = session.worker.pipe.call_defaults
+        text = moments_text(session.moments) if session.mode == "storyboard" else session.caption
+        video = session.video and str(session.video.result.video)
+        pictures = [(_shown(each.image), _label(each)) for each in session.pictures]
+        chosen = min(session.chosen, len(pictures) - 1) if pictures else None
+        anchors = [
+            (_shown(session.seen(each)), f"frame {each.frame_index}, strength {each.strength:g}")
+            for each in session.anchors
+        ]
+        key = session.owner.removeprefix("page ")
+        history = [
+            (_shown(first_frame(job.result.video)), job.order.prompt[:60])
+            for job in self._videos(key)
+            if job.result.video.is_file()
+        ]
+        shown = {
+            parts.prompt: session.prompt,
+            parts.mode: session.mode,
+            parts.caption: text,
+            parts.pictures: gr.Gallery(value=pictures, selected_index=chosen),
+            parts.judged: _judged(session),
+            parts.anchors: anchors,
+            parts.video: video,
+            parts.download: video,
+            parts.anchor_seed: session.anchor_seed,
+            parts.seed: session.seed,
+            parts.num_candidates: session.num_candidates,
+            parts.history: history,
+            parts.memory: session.memory_text(),
+            parts.upload: None,
+            parts.recipe: None,
+            parts.lora_scale: 1 if session.lora_scale is None else session.lora_scale,
+        }
+        for name in ("width", "height", "num_frames"):
+            shown[getattr(parts, name)] = settings.get(name) or own[name]
+        for name in ("num_inference_steps", "guidance_scale"):
+            shown[getattr(parts, name)] = settings.get(name) or 0
+        for name, without in (("preset", ""), ("negative_prompt", ""), ("anchor_decode", "raw"), ("num_moments", 2)):
+            shown[getattr(parts, name)] = settings.get(name) or without
+        return shown
+
+
+def _shown(image: PIL.Image.Image) -> PIL.Image.Image:
+    """Small pictures in whole factors, as the video is."""
+    scale = max(1, 384 // max(image.size))
+    return image.resize([side * scale for side in image.size], PIL.Image.Resampling.NEAREST)
+
+
+def _label(picture: Any) -> str:
+    score = "" if picture.score is None else f"score {picture.score:.2f} · "
+    return f"{score}seed {picture.seed}"
+
+
+def _judged(session: Session) -> str:
+    if not session.pictures:
+        return ""
+    picture = session.pictures[session.chosen]
+    rows = "".join(
+        f"<li><meter min=0 max=1 value={value:.3f}></meter> {html.escape(question)} <b>{value:.0%}</b></li>"
+        for question, value in (picture.answers or {}).items()
+    )
+    return f"<p>Picture {session.chosen + 1} is chosen ({_label(picture)}).</p><ul>{rows}</ul>"
+
+
+def _progress(worker: Worker, job: Job) -> str:
+    before = worker.position(job)
+    if job.state == "waiting":
+        return _bar(0, f"Waiting: {before} {'job' if before == 1 else 'jobs'} before this one")
+    if not job.stage:
+        return _bar(0, "Starting")
+    left = "" if job.seconds_left is None else f" · about {_seconds(job.seconds_left)} left"
+    stopping = " · cancelling" if job.is_unwanted else ""
+    name = NAMES.get(job.stage, job.stage).capitalize()
+    return _bar(job.step / max(1, job.steps), f"{name}, step {job.step} of {job.steps}{left}{stopping}")
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def _bar(share: float, text: str) -> str:
+    return f"<div class='bar' role='status'><i style='width:{share:.0%}'></i><span>{html.escape(text)}</span></div>"
+
+
+def _message(text: str) -> str:
+    return f"<div class='message' role='status'>{html.escape(text)}</div>"
+
+
+def _problem(text: str) -> str:
+    return f"<div class='problem' role='alert'>{html.escape(text)}</div>"

@@ -1,0 +1,77 @@
+"""`fvg app`: a page for the three stages, and an HTTP API beside it."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+from pathlib import Path
+
+from ..flags import FRAMES, Whole
+from .options import add_composer, add_lora, add_model, add_quantize, add_rewriter
+from .pipeline import look
+
+
+def add_app(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("app", help="a page in the browser for the three stages, and an HTTP API beside it")
+    add_model(parser)
+    add_rewriter(parser)
+    add_composer(parser)
+    add_lora(parser)
+    add_quantize(parser)
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default: %(default)s, which only this machine reaches)",
+    )
+    parser.add_argument("--port", type=Whole(1, 65535), metavar="NUMBER", default=7860, help="(default: %(default)s)")
+    parser.add_argument(
+        "--auth",
+        type=Path,
+        metavar="FILE",
+        help="file of one line NAME:PASSWORD, which everyone has to give; not taken here, where every process could read it",
+    )
+    parser.add_argument(
+        "--max-pixels", type=Whole(64, 2**28), metavar="NUMBER", help="of a frame (default: 4 times the model's own)"
+    )
+    parser.add_argument("--max-frames", type=FRAMES, metavar="NUMBER", help="(default: 4 times the model's own)")
+    parser.add_argument(
+        "--max-queue",
+        type=Whole(1, 10_000),
+        metavar="NUMBER",
+        default=32,
+        help="jobs that wait (default: %(default)s)",
+    )
+    parser.add_argument("--no-page", action="store_true", help="the HTTP API alone, which needs no gradio")
+    parser.set_defaults(run=_app)
+
+
+def _app(arguments: argparse.Namespace) -> None:
+    from ..app.limits import Limits
+    from ..app.server import check_installed, serve
+
+    check_installed(page=not arguments.no_page)
+    auth = None if arguments.auth is None else _read_auth(arguments.auth)
+    model = look(arguments)
+    limits = Limits(pixels=arguments.max_pixels, frames=arguments.max_frames, queue=arguments.max_queue)
+    pipe = model.load()
+    place = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    if auth is None and not _is_local(arguments.host):
+        print(f"open to everyone:   who reaches {arguments.host} can use it; --auth FILE asks for a password")
+    if not arguments.no_page:
+        print(f"page:               http://{place}:{arguments.port}/")
+    print(f"API:                http://{place}:{arguments.port}/docs", flush=True)
+    serve(pipe, arguments.host, arguments.port, auth, limits, page=not arguments.no_page)
+
+
+def _read_auth(path: Path) -> tuple[str, str]:
+    name, colon, password = path.read_text(encoding="utf-8").strip().partition(":")
+    if not (name and colon and password) or "\n" in password:
+        raise ValueError(f"--auth {path} must hold one line NAME:PASSWORD.")
+    return name, password
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,191 @@
+"""The page in a browser: `pytest -m slow tests/app/test_page.py`. Screenshots are written to the folder FVG_SCREENSHOTS, if named."""
+
+import os
+import shutil
+import socket
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+
+pytest.importorskip("gradio")
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")]
+
+PROMPT = "A red circle moves to the right"
+
+
+@pytest.fixture(scope="module")
+def address():
+    """A server with the embedded model."""
+    import uvicorn
+
+    from diffusers_fvg import load_embedded
+    from diffusers_fvg.app.api import make_api
+    from diffusers_fvg.app.page import add_page
+    from diffusers_fvg.app.worker import Worker
+
+    pipe = load_embedded()
+    pipe.set_progress_bar_config(disable=True)
+    worker = Worker(pipe)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(add_page(make_api(worker), worker), port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.1)
+    yield f"http://127.0.0.1:{port}/"
+    server.should_exit = True
+    thread.join(20)
+    worker.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def people(browser, address):
+    """`people(width)` opens the page for somebody new."""
+    opened = []
+
+    def person(width=1280):
+        context = browser.new_context(viewport={"width": width, "height": 900}, accept_downloads=True)
+        page = context.new_page()
+        page.set_default_timeout(90_000)
+        page.goto(address)
+        page.wait_for_selector("#prompt textarea")
+        page.wait_for_function("document.querySelector('#seed input').value !== ''")
+        opened.append(context)
+        return page
+
+    yield person
+    for context in opened:
+        context.close()
+
+
+def shot(page, name):
+    folder = os.environ.get("FVG_SCREENSHOTS")
+    if folder:
+        page.screenshot(path=str(Path(folder) / f"{name}.png"), full_page=True)
+
+
+def told(page, text):
+    page.wait_for_function("text => document.querySelector('#status').innerText.includes(text)", arg=text)
+
+
+def press(page, name, text="Done."):
+    """Presses a button, and waits until what it starts is told of."""
+    page.evaluate("document.querySelector('#status').innerText = ''")
+    page.click(f"#{name}")
+    told(page, text)
+
+
+def caption(page):
+    return page.input_value("#caption textarea")
+
+
+def test_stages_are_edited_chosen_and_done_again(people, tmp_path):
+    from diffusers_fvg.media import read_video_metadata
+
+    page = people()
+    page.fill("#prompt textarea", PROMPT)
+    press(page, "rewrite")
+    assert "red circle" in caption(page)
+    # The caption is fixed, and the run goes on from stage 2.
+    page.fill("#caption textarea", caption(page).replace("red", "blue"))
+    press(page, "compose")
+    pictures = page.locator("#pictures .thumbnail-item")
+    assert pictures.count() == 4
+    pictures.nth(2).click()
+    page.wait_for_function("document.querySelector('#judged').innerText.includes('Picture 3')")
+    chosen = int(page.inner_text("#judged").split("seed ")[1].split(")")[0])
+    press(page, "animate")
+    page.wait_for_selector("#video video")
+    shot(page, "stages")
+    with page.expect_download() as download:
+        page.click("#download")
+    download.value.save_as(tmp_path / "video.mp4")
+    record = read_video_metadata(tmp_path / "video.mp4")
+    assert record["seeds"]["anchor"] == chosen and "blue circle" in record["first_frame_prompt"]
+    # A caption that was changed after its pictures is a sentence, and no traceback.
+    page.fill("#caption textarea", "A green square")
+    press(page, "animate", "run stage 2 again")
+    # After a reload it is all there; another person sees nothing of it.
+    page.reload()
+    page.wait_for_selector("#video video")
+    assert "blue circle" in caption(page) or "green square" in caption(page)
+    other = people()
+    assert caption(other) == "" and other.locator("#pictures .thumbnail-item").count() == 0
+    # The other one gets the recipe by the file.
+    other.click("text=Recipe of a video")
+    other.set_input_files("#recipe input[type=file]", str(tmp_path / "video.mp4"))
+    told(other, "The recipe is there")
+    assert other.input_value("#seed input") == str(record["seeds"]["video"])
+    assert other.input_value("#prompt textarea") == PROMPT
+
+
+def test_a_run_is_cancelled_and_the_next_one_is_whole(people):
+    page = people()
+    page.fill("#prompt textarea", PROMPT)
+    page.click("text=video alone")
+    page.click("text=Settings")
+    page.locator("input[aria-label*='Steps']").first.fill("100")
+    page.click("#generate")
+    told(page, "Animating")
+    shot(page, "running")
+    page.click("#cancel")
+    told(page, "Cancelled.")
+    page.locator("input[aria-label*='Steps']").first.fill("2")
+    press(page, "generate")
+    page.wait_for_selector("#video video")
+
+
+def test_a_photo_lies_upright_and_a_phone_shows_all(people, tmp_path):
+    photo = np.zeros((80, 160, 3), np.uint8)
+    photo[:, :80] = (255, 0, 0)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    PIL.Image.fromarray(photo).save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    (tmp_path / "bad.png").write_bytes(b"none")
+    page = people(390)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    shot(page, "phone-empty")
+    page.fill("#prompt textarea", PROMPT)
+    page.click("text=Pictures of your own")
+    page.set_input_files("#upload input[type=file]", str(tmp_path / "bad.png"))
+    told(page, "cannot be used")
+    page.set_input_files("#upload input[type=file]", str(tmp_path / "photo.jpg"))
+    told(page, "stands in for stages 1 and 2")
+    page.fill("#frame input", "-1")
+    page.set_input_files("#upload input[type=file]", str(tmp_path / "photo.jpg"))
+    page.wait_for_function("document.querySelectorAll('#anchors .thumbnail-item').length === 2")
+    press(page, "animate")
+    page.wait_for_selector("#video video")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    shot(page, "phone")
+
+
+def test_a_storyboard_and_two_people_at_once(people):
+    ann, bob = people(), people()
+    ann.fill("#prompt textarea", "A red circle gradually turns into a square")
+    ann.click("text=storyboard")
+    bob.fill("#prompt textarea", "A blue square moves upwards")
+    ann.click("#generate"), bob.click("#generate")
+    for page, words in ((ann, "100% "), (bob, "blue square")):
+        told(page, "Done.")
+        assert words in caption(page), caption(page)
+        page.wait_for_selector("#video video")
+    shot(ann, "storyboard")
+    assert ann.locator("#history .thumbnail-item").count() == bob.locator("#history .thumbnail-item").count() == 1
