@@ -5,10 +5,12 @@ import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import PIL.Image
 import pytest
 from diffusers import WanPipeline, WanTransformer3DModel
+from fastapi.testclient import TestClient
 from test_recipes import tiny_z_image
 from tiny_dreamer import tiny_unet2d
 
@@ -61,6 +63,7 @@ def owned(tmp_path_factory):
 def desk(tmp_path, monkeypatch, hub, owned):
     """A reader's folder right after `make demo`, with the named repositories on the tests' Hub."""
     shutil.copy(EMBEDDED_FOLDER / "anchor_lora" / WEIGHT_NAME, tmp_path / "anchor.safetensors")
+    (tmp_path / "auth.txt").write_text("ann:a-long-password\n")
     hub.add("org/fvg", EMBEDDED_FOLDER)
     hub.add("Wan-AI/Wan2.2-TI2V-5B-Diffusers", owned[1] / "wan")
     hub.add("org/text-to-image", owned[1] / "text-to-image")
@@ -98,7 +101,22 @@ def run(words: list[str]) -> None:
             # Each has tests of its own, and takes long to start.
             assert arguments[arguments.index("--engine") + 1] in ENGINES
             arguments.append("--plan-only")
+        if arguments[0] == "app":
+            serve_once(arguments)
+            return
         assert main(arguments) == 0, shlex.join(words)
+
+
+def serve_once(arguments: list[str]) -> None:
+    """A server ends when it is stopped: this one answers a request first. The page has tests of its own."""
+    answers = []
+
+    def answer(app, **_):
+        answers.append(TestClient(app).get("/api/model").status_code)
+
+    with patch("uvicorn.run", answer):
+        assert main([*arguments, *(["--no-page"] if "--no-page" not in arguments else [])]) == 0
+    assert answers == [200 if "--auth" not in arguments else 401]
 
 
 @documents_with("bash")

@@ -116,7 +116,7 @@ def _title(number: int, name: str, does: str) -> None:
 
 
 def _caption_panel(parts: SimpleNamespace) -> None:
-    with gr.Column(min_width=300, elem_classes="panel"):
+    with gr.Column(min_width=300, elem_classes="stage-card"):
         _title(1, "Words", "What is seen before anything moves.")
         parts.caption = gr.Textbox(
             label="First frame (edit it)",
@@ -130,7 +130,7 @@ def _caption_panel(parts: SimpleNamespace) -> None:
 
 
 def _picture_panel(parts: SimpleNamespace, worker: Worker) -> None:
-    with gr.Column(min_width=300, elem_classes="panel"):
+    with gr.Column(min_width=300, elem_classes="stage-card"):
         _title(2, "Picture", "Choose the one to animate.")
         parts.pictures = gr.Gallery(
             show_label=False,
@@ -167,7 +167,7 @@ def _picture_panel(parts: SimpleNamespace, worker: Worker) -> None:
 
 
 def _video_panel(parts: SimpleNamespace) -> None:
-    with gr.Column(min_width=300, elem_classes="panel"):
+    with gr.Column(min_width=300, elem_classes="stage-card"):
         _title(3, "Video", "The picture in motion.")
         parts.video = gr.Video(show_label=False, autoplay=True, loop=True, interactive=False, elem_id="video")
         with gr.Row():
@@ -279,7 +279,11 @@ class _Actions:
     async def _load(self, data: dict) -> AsyncIterator[dict]:
         key = data[self.parts.key] or secrets.token_urlsafe(24)
         session = self._session(key)
-        yield await asyncio.to_thread(self._view, session) | {self.parts.key: key, self.parts.status: ""}
+        view = await asyncio.to_thread(self._view, session)
+        if not session.prompt:
+            # Someone new may be typing already.
+            del view[self.parts.prompt], view[self.parts.caption], view[self.parts.mode]
+        yield view | {self.parts.key: key, self.parts.status: ""}
         for job in session.worker.history(session.owner):
             if job.state not in ENDED:
                 async for update in self._follow(session, job):

@@ -249,7 +249,7 @@ class _Clock:
         key = (stage, *self.size)
         took = (now - self.since) / advanced
         # What one step took lately: the first one of all warms up.
-        self.seconds[key] = took if key not in self.seconds else 0.5 * self.seconds[key] + 0.5 * took
+        self.seconds[key] = took if key not in self.seconds else 0.8 * self.seconds[key] + 0.2 * took
         self.since, job.stage, job.step, job.steps = now, stage, step, steps
         job.seconds_left = self._left()
 

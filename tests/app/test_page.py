@@ -66,7 +66,7 @@ def people(browser, address):
         page.set_default_timeout(90_000)
         page.goto(address)
         page.wait_for_selector("#prompt textarea")
-        page.wait_for_function("document.querySelector('#seed input').value !== ''")
+        page.wait_for_function("Number(document.querySelector('#seed input')?.value) > 0")
         opened.append(context)
         return page
 
@@ -87,9 +87,11 @@ def told(page, text):
 
 def press(page, name, text="Done."):
     """Presses a button, and waits until what it starts is told of."""
-    page.evaluate("document.querySelector('#status').innerText = ''")
+    page.evaluate("document.querySelector('#status [role]')?.classList.add('before')")
     page.click(f"#{name}")
-    told(page, text)
+    page.wait_for_function(
+        "text => document.querySelector('#status [role]:not(.before)')?.innerText.includes(text)", arg=text
+    )
 
 
 def caption(page):
@@ -173,8 +175,9 @@ def test_a_photo_lies_upright_and_a_phone_shows_all(people, tmp_path):
     page.wait_for_function("document.querySelectorAll('#anchors .thumbnail-item').length === 2")
     press(page, "animate")
     page.wait_for_selector("#video video")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
     shot(page, "phone")
+    wide = "[...document.querySelectorAll('*')].filter(e => e.getBoundingClientRect().right > 391).map(e => e.id + '.' + e.className)"
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390, page.evaluate(wide)
 
 
 def test_a_storyboard_and_two_people_at_once(people):
