@@ -114,7 +114,7 @@ def serve_once(arguments: list[str]) -> None:
     def answer(app, **_):
         answers.append(TestClient(app).get("/api/model").status_code)
 
-    with patch("uvicorn.run", answer):
+    with patch("uvicorn.run", answer), patch("diffusers_fvg.cli.app._check_place"):
         assert main([*arguments, *(["--no-page"] if "--no-page" not in arguments else [])]) == 0
     assert answers == [200 if "--auth" not in arguments else 401]
 

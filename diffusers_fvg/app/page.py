@@ -152,11 +152,10 @@ def _picture_panel(parts: SimpleNamespace, worker: Worker) -> None:
             with gr.Row():
                 parts.frame = gr.Number(0, label="Frame (−1: last)", precision=0, min_width=110, elem_id="frame")
                 parts.strength = gr.Slider(0.05, 1, 1, step=0.05, label="Strength", min_width=110)
-            parts.upload = gr.File(
-                label="PNG or JPEG, used at once at that frame", file_count="single", height=110, elem_id="upload"
-            )
+            parts.upload = gr.File(label="PNG or JPEG", file_count="single", height=110, elem_id="upload")
             parts.anchors = gr.Gallery(
-                label="As the model sees them",
+                show_label=False,
+                buttons=[],
                 columns=3,
                 height="auto",
                 allow_preview=False,
@@ -375,7 +374,10 @@ class _Actions:
         own = session.worker.pipe.call_defaults
         text = moments_text(session.moments) if session.mode == "storyboard" else session.caption
         video = session.video and str(session.video.result.video)
-        pictures = [(_shown(each.image), _label(each)) for each in session.pictures]
+        pictures = [
+            (_shown(each.image), str(number) if each.score is None else f"{number}: {each.score:.2f}")
+            for number, each in enumerate(session.pictures, start=1)
+        ]
         chosen = min(session.chosen, len(pictures) - 1) if pictures else None
         anchors = [
             (_shown(session.seen(each)), f"frame {each.frame_index}, strength {each.strength:g}")

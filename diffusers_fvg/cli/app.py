@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ipaddress
+import socket
 from pathlib import Path
 
 from ..flags import FRAMES, Whole
@@ -50,6 +51,7 @@ def _app(arguments: argparse.Namespace) -> None:
     from ..app.server import check_installed, serve
 
     check_installed(page=not arguments.no_page)
+    _check_place(arguments.host, arguments.port)
     auth = None if arguments.auth is None else _read_auth(arguments.auth)
     model = look(arguments)
     limits = Limits(pixels=arguments.max_pixels, frames=arguments.max_frames, queue=arguments.max_queue)
@@ -68,6 +70,19 @@ def _read_auth(path: Path) -> tuple[str, str]:
     if not (name and colon and password) or "\n" in password:
         raise ValueError(f"--auth {path} must hold one line NAME:PASSWORD.")
     return name, password
+
+
+def _check_place(host: str, port: int) -> None:
+    """Refuses before a model is loaded what could not be listened on after it."""
+    try:
+        if not host.strip():
+            raise OSError("it is empty")
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as place:
+            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            place.bind(address)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--host {host!r} --port {port} cannot be listened on: {error}.") from error
 
 
 def _is_local(host: str) -> bool:

@@ -1,6 +1,7 @@
 import importlib.util
 import os
 import runpy
+import socket
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ SPACE = Path(__file__).parents[2] / "examples" / "space"
 def served(monkeypatch):
     """What `fvg app` would serve, without a model."""
     calls = []
+    monkeypatch.setattr("diffusers_fvg.cli.app._check_place", lambda *_: None)
     monkeypatch.setattr(server, "check_installed", lambda page: None)
     monkeypatch.setattr(server, "serve", lambda pipe, *options, **named: calls.append((*options, named)))
     monkeypatch.setattr("diffusers_fvg.cli.pipeline.Model.load", lambda self: None)
@@ -42,6 +44,16 @@ def test_what_is_wrong_is_one_line(served, tmp_path, capsys):
     (tmp_path / "auth").write_text("ann\n")
     assert main(["app", "--auth", str(tmp_path / "auth")]) == 2
     assert "one line NAME:PASSWORD" in capsys.readouterr().err and not served
+
+
+def test_a_port_that_is_taken_is_told_of_before_a_model_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr(server, "check_installed", lambda page: None)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(["app", "--port", port]) == 2
+    assert f"--port {port} cannot be listened on" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_told_of_before_a_model_is_loaded(monkeypatch, capsys):

@@ -18,6 +18,7 @@ NEEDED = {
     "fvg plan": ["a red circle"],
     "fvg rewrite": ["a red circle"],
     "fvg compose": ["a red circle"],
+    "fvg app": ["--no-page"],
     "fvg animate": ["a red circle", "--image", "{}/picture.png"],
     "fvg assemble": ["{}/out", "--base", "org/base"],
     "fvg push": ["{}/folder", "org/name"],
@@ -72,6 +73,7 @@ WRONG = {
     "ratio": ["1:1", "", "4-3", "16-9", "x"],
     "baseline": ["none", "", "direct", "x", "y"],
     "presets": ["none", "", "x", "y", "z"],
+    "host": ["no.such.invalid", "", "256.1.1.1", "a b", "x" * 300],
 }
 FILES = ["{}/video.txt", "{}/no\x00name.mp4", "/proc/no/such/video.mp4", "{}", "{}/picture.png/video.mp4"]
 FOLDERS = ["{}/picture.png", "{}/picture.png/inside", "/proc/no/such", "{}/no\x00name", "/dev/null"]
