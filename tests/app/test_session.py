@@ -120,10 +120,9 @@ def test_a_job_is_cancelled_within_a_run_and_the_next_one_runs(session, worker, 
 def test_what_is_one_persons_is_not_the_others(session, worker, held):
     go, there = held
     session.mode = "direct"
-    mine, other = (
-        session.animate(),
-        Session(worker, "bob", "A blue square moves upwards", "direct", settings={"num_inference_steps": 1}),
-    )
+    mine = session.animate()
+    assert there.wait(60)
+    other = Session(worker, "bob", "A blue square moves upwards", "direct", settings={"num_inference_steps": 1})
     theirs = other.animate()
     for call in (worker.job, worker.cancel):
         with pytest.raises(KeyError):
