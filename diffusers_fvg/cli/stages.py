@@ -99,6 +99,12 @@ def add_compose(commands: argparse._SubParsersAction) -> None:
         metavar="STEPS",
         help="of the text-to-image model; its own when left out",
     )
+    parser.add_argument(
+        "--num-candidates",
+        type=Whole(1, 1000),
+        metavar="NUMBER",
+        help="pictures to draw at most, of which the judge keeps the best; the model's own when left out, 1 without a judge",
+    )
     parser.set_defaults(run=_compose)
 
 
@@ -292,16 +298,19 @@ def _rewrite(arguments: argparse.Namespace) -> None:
 
 def _compose(arguments: argparse.Namespace) -> None:
     from ..checks import check_texts
+    from ..pipelines.candidates import candidate_count
 
     check_outputs(arguments, "anchor.png", ".png")
     check_texts("first_frame_prompt", [arguments.first_frame_prompt])
     model = look(arguments, rewriter=False, lora=False)
+    candidate_count(model.outline, arguments.num_candidates, "--num-candidates")
     size = [model.outline.call_defaults[name] if value is None else value for name, value in _size(arguments)]
     model.outline._check_size(*size)
     pipe, seed = model.load_part("composer"), _drawn_seed(arguments)
     if pipe.anchor_judge is not None:
         model.load_part("anchor_judge")
     options = {"num_inference_steps": arguments.num_inference_steps, "generator": _generator(seed)["generator"]}
+    options["num_candidates"] = candidate_count(pipe, arguments.num_candidates)
     image = pipe.compose(arguments.first_frame_prompt, *size, **options)[0]
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     image.save(arguments.output)

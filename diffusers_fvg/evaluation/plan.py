@@ -116,6 +116,7 @@ def write_plan(
         `ValueError`: a path twice or one that leaves the folder, no rows, or another plan that is there.
     """
     folder = Path(folder)
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / f"{PLAN}.{os.getpid()}"
     try:
@@ -126,6 +127,9 @@ def write_plan(
         return keep_facts(folder / PLAN_FACTS, facts)
     finally:
         draft.unlink(missing_ok=True)
+        if is_new and not any(folder.iterdir()):
+            # Of rows that were refused nothing stays.
+            folder.rmdir()
 
 
 def keep_facts(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:

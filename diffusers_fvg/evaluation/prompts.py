@@ -83,7 +83,7 @@ def read_prompts(path: str | Path, labels: Collection[str] = ()) -> Iterator[Pro
     reader = {".txt": _texts, ".csv": _table, ".jsonl": _objects, ".parquet": _parquet}.get(path.suffix.lower())
     if reader is None:
         raise ValueError(f"{path} must end in one of {', '.join(FORMATS)}.")
-    count = 0
+    count, missing = 0, set(labels)
     try:
         for line, values in reader(path):
             place = f"{path}, {'row' if path.suffix == '.parquet' else 'line'} {line}"
@@ -92,6 +92,7 @@ def read_prompts(path: str | Path, labels: Collection[str] = ()) -> Iterator[Pro
             except ValueError as error:
                 raise ValueError(f"{place}: {error}") from error
             count += 1
+            missing -= row.labels.keys()
             yield row
     except UnicodeDecodeError as error:
         raise ValueError(
@@ -99,6 +100,8 @@ def read_prompts(path: str | Path, labels: Collection[str] = ()) -> Iterator[Pro
         ) from error
     if not count:
         raise ValueError(f"{path} holds no prompts.")
+    if missing:
+        raise ValueError(f"{path} has no column {min(missing)!r} that could be a label.")
 
 
 def planned_videos(

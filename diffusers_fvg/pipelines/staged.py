@@ -97,11 +97,12 @@ def write(pipe: FactorizedStages, call: Mapping[str, Any]) -> Writing:
     # The judge need not be here.
     request = _request(pipe, {name: value for name, value in call.items() if name != "composer_num_candidates"})
     with pipe._running():
-        moments, told = pipe._write_moments(request)[0], {}
-        if hasattr(pipe, "_write_motion"):
-            told = {"motion_prompt": pipe._write_motion(request).motion_prompt[0]}
+        moments = pipe._write_moments(request)
+        told = {}
+        if motion := pipe._write_motion(request, moments).motion_prompt:
+            told = {"motion_prompt": motion[0]}
     record = {"rewriter": rewriter_name(pipe.rewriter), "hub_revisions": _revisions(pipe, ["rewriter"])}
-    return Writing(moments, **told, record=record)
+    return Writing(moments[0], **told, record=record)
 
 
 @torch.no_grad()

@@ -130,6 +130,8 @@ def _run(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], Fac
         from .dreamer import train_dreamer
         from .dreamer_report import write_dreamer_report
 
+        if arguments.vae is not None and not (arguments.vae / "config.json").is_file():
+            raise ValueError(f"--vae {arguments.vae}: there is no VAE, a folder with a config.json.")
         train_dreamer(arguments.folder, EMBEDDED_FOLDER, arguments.designs, arguments.design_steps, arguments.vae)
         if arguments.report:
             print(write_dreamer_report(load_embedded(), arguments.folder, arguments.report))

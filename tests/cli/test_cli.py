@@ -107,7 +107,9 @@ def test_a_seed_repeats_the_video_and_stages_chain(tmp_path, capsys):
     stages = json.loads((tmp_path / "a" / "stages.json").read_text())
     assert stages["first_frame_prompt"] == caption
     seed = str(stages["seeds"]["anchor"])
-    main(["compose", caption, "--seed", seed, "--output", str(tmp_path / "anchor.png"), "--quiet"])
+    # The seed is that of the picture that the judge chose, so that no judge is asked again.
+    alone = ["--seed", seed, "--num-candidates", "1"]
+    main(["compose", caption, *alone, "--output", str(tmp_path / "anchor.png"), "--quiet"])
     anchors = [np.asarray(PIL.Image.open(tmp_path / name)) for name in ("anchor.png", "a/anchor.png")]
     assert np.array_equal(*anchors)
     main(["animate", PROMPT, "--image", str(tmp_path / "anchor.png"), "--output", str(tmp_path / "b.mp4"), *options])
