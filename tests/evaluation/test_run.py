@@ -10,7 +10,7 @@ from filelock import FileLock
 from stub import StubLoad
 
 import diffusers_fvg.evaluation.worker as worker
-from diffusers_fvg.evaluation.manifest import is_turn, read_manifest
+from diffusers_fvg.evaluation.manifest import finished_sizes, is_turn, read_manifest
 from diffusers_fvg.evaluation.plan import PlannedVideo, derive_seed, write_plan
 from diffusers_fvg.evaluation.run import run_plan
 from diffusers_fvg.media import read_video, read_video_metadata
@@ -147,3 +147,12 @@ def test_what_a_run_needs_follows_from_its_rows():
         '{"mode": "storyboard"}': {"rewriter", "composer", "lora", "video"},
     }
     assert {text: set(worker.parts_of(json.loads(text))) for text in parts} == parts
+
+
+def test_of_two_lines_the_later_counts(tmp_path):
+    """A video that was lost and made again has a line of each worker; their files come in any order."""
+    (tmp_path / "manifest").mkdir()
+    for name, when, size in (("a", 3.0, 30), ("b", 2.0, 20), ("c", 1.0, 10)):
+        line = {"path": "videos/1.mp4", "status": "made", "bytes": size, "time": when, "seed": 0, "worker": name}
+        (tmp_path / "manifest" / f"{name}.jsonl").write_text(json.dumps(line) + "\n")
+    assert list(finished_sizes(tmp_path).values()) == [30]
