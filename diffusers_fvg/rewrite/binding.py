@@ -164,6 +164,11 @@ def _bound(text: str) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
     return colours, numbers
 
 
+def _spoken(value: str, text: str) -> str:
+    """A number as it is; of a root the word of the text."""
+    return value if value.isdigit() else next((word for word in words(text) if root(word) == value), value)
+
+
 def swapped_problem(prompt: str, caption: str) -> str | None:
     """Says which colour or number a caption gives to something else than the prompt does."""
     for mine, others in zip(_bound(caption), _bound(prompt)):
@@ -173,8 +178,9 @@ def swapped_problem(prompt: str, caption: str) -> str | None:
             # "Five leaves, one of them apart" counts no other leaves.
             miscounted = any(value.isdigit() and value != "1" for value in wrong) and "1" not in others[name]
             if wrong & everywhere or miscounted:
-                word = next(word for word in words(prompt) if root(word) == name)
-                return f'"{sorted(wrong)[0]} {word}" contradicts "{sorted(others[name])[0]} {word}" of the prompt'
+                word = _spoken(name, prompt)
+                said, right = _spoken(sorted(wrong)[0], caption), _spoken(sorted(others[name])[0], prompt)
+                return f'"{said} {word}" contradicts "{right} {word}" of the prompt'
     return None
 
 

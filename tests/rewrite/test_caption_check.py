@@ -153,6 +153,16 @@ def test_faithful_captions_are_accepted(prompt, caption):
         ("A cat walks", "A cat. " * 400, "has 2800 characters"),
         # Siblings of these kinds.
         ("Two red apples and three green pears", "Three red apples and two green pears.", "contradicts"),
+        (
+            "A red car beside a blue bus",
+            "A blue car beside a red bus.",
+            '"blue car" contradicts "red car" of the prompt',
+        ),
+        (
+            "A purple vase beside an orange cup",
+            "An orange vase.",
+            '"orange vase" contradicts "purple vase" of the prompt',
+        ),
         ("A bird above a car", "A bird below a car.", '"below" contradicts "above"'),
         ("A dog behind a tree", "A tree behind a dog.", '"behind" of the prompt is turned round'),
         ("A room without windows", "A room with windows.", 'there is no "windows"'),
