@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..atomic import check_finished
 from .arguments import call_argument, find_out, remember
 from .safety import PICKLES, is_guarded, load_guarded
 
@@ -166,6 +167,7 @@ def keep_arguments(load: Callable) -> Callable:
 
     @functools.wraps(load)
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        check_finished(pretrained_model_name_or_path, cls.config_name)
         with remember(kwargs) as call:
             try:
                 return load(cls, pretrained_model_name_or_path, **kwargs)

@@ -13,6 +13,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 
+from ..atomic import naming, replacing_entries
 from ..loading.files import fetch, repository_files
 from ..schedules.presets import SchedulerPresets
 
@@ -114,8 +115,11 @@ class Assembly:
     parts: list[Part] = field(default_factory=list)
 
     def write(self, output: Path) -> None:
-        """Writes the repository into an empty folder."""
-        output.mkdir(parents=True, exist_ok=True)
+        """Writes the repository into an empty folder, whole or not at all."""
+        with replacing_entries(output, DiffusionPipeline.config_name) as draft, naming(output):
+            self._write(draft)
+
+    def _write(self, output: Path) -> None:
         for part in self.parts:
             if not part.refers:
                 source = part.source.fetch(list(part.files))
