@@ -1,3 +1,5 @@
+import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -24,12 +26,16 @@ def entries(folder) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-@pytest.fixture
-def room(monkeypatch):
-    """`room(count)`: from now on no file may grow beyond some bytes, which is what a full disk does."""
+@contextlib.contextmanager
+def room(count: int):
+    """No file may grow beyond some bytes, which is what a full disk does. What a test prints goes to a file as well."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda count: resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -76,9 +82,8 @@ WRITERS = {
 
 @pytest.mark.parametrize("count", [0, 2000])
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
-def test_a_full_disk_is_one_line_with_the_name_and_leaves_nothing(write, count, room, tmp_path):
-    room(count)
-    with pytest.raises(OSError, match=rf"{tmp_path}.* cannot be written: File too large\.$") as told:
+def test_a_full_disk_is_one_line_with_the_name_and_leaves_nothing(write, count, tmp_path):
+    with pytest.raises(OSError, match=rf"{tmp_path}.* cannot be written: File too large\.$") as told, room(count):
         write(tmp_path / "new")
     assert "\n" not in str(told.value) and ".fvg" not in str(told.value)
     left = [path for path in tmp_path.rglob("*") if path.is_file()]

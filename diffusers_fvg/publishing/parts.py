@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 
 from ..atomic import naming, replacing_entries
+from ..loading.component_config import read_json
 from ..loading.files import fetch, repository_files
 from ..schedules.presets import SchedulerPresets
 
@@ -66,7 +67,7 @@ class Source:
     def read_json(self, name: str) -> dict[str, Any]:
         if name not in self.files:
             raise ValueError(f"{self.title} has no {name}.")
-        return json.loads((self.fetch([name]) / name).read_text(encoding="utf-8"))
+        return read_json(self.fetch([name]) / name, f"{name} of {self.title}")
 
     def license(self) -> str:
         """What the model card says, `"not stated"` if nothing."""
