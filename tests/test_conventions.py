@@ -11,6 +11,7 @@ import diffusers_fvg
 PACKAGE = Path(diffusers_fvg.__file__).parent
 # From the bottom up. A room imports from those on levels below, and within itself.
 LEVELS = [
+    {"atomic"},
     {"checks", "devices", "flags", "kernels", "locks", "media", "model_facts"},
     {"loading"},
     {"schedules"},

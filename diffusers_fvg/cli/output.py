@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+
+from ..atomic import is_empty, replacing_entries
+
+
+STAGES_FILE = "stages.json"
+# What `save_stages` writes; of an earlier run none of it stays.
+_OWNED = re.compile(r"stages\.json|(anchor|candidate)(_\d+)?\.png|frame_\d{4,}\.png")
 
 
 def write(arguments: argparse.Namespace, pipe, output, captions, anchors) -> None:
@@ -23,11 +33,34 @@ def write(arguments: argparse.Namespace, pipe, output, captions, anchors) -> Non
         print(f"strip:              {arguments.strip}")
 
 
+def check_stages(folder: Path, overwrite: bool) -> None:
+    """Raises `ValueError` for a folder that has something in it, unless that may be replaced."""
+    if not overwrite and not is_empty(folder):
+        raise ValueError(f"--save-stages {folder} is not empty; choose another folder, or give --overwrite.")
+
+
+@contextlib.contextmanager
+def stages_draft(folder: Path | None, overwrite: bool) -> Iterator[Path | None]:
+    """A folder for [`save_stages`], whose files appear in `folder` at its end, whole and without those of another run.
+
+    The folder is this run's alone from the beginning.
+
+    Raises:
+        `BlockingIOError`: another process writes the folder.
+        `ValueError`: as in [`check_stages`]; another process has been faster.
+    """
+    if folder is None:
+        yield None
+        return
+    with replacing_entries(folder, STAGES_FILE, _OWNED, wait=False) as draft:
+        check_stages(folder, overwrite)
+        yield draft
+
+
 def save_stages(folder: Path, record: dict, anchor, frames, candidates=None) -> None:
     import numpy as np
     import PIL.Image
 
-    folder.mkdir(parents=True, exist_ok=True)
     if candidates:
         record = record | {"candidates": []}
         for number, candidate in enumerate(candidates, start=1):
@@ -35,7 +68,7 @@ def save_stages(folder: Path, record: dict, anchor, frames, candidates=None) -> 
             candidate.image.save(folder / name)
             facts = {"seed": candidate.seed, "score": candidate.score, "answers": candidate.answers}
             record["candidates"].append({"file": name} | facts)
-    (folder / "stages.json").write_text(json.dumps(record, indent=2) + "\n")
+    (folder / STAGES_FILE).write_text(json.dumps(record, indent=2) + "\n")
     if anchor is not None:
         anchors = [anchor] if isinstance(anchor, PIL.Image.Image) else anchor
         for number, image in enumerate(anchors):

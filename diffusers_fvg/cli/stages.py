@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..atomic import naming, replacing
 from ..flags import Number, Whole, check_file, check_folder, file_name, free_name
 from .again import Again, add_from, take_over
 from .options import (
@@ -20,7 +21,7 @@ from .options import (
     add_size,
     add_video,
 )
-from .output import save_stages, write
+from .output import check_stages, save_stages, stages_draft, write
 from .pipeline import Model, look
 
 
@@ -155,8 +156,7 @@ def check_outputs(arguments: argparse.Namespace, default: str, suffix: str) -> N
     check_file("--strip", getattr(arguments, "strip", None), ".png", arguments.overwrite)
     folder = getattr(arguments, "save_stages", None)
     if folder is not None:
-        if folder.is_dir() and any(folder.iterdir()) and not arguments.overwrite:
-            raise ValueError(f"--save-stages {folder} is not empty; choose another folder, or give --overwrite.")
+        check_stages(folder, arguments.overwrite)
         check_folder("--save-stages", folder)
 
 
@@ -251,6 +251,13 @@ def look_at(arguments: argparse.Namespace, needs_prompt: bool = True) -> Look:
 
 def _generate(arguments: argparse.Namespace) -> None:
     looked = look_at(arguments)
+    with stages_draft(arguments.save_stages, arguments.overwrite) as draft:
+        _make(arguments, looked, draft)
+    if draft is not None:
+        print(f"stages:             {arguments.save_stages}")
+
+
+def _make(arguments: argparse.Namespace, looked: Look, stages: Path | None) -> None:
     model, request, call, again = looked.model, looked.request, looked.call, looked.again
     image = call.get("image")
     pipe = model.load(request.height, request.width, request.num_frames)
@@ -271,11 +278,11 @@ def _generate(arguments: argparse.Namespace) -> None:
     print(f"seeds:              {_shown(output.seeds[0])}")
     print("seconds:            " + ", ".join(f"{name} {value:.1f}" for name, value in output.timings.items()))
     write(arguments, pipe, output, captions, anchor)
-    if arguments.save_stages:
+    if stages is not None:
         facts = {"timings": output.timings, "motion": output.motion and output.motion[0]}
         candidates = output.candidates and output.candidates[0]
-        save_stages(arguments.save_stages, record | facts, anchor, output.frames[0], candidates)
-        print(f"stages:             {arguments.save_stages}")
+        with naming(arguments.save_stages):
+            save_stages(stages, record | facts, anchor, output.frames[0], candidates)
 
 
 def _shown(seeds: dict[str, Any]) -> dict[str, Any]:
@@ -312,8 +319,8 @@ def _compose(arguments: argparse.Namespace) -> None:
     options = {"num_inference_steps": arguments.num_inference_steps, "generator": _generator(seed)["generator"]}
     options["num_candidates"] = candidate_count(pipe, arguments.num_candidates)
     image = pipe.compose(arguments.first_frame_prompt, *size, **options)[0]
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    image.save(arguments.output)
+    with replacing(arguments.output) as draft:
+        image.save(draft, format="PNG")
     print(f"seed:               {seed}\nanchor:             {arguments.output}")
 
 

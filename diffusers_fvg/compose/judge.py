@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING,
 )
 
+from ..atomic import naming, replacing_entries
 from ..checks import check_number, stop_unless_finite
 from ..devices import get_module_execution_device
 from ..loading.arguments import call_argument, hub_arguments
@@ -201,13 +202,12 @@ class AnchorJudge(torch.nn.Module):
         """
         if self.model is None:
             raise ValueError("A judge with an endpoint or a function is not saved: make it anew and pass it.")
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
         config = dict(self.reference or {}) | {"threshold": self.threshold}
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        if self.reference is None:
-            self.model.save_pretrained(folder / "model")
-            self.processor.save_pretrained(folder / "processor")
+        with replacing_entries(path, CONFIG_NAME) as draft, naming(path):
+            (draft / CONFIG_NAME).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            if self.reference is None:
+                self.model.save_pretrained(draft / "model")
+                self.processor.save_pretrained(draft / "processor")
 
     # -- placement ----------------------------------------------------------------------------------------------------
 

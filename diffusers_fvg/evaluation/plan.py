@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..atomic import replacing
+
 
 PLAN, PLAN_FACTS = "plan.jsonl", "plan.json"
 VERSION = 1
@@ -149,10 +151,9 @@ def keep_facts(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
                 f"{facts.get(name)!r}; choose another folder."
             )
         return there
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
     text = json.dumps(facts, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    draft.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(draft, path)
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8", newline="\n")
     return dict(facts)
 
 

@@ -1,4 +1,4 @@
-"""JSON files of settings in the folders of our components."""
+"""JSON files in repositories, and those of settings in the folders of our components."""
 
 from __future__ import annotations
 
@@ -6,6 +6,29 @@ import json
 from collections.abc import Set
 from pathlib import Path
 from typing import Any
+
+
+def read_json(path: Path, title: str = "") -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Args:
+        path (`Path`): the file.
+        title (`str`): for messages, its path when left out.
+
+    Raises:
+        `ValueError`: no JSON, one that is nested too deep, or no object.
+        `OSError`: the file cannot be read.
+    """
+    title = title or repr(str(path))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{title} is nested too deep to be read.") from error
+    except ValueError as error:
+        raise ValueError(f"{title} is no valid JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{title} must be an object of JSON, but is a {type(values).__name__}.")
+    return values
 
 
 def read_config(path: Path, known: Set[str], repository: str, of_repository: Set[str]) -> dict[str, Any]:
@@ -20,13 +43,11 @@ def read_config(path: Path, known: Set[str], repository: str, of_repository: Set
     Raises:
         `ValueError`: no JSON object, an unknown key, or one of a repository that is not named.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is no valid JSON ({error}).") from error
-    if not isinstance(config, dict) or not config.keys() <= known:
-        unknown = sorted(config.keys() - known) if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{str(path)!r} must be an object with keys of {sorted(known)}, but has {unknown}.")
+    config = read_json(path)
+    if not config.keys() <= known:
+        raise ValueError(
+            f"{str(path)!r} must be an object with keys of {sorted(known)}, but has {sorted(config.keys() - known)}."
+        )
     if repository not in config and config.keys() & of_repository:
         raise ValueError(f"{str(path)!r} has a {_either(of_repository)} but names no `{repository}`.")
     return config

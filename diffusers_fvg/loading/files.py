@@ -12,7 +12,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from ..checks import check_name
@@ -184,7 +184,7 @@ def load_pipeline(source: str | Path, revision: str | None, place: str, **argume
                 # By its name a folder of this machine would be taken in its place.
                 source = DiffusionPipeline.download(source, revision=revision, **arguments)
             return DiffusionPipeline.from_pretrained(source, **arguments)
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         raise OSError(f"{place} names {_title(source, revision)}, which cannot be loaded: {error}") from error
 
 

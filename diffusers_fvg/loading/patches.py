@@ -17,7 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+
+from ..atomic import check_finished
 from .arguments import call_argument, find_out, remember
+from .component_config import read_json
 from .safety import PICKLES, is_guarded, load_guarded
 
 
@@ -166,9 +170,15 @@ def keep_arguments(load: Callable) -> Callable:
 
     @functools.wraps(load)
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        check_finished(pretrained_model_name_or_path, cls.config_name)
         with remember(kwargs) as call:
             try:
                 return load(cls, pretrained_model_name_or_path, **kwargs)
+            except (RecursionError, LookupError, TypeError, AttributeError) as error:
+                problem = _index_problem(cls, pretrained_model_name_or_path, kwargs)
+                if problem is None:
+                    raise
+                raise ValueError(problem) from error
             except ValueError as error:
                 variant = kwargs.get("variant")
                 refused = variant is not None and f"`variant={variant}`" in str(error)
@@ -177,6 +187,22 @@ def keep_arguments(load: Callable) -> Callable:
             return load(cls, pretrained_model_name_or_path, **kwargs | {"variant": None})
 
     return from_pretrained
+
+
+def _index_problem(cls: type, name: str | os.PathLike, kwargs: dict[str, Any]) -> str | None:
+    """What is wrong with a `model_index.json` on which diffusers fails; `None` where that is not the cause."""
+    path = Path(name, cls.config_name)
+    if not path.is_file():
+        places = kwargs.get("cache_dir"), kwargs.get("revision")
+        found = None if Path(name).is_dir() else try_to_load_from_cache(str(name), cls.config_name, *places)
+        path = Path(found) if isinstance(found, str) else None
+    if path is None:
+        return None
+    try:
+        index = read_json(path)
+    except ValueError as error:
+        return str(error)
+    return None if index.get("_class_name") else f"{str(path)!r} names no pipeline's class in `_class_name`."
 
 
 def note_references(components: Callable) -> Callable:

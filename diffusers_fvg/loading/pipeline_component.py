@@ -14,6 +14,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import DiffusionPipeline
 
+from ..atomic import naming, replacing_entries
 from ..checks import check_defaults
 from .arguments import call_argument, nested_quantization
 from .component_config import read_config
@@ -126,12 +127,13 @@ class PipelineComponent(torch.nn.Module):
             path (`str` or `os.PathLike`): the folder, made if it is not there.
             safe_serialization, max_shard_size (*optional*): of `DiffusionPipeline.save_pretrained`.
         """
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
         config = dict(self.reference or {}) | {name: getattr(self, name) for name in self.settings}
-        (folder / self.config_name).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        if self.reference is None:
-            self.pipeline.save_pretrained(folder, safe_serialization=safe_serialization, max_shard_size=max_shard_size)
+        options = {"safe_serialization": safe_serialization, "max_shard_size": max_shard_size}
+        index = DiffusionPipeline.config_name if self.reference is None else self.config_name
+        with replacing_entries(path, index) as draft, naming(path):
+            (draft / self.config_name).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            if self.reference is None:
+                self.pipeline.save_pretrained(draft, **options)
 
     @classmethod
     def _read_config(cls, path: Path) -> dict[str, Any]:

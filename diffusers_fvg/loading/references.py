@@ -22,6 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import call_argument, hub_arguments
+from .component_config import read_json
 from .files import available_variant, component_files, fetch
 from .safety import check_folder
 
@@ -89,7 +90,7 @@ class HubReference(torch.nn.Module, metaclass=ABCMeta):
         """
         file = Path(path) / REFERENCE_NAME
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = read_json(file)
             reference = cls(class_name=values.pop("class"), **values)
         except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(

@@ -9,6 +9,7 @@ pipelines of this package, on whatever class `from_pretrained` is called; `loadi
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import sys
@@ -18,10 +19,13 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from diffusers import ModelMixin
 from huggingface_hub import get_cached_repo_tree
+from safetensors import SafetensorError, safe_open
 
 from ..checks import check_name
 from .arguments import call_argument
+from .component_config import read_json
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -49,27 +53,53 @@ def check_folder(folder: str | Path) -> None:
     """Checks what a component's folder holds, before it is loaded.
 
     Raises:
-        `ValueError`: a link that leaves the repository (that of the Hub's cache may point at the cache's own files), an
-            index of shards that names anything but safetensors files beside it, an adapter of PEFT, which transformers
-            would load from wherever it says, or a setting that names a file or a repository elsewhere.
+        `ValueError`: a link that leaves the repository (that of the Hub's cache may point at the cache's own files), what is
+            neither file nor folder, an index of shards that names anything but safetensors files beside it, weights without
+            a tensor, an adapter of PEFT, which transformers would load from wherever it says, a setting that names a file or
+            a repository elsewhere, or JSON that is nested too deep.
     """
     root = _repository(Path(folder))
     for path in Path(folder).rglob("*"):
-        _check_link(path, root)
+        check_link(path, root)
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path} is a pipe or a device, and no file: delete it.")
         if path.name.lower() == "adapter_config.json":
             raise ValueError(f"{path} makes the model a PEFT adapter; load that with `load_lora_weights`.")
         if ".safetensors.index." in path.name:
-            for shard in set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()):
+            shards = read_json(path).get("weight_map")
+            if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                raise ValueError(f"{path} has no `weight_map` from names to files.")
+            for shard in set(shards.values()):
                 refuse_pickles([check_name(shard, f"A shard in {path}")])
+        if path.suffix == ".safetensors" and _is_empty(path):
+            # diffusers and transformers would go on with weights drawn at random.
+            raise ValueError(f"{path} holds no tensor: its weights are missing.")
         if path.is_file() and re.fullmatch(r".*config.*\.json|special_tokens_map\.json", path.name, re.IGNORECASE):
-            for name, value in _settings(_read_json(path)):
+            values = _read_json(path)
+            if values is not None and not isinstance(values, dict):
+                raise ValueError(f"{path} must be an object of JSON, but is a {type(values).__name__}.")
+            for name, value in _settings(values):
                 _check_setting(path, name, value)
 
 
-def _check_link(path: Path, root: Path) -> None:
-    if not path.resolve().is_relative_to(root):
+def _is_empty(path: Path) -> bool:
+    """Whether a safetensors file has no tensor; what is none is told of by who loads it."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return not file.keys()
+    except (SafetensorError, OSError):
+        return False
+
+
+def check_link(path: Path, root: Path) -> None:
+    """Raises `ValueError` for a link that leads out of a folder, or in a circle."""
+    try:
+        place = path.resolve()
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{path} is a link that leads to no file ({error}): delete it.") from error
+    if not place.is_relative_to(root):
         raise ValueError(
-            f"{path} is a link to {path.resolve()}, outside of its repository: put the files in its place, or pass the component "
+            f"{path} is a link to {place}, outside of its repository: put the files in its place, or pass the component "
             "itself to `from_pretrained`."
         )
 
@@ -77,28 +107,35 @@ def _check_link(path: Path, root: Path) -> None:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deep to be read.") from error
     except ValueError:
         return None  # The component's own loader says so.
 
 
 def texts_in(value: Any) -> list[str]:
     """The strings in a value, at any depth."""
-    if isinstance(value, (list, dict)):
-        return [text for item in (value.values() if isinstance(value, dict) else value) for text in texts_in(item)]
-    return [value] if isinstance(value, str) else []
+    found, left = [], [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, (list, dict)):
+            left += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, str):
+            found.append(value)
+    return found
 
 
 def _settings(values: Any) -> Iterator[tuple[str, Any]]:
     """Names and values in a configuration, at any depth."""
-    if isinstance(values, list):
-        for value in values:
-            yield from _settings(value)
-    elif isinstance(values, dict):
-        for name, value in values.items():
-            yield name, value
+    left = [values]
+    while left:
+        values = left.pop()
+        if isinstance(values, list):
+            left += values
+        elif isinstance(values, dict):
+            yield from values.items()
             # It names what a model was quantized with, and is not followed.
-            if name != "quantization_config":
-                yield from _settings(value)
+            left += [value for name, value in values.items() if name != "quantization_config"]
 
 
 def _check_setting(path: Path, name: str, value: Any) -> None:
@@ -120,6 +157,9 @@ def _check_setting(path: Path, name: str, value: Any) -> None:
     elif path.name.lower() in ("tokenizer_config.json", "special_tokens_map.json"):
         if name in ("gguf_file", "init_inputs") and value:
             problem = "would have the tokenizer open another file"
+        elif name == "tokenizer_class" and str(value).startswith("Auto"):
+            # It would look for itself without an end.
+            problem = "is no tokenizer's class"
         # What older programs wrote is often a path on their own machine, and does nothing on this one.
         elif name.endswith(("_file", "_path", "_dir")) and any(_is_elsewhere(text, path.parent) for text in texts):
             problem = "is a file of this machine"
@@ -196,7 +236,8 @@ def load_guarded(load: Callable, arguments: dict[str, Any]) -> Any:
     """Loads a component by `load(**arguments)`, which is diffusers' `load_sub_model`, after checking its folder.
 
     Raises:
-        `ValueError`: `use_safetensors=False`, or what [`check_folder`] and [`safetensors_only`] refuse.
+        `ValueError`: `use_safetensors=False`, what [`check_folder`] and [`safetensors_only`] refuse, files that are damaged
+            or of another kind, or weights that are missing.
     """
     if not call_argument("trust_remote_code"):
         _check_class(arguments)
@@ -205,20 +246,61 @@ def load_guarded(load: Callable, arguments: dict[str, Any]) -> Any:
             "`use_safetensors=False` asks for pickles, which can run code; weights are read from safetensors only."
         )
     repository = Path(arguments["cached_folder"])
-    _check_link(repository / "model_index.json", _repository(repository))
+    check_link(repository / "model_index.json", _repository(repository))
     component = repository / arguments["name"]
     # A component without a folder of its own is looked for in the pipeline's.
     check_folder(component if component.is_dir() else repository)
     with safetensors_only(repository):
         try:
-            return load(**arguments | {"use_safetensors": True})
-        except (ValueError, OSError, ImportError, RuntimeError, MemoryError):
-            raise
-        except Exception as error:  # Of the library that reads the files; `tokenizers` raises no class of its own.
+            loaded = load(**arguments | {"use_safetensors": True})
+        except Exception as error:
+            if not _is_damage(error):
+                raise
             raise ValueError(
                 f"`{arguments['name']}` cannot be loaded from {component}: a file there is damaged or of another kind "
                 f"({type(error).__name__}: {error})."
             ) from error
+    _check_weights(loaded, component)
+    return loaded
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether it is of the library that reads the files, which names none; `tokenizers` raises no class of its own."""
+    if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError, RecursionError)):
+        return True
+    if isinstance(error, RuntimeError):
+        return "ignore_mismatched_sizes" in str(error)
+    return not isinstance(error, (ValueError, OSError, ImportError, MemoryError))
+
+
+def _check_weights(model: Any, folder: Path) -> None:
+    """Refuses a model whose files lack weights.
+
+    diffusers leaves them on the meta device. transformers draws them at random, and of some classes that is meant, such as
+    of a head that nothing here uses: there it is refused if the files hold less than half of the values.
+    """
+    from transformers import PreTrainedModel
+
+    if isinstance(model, ModelMixin) and call_argument("device_map") is None:
+        missing = [name for name, weight in model.named_parameters() if weight.is_meta]
+        if missing and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+            names = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+            raise ValueError(f"{folder} lacks weights of the {type(model).__name__}: {names}.")
+    elif isinstance(model, PreTrainedModel):
+        there, needed = _num_values(folder), sum(weight.numel() for weight in model.parameters())
+        if there is not None and 2 * there < needed:
+            raise ValueError(
+                f"{folder} lacks weights of the {type(model).__name__}: its files hold {there:,} values, and it has {needed:,}."
+            )
+
+
+def _num_values(folder: Path) -> int | None:
+    """How many numbers the safetensors files of a folder hold, by their headers; `None` where there is no such file."""
+    count, files = 0, list(folder.glob("*.safetensors"))
+    for path in files:
+        with safe_open(path, framework="np") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no mapping)
+    return count if files else None
 
 
 def _check_class(arguments: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from ..atomic import replacing
 from ..loading.safety import check_folder, refuse_pickles
 from .formats import read_safetensors
 from .loader import EXPERTS, load_lora
@@ -45,10 +46,9 @@ class AnchorLora:
         return cls(*read_safetensors(path))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        path = Path(save_directory) / WEIGHT_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {key: value.contiguous() for key, value in self.state_dict.items()}
-        save_file(tensors, path, metadata={"format": "pt", **self.metadata})
+        with replacing(Path(save_directory) / WEIGHT_NAME) as draft:
+            save_file(tensors, draft, metadata={"format": "pt", **self.metadata})
 
     def load_into(self, transformer: torch.nn.Module, prefix: str) -> None:
         """Loads the tensors under `prefix` (`"transformer"` or `"transformer_2"`) as the adapter `"anchor"`.

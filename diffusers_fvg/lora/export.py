@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import uuid
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..atomic import is_empty, replacing
 from ..checks import check_finite
 from .anchor_lora import ADAPTER_NAME, WEIGHT_NAME
 from .formats import EXPERTS, _wan_name
@@ -140,7 +140,7 @@ def merge_lora(
     from diffusers import DiffusionPipeline
 
     output = Path(output)
-    if output.is_dir() and any(output.iterdir()):
+    if not is_empty(output):
         raise ValueError(f"`output={str(output)!r}` has something in it: name a new folder.")
     state, _ = read_lora(source, average)
     pipe = DiffusionPipeline.from_pretrained(base, dtype=dtype)
@@ -155,13 +155,6 @@ def merge_lora(
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Path:
     """The file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{uuid.uuid4().hex}.safetensors")
-    try:
-        save_file(
-            {key: tensor.contiguous() for key, tensor in tensors.items()}, unfinished, {"format": "pt"} | metadata
-        )
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as draft:
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, draft, {"format": "pt"} | metadata)
     return path

@@ -3,11 +3,9 @@
 Shape legend: F frames, H and W height and width in pixels, C colour channels.
 """
 
-import contextlib
 import itertools
 import json
 import math
-import uuid
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +17,8 @@ import torch
 from av.bitstream import BitStreamFilterContext
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 from PIL import Image, ImageDraw, ImageFont
+
+from ..atomic import replacing
 
 
 Frames = np.ndarray | torch.Tensor | list[Image.Image]
@@ -123,9 +123,9 @@ def write_video(
     if metadata and metadata.get("prompt") is not None:
         tags["title"] = str(metadata["prompt"])
     with (
-        _appearing_whole(path) as unfinished,
+        replacing(path) as draft,
         # Bit-exact: without the muxer's name and version.
-        av.open(unfinished, "w", options={"movflags": "faststart", "fflags": "+bitexact"}) as container,
+        av.open(str(draft), "w", format="mp4", options={"movflags": "faststart", "fflags": "+bitexact"}) as container,
     ):
         container.metadata.update(tags)
         stream = container.add_stream("libx264", rate=Fraction(frame_rate).limit_denominator(1001))
@@ -264,8 +264,8 @@ def write_strip(
     for index, tile in zip(shown, tiles, strict=True):
         place(tile, x, f"frame {index}", EDGE, 1)
         x += tile.width + GAP
-    with _appearing_whole(path) as unfinished:
-        strip.save(unfinished, format="PNG")
+    with replacing(path) as draft:
+        strip.save(draft, format="PNG")
 
 
 def _tile(image: Image.Image) -> Image.Image:
@@ -292,15 +292,3 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
                 lines.append("")
             lines[-1] += letter
     return lines
-
-
-@contextlib.contextmanager
-def _appearing_whole(path: Path) -> Iterator[str]:
-    """A name beside `path` to write to, which becomes `path` if all goes well and is removed if not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
-    try:
-        yield str(unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

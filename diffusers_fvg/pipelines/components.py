@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import os
-import tempfile
 from typing import Any, Self
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
+from ..atomic import naming, replacing_entries, temporary_folder
 from ..checks import check_defaults
 from ..loading.patches import NOT_ONNX
 from ..loading.references import HubReference
@@ -161,6 +161,9 @@ class FactorizedParts:
     def save_pretrained(self, save_directory: str | os.PathLike, *args, bundle: bool = False, **kwargs) -> None:
         """Writes a repository: components with their weights, and a `pipeline.py` of one import.
 
+        What is there already is replaced when all is written, component by component: a kill leaves the old repository or the
+        new one. Other files stay.
+
         With that file `DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)` works in a
         process that has not imported this package.
 
@@ -174,11 +177,11 @@ class FactorizedParts:
             raise ValueError(
                 "`push_to_hub=True` is not for `save_pretrained` here; call `pipe.push_to_hub(repository)`."
             )
-        os.makedirs(save_directory, exist_ok=True)
-        with open(os.path.join(save_directory, "pipeline.py"), "w") as file:
-            file.write(self.pipeline_shim)
-        super(FactorizedParts, as_saved(self, bundle)).save_pretrained(save_directory, *args, **kwargs)
-        forget_origins(save_directory)
+        saved = as_saved(self, bundle)
+        with replacing_entries(save_directory, self.config_name) as draft, naming(save_directory):
+            (draft / "pipeline.py").write_text(self.pipeline_shim)
+            super(FactorizedParts, saved).save_pretrained(draft, *args, **kwargs)
+            forget_origins(draft)
 
     def push_to_hub(
         self,
@@ -200,6 +203,6 @@ class FactorizedParts:
         Returns:
             `str`: address of the commit, or of the pull request.
         """
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder() as folder:
             self.save_pretrained(folder, variant=variant, bundle=bundle)
             return push(folder, repo_id, commit_message, private, create_pr, token)

@@ -25,6 +25,7 @@ from ..animate.families import is_image_to_video
 from ..animate.transformer_anchor import AnchorConditionedTransformer3D
 from ..animate.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
 from ..animate.transformer_anchor_skyreels import AnchorConditionedSkyReelsV2Transformer3D
+from ..atomic import is_empty
 from ..compose import composer as composers
 from ..compose import judge as judges
 from ..loading.files import available_variant, component_files
@@ -111,7 +112,7 @@ def assemble(
         `OSError`: a part is not there.
     """
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and not (output.is_dir() and is_empty(output)):
         raise ValueError(f"{str(output)!r} is there and not an empty folder; choose another.")
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only or None}
     hub = {name: value for name, value in hub.items() if value is not None}

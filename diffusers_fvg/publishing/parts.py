@@ -13,6 +13,8 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 
+from ..atomic import naming, replacing_entries
+from ..loading.component_config import read_json
 from ..loading.files import fetch, repository_files
 from ..schedules.presets import SchedulerPresets
 
@@ -65,7 +67,7 @@ class Source:
     def read_json(self, name: str) -> dict[str, Any]:
         if name not in self.files:
             raise ValueError(f"{self.title} has no {name}.")
-        return json.loads((self.fetch([name]) / name).read_text(encoding="utf-8"))
+        return read_json(self.fetch([name]) / name, f"{name} of {self.title}")
 
     def license(self) -> str:
         """What the model card says, `"not stated"` if nothing."""
@@ -114,8 +116,11 @@ class Assembly:
     parts: list[Part] = field(default_factory=list)
 
     def write(self, output: Path) -> None:
-        """Writes the repository into an empty folder."""
-        output.mkdir(parents=True, exist_ok=True)
+        """Writes the repository into an empty folder, whole or not at all."""
+        with replacing_entries(output, DiffusionPipeline.config_name) as draft, naming(output):
+            self._write(draft)
+
+    def _write(self, output: Path) -> None:
         for part in self.parts:
             if not part.refers:
                 source = part.source.fetch(list(part.files))

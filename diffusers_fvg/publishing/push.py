@@ -10,12 +10,13 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from ..atomic import replacing
 from ..lora.anchor_lora import WEIGHT_NAME
 from .cards import repository_card
 from .privacy import check_nothing_private
 
 
-_NOT_PUSHED = (".git*", ".cache/*", "**/.cache/*", "__pycache__/*", "**/__pycache__/*", "*.pyc")
+_NOT_PUSHED = (".git*", ".cache/*", "**/.cache/*", "__pycache__/*", "**/__pycache__/*", "*.pyc", ".fvg-*", "**/.fvg-*")
 
 
 def push(
@@ -60,7 +61,9 @@ def push(
         _check_private(api, repository)
     repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
     if is_pipeline and not (folder / "README.md").is_file() and not api.file_exists(repository, "README.md"):
-        repository_card(folder).save(folder / "README.md")
+        card = repository_card(folder)
+        with replacing(folder / "README.md") as draft:
+            card.save(draft)
         check_nothing_private(folder, token)
     values = json.loads(index.read_text()) if is_pipeline else {}
     components = [name for name, value in values.items() if isinstance(value, list)]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..atomic import temporary_folder
 from .sources import EMBEDDED, ModelSource, find_source
 from .table import AnimatorRecipe, Recipe
 
@@ -162,7 +162,7 @@ def _anchor_lora(source: ModelSource, lora: str | os.PathLike, hub: dict[str, An
     lora, base = pinned(lora, "The anchor LoRA", hub), str(source.folder)
     if source.repository is not None:
         base = f"{source.repository}@{source.commit}"
-    with tempfile.TemporaryDirectory(prefix="fvg-") as folder:
+    with temporary_folder() as folder:
         assembly = assemble(Path(folder, "out"), base, lora=lora, dry_run=True, **hub)
         part = next(part for part in assembly.parts if part.name == "anchor_lora")
         part.write(Path(folder))
@@ -196,7 +196,7 @@ def _load_recipe(
             names[part] = pinned(recipe.repositories[part], f"The {part} of {recipe.name}", hub, folders=False)
     base = recipe.facts.repository + (f"@{revision}" if revision else "")
     base = pinned(base, f"The base of {recipe.name}", hub, folders=False)
-    with tempfile.TemporaryDirectory(prefix="fvg-") as folder:
+    with temporary_folder() as folder:
         assembly = assemble(folder, base, lora=lora, variant=variant, **hub)
         parts = _parts(names["composer"], names["rewriter"], dtype, hub, variant)
         if _is_own(composer, recipe):

@@ -6,7 +6,6 @@ Of a recipe it is made of the published facts, and nothing is asked; of a folder
 from __future__ import annotations
 
 import inspect
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from transformers import PreTrainedModel
 from ..animate.animator import CONFIG_NAME as ANIMATOR_CONFIG
 from ..animate.animator import AnchorAnimator
 from ..compose.composer import AnchorComposer
+from ..loading.component_config import read_json
 from ..loading.references import REFERENCE_NAME, HubReference
 from ..pipelines.profiles import base_models, empty_weights
 from ..publishing.assembly import FAMILIES
@@ -201,10 +201,7 @@ def _component(folder: Path, library: str, class_name: str, hub: dict[str, Any])
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise OSError(f"{path.parent.name!r} has no {path.name}.")
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{str(path)!r} is no valid JSON object ({error}).") from error
+    return read_json(path)
 
 
 def _animator(folder: Path, hub: dict[str, Any]) -> AnchorAnimator:

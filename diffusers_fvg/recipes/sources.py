@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from ..loading.component_config import read_json
 from .table import ANIMATOR_RECIPES, RECIPES, AnimatorRecipe, Recipe, find_recipe
 
 
@@ -154,13 +154,7 @@ def _index(folder: Path, name: str) -> dict[str, Any]:
             f"The model {name!r} is no pipeline: it has no {INDEX}. A chat model is for `rewriter`, a LoRA for `lora`; recipes are "
             f"{', '.join(RECIPES | ANIMATOR_RECIPES)}."
         )
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        if not isinstance(index, dict):
-            raise ValueError("it is no object")
-    except ValueError as error:
-        raise ValueError(f"{str(folder / INDEX)!r} cannot be read: {error}.") from error
-    return index
+    return read_json(folder / INDEX)
 
 
 def _check_class(source: ModelSource) -> None:

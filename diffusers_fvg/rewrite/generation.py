@@ -47,15 +47,19 @@ def has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
     chat = [{"role": "system", "content": "probe"}, {"role": "user", "content": "question"}]
     try:
         return "probe" in tokenizer.apply_chat_template(chat, tokenize=False)
-    except TemplateError:
+    except _BROKEN:
         _check_template(tokenizer, chat[1:])
         return False
+
+
+# Jinja has a `TypeError` for a template that names another file.
+_BROKEN = (TemplateError, TypeError)
 
 
 def _check_template(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]]) -> None:
     try:
         tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
+    except _BROKEN as error:
         place = Path(tokenizer.name_or_path, "chat_template.jinja")
         file = place if place.is_file() else place.with_name("tokenizer_config.json")
         raise ValueError(

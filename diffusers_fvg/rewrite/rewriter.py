@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.utils import logging
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..atomic import naming, replacing_entries
 from ..checks import check_at_least_one, check_texts
 from ..devices import get_module_execution_device
 from ..locks import exclusive
@@ -159,18 +159,17 @@ class FirstFrameRewriter(torch.nn.Module):
             raise ValueError("A rewriter with an endpoint is not saved: make it anew and pass it where it is needed.")
         if not safe_serialization:
             logger.warning("The rewriter is saved as safetensors: transformers writes no other format.")
-        folder = Path(path)
-        folder.mkdir(parents=True, exist_ok=True)
         config = dict(self.reference or {})
         if self.instruction is not None:
             config["instruction"] = self.instruction if isinstance(self.instruction, str) else dict(self.instruction)
         if self.examples is not None:
             config["examples"] = self.examples if isinstance(self.examples, bool) else [*map(list, self.examples)]
         config |= {"answer_format": self.answer_format, "judge": self.judge, "max_new_tokens": self.max_new_tokens}
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        if self.model is not None and self.reference is None:
-            self.model.save_pretrained(folder / "model")
-            self.tokenizer.save_pretrained(folder / "tokenizer")
+        with replacing_entries(path, CONFIG_NAME) as draft, naming(path):
+            (draft / CONFIG_NAME).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            if self.model is not None and self.reference is None:
+                self.model.save_pretrained(draft / "model")
+                self.tokenizer.save_pretrained(draft / "tokenizer")
 
     # -- placement ----------------------------------------------------------------------------------------------------
 

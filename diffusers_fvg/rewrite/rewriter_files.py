@@ -62,13 +62,14 @@ def load_rewriter(
         check_folder(place)
     try:
         with safetensors_only(model_path):
-            model = AutoModelForCausalLM.from_pretrained(
+            model, found = AutoModelForCausalLM.from_pretrained(
                 model_path,
                 dtype=dtype or "auto",
                 quantization_config=quantization_config,
                 device_map=call_argument("device_map"),
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
+                output_loading_info=True,
                 **source,
             )
             # Without a value transformers would ask at the terminal.
@@ -76,6 +77,10 @@ def load_rewriter(
     except OSError as error:
         # transformers does not always say what it was looking for, and a user of the pipeline never named it.
         raise OSError(f"The rewriter's model {str(model_path)!r} cannot be loaded: {error}") from error
+    if found["missing_keys"]:
+        raise ValueError(
+            f"The rewriter's model {str(model_path)!r} lacks weights: {sorted(found['missing_keys'])[:4]}."
+        )
     quantizer = getattr(model, "hf_quantizer", None)
     if source and getattr(quantizer, "packed_modules", True) == {}:
         # No weight of the GGUF is packed any more, and transformers would not save a model that it calls quantized.

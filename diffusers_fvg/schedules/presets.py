@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..checks import check_at_least_one, check_name, check_number
+from ..loading.component_config import read_json
 from .flow import shifted_sigmas
 
 
@@ -246,7 +247,7 @@ class SchedulerPresets(Mapping):
         for path in Path(pretrained_model_name_or_path).glob("*/scheduler_config.json"):
             try:
                 found.append(_read_preset(path))
-            except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            except (KeyError, TypeError, AttributeError) as error:
                 problem = f"{type(error).__name__}: {error}"
                 raise ValueError(f"{path} is no preset's configuration, or a damaged one ({problem}).") from error
         if not found:
@@ -255,7 +256,7 @@ class SchedulerPresets(Mapping):
 
 
 def _read_preset(path: Path) -> tuple[int, SchedulerPreset]:
-    config = json.loads(path.read_text())
+    config = read_json(path)
     values, scheduler_class = config.pop("_preset"), config.pop("_class_name")
     order = values.pop("order")
     if values["name"] != path.parent.name:

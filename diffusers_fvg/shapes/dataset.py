@@ -12,6 +12,7 @@ import av
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..atomic import replacing
 from .train_models import training_scene
 from .world import Scene, render
 
@@ -73,6 +74,5 @@ def lossless_video(frames: np.ndarray, frame_rate: int = FRAME_RATE) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
+    with replacing(path) as draft:
+        draft.write_bytes(content)

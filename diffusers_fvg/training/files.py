@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import zlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from .. import atomic
+
+
+_HINT = "With room on the disk the same run goes on from what is whole."
 
 
 def write_whole(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -22,44 +25,19 @@ def write_whole(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt", **(metadata or {})}
-    with _replacing(path) as unfinished:
-        save_file(tensors, unfinished, metadata=metadata | {"crc32": _checksum(tensors, metadata)})
+    with atomic.replacing(path, _HINT) as draft:
+        save_file(tensors, draft, metadata=metadata | {"crc32": _checksum(tensors, metadata)})
 
 
 def write_text_whole(path: Path, text: str) -> None:
     """[`write_whole`] of a text."""
-    with _replacing(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+    with atomic.replacing(path, _HINT) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """What fails within it while writing is told in one line with the file's name.
-
-    Raises:
-        `OSError`: of any failure to write.
-    """
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise OSError(
-            f"{path} cannot be written: {reason}. With room on the disk the same run goes on from what is whole."
-        ) from error
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            yield unfinished
-            with open(unfinished, "rb+") as file:
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+def naming(path: Path) -> AbstractContextManager[None]:
+    """[`atomic.naming`] for what a run goes on from."""
+    return atomic.naming(path, _HINT)
 
 
 def read_whole(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:

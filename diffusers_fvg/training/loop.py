@@ -27,6 +27,7 @@ from peft.helpers import disable_input_dtype_casting
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
+from ..atomic import remove_drafts
 from ..lora.anchor_lora import ADAPTER_NAME
 from .batches import BatchOrder, Clips, Prefetcher
 from .checkpoints import Checkpoints, check_step, check_weights, run_settings
@@ -226,9 +227,8 @@ class Run:
 
     def _write_facts(self) -> None:
         for folder in (self.output, self.checkpoints.folder):
-            for unfinished in folder.glob(".*.tmp"):
-                # Of a run that was killed.
-                unfinished.unlink()
+            if folder.is_dir():
+                remove_drafts(folder)
         write_text_whole(self.output / "config.toml", self.config.to_toml())
         write_text_whole(self.output / "rejected_videos.json", json.dumps(self.clips.rejected, indent=2) + "\n")
         self._cut_log()

@@ -17,6 +17,7 @@ from typing import Any
 
 from accelerate import PartialState
 
+from ..atomic import replacing
 from ..checks import check_texts
 from .config import TrainConfig
 
@@ -212,9 +213,7 @@ def _hub_rows(data: str, config: TrainConfig) -> list[tuple[Path, str]]:
         if video["bytes"] is not None:
             path = Path(config.cache_dir) / "videos" / f"{hashlib.sha256(video['bytes']).hexdigest()}.mp4"
             if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                unfinished = path.with_suffix(f".{PartialState().process_index}.tmp")
-                unfinished.write_bytes(video["bytes"])
-                unfinished.replace(path)
+                with replacing(path) as draft:
+                    draft.write_bytes(video["bytes"])
         found.append((Path(path), caption))
     return found

@@ -467,6 +467,9 @@ def test_assemble_refuses_a_foreign_lora_and_a_full_folder(parts, tmp_path):
     save_file({"blocks.7.attn1.to_q.lora_A.weight": torch.ones(1, 24)}, tmp_path / "foreign.safetensors")
     with pytest.raises(ValueError, match="No key of .*foreign.safetensors fits"):
         assemble(tmp_path / "out", **parts | {"lora": str(tmp_path / "foreign.safetensors")})
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").touch()
     with pytest.raises(ValueError, match="not an empty folder"):
         assemble(tmp_path / "out", **parts)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from ...atomic import replacing
 
 
 # An evaluator writes all digits of a float; a sum in another order changes the last few.
@@ -75,13 +76,8 @@ def check_present(scores: Scores) -> None:
 def write_scores(path: Path, scores: Mapping[str, Scores]) -> None:
     """Writes the scores of several arms, whole or not at all."""
     values = {arm: asdict(own) | {"complete": own.complete} for arm, own in scores.items()}
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with replacing(path) as draft:
         draft.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def read_scores(path: Path) -> dict[str, Scores]:
