@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
 import time
 import uuid
@@ -24,7 +23,7 @@ from ..compose.candidates import AnchorCandidate
 from ..media import read_video_metadata, viewing_scale, write_video
 from ..pipelines.staged import Drawing, Writing, animate, draw, write
 from ..rewrite.storyboard import Moment
-from .manifest import TEMPORARY, Manifest, finished_sizes, path_key
+from .manifest import TEMPORARY, Manifest, finished_sizes, path_key, put_whole
 from .plan import PlannedVideo
 
 
@@ -164,8 +163,7 @@ class Worker:
         rate, scale = self.pipe.call_defaults["frame_rate"], viewing_scale(frames.shape[1])
         write_video(draft, frames, rate, output.records[0], scale, **sound)
         size = draft.stat().st_size
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(draft, path)
+        put_whole(draft, path, self.manifest.is_due())
         return size
 
     def close(self) -> None:
@@ -182,8 +180,7 @@ class Worker:
         draft = self.folder / TEMPORARY / uuid.uuid4().hex
         try:
             make(draft)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(draft, path)
+            put_whole(draft, path, self.manifest.is_due())
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
