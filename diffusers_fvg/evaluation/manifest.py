@@ -15,7 +15,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +121,13 @@ def path_key(path: str) -> bytes:
     return hashlib.blake2b(path.encode(), digest_size=16).digest()
 
 
-def is_finished(folder: Path, row: PlannedVideo, sizes: dict[bytes, int]) -> bool:
-    """Whether a video has a line and is there, as long as it was."""
+def is_finished(folder: Path, row: PlannedVideo, sizes: dict[bytes, int], listed: Mapping[bytes, int]) -> bool:
+    """Whether a video has a line, of its bytes in `sizes`, and is as long in the folder or as another storage has it `listed`."""
     size = sizes.get(path_key(row.path))
     try:
-        return size is not None and (folder / row.path).stat().st_size == size
+        return size is not None and (
+            listed.get(path_key(row.path)) == size or (folder / row.path).stat().st_size == size
+        )
     except OSError:
         return False
 

@@ -131,7 +131,7 @@ class Worker:
         """Stage 3, the video's file and its line of the manifest, which it returns."""
         path, needed = self.folder / row.path, parts_of(row.arguments)
         if path.exists():
-            return None if self._is_listed(row) else note_found(self.folder, row, self.manifest)
+            return None if self._is_listed(row) else note_found(path, row, self.manifest)
         started = time.perf_counter()
         writing = self.rewrite(row) if REWRITER in needed else None
         drawing = self.compose(row) if COMPOSER in needed else None
@@ -246,17 +246,16 @@ def _picture(path: Path) -> PIL.Image.Image:
         return image.convert("RGB")
 
 
-def note_found(folder: Path, row: PlannedVideo, manifest: Manifest) -> dict[str, Any]:
-    """The line of a video that is there without one: it was made before a kill that came before its line.
+def note_found(path: Path, row: PlannedVideo, manifest: Manifest) -> dict[str, Any]:
+    """The line of a video that is there, in a file, without one: it was made before a kill that came before its line.
 
     Raises:
         `ValueError`: the file is another one.
     """
-    path = folder / row.path
     record = read_video_metadata(path)
     is_seed = record.get("seeds", {}).get("video") == row.seed or row.arguments.get("motion_retries")
     if record.get("prompt") != row.prompt or not is_seed:
-        raise ValueError(f"{path} was not made by this plan; move it away.")
+        raise ValueError(f"{row.path} was not made by this plan; move it away.")
     line = {"path": row.path, "status": "found", "seed": row.seed, "bytes": path.stat().st_size}
     manifest.add(line)
     return line
