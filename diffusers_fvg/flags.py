@@ -60,6 +60,22 @@ def file_name(text: str) -> Path:
     return Path(text)
 
 
+def local_folder(text: str) -> Path:
+    """A folder of this machine; the address of another storage would become a folder of that name."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no folder of this machine, and only fvg batch and fvg bench check work on another storage"
+        )
+    return Path(text)
+
+
+def folder_or_url(text: str) -> Path | str:
+    """A folder of this machine, or the address of one on another storage; `file://` is of this machine."""
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    return text if "://" in text else Path(text)
+
+
 # Beyond any model: a slip of the finger is told from a large video.
 PIXELS, FRAMES, STEPS = Whole(8, 16384), Whole(1, 100_000), Whole(1, 1000)
 SEED = Whole(0, 2**63 - 1)

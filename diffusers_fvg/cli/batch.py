@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..flags import SEED, Whole, check_folder
+from ..flags import SEED, Whole, check_folder, folder_or_url, local_folder
 from .options import add_composer, add_lora, add_model, add_quantize, add_rewriter, add_sampling, add_size
 from .pipeline import Model, look
 
 
 if TYPE_CHECKING:
     from ..evaluation.prompts import PromptRow
+    from ..evaluation.storage import Storage
     from ..pipelines.stages import FactorizedStages
 
 ENGINES = ("in-process", "accelerate", "ray")
@@ -68,7 +69,12 @@ def add_batch(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "prompts", type=Path, metavar="PROMPTS", help="txt (a prompt in each line), csv, jsonl or parquet"
     )
-    parser.add_argument("folder", type=Path, metavar="OUT", help="folder for plan, videos and manifest")
+    parser.add_argument(
+        "folder",
+        type=folder_or_url,
+        metavar="OUT",
+        help="folder for plan, videos and manifest; s3://bucket/folder and whatever else fsspec opens too",
+    )
     parser.add_argument(
         "--num-videos-per-prompt", type=WORKERS, default=1, metavar="NUMBER", help="each with a first frame of its own"
     )
@@ -133,7 +139,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 def add_run(actions: argparse._SubParsersAction) -> None:
     """`run`, of a folder that has a plan."""
     parser = actions.add_parser("run", help="make the videos of a plan; goes on where it stopped")
-    parser.add_argument("folder", type=Path, metavar="RUN", help="folder with a plan")
+    parser.add_argument("folder", type=local_folder, metavar="RUN", help="folder with a plan")
     add_run_flags(parser)
     parser.set_defaults(run=run_folder)
 
@@ -141,7 +147,9 @@ def add_run(actions: argparse._SubParsersAction) -> None:
 def add_check(actions: argparse._SubParsersAction) -> None:
     """`check`, of a folder that has a plan."""
     parser = actions.add_parser("check", help="find missing, damaged, short, black, still, repeated and stray files")
-    parser.add_argument("folder", type=Path, metavar="RUN", help="folder with a plan, of fvg batch or fvg bench")
+    parser.add_argument(
+        "folder", type=folder_or_url, metavar="RUN", help="folder or address with a plan, of fvg batch or fvg bench"
+    )
     parser.add_argument(
         "--min-frames",
         type=Whole(1, 100_000),
@@ -197,9 +205,9 @@ def _pixels(size: tuple[int | None, int | None, int | None]) -> int:
 def _batch(arguments: argparse.Namespace) -> None:
     from ..evaluation.plan import write_plan
     from ..evaluation.prompts import planned_videos, read_prompts
+    from ..evaluation.storage import opened
     from ..evaluation.worker import parts_of
 
-    check_folder("OUT", arguments.folder)
     defaults = {name: getattr(arguments, name) for name in DEFAULTS if getattr(arguments, name) is not None}
     calls = (defaults | row.arguments for row in read_prompts(arguments.prompts, arguments.label))
     checks = CallChecks(arguments, frozenset().union(*map(parts_of, calls)))
@@ -213,10 +221,14 @@ def _batch(arguments: argparse.Namespace) -> None:
             yield row
 
     videos = planned_videos(checked(), arguments.seed, arguments.num_videos_per_prompt, defaults)
-    plan = write_plan(arguments.folder, videos, {"seed": arguments.seed})
-    print(f"plan:               {plan['videos']} videos in {arguments.folder / 'plan.jsonl'}")
-    if not arguments.plan_only:
-        _run(arguments, checks)
+    with opened(arguments.folder) as (folder, storage):
+        check_folder("OUT", folder)
+        plan = write_plan(folder, videos, {"seed": arguments.seed})
+        if storage is not None:
+            storage.add_facts()
+        print(f"plan:               {plan['videos']} videos in {arguments.folder}")
+        if not arguments.plan_only:
+            _run(arguments, checks, folder, storage)
 
 
 def run_folder(arguments: argparse.Namespace) -> None:
@@ -231,16 +243,16 @@ def run_folder(arguments: argparse.Namespace) -> None:
             checks.check(row.prompt, row.arguments)
         except (ValueError, OSError) as error:
             raise ValueError(f"{folder / 'plan.jsonl'}, line {number}: {error}") from error
-    _run(arguments, checks)
+    _run(arguments, checks, folder)
 
 
-def _run(arguments: argparse.Namespace, checks: CallChecks) -> None:
+def _run(arguments: argparse.Namespace, checks: CallChecks, folder: Path, storage: Storage | None = None) -> None:
     from ..evaluation.run import run_plan
 
     given = {name: value for name, value in vars(arguments).items() if not callable(value)}
     load = ModelLoad(argparse.Namespace(**given), checks.largest)
     summary = run_plan(
-        arguments.folder,
+        folder,
         load,
         _made_by(arguments, checks.model),
         arguments.engine,
@@ -248,6 +260,7 @@ def _run(arguments: argparse.Namespace, checks: CallChecks) -> None:
         num_rewriters=arguments.num_rewriters,
         num_composers=arguments.num_composers,
         quiet=arguments.quiet,
+        storage=storage,
     )
     print(
         f"videos:             {summary.finished} of {summary.planned} are finished, {summary.made} of them by this run"
@@ -275,11 +288,13 @@ def _made_by(arguments: argparse.Namespace, model: Model) -> dict[str, Any]:
 def check_run(arguments: argparse.Namespace) -> None:
     """Prints what is wrong in `arguments.folder`; raises `ValueError` where something is."""
     from ..evaluation.check import check_folder as found_in
+    from ..evaluation.storage import opened
 
     counts: Counter[str] = Counter()
-    for finding in found_in(arguments.folder, arguments.min_frames):
-        counts[finding.kind] += finding.is_fault
-        print(f"{finding.kind:15} {finding.path}: {finding.reason}")
+    with opened(arguments.folder) as (folder, storage):
+        for finding in found_in(folder, arguments.min_frames, storage):
+            counts[finding.kind] += finding.is_fault
+            print(f"{finding.kind:15} {finding.path}: {finding.reason}")
     faults = {kind: count for kind, count in counts.items() if count}
     if faults:
         listed = ", ".join(f"{count} {kind}" for kind, count in faults.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..flags import FRAMES, PIXELS, STEPS, Number, Whole, check_folder
+from ..flags import FRAMES, PIXELS, STEPS, Number, Whole, check_folder, local_folder
 from .batch import add_check, add_run
 
 
@@ -33,7 +33,7 @@ def suites() -> dict:
 
 def _add_plan(actions: argparse._SubParsersAction) -> None:
     plan = actions.add_parser("plan", help="write down every video of a suite, in one arm or several")
-    plan.add_argument("folder", type=Path, metavar="RUN", help="gets the plan and later the videos")
+    plan.add_argument("folder", type=local_folder, metavar="RUN", help="gets the plan and later the videos")
     plan.add_argument("--suite", required=True, choices=SUITE_NAMES, metavar="NAME", help=", ".join(SUITE_NAMES))
     plan.add_argument(
         "--prompts", type=Path, required=True, metavar="DIR", help="checkout of the benchmark, or its published files"
@@ -72,7 +72,7 @@ def _add_plan(actions: argparse._SubParsersAction) -> None:
 
 def _add_layout(actions: argparse._SubParsersAction) -> None:
     layout = actions.add_parser("layout", help="link the videos where the official evaluator looks for them")
-    layout.add_argument("folder", type=Path, metavar="RUN", help="folder of the run")
+    layout.add_argument("folder", type=local_folder, metavar="RUN", help="folder of the run")
     layout.add_argument("layout", type=Path, metavar="LAYOUT", help="gets a folder for each arm and seed")
     layout.add_argument(
         "--skip-missing",
@@ -109,7 +109,7 @@ def _add_results(actions: argparse._SubParsersAction) -> None:
     pack.add_argument("--name", required=True, help="of the model on the leaderboard")
     pack.set_defaults(run=_pack)
     report = actions.add_parser("report", help="write one HTML page and one Markdown table")
-    report.add_argument("folder", type=Path, metavar="RUN", help="folder of the run")
+    report.add_argument("folder", type=local_folder, metavar="RUN", help="folder of the run")
     report.add_argument("report", type=Path, metavar="REPORT", help="for report.html and report.md")
     report.add_argument("--scores", type=Path, metavar="FILE", help="what fvg bench read wrote")
     report.add_argument(

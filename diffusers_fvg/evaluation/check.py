@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from ..animate.motion import motion_amounts
 from ..media import read_video, read_video_metadata
 from .manifest import finished_sizes, path_key
 from .plan import RESERVED, PlannedVideo, read_plan
+from .storage import Storage
 
 
 # Of 255: a video whose brightest hundredth of values is below it shows nothing. Black in TV range comes back as 0.
@@ -41,7 +43,7 @@ class Finding:
     is_fault: bool = True
 
 
-def check_folder(folder: str | os.PathLike, min_frames: int = 1) -> Iterator[Finding]:
+def check_folder(folder: str | os.PathLike, min_frames: int = 1, storage: Storage | None = None) -> Iterator[Finding]:
     """What is wrong in an output folder, in the order of the plan; stray files come last.
 
     Every video is decoded from beginning to end.
@@ -49,12 +51,15 @@ def check_folder(folder: str | os.PathLike, min_frames: int = 1) -> Iterator[Fin
     Args:
         folder (`str` or `os.PathLike`): with a plan.
         min_frames (`int`): that an evaluator needs.
+        storage ([`Storage`], *optional*): where the videos are, within it; `folder` is then its folder. Each is on this machine
+            while it is looked at.
 
     Raises:
         `ValueError`: no plan.
     """
     folder = Path(folder)
     sizes, planned, seeds, folders = finished_sizes(folder), set(), set(), set()
+    listed = None if storage is None else storage.sizes()
     for row in read_plan(folder):
         planned.add(path_key(row.path))
         folders.add(PurePosixPath(row.path).parent.as_posix())
@@ -63,19 +68,25 @@ def check_folder(folder: str | os.PathLike, min_frames: int = 1) -> Iterator[Fin
         if key in seeds:
             yield Finding("duplicate seed", row.path, f"prompt, arguments and seed {row.seed} of an earlier video")
         seeds.add(key)
-        yield from _check_video(folder, row, sizes.get(path_key(row.path)), min_frames)
-    yield from _strays(folder, folders, planned)
+        size, path = sizes.get(path_key(row.path)), folder / row.path
+        is_file = path.is_file() if listed is None else path_key(row.path) in listed
+        if not is_file:
+            yield Finding("missing", row.path, "not there" if size is None else "was made, and is not there any more")
+            continue
+        found = path.stat().st_size if listed is None else listed[path_key(row.path)]
+        if size is not None and found < size:
+            yield Finding("truncated", row.path, f"{found} bytes of {size}")
+            continue
+        with contextlib.nullcontext(path) if storage is None else storage.borrowed(row.path) as path:
+            yield from _check_video(path, row, min_frames)
+    if storage is None:
+        yield from _strays(folder, folders, planned)
+    else:
+        names = (name for name, _ in storage.listed() if PurePosixPath(name).parent.as_posix() in folders)
+        yield from (_stray(name) for name in sorted(names) if path_key(name) not in planned)
 
 
-def _check_video(folder: Path, row: PlannedVideo, size: int | None, min_frames: int) -> Iterator[Finding]:
-    path = folder / row.path
-    if not path.is_file():
-        yield Finding("missing", row.path, "not there" if size is None else "was made, and is not there any more")
-        return
-    found = path.stat().st_size
-    if size is not None and found < size:
-        yield Finding("truncated", row.path, f"{found} bytes of {size}")
-        return
+def _check_video(path: Path, row: PlannedVideo, min_frames: int) -> Iterator[Finding]:
     try:
         record, (frames, _) = read_video_metadata(path), read_video(path)
     except (ValueError, OSError) as error:
@@ -105,4 +116,8 @@ def _strays(folder: Path, folders: set[str], planned: set[bytes]) -> Iterator[Fi
                 relative in RESERVED or relative in folders or any(each.startswith(f"{relative}/") for each in folders)
             )
             if not is_own and path_key(relative) not in planned:
-                yield Finding("stray", relative, "is not of the plan")
+                yield _stray(relative)
+
+
+def _stray(path: str) -> Finding:
+    return Finding("stray", path, "is not of the plan")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +59,6 @@ class Job:
             file.seek(place)
             return PlannedVideo.from_json(file.readline().decode())
 
-    def bar(self) -> tqdm:
-        return tqdm(total=self.count, desc="videos", unit="video", disable=self.quiet)
-
 
 def make_or_note(worker: Worker, row: PlannedVideo, stage: Callable[[PlannedVideo], Any]) -> bool:
     """Runs a stage of a video, or all; one that cannot be made for a reason of its own gets a line that says so.
@@ -78,31 +76,36 @@ def make_or_note(worker: Worker, row: PlannedVideo, stage: Callable[[PlannedVide
 
 
 class Watch:
-    """Shows on a bar the lines that workers add to the manifest; what is there already is not counted.
+    """Follows the lines that workers add to the manifest, on a progress bar; what is there already is left out.
 
     Args:
         job ([`Job`]): whose workers they are.
-        bar (`tqdm`): the bar.
+        on_line (`Callable`, *optional*): is given each line.
     """
 
-    def __init__(self, job: Job, bar: tqdm):
-        self._folder, self._bar = job.folder / MANIFEST, bar
-        self._places: dict[Path, int] = {}
-        self._new()
+    def __init__(self, job: Job, on_line: Callable[[dict[str, Any]], None] | None = None):
+        self._folder, self._on_line = job.folder / MANIFEST, on_line
+        self._bar = tqdm(total=job.count, desc="videos", unit="video", disable=job.quiet)
+        self._places = {path: path.stat().st_size for path in self._folder.glob("*.jsonl")}
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
 
     def update(self) -> None:
-        count = self._new()
-        if count:
-            self._bar.update(count)
-
-    def _new(self) -> int:
-        count = 0
+        """Looks for new lines."""
         for path in self._folder.glob("*.jsonl"):
             place = self._places.get(path, 0)
-            if path.stat().st_size > place:
-                with open(path, "rb") as file:
-                    file.seek(place)
-                    added = file.read()
-                count += added.count(b"\n")
-                self._places[path] = place + len(added)
-        return count
+            if path.stat().st_size <= place:
+                continue
+            with open(path, "rb") as file:
+                file.seek(place)
+                added = file.read()
+            # The last may be in the making.
+            lines = added[: added.rfind(b"\n") + 1]
+            self._places[path] = place + len(lines)
+            self._bar.update(lines.count(b"\n"))
+            for line in lines.splitlines() if self._on_line is not None else ():
+                self._on_line(json.loads(line))

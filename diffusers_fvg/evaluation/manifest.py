@@ -15,7 +15,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ ROOM_BYTES = 4096
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # Seconds between two looks at what other processes do.
 PATIENCE = 0.2
+# Seconds between two waits for the disk: a video that takes longer has one for its file and one for its line, and of quicker
+# ones a power cut, unlike a kill, may damage some, which their lines tell.
+SYNC_SECONDS = 1.0
 
 
 class Manifest:
@@ -46,10 +49,10 @@ class Manifest:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self._path.with_suffix(".lock"))
         self._lock.acquire()
-        self._file = None
+        self._file, self._synced = None, 0.0
 
     def add(self, line: dict[str, Any]) -> None:
-        """Writes a line, to the disk itself."""
+        """Writes a line, where it [`is_due`] to the disk itself."""
         if self._file is None:
             # Unbuffered: of a line that finds no room nothing is left to be written later.
             self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (as long as the worker)
@@ -58,13 +61,37 @@ class Manifest:
         ).encode()
         if self._file.write(data) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        os.fsync(self._file.fileno())
+        if self.is_due():
+            os.fsync(self._file.fileno())
+            self._synced = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether what is written now should be forced to the disk."""
+        return time.monotonic() - self._synced >= SYNC_SECONDS
 
     def close(self) -> None:
         if self._file is not None:
+            os.fsync(self._file.fileno())
             self._file.close()
         self._lock.release()
         self._path.with_suffix(".lock").unlink(missing_ok=True)
+
+
+def put_whole(draft: Path, path: Path, to_disk: bool) -> None:
+    """Puts a finished file or folder in its place: it is there whole or not at all.
+
+    Args:
+        draft, path (`Path`): where it is, and where it goes.
+        to_disk (`bool`): its bytes are to be on the disk before it has its name, so that a power cut leaves it whole too.
+
+    Raises:
+        `OSError`: a folder is there already, or the disk is full.
+    """
+    for file in () if not to_disk else draft.iterdir() if draft.is_dir() else (draft,):
+        with open(file, "rb+") as written:
+            os.fsync(written.fileno())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(draft, path)
 
 
 def read_manifest(folder: str | os.PathLike) -> Iterator[dict[str, Any]]:
@@ -94,11 +121,13 @@ def path_key(path: str) -> bytes:
     return hashlib.blake2b(path.encode(), digest_size=16).digest()
 
 
-def is_finished(folder: Path, row: PlannedVideo, sizes: dict[bytes, int]) -> bool:
-    """Whether a video has a line and is there, as long as it was."""
+def is_finished(folder: Path, row: PlannedVideo, sizes: dict[bytes, int], listed: Mapping[bytes, int]) -> bool:
+    """Whether a video has a line, of its bytes in `sizes`, and is as long in the folder or as another storage has it `listed`."""
     size = sizes.get(path_key(row.path))
     try:
-        return size is not None and (folder / row.path).stat().st_size == size
+        return size is not None and (
+            listed.get(path_key(row.path)) == size or (folder / row.path).stat().st_size == size
+        )
     except OSError:
         return False
 

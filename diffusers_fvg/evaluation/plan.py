@@ -14,10 +14,10 @@ from typing import Any
 from ..atomic import replacing
 
 
-PLAN, PLAN_FACTS = "plan.jsonl", "plan.json"
+PLAN, PLAN_FACTS, RUN_FACTS = "plan.jsonl", "plan.json", "run.json"
 VERSION = 1
 # In an output folder these hold no videos.
-RESERVED = {"captions", "manifest", "run.json", "stages", "temporary", PLAN, PLAN_FACTS}
+RESERVED = {"captions", "manifest", "stages", "temporary", PLAN, PLAN_FACTS, RUN_FACTS}
 # Of a name on Linux, macOS and Windows.
 MAX_NAME_BYTES = 255
 _FIELDS = {"path": str, "prompt": str, "seed": int, "arguments": dict, "labels": dict}

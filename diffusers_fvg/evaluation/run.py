@@ -11,15 +11,16 @@ from typing import Any
 from diffusers.utils import logging
 
 from .engines import ENGINES
-from .job import Job
+from .job import Job, Watch
 from .manifest import FULL, TEMPORARY, Manifest, Turn, finished_sizes, is_finished, path_key, read_manifest
-from .plan import PlannedVideo, keep_facts, plan_facts, read_plan
+from .plan import RUN_FACTS, PlannedVideo, keep_facts, plan_facts, read_plan
+from .storage import Storage
 from .worker import Load, note_found, parts_of
 
 
 logger = logging.get_logger(__name__)
 
-RUN_FACTS, PENDING = "run.json", "pending.jsonl"
+PENDING = "pending.jsonl"
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def run_plan(
     num_rewriters: int = 1,
     num_composers: int = 1,
     quiet: bool = False,
+    storage: Storage | None = None,
 ) -> Summary:
     """Makes the videos of the plan in a folder that are not there yet.
 
@@ -59,6 +61,7 @@ def run_plan(
         num_processes (`int`): workers that make videos.
         num_rewriters, num_composers (`int`): with Ray, workers of stages 1 and 2.
         quiet (`bool`): no progress bar.
+        storage ([`~evaluation.storage.Storage`], *optional*): where everything goes, within it; `folder` is then its folder.
 
     Returns:
         [`Summary`]: a video that cannot be made for a reason of its own, a `ValueError` or values that are not finite, does not
@@ -66,39 +69,57 @@ def run_plan(
 
     Raises:
         `ValueError`: no plan, an unknown engine, another run in the folder, or videos of another model.
-        `OSError`: a disk that is full: what is finished stays, and the same call goes on.
+        `OSError`: a disk that is full, a storage that takes nothing: what is finished stays, and the same call goes on.
     """
     folder = Path(folder)
     if engine not in ENGINES:
         raise ValueError(f"`engine={engine!r}` must be one of {', '.join(ENGINES)}.")
+    if storage is not None and engine == "ray" and os.environ.get("RAY_ADDRESS"):
+        raise ValueError(
+            f"the machines of RAY_ADDRESS hand pictures on in a folder that all of them see, and {storage.url} is none; name such a "
+            "folder, or unset RAY_ADDRESS to make the videos on this machine."
+        )
     planned, count = plan_facts(folder)["videos"], 0
     with Turn(folder) as turn:
         try:
             keep_facts(folder / RUN_FACTS, made_by or {})
+            if storage is not None:
+                storage.add_facts()
             pending = folder / TEMPORARY / PENDING
-            count, parts = _write_pending(folder, pending)
+            count, parts = _write_pending(folder, pending, storage)
+            if storage is not None:
+                storage.add_finished()
             if count:
                 workers = (num_processes, num_rewriters, num_composers)
-                ENGINES[engine](Job(folder, pending, count, load, parts, turn.id, *workers, quiet))
+                job = Job(folder, pending, count, load, parts, turn.id, *workers, quiet)
+                with Watch(job, storage and storage.add) as watch:
+                    ENGINES[engine](job, watch)
+            if storage is not None:
+                storage.finish()
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            finished = planned - sum(1 for _ in _missing(folder))
+            finished = planned - sum(1 for _ in _missing(folder, storage))
             raise OSError(
                 f"no space is left in {folder}: {finished} of {planned} videos are finished and whole. Make room and give the same "
                 "command again, which goes on from there."
             ) from error
-    return _summary(folder, planned, count)
+    return _summary(folder, planned, count, storage)
 
 
-def _write_pending(folder: Path, pending: Path) -> tuple[int, frozenset[str]]:
+def _write_pending(folder: Path, pending: Path, storage: Storage | None) -> tuple[int, frozenset[str]]:
     """Lists what is to be made. Returns how many, and what parts of the pipeline they need."""
-    count, parts = 0, frozenset()
+    count, parts, listed = 0, frozenset(), {} if storage is None else storage.sizes()
     sizes, manifest = finished_sizes(folder), Manifest(folder)
     try:
         with open(pending, "w", encoding="utf-8", newline="\n") as file:
             for row in read_plan(folder):
-                if is_finished(folder, row, sizes) or _is_found(folder, row, sizes, manifest):
+                if is_finished(folder, row, sizes, listed):
+                    continue
+                if storage is not None and path_key(row.path) in listed and path_key(row.path) not in sizes:
+                    _note_listed(storage, row, manifest)
+                    continue
+                if _is_found(folder, row, sizes, manifest):
                     continue
                 file.write(row.to_json() + "\n")
                 count, parts = count + 1, parts | parts_of(row.arguments)
@@ -117,20 +138,31 @@ def _is_found(folder: Path, row: PlannedVideo, sizes: dict[bytes, int], manifest
         path.unlink()
         return False
     try:
-        note_found(folder, row, manifest)
+        note_found(path, row, manifest)
         return True
     except ValueError:
         # Its worker says so.
         return False
 
 
-def _missing(folder: Path) -> Iterator[PlannedVideo]:
-    sizes = finished_sizes(folder)
-    return (row for row in read_plan(folder) if not is_finished(folder, row, sizes))
+def _note_listed(storage: Storage, row: PlannedVideo, manifest: Manifest) -> None:
+    """The line of a video that a storage lists without one."""
+    try:
+        with storage.borrowed(row.path) as path:
+            note_found(path, row, manifest)
+    except ValueError as error:
+        raise ValueError(
+            f"{storage.url}/{row.path} was not made by this plan, or is damaged; move it away."
+        ) from error
 
 
-def _summary(folder: Path, planned: int, count: int) -> Summary:
-    missing = {path_key(row.path) for row in _missing(folder)}
+def _missing(folder: Path, storage: Storage | None) -> Iterator[PlannedVideo]:
+    sizes, listed = finished_sizes(folder), {} if storage is None else storage.sizes()
+    return (row for row in read_plan(folder) if not is_finished(folder, row, sizes, listed))
+
+
+def _summary(folder: Path, planned: int, count: int, storage: Storage | None) -> Summary:
+    missing = {path_key(row.path) for row in _missing(folder, storage)}
     failed = [line for line in (read_manifest(folder) if missing else ()) if line["status"] == "failed"]
     # What the last run says of each.
     failed.sort(key=lambda line: line["time"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
 import time
 import uuid
@@ -24,7 +23,7 @@ from ..compose.candidates import AnchorCandidate
 from ..media import read_video_metadata, viewing_scale, write_video
 from ..pipelines.staged import Drawing, Writing, animate, draw, write
 from ..rewrite.storyboard import Moment
-from .manifest import TEMPORARY, Manifest, finished_sizes, path_key
+from .manifest import TEMPORARY, Manifest, finished_sizes, path_key, put_whole
 from .plan import PlannedVideo
 
 
@@ -132,7 +131,7 @@ class Worker:
         """Stage 3, the video's file and its line of the manifest, which it returns."""
         path, needed = self.folder / row.path, parts_of(row.arguments)
         if path.exists():
-            return None if self._is_listed(row) else note_found(self.folder, row, self.manifest)
+            return None if self._is_listed(row) else note_found(path, row, self.manifest)
         started = time.perf_counter()
         writing = self.rewrite(row) if REWRITER in needed else None
         drawing = self.compose(row) if COMPOSER in needed else None
@@ -164,8 +163,7 @@ class Worker:
         rate, scale = self.pipe.call_defaults["frame_rate"], viewing_scale(frames.shape[1])
         write_video(draft, frames, rate, output.records[0], scale, **sound)
         size = draft.stat().st_size
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(draft, path)
+        put_whole(draft, path, self.manifest.is_due())
         return size
 
     def close(self) -> None:
@@ -182,8 +180,7 @@ class Worker:
         draft = self.folder / TEMPORARY / uuid.uuid4().hex
         try:
             make(draft)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(draft, path)
+            put_whole(draft, path, self.manifest.is_due())
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
@@ -249,17 +246,16 @@ def _picture(path: Path) -> PIL.Image.Image:
         return image.convert("RGB")
 
 
-def note_found(folder: Path, row: PlannedVideo, manifest: Manifest) -> dict[str, Any]:
-    """The line of a video that is there without one: it was made before a kill that came before its line.
+def note_found(path: Path, row: PlannedVideo, manifest: Manifest) -> dict[str, Any]:
+    """The line of a video that is there, in a file, without one: it was made before a kill that came before its line.
 
     Raises:
         `ValueError`: the file is another one.
     """
-    path = folder / row.path
     record = read_video_metadata(path)
     is_seed = record.get("seeds", {}).get("video") == row.seed or row.arguments.get("motion_retries")
     if record.get("prompt") != row.prompt or not is_seed:
-        raise ValueError(f"{path} was not made by this plan; move it away.")
+        raise ValueError(f"{row.path} was not made by this plan; move it away.")
     line = {"path": row.path, "status": "found", "seed": row.seed, "bytes": path.stat().st_size}
     manifest.add(line)
     return line

@@ -2,7 +2,7 @@
 
     python tests/evaluation/kill_runs.py OUT --engine accelerate --kills 20
 
-makes videos of shapes with the embedded model in two processes. A kill is a SIGKILL of the driver, of the launcher or of a
+makes videos of shapes with the embedded model and its judge in two processes. A kill is a SIGKILL of the driver, of the launcher or of a
 worker, drawn at random after a random number of videos; with `--engine ray`, of a node too, of a cluster of two that begins
 with each driver. It prints the counts, and fails unless every video is there once, whole, and of its own seed.
 """
@@ -29,15 +29,14 @@ from diffusers_fvg.evaluation.manifest import read_manifest
 
 # In the environment of all that this script starts: nothing else is killed.
 MARK = f"kill-runs-{os.getpid()}-{time.time_ns()}"
+# Without the first stages, with them, and with a judge that chooses among two pictures.
+ARMS = ({"mode": "direct"}, {"mode": "factorized"}, {"mode": "factorized", "composer_num_candidates": 2})
 COLOURS, MOVES = ("red", "green", "blue", "yellow"), ("to the left", "to the right", "upwards", "downwards")
 
 
 def write_prompts(path: Path, count: int) -> None:
     prompts = [f"A {colour} circle moves {move}" for colour in COLOURS for move in MOVES]
-    rows = [
-        {"prompt": prompts[index % len(prompts)], "mode": ("direct", "factorized")[index % 2]}
-        for index in range(count)
-    ]
+    rows = [{"prompt": prompts[index % len(prompts)], **ARMS[index % len(ARMS)]} for index in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

@@ -10,6 +10,7 @@ from filelock import FileLock
 from stub import StubLoad
 
 import diffusers_fvg.evaluation.worker as worker
+from diffusers_fvg.evaluation import manifest
 from diffusers_fvg.evaluation.manifest import finished_sizes, is_turn, read_manifest
 from diffusers_fvg.evaluation.plan import PlannedVideo, derive_seed, write_plan
 from diffusers_fvg.evaluation.run import run_plan
@@ -39,9 +40,9 @@ def test_a_run_makes_what_is_missing_and_nothing_twice(tmp_path):
     # Lost: a video and a line, which a kill cuts off; damaged: another.
     (out / rows[0].path).unlink()
     (out / rows[1].path).write_bytes(b"half")
-    (manifest,) = (out / "manifest").glob("*.jsonl")
-    text = manifest.read_text()
-    manifest.write_text(text[: text.rindex('"seed"')])
+    (lines_file,) = (out / "manifest").glob("*.jsonl")
+    text = lines_file.read_text()
+    lines_file.write_text(text[: text.rindex('"seed"')])
     assert run_plan(out, load, {"model": "a"}, quiet=True).made == 2
     calls = Counter(map(int, load.calls.read_text().split()))
     assert calls == {rows[0].seed: 2, rows[1].seed: 2, rows[2].seed: 1, rows[3].seed: 1}
@@ -52,6 +53,28 @@ def test_a_run_makes_what_is_missing_and_nothing_twice(tmp_path):
     ]
     with pytest.raises(ValueError, match="`model` was 'a' and is now 'b'"):
         run_plan(out, load, {"model": "b"}, quiet=True)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 60.0], ids=["slow", "quick"])
+def test_what_takes_long_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, seconds):
+    """A video and its line each; of many in a short time the first, and their lines together in the end."""
+    rows, fsync, forced = planned(tmp_path), os.fsync, []
+
+    def force(descriptor):
+        there = [row.path for row in rows if (tmp_path / row.path).exists()]
+        forced.append((os.fstat(descriptor).st_ino, there))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", force)
+    monkeypatch.setattr(manifest, "SYNC_SECONDS", seconds)
+    run_plan(tmp_path, StubLoad(), quiet=True)
+    synced = [
+        ((tmp_path / row.path).stat().st_ino, [row.path for row in rows[:index]]) in forced
+        for index, row in enumerate(rows)
+    ]
+    assert synced == [True, *[seconds == 0.0] * 3]
+    (lines_file,) = (tmp_path / "manifest").glob("*.jsonl")
+    assert sum(inode == lines_file.stat().st_ino for inode, _ in forced) == (5 if seconds == 0.0 else 2)
 
 
 def test_a_worker_that_is_given_what_another_finished_leaves_it_as_it_is(tmp_path):

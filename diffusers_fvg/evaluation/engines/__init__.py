@@ -1,16 +1,16 @@
-"""What makes the videos of a [`Job`]: this process, several on this machine, or a cluster."""
+"""What makes the videos of a [`Job`]: this process, several on this machine, or a cluster. A [`Watch`] sees them finished."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..job import Job
+from ..job import Job, Watch
 from .cluster import run_cluster
 from .in_process import run_in_process
 from .processes import run_processes
 
 
-ENGINES: dict[str, Callable[[Job], None]] = {
+ENGINES: dict[str, Callable[[Job, Watch], None]] = {
     "in-process": run_in_process,
     "accelerate": run_processes,
     "ray": run_cluster,

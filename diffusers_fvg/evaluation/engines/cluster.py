@@ -60,7 +60,7 @@ class Stage:
             return False
 
 
-def run_cluster(job: Job) -> None:
+def run_cluster(job: Job, watch: Watch) -> None:
     """Makes the videos on the cluster of `RAY_ADDRESS`, or on one that starts here and ends with the run.
 
     Raises:
@@ -84,11 +84,9 @@ def run_cluster(job: Job) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     try:
-        with job.bar() as bar:
-            watch = Watch(job, bar)
-            for _ in _videos(job).iter_batches(batch_size=None):
-                watch.update()
+        for _ in _videos(job).iter_batches(batch_size=None):
             watch.update()
+        watch.update()
     finally:
         ray.shutdown()
     raise_stopped(job.folder)

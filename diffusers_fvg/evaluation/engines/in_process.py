@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from ..job import Job, make_or_note
+from ..job import Job, Watch, make_or_note
 from ..worker import Worker
 
 
-def run_in_process(job: Job) -> None:
+def run_in_process(job: Job, watch: Watch) -> None:
     """Makes one video after the other."""
     worker = Worker(job.folder, job.load, job.parts)
     try:
-        with job.bar() as bar:
-            for row in job.rows():
-                make_or_note(worker, row, worker.make)
-                bar.update()
+        for row in job.rows():
+            make_or_note(worker, row, worker.make)
+            watch.update()
     finally:
         worker.close()

@@ -23,17 +23,17 @@ MAX_RESTARTS = 3
 PACKAGE_FOLDER = Path(__file__).parents[3]
 
 
-def run_processes(job: Job) -> None:
+def run_processes(job: Job, watch: Watch) -> None:
     """Makes the videos in `job.num_processes` processes; one is this process, which its launcher would only repeat.
 
     Raises:
         `OSError`, `RuntimeError`: what made a process stop the run, or processes that died again and again.
     """
     if job.num_processes == 1:
-        return run_in_process(job)
+        return run_in_process(job, watch)
     # Private to this user: what is unpickled is what was pickled here.
-    with tempfile.TemporaryDirectory() as private, job.bar() as bar:
-        watch, path = Watch(job, bar), Path(private) / "job.pickle"
+    with tempfile.TemporaryDirectory() as private:
+        path = Path(private) / "job.pickle"
         path.write_bytes(pickle.dumps(job))
         options = {"num_processes": job.num_processes, "num_machines": 1, "max_restarts": MAX_RESTARTS}
         options |= {"mixed_precision": "no", "dynamo_backend": "no", "main_process_port": 0}
