@@ -13,7 +13,8 @@ from diffusers.hooks import apply_group_offloading
 
 from ..animate.anchor import Anchor
 from ..animate.frames import first_frame
-from ..lora.anchor_lora import ADAPTER_NAME
+from ..animate.placing import resolve_anchors
+from ..lora.anchor_lora import ADAPTER_NAME, AnchorLora
 from ..lora.export import read_lora
 from ..lora.loader import EXPERTS, load_lora
 from ..media import write_video
@@ -24,6 +25,7 @@ from ..training.data import model_folder
 from ..training.families import Wan, family_of, text_pipeline
 from ..training.initial import of_expert
 from ..training.loop import Validation
+from ..training.output import sampling_facts
 from ..training.processes import make_accelerator
 
 
@@ -36,10 +38,10 @@ def make_validate(config: TrainConfig) -> Callable[[Validation], None]:
     not trained is loaded with the LoRA that the run has of it, if any, and goes through the device block by block.
 
     Args:
-        config (`TrainConfig`): `validation_prompts` and `validation_anchors`.
+        config (`TrainConfig`): `validation_prompts`, `validation_anchors` and `validation_frame_indices`.
 
     Raises:
-        `ValueError`: no prompts, or an anchor that cannot be read.
+        `ValueError`: no prompts, an anchor that cannot be read, or one outside of the videos.
     """
     if not config.validation_prompts:
         raise ValueError(
@@ -47,20 +49,24 @@ def make_validate(config: TrainConfig) -> Callable[[Validation], None]:
         )
     paths = config.validation_anchors or ("",) * len(config.validation_prompts)
     pictures = [first_frame(path) if path else None for path in paths]
+    places = config.validation_frame_indices or (0,) * len(paths)
+    num_frames, height, width = next(bucket for bucket in config.all_buckets if bucket[0] > 1)
+    size = {"num_frames": num_frames, "height": height, "width": width}
+    for picture, place in zip(pictures, places):
+        resolve_anchors([] if picture is None else [Anchor(picture, place)], num_frames)
     # The run's own: it also says how long processes wait for each other, which the first one that is made settles.
     accelerator, folder = make_accelerator(config), model_folder(config)
     embeds = _embeds(config, folder, accelerator.device) if accelerator.is_main_process else []
-    num_frames, height, width = next(bucket for bucket in config.all_buckets if bucket[0] > 1)
-    size = {"num_frames": num_frames, "height": height, "width": width}
 
     def validate(validation: Validation) -> None:
         started = time.perf_counter()
         pipe, guidance = _pipeline(validation, folder)
-        for number, (prompt, picture) in enumerate(zip(config.validation_prompts, pictures)):
+        for number, prompt in enumerate(config.validation_prompts):
+            picture, place = pictures[number], places[number] % num_frames
             frames = pipe.animate(
                 prompt_embeds=embeds[number][0],
                 negative_prompt_embeds=embeds[number][1],
-                anchors=None if picture is None else Anchor(picture),
+                anchors=None if picture is None else pipe._moment_anchor(picture, place),
                 generator=torch.Generator().manual_seed(config.seed),
                 **size,
                 **guidance,
@@ -98,6 +104,8 @@ def _pipeline(
     parts = {validation.expert: validation.transformer} | dict.fromkeys(absent)
     pipe = kind.from_pretrained(folder, dtype=_dtype(config), **parts)
     pipe.set_progress_bar_config(disable=True)
+    # Its weights are in the transformer. What is known of it beside them, as the form of its anchors, is known of a file.
+    pipe.anchor_lora = AnchorLora({}, sampling_facts(config))
     # Not the pipeline as a whole: blocks that are kept off the device stay there.
     pipe.vae.to(device)
     learnt = [validation.expert]

@@ -50,7 +50,8 @@ class FactorizedParts:
     @property
     def anchor_form(self) -> str:
         """How anchors are given to the model: as the anchor LoRA was trained, `"slot"` without one."""
-        return "slot" if self.anchor_lora is None else self.anchor_lora.form
+        anchor_lora = getattr(self, "anchor_lora", None)
+        return "slot" if anchor_lora is None else anchor_lora.form
 
     def _experts(self) -> dict[str, torch.nn.Module]:
         experts = {name: getattr(self, name, None) for name in ("transformer", "transformer_2")}

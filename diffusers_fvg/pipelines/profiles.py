@@ -167,13 +167,19 @@ def plan_memory(stages: Sequence[Stage], profile: str, budget: int | None = None
 
 
 def pipeline_stages(
-    pipe: FactorizedStages, height: int | None = None, width: int | None = None, num_frames: int | None = None
+    pipe: FactorizedStages,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    num_anchors: int = 1,
 ) -> list[Stage]:
     """Stages of a pipeline as it is loaded.
 
     Args:
         pipe ([`FactorizedStages`]): on any device, or with models on the meta device.
         height, width, num_frames (`int`, *optional*): of the videos to come; the pipeline's own when left out.
+        num_anchors (`int`, *optional*): pictures behind the first frame of a video. They are counted where the anchor LoRA
+            appends them to the clip.
     """
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     # The order in which offloading lets them run.
@@ -183,7 +189,8 @@ def pipeline_stages(
         return [part_stage(name, module) for name, module in modules.items()] + _animator_stages(animator)
     size = {"height": height, "width": width, "num_frames": num_frames}
     size = {name: pipe.call_defaults[name] if value is None else value for name, value in size.items()}
-    return [_stage(name, module, modules["vae"], **size) for name, module in modules.items()]
+    appended = num_anchors if pipe.anchor_form == "appended" else 0
+    return [_stage(name, module, modules["vae"], appended=appended, **size) for name, module in modules.items()]
 
 
 def model_stages(
@@ -283,6 +290,7 @@ def apply_memory_profile(
     height: int | None = None,
     width: int | None = None,
     num_frames: int | None = None,
+    num_anchors: int = 1,
 ) -> MemoryPlan:
     """Places a freshly loaded pipeline so that it fits a profile: offload, and tiles of the VAE where whole frames do not fit.
 
@@ -294,6 +302,7 @@ def apply_memory_profile(
             as the weights are where they run.
         device (`torch.device` or `str`, *optional*): where models run; the accelerator there is when left out.
         height, width, num_frames (`int`, *optional*): of the largest videos to come; the pipeline's own when left out.
+        num_anchors (`int`, *optional*): as in [`pipeline_stages`].
 
     Returns:
         [`MemoryPlan`]: print it for what each stage needs.
@@ -302,7 +311,7 @@ def apply_memory_profile(
         `ValueError`: an unknown profile, one for which the pipeline is too large, or no accelerator for it.
     """
     device = find_device(profile, device)
-    plan = plan_on(pipeline_stages(pipe, height, width, num_frames), profile, device)
+    plan = plan_on(pipeline_stages(pipe, height, width, num_frames, num_anchors), profile, device)
     place(pipe, plan, device)
     return plan
 
@@ -401,12 +410,19 @@ def animator_stages(models: Mapping[str, torch.nn.Module]) -> list[Stage]:
 
 
 def _stage(
-    name: str, module: torch.nn.Module, vae: torch.nn.Module, height: int, width: int, num_frames: int
+    name: str,
+    module: torch.nn.Module,
+    vae: torch.nn.Module,
+    height: int,
+    width: int,
+    num_frames: int,
+    appended: int = 0,
 ) -> Stage:
     stage = part_stage(name, module)
     if name in VIDEO_MODELS:
         is_whole = getattr(module, "hf_quantizer", None) is not None
-        return replace(stage, working=_video_working(module, vae, height, width, num_frames), whole=is_whole)
+        grid = _latent_grid(vae, height, width, num_frames)
+        return replace(stage, working=_video_working(module, grid, appended), whole=is_whole)
     if name != "vae":
         return stage
     size = next(vae.parameters()).element_size()
@@ -431,15 +447,15 @@ def _latent_grid(vae: torch.nn.Module, height: int, width: int, num_frames: int)
     return (num_frames - 1) // int(temporal) + 1, height // spatial, width // spatial
 
 
-def _video_working(model: torch.nn.Module, vae: torch.nn.Module, height: int, width: int, num_frames: int) -> int:
-    config, grid = model.config, _latent_grid(vae, height, width, num_frames)
-    element_size = model.dtype.itemsize
+def _video_working(model: torch.nn.Module, grid: tuple[int, int, int], appended: int) -> int:
+    """Of a clip of `grid` and, of Wan, anchors that are latent frames behind it."""
+    config, element_size = model.config, model.dtype.itemsize
     if "block_out_channels" in config:
         frames = min(grid[0], config.num_frames)
         return BATCH * frames * grid[1] * grid[2] * config.block_out_channels[0] * UNET_COPIES * element_size
     width_of_model = config.num_attention_heads * config.attention_head_dim
     if "ffn_dim" in config:
-        return _transformer_working(model, (BATCH, 0, *grid))
+        return _transformer_working(model, (BATCH, 0, grid[0] + appended, *grid[1:]))
     patch_frames = config.patch_size_t or 1
     tokens = -(-grid[0] // patch_frames) * (grid[1] // config.patch_size) * (grid[2] // config.patch_size)
     return BATCH * (tokens + config.max_text_seq_length) * COGVIDEOX_COPIES * width_of_model * element_size

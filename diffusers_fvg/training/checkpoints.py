@@ -21,7 +21,8 @@ logger = logging.get_logger(__name__)
 
 # May differ when a run is continued: they do not touch what is computed up to a step.
 FREE_ON_RESUME = {"experts", "checkpoint_every", "keep_checkpoints", "validation_every", "tracker"}
-FREE_ON_RESUME |= {"model", "data", "cache_dir", "output_dir", "validation_prompts", "validation_anchors"}
+FREE_ON_RESUME |= {"model", "data", "cache_dir", "output_dir"}
+FREE_ON_RESUME |= {"validation_prompts", "validation_anchors", "validation_frame_indices"}
 FREE_ON_RESUME |= {"max_rejected_share", "gradient_checkpointing", "process_group_timeout"}
 FREE_ON_RESUME |= {"lora_every", "activation_offload", "block_offload"}
 # These are known by their weights, not by where they are.

@@ -241,7 +241,9 @@ class TrainConfig(TomlConfig):
         validation_every (`int`, *optional*): calls the `validate` that was passed to the trainer; 0 is never. That of
             `fvg train` makes a video of each of `validation_prompts`.
         validation_prompts, validation_anchors (`tuple[str, ...]`, *optional*): prompts, and for each a picture or a video
-            whose first frame it starts from, or `""` for none; without anchors none has one. Better none that is trained on.
+            whose first frame is its anchor, or `""` for none; without anchors none has one. Better none that is trained on.
+        validation_frame_indices (`tuple[int, ...]`, *optional*): frame of the sample that each anchor gives, negative from the
+            end; left out, the first. Anchors are given to the model in the form of `anchor_form`.
         tracker (`str`, *optional*): `"none"`, `"tensorboard"` or `"wandb"` (Weights & Biases; `WANDB_MODE=offline` keeps it
             on this computer). `log_<expert>.jsonl` is written in any case.
         process_group_timeout (`float`, *optional*): seconds that processes wait for each other before they take the run for
@@ -307,6 +309,7 @@ class TrainConfig(TomlConfig):
     validation_every: int = 0
     validation_prompts: tuple[str, ...] = ()
     validation_anchors: tuple[str, ...] = ()
+    validation_frame_indices: tuple[int, ...] = ()
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
     process_group_timeout: float = 7200.0
 
@@ -354,6 +357,10 @@ class TrainConfig(TomlConfig):
         prompts, anchors = len(self.validation_prompts), len(self.validation_anchors)
         wanted = f'needs one for each of {prompts} validation_prompts, "" for none, or none at all'
         _require(anchors in (0, prompts), "validation_anchors", self, wanted)
+        counted = len(self.validation_frame_indices) in (0, anchors)
+        _require(
+            counted, "validation_frame_indices", self, f"needs one for each of {anchors} validation_anchors, or none"
+        )
         if not self.validation_every:
             _require(not prompts, "validation_prompts", self, "has no effect with validation_every=0: remove it")
         self._validate_memory()

@@ -48,10 +48,11 @@ def dry_run(config: TrainConfig) -> str:
     clips, rejected = planned(config, read_examples(config))
 
     def tokens(bucket: tuple[int, int, int]) -> int:
-        return clip_tokens(bucket, family.patch, *family.strides)
+        return clip_tokens(config, bucket, family.patch, *family.strides)
 
+    unit = "tokens at the most" if config.anchor_form == "appended" else "tokens"
     parts = [
-        data_part(config, tokens, "tokens", clips, rejected),
+        data_part(config, tokens, unit, clips, rejected),
         steps_part(config, clips),
         _cost_part(config, family),
         _targets_part(config, family),

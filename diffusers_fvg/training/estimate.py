@@ -10,6 +10,7 @@ from accelerate import init_empty_weights
 from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
 
 from .config import TrainConfig
+from .draws import appended_frames
 from .low_memory import blocks_of, quantized_layers
 
 
@@ -37,7 +38,7 @@ def estimated_memory(
         (arXiv 2110.02861).
     block_inputs: one activation per block with gradient checkpointing, none where they are offloaded; without it each block's
         whole working set.
-    block: the working set of one block, `batch * tokens * (24 * width + 4 * feed_forward)` numbers, and what it computes
+    block: the working set of one block on the tokens of [`clip_tokens`], `batch * tokens * (24 * width + 4 * feed_forward)` numbers, and what it computes
         with of weights that are quantized: of fp8 a wide copy of all its layers, of nf4 one of the largest layer.
 
     Args:
@@ -168,13 +169,22 @@ def estimated_operations(
     return clips * ((2 + again) * dense + (3 + again) * attention)
 
 
-def clip_tokens(bucket: tuple[int, int, int], patch: tuple[int, int, int], spatial: int, temporal: int = 4) -> int:
-    """Tokens of a clip `(num_frames, height, width)`; see [`estimated_operations`]."""
+def clip_tokens(
+    config: TrainConfig, bucket: tuple[int, int, int], patch: tuple[int, int, int], spatial: int, temporal: int = 4
+) -> int:
+    """Tokens of a clip in a forward, at the most: an anchor that is appended is a latent frame more.
+
+    Args:
+        config (`TrainConfig`): `anchor_form`, `anchor_position`, `anchor_probability`.
+        bucket (`tuple[int, int, int]`): frames, height and width of the clip, in pixels.
+        patch, spatial, temporal: as in [`estimated_operations`].
+    """
     num_frames, rows, columns = bucket
     frames = math.ceil((1 + (num_frames - 1) // temporal) / patch[0])
-    return frames * (rows * columns // (patch[1] * patch[2] * spatial**2))
+    is_appended = config.anchor_probability > 0 and bool(appended_frames(config, "", num_frames, temporal))
+    return (frames + is_appended) * (rows * columns // (patch[1] * patch[2] * spatial**2))
 
 
 def _longest_video(config: TrainConfig, patch: tuple[int, int, int], spatial: int, temporal: int) -> int:
     """Tokens of a clip of the largest bucket."""
-    return max(clip_tokens(bucket, patch, spatial, temporal) for bucket in config.all_buckets)
+    return max(clip_tokens(config, bucket, patch, spatial, temporal) for bucket in config.all_buckets)

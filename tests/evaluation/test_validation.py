@@ -8,6 +8,7 @@ import torch
 from diffusers import WanPipeline
 from training_runs import moving_square, save_cogvideox_model, save_config, save_model, save_videos, tiny_config
 
+from diffusers_fvg import Anchor, AnchorLora
 from diffusers_fvg.evaluation import validation
 from diffusers_fvg.evaluation.validation import make_validate
 from diffusers_fvg.media import read_video, read_video_metadata, write_video
@@ -84,10 +85,33 @@ def test_a_run_leaves_videos_of_its_prompts(config, tmp_path, monkeypatch):
     np.testing.assert_allclose(rendered[2], frames, atol=1e-3)
 
 
+def test_samples_have_anchors_in_the_form_that_is_trained(config, tmp_path, monkeypatch):
+    """The finished LoRA, which says its form itself, makes them in a pipeline of its own."""
+    save_model(tmp_path / "model")
+    frames = sampled(monkeypatch)
+    options = {"anchor_form": "appended", "anchor_position": "start-middle-last", "validation_frame_indices": [-1, 0]}
+    run(config := replace(config, steps=2, warmup_steps=0, **options), make_validate(config))
+    expected = []
+    for metadata in (None, {}):
+        anchor_lora = AnchorLora.from_pretrained(tmp_path / "out")
+        anchor_lora.metadata = anchor_lora.metadata if metadata is None else metadata
+        absent = dict.fromkeys(("rewriter", "composer", "schedulers"))
+        pipe = FactorizedVideoPipeline.from_pretrained(config.model, anchor_lora=anchor_lora, **absent)
+        pipe.set_progress_bar_config(disable=True)
+        size = {"num_frames": 9, "height": 32, "width": 32, "max_sequence_length": 16}
+        generator = torch.Generator().manual_seed(config.seed)
+        anchor = Anchor(PIL.Image.open(tmp_path / "start.png"), -1)
+        expected.append(pipe.animate("a red circle", anchor, generator=generator, **size)[0])
+    np.testing.assert_allclose(frames[0], expected[0], atol=1e-3)
+    assert np.abs(frames[0] - expected[1]).max() > 1e-2
+
+
 def test_cogvideox_has_a_pipeline_of_its_own(config, tmp_path):
     save_cogvideox_model(tmp_path / "model")
     targets = ["to_q", "to_k", "to_v"]
     config = replace(config, steps=3, targets=targets, timestep_density="uniform", flow_shift=1.0)
+    # A patch is two latent frames long, over which a picture stands still.
+    config = replace(config, validation_frame_indices=(-1, 0))
     run(config, make_validate(config))
     frames, _ = read_video(tmp_path / "out" / "validation" / "transformer_step_00000002" / "0.mp4")
     assert frames.shape == (9, 32, 32, 3)
@@ -140,6 +164,8 @@ def test_what_cannot_be_validated_is_said_before_training(config, tmp_path):
     anchors = (str(tmp_path / "moving.gif"), config.validation_anchors[1])
     with pytest.raises(ValueError, match="is animated"):
         make_validate(replace(config, validation_anchors=anchors))
+    with pytest.raises(ValueError, match="`frame_index=9` lies outside the clip of 9 frames"):
+        make_validate(replace(config, validation_frame_indices=(0, 9)))
     (tmp_path / "notes.txt").write_text("no picture")
     anchors = (str(tmp_path / "notes.txt"), config.validation_anchors[1])
     with pytest.raises(ValueError, match=r"notes\.txt is no video"):

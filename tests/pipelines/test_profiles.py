@@ -13,10 +13,12 @@ from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLWan
 from group_offload import skip_without_group_offload
 from PIL import Image
 from test_placement import SIZE, present, run, two_experts, walk  # noqa: F401
+from tiny import tiny_pipeline
 from tiny_cogvideox import tiny_cogvideox_pipeline
 from tiny_dreamer import tiny_dreamer_pipeline
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from diffusers_fvg import AnchorLora
 from diffusers_fvg.animate import decoding
 from diffusers_fvg.animate.decoding import decode_chunks
 from diffusers_fvg.animate.memory import decode_bytes
@@ -302,6 +304,22 @@ def test_every_class_is_placed(make, size, offload, present):  # noqa: F811
         results.append(pipe("a red circle", generator=torch.Generator().manual_seed(0), **options).frames)
     assert present.peak > 0
     np.testing.assert_allclose(results[1], results[0], rtol=0, atol=1e-5)
+
+
+def test_anchors_behind_the_clip_are_planned():
+    pipe = tiny_pipeline()
+    # Latent frames of 9 frames, of 2 x 2 patches each, 24 wide with feed-forwards of 32.
+    per_frame = 2 * 2 * (3 * 32 + 7 * 24) * 4
+
+    def working(num_anchors):
+        stages = {stage.name: stage for stage in pipeline_stages(pipe, 32, 32, 9, num_anchors)}
+        return stages["transformer"].working / per_frame
+
+    assert working(2) == 3
+    pipe.anchor_lora = AnchorLora({}, {"anchor_form": "appended"})
+    assert [working(count) for count in (0, 1, 2)] == [3, 4, 5]
+    plan = apply_memory_profile(pipe, "cpu", None, 32, 32, 9, num_anchors=4)
+    assert {stage.name: stage.working for stage in plan.stages}["transformer"] == 7 * per_frame
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="says what is said where there is none")

@@ -1,24 +1,32 @@
 import importlib.util
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import diffusers
 import pytest
+import torch
 from accelerate import init_empty_weights
 from accelerate.commands.config.config_args import load_config_from_file
 from diffusers import WanTransformer3DModel
+from peft import LoraConfig
 from tiny import TRANSFORMER_CONFIG
 from tiny_cogvideox import TRANSFORMER_CONFIG as COGVIDEOX_CONFIG
 from tiny_cogvideox import tiny_cogvideox_transformer
 from training_runs import OPTIONS
 
 import diffusers_fvg.training
+from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
 from diffusers_fvg.models import MODELS
 from diffusers_fvg.publishing.privacy import without_paths
 from diffusers_fvg.training.config import TrainConfig
 from diffusers_fvg.training.estimate import estimated_host_memory, estimated_memory
 from diffusers_fvg.training.loop import check_model
+
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "benchmarks"))
+from harness import LiveBytes  # noqa: E402
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "training"
@@ -112,6 +120,34 @@ def test_estimated_memory_counts_parameters():
     # The teacher's adapter is as large and frozen.
     taught = estimated_memory(replace(train, **DISTILLED), TRANSFORMER_CONFIG, spatial=8)
     assert taught == parts | {"lora": parts["lora"] + 4 * 3 * 4 * (24 + 24)}
+
+
+def test_estimated_memory_counts_an_appended_anchor():
+    train = config(buckets=[[9, 128, 128]], rank=2, mixed_precision="no", ema_decay=0.0, batch_size=1)
+    model = TRANSFORMER_CONFIG | {"attention_head_dim": 32, "num_layers": 3, "ffn_dim": 128}
+    torch.manual_seed(0)
+    transformer = AnchorConditionedTransformer3D(**model).requires_grad_(False)
+    transformer.add_adapter(LoraConfig(r=2, target_modules=list(train.targets)))
+    transformer.train().enable_gradient_checkpointing()
+    estimated, measured = [], []
+    for form, frames, more in (
+        ("slot", 3, {}),
+        ("appended", 4, {"anchor_positions": torch.tensor([[2.375]], dtype=torch.float64)}),
+    ):
+        parts = estimated_memory(replace(train, anchor_form=form), model, spatial=8)
+        # Latent frames of 8 x 8 patches, 64 wide, three blocks.
+        assert parts["block_inputs"] == 3 * frames * 8 * 8 * 64 * 4
+        estimated.append(parts["block_inputs"] + parts["block"])
+        inputs = {"hidden_states": torch.randn(1, 16, frames, 16, 16), "timestep": torch.full((1, frames), 500.0)}
+        inputs["encoder_hidden_states"] = torch.randn(1, 16, model["text_dim"])
+        # Gradients are no activations.
+        for known in (None, [*transformer.parameters(), *transformer.buffers(), *inputs.values()]):
+            transformer.zero_grad(set_to_none=True)
+            with LiveBytes(known or ()) as counter:
+                transformer(**inputs, **more).sample.square().mean().backward()
+        measured.append(counter.peak)
+    assert all(low <= high <= 1.3 * low for low, high in zip(measured, estimated))
+    assert estimated[1] / estimated[0] == pytest.approx(measured[1] / measured[0], rel=0.03)
 
 
 def test_estimated_memory_of_cogvideox():

@@ -54,6 +54,16 @@ def test_the_dry_run_tells_what_the_run_does(config, tmp_path, monkeypatch):
     assert "transformer_2: step_00000003.safetensors is there" in text and "s a step in its log" in text
 
 
+def test_an_anchor_behind_the_clip_is_counted(config):
+    def text(**options):
+        return dry_run(replace(config, anchor_form="appended", **options))
+
+    # A latent frame more, if a picture behind the first frame can be drawn.
+    assert re.search(r"tokens at the most of a step\):\n +9x32x32: +4 +4 +32\n +9x64x32: +1 +1 +64\n", text())
+    for options in ({"anchor_position": "first"}, {"anchor_probability": 0.0, "frame_times": "independent"}):
+        assert re.search(r"9x32x32: +4 +4 +24\n", text(**options))
+
+
 def test_what_is_off_the_device_is_told_of(config):
     assert "In the computer's memory" not in dry_run(config)
     text = dry_run(replace(config, block_offload=True, activation_offload=True))
