@@ -90,7 +90,10 @@ def tiny_wan_components(anchored: bool = False, **config) -> dict:
 
 
 def tiny_rewriter() -> FirstFrameRewriter:
-    """A Llama of random weights: its answers are never valid, so that prompts stand in for captions."""
+    """A Llama of random weights: its answers are never valid, so that prompts stand in for captions.
+
+    Any word ends an answer, which would go on to the limit otherwise: hundreds of tokens for a plan.
+    """
     torch.manual_seed(0)
     vocabulary = {
         word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", "<|user|>", "<|assistant|>", *WORDS])
@@ -111,7 +114,7 @@ def tiny_rewriter() -> FirstFrameRewriter:
         num_attention_heads=2,
         max_position_embeddings=512,
         pad_token_id=0,
-        eos_token_id=1,
+        eos_token_id=[1, *range(5, len(vocabulary))],
         bos_token_id=None,
     )
     return FirstFrameRewriter(

@@ -128,23 +128,25 @@ def test_a_call_while_one_runs_is_refused_and_the_other_is_right(pipe, expected)
     def call(seed):
         chosen = random.Random(seed)
         start.wait()
-        for _ in range(20):
+        made = 0
+        while made < 2:
             name = chosen.choice(list(CALLS))
             try:
-                made = CALLS[name](pipe)
+                frames = CALLS[name](pipe)
             except RuntimeError as error:
                 assert "FactorizedVideoPipeline is already running" in str(error)
                 refused.append(name)
                 time.sleep(chosen.random() / 20)
             else:
-                (right if torch.equal(made, expected[name]) else wrong).append(name)
+                made += 1
+                (right if torch.equal(frames, expected[name]) else wrong).append(name)
 
     threads = [threading.Thread(target=call, args=(seed,)) for seed in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert wrong == [] and len(right) + len(refused) == 160 and len(right) >= 8 and len(refused) >= 8
+    assert wrong == [] and len(right) == 16 and len(refused) >= 8
     assert state(pipe) == before
     equal(pipe, expected, ["image", "direct"])
 

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from diffusers_fvg.rewrite.binding import binding_problem
 from diffusers_fvg.rewrite.caption_check import caption_problem, start_clause
 from diffusers_fvg.rewrite.chats import build_messages, build_retry
+from diffusers_fvg.rewrite.generation import token_processors
 from diffusers_fvg.rewrite.judge import answers_schema, choice_tokens
 from diffusers_fvg.rewrite.prompts import EXAMPLES, INSTRUCTION, PLAN_INSTRUCTION, format_answer, parse_answer
 from diffusers_fvg.rewrite.rewriter import ChatEndpoint, FirstFrameRewriter
@@ -245,6 +246,17 @@ def test_forward_is_greedy_without_a_seed_and_leaves_random_state_alone(untraine
     assert untrained(chat, 12) == greedy
     assert untrained(chat, 12, seed=0) == sampled
     assert untrained(chat, 12, seed=1) != sampled
+
+
+def test_a_retry_draws_at_a_low_temperature():
+    """Of probabilities p those to the power of 1 / 0.3, down to the token at which their sum reaches 0.9."""
+    chances = torch.tensor([0.5, 0.3, 0.15, 0.05]).double()
+    scores = chances.log().float().expand(20_000, -1)
+    for processor in token_processors(seed=0):
+        scores = processor(None, scores)
+    drawn = scores.argmax(-1).bincount(minlength=4) / 20_000
+    expected = chances[:2] ** (1 / 0.3) / (chances[:2] ** (1 / 0.3)).sum()
+    assert drawn.tolist() == pytest.approx([*expected.tolist(), 0, 0], abs=0.01)
 
 
 def test_greedy_answer_is_the_argmax_of_the_model(untrained, monkeypatch):
@@ -594,8 +606,7 @@ def test_endpoint_answers_and_is_asked_again(monkeypatch):
     assert first["messages"] == rewriter.messages(BALL)
     assert second["messages"] == rewriter.messages(LEAF)
     assert LEAF_REASON in retry["messages"][-1]["content"]
-    assert retry["temperature"] > 0
-    assert retry["seed"] == 0
+    assert (retry["temperature"], retry["top_p"], retry["seed"]) == (0.3, 0.9, 0)
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,18 @@ def test_no_wide_copy_of_a_layers_input_is_kept(another_precision, places, tmp_p
     assert kept["narrow"] < 0.95 * kept["wide"], kept
 
 
+@pytest.mark.parametrize(("ema_decay", "decay"), [(0.9, 3 / 12), (0.2, 0.2)], ids=["warms up", "warm"])
+def test_the_average_follows_quickly_at_first(ema_decay, decay, places, tmp_path):
+    """After step n it keeps (1 + n) / (10 + n) of itself, and `ema_decay` at most."""
+    run(tiny_config(*places, tmp_path, steps=2, warmup_steps=0, checkpoint_every=1, ema_decay=ema_decay))
+    before, after = checkpoint(tmp_path, 1), checkpoint(tmp_path, 2)
+    averages = [name for name in after if name.startswith("average.")]
+    assert averages and any(not torch.equal(before[name], after[name]) for name in averages)
+    for name in averages:
+        expected = decay * before[name] + (1 - decay) * after[name.replace("average.", "weights.")]
+        torch.testing.assert_close(after[name], expected, rtol=0, atol=1e-6)
+
+
 # -- stopping and going on --------------------------------------------------------------------------------------------
 
 
