@@ -11,7 +11,7 @@ DIFFUSERS_TESTS := $(addprefix tests/,$(addsuffix .py,$(addprefix loading/,test_
 	$(addprefix animate/,test_transformer_anchor test_transformer_anchor_cogvideox test_decoding) \
 	publishing/test_hub test_hub_server test_embedded dreamer/test_dreamer_loading))
 
-.PHONY: demo test lint cards test-lowest test-versions clean
+.PHONY: demo test lint docs cards test-lowest test-versions clean
 
 demo: $(STAMP)
 	$(BIN)/fvg generate "A red circle moves to the right" --seed 0 --output demo.mp4 --strip demo.png --overwrite
@@ -22,6 +22,12 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# A page of the public names, from their docstrings: build/docs/index.html.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) '.[docs]'
+	$(BIN)/python -m pdoc --docformat google --no-show-source --no-search --template-directory examples/api_reference \
+		--output-directory build/docs diffusers_fvg
 
 # Writes the model cards again from facts and results.
 cards: $(STAMP)
@@ -48,7 +54,7 @@ test-diffusers-%: .venv-diffusers-%/.installed
 .PRECIOUS: .venv-diffusers-%/.installed
 
 clean:
-	rm -rf .venv .venv-lowest .venv-diffusers-* demo.mp4 demo.png
+	rm -rf .venv .venv-lowest .venv-diffusers-* build demo.mp4 demo.png
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
