@@ -18,6 +18,8 @@ import torch
 # Text encoders read 512 tokens; a prompt longer than this many characters is a mistake (a file, a log), not a prompt.
 MAX_PROMPT_CHARACTERS = 10_000
 # Controls other than white space (U+0085 is one), which a terminal would obey, and halves of characters.
+# Defaults of a call that are whole numbers from 1 on.
+_COUNTS = ("height", "width", "num_frames", "num_inference_steps", "max_sequence_length", "composer_num_candidates")
 UNSHOWABLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")
 
 
@@ -100,12 +102,16 @@ def check_guidance(name: str, value: float | None) -> None:
 
 
 def check_defaults(defaults: Mapping[str, Any] | None) -> None:
-    """No number among the defaults of a call, which a file may hold, is NaN or infinite."""
+    """The defaults of a call, which a file may hold, are numbers that can be: counts from 1 on, a frame rate above 0, no NaN."""
     if defaults is not None and not isinstance(defaults, Mapping):
         raise ValueError(f"`call_defaults` must be a dictionary of a call's arguments, but is {defaults!r}.")
     for name, value in (defaults or {}).items():
-        if isinstance(value, float):
+        if name in _COUNTS:
+            check_at_least_one(name, value)
+        elif isinstance(value, float) or name == "frame_rate":
             check_number(name, value)
+        if name == "frame_rate" and value is not None and value <= 0:
+            raise ValueError(f"`frame_rate={value!r}` must be above 0, in frames per second.")
 
 
 def as_dtype(dtype: torch.dtype | str | None, default: torch.dtype) -> torch.dtype:

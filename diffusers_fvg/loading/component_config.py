@@ -1,34 +1,12 @@
-"""JSON files in repositories, and those of settings in the folders of our components."""
+"""JSON files of settings in the folders of our components."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-
-def read_json(path: Path, title: str = "") -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Args:
-        path (`Path`): the file.
-        title (`str`): for messages, its path when left out.
-
-    Raises:
-        `ValueError`: no JSON, one that is nested too deep, or no object.
-        `OSError`: the file cannot be read.
-    """
-    title = title or repr(str(path))
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError(f"{title} is nested too deep to be read.") from error
-    except ValueError as error:
-        raise ValueError(f"{title} is no valid JSON ({error}).") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{title} must be an object of JSON, but is a {type(values).__name__}.")
-    return values
+from .reading import read_json
 
 
 def read_config(path: Path, known: Set[str], repository: str, of_repository: Set[str]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from ..atomic import check_finished
 from .arguments import call_argument, find_out, remember
-from .component_config import read_json
+from .reading import read_json
 from .safety import PICKLES, is_guarded, load_guarded
 
 

@@ -22,8 +22,8 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import call_argument, hub_arguments
-from .component_config import read_json
 from .files import available_variant, component_files, fetch
+from .reading import read_json
 from .safety import check_folder
 
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..checks import check_name
 from .arguments import call_argument
-from .component_config import read_json
+from .reading import check_link, read_json
 
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -89,19 +89,6 @@ def _is_empty(path: Path) -> bool:
             return not file.keys()
     except (SafetensorError, OSError):
         return False
-
-
-def check_link(path: Path, root: Path) -> None:
-    """Raises `ValueError` for a link that leads out of a folder, or in a circle."""
-    try:
-        place = path.resolve()
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"{path} is a link that leads to no file ({error}): delete it.") from error
-    if not place.is_relative_to(root):
-        raise ValueError(
-            f"{path} is a link to {place}, outside of its repository: put the files in its place, or pass the component "
-            "itself to `from_pretrained`."
-        )
 
 
 def _read_json(path: Path) -> Any:

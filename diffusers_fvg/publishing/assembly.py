@@ -26,6 +26,7 @@ from ..animate.transformer_anchor import AnchorConditionedTransformer3D
 from ..animate.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
 from ..animate.transformer_anchor_skyreels import AnchorConditionedSkyReelsV2Transformer3D
 from ..atomic import is_empty
+from ..checks import check_defaults, check_num_frames, check_size
 from ..compose import composer as composers
 from ..compose import judge as judges
 from ..loading.files import available_variant, component_files
@@ -107,8 +108,8 @@ def assemble(
         [`Assembly`]: its parts, with licences, files and sizes.
 
     Raises:
-        `ValueError`: `output` is not empty, the base is no text-to-video pipeline of Wan or CogVideoX, or the LoRA does not fit
-            it. All but the last before weights are fetched or copied.
+        `ValueError`: `output` is not empty, the base is no text-to-video pipeline of Wan or CogVideoX, defaults cannot be of
+            its videos, or the LoRA does not fit it. All but the last before weights are fetched or copied.
         `OSError`: a part is not there.
     """
     output = Path(output)
@@ -176,6 +177,7 @@ def _of_base(
     facts = match_model(_config(next(part for part in parts if part.name == "transformer")), boundary_ratio)
     defaults = facts.call_defaults if facts else {}
     defaults = defaults | (index.get("call_defaults") or {}) | (call_defaults or {})
+    _check_call_defaults(defaults, parts, anchored)
     chosen = _presets(presets, facts, defaults, family_presets)
     repository = Assembly({"_class_name": pipeline, "_diffusers_version": diffusers.__version__}, chosen, parts)
     repository.index |= {
@@ -194,8 +196,28 @@ def _of_base(
     return repository, anchored
 
 
+def _check_call_defaults(defaults: dict[str, Any], parts: Sequence[Part], anchored: type) -> None:
+    """The size and length are some that the VAE and the patches of this base divide."""
+    check_defaults(defaults)
+    configs = {part.name: _config(part) for part in parts if part.name in ("transformer", "vae")}
+    transformer, vae = configs["transformer"], configs.get("vae", {})
+    if anchored is AnchorConditionedCogVideoXTransformer3D:
+        multiple = 2 ** (len(vae.get("block_out_channels", range(4))) - 1) * transformer.get("patch_size", 2)
+        # At sampling its VAE decodes latents two by two.
+        step = 2 * vae.get("temporal_compression_ratio", 4)
+    else:
+        multiple = vae.get("scale_factor_spatial", 8) * tuple(transformer.get("patch_size", (1, 2, 2)))[1]
+        step = vae.get("scale_factor_temporal", 4)
+    for name in ("height", "width"):
+        if defaults.get(name) is not None:
+            check_size(name, defaults[name], multiple)
+    if defaults.get("num_frames") is not None:
+        check_num_frames(defaults["num_frames"], step)
+
+
 def _with_animator(call_defaults: dict[str, Any] | None) -> Assembly:
     """The repository without parts: presets are those that the animator makes of its scheduler."""
+    check_defaults(call_defaults)
     name = "FactorizedImageToVideoPipeline"
     index = {"_class_name": name, "_diffusers_version": diffusers.__version__, "schedulers": [None, None]}
     return Assembly(index | {"call_defaults": call_defaults or None}, None)
@@ -285,6 +307,7 @@ def _pipeline(
     part: str, config: str, source: Source, light: bool, defaults: dict[str, Any] | None, variant: str | None
 ) -> Part:
     """A pipeline of diffusers as a component."""
+    check_defaults(defaults)
     settings = {} if defaults is None else {"call_defaults": defaults}
     index, names = source.read_json(DiffusionPipeline.config_name), [DiffusionPipeline.config_name]
     for component, entry in index.items():

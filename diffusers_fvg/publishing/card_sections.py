@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..loading.component_config import read_json
+from ..loading.reading import read_json
 from ..models import License, ModelFacts, find_model
-from .privacy import without_paths
+from .privacy import is_repository, without_paths
 from .toml import toml_value
 
 
@@ -159,11 +159,17 @@ def parts_table(parts: Sequence[Part]) -> str:
     for part in parts:
         link = f"[{part.repository}](https://huggingface.co/{part.repository})" if part.repository else ""
         license = part.license
-        text = "not stated" if license is None else license.name or license.id
+        text = "not stated" if license is None else plain(license.name or license.id)
         text = f"[{text}]({license.link})" if license and license.link else text
         size = f"{part.bytes / 1e6:,.1f} MB" if part.bytes else ""
         rows.append(
-            (STAGES.get(part.name, ANIMATION), part.name, ", ".join(filter(None, (link, part.origin))), size, text)
+            (
+                STAGES.get(part.name, ANIMATION),
+                plain(part.name),
+                ", ".join(filter(None, (link, part.origin))),
+                size,
+                text,
+            )
         )
     return markdown_table(("stage", "part", "from", "weights here", "licence"), rows)
 
@@ -202,30 +208,32 @@ def presets_table(presets: SchedulerPresets) -> str:
         # Presets of schedulers that take no sigmas have neither shift nor interval.
         interval = "" if preset.sigmas is None else " to ".join(map(str, preset.guidance_interval))
         shift = "" if preset.flow_shift is None else preset.flow_shift
-        numbers = (preset.num_inference_steps, preset.scheduler_class, shift)
+        numbers = (preset.num_inference_steps, plain(preset.scheduler_class), shift)
         low_noise = preset.guidance_scale_2
         guidance = preset.guidance_scale if low_noise is None else f"{preset.guidance_scale}, low noise {low_noise}"
-        rows.append((f"`{preset.name}`", *numbers, guidance, interval, preset.source))
+        rows.append((code_span(preset.name), *numbers, guidance, interval, plain(preset.source)))
     heads = ("preset", "steps", "scheduler", "shift", "guidance", "guided noise levels", "from")
     notes = ["The first is the default."]
     for preset in presets.values():
         if weights := preset.weights:
-            if "/" not in weights:
-                notes.append(f"`{preset.name}` is for the LoRA in `{weights}`, loaded in place of the anchor LoRA.")
+            if not is_repository(weights):
+                notes.append(
+                    f"{code_span(preset.name)} is for the LoRA in {code_span(weights)}, loaded in place of the anchor LoRA."
+                )
                 continue
             link = f"[{weights}](https://huggingface.co/{weights})"
             notes.append(
-                f"`{preset.name}` is for the distilled weights of {link}, to be used with the anchor LoRA; that was not measured."
+                f"{code_span(preset.name)} is for the distilled weights of {link}, to be used with the anchor LoRA; that was not measured."
             )
     return "\n\n".join([markdown_table(heads, rows), " ".join(notes)])
 
 
 def scores_section(scores: Scores) -> str:
     kind = "**Synthetic**: prompts and scorer belong to a made world, not to real video." if scores.synthetic else ""
-    commit = f"Produced by commit `{scores.commit}`." if scores.commit else "The commit was not recorded."
-    rows = [(arm, f"{mean:.3f}", scores.count) for arm, mean in scores.means.items()]
+    commit = f"Produced by commit {code_span(scores.commit)}." if scores.commit else "The commit was not recorded."
+    rows = [(plain(arm), f"{mean:.3f}", scores.count) for arm, mean in scores.means.items()]
     table = markdown_table(("arm", "mean score", "videos"), rows)
-    return " ".join(filter(None, (f"{scores.benchmark}.", kind, commit))) + "\n\n" + table
+    return " ".join(filter(None, (f"{plain(scores.benchmark)}.", kind, commit))) + "\n\n" + table
 
 
 def limits_section(facts: ModelFacts | None, call_defaults: Mapping[str, Any] | None) -> str:
@@ -237,7 +245,9 @@ def limits_section(facts: ModelFacts | None, call_defaults: Mapping[str, Any] | 
             "num_frames": "{} frames",
             "frame_rate": "{} a second",
         }
-        made = ", ".join(text.format(call_defaults[name]) for name, text in texts.items() if name in call_defaults)
+        made = ", ".join(
+            text.format(plain(call_defaults[name])) for name, text in texts.items() if name in call_defaults
+        )
         lines.append(f"- Made for videos of: {made}.")
     if facts:
         sizes = ", ".join(f"{size.height} x {size.width}" for size in facts.sizes)
@@ -291,7 +301,8 @@ pipe = {stock_pipeline}.from_pretrained(base, dtype=torch.bfloat16)
 def config_block(config: Mapping[str, Any]) -> str:
     """A training config as TOML; of paths on the machine it ran on only the last name is shown, or nothing."""
     shown = {name: value for name, value in without_paths(config).items() if name not in PLACES}
-    lines = [f"{name} = {toml_value(value)}" for name, value in shown.items()]
+    keys = {name: name if re.fullmatch(r"[\w-]+", name) else toml_value(name) for name in shown}
+    lines = [f"{keys[name]} = {toml_value(value)}" for name, value in shown.items()]
     return "```toml\n# cache_dir and output_dir: folders of your own.\n" + "\n".join(lines) + "\n```"
 
 
@@ -383,8 +394,19 @@ def card_data(
 
 
 def make_card(data: ModelCardData, title: str, sections: Sequence[tuple[str, str]]) -> ModelCard:
-    texts = [f"# {title}", *(f"## {head}\n\n{text}" if head else text for head, text in sections)]
+    texts = [f"# {plain(title)}", *(f"## {head}\n\n{text}" if head else text for head, text in sections)]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(texts) + "\n")
+
+
+def plain(text: Any) -> str:
+    """A file's text as Markdown that shows it as it is: no link, picture, code, heading or HTML of its author's."""
+    line = " ".join("".join(letter for letter in str(text) if letter.isprintable() or letter.isspace()).split())
+    return re.sub(r"([\\`\[\]]|^[#+-])", r"\\\1", line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+
+
+def code_span(text: Any) -> str:
+    """A file's name for something, in the letters of code."""
+    return f"`{re.sub('[`|<>]', '', ' '.join(str(text).split()))}`"
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -20,6 +20,7 @@ from .card_sections import (
     Part,
     Scores,
     card_data,
+    code_span,
     config_block,
     license_of,
     limits_section,
@@ -27,6 +28,7 @@ from .card_sections import (
     make_card,
     markdown_table,
     parts_table,
+    plain,
     presets_table,
     read_json,
     run_summary,
@@ -65,7 +67,7 @@ def repository_card(folder: Path, repository: str | None = None, prompt: str = P
     scores = Scores.load(scores_path) if scores_path.is_file() else None
     load = (
         "import diffusers_fvg\nfrom diffusers import DiffusionPipeline\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{name}", dtype=torch.bfloat16)'
+        f"pipe = DiffusionPipeline.from_pretrained({json.dumps(name, ensure_ascii=False)}, dtype=torch.bfloat16)"
     )
     return pipeline_card(folder, name, prompt, load, folder_parts(folder, None), scores)
 
@@ -155,11 +157,11 @@ def pipeline_card(
         presets = presets_table(SchedulerPresets.from_pretrained(folder / "schedulers"))
     stages = (
         "An LLM writes a caption of the first frame, a text-to-image model draws it, a video model animates it: Factorized "
-        f"Video Generation ({METHOD}), `{index['_class_name']}`."
+        f"Video Generation ({METHOD}), {code_span(index.get('_class_name'))}."
     )
     call = f"out = pipe({json.dumps(prompt, ensure_ascii=False)}, generator=torch.Generator().manual_seed(0))"
     lora = f"The anchor LoRA has rank {rank}." if rank else "There is no anchor LoRA."
-    config = metadata.get("training_config")
+    config = _training_config(metadata)
     sections = [
         ("", _joined(" ", stages, intro)),
         (
@@ -171,13 +173,25 @@ def pipeline_card(
         ("Scores", scores_section(scores) if scores else "None: this repository holds no `scores.json`."),
         (
             "Training",
-            _joined("\n\n", _joined(" ", training, lora), config_block(json.loads(config)) if config else ""),
+            _joined("\n\n", _joined(" ", training, lora), config),
         ),
         ("Hardware and memory", _joined("\n\n", _sizes(parts), hardware)),
         ("Limits", _joined("\n", limits_section(facts, index.get("call_defaults")), limits)),
         ("Citation", CITATION),
     ]
     return make_card(data, title, sections)
+
+
+def _training_config(metadata: Mapping[str, str]) -> str:
+    """The training config that an anchor LoRA's file holds, for the card; nothing where there is none."""
+    if "training_config" not in metadata:
+        return ""
+    try:
+        return config_block(dict(json.loads(metadata["training_config"])))
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+        raise ValueError(
+            f"The `training_config` of the anchor LoRA cannot be shown ({type(error).__name__}: {error}); take it out of the file."
+        ) from error
 
 
 def _joined(separator: str, *texts: str) -> str:
@@ -206,12 +220,12 @@ def folder_parts(folder: Path, license_inside: License | None) -> list[Part]:
         entry = _reference(folder / name) | recorded.get(name, {})
         if name in NO_WEIGHTS or not (entry or size):
             continue
-        repository = hub_name(entry.get("repository", ""))
+        repository = hub_name(str(entry.get("repository", "")))
         facts, license = find_model(repository), license_of(entry.get("license", ""))
         if facts and (license is None or license.id == facts.license.id):
             license = facts.license
-        revision = f"revision `{entry['revision']}`" if entry.get("revision") else ""
-        origin = _joined(", ", entry.get("origin", ""), revision, "in this repository" if size else "")
+        revision = f"revision {code_span(entry['revision'])}" if entry.get("revision") else ""
+        origin = _joined(", ", plain(entry.get("origin", "")), revision, "in this repository" if size else "")
         fetched = 0 if size else entry.get("bytes", 0)
         parts.append(Part(name, origin, license if entry else license_inside, repository, size, fetched))
     return parts

@@ -14,8 +14,8 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 
 from ..atomic import naming, replacing_entries
-from ..loading.component_config import read_json
 from ..loading.files import fetch, repository_files
+from ..loading.reading import read_json
 from ..schedules.presets import SchedulerPresets
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,75 @@ from huggingface_hub import get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..loading.reading import check_link
 
-_SECRETS = re.compile(rb"\bhf_[A-Za-z]{30,}|\bsk-[A-Za-z0-9_-]{20,}|\bBearer [A-Za-z0-9._-]{16,}")
+
+# Shapes of keys: the letters that each begins with -> all of it. The letters are looked for first, which is quick in weights.
+_KEYS = {
+    rb"hf_": rb"hf_[A-Za-z0-9]{30,}",
+    rb"sk-": rb"sk-[A-Za-z0-9_-]{20,}",
+    rb"sk_live_": rb"sk_live_[A-Za-z0-9]{20,}",
+    rb"rk_live_": rb"rk_live_[A-Za-z0-9]{20,}",
+    rb"Bearer ": rb"Bearer [A-Za-z0-9._-]{16,}",
+    rb"AKIA": rb"AKIA[A-Z2-7]{16}(?![A-Za-z0-9])",
+    rb"ASIA": rb"ASIA[A-Z2-7]{16}(?![A-Za-z0-9])",
+    rb"AIza": rb"AIza[A-Za-z0-9_-]{35}(?![A-Za-z0-9_-])",
+    rb"AccountKey=": rb"AccountKey=[A-Za-z0-9+/]{60,}={0,2}",
+    rb"ghp_": rb"ghp_[A-Za-z0-9]{36,}",
+    rb"gho_": rb"gho_[A-Za-z0-9]{36,}",
+    rb"ghu_": rb"ghu_[A-Za-z0-9]{36,}",
+    rb"ghs_": rb"ghs_[A-Za-z0-9]{36,}",
+    rb"ghr_": rb"ghr_[A-Za-z0-9]{36,}",
+    rb"github_pat_": rb"github_pat_[A-Za-z0-9_]{40,}",
+    rb"glpat-": rb"glpat-[A-Za-z0-9_-]{20,}",
+    rb"xox": rb"xox[abeprs]-[A-Za-z0-9-]{20,}",
+    rb"npm_": rb"npm_[A-Za-z0-9]{36}(?![A-Za-z0-9])",
+    rb"pypi-AgE": rb"pypi-AgE[A-Za-z0-9_-]{40,}",
+    rb"r8_": rb"r8_[A-Za-z0-9]{37}(?![A-Za-z0-9])",
+    # A JSON web token: three parts, of which the first two are objects.
+    rb"eyJ": rb"eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}",
+    rb"-----BEGIN ": rb"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----",
+    rb"://": rb"://[^\s/:@\"'<>{}$]{1,64}:(?P<value>[^\s/:@\"'<>{}$]{4,128})@[A-Za-z0-9]",
+    # "DB_PASSWORD=...", also as YAML or JSON.
+    **dict.fromkeys(
+        (
+            rb"PASSWORD",
+            rb"PASSWD",
+            rb"SECRET",
+            rb"API_KEY",
+            rb"ACCESS_KEY",
+            rb"API_TOKEN",
+            rb"AUTH_TOKEN",
+            rb"HF_TOKEN",
+        ),
+        rb"[A-Z_]{6,24}[\"']?[ \t]{0,8}[=:][ \t]{0,8}[\"']?(?P<value>[^\s\"'#,;]{8,200})",
+    ),
+}
+_SHAPES = {letters: re.compile(shape) for letters, shape in _KEYS.items()}
+# A value that stands for one in a text that explains, "<your key>" or "$KEY", or code that gets it; and of a whole key.
+_EXAMPLE = re.compile(
+    rb"(?i)[<{$%*(\[\\]|your|example|placeholder|change|none|null|password$|passwd$|pass$|secret$|token$|redacted|.*\.\.\.|"
+    rb"[a-z_]\w*(\(|[.\[][a-z_(\"'])"
+)
+_STAND_IN = re.compile(rb"(?i)x{6}")
 _HOMES = re.compile(rb"/(?:home|Users)/[\w.-]+/|/root/|[A-Z]:\\{1,2}Users\\")
+# Files are read in parts, which share the end of the one before: no key is longer.
+_PART, _SHARED = 1 << 22, 1 << 12
 PATH = re.compile(r"(?<![\w./:-])/[\w.-]+(?:/[\w.-]+)+")
 
 
 def hub_name(name: str) -> str:
     """`name` if it can be a repository on the Hub and is no folder here, else nothing."""
+    return name if is_repository(name) and not Path(name).exists() else ""
+
+
+def is_repository(name: str) -> bool:
+    """Whether a text can be the name of a repository on the Hub, `"org/name"`."""
     try:
         validate_repo_id(name)
     except HFValidationError:
-        return ""
-    return name if "/" in name and not Path(name).exists() else ""
+        return False
+    return "/" in name
 
 
 def without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,7 +105,9 @@ def _public(name: str) -> str:
 
 
 def check_nothing_private(folder: Path, token: str | bool | None = None) -> None:
-    """Refuses a folder in which a file holds a key, or a path of this machine.
+    """Refuses a folder in which a file holds a key, or a path of this machine, or is a link to a file elsewhere.
+
+    Read is what a person could: all of a file, of a safetensors file its header.
 
     Raises:
         `ValueError`: naming the files.
@@ -58,15 +116,40 @@ def check_nothing_private(folder: Path, token: str | bool | None = None) -> None
     # A key of another service, such as the rewriter's endpoint, is only known by the name of its variable.
     secrets = [value for name, value in os.environ.items() if re.search("KEY|TOKEN|SECRET", name) and len(value) >= 16]
     secrets += [token] if token else []
+    # In the Hub's cache files are links to those of the repository.
+    place = folder.resolve()
+    root = place.parents[1] if place.parent.name == "snapshots" else place
     found = []
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        data = _text(file)
-        if _SECRETS.search(data) or any(secret.encode() in data for secret in secrets):
-            found.append(f"{file.relative_to(folder)} (a key)")
-        elif _HOMES.search(data) or any(os.path.exists(path) for path in _paths(file, data)):
-            found.append(f"{file.relative_to(folder)} (a path of this machine)")
+        check_link(file, root)
+        problem = _problem(file, [secret.encode() for secret in secrets])
+        if problem is not None:
+            found.append(f"{file.relative_to(folder)} ({problem})")
     if found:
         raise ValueError(f"Not pushed: {', '.join(found)}. Take it out of the file and push again.")
+
+
+def _problem(file: Path, secrets: list[bytes]) -> str | None:
+    has_path = False
+    for part in _parts(file):
+        if has_key(part) or any(secret in part for secret in secrets):
+            return "a key"
+        has_path = has_path or bool(_HOMES.search(part)) or any(os.path.exists(path) for path in _paths(file, part))
+    return "a path of this machine" if has_path else None
+
+
+def has_key(data: bytes) -> bool:
+    """Whether something in `data` has the shape of a key, and is none that stands for one in a text that explains."""
+    for letters, shape in _SHAPES.items():
+        place = data.find(letters)
+        while place >= 0:
+            found = shape.match(data, place)
+            is_word = letters[:1].isalnum() and not letters[:1].isupper() and data[max(place, 1) - 1 : place].isalnum()
+            value = found.groupdict().get("value", b"") if found else b""
+            if found and not (is_word or _STAND_IN.search(found[0]) or _EXAMPLE.match(value)):
+                return True
+            place = data.find(letters, place + 1)
+    return False
 
 
 def _paths(file: Path, data: bytes) -> set[str]:
@@ -76,9 +159,12 @@ def _paths(file: Path, data: bytes) -> set[str]:
     return set(PATH.findall(data.decode(errors="replace")))
 
 
-def _text(file: Path) -> bytes:
+def _parts(file: Path) -> Iterator[bytes]:
     """What a person could read in a file: all of it, or the header of a safetensors file."""
     with file.open("rb") as data:
-        if file.suffix != ".safetensors":
-            return data.read() if file.stat().st_size < 100_000_000 else b""
-        return data.read(int.from_bytes(data.read(8), "little"))
+        left = int.from_bytes(data.read(8), "little") if file.suffix == ".safetensors" else file.stat().st_size
+        shared = b""
+        while left > 0 and (part := data.read(min(left, _PART))):
+            left -= len(part)
+            yield shared + part
+            shared = part[-_SHARED:]

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..animate.animator import CONFIG_NAME as ANIMATOR_CONFIG
 from ..animate.animator import AnchorAnimator
 from ..compose.composer import AnchorComposer
-from ..loading.component_config import read_json
+from ..loading.reading import read_json
 from ..loading.references import REFERENCE_NAME, HubReference
 from ..pipelines.profiles import base_models, empty_weights
 from ..publishing.assembly import FAMILIES

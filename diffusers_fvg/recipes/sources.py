@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ..loading.component_config import read_json
+from ..loading.reading import read_json
 from .table import ANIMATOR_RECIPES, RECIPES, AnimatorRecipe, Recipe, find_recipe
 
 

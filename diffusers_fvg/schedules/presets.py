@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..checks import check_at_least_one, check_name, check_number
-from ..loading.component_config import read_json
+from ..loading.reading import read_json
 from .flow import shifted_sigmas
 
 

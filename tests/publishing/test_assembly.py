@@ -88,6 +88,41 @@ def test_a_repository_for_480p_begins_with_its_shift(tmp_path):
         assemble(tmp_path / "wrong", base, presets=["lightning-4"])
 
 
+@pytest.mark.parametrize(
+    ("name", "defaults", "message"),
+    [
+        ("Wan2.1-T2V-1.3B", {"height": 65}, "`height=65` must be a positive multiple of 16; nearest: 64 and 80"),
+        ("Wan2.2-TI2V-5B", {"width": 848}, "`width=848` must be a positive multiple of 32"),
+        ("Wan2.1-T2V-1.3B", {"num_frames": 4}, "`num_frames=4` must be 4k . 1; nearest: 1 and 5"),
+        ("CogVideoX1.5-5B", {"num_frames": 13}, "`num_frames=13` must be 8k . 1"),
+        ("CogVideoX1.5-5B", {"height": 776}, "`height=776` must be a positive multiple of 16"),
+        ("Wan2.1-T2V-1.3B", {"frame_rate": 0}, "`frame_rate=0` must be above 0"),
+        ("Wan2.1-T2V-1.3B", {"frame_rate": float("inf")}, "`frame_rate=inf` must be a finite number"),
+        ("Wan2.1-T2V-1.3B", {"height": True}, "`height=True` must be a whole number"),
+        ("Wan2.1-T2V-1.3B", {"max_sequence_length": 0}, "`max_sequence_length=0` must be at least 1"),
+    ],
+)
+def test_defaults_that_no_call_could_have_are_not_written(name, defaults, message, tmp_path):
+    base = write_base(tmp_path / "base", name)
+    config = {"z_dim": 48, "scale_factor_spatial": 16} if name == "Wan2.2-TI2V-5B" else {}
+    (tmp_path / "base" / "vae" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        assemble(tmp_path / "out", base, call_defaults=defaults)
+    # Nor where they are those of the base.
+    index = tmp_path / "base" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"call_defaults": defaults}))
+    with pytest.raises(ValueError, match=message):
+        assemble(tmp_path / "out", base)
+    assert not (tmp_path / "out").exists()
+
+
+def test_defaults_of_an_animator_and_a_composer_are_checked(tmp_path):
+    tiny_animator("wan22_i2v").save_pretrained(tmp_path / "animator")
+    for options in ({"call_defaults": {"frame_rate": 0}}, {"animator_call_defaults": {"num_inference_steps": 0}}):
+        with pytest.raises(ValueError, match="=0"):
+            assemble(tmp_path / "out", animator=str(tmp_path / "animator"), **options)
+
+
 # Facts of the base -> what is another's in its index and in its transformer's configuration, and the error.
 REFUSED = {
     "another class": (

@@ -6,6 +6,7 @@ import re
 import runpy
 import shutil
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -239,6 +240,55 @@ def test_an_endpoint_s_address_and_key_stay_off_the_card(bundled):
     rewriter = {"endpoint": "https://user:secret@host/v1", "model": "chat", "api_key_env": "MY_KEY"}
     (light(bundled) / "rewriter" / "rewriter_config.json").write_text(json.dumps(rewriter))
     assert not re.search("secret|MY_KEY|host/v1", str(repository_card(bundled)))
+
+
+# What a stranger writes into the files that a card is made of.
+INJECTED = "[click](https://evil.example) ![p](https://evil.example/p.png) <script>a()</script>\n\n# Heading\n```\nend `code` | cell"
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_texts_of_files_stay_texts(bundled):
+    """Of a preset, a part, scores, defaults, a class and the LoRA's training config: no link, picture, HTML, heading or fence."""
+    plain = repository_card(bundled, "org/fvg")
+    preset = bundled / "schedulers" / "full-50" / "scheduler_config.json"
+    edit_json(preset, _preset=json.loads(preset.read_text())["_preset"] | {"source": INJECTED, "weights": INJECTED})
+    edit_json(bundled / "model_index.json", _class_name=INJECTED, call_defaults={"height": INJECTED})
+    part = {"origin": INJECTED, "revision": INJECTED, "license": INJECTED, "repository": INJECTED}
+    (bundled / "parts.json").write_text(json.dumps({"vae": part, INJECTED: part}))
+    scores = {"benchmark": INJECTED, "synthetic": True, "commit": INJECTED, "count": 1, "means": {INJECTED: 0.5}}
+    (bundled / "scores.json").write_text(json.dumps(scores))
+    config = json.dumps(RUN | {INJECTED: INJECTED})
+    AnchorLora(lora(), {"training_config": config, "base_model": INJECTED}).save_pretrained(bundled / "anchor_lora")
+    card = repository_card(bundled, "org/fvg")
+    check_metadata(card)
+    read = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable("table").parse
+    shown, expected = (_kinds(read(text)) for text in (card.text, plain.text))
+    assert {kind: shown[kind] for kind in ("heading_open", "fence")} == {
+        kind: expected[kind] for kind in ("heading_open", "fence")
+    }
+    assert shown["html_block"] == shown["html_inline"] == shown["image"] == 0
+    (toml,) = [token.content for token in read(card.text) if token.type == "fence" and token.info == "toml"]
+    assert tomllib.loads(toml)[INJECTED] == INJECTED
+    links = {
+        child.attrs["href"] for token in read(card.text) for child in token.children or () if child.type == "link_open"
+    }
+    assert links and not any("evil" in link for link in links)
+    rows = [row for row in read(card.text) if row.type == "inline" and "click" in row.content]
+    assert len(rows) >= 6
+
+
+def _kinds(tokens) -> Counter:
+    return Counter(each.type for token in tokens for each in (token, *(token.children or ())))
+
+
+@pytest.mark.parametrize("config", ["{", "[1]", '{"a":' * 20_000 + "1" + "}" * 20_000, '{"data": [1]}'], ids=len)
+def test_a_training_config_that_is_none_is_told(bundled, config):
+    AnchorLora(lora(), {"training_config": config}).save_pretrained(bundled / "anchor_lora")
+    with pytest.raises(ValueError, match="`training_config` of the anchor LoRA cannot be shown"):
+        repository_card(bundled)
 
 
 def test_machine_s_paths_stay_off_the_card(bundled):
