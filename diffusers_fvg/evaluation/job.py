@@ -12,7 +12,7 @@ from diffusers.utils import logging
 from tqdm.auto import tqdm
 
 from .manifest import MANIFEST
-from .plan import PlannedVideo
+from .plan import PlannedVideo, derive_seed
 from .worker import Load, Worker
 
 
@@ -47,10 +47,10 @@ class Job:
     quiet: bool = False
 
     def rows(self, index: int = 0, count: int = 1) -> Iterator[PlannedVideo]:
-        """The videos to make; of `count` workers those of one, every `count`-th."""
+        """The videos to make; of `count` workers those of one, its [`fair_share`]."""
         with open(self.pending, encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file):
-                if number % count == index:
+                if fair_share(number, count) == index:
                     yield PlannedVideo.from_json(line)
 
     def row(self, place: int) -> PlannedVideo:
@@ -73,6 +73,14 @@ def make_or_note(worker: Worker, row: PlannedVideo, stage: Callable[[PlannedVide
         worker.failed(row, error)
         logger.warning(f"{row.path} cannot be made: {error}")
         return False
+
+
+def fair_share(number: int, count: int) -> int:
+    """Which of `count` workers makes a video: of `count` in a row each makes one, in an order drawn for them.
+
+    Where every `count`-th were a worker's, arms that take turns in a plan would each have a worker of its own.
+    """
+    return (number + derive_seed(0, number // count)) % count
 
 
 class Watch:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -26,31 +27,53 @@ def load():
     return ModelLoad(argparse.Namespace(**{name: value for name, value in vars(arguments).items() if name != "run"}))
 
 
-def made(folder: Path, load, engine: str) -> dict[str, bytes]:
-    rows = [
-        PlannedVideo(
-            f"videos/{mode}-{index}-{sample}.mp4",
-            prompt,
-            derive_seed(0, index, sample),
-            {"num_inference_steps": 1, "mode": mode},
-        )
-        for mode in ("factorized", "direct")
-        for index, prompt in enumerate(PROMPTS)
-        for sample in range(2)
-    ]
+# Without the first stages, with them, and with a judge that chooses among two pictures.
+ARMS = {
+    "direct": {"mode": "direct"},
+    "factorized": {"mode": "factorized", "composer_num_inference_steps": 2},
+    "judged": {"mode": "factorized", "composer_num_inference_steps": 2, "composer_num_candidates": 2},
+}
+ROWS = [
+    PlannedVideo(
+        f"videos/{arm}-{index}-{sample}.mp4",
+        prompt,
+        derive_seed(0, index, sample),
+        {"num_inference_steps": 1, **arguments},
+    )
+    for arm, arguments in ARMS.items()
+    for index, prompt in enumerate(PROMPTS)
+    for sample in range(2)
+]
+
+
+# In stages.json, how long it took.
+_TIME = re.compile(rb'"seconds": [\d.]+,')
+
+
+def made(folder: Path, load, engine: str, rows=ROWS) -> dict[str, bytes]:
+    """Plan, captions, pictures and scores of stage 2, and videos."""
     write_plan(folder, rows)
     summary = run_plan(folder, load, engine=engine, num_processes=2, quiet=True)
-    assert (summary.finished, summary.made) == (8, 8)
-    lines = list(read_manifest(folder))
-    assert Counter(line["status"] for line in lines) == {"made": 8}
-    files = [*(folder / row.path for row in rows), folder / "plan.jsonl", folder / "plan.json"]
+    assert (summary.finished, summary.made) == (len(rows), len(rows))
+    assert Counter(line["status"] for line in read_manifest(folder)) == {"made": len(rows)}
     assert len(list((folder / "captions").glob("*.json"))) == 2
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    patterns = ("plan.*", "captions/*.json", "stages/**/*.*", "videos/*.mp4")
+    files = [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
+    return {str(path.relative_to(folder)): _TIME.sub(b"", path.read_bytes()) for path in files}
 
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory, load):
     return made(tmp_path_factory.mktemp("in-process"), load, "in-process")
+
+
+def test_place_and_company_of_a_video_do_not_matter(tmp_path, load, expected):
+    """The last first, and every other one left out; the judge scores as it did."""
+    few = made(tmp_path, load, "in-process", ROWS[::-2])
+    # The anchor, two candidates and their scores.
+    assert len([name for name in few if name.startswith("stages/videos/judged")]) == 8
+    assert len({expected[row.path] for row in ROWS}) == len(ROWS)
+    assert {name for name, data in few.items() if data != expected[name]} == {"plan.json", "plan.jsonl"}
 
 
 def test_processes_of_accelerate_make_the_same_files(tmp_path, load, expected):

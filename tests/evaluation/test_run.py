@@ -11,6 +11,7 @@ from stub import StubLoad
 
 import diffusers_fvg.evaluation.worker as worker
 from diffusers_fvg.evaluation import manifest
+from diffusers_fvg.evaluation.job import fair_share
 from diffusers_fvg.evaluation.manifest import finished_sizes, is_turn, read_manifest
 from diffusers_fvg.evaluation.plan import PlannedVideo, derive_seed, write_plan
 from diffusers_fvg.evaluation.run import run_plan
@@ -170,6 +171,17 @@ def test_what_a_run_needs_follows_from_its_rows():
         '{"mode": "storyboard"}': {"rewriter", "composer", "lora", "video"},
     }
     assert {text: set(worker.parts_of(json.loads(text))) for text in parts} == parts
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("arms", [1, 2, 3, 4, 6, 9])
+def test_workers_share_every_arm_of_a_plan(count, arms):
+    """Arms take turns; of 1000 videos of each, a worker has its part but for four standard deviations, and of all an equal one."""
+    shares = Counter((number % arms, fair_share(number, count)) for number in range(1000 * arms))
+    deviation = (1000 * (1 / count) * (1 - 1 / count)) ** 0.5
+    parts = [shares[arm, worker] for arm in range(arms) for worker in range(count)]
+    assert max(abs(part - 1000 / count) for part in parts) <= 4 * deviation
+    assert Counter(fair_share(number, count) for number in range(count * 100)) == dict.fromkeys(range(count), 100)
 
 
 def test_of_two_lines_the_later_counts(tmp_path):

@@ -17,7 +17,16 @@ CUT = 2.5
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
-    return {name: PALETTE[number % len(PALETTE)] for number, name in enumerate(names)}
+    """A colour for each arm; where there are more arms than the palette has, it comes again half as strong."""
+    return {
+        name: _tint(PALETTE[number % len(PALETTE)], 0.5 ** (number // len(PALETTE)))
+        for number, name in enumerate(names)
+    }
+
+
+def _tint(colour: str, strength: float) -> str:
+    channels = (255 - strength * (255 - int(colour[start : start + 2], 16)) for start in (1, 3, 5))
+    return "#" + "".join(f"{round(channel):02X}" for channel in channels)
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diffusers_fvg.evaluation.report.charts import ticks
+from diffusers_fvg.evaluation.report.charts import PALETTE, colours, ticks
 from diffusers_fvg.evaluation.report.statistics import (
     Sample,
     differences,
@@ -89,3 +89,10 @@ def test_ticks_are_round_and_hold_all_values(low, high):
     steps = {round(b - a, 9) for a, b in zip(own, own[1:])}
     assert own[0] <= low and own[-1] >= high and own[-1] > own[0] and len(steps) == 1 and len(own) <= 9
     assert f"{steps.pop():.9e}".replace(".", "").rstrip("0").split("e")[0].strip("0") in {"1", "2", "5"}
+
+
+def test_every_arm_has_a_colour_of_its_own():
+    found = list(colours([str(number) for number in range(14)]).values())
+    assert found[:7] == list(PALETTE) and len(set(found)) == 14
+    # Half way to white: (0 + 255) / 2, (114 + 255) / 2, (178 + 255) / 2.
+    assert found[7] == "#80B8D8"
