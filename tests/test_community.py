@@ -13,7 +13,8 @@ from diffusers import DiffusionPipeline, WanPipeline, WanTransformer3DModel
 from test_composer import tiny_stable_diffusion
 from tiny import tiny_pipeline, tiny_rewriter, tiny_transformer, tiny_unipc, tiny_wan_components
 
-from diffusers_fvg.animate.anchor import crop_and_resize, encode_anchor
+from diffusers_fvg.animate.anchor import crop_and_resize
+from diffusers_fvg.animate.conditioning import encode_anchor
 from diffusers_fvg.media import read_video
 
 

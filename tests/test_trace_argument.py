@@ -6,8 +6,7 @@ from trace_argument import count, trace, trace_pipeline
 
 # Files and moves between them, at most: those that make the video; the record, which is written last; and for a prompt what
 # stage 1 reads in it, to ask about it and to check the answer (four files of `rewrite/`).
-# An anchor is placed and encoded in files of their own, since one at its exact frame is appended to the clip.
-BOUNDS = {"prompt": (4 + 1 + 4, 8 + 1 + 16), "anchors": (4 + 1 + 2, 6 + 1 + 10)}
+BOUNDS = {"prompt": (4 + 1 + 4, 8 + 1 + 16), "anchors": (4 + 1, 6 + 1)}
 
 PACKAGE = {
     "__init__.py": "",

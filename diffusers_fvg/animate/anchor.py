@@ -1,7 +1,13 @@
-"""From an anchor image to what the video model sees: pure functions between stage 2 and stage 3.
+"""From the pictures of a call to anchors in their places: what lies between stage 2 and stage 3. What the video model sees of
+them is in [`animate.conditioning`].
 
 Shapes: B batch, C latent channels, F/H/W pixel frames/height/width, f/h/w latent ones. Wan's causal VAE turns frame 0 into
 latent 0 and every further four frames into one latent, so f = 1 + (F - 1) / 4.
+
+A picture becomes an anchor in one of two forms, that of the anchor LoRA's training. `"slot"`: it takes the latent frame that
+it falls into, and stands still over the four frames of that (Factorized Video Generation). `"appended"`: it is a latent frame
+of its own behind the clip's, one frame long and at its exact place in time (LTX-2). Frame 0 and runs of whole latent frames
+are exact in the clip itself, and stay there in both.
 """
 
 from __future__ import annotations
@@ -19,16 +25,21 @@ import torch
 from diffusers.utils import logging
 
 from ..checks import check_number
-from ..locks import exclusive
-from ..schedules.flow import add_noise
+from ..devices import get_module_execution_device
+from .conditioning import (
+    AnchorLatents,
+    anchor_noise,
+    anchored_model_input,  # noqa: F401  (where it was before, for one release)
+    appended_anchors,
+    encode_anchor,
+    frame_position,
+    latent_index,
+)
 
 
 logger = logging.get_logger(__name__)
 
-# A causal VAE's latent depends on frames before it. A still picture held over this many latents has all but reached the
-# steady state of a resting scene: with the embedded VAE 1.3 % (rms) is left after 5, and half of it after each further one.
-STILL_LATENTS = 5
-
+FORMS = ("slot", "appended")
 
 Picture = PIL.Image.Image | np.ndarray | torch.Tensor
 
@@ -62,100 +73,6 @@ class Anchor:
         if self.strength is None:
             raise ValueError("An anchor's `strength=None` must be a number in (0, 1].")
         object.__setattr__(self, "strength", float(self.strength))
-
-
-@dataclass(frozen=True)
-class AppendedAnchors:
-    """Anchors that are latent frames of their own behind those of the clip, each of one picture.
-
-    Args:
-        latents (`torch.Tensor` of shape `(B, C, A, h, w)`): normalised clean latents of single pictures.
-        strength (`torch.Tensor` of shape `(B, A)`): in (0, 1]; 0 where a clip has fewer anchors than others.
-        noise (`torch.Tensor` of shape `(B, C, A, h, w)`): what anchors of a strength below 1 are mixed with.
-        positions (`torch.Tensor` of shape `(B, A)`): from [`placing.frame_position`]; below 0 where the strength is 0. They stay on the
-            host, where the model reads them.
-    """
-
-    latents: torch.Tensor
-    strength: torch.Tensor
-    noise: torch.Tensor
-    positions: torch.Tensor
-
-
-@dataclass(frozen=True)
-class AnchorLatents:
-    """Anchors in latent form, the same for training and sampling.
-
-    Args:
-        latents (`torch.Tensor` of shape `(B, C, f, h, w)`): normalised clean latents, zero where nothing is anchored.
-        strength (`torch.Tensor` of shape `(B, f)`): in [0, 1]; 0 where nothing is anchored.
-        noise (`torch.Tensor` of shape `(B, C, f, h, w)`): what anchors of a strength below 1 are mixed with.
-        appended (`AppendedAnchors`, *optional*): those behind the clip.
-    """
-
-    latents: torch.Tensor
-    strength: torch.Tensor
-    noise: torch.Tensor
-    appended: AppendedAnchors | None = None
-
-    def to(self, device: torch.device) -> AnchorLatents:
-        moved = [tensor.to(device) for tensor in (self.latents, self.strength, self.noise)]
-        if self.appended is None:
-            return AnchorLatents(*moved)
-        more = self.appended
-        tensors = [tensor.to(device) for tensor in (more.latents, more.strength, more.noise)]
-        return AnchorLatents(*moved, AppendedAnchors(*tensors, more.positions))
-
-    def impose(self, latents: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
-        """Puts the anchors into `latents` `(B, C, f, h, w)` at noise level `sigma`, a number or of shape `(B,)`."""
-        anchored = (self.strength > 0)[:, None, :, None, None]
-        return torch.where(anchored, _noised(self, sigma).to(latents.dtype), latents)
-
-    def hold(self, velocity: torch.Tensor, latents: torch.Tensor, sigma: float) -> torch.Tensor:
-        """Replaces the predicted velocity of anchored frames by the one whose clean estimate is the anchor itself.
-
-        `clean = noisy - sigma * velocity`, so what a multistep solver keeps of such a frame is the anchor, not a guess.
-        """
-        anchored = (self.strength > 0)[:, None, :, None, None]
-        return torch.where(anchored, ((latents - self.latents) / sigma).to(velocity.dtype), velocity)
-
-
-def _noised(anchors: AnchorLatents | AppendedAnchors, sigma: torch.Tensor | float) -> torch.Tensor:
-    """The latents with the noise that is left to each at the clip's noise level, a number or of shape `(B,)`."""
-    sigma = torch.as_tensor(sigma, dtype=anchors.strength.dtype, device=anchors.strength.device)
-    frame_sigma = ((1 - anchors.strength) * sigma.reshape(-1, 1))[:, None, :, None, None]
-    return add_noise(anchors.latents, anchors.noise, frame_sigma)
-
-
-def anchored_model_input(
-    latents: torch.Tensor, sigma: torch.Tensor | float, timestep: torch.Tensor, anchors: AnchorLatents | None
-) -> dict[str, torch.Tensor]:
-    """What the transformer is called with in one forward, beside the text, for the trainer and the pipeline alike.
-
-    A fixed anchor is clean and has time 0, the other frames share the clip's time (Factorized Video Generation, arXiv
-    2512.16371, Figure 2; the per-frame time is that of Wan2.2-TI2V-5B). Appended anchors follow the clip, as the keyframes of
-    diffusers' `LTX2ConditionPipeline`.
-
-    Args:
-        latents (`torch.Tensor` of shape `(B, C, f, h, w)`): noisy latents of the clip.
-        sigma (`float` or `torch.Tensor` of shape `(B,)`): noise level in [0, 1].
-        timestep (`torch.Tensor` of shape `(B,)`): model time, `sigma * num_train_timesteps`.
-        anchors (`AnchorLatents`, *optional*): `None` for plain text-to-video.
-
-    Returns:
-        `dict`: `hidden_states` of shape `(B, C, f, h, w)`, and `timestep` of shape `(B, f)`, or `(B,)` without anchors. With
-        appended ones both have `f + A` frames, and there is `anchor_positions` of shape `(B, A)`.
-    """
-    if anchors is None:
-        return {"hidden_states": latents, "timestep": timestep}
-    hidden_states, strength, more = anchors.impose(latents, sigma), anchors.strength, {}
-    if anchors.appended is not None:
-        behind = _noised(anchors.appended, sigma).to(hidden_states.dtype)
-        hidden_states = torch.cat([hidden_states, behind], dim=2)
-        strength = torch.cat([strength, anchors.appended.strength], dim=1)
-        more["anchor_positions"] = anchors.appended.positions
-    timestep = (1 - strength) * timestep.to(strength.dtype)[:, None]
-    return {"hidden_states": hidden_states, "timestep": timestep} | more
 
 
 def pictures_of(image: Picture | Sequence[Picture]) -> list[Picture]:
@@ -348,60 +265,153 @@ def _tell_of_crop(source: tuple[int, int], target: tuple[int, int]) -> None:
         )
 
 
-# -- latents ----------------------------------------------------------------------------------------------------------
-
-
 def anchor_pixels(anchor: Anchor, height: int, width: int) -> torch.Tensor:
     """The pictures of an anchor as a clip `(3, F, H, W)` in [-1, 1]."""
     return torch.stack([crop_and_resize(image, height, width) for image in pictures_of(anchor.image)], dim=1)
 
 
-def _statistics(vae, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    mean, std = (
-        torch.tensor(values, device=like.device, dtype=like.dtype).view(1, -1, 1, 1, 1)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
+# -- places in a clip -------------------------------------------------------------------------------------------------
+
+
+def is_appended(anchor: Anchor, num_frames: int) -> bool:
+    """Whether the form `"appended"` puts an anchor behind the clip: one picture, not of frame 0."""
+    return anchor.frame_index % num_frames != 0 and len(pictures_of(anchor.image)) == 1
+
+
+def covered_latents(anchor: Anchor, num_frames: int, temporal: int = 4) -> range:
+    """Latents that an anchor of a clip of `num_frames` frames stands for.
+
+    Raises:
+        `ValueError`: outside the clip, or a run that covers a part of a latent frame.
+    """
+    if not -num_frames <= anchor.frame_index < num_frames:
+        raise ValueError(
+            f"Anchor at `frame_index={anchor.frame_index}` lies outside the clip of {num_frames} frames; use "
+            f"{-num_frames} to {num_frames - 1}."
+        )
+    count, frame = len(pictures_of(anchor.image)), anchor.frame_index % num_frames
+    first = latent_index(frame, temporal)
+    if count == 1:
+        return range(first, first + 1)
+    run = f"A run of {count} frames at `frame_index={anchor.frame_index}` in a clip of {num_frames} frames"
+    alone = int(frame == 0)
+    if not alone and (frame - 1) % temporal:
+        starts = [1 + (first - 1) * temporal, 1 + first * temporal]
+        # Counted as the caller did.
+        starts = [start + anchor.frame_index - frame for start in starts if start < num_frames]
+        raise ValueError(
+            f"{run} begins within a latent frame, which stands for {temporal} frames; nearest `frame_index`: "
+            f"{' and '.join(map(str, starts))}."
+        )
+    longest = num_frames - frame
+    if not 0 < count <= longest or (count - alone) % temporal:
+        below = alone + (min(count, longest) - alone) // temporal * temporal
+        counts = [fitting for fitting in (below, below + temporal) if 0 < fitting <= longest]
+        raise ValueError(
+            f"{run} must cover whole latent frames, {temporal}k{' + 1' * alone} frames that end within the clip; nearest: "
+            f"{' and '.join(map(str, counts))}."
+        )
+    return range(first, first + (count - alone) // temporal + alone)
+
+
+def resolve_anchors(
+    anchors: Sequence[Anchor], num_frames: int, temporal: int = 4, form: str = "slot"
+) -> list[tuple[range, Anchor]]:
+    """Checks the anchors of one clip and returns `(latents, anchor)` pairs in time order.
+
+    Args:
+        anchors (`Sequence[Anchor]`): of the clip.
+        num_frames (`int`): of the clip.
+        temporal (`int`, *optional*): frames of a latent frame.
+        form (`str`, *optional*): `"slot"` or `"appended"`; see the head of this file.
+
+    Raises:
+        `ValueError`: as in `covered_latents`; a strength outside (0, 1], or two anchors on one latent frame, or on one frame
+            where they are appended.
+    """
+    placed: dict[int, Anchor] = {}
+    pairs = []
+    for anchor in anchors:
+        latents = covered_latents(anchor, num_frames, temporal)
+        if not 0 < anchor.strength <= 1:
+            raise ValueError(f"Anchor `strength={anchor.strength}` must lie in (0, 1]; leave the anchor out for 0.")
+        first = anchor.frame_index % num_frames
+        for place in latents if form == "slot" else range(first, first + len(pictures_of(anchor.image))):
+            if place in placed:
+                frames = sorted(item.frame_index % num_frames for item in (placed[place], anchor))
+                _refuse_shared(place, frames, temporal, form)
+            placed[place] = anchor
+        pairs.append((latents, anchor))
+    return sorted(pairs, key=lambda pair: (pair[0].start, pair[1].frame_index % num_frames))
+
+
+def _refuse_shared(place: int, frames: list[int], temporal: int, form: str) -> None:
+    if form == "appended":
+        raise ValueError(f"Anchors at frames {frames[0]} and {frames[1]} both give frame {place}; keep one of them.")
+    raise ValueError(
+        f"Anchors at frames {frames[0]} and {frames[1]} fall on the same latent frame {place}; keep one of them or move one "
+        f"away. Frame 0 is a latent frame of its own, then each stands for {temporal} frames."
     )
-    return mean, std
 
 
-def normalize_latents(latents: torch.Tensor, vae) -> torch.Tensor:
-    """`(latents - latents_mean) / latents_std`, per channel, as the video model wants them."""
-    mean, std = _statistics(vae, latents)
-    # Multiplied by the inverse, not divided: bit-equal to the stock pipelines.
-    return (latents - mean) * (1.0 / std)
+# -- latents ----------------------------------------------------------------------------------------------------------
 
 
-def denormalize_latents(latents: torch.Tensor, vae) -> torch.Tensor:
-    """Inverse of `normalize_latents`, as the VAE wants them."""
-    mean, std = _statistics(vae, latents)
-    return latents / (1.0 / std) + mean
-
-
-def encode_anchor(vae, pixels: torch.Tensor, index: int, device: torch.device | None = None) -> torch.Tensor:
-    """Encodes a picture, or a run of them, for the latent positions from `index` on.
-
-    A latent at position 0 is a single frame. A later one stands for four frames and was made with the frames before them in
-    view, so a single-image latent pasted there is out of phase: a single picture stands still for its four frames, and the
-    first picture is held still before them, over `min(index, STILL_LATENTS)` latents.
+def encode_anchors(
+    vae,
+    anchors: list[list[Anchor]],
+    latents: torch.Tensor,
+    height: int,
+    width: int,
+    num_frames: int,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    form: str = "slot",
+) -> AnchorLatents:
+    """Encodes the anchors of each video.
 
     Args:
         vae (`AutoencoderKLWan`): a causal video VAE.
-        pixels (`torch.Tensor` of shape `(B, 3, H, W)` or `(B, 3, F, H, W)`): in [-1, 1]; a run has 4k + 1 frames at position
-            0 and 4k frames at a later one.
-        index (`int`): latent position of the first, from `latent_index`.
-        device (`torch.device`, *optional*): where the VAE runs.
+        anchors (`list[list[Anchor]]`): one list per video.
+        latents (`torch.Tensor` of shape `(B, C, f, h, w)`): gives shape, device and dtype.
+        height, width, num_frames (`int`): of the video, in pixels and frames.
+        generator (*optional*): draws the noise of anchors whose strength is below 1.
+        form (`str`, *optional*): `"slot"` or `"appended"`; see the head of this file.
 
-    Returns:
-        `torch.Tensor` of shape `(B, C, k, h, w)`, float32, normalised; the mode of the posterior, not a sample.
+    Raises:
+        `ValueError`: as in [`resolve_anchors`].
     """
+    # Videos of one prompt share their picture: each is encoded once for each position.
+    encoded: dict[tuple[int, int], torch.Tensor] = {}
+
+    def encode(anchor: Anchor, index: int) -> torch.Tensor:
+        key = (id(anchor.image), index)
+        if key not in encoded:
+            pixels = anchor_pixels(anchor, height, width)[None]
+            encoded[key] = encode_anchor(vae, pixels, index, get_module_execution_device(vae))[0]
+        return encoded[key].to(latents)
+
     temporal = vae.config.scale_factor_temporal
-    clip = pixels if pixels.ndim == 5 else pixels[:, :, None]
-    before = min(index, STILL_LATENTS)
-    if before:
-        held = clip[:, :, :1].expand(-1, -1, 1 + (before - 1) * temporal, -1, -1)
-        own = clip.expand(-1, -1, temporal, -1, -1) if clip.shape[2] == 1 else clip
-        clip = torch.cat([held, own], dim=2)
-    # It keeps what its convolutions need of earlier frames in attributes of the VAE.
-    with exclusive(vae):
-        latents = vae.encode(clip.to(device=device, dtype=vae.dtype)).latent_dist.mode()[:, :, before:]
-    return normalize_latents(latents.float(), vae)
+    clean, strength = torch.zeros_like(latents), latents.new_zeros(latents.shape[0], latents.shape[2])
+    behind: list[list[Anchor]] = [[] for _ in anchors]
+    for video, video_anchors in enumerate(anchors):
+        for covered, anchor in resolve_anchors(video_anchors, num_frames, temporal, form):
+            if form == "appended" and is_appended(anchor, num_frames):
+                behind[video].append(anchor)
+                continue
+            clean[video, :, covered.start : covered.stop] = encode(anchor, covered.start)
+            strength[video, covered.start : covered.stop] = anchor.strength
+    noise, appended = anchor_noise(clean, strength, generator), None
+    if any(behind):
+        # A picture alone is what the VAE makes of a first frame.
+        appended = appended_anchors(
+            [
+                [
+                    (encode(anchor, 0), anchor.strength, frame_position(anchor.frame_index % num_frames, temporal))
+                    for anchor in row
+                ]
+                for row in behind
+            ],
+            latents,
+            generator,
+        )
+    return AnchorLatents(clean, strength, noise, appended)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..schedules.cogvideox import add_noise, times_of
-from .anchor import Anchor, AnchorLatents
-from .placing import resolve_anchors
+from .anchor import Anchor, resolve_anchors
+from .conditioning import AnchorLatents
 
 
 def num_padding_frames(num_latent_frames: int, patch_size_t: int) -> int:
@@ -73,7 +73,7 @@ def encode_anchor(vae, pixels: torch.Tensor, index: int = 0, device: torch.devic
     """Encodes a picture, or a run of them, for the latent positions from `index` on.
 
     CogVideoX's VAE continues a video into the past by repeating its first frame, so a picture held still has the same latent
-    at every position, the one of the picture alone. (Wan's continues it with zeros: see [`animate.anchor.encode_anchor`].) Before a
+    at every position, the one of the picture alone. (Wan's continues it with zeros: see [`animate.conditioning.encode_anchor`].) Before a
     run its first picture is held still.
 
     Args:

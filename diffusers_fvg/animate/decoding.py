@@ -18,7 +18,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, un
 
 from ..checks import stop_unless_finite
 from ..devices import get_module_execution_device
-from .anchor import denormalize_latents
+from .conditioning import denormalize_latents
 
 
 # Final pixels `(B, 3, n, H, W)` in [-1, 1] to what is kept of them, same shape.

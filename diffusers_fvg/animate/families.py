@@ -21,8 +21,8 @@ from diffusers import DiffusionPipeline
 
 from ..loading.pipeline_component import call_arguments
 from .anchor import Anchor, pictures_of
+from .conditioning import latent_index
 from .family import AnimatorFamily, anchors_at, sibling_of, temporal_stride
-from .placing import latent_index
 
 
 # -- anchors of a video to arguments of its call: see `family.AnchorArguments` -----------------------------------------

@@ -14,8 +14,7 @@ import diffusers
 from diffusers import DiffusionPipeline
 
 from ..loading.pipeline_component import call_arguments
-from .anchor import Anchor, pictures_of
-from .placing import resolve_anchors
+from .anchor import Anchor, pictures_of, resolve_anchors
 
 
 # Anchors of one video to arguments of its call. Their pictures are PIL images of the video's size, their frames counted from 0.

@@ -305,7 +305,7 @@ class TimesPerFrame(StockWeights):
                 As in [`set_anchor_window`], for this forward; the model's own when left out.
             anchor_positions (`torch.Tensor` of shape `(B, A)`, *optional*):
                 Places in time of the last `A` frames of `hidden_states`, in latent frames and fractions of them, from
-                [`~animate.placing.frame_position`]; below 0 for a frame that stands in where a clip has fewer anchors than
+                [`~animate.conditioning.frame_position`]; below 0 for a frame that stands in where a clip has fewer anchors than
                 others of the batch, and which no frame sees. They are read on the host.
 
         Returns:

@@ -11,9 +11,8 @@ import torch
 from accelerate import PartialState
 from diffusers.hooks import apply_group_offloading
 
-from ..animate.anchor import Anchor
+from ..animate.anchor import Anchor, resolve_anchors
 from ..animate.frames import first_frame
-from ..animate.placing import resolve_anchors
 from ..lora.anchor_lora import ADAPTER_NAME, AnchorLora
 from ..lora.export import read_lora
 from ..lora.loader import EXPERTS, load_lora

@@ -30,7 +30,7 @@ class FactorizedParts:
     component_kinds: dict[str, tuple[str, tuple[str, ...]]] = {}
     # Of what may be absent in some modes, and freed, the video model is not.
     required_components: tuple[str, ...] = ("transformer", "unet")
-    # Ways to give the model an anchor, of which the anchor LoRA was trained for one: see `animate/placing.py`.
+    # Ways to give the model an anchor, of which the anchor LoRA was trained for one: see `animate/anchor.py`.
     anchor_forms: tuple[str, ...] = ("slot",)
     # The file that makes a saved repository load without an import of this package: see `save_pretrained`.
     pipeline_shim: str

@@ -53,7 +53,7 @@ class MotionOfVideos:
         Returns:
             frames in the form of `output_type`, and [`~animate.motion.motion_amounts`] of them.
         """
-        frames, tracks = pipe._animate_with_sound(self)
+        frames, tracks = pipe._animate(self)
         motion = None if self.output_type == "latent" else motion_amounts(frames)
         sampling = self.sampling(pipe)
         floor = pipe.own_min_motion if sampling is None else sampling.min_motion
@@ -81,7 +81,7 @@ class MotionOfVideos:
             # Drawn from what is left of a video's generator: the same call has the same seeds.
             drawn = [draw_seed(generator[video] if isinstance(generator, list) else generator) for video in still]
             generators = [torch.Generator().manual_seed(seed) for seed in drawn]
-            again, sounds = pipe._animate_with_sound(self._of_videos(still, generators))
+            again, sounds = pipe._animate(self._of_videos(still, generators))
             for number, amount in enumerate(motion_amounts(again) or ()):
                 video = still[number]
                 if amount > motion[video]:

@@ -20,7 +20,7 @@ from diffusers import (
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import PreTrainedTokenizerBase, T5EncoderModel
 
-from ..animate.anchor import Anchor, AnchorLatents, anchor_pixels
+from ..animate.anchor import Anchor, anchor_pixels
 from ..animate.anchor_cogvideox import (
     anchored_model_input,
     encode_anchor,
@@ -28,6 +28,7 @@ from ..animate.anchor_cogvideox import (
     num_padding_frames,
     resolve_patch_anchors,
 )
+from ..animate.conditioning import AnchorLatents
 from ..animate.decoding import decode_video
 from ..animate.fidelity import decode_anchored
 from ..animate.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
@@ -237,9 +238,9 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
         """
         request = self._request(locals())
         with self._running():
-            return self._animate(request)
+            return self._animate(request)[0]
 
-    def _animate(self, request: VideoRequest):
+    def _animate(self, request: VideoRequest) -> tuple[Any, list[torch.Tensor]]:
         with self._running() as progress:
             request.check_safety(self.safety_checker)
             self._guidance_scale, _ = request.guidance(self)
@@ -260,10 +261,10 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
                     stop_unless_finite("encode", anchors.latents, self.vae.dtype)
             latents = self._denoise(request, progress, latents, *embeds, anchors)
             if request.output_type == "latent":
-                return latents
+                return latents, []
             with progress.stage("decode"):
                 decode = partial(self.decode, latents)
-                return decode_anchored(decode, request.anchors, request.anchor_decode, request.output_type)
+                return decode_anchored(decode, request.anchors, request.anchor_decode, request.output_type), []
 
     def _encode_texts(self, request: VideoRequest) -> list[torch.Tensor | None]:
         """Embeddings of prompts and negative prompts, one for each video; the latter are `None` without guidance."""

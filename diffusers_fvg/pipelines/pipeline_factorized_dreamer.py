@@ -253,12 +253,12 @@ class FactorizedDreamerPipeline(
         """
         request = self._request(locals())
         with self._running():
-            return self._animate(request)
+            return self._animate(request)[0]
 
     def _writes_motion(self, request: VideoRequest) -> bool:
         return request.mode == "factorized" and request.motion_prompt is None and request.first_frame_prompt is None
 
-    def _animate(self, request: VideoRequest):
+    def _animate(self, request: VideoRequest) -> tuple[Any, list[torch.Tensor]]:
         with self._running() as progress:
             request.check_safety(self.safety_checker)
             self._guidance_scale, _ = request.guidance(self)
@@ -277,9 +277,9 @@ class FactorizedDreamerPipeline(
                         stop_unless_finite("encode", encoded)
             latents = self._denoise(request, progress, latents.to(device), texts, conditions)
             if request.output_type == "latent":
-                return latents
+                return latents, []
             with progress.stage("decode"):
-                return self.decode(latents, request.output_type)
+                return self.decode(latents, request.output_type), []
 
     def _encode_texts(self, request: VideoRequest, device: torch.device) -> dict[str, torch.Tensor | None]:
         """What the UNet reads, one for each video: CLIP's `prompt_embeds` and T5's `prompt_embeds_2`, and both negative."""

@@ -278,13 +278,9 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
         """
         request = self._request(locals())
         with self._running():
-            return self._animate(request)
+            return self._animate(request)[0]
 
-    def _animate(self, request: VideoRequest):
-        return self._animate_with_sound(request)[0]
-
-    def _animate_with_sound(self, request: VideoRequest) -> tuple[Any, list[torch.Tensor]]:
-        """Stage 3: frames in the form of `request.output_type`, and sound tracks."""
+    def _animate(self, request: VideoRequest) -> tuple[Any, list[torch.Tensor]]:
         with self._running() as progress:
             request.check_safety(self.safety_checker)
             if self.animator.family.note:

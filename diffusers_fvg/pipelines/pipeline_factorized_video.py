@@ -12,12 +12,11 @@ from diffusers import AutoencoderKLWan, SchedulerMixin, WanPipeline
 from diffusers.utils import logging
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from ..animate.anchor import Anchor, AnchorLatents, anchored_model_input, denormalize_latents
+from ..animate.anchor import FORMS, Anchor, encode_anchors, resolve_anchors
+from ..animate.conditioning import AnchorLatents, anchored_model_input, denormalize_latents
 from ..animate.decoding import decode_video
-from ..animate.encoding import encode_anchors
 from ..animate.fidelity import decode_anchored
 from ..animate.memory import decoder_bytes, free_bytes
-from ..animate.placing import FORMS, resolve_anchors
 from ..animate.transformer_anchor_skyreels import WanNetwork, as_anchored
 from ..checks import check_finite, check_number, check_size, stop_unless_finite
 from ..compose.composer import AnchorComposer
@@ -62,7 +61,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         anchor_judge (`AnchorJudge`, *optional*): chooses among several pictures of stage 2.
         anchor_lora (`AnchorLora`, *optional*): loaded into the transformers as adapter `"anchor"`. It is switched off
             while there is no anchor, so that `mode="direct"` is the base model. Its metadata `anchor_form` says how anchors
-            are given to the model, see [`animate.placing`].
+            are given to the model, see [`animate.anchor`].
         schedulers (`SchedulerPresets`, *optional*): what `preset=` selects from; those of Wan when absent.
         boundary_ratio (`float`, *optional*): share of the time range below which `transformer_2` takes over; needed with it.
         expand_timesteps (`bool`, *optional*): the base has a native first-frame mode (Wan2.2-TI2V-5B). Kept in the config
@@ -181,7 +180,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         num_frames: int,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> AnchorLatents:
-        """[`animate.encoding.encode_anchors`] in the form that the anchor LoRA was trained in, which has the arguments."""
+        """[`animate.anchor.encode_anchors`] in the form that the anchor LoRA was trained in, which has the arguments."""
         size = height, width, num_frames
         return encode_anchors(self.vae, anchors, latents, *size, generator, self.anchor_form)
 
@@ -222,9 +221,9 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         """
         request = self._request(locals())
         with self._running():
-            return self._animate(request)
+            return self._animate(request)[0]
 
-    def _animate(self, request: VideoRequest):
+    def _animate(self, request: VideoRequest) -> tuple[Any, list[torch.Tensor]]:
         with self._running() as progress:
             request.check_safety(self.safety_checker)
             self._settle_guidance(request)
@@ -249,10 +248,10 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
                     stop_unless_finite("encode", anchors.latents, self.vae.dtype)
             latents = self._denoise(request, progress, latents, *embeds, anchors)
             if request.output_type == "latent":
-                return latents
+                return latents, []
             with progress.stage("decode"):
                 decode = partial(self.decode, latents)
-                return decode_anchored(decode, request.anchors, request.anchor_decode, request.output_type)
+                return decode_anchored(decode, request.anchors, request.anchor_decode, request.output_type), []
 
     def _settle_guidance(self, request: VideoRequest) -> None:
         """Sets what the stock pipeline's properties tell of a run."""

@@ -178,12 +178,8 @@ class FactorizedStages(FactorizedParts, ABC):
         return
 
     @abstractmethod
-    def _animate(self, request: VideoRequest) -> Any:
-        """Stage 3: frames in the form of `request.output_type`."""
-
-    def _animate_with_sound(self, request: VideoRequest) -> tuple[Any, list[torch.Tensor]]:
-        """Stage 3: frames, and the sound tracks of a model that makes them."""
-        return self._animate(request), []
+    def _animate(self, request: VideoRequest) -> tuple[Any, list[torch.Tensor]]:
+        """Stage 3: frames in the form of `request.output_type`, and the sound tracks of a model that makes them."""
 
     # -- stages 1 and 2 -----------------------------------------------------------------------------------------------
 

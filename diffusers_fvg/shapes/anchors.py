@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..animate.anchor import Anchor, anchor_pixels, encode_anchor
+from ..animate.anchor import Anchor, anchor_pixels
+from ..animate.conditioning import encode_anchor
 from ..animate.fidelity import ANCHOR_DECODES, colour_shift, decode_anchored, low_frequency_drift
 from .blobs import find_objects
 from .held_out import attributes_stay, split_scenes

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..animate.anchor import Anchor
-from ..animate.placing import latent_index
+from ..animate.conditioning import latent_index
 from ..embedded import load_embedded
 from ..lora.anchor_lora import ADAPTER_NAME, AnchorLora
 from ..lora.formats import read_safetensors

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..animate.anchor import AnchorLatents, AppendedAnchors
-from ..animate.placing import frame_position, latent_index
+from ..animate.conditioning import AnchorLatents, AppendedAnchors, frame_position, latent_index
 from .config import TrainConfig
 from .objectives import FLOW_MATCHING, FlowMatching, VPrediction, velocity_loss
 

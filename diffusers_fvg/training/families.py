@@ -17,7 +17,7 @@ from diffusers import (
 )
 from transformers import AutoTokenizer, T5EncoderModel, UMT5EncoderModel
 
-from ..animate.anchor import normalize_latents
+from ..animate.conditioning import normalize_latents
 from ..animate.transformer_anchor import AnchorConditionedTransformer3D
 from ..animate.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
 from ..checks import check_num_frames, check_size

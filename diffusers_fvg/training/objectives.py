@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from ..animate import anchor_cogvideox
-from ..animate.anchor import AnchorLatents, anchored_model_input
+from ..animate.conditioning import AnchorLatents, anchored_model_input
 from ..schedules import cogvideox as schedules_cogvideox
 from ..schedules.flow import add_noise, velocity
 

@@ -5,16 +5,15 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
 from tiny import tiny_vae
 
-from diffusers_fvg.animate.anchor import (
-    Anchor,
+from diffusers_fvg.animate.anchor import Anchor, anchor_pixels, covered_latents, resolve_anchors
+from diffusers_fvg.animate.conditioning import (
     AnchorLatents,
-    anchor_pixels,
     anchored_model_input,
     denormalize_latents,
     encode_anchor,
+    latent_index,
     normalize_latents,
 )
-from diffusers_fvg.animate.placing import covered_latents, latent_index, resolve_anchors
 from diffusers_fvg.embedded import EMBEDDED_FOLDER
 from diffusers_fvg.shapes.world import Change, ShapeObject, render
 

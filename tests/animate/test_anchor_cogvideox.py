@@ -3,7 +3,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler
 from tiny_cogvideox import tiny_cogvideox_transformer, tiny_cogvideox_vae
 
-from diffusers_fvg.animate.anchor import Anchor, AnchorLatents
+from diffusers_fvg.animate.anchor import Anchor
 from diffusers_fvg.animate.anchor_cogvideox import (
     anchored_model_input,
     channels_first,
@@ -13,6 +13,7 @@ from diffusers_fvg.animate.anchor_cogvideox import (
     patch_frames,
     resolve_patch_anchors,
 )
+from diffusers_fvg.animate.conditioning import AnchorLatents
 from diffusers_fvg.schedules.cogvideox import COGVIDEOX_1_5_SCHEDULE, training_sigmas
 
 

@@ -11,7 +11,7 @@ from diffusers.video_processor import VideoProcessor
 from tiny import tiny_vae
 from tiny_cogvideox import tiny_cogvideox_vae
 
-from diffusers_fvg.animate.anchor import denormalize_latents
+from diffusers_fvg.animate.conditioning import denormalize_latents
 from diffusers_fvg.animate.decoding import decode_chunks, decode_frames, decode_video, to_uint8
 from diffusers_fvg.media import frames_to_uint8, read_video, write_video
 

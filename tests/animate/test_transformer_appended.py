@@ -10,7 +10,7 @@ from peft import LoraConfig
 from tiny import TRANSFORMER_CONFIG, tiny_transformer
 from torch._dynamo.testing import CompileCounter
 
-from diffusers_fvg.animate.placing import frame_position
+from diffusers_fvg.animate.conditioning import frame_position
 from diffusers_fvg.animate.transformer_anchor import AppendedRotaryEmbedding
 
 

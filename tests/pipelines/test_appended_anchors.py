@@ -9,7 +9,8 @@ from tiny import tiny_pipeline
 from tiny_cogvideox import tiny_cogvideox_pipeline
 
 from diffusers_fvg import Anchor, AnchorLora
-from diffusers_fvg.animate.anchor import crop_and_resize, encode_anchor
+from diffusers_fvg.animate.anchor import crop_and_resize
+from diffusers_fvg.animate.conditioning import encode_anchor
 
 
 SIZE = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16, "output_type": "latent"}

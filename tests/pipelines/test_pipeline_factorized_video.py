@@ -18,7 +18,8 @@ from diffusers import (
 from tiny import tiny_pipeline, tiny_transformer
 
 from diffusers_fvg import Anchor, AnchorConditionedTransformer3D, FactorizedVideoPipeline
-from diffusers_fvg.animate.anchor import anchor_pixels, crop_and_resize, encode_anchor
+from diffusers_fvg.animate.anchor import anchor_pixels, crop_and_resize
+from diffusers_fvg.animate.conditioning import encode_anchor
 from diffusers_fvg.lora.anchor_lora import AnchorLora
 from diffusers_fvg.pipelines import pipeline_factorized_video as module
 from diffusers_fvg.schedules.distilled import DISTILLED_PRESETS

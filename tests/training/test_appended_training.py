@@ -18,7 +18,8 @@ from training_runs import (
 )
 
 from diffusers_fvg import AnchorLora
-from diffusers_fvg.animate.anchor import crop_and_resize, encode_anchor
+from diffusers_fvg.animate.anchor import crop_and_resize
+from diffusers_fvg.animate.conditioning import encode_anchor
 from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
 from diffusers_fvg.media import read_video
 from diffusers_fvg.training.data import build_cache

@@ -13,7 +13,8 @@ from tiny import tiny_wan_components
 from training_runs import CAPTIONS, moving_square, save_model, save_videos, tiny_config
 from transformers import UMT5EncoderModel
 
-from diffusers_fvg.animate.anchor import crop_and_resize, encode_anchor
+from diffusers_fvg.animate.anchor import crop_and_resize
+from diffusers_fvg.animate.conditioning import encode_anchor
 from diffusers_fvg.media import read_video
 from diffusers_fvg.shapes.dataset import lossless_video
 from diffusers_fvg.training import data, files, metadata

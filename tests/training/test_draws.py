@@ -7,7 +7,7 @@ from training_runs import OPTIONS, moving_square
 
 from diffusers_fvg import Anchor, AnchorLora, SchedulerPreset, SchedulerPresets
 from diffusers_fvg.animate.anchor import crop_and_resize
-from diffusers_fvg.animate.placing import latent_index
+from diffusers_fvg.animate.conditioning import latent_index
 from diffusers_fvg.schedules.flow import add_noise
 from diffusers_fvg.training.config import TrainConfig
 from diffusers_fvg.training.draws import (
