@@ -6,7 +6,6 @@ import json
 import diffusers
 import pytest
 import torch
-import torch.multiprocessing as mp
 from accelerate import cpu_offload
 from diffusers import WanTransformer3DModel, hooks
 from diffusers.hooks import (
@@ -20,6 +19,7 @@ from diffusers.hooks.context_parallel import apply_context_parallel
 from diffusers.models._modeling_parallel import ContextParallelConfig, ParallelConfig
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from forked import finish, start_processes
 from group_offload import skip_without_group_offload
 from peft import LoraConfig
 from torch._dynamo.testing import CompileCounter
@@ -565,7 +565,7 @@ def context_parallel_rank(rank, folder):
 
 def test_context_parallel(tmp_path):
     # 3 frames of 6 tokens on 2 ranks: the second shard begins in the middle of a frame.
-    mp.spawn(context_parallel_rank, args=(str(tmp_path),), nprocs=2)
+    finish(start_processes(context_parallel_rank, [(rank, str(tmp_path)) for rank in range(2)]))
     outputs = torch.load(tmp_path / "outputs.pt")
     stock, _ = make_pair()
     for form in FORMS:

@@ -4,9 +4,9 @@ import os
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from accelerate import PartialState
 from diffusers import ContextParallelConfig
+from forked import finish, start_processes
 from tiny import tiny_pipeline
 
 
@@ -70,7 +70,7 @@ def pipe():
 
 
 def test_context_parallel_splits_the_tokens_of_a_video(pipe, tmp_path):
-    mp.spawn(context_parallel, args=(str(tmp_path),), nprocs=2)
+    finish(start_processes(context_parallel, [(rank, str(tmp_path)) for rank in range(2)]))
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for mode in ("factorized", "direct"):
         expected = generate(pipe, PROMPTS[:1], mode=mode)
@@ -79,7 +79,7 @@ def test_context_parallel_splits_the_tokens_of_a_video(pipe, tmp_path):
 
 
 def test_data_parallel_splits_the_prompts(pipe, tmp_path):
-    mp.spawn(data_parallel, args=(str(tmp_path),), nprocs=2)
+    finish(start_processes(data_parallel, [(rank, str(tmp_path)) for rank in range(2)]))
     expected = torch.cat([generate(pipe, [prompt]) for prompt in PROMPTS])
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected, rtol=0, atol=1e-5)

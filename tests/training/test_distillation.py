@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from forked import finish
 from safetensors.torch import load_file
 from tiny import tiny_pipeline, tiny_transformer
 from tiny_cogvideox import tiny_cogvideox_transformer
 from training_runs import (
     SCALE,
     distilled_config,
-    finish,
     kill_after,
     losses,
     moving_square,

@@ -2,10 +2,8 @@
 
 import importlib.util
 import json
-import multiprocessing
 import os
 import re
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +15,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from forked import start_processes
 from safetensors.torch import load_file
 from tiny_dreamer import (
     clip_tokenizer,
@@ -162,12 +161,7 @@ def test_a_killed_run_ends_in_the_same_bits(finished, tmp_path):
     config, output = finished
     config = replace(config, output_dir=str(tmp_path))
     (tmp_path / "run.toml").write_text(config.to_toml(), encoding="utf-8")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["diffusers_fvg.training.dreamer"])
-    process = context.Process(target=_worker, args=(str(tmp_path / "run.toml"), 0.3))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        process.start()
+    (process,) = start_processes(_worker, [(str(tmp_path / "run.toml"), 0.3)])
     deadline = time.monotonic() + 240
     while not ((tmp_path / "log_unet.jsonl").exists() and len(log(tmp_path)) >= 5):
         assert time.monotonic() < deadline and process.is_alive()

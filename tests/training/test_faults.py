@@ -16,8 +16,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from filelock import FileLock
+from forked import finish
 from safetensors.torch import load_file
-from training_runs import CAPTIONS, finish, losses, save_config, save_model, save_videos, start, tiny_config
+from training_runs import CAPTIONS, losses, save_config, save_model, save_videos, start, tiny_config
 
 from diffusers_fvg.lora.anchor_lora import WEIGHT_NAME
 from diffusers_fvg.training import loop, processes

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanPipeline
+from forked import finish
 from safetensors.torch import load_file
 from tiny import tiny_transformer
 from tiny_cogvideox import tiny_cogvideox_transformer
 from torch.autograd.graph import saved_tensors_hooks
 from training_runs import (
-    finish,
     losses,
     save_cogvideox_model,
     save_config,

@@ -8,10 +8,11 @@ import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState
 from diffusers import WanPipeline
+from forked import finish
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import tiny_transformer, tiny_wan_components
-from training_runs import finish, kill_after, losses, save_config, save_model, save_videos, start, tiny_config
+from training_runs import kill_after, losses, save_config, save_model, save_videos, start, tiny_config
 
 from diffusers_fvg import AnchorLora
 from diffusers_fvg.lora.anchor_lora import WEIGHT_NAME

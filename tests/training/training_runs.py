@@ -1,17 +1,15 @@
 """A tiny model on disk, a folder of tiny videos, and runs in processes of their own."""
 
 import json
-import multiprocessing
 import os
 import socket
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline, WanPipeline
+from forked import start_processes
 from tiny import tiny_transformer, tiny_wan_components
 from tiny_cogvideox import tiny_cogvideox_components
 
@@ -149,28 +147,11 @@ def _worker(
 
 
 def start(config_path: Path, num_processes: int = 1, seconds_per_step: float = 0.0, sharded: bool = False) -> list:
-    """Starts a run. The server that its processes fork from has imported the heavy packages once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["diffusers_fvg.training.trainer", "training_runs"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [
-        context.Process(target=_worker, args=(str(config_path), rank, num_processes, port, seconds_per_step, sharded))
-        for rank in range(num_processes)
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        # The server itself finds modules by the environment alone.
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        for process in processes:
-            process.start()
-    return processes
-
-
-def finish(processes: list) -> None:
-    for process in processes:
-        process.join(timeout=240)
-    assert [process.exitcode for process in processes] == [0] * len(processes)
+    options = (num_processes, port, seconds_per_step, sharded)
+    return start_processes(_worker, [(str(config_path), rank, *options) for rank in range(num_processes)])
 
 
 def kill_after(processes: list, output: Path, step: int) -> None:
