@@ -252,8 +252,10 @@ def find_variants(identify: Callable) -> Callable:
         find_out("has_references", _has_references(config))
         if not names_ours(config):
             return identify(folder, variant, config)
-        found = {}
-        for name in config if variant is not None else ():
+        found: dict[str, str] = {}
+        if variant is None:
+            return found
+        for name in config:
             files = [path.name for path in Path(folder, name).glob("*.*") if path.is_file()]
             if any(file.split(".")[1].startswith(variant) for file in files):
                 found[name] = variant

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -48,8 +48,8 @@ NO_REWRITER = (
     '`mode="direct"`, or load a rewriter.'
 )
 
-Image = PIL.Image.Image | np.ndarray | torch.Tensor
-StepCallback = Callable | PipelineCallback | MultiPipelineCallbacks
+Image: TypeAlias = PIL.Image.Image | np.ndarray | torch.Tensor
+StepCallback: TypeAlias = Callable | PipelineCallback | MultiPipelineCallbacks
 AnchorResolver = Callable[[Sequence[Anchor], int], list[tuple[range, Anchor]]]
 
 
