@@ -92,7 +92,7 @@ def run_plan(
             if count:
                 workers = (num_processes, num_rewriters, num_composers)
                 job = Job(folder, pending, count, load, parts, turn.id, *workers, quiet)
-                with Watch(job, storage and storage.add) as watch:
+                with Watch(job, None if storage is None else storage.add) as watch:
                     ENGINES[engine](job, watch)
             if storage is not None:
                 storage.finish()

@@ -186,9 +186,10 @@ def _component(folder: Path, library: str, class_name: str, hub: dict[str, Any])
         return FAMILIES[class_name][0].from_config(_json(folder / "config.json"))
     # A model of one pipeline alone is in that pipeline's module.
     places = {"diffusers": diffusers, "transformers": transformers}
-    kind = getattr(places.get(library) or getattr(diffusers.pipelines, library, None), class_name, None)
-    if not inspect.isclass(kind):
+    found = getattr(places.get(library) or getattr(diffusers.pipelines, library, None), class_name, None)
+    if not isinstance(found, type):
         return None
+    kind: Any = found
     if issubclass(kind, SchedulerMixin):
         with torch.device("cpu"):
             return kind.from_config(_json(folder / "scheduler_config.json"))
