@@ -26,7 +26,7 @@ lint: $(STAMP)
 
 # A page of the public names, from their docstrings: build/docs/index.html.
 docs: $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) '.[docs]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,docs]'
 	$(BIN)/python -m pdoc --docformat google --no-show-source --no-search --template-directory examples/api_reference \
 		--output-directory build/docs diffusers_fvg
 
