@@ -22,10 +22,11 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # A page of the public names, from their docstrings: build/docs/index.html.
 docs: $(STAMP)
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) '.[docs]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev,docs]'
 	$(BIN)/python -m pdoc --docformat google --no-show-source --no-search --template-directory examples/api_reference \
 		--output-directory build/docs diffusers_fvg
 

@@ -6,6 +6,7 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
+from typing import Any
 
 
 __version__ = "0.1.0"
@@ -85,13 +86,14 @@ class _RegisterAfterDiffusers(importlib.abc.MetaPathFinder):
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec("diffusers")
         if spec is not None:
-            run = spec.loader.exec_module
+            loader: Any = spec.loader
+            run = loader.exec_module
 
             def exec_module(module) -> None:
                 run(module)
                 register()
 
-            spec.loader.exec_module = exec_module
+            loader.exec_module = exec_module
         return spec
 
 

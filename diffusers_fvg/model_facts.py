@@ -97,7 +97,7 @@ class ModelFacts:
     memory: str
     sources: dict[str, str]
 
-    def size(self, height: int, width: int) -> TrainedSize | None:
+    def size(self, height: int | None, width: int | None) -> TrainedSize | None:
         """The trained size, `None` for one that is not among them."""
         return next((size for size in self.sizes if (size.height, size.width) == (height, width)), None)
 

@@ -75,9 +75,10 @@ def model_presets(facts: ModelFacts, height: int | None = None, width: int | Non
     from .schedules.presets import SchedulerPresets, unipc_preset
 
     # Shift -> name; the first of its sizes names it.
-    suffixes: dict[float | None, str] = {facts.sizes[0].flow_shift: ""}
+    suffixes: dict[float, str] = {}
     for size in facts.sizes:
-        suffixes.setdefault(size.flow_shift, f"-{min(size.height, size.width)}p")
+        if size.flow_shift is not None:
+            suffixes.setdefault(size.flow_shift, f"-{min(size.height, size.width)}p" if suffixes else "")
     asked = facts.size(height, width) or facts.sizes[0]
     steps, presets = facts.num_inference_steps, []
     for shift in sorted(suffixes, key=lambda shift: shift != asked.flow_shift):
@@ -85,8 +86,16 @@ def model_presets(facts: ModelFacts, height: int | None = None, width: int | Non
             ("anchored-15", 15, f"arXiv 2512.16371: 15 steps; shift and guidance of {facts.name}"),
             (f"full-{steps}", steps, facts.sources["num_inference_steps"]),
         ):
-            guidance = {"guidance_scale": facts.guidance_scale, "guidance_scale_2": facts.guidance_scale_2}
-            presets.append(unipc_preset(name + suffixes[shift], number, shift, source=source, **guidance))
+            presets.append(
+                unipc_preset(
+                    name + suffixes[shift],
+                    number,
+                    shift,
+                    facts.guidance_scale,
+                    source,
+                    guidance_scale_2=facts.guidance_scale_2,
+                )
+            )
     return SchedulerPresets.of(*presets, *DISTILLED_PRESETS.get(facts.name, ()))
 
 
@@ -119,7 +128,7 @@ def warn_untrained(
         _warn_once(
             f"{facts.name} was trained on videos of {trained} frames; expect less of `num_frames={num_frames}`."
         )
-    if size is None or size.flow_shift is None or getattr(preset, "weights", ""):
+    if size is None or size.flow_shift is None or (preset is not None and preset.weights):
         return  # Distilled weights have a shift of their own.
     config = scheduler.config
     used = config.get("flow_shift", config.get("shift")) if preset is None else preset.flow_shift

@@ -46,12 +46,12 @@ def models_text() -> str:
         cells = "".join(f" {cell:>11}" for cell in memory_cells(recipe, CARDS))
         lines.append(f"{recipe.name:15}  {first:12}{cells}")
     lines += ["", "IMAGE-TO-VIDEO PIPELINES (first frame kept; composer and rewriter as above)"]
-    for recipe in ANIMATOR_RECIPES.values():
-        cells = "".join(f" {cell:>11}" for cell in memory_cells(recipe, CARDS))
+    for animator in ANIMATOR_RECIPES.values():
+        cells = "".join(f" {cell:>11}" for cell in memory_cells(animator, CARDS))
         lines += [
-            f"{recipe.name:29}{cells}",
-            f"  {recipe.repositories['animator']}",
-            f"  {recipe.licenses['animator']}",
+            f"{animator.name:29}{cells}",
+            f"  {animator.repositories['animator']}",
+            f"  {animator.licenses['animator']}",
         ]
     lines += ["", f"{'REPOSITORY':32}  {'LICENCE':17}  {'GB':>4}  USED BY"]
     sizes = _sizes()
@@ -210,6 +210,7 @@ def training_values(recipe: Recipe) -> dict[str, Any]:
 
 
 # What runs without them, too: attention backends and kernels, bits of weights, training's extras.
+PACKAGES: tuple[str, ...]
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "huggingface_hub", "safetensors", "triton")
 PACKAGES += ("flash_attn", "sageattention", "bitsandbytes", "torchao", "gguf", "cv2", "tensorboard", "datasets")
 

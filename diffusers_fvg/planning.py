@@ -71,6 +71,7 @@ def _licenses(source: ModelSource, outline: FactorizedStages) -> dict[str, str]:
         return source.recipe.licenses
     if source.folder == EMBEDDED_FOLDER:
         return {"all": "Apache-2.0, as this package"}
+    assert source.folder is not None
     if (source.folder / PARTS_NAME).is_file():
         records = json.loads((source.folder / PARTS_NAME).read_text(encoding="utf-8"))
         return {part: record["license"] for part, record in records.items()}
@@ -177,7 +178,8 @@ def _repositories(source: ModelSource, parts: dict[str, Any]) -> dict[tuple[str,
         # Of what is referred to nothing is in its folder.
         kept = {name for name, entry in source.index.items() if isinstance(entry, list) and entry[1] is not None}
         found[source.repository, source.commit] = kept - named.keys()
-    for part in source.index or ():
+    for part in source.index:
+        assert source.folder is not None
         folder = source.folder / part
         for name, repository, subfolder in (
             ("reference.json", "repository", "subfolder"),

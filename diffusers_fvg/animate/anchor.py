@@ -16,10 +16,11 @@ import functools
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import PIL.Image
+import PIL.ImageFile
 import PIL.ImageOps
 import torch
 from diffusers.utils import logging
@@ -41,7 +42,7 @@ logger = logging.get_logger(__name__)
 
 FORMS = ("slot", "appended")
 
-Picture = PIL.Image.Image | np.ndarray | torch.Tensor
+Picture: TypeAlias = PIL.Image.Image | np.ndarray | torch.Tensor
 
 # A crop is told of from this share of the picture on: a thing at the edge may be gone with it.
 CROP_TOLD = 0.1
@@ -78,7 +79,8 @@ class Anchor:
 def pictures_of(image: Picture | Sequence[Picture]) -> list[Picture]:
     """The pictures of an anchor in time order: one, or those of a run."""
     several = isinstance(image, (list, tuple)) or (isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim == 4)
-    return list(image) if several else [image]
+    pictures: Any = image
+    return list(pictures) if several else [pictures]
 
 
 def pair_anchors(anchors, num_prompts: int, num_videos_per_prompt: int) -> list[list[Anchor]]:
@@ -188,7 +190,8 @@ def cover(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     if image.shape[1:] == (height, width):
         return image
     # Planes of floats: their box has fractions of a pixel, and nothing is rounded between the two directions.
-    planes = [PIL.ImageOps.fit(PIL.Image.fromarray(plane), (width, height)) for plane in image.numpy(force=True)]
+    fitted = (PIL.ImageOps.fit(PIL.Image.fromarray(plane), (width, height)) for plane in image.numpy(force=True))
+    planes = [np.asarray(plane) for plane in fitted]
     return torch.from_numpy(np.stack(planes)).clamp(0, 1).to(image.device)
 
 
@@ -207,7 +210,7 @@ def _pixels(image: PIL.Image.Image) -> np.ndarray:
                 f"The anchor image is animated or has several pages, {frames} in all: choose one, with `image.seek(index)` "
                 "and `image.copy()`, or give several as the list of a run."
             )
-        if image.format == "TIFF":
+        if image.format == "TIFF" and isinstance(image, PIL.ImageFile.ImageFile):
             # By its name Pillow maps an uncompressed file into memory, with the sides of a turned one exchanged.
             name, image.filename = image.filename, ""
             image.load()

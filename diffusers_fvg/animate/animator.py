@@ -109,8 +109,9 @@ class AnchorAnimator(PipelineComponent):
         argument = guidance_argument(self.pipeline)
         if argument == "guider":
             return float(self.pipeline.guider.guidance_scale)
-        default = None if argument is None else call_arguments(self.pipeline)[argument].default
-        return self.call_defaults.get(argument, default)
+        if argument is None:
+            return None
+        return self.call_defaults.get(argument, call_arguments(self.pipeline)[argument].default)
 
     @property
     def audio_sampling_rate(self) -> int | None:

@@ -77,12 +77,12 @@ class AnchorLatents:
     appended: AppendedAnchors | None = None
 
     def to(self, device: torch.device) -> AnchorLatents:
-        moved = [tensor.to(device) for tensor in (self.latents, self.strength, self.noise)]
-        if self.appended is None:
-            return AnchorLatents(*moved)
         more = self.appended
-        tensors = [tensor.to(device) for tensor in (more.latents, more.strength, more.noise)]
-        return AnchorLatents(*moved, AppendedAnchors(*tensors, more.positions))
+        if more is not None:
+            latents, strength, noise = (tensor.to(device) for tensor in (more.latents, more.strength, more.noise))
+            more = AppendedAnchors(latents, strength, noise, more.positions)
+        latents, strength, noise = (tensor.to(device) for tensor in (self.latents, self.strength, self.noise))
+        return AnchorLatents(latents, strength, noise, more)
 
     def impose(self, latents: torch.Tensor, sigma: torch.Tensor | float) -> torch.Tensor:
         """Puts the anchors into `latents` `(B, C, f, h, w)` at noise level `sigma`, a number or of shape `(B,)`."""

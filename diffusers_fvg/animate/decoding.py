@@ -9,6 +9,7 @@ Shape legend: B videos, C latent channels, f latent frames, h and w latent rows 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -149,7 +150,8 @@ def _tiled_chunks(vae: AutoencoderKLWan, latents: torch.Tensor, convert: Convert
     blend_height = vae.tile_sample_min_height // patch - kept_height
     blend_width = vae.tile_sample_min_width // patch - kept_width
 
-    video, above = None, []
+    video: Any = None
+    above: list[torch.Tensor] = []
     for row, top in enumerate(range(0, height, step_height)):
         edges, left = [], None
         for column, begin in enumerate(range(0, width, step_width)):

@@ -18,6 +18,7 @@ from typing import Any
 import diffusers
 import PIL.Image
 from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
 
 from ..loading.pipeline_component import call_arguments
 from .anchor import Anchor, pictures_of
@@ -61,8 +62,9 @@ def beginning_of_cosmos25(pipeline: DiffusionPipeline, anchors: Sequence[Anchor]
 
 def clip_and_mask(pipeline: DiffusionPipeline, anchors: Sequence[Anchor], num_frames: int) -> dict[str, Any]:
     """A clip that is grey, and a mask that is white, where nothing is given."""
-    size = pictures_of(anchors[0].image)[0].size
-    clip, mask = ([PIL.Image.new("RGB", size, colour)] * num_frames for colour in ("#808080", "white"))
+    size: Any = pictures_of(anchors[0].image)[0].size
+    clip: list[Any] = [PIL.Image.new("RGB", size, "#808080")] * num_frames
+    mask = [PIL.Image.new("RGB", size, "white")] * num_frames
     for anchor in anchors:
         for frame, picture in enumerate(pictures_of(anchor.image), anchor.frame_index):
             clip[frame], mask[frame] = picture, PIL.Image.new("RGB", size, "black")
@@ -83,7 +85,7 @@ _LTX2_UNGUIDED = {"stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0
 _LTX2_UNGUIDED |= {"audio_guidance_scale": 1.0} | {f"audio_{name}": value for name, value in _LTX2_UNGUIDED.items()}
 
 
-def _transformer(pipeline: DiffusionPipeline) -> Mapping[str, Any]:
+def _transformer(pipeline: DiffusionPipeline) -> FrozenDict:
     return (getattr(pipeline, "transformer", None) or pipeline.transformer_2).config
 
 

@@ -9,6 +9,7 @@ Frames are sRGB, `(F, H, W, 3)`, in [0, 1] or uint8: F frames, H and W height an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -25,7 +26,7 @@ FLAT = 2 / 255
 # A frame shows the anchor's picture, moved on by a frame or two, when their low frequencies correlate at least this well.
 SAME_PICTURE = 0.9
 
-Frames = np.ndarray | torch.Tensor
+Frames: TypeAlias = np.ndarray | torch.Tensor
 
 
 # -- measures ---------------------------------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ def decode_anchored(
         anchor_decode (`str`): of `ANCHOR_DECODES`.
         output_type (`str`): what `decode` takes, `"uint8"` among it.
     """
-    if anchor_decode == "raw":
+    if anchor_decode == "raw" or anchors is None:
         return decode(output_type)
     videos = decode("uint8" if output_type == "pil" else output_type)
     for video, video_anchors in zip(videos, anchors):

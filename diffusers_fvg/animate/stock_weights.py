@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from accelerate import init_empty_weights
 from accelerate.hooks import AlignDevicesHook, CpuOffload, SequentialHook, add_hook_to_module
@@ -20,10 +21,30 @@ from torch import nn
 from ..model_facts import MODELS
 
 
+if TYPE_CHECKING:
+    # Of which class it is, the stock class behind this one says.
+    from diffusers import ModelMixin as StockModel
+else:
+    StockModel = object
+
+Init = TypeVar("Init", bound=Callable[..., None])
+
 logger = logging.get_logger(__name__)
 
 
-class StockWeights:
+def configured_as(stock_class: type[ModelMixin]) -> Callable[[Init], Init]:
+    """Decorates an `__init__`: the configuration is read from its signature, which is the stock one, whatever the version of
+    diffusers.
+    """
+
+    def decorated(init: Init) -> Init:
+        functools.update_wrapper(init, stock_class.__init__)
+        return init
+
+    return decorated
+
+
+class StockWeights(StockModel):
     """Loading and saving of a model whose configuration and state dict are those of `stock_class`.
 
     Stands before the stock class among the bases.
@@ -209,7 +230,7 @@ def _copied_holders(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
 def _copy_hooks(module: nn.Module, copied: nn.Module, holders: dict[nn.Module, nn.Module]) -> None:
     """Hooks of diffusers (group offload, casting) and of accelerate (sequential and model offload) for the copy of a module."""
-    registry = getattr(module, "_diffusers_hook", None)
+    registry: Any = getattr(module, "_diffusers_hook", None)
     for name in [] if registry is None else registry._hook_order:
         hook = copy.copy(registry.hooks[name])
         if hasattr(hook, "group"):

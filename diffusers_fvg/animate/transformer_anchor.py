@@ -5,7 +5,6 @@ Wan block through six modulation vectors. They are the same for all tokens of a 
 frame: (B, frames, 6, D) is 2 MB at the width of Wan2.2-5B and 31 latent frames, one row per token is 2 GB.
 """
 
-import functools
 import inspect
 from contextlib import AbstractContextManager
 from typing import Any
@@ -32,7 +31,7 @@ from ..devices import get_module_execution_device
 from ..kernels import frame_attention, gated_residual, layer_norm, modulated_layer_norm, rms_norm_rope
 from ..kernels.attention import anchor_window as frames_within_window
 from .attention import choose_backend
-from .stock_weights import StockWeights
+from .stock_weights import StockWeights, configured_as
 
 
 class AnchorConditionedAttnProcessor(WanAttnProcessor):
@@ -476,8 +475,7 @@ class AnchorConditionedTransformer3D(TimesPerFrame, WanTransformer3DModel):
         "row_index": {0: ContextParallelInput(split_dim=0, expected_dims=1, split_output=True)},
     }
 
-    # The configuration is read from the signature: it is the stock one, whatever the version of diffusers.
-    @functools.wraps(WanTransformer3DModel.__init__)
+    @configured_as(WanTransformer3DModel)
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._convert()

@@ -12,7 +12,6 @@ vectors that are the same for all tokens of a frame: one row per frame, never on
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 from diffusers.utils import apply_lora_scale
 
 from ..kernels import gated_residual
-from .stock_weights import StockWeights
+from .stock_weights import StockWeights, configured_as
 
 
 def _modulated(normed: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
@@ -130,8 +129,7 @@ class AnchorConditionedCogVideoXTransformer3D(StockWeights, CogVideoXTransformer
     _no_split_modules = ["AnchorConditionedCogVideoXBlock", "CogVideoXPatchEmbed"]
     _repeated_blocks = ["AnchorConditionedCogVideoXBlock"]
 
-    # The configuration is read from the signature: it is the stock one, whatever the version of diffusers.
-    @functools.wraps(CogVideoXTransformer3DModel.__init__)
+    @configured_as(CogVideoXTransformer3DModel)
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._convert()

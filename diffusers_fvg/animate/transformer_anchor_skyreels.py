@@ -3,12 +3,13 @@
 Sources: arXiv 2504.13074; huggingface/diffusers 0.42.1, models/transformers/transformer_skyreels_v2.py.
 """
 
-import functools
+from typing import TypeAlias
 
 import torch
 from diffusers import SkyReelsV2Transformer3DModel, WanTransformer3DModel
 from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2AttnProcessor
 
+from .stock_weights import configured_as
 from .transformer_anchor import AnchorConditionedTransformer3D, TimesPerFrame
 
 
@@ -30,7 +31,7 @@ class AnchorConditionedSkyReelsV2Transformer3D(TimesPerFrame, SkyReelsV2Transfor
     further_inputs = {"image_dim": "image embeddings"}
     _keep_in_fp32_modules = [*SkyReelsV2Transformer3DModel._keep_in_fp32_modules, "time_proj"]
 
-    @functools.wraps(SkyReelsV2Transformer3DModel.__init__)
+    @configured_as(SkyReelsV2Transformer3DModel)
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._convert()
@@ -52,7 +53,7 @@ class AnchorConditionedSkyReelsV2Transformer3D(TimesPerFrame, SkyReelsV2Transfor
 
 
 # What a pipeline of Wan's network takes as its video model, and keeps.
-WanNetwork = (
+WanNetwork: TypeAlias = (
     AnchorConditionedTransformer3D
     | AnchorConditionedSkyReelsV2Transformer3D
     | WanTransformer3DModel

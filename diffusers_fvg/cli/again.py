@@ -94,7 +94,7 @@ def take_over(arguments: argparse.Namespace, call: dict[str, Any]) -> Again:
     if arguments.dtype is None and dtype in ("float32", "bfloat16", "float16"):
         arguments.dtype = dtype
     if arguments.quantize is None:
-        arguments.quantize = QUANTIZED.get((record.get("quantization") or {}).get("transformer"))
+        arguments.quantize = QUANTIZED.get((record.get("quantization") or {}).get("transformer") or "")
     if arguments.device is None and arguments.memory is None and _is_here(record.get("device")):
         arguments.device = record["device"]
     return Again(record, wanted, images, changes, needs_lora)
@@ -152,7 +152,7 @@ def _take_model(arguments: argparse.Namespace, record: dict[str, Any], wanted: d
     from ..recipes import ANIMATOR_RECIPES, RECIPES
 
     model, kind, parts = record.get("model"), record.get("model_kind"), record.get("hub_revisions") or {}
-    recipe = (RECIPES | ANIMATOR_RECIPES).get(model) if kind == "recipe" else None
+    recipe = (RECIPES | ANIMATOR_RECIPES).get(model or "") if kind == "recipe" else None
     if arguments.model is None:
         if model is None:
             raise ValueError("--from: the record names no model; give it as --model.")
@@ -202,6 +202,7 @@ def _keep_own_parts(arguments: argparse.Namespace, taken: dict[str, str]) -> Non
     source = find_source(arguments.model, arguments.revision, hub_options(arguments.token or None))
     for part in taken.keys() & PART_CONFIGS.keys():
         name, key = PART_CONFIGS[part]
+        assert source.folder is not None
         file = source.folder / part / name
         config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         own = [config.get(key), config.get("revision")]

@@ -28,6 +28,7 @@ WORKERS = Whole(1, 1024)
 # Kinds of calls that are remembered as checked.
 MAX_SEEN = 100_000
 # Flags that are arguments of the call for rows that do not give them.
+DEFAULTS: tuple[str, ...]
 DEFAULTS = ("mode", "num_moments", "height", "width", "num_frames", "preset", "num_inference_steps", "guidance_scale")
 DEFAULTS += ("negative_prompt", "anchor_decode", "composer_num_candidates", "motion_retries")
 

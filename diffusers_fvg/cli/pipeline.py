@@ -108,13 +108,13 @@ class Model:
                 model.compile_repeated_blocks()
         return pipe
 
-    def _place(self, pipe: FactorizedStages, *size: int | None) -> None:
+    def _place(self, pipe: FactorizedStages, height: int | None, width: int | None, num_frames: int | None) -> None:
         from ..pipelines.profiles import pipeline_stages, place, plan_on
 
         if self.memory is None:
             pipe.to(self.device)
             return
-        plan = plan_on(pipeline_stages(pipe, *size), self.memory, self.device)
+        plan = plan_on(pipeline_stages(pipe, height, width, num_frames), self.memory, self.device)
         print(f"memory:             {_summary(plan, self.device)}")
         if self.device.type == "cpu":
             # Weights are where they run: there is nothing to offload.
@@ -130,7 +130,7 @@ class Model:
 
         arguments = self.arguments
         own = self.parts.get(part)
-        component = load_part(
+        component: Any = load_part(
             part,
             model_name(arguments),
             own=own,
@@ -174,7 +174,8 @@ def look(arguments: argparse.Namespace, **skipped: bool) -> Model:
         arguments.model = None  # Records call it so.
     _check_model(arguments)
     rewriter = named_rewriter(arguments) if "rewriter" in arguments else None
-    parts = {name: getattr(arguments, name, None) for name in ("composer", "lora")} | {"rewriter": rewriter} | skipped
+    parts: dict[str, Any] = {name: getattr(arguments, name, None) for name in ("composer", "lora")}
+    parts |= {"rewriter": rewriter} | skipped
     import torch
 
     set_bars(arguments.quiet)
@@ -213,7 +214,7 @@ def _check_model(arguments: argparse.Namespace) -> None:
                 raise ValueError(f"--{flag} {getattr(arguments, flag)} is for a --model, and none is named.")
     elif Path(name).exists() and not Path(name).is_dir():
         raise ValueError(f"--model {name} is a file; give a recipe, a folder or a Hub repository.")
-    package = PACKAGES.get(kind)
+    package = PACKAGES.get(kind or "")
     if package is not None and importlib.util.find_spec(package) is None:
         raise ValueError(f"--quantize {kind} needs {package}, which is not installed: pip install {package}")
 

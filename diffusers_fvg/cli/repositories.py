@@ -45,8 +45,8 @@ def _assemble(arguments: argparse.Namespace) -> None:
 
     if not arguments.dry_run:
         check_folder("OUTPUT", arguments.output)
-    names = ("height", "width", "num_frames", "frame_rate")
-    defaults = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    sizes = ("height", "width", "num_frames", "frame_rate")
+    defaults = {name: value for name in sizes if (value := getattr(arguments, name)) is not None}
     names = ("base", "animator", "composer", "rewriter", "lora", "presets", "variant", "dry_run")
     parts = {name: getattr(arguments, name) for name in names}
     print(assemble(arguments.output, light=not arguments.bundled, call_defaults=defaults or None, **parts))

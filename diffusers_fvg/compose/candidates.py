@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import PIL.Image
@@ -83,7 +84,7 @@ def draw_candidates(
         numbers = numbers[: len(images)]
         texts = [captions[number] for number in numbers]
         given = None if plans is None else [plans[number] for number in numbers]
-        judgements = judging(lambda images=images, texts=texts, given=given: judge.judge(images, texts, given))
+        judgements = judging(partial(judge.judge, images, texts, given))
         for number, seed, image, judgement in zip(numbers, chosen, images, judgements):
             found[number].append(AnchorCandidate(image, seed, judgement.score, judgement.answers))
         if len(images) < len(chosen):

@@ -109,7 +109,8 @@ class AnchorJudge(torch.nn.Module):
                 f"`model` is a {type(model).__name__}, which neither embeds images and texts, as CLIP and SigLIP do, nor answers "
                 "questions about images; choose another, or pass a function."
             )
-        self.model, self.processor = model, processor
+        self.model: Any = model
+        self.processor = processor
         self.endpoint, self.function = endpoint, function
         self.reference = reference
         self.threshold = 0.5 if threshold is None and self.asks else threshold
@@ -160,7 +161,7 @@ class AnchorJudge(torch.nn.Module):
         else:
             is_model = not (folder / CONFIG_NAME).is_file() and (folder / "config.json").is_file()
             config = {} if is_model else read_judge_config(folder / CONFIG_NAME)
-        reference = {key: config.pop(key) for key in ("model", "revision") if key in config}
+        reference: dict[str, str] = {key: config.pop(key) for key in ("model", "revision") if key in config}
         model_path, processor_path = folder / "model", folder / "processor"
         if folder.is_dir() and is_model:
             model_path = processor_path = folder
@@ -244,19 +245,22 @@ class AnchorJudge(torch.nn.Module):
                 f"{len(images)} pictures, {len(captions)} captions and {len(plans)} plans; give one for each."
             )
         if self.function is not None:
-            return self._call_function(images, captions, plans)
+            return self._call_function(self.function, images, captions, plans)
         if self.asks:
             return [self._ask_all(*one) for one in zip(images, captions, plans)]
         return [self(self._similarity, *pair) for pair in zip(images, captions)]
 
-    def _call_function(self, images: list, captions: list[str], plans: list) -> list[Judgement]:
-        made, begin = [], 0
+    def _call_function(
+        self, function: JudgeFunction, images: list, captions: list[str], plans: list
+    ) -> list[Judgement]:
+        made: list[Judgement] = []
+        begin = 0
         while begin < len(images):
             caption, plan = captions[begin], plans[begin]
             end = begin
             while end < len(images) and captions[end] == caption and plans[end] is plan:
                 end += 1
-            scores = [float(score) for score in self.function(images[begin:end], caption, plan)]
+            scores = [float(score) for score in function(images[begin:end], caption, plan)]
             if len(scores) != end - begin or not all(map(math.isfinite, scores)):
                 raise ValueError(
                     f"The judge's function gave {scores} for {end - begin} pictures of {caption!r}; it must give a finite score "
@@ -298,7 +302,9 @@ class AnchorJudge(torch.nn.Module):
 
     def _ask_all(self, image: PIL.Image.Image, caption: str, plan: Any) -> Judgement:
         """All questions about a picture; the score is the product of their answers."""
-        asked = self._ask_endpoint if self.model is None else partial(self, self._ask)
+        asked = self._ask_endpoint
+        if self.model is not None:
+            asked = partial(self.__call__, self._ask)
         answers = {question: asked(image, question) for question in questions_about(caption, plan)}
         return Judgement(math.prod(answers.values()), answers)
 
@@ -327,6 +333,7 @@ class AnchorJudge(torch.nn.Module):
         return sorted(found)
 
     def _ask_endpoint(self, image: PIL.Image.Image, question: str) -> float:
+        assert self.endpoint is not None
         return self.endpoint.probability_of_yes(image, YES_OR_NO.format(question=question))
 
 

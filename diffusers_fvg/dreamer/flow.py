@@ -6,6 +6,8 @@ next one.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,7 @@ def dis_flow(frames: np.ndarray) -> torch.Tensor:
         import cv2
     except ImportError as error:
         raise ImportError("Flow of real clips needs OpenCV: pip install opencv-python-headless") from error
-    estimator = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    estimator: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
     flows = [estimator.calc(first, second, None) for first, second in zip(grey, grey[1:])]
     return torch.from_numpy(np.stack(flows)).permute(3, 0, 1, 2).contiguous()

@@ -126,7 +126,7 @@ class VideoTransformer(Transformer2DModel):
             motion_dim (`int`, *optional*): width of the motion text's tokens; `None` for no attention to them.
         """
         channels, num_heads = self.config.in_channels, self.config.num_attention_heads
-        self.pixel_attention = None
+        self.pixel_attention: ClipAttention | None = None
         if pixel_dim is not None:
             self.pixel_attention = ClipAttention(channels, pixel_dim, num_heads)
             self.pixel_attention.look_at_own_place()
@@ -152,7 +152,7 @@ class VideoTransformer(Transformer2DModel):
     ) -> tuple[torch.Tensor]:
         """The stock forward. The UNet's `cross_attention_kwargs` hold under `video` what it knows of the clip: the number of
         frames and, for each transformer by its index, keys and values."""
-        kwargs = dict(cross_attention_kwargs)
+        kwargs = dict(cross_attention_kwargs or {})
         video = kwargs.pop("video")
         hidden_states = super().forward(
             hidden_states, encoder_hidden_states, cross_attention_kwargs=kwargs or None, return_dict=False, **stock
@@ -170,9 +170,11 @@ class VideoTransformer(Transformer2DModel):
         self, hidden_states: torch.Tensor, num_frames: int, pixels: KeysValues | None, motion: KeysValues | None
     ) -> torch.Tensor:
         if pixels is not None:
+            assert self.pixel_attention is not None
             hidden_states = self.pixel_attention(hidden_states, pixels)
         hidden_states = self.temporal_attention(hidden_states, num_frames=num_frames, return_dict=False)[0]
         if motion is not None:
+            assert self.motion_attention is not None
             hidden_states = self.motion_attention(hidden_states, motion)
         return hidden_states
 

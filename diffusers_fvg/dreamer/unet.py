@@ -130,7 +130,7 @@ class FactorizedDreamerUNet(UNet2DConditionModel):
         )
         self._check_family()
         channels, text_dim = list(self.config.block_out_channels), self.config.cross_attention_dim
-        self.image_pyramid = None
+        self.image_pyramid: ImagePyramid | None = None
         if paca is not None:
             # No coarser than any transformer looks.
             coarsest = max(level for _, level, sees_pixels in self._spatial_transformers() if sees_pixels)
@@ -247,6 +247,7 @@ class FactorizedDreamerUNet(UNet2DConditionModel):
             else:
                 tokens = _masked(self.image_projection(image_embeds), image_mask)
         if image_latents is not None:
+            assert self.image_pyramid is not None
             features = [_masked(level, image_mask) for level in self.image_pyramid(image_latents.to(self.dtype))]
             pixels = [
                 transformer.pixel_attention.pixel_keys_values(features[level]) if sees_pixels else None
@@ -371,7 +372,8 @@ class FactorizedDreamerUNet(UNet2DConditionModel):
 # diffusers reads a configuration's names from the signature: the stock ones, whatever its version, and ours.
 _ours = inspect.signature(FactorizedDreamerUNet.__init__).parameters.values()
 _stock = inspect.signature(UNet2DConditionModel.__init__).parameters.values()
-FactorizedDreamerUNet.__init__.__signature__ = inspect.Signature(
+_init: Any = FactorizedDreamerUNet.__init__
+_init.__signature__ = inspect.Signature(
     [*_stock, *(parameter for parameter in _ours if parameter.kind is inspect.Parameter.KEYWORD_ONLY)]
 )
 

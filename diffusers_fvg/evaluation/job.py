@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ class Watch:
         on_line (`Callable`, *optional*): is given each line.
     """
 
-    def __init__(self, job: Job, on_line: Callable[[dict[str, Any]], None] | None = None):
+    def __init__(self, job: Job, on_line: Callable[[Mapping[str, Any]], None] | None = None):
         self._folder, self._on_line = job.folder / MANIFEST, on_line
         self._bar = tqdm(total=job.count, desc="videos", unit="video", disable=job.quiet)
         self._places = {path: path.stat().st_size for path in self._folder.glob("*.jsonl")}
@@ -115,5 +115,6 @@ class Watch:
             lines = added[: added.rfind(b"\n") + 1]
             self._places[path] = place + len(lines)
             self._bar.update(lines.count(b"\n"))
-            for line in lines.splitlines() if self._on_line is not None else ():
-                self._on_line(json.loads(line))
+            if self._on_line is not None:
+                for line in lines.splitlines():
+                    self._on_line(json.loads(line))

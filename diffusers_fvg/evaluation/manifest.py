@@ -16,6 +16,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ class Manifest:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self._path.with_suffix(".lock"))
         self._lock.acquire()
-        self._file, self._synced = None, 0.0
+        self._file: FileIO | None = None
+        self._synced = 0.0
 
     def add(self, line: dict[str, Any]) -> None:
         """Writes a line, where it [`is_due`] to the disk itself."""

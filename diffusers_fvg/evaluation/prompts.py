@@ -121,8 +121,9 @@ def planned_videos(
     for index, row in enumerate(rows):
         name = row.name or f"{index + 1:06d}"
         for sample in range(num_videos_per_prompt):
+            base = seed if row.seed is None else row.seed
             is_given = row.seed is not None and sample == 0
-            video_seed = row.seed if is_given else derive_seed(seed if row.seed is None else row.seed, index, sample)
+            video_seed = base if is_given else derive_seed(base, index, sample)
             path = f"videos/{name}{f'-{sample}' * (num_videos_per_prompt > 1)}.mp4"
             labels = {**row.labels, "prompt": name, "sample": str(sample)}
             yield PlannedVideo(path, row.prompt, video_seed, {**(defaults or {}), **row.arguments}, labels)

@@ -92,7 +92,7 @@ def run_plan(
             if count:
                 workers = (num_processes, num_rewriters, num_composers)
                 job = Job(folder, pending, count, load, parts, turn.id, *workers, quiet)
-                with Watch(job, storage and storage.add) as watch:
+                with Watch(job, None if storage is None else storage.add) as watch:
                     ENGINES[engine](job, watch)
             if storage is not None:
                 storage.finish()
@@ -109,7 +109,9 @@ def run_plan(
 
 def _write_pending(folder: Path, pending: Path, storage: Storage | None) -> tuple[int, frozenset[str]]:
     """Lists what is to be made. Returns how many, and what parts of the pipeline they need."""
-    count, parts, listed = 0, frozenset(), {} if storage is None else storage.sizes()
+    count = 0
+    parts: frozenset[str] = frozenset()
+    listed = {} if storage is None else storage.sizes()
     sizes, manifest = finished_sizes(folder), Manifest(folder)
     try:
         with open(pending, "w", encoding="utf-8", newline="\n") as file:

@@ -156,7 +156,8 @@ class Worker:
 
     def _write_video(self, path: Path, output: FactorizedVideoPipelineOutput) -> int:
         """The file, whole or not at all, and its bytes."""
-        frames, sound = output.frames[0], {}
+        frames: Any = output.frames[0]
+        sound: dict[str, Any] = {}
         if getattr(output, "audio", None):
             sound = {"audio": output.audio[0], "audio_sampling_rate": output.audio_sampling_rate}
         draft = self.folder / TEMPORARY / f"{uuid.uuid4().hex}.mp4"

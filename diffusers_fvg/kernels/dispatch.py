@@ -92,8 +92,8 @@ def layer_norm(hidden_states: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.T
     from . import triton_modulation
 
     # One row for all tokens: `1 + scale` is the weight.
-    rows = (row.expand(hidden_states.shape[0], 1, -1) for row in (norm.weight.float() - 1, norm.bias.float()))
-    return triton_modulation.modulated_layer_norm(hidden_states, *rows, norm.eps, None)
+    scale, shift = (row.expand(hidden_states.shape[0], 1, -1) for row in (norm.weight.float() - 1, norm.bias.float()))
+    return triton_modulation.modulated_layer_norm(hidden_states, scale, shift, norm.eps, None)
 
 
 def gated_residual(

@@ -8,6 +8,7 @@ Products take the inputs' dtype, sums are in float32; float32 inputs are multipl
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -239,7 +240,7 @@ def _bwd_key_value_kernel(
     tl.store(dvalue_ptr + out, dvalue.to(dvalue_ptr.dtype.element_ty), mask)
 
 
-def _tile(tokens: int, head_dim: int, dtype: torch.dtype, own: str, limits: tuple[int, int]) -> dict[str, int | str]:
+def _tile(tokens: int, head_dim: int, dtype: torch.dtype, own: str, limits: tuple[int, int]) -> dict[str, Any]:
     """Blocks of the owned and of the passing tokens, at most `limits`, and not much above a small frame."""
     is_wide = dtype == torch.float32
     owned, passing = (min(limit // (2 if is_wide else 1), max(16, triton.next_power_of_2(tokens))) for limit in limits)

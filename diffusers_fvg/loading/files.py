@@ -75,7 +75,7 @@ def component_files(
     return sorted([*found, *(name for name in inside if PurePosixPath(name).name in _MODEL_CONFIGS)])
 
 
-def repository_files(repository: str, revision: str | None = None, **hub: Any) -> tuple[str, dict[str, dict]]:
+def repository_files(repository: str, revision: str | None = None, **hub: Any) -> tuple[str | None, dict[str, dict]]:
     """The commit of a revision, and its files: `{"size": bytes, "sha256": of its content if it is a large file}`.
 
     Args:
@@ -176,7 +176,7 @@ def load_pipeline(source: str | Path, revision: str | None, place: str, **argume
         if isinstance(source, Path):
             names = [path.name for path in source.rglob("*.safetensors")]
         else:
-            names = repository_files(source, revision, **hub)[1]
+            names = list(repository_files(source, revision, **hub)[1])
         variant = available_variant(names, arguments.pop("variant", None) or call_argument("variant"), place)
         with safetensors_only(source):
             arguments |= {"variant": variant, "use_safetensors": True, **hub}

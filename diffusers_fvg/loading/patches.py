@@ -189,10 +189,11 @@ def keep_arguments(load: Callable) -> Callable:
     return from_pretrained
 
 
-def _index_problem(cls: type, name: str | os.PathLike, kwargs: dict[str, Any]) -> str | None:
+def _index_problem(cls: type[Any], name: str | os.PathLike, kwargs: dict[str, Any]) -> str | None:
     """What is wrong with a `model_index.json` on which diffusers fails; `None` where that is not the cause."""
-    path = Path(name, cls.config_name)
-    if not path.is_file():
+    own = Path(name, cls.config_name)
+    path: Path | None = own
+    if not own.is_file():
         places = kwargs.get("cache_dir"), kwargs.get("revision")
         found = None if Path(name).is_dir() else try_to_load_from_cache(str(name), cls.config_name, *places)
         path = Path(found) if isinstance(found, str) else None
@@ -252,8 +253,10 @@ def find_variants(identify: Callable) -> Callable:
         find_out("has_references", _has_references(config))
         if not names_ours(config):
             return identify(folder, variant, config)
-        found = {}
-        for name in config if variant is not None else ():
+        found: dict[str, str] = {}
+        if variant is None:
+            return found
+        for name in config:
             files = [path.name for path in Path(folder, name).glob("*.*") if path.is_file()]
             if any(file.split(".")[1].startswith(variant) for file in files):
                 found[name] = variant

@@ -97,14 +97,15 @@ class PipelineComponent(torch.nn.Module):
         """
         if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
             raise ValueError(f"`torch_dtype={torch_dtype}` and `dtype={dtype}` differ; give one of them.")
-        folder, config = Path(path), {}
+        folder = Path(path)
+        config: dict[str, Any] = {}
         if not folder.is_dir():
             config = {"repository": str(path)} | ({} if revision is None else {"revision": revision})
         elif revision is not None:
             raise ValueError(f"`revision={revision!r}` is for a Hub repository, and {str(path)!r} is a folder.")
         elif (folder / cls.config_name).is_file():
             config = cls._read_config(folder / cls.config_name)
-        reference = {key: config.pop(key) for key in ("repository", "revision") if key in config}
+        reference: dict[str, str] = {key: config.pop(key) for key in ("repository", "revision") if key in config}
         if not reference and not (folder / DiffusionPipeline.config_name).is_file():
             raise ValueError(
                 f"{str(path)!r} is no {cls.config_name.partition('_')[0]}: it has no {DiffusionPipeline.config_name}, and no "

@@ -64,7 +64,7 @@ class HubReference(torch.nn.Module, metaclass=ABCMeta):
         validate_repo_id(repository)
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*|", subfolder) or ".." in subfolder.split("/"):
             raise ValueError(f"The subfolder {subfolder!r} of {repository} is no path within a repository.")
-        self.values = {"repository": repository, "revision": revision, "subfolder": subfolder}
+        self.values: dict[str, Any] = {"repository": repository, "revision": revision, "subfolder": subfolder}
         self.values |= {"library": library, "class": class_name, "variant": variant}
         self.component_class = _component_class(library, class_name)
 
@@ -103,14 +103,13 @@ class HubReference(torch.nn.Module, metaclass=ABCMeta):
         """The component itself, which remembers its reference. `name` is that of the component in the pipeline."""
         values, component_class = self.values, self.component_class
         is_model, place = issubclass(component_class, torch.nn.Module), f"`{name}/{REFERENCE_NAME}`"
-        variant = None
+        variant: str | None = None
 
         def select(names: list[str]) -> list[str]:
             nonlocal variant
             inside = [file for file in names if file.startswith(f"{values['subfolder']}/")]
-            variant = (
-                is_model and (available_variant(inside, call_argument("variant"), place) or values["variant"]) or None
-            )
+            asked = available_variant(inside, call_argument("variant"), place) if is_model else None
+            variant = (asked or values["variant"] or None) if is_model else None
             files = component_files(names, values["subfolder"], variant, weights=is_model)
             if not files:
                 folders = sorted({file.split("/")[0] for file in names if "/" in file})
@@ -143,7 +142,7 @@ class HubReference(torch.nn.Module, metaclass=ABCMeta):
         (folder / REFERENCE_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _component_class(library: str, class_name: str) -> type:
+def _component_class(library: str, class_name: str) -> type[Any]:
     """The class that a reference names. Only what `DiffusionPipeline` itself would load by that name, and no code."""
     if library not in LIBRARIES:
         raise ValueError(f"The library {library!r} is none of {LIBRARIES}.")

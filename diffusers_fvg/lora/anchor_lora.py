@@ -27,6 +27,9 @@ class AnchorLora:
     beside a transformer's weights would be left behind.
     """
 
+    # Where it came from on the Hub, if it did.
+    reference: dict[str, str | None]
+
     def __init__(self, state_dict: dict[str, torch.Tensor], metadata: dict[str, str] | None = None):
         self.state_dict = state_dict
         self.metadata = metadata or {}

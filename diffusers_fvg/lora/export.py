@@ -106,14 +106,17 @@ def export_lora(
         return [_write(output, state, metadata)]
     experts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in state.items():
-        expert, module, half = _KEY.fullmatch(key).groups()
+        match = _KEY.fullmatch(key)
+        assert match is not None  # `read_lora` refuses other keys.
+        expert, module, half = match.groups()
         if not module.startswith(("blocks.", "condition_embedder.", "patch_embedding", "proj_out")):
             raise ValueError(
                 f"{source} is not of a Wan model ({module}), which alone has names of its own in ComfyUI."
             )
         experts.setdefault(expert, {})[f"diffusion_model.{_wan_name(module)}.lora_{half}.weight"] = tensor
     if len(experts) == 1:
-        return [_write(output, *experts.values(), metadata)]
+        (only,) = experts.values()
+        return [_write(output, only, metadata)]
     return [
         _write(output.with_stem(f"{output.stem}_{_NOISE[expert]}"), experts[expert], metadata) for expert in EXPERTS
     ]

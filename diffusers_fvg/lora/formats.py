@@ -125,13 +125,13 @@ def refuse_other_methods(label: str, keys: Iterable[str]) -> None:
 
 def module_names(transformer: nn.Module) -> dict[str, str]:
     """Every name by which a LoRA may call a module -> its name in the transformer (`""` is the transformer itself)."""
-    own = [
+    names = [
         name
         for name, _ in transformer.named_modules()
         if not re.search(r"\.base_layer|\.lora_|^parameter_deltas$", name)
     ]
-    wan = {_wan_name(name): name for name in own}
-    own = {name: name for name in own if name}
+    wan = {_wan_name(name): name for name in names}
+    own = {name: name for name in names if name}
     # Wan's names last: the two vocabularies share `norm2` and `norm3`, and only files of Wan's own names have norms.
     return {
         **own,
@@ -165,7 +165,7 @@ class LoraFit:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The pairs in diffusers' key format, without prefix."""
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, (down, up) in self.pairs.items():
             dtype = torch.promote_types(down.dtype, up.dtype)
             tensors |= {f"{name}.lora_A.weight": down.to(dtype), f"{name}.lora_B.weight": up.to(dtype)}
@@ -233,6 +233,7 @@ def _fit_layer(
     alpha_of: Callable[[int], float],
 ) -> None:
     """Low-rank factors of a linear layer or convolution, for low-rank and full deltas alike. Leaves biases in `given`."""
+    ones: tuple[int, ...]
     if isinstance(module, nn.Linear):
         inputs, outputs, ones = (module.in_features,), module.out_features, ()
     else:

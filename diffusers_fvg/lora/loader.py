@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
@@ -27,6 +27,12 @@ from ..loading.safety import refuse_pickles
 from .deltas import ParameterDeltas, base_parameter
 from .formats import EXPERTS, FORMATS, LoraFit, fit_tensors, read_safetensors, refuse_other_methods, split_key
 
+
+if TYPE_CHECKING:
+    # That of the stock pipeline class, which stands behind ours among the bases.
+    from diffusers.loaders.lora_base import LoraBaseMixin as StockLoader
+else:
+    StockLoader = object
 
 logger = logging.get_logger(__name__)
 
@@ -283,11 +289,10 @@ def load_lora(
 
 
 def _transformers(pipe_or_transformers: Any) -> tuple[dict[str, nn.Module], Any]:
-    pipe = None
+    pipe, experts = None, pipe_or_transformers
     if isinstance(pipe_or_transformers, nn.Module):
         experts = [pipe_or_transformers]
     elif isinstance(pipe_or_transformers, (list, tuple)):
-        experts = pipe_or_transformers
         if len(experts) > len(EXPERTS):
             raise ValueError(f"There are {len(EXPERTS)} experts, but {len(experts)} transformers were given.")
     else:
@@ -444,7 +449,7 @@ def _sample(reasons: dict[str, str], limit: int = 8) -> str:
     return ", ".join(shown) + (f" and {len(reasons) - limit} more" if len(reasons) > limit else "")
 
 
-class FactorizedVideoLoraLoaderMixin:
+class FactorizedVideoLoraLoaderMixin(StockLoader):
     """LoRA methods of a video pipeline that load every known format and leave no expert out unasked.
 
     Stands before the stock pipeline class among the bases; everything else is that class's own loader mixin.
@@ -470,7 +475,7 @@ class FactorizedVideoLoraLoaderMixin:
         Returns:
             [`LoraReport`]
         """
-        weights = pretrained_model_name_or_path_or_dict
+        weights: Any = pretrained_model_name_or_path_or_dict
         if load_into_transformer_2:
             weights = (None, weights)
         return load_lora(self, weights, adapter_name, hotswap=hotswap, **kwargs)

@@ -21,7 +21,7 @@ MAX_COMMENT = 1_000_000
 # Threads of the decoder take longer to start than frames of fewer pixels take to decode.
 THREADS_FROM = 256 * 256
 # Transfer functions of high dynamic range (ITU-R BT.2100): shown as if it were standard, such a video is grey and dim.
-HDR = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
+HDR: dict[int, str] = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
 # A pixel is no longer than so many times its other side; beyond it the number in the file is a mistake.
 LARGEST_PIXEL_ASPECT = 16
 
@@ -49,7 +49,8 @@ class Video:
         self.path = Path(path)
         with _opened(self.path) as (container, stream):
             stream.thread_count = 1
-            ticks, first = [], None
+            ticks: list[int | None] = []
+            first: av.VideoFrame | None = None
             for packet in container.demux(stream):
                 # The last, without content, makes the decoder give what it holds back.
                 if first is None:
@@ -62,15 +63,15 @@ class Video:
             _refuse_hdr(first, stream)
             rate = float(stream.average_rate or 0)
             self._size, self._square = (first.width, first.height), _square_size(first, stream)
-            time_base = float(stream.time_base)
+            time_base = float(stream.time_base or 0)
         self._turn = _turn(first)
         self.width, self.height = self._square[::-1] if self._turn[0] else self._square
         # Some containers keep no times, or the same twice: frames then follow each other at the average rate.
-        self._index: dict[int, int] | None = None
-        if None not in ticks and len(set(ticks)) == len(ticks):
-            ticks.sort()
-            self._index = {tick: index for index, tick in enumerate(ticks)}
-            self.times = (np.array(ticks) - ticks[0]) * time_base
+        self._index: dict[int | None, int] | None = None
+        known = sorted(tick for tick in ticks if tick is not None)
+        if len(set(known)) == len(ticks):
+            self._index = {tick: index for index, tick in enumerate(known)}
+            self.times = (np.array(known) - known[0]) * time_base
         elif rate or len(ticks) == 1:
             self.times = np.arange(len(ticks)) / (rate or 1)
         else:
@@ -103,7 +104,8 @@ class Video:
                 held, want = self._upright(frame, index), next(wanted, None)
         if want is not None:
             raise ValueError(f"can be decoded up to frame {min(missing, want)} of {len(self.times)}")
-        yield held
+        if held is not None:
+            yield held
 
     def _decoded(self, last: int) -> Iterator[tuple[int, av.VideoFrame]]:
         """All frames up to number `last` and those that it was computed from, with their numbers."""
@@ -206,6 +208,7 @@ def _turn(frame: av.VideoFrame) -> tuple[bool, int, int]:
 
     The display matrix maps a stored pixel `(p, q)` to `(a p + c q + x, b p + d q + y)` (FFmpeg, `libavutil/display.h`).
     """
+    matrix: Any
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:

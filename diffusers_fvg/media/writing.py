@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import av
 import numpy as np
@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from ..atomic import replacing
 
 
-Frames = np.ndarray | torch.Tensor | list[Image.Image]
+Frames: TypeAlias = np.ndarray | torch.Tensor | list[Image.Image]
 
 # Visually lossless for photographs (x264's own scale, 0 to 51); flat coloured shapes come back within a few levels.
 CRF = 15
@@ -222,15 +222,15 @@ def write_strip(
     left = MARGIN + sum(tile.width + GAP for tile in anchor_tiles) + (3 * GAP if anchor_tiles else 0)
     width = max(left + sum(tile.width + GAP for tile in tiles) - GAP + MARGIN, 4 * TILE_SIZE)
     # Strips are shown some 900 pixels wide: text of 1/60 of the width is 15 pixels there.
-    font, small = (ImageFont.load_default(size=max(minimum, width // part)) for minimum, part in ((16, 60), (14, 72)))
+    font, small = (_font(max(minimum, width // part)) for minimum, part in ((16, 60), (14, 72)))
     line_height = round(font.size * 1.4)
-    captions = [("prompt", prompt)]
+    texts = [("prompt", prompt)]
     if first_frame_prompt is not None:
         moments = [first_frame_prompt] if isinstance(first_frame_prompt, str) else first_frame_prompt
         labels = ["first frame", *(f"moment {number}" for number in range(2, len(moments) + 1))]
-        captions += zip(labels, moments, strict=True)
-    indent = MARGIN + math.ceil(max(font.getlength(label) for label, _ in captions)) + 2 * GAP
-    captions = [(label, _wrapped(text, font, width - indent - MARGIN)) for label, text in captions]
+        texts += zip(labels, moments, strict=True)
+    indent = MARGIN + math.ceil(max(font.getlength(label) for label, _ in texts)) + 2 * GAP
+    captions = [(label, _wrapped(text, font, width - indent - MARGIN)) for label, text in texts]
 
     text_height = sum(len(lines) * line_height + GAP for _, lines in captions)
     row_top = MARGIN + text_height + GAP
@@ -276,6 +276,12 @@ def _tile(image: Image.Image) -> Image.Image:
         return image.resize(size, Image.Resampling.LANCZOS)
     factor = math.ceil(TILE_SIZE / longer)
     return image.resize([side * factor for side in image.size], Image.Resampling.NEAREST)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(size=size)
+    assert isinstance(font, ImageFont.FreeTypeFont)  # With a size, and with FreeType, which Pillow's wheels have.
+    return font
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

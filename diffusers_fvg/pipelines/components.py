@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -20,7 +20,14 @@ from .parts import as_composer, as_judge, as_rewriter
 from .saving import as_saved, forget_origins
 
 
-class FactorizedParts:
+if TYPE_CHECKING:
+    # The stock class of the base model, which stands behind this one among the bases.
+    from diffusers import DiffusionPipeline as StockPipeline
+else:
+    StockPipeline = object
+
+
+class FactorizedParts(StockPipeline):
     """Parts as people have them become those of the stages; what is saved loads without an import of this package."""
 
     # What `loading/patches.py` asks a pipeline's class, and tells our classes by.

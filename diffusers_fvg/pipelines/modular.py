@@ -16,9 +16,9 @@ videos = pipe(prompt="A red circle moves to the right", output="videos")
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from functools import wraps
-from typing import Any
+from typing import Any, overload
 
 import PIL.Image
 import torch
@@ -36,6 +36,7 @@ from diffusers.modular_pipelines import (
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from ..animate.anchor import Anchor
+from ..animate.stock_weights import configured_as
 from ..animate.transformer_anchor import AnchorConditionedTransformer3D
 from ..checks import check_texts
 from ..compose.composer import AnchorComposer
@@ -116,6 +117,10 @@ def _inputs(*names: str, required: tuple[str, ...] = ()) -> list[InputParam]:
     return [replace(INPUTS[name], required=name in required) for name in (*required, *names)]
 
 
+@overload
+def _as_list(texts: None) -> None: ...
+@overload
+def _as_list(texts: str | list[str]) -> list[str]: ...
 def _as_list(texts: str | list[str] | None) -> list[str] | None:
     return [texts] if isinstance(texts, str) else texts
 
@@ -386,7 +391,7 @@ class _Components(FactorizedVideoPipeline):
     _optional_components = sorted(COMPONENTS)
     required_components = ()
 
-    @wraps(FactorizedVideoPipeline.__init__)
+    @configured_as(FactorizedVideoPipeline)
     def __init__(self, **parts: Any):
         DiffusionPipeline.__init__(self)
         self.register_modules(**{name: parts.pop(name) for name in COMPONENTS})
@@ -398,7 +403,7 @@ class FactorizedVideoModularPipeline(ModularPipeline):
 
     default_blocks_name = "FactorizedVideoBlocks"
     # As on the plain pipeline: shown each anchor before its video is computed.
-    safety_checker = FactorizedVideoPipeline.safety_checker
+    safety_checker: Callable[[PIL.Image.Image], bool | str | None] | None = FactorizedVideoPipeline.safety_checker
     _progress_bar_config: dict[str, Any] = {}
 
     @property

@@ -100,7 +100,7 @@ class MotionOfVideos:
     def _of_videos(self: VideoRequest, videos: list[int], generators: list[torch.Generator]) -> VideoRequest:
         """The request of stage 3 for some of the videos alone, each with a generator of its own."""
         prompts = [video // self.num_videos_per_prompt for video in videos]
-        per_prompt = {
+        per_prompt: dict[str, Any] = {
             name: [value[index] for index in prompts]
             for name in ("prompt", "negative_prompt", "motion_prompt")
             if (value := getattr(self, name)) is not None

@@ -79,8 +79,9 @@ def as_judge(judge: Judge | JudgeFunction | ChatEndpoint | Sequence[Any] | str) 
         return AnchorJudge.from_pretrained(judge)
     if isinstance(judge, (tuple, list)) and len(judge) == 2:
         return AnchorJudge(*judge)
-    if callable(getattr(judge, "judge", None)) and hasattr(judge, "threshold"):
-        return judge
+    other: Any = judge
+    if callable(getattr(other, "judge", None)) and hasattr(other, "threshold"):
+        return other
     if not callable(judge) or isinstance(judge, torch.nn.Module):
         raise ValueError(
             "`anchor_judge` must be an AnchorJudge, `(model, processor)`, a ChatEndpoint, a function of pictures, caption and "

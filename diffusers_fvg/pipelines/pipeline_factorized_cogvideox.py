@@ -248,7 +248,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
             self._current_timestep = None
             # A seed means the same clip with and without anchors: noise is drawn before they are encoded.
             with progress.stage("encode"):
-                embeds = self._encode_texts(request)
+                prompt_embeds, negative_prompt_embeds = self._encode_texts(request)
                 latents, device = request.latents, self._execution_device
                 size = request.height, request.width, request.num_frames
                 if latents is None:
@@ -256,10 +256,10 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
                     latents = randn_tensor(shape, request.generator, device, torch.float32)
                 latents = latents.to(device)
                 anchors = None
-                if request.is_anchored:
+                if request.anchors is not None and request.is_anchored:
                     anchors = self.encode_anchors(request.anchors, latents, *size, request.generator)
                     stop_unless_finite("encode", anchors.latents, self.vae.dtype)
-            latents = self._denoise(request, progress, latents, *embeds, anchors)
+            latents = self._denoise(request, progress, latents, prompt_embeds, negative_prompt_embeds, anchors)
             if request.output_type == "latent":
                 return latents, []
             with progress.stage("decode"):
@@ -453,7 +453,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
                 images, candidates, request = self._draw_moments(request, moments, seeds)
             # Stage 3: the video model animates them
             frames, motion = ([], None) if self.interrupt else request.animate_moving(self, seeds)
-        judged = {"motion": motion, "candidates": candidates}
+        judged: dict[str, Any] = {"motion": motion, "candidates": candidates}
         return request.output(self, frames, moments, images, seeds, progress.timings, **judged)
 
 

@@ -270,7 +270,7 @@ class FactorizedDreamerPipeline(
                     shape = self._latents_shape(request.num_videos, request.num_frames, request.height, request.width)
                     latents = randn_tensor(shape, request.generator, device, torch.float32)
                 conditions = {}
-                if request.is_anchored:
+                if request.anchors is not None and request.is_anchored:
                     conditions = self.encode_anchors(request.anchors, request.height, request.width)
                 for encoded in (*texts.values(), *conditions.values()):
                     if encoded is not None:
@@ -287,7 +287,7 @@ class FactorizedDreamerPipeline(
         guided, length = self._guidance_scale > 1, request.max_sequence_length
         motion, unguided = request.prompt_embeds_2, request.negative_prompt_embeds_2
         if motion is None:
-            motion = self.encode_motion(texts, length)
+            motion = self.encode_motion(texts or [], length)
         if unguided is None and guided:
             unguided = self.encode_motion(request.negative_prompt or [""] * request.num_prompts, length)
         adapters = AdapterScales(self.text_encoder, (request.attention_kwargs or {}).get("scale", 1.0))
@@ -473,5 +473,5 @@ class FactorizedDreamerPipeline(
             told = request.motion_prompt or (None if self.interrupt else request.prompt)
             frames, motion = ([], None) if self.interrupt else request.animate_moving(self, seeds)
         made = (self, frames, moments, images, seeds, progress.timings)
-        judged = {"motion": motion, "candidates": candidates}
+        judged: dict[str, Any] = {"motion": motion, "candidates": candidates}
         return request.output(*made, FactorizedDreamerPipelineOutput, motion_prompts=told, **judged)

@@ -122,11 +122,11 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
         return getattr(self.animator.pipeline, "vae", None)
 
     @property
-    def own_guidance_scale(self) -> float | None:
+    def own_guidance_scale(self) -> float | None:  # type: ignore[override]  # Nobody sets it; `None` where nothing guides.
         return self.animator.guidance_scale
 
     @property
-    def own_num_inference_steps(self) -> int:
+    def own_num_inference_steps(self) -> int:  # type: ignore[override]  # Nobody sets it.
         return self.animator.num_inference_steps
 
     def _experts(self) -> dict[str, torch.nn.Module]:
@@ -194,7 +194,7 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
 
     def _warn_unguided(self, request: VideoRequest) -> None:
         # What guides beside the scale may read it.
-        if not self.animator.family.unguided or (request.preset and request.sampling(self).weights):
+        if not self.animator.family.unguided or (request.preset and self.presets[request.preset].weights):
             super()._warn_unguided(request)
 
     def _check_own(self, request: VideoRequest) -> None:
@@ -286,7 +286,7 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
             if self.animator.family.note:
                 tell_once(f"{self.animator.family.name} {self.animator.family.note}.")
             repeats, audio = request.num_videos_per_prompt, []
-            texts = [text for text in request.motion_prompt or request.prompt for _ in range(repeats)]
+            texts = [text for text in request.motion_prompt or request.prompt or () for _ in range(repeats)]
             negative = request.negative_prompt and [text for text in request.negative_prompt for _ in range(repeats)]
 
             def make(output_type: str):

@@ -229,7 +229,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             self._settle_guidance(request)
             # A seed means the same clip with and without anchors: noise is drawn before they are encoded.
             with progress.stage("encode"):
-                embeds = self._encode_texts(request)
+                prompt_embeds, negative_prompt_embeds = self._encode_texts(request)
                 latents = self.prepare_latents(
                     request.num_videos,
                     self.transformer.config.in_channels,
@@ -242,11 +242,11 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
                     request.latents,
                 )
                 anchors = None
-                if request.is_anchored:
+                if request.anchors is not None and request.is_anchored:
                     size = request.height, request.width, request.num_frames
                     anchors = self.encode_anchors(request.anchors, latents, *size, request.generator)
                     stop_unless_finite("encode", anchors.latents, self.vae.dtype)
-            latents = self._denoise(request, progress, latents, *embeds, anchors)
+            latents = self._denoise(request, progress, latents, prompt_embeds, negative_prompt_embeds, anchors)
             if request.output_type == "latent":
                 return latents, []
             with progress.stage("decode"):
@@ -465,5 +465,5 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
                 images, candidates, request = self._draw_moments(request, moments, seeds)
             # Stage 3: the video model animates them
             frames, motion = ([], None) if self.interrupt else request.animate_moving(self, seeds)
-        judged = {"motion": motion, "candidates": candidates}
+        judged: dict[str, Any] = {"motion": motion, "candidates": candidates}
         return request.output(self, frames, moments, images, seeds, progress.timings, **judged)

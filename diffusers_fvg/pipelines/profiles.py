@@ -187,8 +187,8 @@ def pipeline_stages(
     animator = modules.pop("animator", None)
     if animator is not None:
         return [part_stage(name, module) for name, module in modules.items()] + _animator_stages(animator)
-    size = {"height": height, "width": width, "num_frames": num_frames}
-    size = {name: pipe.call_defaults[name] if value is None else value for name, value in size.items()}
+    asked = {"height": height, "width": width, "num_frames": num_frames}
+    size = {name: pipe.call_defaults[name] if value is None else value for name, value in asked.items()}
     appended = num_anchors if pipe.anchor_form == "appended" else 0
     return [_stage(name, module, modules["vae"], appended=appended, **size) for name, module in modules.items()]
 
@@ -207,8 +207,8 @@ def model_stages(
     """
     with empty_weights(dtype):
         modules = {**make_parts(), **base_models(facts)}
-    size = facts.sizes[0]
-    size = {"height": size.height, "width": size.width, "num_frames": facts.frame_counts[0]}
+    trained = facts.sizes[0]
+    size = {"height": trained.height, "width": trained.width, "num_frames": facts.frame_counts[0]}
     return [_stage(name, module, modules["vae"], **size) for name, module in modules.items()]
 
 

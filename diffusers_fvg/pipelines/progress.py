@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class StageProgress:
@@ -17,7 +18,7 @@ class StageProgress:
     def __init__(self, pipeline, callback: Callable | None = None):
         self.pipeline, self.callback = pipeline, callback
         self.timings: dict[str, float] = {}
-        self.bar = None
+        self.bar: Any = None
         self._thread, self._stage = threading.get_ident(), ""
 
     @property

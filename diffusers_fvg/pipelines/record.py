@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,8 @@ def make_records(
     hashes: dict[int, list[str]] = {}
     records = []
     for video in range(request.num_videos):
-        prompt, record = video // request.num_videos_per_prompt, {"record_version": VERSION}
+        prompt = video // request.num_videos_per_prompt
+        record: dict[str, Any] = {"record_version": VERSION}
         for name in ("prompt", "motion_prompt", "negative_prompt"):
             texts = getattr(request, name)
             record[name] = None if texts is None else texts[prompt]
@@ -106,7 +108,7 @@ def surroundings(pipe: FactorizedStages) -> dict[str, Any]:
     """What a call runs with, apart from its arguments."""
     parts = {name: getattr(part, "dtype", None) for name, part in pipe.components.items() if name != "rewriter"}
     experts, origin = pipe._experts(), getattr(pipe, "origin", {})
-    found = {
+    told = {
         "pipeline": type(pipe).__name__,
         "model": origin.get("repository") or model_name(pipe.name_or_path),
         "model_kind": _model_kind(pipe),
@@ -115,14 +117,14 @@ def surroundings(pipe: FactorizedStages) -> dict[str, Any]:
         "rewriter": rewriter_name(pipe.rewriter),
         "adapters": {name: found for name, expert in experts.items() if (found := _adapters(expert))},
         "adapter_hashes": {name: found for name, expert in experts.items() if (found := _adapter_hashes(expert))},
-        "quantization": {name: found for name, expert in experts.items() if (found := _quantization(expert))},
+        "quantization": {name: kind for name, expert in experts.items() if (kind := _quantization(expert))},
         "vae_tiling": bool(getattr(pipe.vae, "use_tiling", False)),
         "frame_rate": pipe.call_defaults["frame_rate"],
         "device": pipe._execution_device.type,
         "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in parts.items() if dtype is not None},
         "versions": versions(),
     }
-    return json.loads(json.dumps(found, default=_number))
+    return json.loads(json.dumps(told, default=_number))
 
 
 def versions() -> dict[str, str]:
@@ -162,7 +164,7 @@ def hub_revisions(pipe: DiffusionPipeline) -> dict[str, str]:
     return found
 
 
-def composer_call(pipe: FactorizedStages, record: dict[str, Any]) -> dict[str, Any] | None:
+def composer_call(pipe: FactorizedStages, record: Mapping[str, Any]) -> dict[str, Any] | None:
     """The text-to-image pipeline's class and the arguments that it is called with, its defaults among them."""
     if pipe.composer is None:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import PIL.Image
@@ -48,8 +48,9 @@ NO_REWRITER = (
     '`mode="direct"`, or load a rewriter.'
 )
 
-Image = PIL.Image.Image | np.ndarray | torch.Tensor
-StepCallback = Callable | PipelineCallback | MultiPipelineCallbacks
+Image: TypeAlias = PIL.Image.Image | np.ndarray | torch.Tensor
+StepCallback: TypeAlias = Callable | PipelineCallback | MultiPipelineCallbacks
+LEFT_OUT: Any = None  # [`VideoRequest.completed`] fills in the model's own.
 AnchorResolver = Callable[[Sequence[Anchor], int], list[tuple[range, Anchor]]]
 
 
@@ -58,34 +59,34 @@ class VideoRequest(ChosenPictures, MotionOfVideos):
     """Arguments of a call of any of the pipelines, under their own names; their `__call__` says what each is.
 
     [`completed`] gives the request that the stages work on: texts in lists, one for each prompt; a list of anchors for each
-    video, their pictures decoded; the model's own values where the call left one out; all of it checked.
+    video, their pictures decoded; the model's own values where the call left one out; all checked. Field types are its own.
     """
 
     # All stages. Without a mode it is a call of stage 3 alone.
-    prompt: str | list[str] | None = None
+    prompt: list[str] | None = None
     mode: str | None = None
     num_videos_per_prompt: int = 1
     generator: torch.Generator | list[torch.Generator] | None = None
     callback_on_stage_step: Callable | None = None
     # Stages 1 and 2
-    first_frame_prompt: str | list[str] | None = None
-    motion_prompt: str | list[str] | None = None
-    storyboard: list[Moment] | list[list[Moment]] | None = None
+    first_frame_prompt: list[str] | None = None
+    motion_prompt: list[str] | None = None
+    storyboard: list[list[Moment]] | None = None
     num_moments: int = 2
     rewriter_max_new_tokens: int | None = None
     rewriter_motion: bool = False
     composer_num_inference_steps: int | None = None
     composer_guidance_scale: float | None = None
     composer_negative_prompt: str | list[str] | None = None
-    composer_num_candidates: int | None = None
+    composer_num_candidates: int = LEFT_OUT
     # First frames that are given
     image: Image | list[Image] | None = None
-    anchors: Anchor | list[Anchor] | list[list[Anchor]] | None = None
+    anchors: list[list[Anchor]] | None = None
     # Stage 3
-    negative_prompt: str | list[str] | None = None
-    height: int | None = None
-    width: int | None = None
-    num_frames: int | None = None
+    negative_prompt: list[str] | None = None
+    height: int = LEFT_OUT
+    width: int = LEFT_OUT
+    num_frames: int = LEFT_OUT
     fps: float | None = None
     preset: str | None = None
     num_inference_steps: int | None = None
@@ -98,7 +99,7 @@ class VideoRequest(ChosenPictures, MotionOfVideos):
     negative_prompt_embeds: torch.Tensor | None = None
     prompt_embeds_2: torch.Tensor | None = None
     negative_prompt_embeds_2: torch.Tensor | None = None
-    max_sequence_length: int | None = None
+    max_sequence_length: int = LEFT_OUT
     attention_kwargs: dict[str, Any] | None = None
     animator_kwargs: dict[str, Any] | None = None
     callback_on_step_end: StepCallback | None = None
@@ -110,7 +111,8 @@ class VideoRequest(ChosenPictures, MotionOfVideos):
 
     @property
     def num_prompts(self) -> int:
-        return len(self.prompt_embeds if self.prompt is None else self.prompt)
+        prompts: Any = self.prompt_embeds if self.prompt is None else self.prompt
+        return len(prompts)
 
     @property
     def num_videos(self) -> int:
@@ -122,7 +124,7 @@ class VideoRequest(ChosenPictures, MotionOfVideos):
         return self.mode in ("factorized", "storyboard") and self.image is None and self.anchors is None
 
     @property
-    def _written(self) -> list[str] | list[Moment] | list[list[Moment]] | None:
+    def _written(self) -> list[str] | list[list[Moment]] | None:
         """What the caller wrote in place of stage 1."""
         return self.first_frame_prompt if self.storyboard is None else self.storyboard
 
@@ -191,8 +193,9 @@ class VideoRequest(ChosenPictures, MotionOfVideos):
         """The request with a generator, and the seed of each video's noise: to be asked before anything is drawn."""
         request = self
         if self.generator is None:
-            generators = [torch.Generator().manual_seed(draw_seed()) for _ in range(self.num_videos)]
-            request = replace(self, generator=generators)
+            request = replace(
+                self, generator=[torch.Generator().manual_seed(draw_seed()) for _ in range(self.num_videos)]
+            )
         return request, [{"video": seed} for seed in video_seeds(request.generator, self.num_videos)]
 
     def output(
@@ -208,12 +211,11 @@ class VideoRequest(ChosenPictures, MotionOfVideos):
     ) -> FactorizedVideoPipelineOutput | tuple:
         """What the call gives back, of what the stages made."""
         is_storyboard = self.mode == "storyboard"
-        if pictures is not None and not is_storyboard:
-            pictures = [first for (first,) in pictures]
+        shown: Any = pictures if pictures is None or is_storyboard else [first for (first,) in pictures]
         output = output_class(
             frames=frames,
             first_frame_prompts=None if moments is None else [first.caption for first, *_ in moments],
-            anchor_images=pictures,
+            anchor_images=shown,
             seeds=seeds,
             timings=timings,
             storyboards=moments if is_storyboard else None,
@@ -227,12 +229,14 @@ class VideoRequest(ChosenPictures, MotionOfVideos):
 
     def check_safety(self, safety_checker: Callable[[PIL.Image.Image], bool | str | None] | None) -> None:
         """Shows each picture to the checker once and raises `ValueError` for the first that it refuses."""
+        if safety_checker is None:
+            return
         shown = set()
-        for video, anchors in enumerate(self.anchors or () if safety_checker is not None else ()):
+        for video, anchors in enumerate(self.anchors or ()):
             for image in (anchor.image for anchor in anchors if id(anchor.image) not in shown):
                 shown.add(id(image))
                 for picture in pictures_of(image):
-                    pixels = (picture * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+                    pixels = (torch.as_tensor(picture) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
                     refusal = safety_checker(PIL.Image.fromarray(pixels))
                     if refusal:
                         reason = f" ({refusal})" if isinstance(refusal, str) else ""
@@ -382,8 +386,7 @@ class VideoRequest(ChosenPictures, MotionOfVideos):
                 continue
             check_texts(name, texts)
             is_written_of = name == "prompt" and self.draws_anchors and self._written is None
-            for text in texts if pipe.prompt_check is not None else ():
-                pipe.prompt_check(text, is_written_of)
+            pipe._check_known(texts, writes=is_written_of)
             if len(texts) != num_prompts:
                 raise ValueError(f"`{name}` has {len(texts)} texts for {num_prompts} prompts.")
         negative = self.negative_prompt

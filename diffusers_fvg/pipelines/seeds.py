@@ -90,7 +90,7 @@ def restored_draws(seed: Seed, shape: tuple[int, ...], device: torch.device) -> 
         `ValueError`: a state that is none, or of a device that is not here.
     """
     generator = _generator_of(seed)
-    if not _is_shared(seed):
+    if isinstance(seed, int) or not _is_shared(seed):
         return {"generator": generator}
     noise = generator.clone_state()
     if "of" in seed:

@@ -46,9 +46,9 @@ class Writing:
     def to_json(self) -> dict[str, Any]:
         """Values of JSON; [`from_json`] reads them."""
         moments = [{"caption": moment.caption, "time": moment.time} for moment in self.moments]
-        rewrite = self.moments[0].rewrite
+        outcome = self.moments[0].rewrite
         # What was made is the caption.
-        rewrite = None if rewrite is None else asdict(replace(rewrite, made=None))
+        rewrite = None if outcome is None else asdict(replace(outcome, made=None))
         return {
             "moments": moments,
             "rewrite": rewrite,
@@ -132,7 +132,8 @@ def draw(pipe: FactorizedStages, call: Mapping[str, Any], seed: int, writing: Wr
         "hub_revisions": _revisions(pipe, DRAWS),
         "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items() if dtype is not None},
     }
-    return Drawing(pictures[0], seeds[0]["anchor"], candidates and candidates[0], record)
+    assert pictures is not None  # Nothing interrupts it.
+    return Drawing(pictures[0], seeds[0]["anchor"], candidates[0] if candidates else None, record)
 
 
 def animate(

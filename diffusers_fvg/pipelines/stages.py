@@ -129,8 +129,9 @@ class FactorizedStages(FactorizedParts, ABC):
 
     def _check_known(self, texts: Sequence[str], writes: bool = False) -> None:
         """A model of few words knows those of the texts; `writes`: stage 1 is to write of them."""
-        for text in texts if self.prompt_check is not None else ():
-            self.prompt_check(text, writes)
+        if self.prompt_check is not None:
+            for text in texts:
+                self.prompt_check(text, writes)
 
     def _request(self, arguments: dict[str, Any]) -> VideoRequest:
         """The request of a call, from the `locals()` of `__call__` or [`animate`]; raises `ValueError` for bad input."""
@@ -274,12 +275,24 @@ class FactorizedStages(FactorizedParts, ABC):
         check_texts("first_frame_prompts", captions)
         self._check_known(captions)
         captions, count = list(captions), candidate_count(self, num_candidates)
-        sizes, options = (height, width), (num_inference_steps, guidance_scale, negative_prompt)
         if count == 1:
-            return self._draw(None, captions, *sizes, *options, generator)
+            return self._draw(
+                None, captions, height, width, num_inference_steps, guidance_scale, negative_prompt, generator
+            )
         check_generators(generator, len(captions), "captions")
         seeds = caption_seeds(generator, len(captions))
-        found = compose_candidates(self, captions, None, seeds, count, *sizes, *options)
+        found = compose_candidates(
+            self,
+            captions,
+            None,
+            seeds,
+            count,
+            height,
+            width,
+            num_inference_steps,
+            guidance_scale,
+            negative_prompt,
+        )
         return [best_candidate(candidates).image for candidates in found if candidates]
 
     @torch.no_grad()
@@ -356,7 +369,7 @@ class FactorizedStages(FactorizedParts, ABC):
         if captions is not None:
             return [[Moment(caption, 0.0)] for caption in captions]
         limit = request.rewriter_max_new_tokens
-        outcomes = self._ask_rewriter("rewrite_outcomes", "rewrite", request.prompt, max_new_tokens=limit)
+        outcomes = self._ask_rewriter("rewrite_outcomes", "rewrite", request.prompt or [], max_new_tokens=limit)
         return [[Moment(outcome.made, 0.0, outcome)] for outcome in outcomes]
 
     def _writes_motion(self, request: VideoRequest) -> bool:

@@ -22,6 +22,7 @@ from safetensors import safe_open
 
 from ..animate import animator as animators
 from ..animate.families import is_image_to_video
+from ..animate.stock_weights import StockWeights
 from ..animate.transformer_anchor import AnchorConditionedTransformer3D
 from ..animate.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
 from ..animate.transformer_anchor_skyreels import AnchorConditionedSkyReelsV2Transformer3D
@@ -43,7 +44,7 @@ from .privacy import PATH
 
 BASE_COMPONENTS = ("tokenizer", "text_encoder", "transformer", "transformer_2", "vae")
 # Of the base's video model -> this package's class for it and its pipeline, and presets where the model is none of the table.
-FAMILIES: dict[str, tuple[type, str, SchedulerPresets]] = {
+FAMILIES: dict[str, tuple[type[StockWeights], str, SchedulerPresets]] = {
     name: (kind, pipeline, presets)
     for kind, pipeline, presets in (
         (AnchorConditionedTransformer3D, "FactorizedVideoPipeline", WAN_PRESETS),
@@ -119,13 +120,15 @@ def assemble(
     hub = {name: value for name, value in hub.items() if value is not None}
     if (base is None) == (animator is None):
         raise ValueError("Give a `base` or an `animator`, one of them.")
+    plans: list[tuple[str, str, Any, Callable[..., list[Part]]]]
     if animator is not None:
         _check_no(lora=lora, presets=presets)
         repository = _with_animator(call_defaults)
-        plan = partial(_animator, defaults=animator_call_defaults, variant=variant)
-        plans = [("animator", "AnchorAnimator", animator, plan)]
+        animator_plan = partial(_animator, defaults=animator_call_defaults, variant=variant)
+        plans = [("animator", "AnchorAnimator", animator, animator_plan)]
     else:
         _check_no(animator_call_defaults=animator_call_defaults)
+        assert base is not None
         repository, anchored = _of_base(Source.of(base, hub), presets, call_defaults, light, variant)
         experts = partial(_lora, anchored=anchored, base=list(repository.parts))
         plans = [("anchor_lora", "AnchorLora", lora, experts)]
@@ -154,7 +157,7 @@ def _check_no(**arguments: Any) -> None:
 
 def _of_base(
     source: Source, presets: Sequence[str], call_defaults: dict[str, Any] | None, light: bool, variant: str | None
-) -> tuple[Assembly, type]:
+) -> tuple[Assembly, type[StockWeights]]:
     """The repository with the parts of a base, and this package's class for its video model."""
     index = source.read_json(DiffusionPipeline.config_name)
     class_name = index.get("transformer", [None, None])[1]
@@ -167,7 +170,8 @@ def _of_base(
             f"{tuple(FAMILIES)}. Use a text-to-video model, such as {known}; an image-to-video pipeline is an `animator`."
         )
     anchored, pipeline, family_presets = FAMILIES[class_name]
-    parts, entries = [], dict.fromkeys(BASE_COMPONENTS, [None, None])
+    parts: list[Part] = []
+    entries: dict[str, Any] = dict.fromkeys(BASE_COMPONENTS, [None, None])
     for name in BASE_COMPONENTS:
         if index.get(name, [None, None])[1] is not None:
             entries[name], part = _base_part(name, index[name], source, light, variant)
@@ -232,7 +236,7 @@ def _presets(
     return SchedulerPresets.of(*(known[name] for name in names or known))
 
 
-def _check_experts(parts: Sequence[Part], anchored: type) -> None:
+def _check_experts(parts: Sequence[Part], anchored: type[StockWeights]) -> None:
     """Refuses a video model that cannot be anchored, from its configuration alone."""
     configs = {part.name: _config(part) for part in parts if part.name in (*EXPERTS, "vae", "text_encoder")}
     vae, text_width = configs.pop("vae", {}), configs.pop("text_encoder", {}).get("d_model")
@@ -308,7 +312,7 @@ def _pipeline(
 ) -> Part:
     """A pipeline of diffusers as a component."""
     check_defaults(defaults)
-    settings = {} if defaults is None else {"call_defaults": defaults}
+    settings: dict[str, Any] = {} if defaults is None else {"call_defaults": defaults}
     index, names = source.read_json(DiffusionPipeline.config_name), [DiffusionPipeline.config_name]
     for component, entry in index.items():
         if isinstance(entry, list) and entry[0] is not None:
@@ -365,11 +369,11 @@ def _write_chat_model(config: str, reader: str, settings: dict[str, Any], source
 
 
 def _lora(
-    value: str | Sequence[str], light: bool, hub: dict[str, Any], anchored: type, base: list[Part]
+    value: str | Sequence[str], light: bool, hub: dict[str, Any], anchored: type[StockWeights], base: list[Part]
 ) -> list[Part]:
     names = [value] if isinstance(value, (str, os.PathLike)) else value
     sources = [_lora_source(str(name), hub) for name in names]
-    write = partial(_write_lora, sources, anchored, base)
+    write: Callable[[Path], None] = partial(_write_lora, sources, anchored, base)
     parts = []
     for name, (source, files) in zip(("anchor_lora", "anchor_lora_2"), sources):
         # They are not copied but read: the repository has one file in diffusers' format, whatever the format of these.
@@ -397,7 +401,9 @@ def _lora_source(name: str, hub: dict[str, Any]) -> tuple[Source, list[str]]:
     return source, [file]
 
 
-def _write_lora(sources: list[tuple[Source, list[str]]], anchored: type, base: list[Part], folder: Path) -> None:
+def _write_lora(
+    sources: list[tuple[Source, list[str]]], anchored: type[StockWeights], base: list[Part], folder: Path
+) -> None:
     experts: dict[str, torch.nn.Module] = {}
     for part in base:
         if part.name in EXPERTS:
@@ -419,7 +425,7 @@ def _write_lora(sources: list[tuple[Source, list[str]]], anchored: type, base: l
         raise ValueError(
             f"The LoRA {names} has nothing for {missing}, and the base has two experts; give a pair, high noise first."
         )
-    metadata = {}
+    metadata: dict[str, str] = {}
     for path in lora.labels:
         with safe_open(path, framework="pt") as file:
             metadata |= file.metadata() or {}

@@ -359,22 +359,26 @@ def card_data(
     datasets: list[str] | None = None,
 ) -> ModelCardData:
     """The YAML block. A licence is named only if all are known; several make the Hub's `other`."""
-    found = set(licenses)
+    found = {license for license in licenses if license is not None}
     license = License("")
-    if None not in found and found:
+    if None not in licenses and found:
         license = found.pop() if len(found) == 1 else License("other", "licences-of-the-parts")
-    results = [
-        EvalResult(
-            task_type="text-to-video",
-            dataset_type="synthetic" if scores.synthetic else "custom",
-            dataset_name=scores.benchmark + (" (synthetic)" if scores.synthetic else ""),
-            dataset_revision=scores.commit or None,
-            metric_type="score",
-            metric_name=f"mean score, {arm}",
-            metric_value=round(mean, 3),
-        )
-        for arm, mean in (scores.means.items() if scores else ())
-    ]
+    results = (
+        []
+        if scores is None
+        else [
+            EvalResult(
+                task_type="text-to-video",
+                dataset_type="synthetic" if scores.synthetic else "custom",
+                dataset_name=scores.benchmark + (" (synthetic)" if scores.synthetic else ""),
+                dataset_revision=scores.commit or None,
+                metric_type="score",
+                metric_name=f"mean score, {arm}",
+                metric_value=round(mean, 3),
+            )
+            for arm, mean in scores.means.items()
+        ]
+    )
     more = {"base_model_relation": relation} if relation and base_models else {}
     return ModelCardData(
         base_model=list(base_models) or None,

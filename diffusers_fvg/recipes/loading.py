@@ -103,7 +103,13 @@ def check_lora(source: ModelSource, lora: str | os.PathLike | Literal[False] | N
             f"The model {source.name!r} becomes a {source.pipeline_name}, which takes no anchor LoRA; leave it out."
         )
     recipe = source.recipe
-    if recipe is None or lora is not None or recipe.lora is not None or recipe.keeps_first_frame:
+    if (
+        recipe is None
+        or isinstance(recipe, AnimatorRecipe)
+        or lora is not None
+        or recipe.lora is not None
+        or recipe.keeps_first_frame
+    ):
         return
     raise ValueError(
         f"{recipe.name} needs an anchor LoRA, and none is published: {recipe.facts.name} ignores a first frame that it was "
@@ -143,6 +149,7 @@ def _check_base(source: ModelSource) -> None:
     if anchored is None or source.pipeline_name in NO_ANCHOR_LORA:
         # What is animated by its own pipeline may take more than latents and a text.
         return
+    assert source.folder is not None
     configs = {}
     for name in ("transformer", "vae", "text_encoder"):
         path = source.folder / name / "config.json"
@@ -202,9 +209,9 @@ def _load_recipe(
         if _is_own(composer, recipe):
             parts["composer"].call_defaults = dict(recipe.composer.call_defaults)
         pipe = DiffusionPipeline.from_pretrained(folder, dtype=dtype, **hub, **options, **parts)
-    for part in assembly.parts:
-        if part.name == "anchor_lora" and part.source.folder is None:
-            pipe.anchor_lora.reference = {"repository": part.source.name, "revision": part.source.revision}
+    for made in assembly.parts:
+        if made.name == "anchor_lora" and made.source.folder is None:
+            pipe.anchor_lora.reference = {"repository": made.source.name, "revision": made.source.revision}
     # The folder was of this call alone.
     pipe.register_to_config(_name_or_path=recipe.name)
     pipe.origin = {"kind": "recipe"}
@@ -292,6 +299,7 @@ def load_part(
                 return [name for name in names if name.startswith(f"{part}/") and name.endswith(_LOADED)]
 
             folder = fetch(source.repository, source.commit, select, f"The {part} of {name}", **hub)[0]
+        assert folder is not None
         own = folder / part
     if part == "anchor_judge":
         return getattr(diffusers_fvg, source.index[part][1]).from_pretrained(own, torch_dtype=dtype)
@@ -316,10 +324,8 @@ def _parts(
     from ..pipelines.parts import as_composer, as_rewriter
     from ..rewrite.rewriter import FirstFrameRewriter
 
-    parts, kinds = (
-        _given(rewriter=rewriter, composer=composer),
-        {"rewriter": FirstFrameRewriter, "composer": AnchorComposer},
-    )
+    parts = _given(rewriter=rewriter, composer=composer)
+    kinds: dict[str, Any] = {"rewriter": FirstFrameRewriter, "composer": AnchorComposer}
     for part, kind in kinds.items():
         if parts.get(part) is False:
             parts[part] = None

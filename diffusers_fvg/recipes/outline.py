@@ -85,31 +85,34 @@ def outline(
     """
     hub = hub or {}
     with empty_weights(dtype):
-        named = {}
+        named: dict[str, Any] = {}
+        parts: dict[str, Any]
         for name, value, make in (("composer", composer, _named_composer), ("rewriter", rewriter, _named_rewriter)):
             if value is not None:
                 is_name = isinstance(value, (str, os.PathLike))
                 named[name] = None if value is False else make(value, hub) if is_name else value
         if isinstance(source.recipe, AnimatorRecipe):
             # Its configurations are published on the Hub alone.
-            facts = source.recipe.animator
-            folder = fetch_configs(facts.repository, None, f"The animator of {source.name}", hub)
+            animator = source.recipe.animator
+            folder = fetch_configs(animator.repository, None, f"The animator of {source.name}", hub)
             parts = {"animator": _animator(folder, hub), **make_parts(source.recipe)}
-            parts["animator"].call_defaults = dict(facts.call_defaults)
+            parts["animator"].call_defaults = dict(animator.call_defaults)
         elif source.recipe is not None:
             parts = _recipe_components(source.recipe)
         elif source.pipeline_name == "FactorizedImageToVideoPipeline" and "animator" not in source.index:
+            assert source.folder is not None
             parts = {"animator": _animator(source.folder, hub)}
         else:
+            assert source.folder is not None
             parts = {
-                name: _component(source.folder / name, *entry, hub)
+                name: _component(source.folder / name, entry[0], entry[1], hub)
                 for name, entry in source.index.items()
                 if isinstance(entry, list) and entry[1] is not None and name not in named
             }
         parts |= named
     settings = ("boundary_ratio", "expand_timesteps", "call_defaults")
     facts = getattr(source.recipe, "facts", None)
-    index = source.index or {}
+    index = source.index
     if facts is not None:
         index = {"boundary_ratio": facts.boundary_ratio, "expand_timesteps": facts.expand_timesteps}
     known = source.pipeline_class._get_signature_keys(source.pipeline_class)
@@ -183,9 +186,10 @@ def _component(folder: Path, library: str, class_name: str, hub: dict[str, Any])
         return FAMILIES[class_name][0].from_config(_json(folder / "config.json"))
     # A model of one pipeline alone is in that pipeline's module.
     places = {"diffusers": diffusers, "transformers": transformers}
-    kind = getattr(places.get(library) or getattr(diffusers.pipelines, library, None), class_name, None)
-    if not isinstance(kind, type):
+    found = getattr(places.get(library) or getattr(diffusers.pipelines, library, None), class_name, None)
+    if not isinstance(found, type):
         return None
+    kind: Any = found
     if issubclass(kind, SchedulerMixin):
         with torch.device("cpu"):
             return kind.from_config(_json(folder / "scheduler_config.json"))
@@ -211,7 +215,9 @@ def _animator(folder: Path, hub: dict[str, Any]) -> AnchorAnimator:
         folder = fetch_configs(config["repository"], config.get("revision"), "The animator", hub)
     index = _json(folder / INDEX)
     kind = getattr(diffusers, str(index.get("_class_name")))
-    parts = {name: _component(folder / name, *entry, hub) for name, entry in index.items() if _is_part(entry)}
+    parts = {
+        name: _component(folder / name, entry[0], entry[1], hub) for name, entry in index.items() if _is_part(entry)
+    }
     declared = inspect.signature(kind.__init__).parameters
     values = {name: value for name, value in {**index, **parts}.items() if name in declared}
     absent = {name: None for name, known in declared.items() if name != "self" and known.default is known.empty}
@@ -235,7 +241,7 @@ def _composer(folder: Path, hub: dict[str, Any]) -> EmptyComposer:
         name: made
         for name, entry in index.items()
         if isinstance(entry, list) and entry[1] is not None
-        if isinstance(made := _component(folder / name, *entry, hub), torch.nn.Module)
+        if isinstance(made := _component(folder / name, entry[0], entry[1], hub), torch.nn.Module)
     }
     return EmptyComposer(models)
 

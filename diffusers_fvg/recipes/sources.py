@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +55,7 @@ class ModelSource:
     name: str
     recipe: Recipe | AnimatorRecipe | None = None
     folder: Path | None = None
-    index: dict[str, Any] | None = None
+    index: dict[str, Any] = field(default_factory=dict)
     repository: str | None = None
     commit: str | None = None
 

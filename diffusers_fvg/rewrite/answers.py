@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 
 Value = TypeVar("Value")
@@ -44,7 +44,7 @@ def marks_thinking(tokens: list[str]) -> bool:
     return any(_BEGIN.search(token) or _END.search(token) or token == "<|channel|>" for token in tokens)
 
 
-def text_under(value: dict, key: str) -> str | None:
+def text_under(value: Mapping[str, Any], key: str) -> str | None:
     """The text of a JSON object under a key, in one line; one without a letter or digit is none ("...")."""
     text = " ".join(value[key].split()) if isinstance(value.get(key), str) else None
     return text if text is None or any(letter.isalnum() for letter in text) else None
@@ -87,7 +87,8 @@ def find_in_answer(answer: str, read: Callable[[dict], Value | None], wanted: st
 
 def _read_cut(answer: str) -> tuple[bool, dict | None]:
     """Whether an answer ends within a JSON object, and that object if it ends in a text: with two whole sentences of that."""
-    opened, begin, escaped = [], None, False
+    opened: list[int] = []
+    begin, escaped = None, False
     for place, letter in enumerate(answer):
         if escaped or letter == "\\":
             escaped = not escaped

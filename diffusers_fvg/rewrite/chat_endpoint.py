@@ -206,7 +206,7 @@ class ChatEndpoint:
         address = f"{self.url.rstrip('/').removesuffix('/chat/completions')}/chat/completions"
         request = urllib.request.Request(address, json.dumps(body).encode(), headers, method="POST")
         handlers: list = [_NoRedirect]
-        if _is_this_machine(urllib.parse.urlsplit(self.url).hostname):
+        if _is_this_machine(urllib.parse.urlsplit(self.url).hostname or ""):
             # `http_proxy` would see the key, and is elsewhere than this machine.
             handlers.append(urllib.request.ProxyHandler({}))
         try:
@@ -251,8 +251,8 @@ def _probability_of_yes(choice: Mapping[str, Any]) -> float:
 def _seconds(retry_after: str | None) -> float | None:
     """The seconds of a `Retry-After` header; one that holds a date is left aside."""
     try:
-        return max(0.0, float(retry_after))
-    except (TypeError, ValueError):
+        return None if retry_after is None else max(0.0, float(retry_after))
+    except ValueError:
         return None
 
 

@@ -64,7 +64,8 @@ def chat_about(rewriter: FirstFrameRewriter, prompt: str, task: RewriterTask, wi
     examples = rewriter.examples if rewriter.examples is not None else with_examples
     if examples is True or (examples and task.name != FIRST_FRAME.name):
         examples = choose_examples(prompt, task.examples)
-    return build_messages(prompt, instruction, examples or (), task.write)
+    pairs = [(question, answer) for question, answer in examples or ()]
+    return build_messages(prompt, instruction, pairs, task.write)
 
 
 def build_retry(messages: Chat, reason: str) -> Chat:
@@ -115,8 +116,10 @@ def settle(
             plan = made.plan if isinstance(made, PlannedCaption) else None
             break
         reasons.append(problem)
-        is_simpler = made is None and task.simpler is not None
-        task, most = (task.simpler, attempt + ATTEMPTS) if is_simpler else (task, most)
+        simpler = task.simpler if made is None else None
+        is_simpler = simpler is not None
+        if simpler is not None:
+            task, most = simpler, attempt + ATTEMPTS
         # Examples show the form. A small model copies their words, so that one that knows it is better off without.
         chat = chat_about(rewriter, question, task, misses_form)
         chat = chat if is_simpler else build_retry(chat, problem)

@@ -90,8 +90,8 @@ class FirstFrameRewriter(torch.nn.Module):
         if isinstance(instruction, Mapping) and not instruction.keys() <= set(TASK_NAMES):
             raise ValueError(f"`instruction` has keys {sorted(instruction)}, but may have {sorted(TASK_NAMES)}.")
         check_at_least_one("max_new_tokens", max_new_tokens)
-        self.model = model
-        self.tokenizer = tokenizer
+        self.model: Any = model
+        self.tokenizer: Any = tokenizer
         self.endpoint = endpoint
         self.reference = reference
         self.instruction = instruction
@@ -103,6 +103,7 @@ class FirstFrameRewriter(torch.nn.Module):
             # Offloading asks every component for the device of its first parameter.
             self.placement = torch.nn.Parameter(torch.empty(0), requires_grad=False)
         else:
+            assert tokenizer is not None
             if tokenizer.chat_template is None:
                 raise ValueError(f"{tokenizer.name_or_path!r} has no chat template; choose an instruct or chat model.")
             self._has_system_role = has_system_role(tokenizer)
@@ -159,7 +160,7 @@ class FirstFrameRewriter(torch.nn.Module):
             raise ValueError("A rewriter with an endpoint is not saved: make it anew and pass it where it is needed.")
         if not safe_serialization:
             logger.warning("The rewriter is saved as safetensors: transformers writes no other format.")
-        config = dict(self.reference or {})
+        config: dict[str, Any] = dict(self.reference or {})
         if self.instruction is not None:
             config["instruction"] = self.instruction if isinstance(self.instruction, str) else dict(self.instruction)
         if self.examples is not None:
@@ -355,12 +356,14 @@ class FirstFrameRewriter(torch.nn.Module):
         """Several prompts at once. A server that fails for one of them does not cost the captions of the others."""
         errors: list[OSError] = []
         answered: list[str] = []
+        assert self.endpoint is not None
+        max_concurrent = self.endpoint.max_concurrent
 
         def outcome_of(pair: tuple[str, Chat]) -> RewriteOutcome:
             prompt, chat = pair
             began = time.perf_counter()
             stands_in = partial(RewriteOutcome, "fallback", task.fallback(prompt))
-            if should_stop() or (len(errors) >= self.endpoint.max_concurrent and not answered):
+            if should_stop() or (len(errors) >= max_concurrent and not answered):
                 return stands_in(("it was not asked for",))
             try:
                 (answer,) = self([chat], limit, None, should_stop, self.answer_schema(task))
@@ -371,7 +374,7 @@ class FirstFrameRewriter(torch.nn.Module):
                 logger.warning(f"No {task.subject} for {prompt!r} ({error}); the prompt's start is used.")
                 return stands_in((str(error),), 1, time.perf_counter() - began)
 
-        with ThreadPoolExecutor(self.endpoint.max_concurrent) as pool:
+        with ThreadPoolExecutor(max_concurrent) as pool:
             yield from pool.map(outcome_of, asked)
         if errors and not answered:
             raise errors[0]

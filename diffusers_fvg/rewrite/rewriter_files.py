@@ -40,6 +40,7 @@ def load_rewriter(
     is_chat_model = folder.is_dir() and not (folder / CONFIG_NAME).is_file() and _is_chat_model(folder, gguf_file)
     if folder.is_dir() and revision is not None or (gguf_file is not None and folder.is_dir() and not is_chat_model):
         raise ValueError(f"`revision` and `gguf_file` are not for {str(path)!r}, a folder that names its own.")
+    config: dict[str, Any]
     if is_chat_model:
         config = {"gguf_file": _gguf_in(folder, gguf_file)}
     elif folder.is_dir():
@@ -81,7 +82,7 @@ def load_rewriter(
         raise ValueError(
             f"The rewriter's model {str(model_path)!r} lacks weights: {sorted(found['missing_keys'])[:4]}."
         )
-    quantizer = getattr(model, "hf_quantizer", None)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
     if source and getattr(quantizer, "packed_modules", True) == {}:
         # No weight of the GGUF is packed any more, and transformers would not save a model that it calls quantized.
         quantizer.remove_quantization_config(model)

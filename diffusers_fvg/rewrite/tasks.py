@@ -179,7 +179,7 @@ def _moments_of(value: dict) -> list[Moment] | None:
     if not isinstance(listed, list) or not all(isinstance(item, dict) for item in listed):
         return None
     try:
-        return [Moment(text_under(item, "frame"), item.get("time")) for item in listed]
+        return [Moment(text_under(item, "frame") or "", item.get("time")) for item in listed]
     except ValueError:
         return None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers import SchedulerMixin
 
 from .presets import SchedulerPreset
@@ -19,7 +21,9 @@ def pinned_scheduler(preset: SchedulerPreset, num_inference_steps: int | None = 
     """
     made = preset.make_scheduler(num_inference_steps)
 
-    class Pinned(type(made)):
+    kind: Any = type(made)
+
+    class Pinned(kind):
         def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, timesteps=None, mu=None, **others):
             fresh = preset.make_scheduler(pinned_steps, device)
             # What a run begins with, on the device of the run.

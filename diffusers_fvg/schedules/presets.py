@@ -63,7 +63,7 @@ class SchedulerPreset:
     weights: str = ""
     source: str = ""
     anchor_window: int | None = None
-    num_inference_steps: int | None = None
+    num_inference_steps: int = None  # type: ignore[assignment]  # `__post_init__` sets or asks for it.
     min_motion: float | None = MIN_MOTION
 
     def __post_init__(self) -> None:
@@ -128,14 +128,16 @@ class SchedulerPreset:
         Raises:
             `ValueError`: another number of steps than a distilled model knows, whose sigmas are not those of a shift.
         """
-        if num_inference_steps in (None, self.num_inference_steps):
+        assert self.sigmas is not None
+        if num_inference_steps is None or num_inference_steps == self.num_inference_steps:
             return self.sigmas
-        if self.sigmas != shifted_sigmas(self.num_inference_steps, self.flow_shift):
+        shift = self.flow_shift
+        if shift is None or self.sigmas != shifted_sigmas(self.num_inference_steps, shift):
             raise ValueError(
                 f"`num_inference_steps={num_inference_steps}`, but preset {self.name!r} has {self.num_inference_steps} steps of "
                 "its own, which no shift gives; leave `num_inference_steps` out."
             )
-        return shifted_sigmas(num_inference_steps, self.flow_shift)
+        return shifted_sigmas(num_inference_steps, shift)
 
     def is_scheduler(self, scheduler) -> bool:
         """Whether a scheduler is of the preset's class and agrees with its config."""

@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -151,7 +151,7 @@ class Prefetcher:
         self.clips, self.order = clips, order
         self.slice = slice(process_index * batch_size, (process_index + 1) * batch_size)
         self._pool = ThreadPoolExecutor(max_workers=1)
-        self._next: tuple[int, object] | None = None
+        self._next: tuple[int, Future] | None = None
 
     def load(self, number: int) -> tuple[torch.Tensor, torch.Tensor, Pictures | None]:
         """Batch `number` of this process; see [`Clips.load`]."""

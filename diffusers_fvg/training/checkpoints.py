@@ -13,7 +13,7 @@ from diffusers.utils import logging
 
 from ..checks import is_finite
 from .batches import Clips
-from .config import TrainConfig
+from .config import TomlConfig
 from .files import read_whole, write_whole
 
 
@@ -36,7 +36,7 @@ LOWERED_ON_RESUME = {"learning_rate", "max_grad_norm"}
 EXPLODED = 1e4
 
 
-def run_settings(config: TrainConfig, clips: Clips, more: Mapping[str, Any]) -> dict[str, Any]:
+def run_settings(config: TomlConfig, clips: Clips, more: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint was made with, as JSON holds it.
 
     Args:
@@ -57,7 +57,7 @@ class Checkpoints:
         settings (`dict`): from [`run_settings`].
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, settings: dict[str, Any]):
+    def __init__(self, folder: Path, config: TomlConfig, settings: dict[str, Any]):
         self.folder, self.config, self.settings = folder, config, settings
 
     def saved(self) -> list[Path]:

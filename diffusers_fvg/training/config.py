@@ -7,9 +7,9 @@ import tomllib
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from ..publishing.toml import toml_value
 
@@ -47,6 +47,31 @@ class DataSource:
 
 class TomlConfig:
     """A frozen dataclass that is read from TOML: values become their fields' types and are then checked by `validate`."""
+
+    # Options of every run.
+    model: str
+    data: str | tuple[DataSource, ...]
+    cache_dir: str
+    output_dir: str
+    buckets: tuple[tuple[int, int, int], ...]
+    frame_rate: float
+    revision: str
+    video_column: str
+    caption_column: str
+    clips_per_video: int
+    max_rejected_share: float
+    max_sequence_length: int
+    steps: int
+    batch_size: int
+    warmup_steps: int
+    seed: int
+    learning_rate_schedule: Literal["constant", "cosine"]
+    keep_checkpoints: int
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    def validate(self) -> None:
+        """Raises `ValueError` for values that are out of range or do not belong together. Defined by the run."""
+        raise NotImplementedError
 
     def __post_init__(self) -> None:
         kinds = typing.get_type_hints(type(self))
@@ -398,7 +423,7 @@ class TrainConfig(TomlConfig):
         _require(self.prompt_dropout == 0, "prompt_dropout", self, "must be 0 with distill_guidance")
 
 
-def _require(condition: Any, name: str, config: TrainConfig, complaint: str) -> None:
+def _require(condition: Any, name: str, config: TomlConfig, complaint: str) -> None:
     if not condition:
         raise ValueError(f"`{name}={getattr(config, name)!r}` {complaint}.")
 
@@ -412,7 +437,7 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
             return None if value is None else _converted(name, value, arguments[0])
         # `str | tuple[...]`: one, or several with their own options.
         return _converted(name, value, arguments[isinstance(value, (list, tuple))])
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         return value if isinstance(value, kind) else _nested(name, value, kind)
     if origin is Literal:
         if value not in arguments:

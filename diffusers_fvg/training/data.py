@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -47,8 +48,8 @@ def model_folder(config: TrainConfig, weights: bool = True) -> Path:
     what tells of its sizes."""
     if Path(config.model).is_dir():
         return Path(config.model)
-    parts = ("vae", "text_encoder", "tokenizer", "scheduler", *config.experts)
-    parts = ["model_index.json", *(f"{part}/*" if weights else f"{part}/*config.json" for part in parts)]
+    folders = ("vae", "text_encoder", "tokenizer", "scheduler", *config.experts)
+    parts = ["model_index.json", *(f"{part}/*" if weights else f"{part}/*config.json" for part in folders)]
     return Path(snapshot_download(config.model, revision=config.revision or None, allow_patterns=parts))
 
 
@@ -114,7 +115,7 @@ def build_cache(
         `ValueError`: a cache of other settings, or too many videos that cannot be used.
     """
     state, cache = PartialState(), Path(config.cache_dir)
-    settings = {part: fingerprint(path) for part, path in family.encoders(folder).items()}
+    settings: dict[str, Any] = {part: fingerprint(path) for part, path in family.encoders(folder).items()}
     settings |= {"text_dtype": str(_text_dtype(config)), "reader": READER}
     for name in family.cache_settings:
         settings[name] = getattr(config, name)
@@ -150,10 +151,11 @@ def build_cache(
         if not isinstance(outcome, str)
         for path, shape in outcome
     ]
-    latents, captions, shapes, repeats = (list(column) for column in zip(*clips))
+    columns: list[list[Any]] = [list(column) for column in zip(*clips)]
+    latents, texts_of_clips, shapes, repeats = columns
     return Clips(
         latents=latents,
-        texts=captions,
+        texts=texts_of_clips,
         shapes=shapes,
         empty_text=texts[config.negative_prompt],
         max_sequence_length=config.max_sequence_length,
@@ -223,7 +225,8 @@ def _cache_videos(
     config: TrainConfig, folder: Path, family: Wan | CogVideoX, examples: list[tuple[int, Example]], salt: str
 ) -> list[tuple[int, str | list[tuple[Path, tuple[int, ...]]]]]:
     """For each example its index and either files and shapes of its clips' latents or why it cannot be used."""
-    encoder, found = _LatentWriter(config, folder, family), {}
+    encoder = _LatentWriter(config, folder, family)
+    found: dict[int, str | list[Path]] = {}
     for index, example in _progress(examples, "videos"):
         try:
             with open(example.path, "rb") as file:
@@ -233,8 +236,8 @@ def _cache_videos(
             found[index] = str(error)
             continue
         first = Path(config.cache_dir) / "latents" / f"{key}-0.safetensors"
-        found[index] = _clip_paths(first)
-        if all(_header(path, "latents") is not None for path in found[index]):
+        found[index] = paths = _clip_paths(first)
+        if all(_header(path, "latents") is not None for path in paths):
             continue
         clips = _attempts(read_clips(example.path, config, example.buckets))
         for number, (count, pixels) in enumerate(clips):
@@ -245,7 +248,7 @@ def _cache_videos(
             found[index] = [first.with_name(f"{key}-{number}.safetensors") for number in range(count)]
     encoder.flush()
     return [
-        (index, paths if isinstance(paths, str) else [(path, _header(path, "latents")[0]) for path in paths])
+        (index, paths if isinstance(paths, str) else [(path, _shape(path)) for path in paths])
         for index, paths in found.items()
     ]
 
@@ -256,6 +259,12 @@ def _attempts(clips: Iterator[tuple[int, torch.Tensor]]) -> Iterator[tuple[int |
         yield from clips
     except (ValueError, OSError) as error:
         yield None, str(error)
+
+
+def _shape(path: Path) -> tuple[int, ...]:
+    header = _header(path, "latents")
+    assert header is not None  # It was written just now, or looked at.
+    return header[0]
 
 
 def _clip_paths(first: Path) -> list[Path]:
@@ -270,7 +279,8 @@ class _LatentWriter:
     first clip."""
 
     def __init__(self, config: TrainConfig, folder: Path, family: Wan | CogVideoX):
-        self.config, self.folder, self.family, self.vae = config, folder, family, None
+        self.config, self.folder, self.family = config, folder, family
+        self.vae: Any = None
         self.waiting: list[tuple[Path, torch.Tensor, dict[str, str]]] = []
 
     def add(self, path: Path, pixels: torch.Tensor, metadata: dict[str, str]) -> None:

@@ -87,7 +87,8 @@ def data_part(
         size_of (`Callable`): of a clip of a bucket, in `unit`.
         clips, rejected: from [`planned`].
     """
-    counts, repeated = Counter(), Counter()
+    counts: Counter[tuple] = Counter()
+    repeated: Counter[tuple] = Counter()
     for bucket, repeats in clips:
         counts[bucket] += 1
         repeated[bucket] += repeats

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -30,7 +31,7 @@ class Family:
     """What the cache needs to know of a family beside its classes."""
 
     # Options that the cached tensors depend on.
-    cache_settings = ("buckets", "frame_rate", "clips_per_video", "max_sequence_length")
+    cache_settings: tuple[str, ...] = ("buckets", "frame_rate", "clips_per_video", "max_sequence_length")
     # Whether single frames may be anchors behind the clip, as `anchor_form` says.
     takes_pictures = False
 
@@ -41,6 +42,11 @@ class Family:
     def cached(self, vae: torch.nn.Module, pixels: torch.Tensor) -> list[dict[str, torch.Tensor]]:
         """What the cache keeps of each clip of `(B, 3, F, H, W)`."""
         return [{"latents": latents} for latents in self.encode(vae, pixels)]
+
+    @staticmethod
+    def encode(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels to latents. Defined by the family."""
+        raise NotImplementedError
 
 
 class Wan(Family):
@@ -133,7 +139,7 @@ def _empty(transformer: type[torch.nn.Module], config: dict) -> torch.nn.Module:
         return transformer.from_config(config)
 
 
-FAMILIES = {
+FAMILIES: dict[str, type[Wan | CogVideoX]] = {
     "WanTransformer3DModel": Wan,
     "AnchorConditionedTransformer3D": Wan,
     "CogVideoXTransformer3DModel": CogVideoX,

@@ -400,6 +400,7 @@ class Run:
             self.transformer.eval()
             try:
                 with self.stop.interrupting():
+                    assert self.validate is not None
                     self.validate(self._validation())
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"

@@ -19,7 +19,7 @@ from accelerate import PartialState
 
 from ..atomic import replacing
 from ..checks import check_texts
-from .config import TrainConfig
+from .config import TomlConfig
 
 
 TABLES = ("metadata.jsonl", "metadata.csv")
@@ -44,7 +44,7 @@ class Example:
     buckets: tuple[tuple[int, int, int], ...] = ()
 
 
-def read_examples(config: TrainConfig) -> list[Example]:
+def read_examples(config: TomlConfig) -> list[Example]:
     """What each of `config.sources` holds: the rows of `metadata.jsonl` or `metadata.csv` in a folder; without these its
     videos, each with a text file of its name beside it; or the rows of the data set of that name.
 
@@ -60,7 +60,7 @@ def read_examples(config: TrainConfig) -> list[Example]:
     return examples
 
 
-def _rows(data: str, config: TrainConfig) -> list[tuple[Path, str]]:
+def _rows(data: str, config: TomlConfig) -> list[tuple[Path, str]]:
     """Files and captions of one source."""
     folder = Path(data)
     if not folder.is_dir():
@@ -74,7 +74,7 @@ def _rows(data: str, config: TrainConfig) -> list[tuple[Path, str]]:
     return rows
 
 
-def _table_rows(table: Path, config: TrainConfig) -> list[tuple[Path, str]]:
+def _table_rows(table: Path, config: TomlConfig) -> list[tuple[Path, str]]:
     found = []
     for line, row in _jsonl_rows(table) if table.suffix == ".jsonl" else _csv_rows(table):
         values = []
@@ -157,7 +157,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """Numbers of the lines where rows begin, and rows by the header's names."""
     reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True, skipinitialspace=True)
-    header, line = None, 1
+    header: list[str] | None = None
+    line = 1
     while True:
         try:
             cells = next(reader, None)
@@ -172,7 +173,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             header = cells
             if len(set(header)) < len(header):
                 raise ValueError(f"{path}, line {line} names a column twice: {header}.")
-        elif cells:
+        elif header is not None and cells:
             if len(cells) != len(header):
                 raise ValueError(
                     f"{path}, line {line} has {len(cells)} columns, and the header {len(header)}: put a caption with commas in "
@@ -192,7 +193,7 @@ def _check_closed(path: Path, line: int, cells: list[str]) -> None:
                 raise ValueError(f"{path}, line {line}: a quote is not closed, and the row goes on to that of {name}.")
 
 
-def _hub_rows(data: str, config: TrainConfig) -> list[tuple[Path, str]]:
+def _hub_rows(data: str, config: TomlConfig) -> list[tuple[Path, str]]:
     """The train split of a data set on the Hub, its videos as files in the cache."""
     if importlib.util.find_spec("datasets") is None:
         raise ValueError(

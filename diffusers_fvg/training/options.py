@@ -39,9 +39,9 @@ def _options(kind: type, width: int) -> str:
 
 def _reasons(kind: type) -> dict[str, tuple[list[str], str]]:
     """For each option those that are documented with it, and the text."""
-    documentation = inspect.getdoc(kind).split("Args:\n")[1]
+    documentation = (inspect.getdoc(kind) or "").split("Args:\n")[1]
     entries = list(_ENTRY.finditer(documentation))
-    reasons = {}
+    reasons: dict[str, tuple[list[str], str]] = {}
     for entry, following in zip(entries, [*entries[1:], None]):
         text = documentation[entry.end() : following.start() if following else None]
         names = entry[1].split(", ")
@@ -51,7 +51,7 @@ def _reasons(kind: type) -> dict[str, tuple[list[str], str]]:
 
 def _type(field: Field) -> str:
     # Annotations are texts in this package; those of Literal name the values.
-    return re.sub(r"Literal\[(.*)\]", r"one of \1", field.type)
+    return re.sub(r"Literal\[(.*)\]", r"one of \1", str(field.type))
 
 
 def _default(field: Field) -> str:

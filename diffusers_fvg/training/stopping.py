@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
@@ -29,8 +30,9 @@ class StopRequest:
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, num_processes: int = 1):
-        self.alone, self.signal, self._interruptible = num_processes == 1, None, False
-        self._before: dict[int, object] = {}
+        self.alone, self._interruptible = num_processes == 1, False
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         # Python lets no other thread set handlers.

@@ -60,7 +60,12 @@ class Tracking:
 
     def log_video(self, name: str, path: Path, step: int) -> None:
         """An mp4 of a step."""
-        self._tell(lambda: [_log_video(tracker, name, path, step) for tracker in self.accelerator.trackers])
+
+        def work() -> None:
+            for tracker in self.accelerator.trackers:
+                _log_video(tracker, name, path, step)
+
+        self._tell(work)
 
     def close(self) -> None:
         """Ends the tracker's run. It waits for what the tracker has not taken yet, as long as it takes something."""

@@ -17,7 +17,7 @@ import torch
 from ..animate.anchor import crop_and_resize
 from ..animate.frames import SLOWEST, Pictures, end_of, nearest_frames, open_frames, spacing
 from ..media import Video
-from .config import TrainConfig
+from .config import TomlConfig
 
 
 # A frame that is chosen more than so many times in a row stands still.
@@ -96,14 +96,14 @@ class ClipPlan:
     clips: list[list[int]]
 
 
-def plan_clips(path: Path, config: TrainConfig, buckets: Sequence[Bucket] = ()) -> ClipPlan:
+def plan_clips(path: Path, config: TomlConfig, buckets: Sequence[Bucket] = ()) -> ClipPlan:
     """Bucket and frames of a file's clips. Of a video nothing but its first frame is decoded.
 
     A picture is a clip of one frame, and goes into the buckets of one frame alone.
 
     Args:
         path (`Path`): of a video or a picture.
-        config ([`TrainConfig`]): frame rate, buckets and number of clips.
+        config ([`TomlConfig`]): frame rate, buckets and number of clips.
         buckets (`list` of `(num_frames, height, width)`, *optional*): in place of those of the config.
 
     Raises:
@@ -122,7 +122,7 @@ def plan_clips(path: Path, config: TrainConfig, buckets: Sequence[Bucket] = ()) 
     return ClipPlan(video, bucket, clip_frames(video.times, bucket[0], step, config.clips_per_video))
 
 
-def read_clips(path: Path, config: TrainConfig, buckets: Sequence[Bucket] = ()) -> Iterator[tuple[int, torch.Tensor]]:
+def read_clips(path: Path, config: TomlConfig, buckets: Sequence[Bucket] = ()) -> Iterator[tuple[int, torch.Tensor]]:
     """The clips of a file at the size of its bucket, one after the other: see [`plan_clips`].
 
     Nothing behind the last clip is decoded, and frames are scaled as they come: memory is that of one clip.

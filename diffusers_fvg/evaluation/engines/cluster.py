@@ -39,7 +39,8 @@ class Stage:
     """
 
     def __init__(self, job: Job, parts: frozenset[str], method: str):
-        self.job, self.parts, self.method, self.worker = job, parts, method, None
+        self.job, self.parts, self.method = job, parts, method
+        self.worker: Worker | None = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Takes numbers of lines and hands on those whose stage is done."""

@@ -35,7 +35,11 @@ def run_processes(job: Job, watch: Watch) -> None:
     with tempfile.TemporaryDirectory() as private:
         path = Path(private) / "job.pickle"
         path.write_bytes(pickle.dumps(job))
-        options = {"num_processes": job.num_processes, "num_machines": 1, "max_restarts": MAX_RESTARTS}
+        options: dict[str, int | str] = {
+            "num_processes": job.num_processes,
+            "num_machines": 1,
+            "max_restarts": MAX_RESTARTS,
+        }
         options |= {"mixed_precision": "no", "dynamo_backend": "no", "main_process_port": 0}
         flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         # The launcher's way with several processes, on CPUs as well.

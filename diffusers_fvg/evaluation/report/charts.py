@@ -133,7 +133,7 @@ def differences_chart(
             if own is None:
                 continue
             y = top + gap / 2 + line_height * (number + 0.5)
-            if own.low is not None:
+            if own.low is not None and own.high is not None:
                 style = f' style="stroke:{colour[name]}"'
                 parts.append(_line(across(own.low), y, across(own.high), y, "whisker", style))
             said = f"{name}, {category}: {own.mean:+.3f}"

@@ -79,6 +79,7 @@ def _differences(
         whole = all(scores.complete for seeds in (own.scores, theirs) for scores in seeds.values())
         overall = found.pop(None)
         for category, difference in found.items():
+            assert category is not None
             rows.setdefault(category, {})[name] = difference
         if total is not None:
             rows.setdefault(total, {})[name] = overall if whole else None

@@ -106,7 +106,9 @@ def gather(run: Path, suites: Mapping[str, Suite], scores_file: Path | None, gal
     for line in sorted(read_manifest(run), key=lambda line: TELLING.index(line["status"])):
         lines[line["path"]] = line
     conditions: dict[str, Condition] = {}
-    prompt_of, first, unused = {}, {}, dict(scores)
+    prompt_of: dict[str, str] = {}
+    first: dict[str, dict[str, PlannedVideo]] = {}
+    unused = dict(scores)
     for video in read_plan(run):
         name = video.labels["condition"]
         condition = conditions.setdefault(name, Condition(name, video.labels["arm"]))

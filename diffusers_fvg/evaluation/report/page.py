@@ -96,8 +96,9 @@ def _facts(gathered: Gathered, comparison: Comparison) -> str:
     planned, finished = (sum(getattr(own, name) for own in conditions) for name in ("planned", "finished"))
     cells = [("arms", str(len(conditions))), ("prompts", str(len(set(gathered.prompt_of.values()))))]
     cells += [("videos", f"{finished:,}" if finished == planned else f"{finished:,} of {planned:,}")]
-    for name in comparison.best(comparison.total)[:1] if comparison.total else ():
-        cells.append((f"{comparison.total}, {name}", spread_text(comparison.spreads[comparison.total][name])))
+    total = comparison.total
+    for name in comparison.best(total)[:1] if total else ():
+        cells.append((f"{total}, {name}", spread_text(comparison.spreads[str(total)][name])))
     inner = "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for name, value in cells)
     return f'<div class="facts">{inner}</div>'
 

@@ -40,7 +40,7 @@ class Difference:
     @property
     def is_clear(self) -> bool:
         """Whether the interval leaves 0 out."""
-        return self.low is not None and (self.low > 0 or self.high < 0)
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def category_spread(seeds: Mapping[str, Scores], category: str) -> Spread | None
 
 def total_spread(seeds: Mapping[str, Scores], total: str) -> Spread | None:
     """Of an official total; `None` where a seed is incomplete."""
-    values = [scores.totals.get(total) for scores in seeds.values()]
-    return None if None in values else spread(values)
+    values = [scores.totals[total] for scores in seeds.values() if total in scores.totals]
+    return spread(values) if len(values) == len(seeds) else None
 
 
 def prompt_differences(

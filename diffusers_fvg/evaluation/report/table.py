@@ -33,7 +33,7 @@ def difference_text(own: Difference | None) -> str:
         return ""
     if own.mean == own.low == own.high == 0:
         return "no difference"
-    ends = "" if own.low is None else f" [{number(own.low, '+')}, {number(own.high, '+')}]"
+    ends = "" if own.low is None or own.high is None else f" [{number(own.low, '+')}, {number(own.high, '+')}]"
     return number(own.mean, "+") + ends
 
 

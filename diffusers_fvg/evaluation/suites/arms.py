@@ -150,9 +150,12 @@ def plan_videos(
                         arguments["image"] = prompt.image
                     if condition.arm == "factorized_judged" and num_candidates is not None:
                         arguments["composer_num_candidates"] = num_candidates
+                    text = prompt.text
+                    if condition.arm == "direct_upsampled" and upsampled is not None:
+                        text = upsampled[index]
                     yield PlannedVideo(
                         path=f"{condition.name}/seed-{seed}/{name}",
-                        prompt=upsampled[index] if condition.arm == "direct_upsampled" else prompt.text,
+                        prompt=text,
                         seed=derive_seed(seed, index, sample),
                         arguments=arguments,
                         labels=_labels(suite, condition, seed, index, prompt, sample, name),

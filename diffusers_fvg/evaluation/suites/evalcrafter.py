@@ -104,8 +104,7 @@ def read_scores(folder: Path) -> Scores:
     _read_dover(folder / "dover.csv", scores)
     check_present(scores)
     if scores.complete:
-        means = {name: own.score for name, own in scores.categories.items()}
-        groups = group_scores(means)
+        groups = group_scores(scores.means)
         scores.aggregate(groups | {"total": sum(groups.values())})
         _check_final(folder / "final_result.txt", scores)
     return scores

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..plan import PlannedVideo, read_plan
 from .suite import Suite, read_json
@@ -48,7 +49,9 @@ def lay_out(
     if output.resolve() == run.resolve() or run.resolve() in output.resolve().parents:
         raise ValueError(f"{output} is in the run's own folder; choose another.")
     links: dict[Path, Path] = {}
-    missing, counts, facts = [], {}, {}
+    missing: list[str] = []
+    counts: dict[str, int] = {}
+    facts: dict[str, Any] = {}
     for video in read_plan(run):
         suite = suites.get(video.labels.get("suite", ""))
         if suite is None:

@@ -51,6 +51,11 @@ class Scores:
     synthetic: bool = False
 
     @property
+    def means(self) -> dict[str, float]:
+        """The scores of the categories that have one, which are all of them where the scores are complete."""
+        return {name: own.score for name, own in self.categories.items() if own.score is not None}
+
+    @property
     def complete(self) -> bool:
         return not self.problems
 

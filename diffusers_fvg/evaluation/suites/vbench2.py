@@ -111,7 +111,7 @@ def read_scores(folder: Path) -> Scores:
     check_present(scores)
     if not scores.complete:
         return scores
-    groups = {group: mean(scores.categories[name].score for name in names) for group, names in GROUPS.items()}
+    groups = {group: mean(scores.means[name] for name in names) for group, names in GROUPS.items()}
     return scores.aggregate(groups | {"total": mean(groups.values())})
 
 

@@ -93,7 +93,7 @@ def read_scores(folder: Path) -> Scores:
     totals = {}
     for group, names in GROUPS.items():
         weights = {name: WEIGHTS.get(name, 1.0) for name in names}
-        weighted = [weights[name] * normalized(name, scores.categories[name].score) for name in names]
+        weighted = [weights[name] * normalized(name, scores.means[name]) for name in names]
         totals[group] = sum(weighted) / sum(weights.values())
     return scores.aggregate(totals | {"total": (totals["I2V"] + totals["Quality"]) / 2})
 
