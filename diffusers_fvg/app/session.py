@@ -6,16 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL.Image
 
-from ..animate.anchor import Anchor, fit_picture
+from ..animate.anchor import Anchor
 from ..overview import GIB
 from ..pipelines.profiles import CARDS, pipeline_stages, plan_memory
 from ..pipelines.replay import check_own_limits, needs_images, read_record, recorded_call
 from ..rewrite.storyboard import Moment
 from .limits import open_upload
-from .orders import SAMPLING, SIZES, Order, Picture, new_seed
+from .orders import SAMPLING, SIZES, Order, Picture, new_seed, shown_anchor
 from .worker import Job, Worker
 
 
@@ -151,8 +150,7 @@ class Session:
 
     def seen(self, anchor: Anchor) -> PIL.Image.Image:
         """An anchor upright and cropped as the model sees it."""
-        pixels = fit_picture(anchor.image, *(self._size(name) for name in ("height", "width")))
-        return PIL.Image.fromarray(np.round(pixels.permute(1, 2, 0).numpy() * 255).astype(np.uint8))
+        return shown_anchor(anchor, self._size("height"), self._size("width"))
 
     @property
     def num_frames(self) -> int:

@@ -62,6 +62,15 @@ def test_a_video_is_asked_for_waited_for_and_fetched(client, tmp_path):
     (tmp_path / "video.mp4").write_bytes(video.content)
     assert read_video_metadata(tmp_path / "video.mp4") == told["record"]
     assert client.get("/api/jobs").json()[0]["id"] == told["id"]
+    kinds = {"gif": "image/gif", "webp": "image/webp", "frames": "application/zip", "strip": "image/png"}
+    for form, kind in kinds.items():
+        made = client.get(told["video"], params={"format": form})
+        assert made.headers["content-type"] == kind and "attachment" in made.headers["content-disposition"]
+        assert len(made.content) > 1000
+    for form in ("avi", "", "MP4", "../video", "3"):
+        bad = client.get(told["video"], params={"format": form})
+        assert bad.status_code == 422 and bad.json()["detail"].startswith("`format` cannot be used")
+    assert client.get(f"/api/jobs/{told['id']}/preview").status_code == 404 and told["preview"] is None
     written = finished(client, client.post("/api/jobs", json={"prompt": PROMPT, "stage": "rewrite"}).json())
     assert "red circle" in written["first_frame_prompt"] and written["video"] is None
     drawn = {"prompt": PROMPT, "stage": "compose", "first_frame_prompt": "A red circle on the left", "anchor_seed": 1}

@@ -117,7 +117,7 @@ def test_stages_are_edited_chosen_and_done_again(people, tmp_path):
     page.wait_for_selector("#video video")
     shot(page, "stages")
     with page.expect_download() as download:
-        page.click("#download")
+        page.click("#get-mp4")
     download.value.save_as(tmp_path / "video.mp4")
     record = read_video_metadata(tmp_path / "video.mp4")
     assert record["seeds"]["anchor"] == chosen and "blue circle" in record["first_frame_prompt"]
