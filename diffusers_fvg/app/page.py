@@ -309,7 +309,13 @@ def _video(job: Job | None) -> str:
 
 
 def _downloads(job: Job | None) -> str:
-    names = {"mp4": "mp4 with its recipe", "gif": "GIF", "webp": "WebP", "frames": "PNG frames", "strip": "contact strip"}
+    names = {
+        "mp4": "mp4 with its recipe",
+        "gif": "GIF",
+        "webp": "WebP",
+        "frames": "PNG frames",
+        "strip": "contact strip",
+    }
     links = (
         f"<a id='get-{form}' href='outputs/{job.id}/{form}' download>{name}</a>" for form, name in names.items() if job
     )

@@ -144,6 +144,36 @@ def test_five_bad_values_of_every_field_are_told_of_in_a_sentence(client):
     assert tried >= 100 and client.get("/api/jobs").status_code == 200
 
 
+def test_bad_places_are_told_of_in_a_sentence(client):
+    """Parameters of the paths and queries, by the document: five bad values each."""
+    document, tried = client.get("/openapi.json").json(), 0
+    video = finished(client, client.post("/api/jobs", json=QUICK).json())["id"]
+    bad = {"string": ["none", "..", "%00", "x" * 500, video + "x"], "integer": ["x", "1.5", "-1", "7", "1e9"]}
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            for parameter in operation.get("parameters", ()):
+                # With one bad, the others are good.
+                values, good = bad[parameter["schema"]["type"]], {"id": video, "number": "0"}
+                assert len(values) == 5
+                for value in values:
+                    place = path.format(**(good | {parameter["name"]: value}))
+                    query = {parameter["name"]: value} if parameter["in"] == "query" else None
+                    answer = client.request(method, place, params=query)
+                    assert 400 <= answer.status_code < 500, (method, place, answer.text)
+                    assert isinstance(answer.json()["detail"], str)
+                    tried += 1
+    assert tried >= 30
+
+
+def test_the_document_is_valid(client):
+    validator = pytest.importorskip("openapi_spec_validator")
+    document = client.get("/openapi.json").json()
+    validator.validate(document)
+    del document["paths"]["/api/jobs"]["post"]["responses"]["202"]["description"]
+    with pytest.raises(Exception, match="description"):
+        validator.validate(document)
+
+
 @pytest.mark.parametrize(
     "change, told",
     [

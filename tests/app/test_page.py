@@ -1,5 +1,6 @@
 """The page in a browser: `pytest -m slow tests/app/test_page.py`. Screenshots are written to the folder FVG_SCREENSHOTS, if named."""
 
+import io
 import os
 import shutil
 import socket
@@ -121,6 +122,16 @@ def test_stages_are_edited_chosen_and_done_again(people, tmp_path):
     download.value.save_as(tmp_path / "video.mp4")
     record = read_video_metadata(tmp_path / "video.mp4")
     assert record["seeds"]["anchor"] == chosen and "blue circle" in record["first_frame_prompt"]
+    for form, suffix, start in (
+        ("gif", "gif", b"GIF89a"),
+        ("webp", "webp", b"RIFF"),
+        ("frames", "zip", b"PK"),
+        ("strip", "png", b"\x89PNG"),
+    ):
+        with page.expect_download() as download:
+            page.click(f"#get-{form}")
+        assert download.value.suggested_filename.endswith(f".{suffix}")
+        assert Path(download.value.path()).read_bytes().startswith(start)
     # A caption that was changed after its pictures is a sentence, and no traceback.
     page.fill("#caption textarea", "A green square")
     press(page, "animate", "run stage 2 again")
@@ -138,18 +149,88 @@ def test_stages_are_edited_chosen_and_done_again(people, tmp_path):
     assert other.input_value("#prompt textarea") == PROMPT
 
 
-def test_a_run_is_cancelled_and_the_next_one_is_whole(people):
-    page = people()
+def steps(page, number):
+    page.locator("#steps input[type=number]").fill(str(number))
+    page.locator("#steps input[type=number]").blur()
+
+
+def slow_run(page):
+    """Starts a run of the video model that takes a while, and leaves it in the middle of it."""
     page.fill("#prompt textarea", PROMPT)
     page.click("text=video alone")
     page.click("text=Settings")
-    page.locator("input[aria-label*='Steps']").first.fill("100")
+    steps(page, 100)
     page.click("#generate")
     told(page, "Animating")
+
+
+def recipe(page, tmp_path):
+    """What the video that is shown says of itself."""
+    from diffusers_fvg.media import read_video_metadata
+
+    with page.expect_download() as download:
+        page.click("#get-mp4")
+    download.value.save_as(tmp_path / "recipe.mp4")
+    return read_video_metadata(tmp_path / "recipe.mp4")
+
+
+def test_a_reload_in_the_middle_keeps_queue_preview_and_result(people, tmp_path):
+    ann, bob = people(), people()
+    slow_run(ann)
+    ann.wait_for_selector("#preview img")
+    shot(ann, "preview")
+    bob.fill("#prompt textarea", "A blue square moves upwards")
+    bob.click("#generate")
+    told(bob, "Waiting")
+    for page, text in ((bob, "Waiting: 1 job"), (ann, "Animating")):
+        page.reload()
+        told(page, text)
+    shot(bob, "waiting")
+    for page, prompt in ((ann, PROMPT), (bob, "A blue square moves upwards")):
+        told(page, "Done.")
+        page.wait_for_selector("#video video")
+        assert page.locator("#preview img").count() == 0
+        assert recipe(page, tmp_path)["prompt"] == prompt == page.input_value("#prompt textarea")
+
+
+def test_bad_files_are_sentences(people, tmp_path):
+    good = io.BytesIO()
+    PIL.Image.new("RGB", (200, 200), "red").save(good, "JPEG")
+    bad = {
+        "text.png": b"no picture",
+        "empty.png": b"",
+        "half.jpg": good.getvalue()[: len(good.getvalue()) // 2],
+        "drawing.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        # A header of 100,000 x 100,000 pixels.
+        "bomb.png": b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\x01\x86\xa0\0\x01\x86\xa0\x08\x02\0\0\0\0\0\0\0",
+    }
+    page = people()
+    page.click("text=Pictures of your own")
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+        page.evaluate("document.querySelector('#status').innerText = ''")
+        page.set_input_files("#upload input[type=file]", str(tmp_path / name))
+        told(page, f"The file '{name}' cannot be used")
+    shot(page, "bad-upload")
+    (tmp_path / "none.mp4").write_bytes(b"no video")
+    page.click("text=Recipe of a video")
+    page.set_input_files("#recipe input[type=file]", str(tmp_path / "none.mp4"))
+    told(page, "The file 'none.mp4'")
+    assert page.locator("#anchors .thumbnail-item").count() == 0
+    assert "Traceback" not in page.inner_text("body")
+    # After all that the page works.
+    page.fill("#prompt textarea", PROMPT)
+    press(page, "rewrite")
+    assert "red circle" in caption(page)
+
+
+def test_a_run_is_cancelled_and_the_next_one_is_whole(people):
+    page = people()
+    slow_run(page)
     shot(page, "running")
     page.click("#cancel")
     told(page, "Cancelled.")
-    page.locator("input[aria-label*='Steps']").first.fill("2")
+    steps(page, 2)
     press(page, "generate")
     page.wait_for_selector("#video video")
 
@@ -180,7 +261,7 @@ def test_a_photo_lies_upright_and_a_phone_shows_all(people, tmp_path):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390, page.evaluate(wide)
 
 
-def test_a_storyboard_and_two_people_at_once(people):
+def test_a_storyboard_and_two_people_at_once(people, tmp_path):
     ann, bob = people(), people()
     ann.fill("#prompt textarea", "A red circle gradually turns into a square")
     ann.click("text=storyboard")
@@ -190,5 +271,6 @@ def test_a_storyboard_and_two_people_at_once(people):
         told(page, "Done.")
         assert words in caption(page), caption(page)
         page.wait_for_selector("#video video")
+        assert recipe(page, tmp_path)["prompt"] == page.input_value("#prompt textarea")
     shot(ann, "storyboard")
     assert ann.locator("#history .thumbnail-item").count() == bob.locator("#history .thumbnail-item").count() == 1

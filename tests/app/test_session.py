@@ -170,7 +170,7 @@ def test_previews_are_of_the_clean_video_and_take_a_bounded_share(pipe, monkeypa
     previews.show = show
     call = {"prompt": PROMPT, "mode": "direct", "num_inference_steps": steps}
     on_step_end = previews.callback(pipe, call, lambda content: taken.append((now[0], content)))
-    sigmas = noise_levels(pipe.presets["base"].make_scheduler(steps, "cpu"))
+    sigmas = noise_levels(pipe.presets["anchored-15"].make_scheduler(steps, "cpu"))
     clean, noise = torch.randn(2, 1, 16, 5, 8, 8, generator=torch.Generator().manual_seed(0))
     for step in range(steps):
         now[0] += 1.0
