@@ -67,7 +67,6 @@ def add_page(api: FastAPI, worker: Worker) -> FastAPI:
         css=CSS,
         theme=theme,
         max_file_size=limit,
-        allowed_paths=[str(worker.folder)],
         show_error=False,
         footer_links=[],
         ssr_mode=False,
@@ -109,21 +108,19 @@ class _Actions:
         for name in ("rewrite", "compose", "animate", "generate"):
             on(getattr(parts, name).click, self._stage(name))
         on(blocks.load, self._load)
-        on(parts.cancel.click, self._quick(self._cancel))
         on(parts.upload.upload, self._quick(self._upload))
         on(parts.recipe.upload, self._quick(lambda session, data: session.take_recipe(data[parts.recipe])))
         on(parts.clear.click, self._quick(lambda session, data: session.anchors.clear()))
-        on(parts.dice.click, self._quick(lambda session, data: setattr(session, "seed", new_seed())))
-        on(parts.anchor_dice.click, self._quick(lambda session, data: setattr(session, "anchor_seed", new_seed())))
-        for size in (parts.width, parts.height, parts.num_frames):
-            size.change(
-                self._memory,
-                [parts.key, parts.width, parts.height, parts.num_frames],
-                parts.memory,
-                show_progress="hidden",
-            )
-        parts.pictures.select(self._choose, parts.key, [parts.judged], show_progress="hidden")
-        parts.history.select(self._look_back, parts.key, shown, show_progress="hidden")
+        # What needs little of the page, and changes little of it.
+        alone = {"show_progress": "hidden", "api_visibility": "private"}
+        parts.cancel.click(self._cancel, parts.key, parts.status, **alone)
+        for dice, seed in ((parts.dice, parts.seed), (parts.anchor_dice, parts.anchor_seed)):
+            dice.click(new_seed, None, seed, **alone)
+        sizes = [parts.width, parts.height, parts.num_frames]
+        for size in sizes:
+            size.input(self._memory, [parts.key, *sizes], parts.memory, **alone)
+        parts.pictures.select(self._choose, parts.key, parts.judged, **alone)
+        parts.history.select(self._look_back, parts.key, shown, **alone)
 
     # -- stages -------------------------------------------------------------------------------------------------------
 
@@ -185,11 +182,12 @@ class _Actions:
 
         return run
 
-    def _cancel(self, session: Session, data: dict) -> str:
+    def _cancel(self, key: str) -> str:
+        session = self._session(key)
         waiting = [job for job in session.worker.history(session.owner) if job.state not in ENDED]
         for job in waiting:
             session.worker.cancel(session.owner, job.id)
-        return "Cancelling …" if waiting else "Nothing is running."
+        return _message("Cancelling …" if waiting else "Nothing is running.")
 
     def _upload(self, session: Session, data: dict) -> str:
         frame, strength = int(data[self.parts.frame] or 0), float(data[self.parts.strength])

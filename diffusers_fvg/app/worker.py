@@ -10,12 +10,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers.utils import logging
 
+from ..pipelines.profiles import CARDS, pipeline_stages, plan_memory
 from .limits import Limits
 from .orders import Order, Result
 from .previews import Previews
@@ -89,6 +90,8 @@ class Worker:
         self._running: Job | None = None
         self._change, self._closed = threading.Condition(), False
         self._previews: Previews | None = None
+        # Looks at every parameter of every model.
+        self.smallest_card = lru_cache(maxsize=256)(partial(_smallest_card, pipe))
         self._handles = ask_between_blocks(pipe, lambda: self._running is not None and self._running.is_unwanted)
         # Seconds that a step of a stage took, by stage and size.
         self._seconds: dict[tuple, float] = {}
@@ -249,6 +252,17 @@ class Worker:
         # Photographs as they were uploaded are large, and the result has what the model saw of them.
         job.order = replace(job.order, anchors=None, picture=None)
         job.ended.set()
+
+
+def _smallest_card(pipe: FactorizedStages, height: int, width: int, num_frames: int) -> tuple[str, int] | None:
+    """The smallest card that a video of this size fits on, with the bytes of its peak, as computed; `None` if it fits on none."""
+    stages = pipeline_stages(pipe, height, width, num_frames)
+    for card in CARDS:
+        try:
+            return card, plan_memory(stages, card).peak
+        except ValueError:
+            continue
+    return None
 
 
 class _Clock:

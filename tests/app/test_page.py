@@ -64,7 +64,7 @@ def people(browser, address):
     def person(width=1280):
         context = browser.new_context(viewport={"width": width, "height": 900}, accept_downloads=True)
         page = context.new_page()
-        page.set_default_timeout(90_000)
+        page.set_default_timeout(240_000)
         page.goto(address)
         page.wait_for_selector("#prompt textarea")
         page.wait_for_function("Number(document.querySelector('#seed input')?.value) > 0")
