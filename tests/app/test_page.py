@@ -76,6 +76,26 @@ def people(browser, address):
         context.close()
 
 
+@pytest.fixture
+def held(monkeypatch):
+    """Runs of the video model stand still in step 60, until the event is set."""
+    from diffusers_fvg.app.orders import Order
+
+    go, run = threading.Event(), Order.run
+
+    def held_run(order, pipe, report, *others):
+        def wait(stage, step, steps):
+            report(stage, step, steps)
+            if (stage, step) == ("denoise", 60):
+                assert go.wait(600)
+
+        return run(order, pipe, wait, *others)
+
+    monkeypatch.setattr(Order, "run", held_run)
+    yield go
+    go.set()
+
+
 def shot(page, name):
     folder = os.environ.get("FVG_SCREENSHOTS")
     if folder:
@@ -83,7 +103,7 @@ def shot(page, name):
 
 
 def told(page, text):
-    page.wait_for_function("text => document.querySelector('#status').innerText.includes(text)", arg=text)
+    page.wait_for_function("text => document.querySelector('#status')?.innerText.includes(text)", arg=text)
 
 
 def press(page, name, text="Done."):
@@ -174,7 +194,7 @@ def recipe(page, tmp_path):
     return read_video_metadata(tmp_path / "recipe.mp4")
 
 
-def test_a_reload_in_the_middle_keeps_queue_preview_and_result(people, tmp_path):
+def test_a_reload_in_the_middle_keeps_queue_preview_and_result(people, held, tmp_path):
     ann, bob = people(), people()
     slow_run(ann)
     ann.wait_for_selector("#preview img")
@@ -185,7 +205,9 @@ def test_a_reload_in_the_middle_keeps_queue_preview_and_result(people, tmp_path)
     for page, text in ((bob, "Waiting: 1 job"), (ann, "Animating")):
         page.reload()
         told(page, text)
+    ann.wait_for_selector("#preview img")
     shot(bob, "waiting")
+    held.set()
     for page, prompt in ((ann, PROMPT), (bob, "A blue square moves upwards")):
         told(page, "Done.")
         page.wait_for_selector("#video video")
@@ -208,7 +230,6 @@ def test_bad_files_are_sentences(people, tmp_path):
     page.click("text=Pictures of your own")
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
-        page.evaluate("document.querySelector('#status').innerText = ''")
         page.set_input_files("#upload input[type=file]", str(tmp_path / name))
         told(page, f"The file '{name}' cannot be used")
     shot(page, "bad-upload")
