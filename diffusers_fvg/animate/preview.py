@@ -41,10 +41,14 @@ class LatentPreview:
         # What a latent stands for: the first frame, then the mean of four.
         seen = [clips[:, :, 0], *(part.mean(dim=2) for part in clips[:, :, 1:].split(temporal, dim=2))]
         small = functional.avg_pool2d(torch.stack(seen, dim=1).flatten(0, 1), spatial // SCALE)
-        inputs = _surroundings(latents.cpu().double())
+        frames = _padded(latents.cpu().double())
+        rows = functional.unfold(frames, KERNEL).transpose(1, 2).flatten(0, 1)
+        inputs = torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
         wanted = functional.pixel_unshuffle(small, SCALE).flatten(2).transpose(1, 2).flatten(0, 1).double()
         ridge = RIDGE * len(inputs) * torch.eye(inputs.shape[1], dtype=torch.double)
-        self.weight = torch.linalg.solve(inputs.T @ inputs + ridge, inputs.T @ wanted).float()
+        solution = torch.linalg.solve(inputs.T @ inputs + ridge, inputs.T @ wanted).float()
+        self.weight = solution[:-1].T.reshape(-1, frames.shape[1], KERNEL, KERNEL)
+        self.bias = solution[-1]
 
     def __call__(self, latents: torch.Tensor) -> np.ndarray:
         """The frames of one video, one for each latent frame.
@@ -55,19 +59,15 @@ class LatentPreview:
         Returns:
             `np.ndarray` of shape `(f, SCALE h, SCALE w, 3)`, uint8.
         """
-        _, _, frames, height, width = latents.shape
-        pixels = _surroundings(latents.float()) @ self.weight.to(latents.device)
-        pixels = pixels.unflatten(0, (frames, height * width)).transpose(1, 2).unflatten(2, (height, width))
+        weight, bias = (tensor.to(latents.device) for tensor in (self.weight, self.bias))
+        pixels = functional.conv2d(_padded(latents.float()), weight, bias)
         pixels = functional.pixel_shuffle(pixels, SCALE).clamp(0, 1).mul(255).round().to(torch.uint8)
         return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def _surroundings(latents: torch.Tensor) -> torch.Tensor:
-    """A row for each position of `(B, C, f, h, w)`: the latents around it, and 1."""
-    frames = latents.transpose(1, 2).flatten(0, 1)
-    padded = functional.pad(frames, [KERNEL // 2] * 4, mode="replicate")
-    rows = functional.unfold(padded, KERNEL).transpose(1, 2).flatten(0, 1)
-    return torch.cat([rows, torch.ones_like(rows[:, :1])], dim=1)
+def _padded(latents: torch.Tensor) -> torch.Tensor:
+    """Latent frames `(B, C, f, h, w)` as pictures, with a margin for the convolution."""
+    return functional.pad(latents.transpose(1, 2).flatten(0, 1), [KERNEL // 2] * 4, mode="replicate")
 
 
 def moving_rectangles(spatial: int, temporal: int) -> torch.Tensor:
