@@ -94,7 +94,7 @@ def _picture_panel(parts: SimpleNamespace, worker: Worker) -> None:
             with gr.Row():
                 parts.frame = gr.Number(0, label="Frame (−1: last)", precision=0, min_width=110, elem_id="frame")
                 parts.strength = gr.Slider(0.05, 1, 1, step=0.05, label="Strength", min_width=110)
-            parts.upload = gr.File(show_label=False, file_count="single", height=110, elem_id="upload")
+            parts.upload = gr.File(show_label=False, file_count="single", height=136, elem_id="upload")
             parts.anchors = gr.Gallery(
                 show_label=False,
                 buttons=[],
@@ -120,7 +120,7 @@ def _video_panel(parts: SimpleNamespace) -> None:
         parts.animate = gr.Button("Animate it", elem_id="animate")
         with gr.Accordion("Recipe of a video", open=False):
             parts.recipe = gr.File(
-                label="Drop an mp4 that was made here", file_types=[".mp4"], height=110, elem_id="recipe"
+                label="Drop an mp4 that was made here", file_types=[".mp4"], height=136, elem_id="recipe"
             )
 
 
