@@ -22,6 +22,7 @@ from ..pipelines.request import MODES
 from ..rewrite.storyboard import Moment
 from .limits import Limits, open_upload
 from .orders import STAGES, Order
+from .outputs import FORMS, video_file
 from .worker import Job, QueueFull, Worker
 
 
@@ -112,6 +113,7 @@ class JobOutput(BaseModel):
     steps: int
     seconds_left: float | None
     error: str | None
+    preview: str | None = Field(None, description="while it is denoised: where an animated WebP of it is")
     first_frame_prompt: str | None = None
     storyboard: list[dict[str, Any]] = []
     pictures: list[PictureOutput] = []
@@ -137,6 +139,7 @@ def make_api(worker: Worker) -> FastAPI:
         responses={status: PROBLEMS[status] for status in (404, 422)},
     )
     _add_errors(api)
+    _add_files(api, worker)
     _limit_requests(api, worker.limits)
 
     @api.post("/api/jobs", status_code=202, responses={status: PROBLEMS[status] for status in (400, 413, 429)})
@@ -156,16 +159,35 @@ def make_api(worker: Worker) -> FastAPI:
 
     @api.delete("/api/jobs/{id}")
     def cancel(id: str, request: Request) -> JobOutput:
-        """Ends a job; one that runs after the step that it is in. One that has ended stays as it is."""
+        """Ends a job; one that runs within the step that it is in. One that has ended stays as it is."""
         return _told(worker, worker.cancel(_owner(request), _job(worker, request, id).id))
 
+    @api.get("/api/model")
+    def model() -> dict[str, Any]:
+        """The model's own size and length, its presets, and the limits of this server."""
+        return model_facts(worker)
+
+    return api
+
+
+def _add_files(api: FastAPI, worker: Worker) -> None:
+    """What a job made, as files."""
+
     @api.get("/api/jobs/{id}/video", response_class=FileResponse)
-    def video(id: str, request: Request) -> FileResponse:
-        """The mp4, which plays everywhere, with its record inside."""
+    def video(id: str, request: Request, format: Literal[tuple(FORMS)] = "mp4") -> FileResponse:
+        """The mp4, which plays everywhere, with its record inside; or an animation, the frames as PNG, a strip of them."""
         job = _job(worker, request, id)
         if job.result is None or job.result.video is None:
             raise HTTPException(404, f"The job has no video: it is of stage `{job.order.stage}` and {job.state}.")
-        return FileResponse(job.result.video, media_type="video/mp4", filename="video.mp4")
+        return send_video(job, format)
+
+    @api.get("/api/jobs/{id}/preview", response_class=Response)
+    def preview(id: str, request: Request) -> Response:
+        """What the video would be by the step so far, small, as an animated WebP."""
+        shown = _job(worker, request, id).preview
+        if shown is None:
+            raise HTTPException(404, "The job has no preview: it is not being denoised, or its model has none.")
+        return Response(shown, media_type="image/webp")
 
     @api.get("/api/jobs/{id}/pictures/{number}", response_class=Response)
     def picture(id: str, number: int, request: Request) -> Response:
@@ -178,12 +200,14 @@ def make_api(worker: Worker) -> FastAPI:
         pictures[number].image.save(file, "PNG")
         return Response(file.getvalue(), media_type="image/png")
 
-    @api.get("/api/model")
-    def model() -> dict[str, Any]:
-        """The model's own size and length, its presets, and the limits of this server."""
-        return model_facts(worker)
 
-    return api
+def send_video(job: Job, form: str) -> FileResponse:
+    """A video as a download, in one of `FORMS`."""
+    name, kind = FORMS[form]
+    try:
+        return FileResponse(video_file(job, form), media_type=kind, filename=name)
+    except OSError as error:
+        raise HTTPException(404, "The video was forgotten meanwhile.") from error
 
 
 def model_facts(worker: Worker) -> dict[str, Any]:
@@ -261,6 +285,7 @@ def _told(worker: Worker, job: Job) -> JobOutput:
         steps=job.steps,
         seconds_left=job.seconds_left,
         error=job.error,
+        preview=job.preview and f"{place}/preview",
         **made,
     )
 

@@ -89,6 +89,8 @@ def open_upload(path: str | Path, limits: Limits) -> PIL.Image.Image:
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         # Of a place on the server nobody needs to know more than the name.
         reason = str(error).replace(str(path), "it").removeprefix("it ")
+        # Nor of what a library's function said to another.
+        reason = reason.partition(": [Errno")[0]
         raise ValueError(
             f"The file {path.name!r:.80} cannot be used ({reason:.300}): give a PNG or JPEG file."
         ) from error

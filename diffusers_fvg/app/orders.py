@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import PIL.Image
 import torch
 
-from ..animate.anchor import Anchor
+from ..animate.anchor import Anchor, fit_picture
 from ..checks import check_texts
 from ..compose.candidates import candidate_seeds
-from ..media import write_video
+from ..media import lossless_video, viewing_scale, write_video
 from ..pipelines.candidates import leave_device
 from ..pipelines.record import composer_call
 from ..pipelines.request import MODES, VideoRequest
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
 STAGES = ("rewrite", "compose", "animate", "generate")
 Report = Callable[[str, int, int], None]
+# From arguments of the pipeline's call to its `callback_on_step_end`.
+Preview = Callable[[dict[str, Any]], Callable[..., dict] | None]
+# Beside the video: its frames without loss, for other forms of it.
+FRAMES_FILE = "frames.mp4"
+POSTER_SIDE = 192
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Result:
         pictures (`list[Picture]`): drawn for the caption, in the order of drawing.
         anchors (`list[PIL.Image.Image]`): what the video passes through.
         video (`Path`, *optional*): the mp4.
+        poster (`PIL.Image`, *optional*): the video's first frame, small.
         record (`dict`, *optional*): in the mp4, from which it is made again.
     """
 
@@ -67,6 +73,7 @@ class Result:
     pictures: list[Picture] = field(default_factory=list)
     anchors: list[PIL.Image.Image] = field(default_factory=list)
     video: Path | None = None
+    poster: PIL.Image.Image | None = None
     record: dict[str, Any] | None = None
 
     @property
@@ -176,10 +183,10 @@ class Order:
 
     # -- what the worker does -----------------------------------------------------------------------------------------
 
-    def run(self, pipe: FactorizedStages, report: Report, video: Path) -> Result:
+    def run(self, pipe: FactorizedStages, report: Report, video: Path, preview: Preview | None = None) -> Result:
         """Carries it out, checked before; `report(stage, step, steps)` is called after each step, and may raise to stop."""
         if self.stage in ("animate", "generate"):
-            return self._animate(pipe, report, video)
+            return self._animate(pipe, report, video, preview)
         with pipe._running(lambda _, *place: report(*place)):
             if self.stage == "rewrite":
                 return self._rewrite(pipe)
@@ -209,7 +216,7 @@ class Order:
         pairs = zip(pictures, judgements, strict=True)
         return [replace(picture, score=found.score, answers=found.answers) for picture, found in pairs]
 
-    def _animate(self, pipe: FactorizedStages, report: Report, video: Path) -> Result:
+    def _animate(self, pipe: FactorizedStages, report: Report, video: Path, preview: Preview | None) -> Result:
         call, drawn = self._call(), self.anchor_seed
         if self.picture is not None and self.mode != "direct" and not self.anchors:
             drawn = self.picture.seed
@@ -220,18 +227,24 @@ class Order:
         if self.mode != "direct" and "anchors" not in call:
             is_choice = self.stage == "generate" and pipe.anchor_judge is not None
             call["composer_num_candidates"] = self.num_candidates if is_choice else 1
+        if preview is not None:
+            call["callback_on_step_end"] = preview(call)
         generator = torch.Generator().manual_seed(self.seed)
         with anchor_seed(drawn):
             output = pipe(
                 **call, generator=generator, output_type="uint8", callback_on_stage_step=lambda _, *at: report(*at)
             )
         record = output.records[0]
+        # One that only looks changes nothing that had to be recorded.
+        record["not_recorded"] = [name for name in record["not_recorded"] if name != "callback_on_step_end"]
         if "anchors" in call and not self.anchors:
             self._tell_of_drawing(pipe, record)
-        # A player shows the embedded model's 64 pixels as a stamp.
-        frames, scale = output.frames[0], max(1, 384 // output.frames.shape[2])
-        write_video(video, frames, pipe.call_defaults["frame_rate"], metadata=record, scale=scale)
-        return self._result(output, record, video)
+        frames, frame_rate = output.frames[0], pipe.call_defaults["frame_rate"]
+        write_video(video, frames, frame_rate, metadata=record, scale=viewing_scale(frames.shape[1]))
+        video.with_name(FRAMES_FILE).write_bytes(lossless_video(frames, frame_rate))
+        poster = PIL.Image.fromarray(frames[0])
+        poster.thumbnail((POSTER_SIDE, POSTER_SIDE))
+        return replace(self._result(output, record, video), poster=poster)
 
     def _tell_of_drawing(self, pipe: FactorizedStages, record: dict[str, Any]) -> None:
         """The record says of a picture that stage 2 drew what it says where the whole call draws it."""
@@ -240,7 +253,8 @@ class Order:
         record["seeds"] = {"video": record["seeds"]["video"], "anchor": self.picture.seed}
 
     def _result(self, output: Any, record: dict[str, Any], video: Path) -> Result:
-        own = [anchor.image for anchor in self.anchors or ()]
+        size = record["height"], record["width"]
+        own = [shown_anchor(anchor, *size) for anchor in self.anchors or ()]
         drawn = [] if self.picture is None or self.anchors else [self.picture.image]
         made = output.anchor_images[0] if output.anchor_images else own or drawn
         anchors = made if isinstance(made, list) else [made]
@@ -250,11 +264,17 @@ class Order:
         if not pictures and output.anchor_images:
             pictures = [Picture(anchors[0], record["seeds"]["anchor"])]
         moments = output.storyboards[0] if output.storyboards else []
-        return Result(record["first_frame_prompt"], moments, pictures, anchors, video, record)
+        return Result(record["first_frame_prompt"], moments, pictures, anchors, video, record=record)
 
 
 SIZES = ("height", "width", "num_frames")
 SAMPLING = ("preset", "num_inference_steps", "guidance_scale", "negative_prompt")
+
+
+def shown_anchor(anchor: Anchor, height: int, width: int) -> PIL.Image.Image:
+    """An anchor upright and cropped as the model sees it."""
+    pixels = fit_picture(anchor.image, height, width)
+    return PIL.Image.fromarray(pixels.permute(1, 2, 0).mul(255).round().to(torch.uint8).numpy())
 
 
 def new_seed() -> int:

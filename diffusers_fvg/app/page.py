@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import html
+import os
 import secrets
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import gradio as gr
 import PIL.Image
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
+from fastapi.responses import FileResponse
 
-from ..animate.fidelity import ANCHOR_DECODES
-from ..animate.frames import first_frame
+from .api import send_video
+from .layout import make_layout
 from .orders import moments_text, new_seed, read_moments
+from .outputs import FORMS
 from .session import Session, Sessions
 from .worker import ENDED, Job, Worker
 
@@ -38,6 +42,15 @@ SEED_LIMIT = 2**31 - 1
 
 def add_page(api: FastAPI, worker: Worker) -> FastAPI:
     """The application with the page at its root, beside the API."""
+
+    @api.get("/outputs/{id}/{form}", include_in_schema=False)
+    def output(id: str, form: Literal[tuple(FORMS)]) -> FileResponse:
+        # A link cannot say whose it is; the id is known to its owner alone.
+        job = worker.find(id)
+        if job is None or job.result is None or job.result.video is None:
+            raise HTTPException(404, "There is no such video here: it was forgotten.")
+        return send_video(job, form)
+
     blocks = make_page(worker)
     limit = worker.limits.upload_bytes
     theme = gr.themes.Soft(primary_hue="orange", neutral_hue="slate", font=["system-ui", "sans-serif"]).set(
@@ -54,155 +67,24 @@ def add_page(api: FastAPI, worker: Worker) -> FastAPI:
         css=CSS,
         theme=theme,
         max_file_size=limit,
-        allowed_paths=[str(worker.folder)],
         show_error=False,
         footer_links=[],
         ssr_mode=False,
+        run_history=False,
     )
 
 
 def make_page(worker: Worker) -> gr.Blocks:
     """The page alone."""
-    with gr.Blocks(title="Factorized Video Generation", analytics_enabled=False) as blocks:
-        parts = _layout(worker)
+    # After each event gradio sums up the last 10,000 of them, unless it is told to do so less often.
+    os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1000")
+    os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000")
+    with gr.Blocks(
+        title="Factorized Video Generation", analytics_enabled=False, delete_cache=(3600, 24 * 3600)
+    ) as blocks:
+        parts = make_layout(worker)
         _Actions(parts, Sessions(worker)).connect(blocks)
     return blocks.queue(default_concurrency_limit=None, api_open=False)
-
-
-# -- what is seen -----------------------------------------------------------------------------------------------------
-
-
-def _layout(worker: Worker) -> SimpleNamespace:
-    parts, pipe = SimpleNamespace(), worker.pipe
-    name = str(pipe.config.get("_name_or_path") or type(pipe).__name__).split("/")[-1]
-    parts.key = gr.BrowserState("", storage_key="fvg-session")
-    gr.HTML(
-        "<h1>Factorized Video Generation</h1><p>Read what stands in the first frame, fix it, pick the picture, then make the "
-        f"video. Model: <b>{html.escape(name)}</b></p>",
-        elem_id="head",
-        padding=False,
-    )
-    with gr.Group(elem_id="ask"):
-        parts.prompt = gr.Textbox(
-            label="Prompt", placeholder="A red circle moves to the right", lines=2, max_lines=6, elem_id="prompt"
-        )
-        choices = [("first frame, then video", "factorized"), ("storyboard", "storyboard"), ("video alone", "direct")]
-        parts.mode = gr.Radio(choices, value="factorized", label="Way", elem_id="mode")
-    with gr.Row(elem_id="do"):
-        parts.generate = gr.Button("Make the video", variant="primary", scale=3, min_width=160, elem_id="generate")
-        parts.cancel = gr.Button("Cancel", scale=1, min_width=100, elem_id="cancel")
-    parts.status = gr.HTML(elem_id="status", padding=False)
-    with gr.Row(elem_id="stages", equal_height=False):
-        _caption_panel(parts)
-        _picture_panel(parts, worker)
-        _video_panel(parts)
-    _settings(parts, worker)
-    with gr.Accordion("History of this session", open=True):
-        parts.history = gr.Gallery(
-            show_label=False,
-            columns=6,
-            height="auto",
-            fit_columns=False,
-            allow_preview=False,
-            interactive=False,
-            buttons=[],
-            elem_id="history",
-        )
-    return parts
-
-
-def _title(number: int, name: str, does: str) -> None:
-    gr.HTML(f"<h2><span>{number}</span>{name}</h2><p>{does}</p>", elem_classes="title", padding=False)
-
-
-def _caption_panel(parts: SimpleNamespace) -> None:
-    with gr.Column(min_width=300, elem_classes="stage-card"):
-        _title(1, "Words", "What is seen before anything moves.")
-        parts.caption = gr.Textbox(
-            label="First frame (edit it)",
-            lines=9,
-            max_lines=14,
-            placeholder="Written from the prompt, or by you. A storyboard has a line for each moment: 50% A red circle",
-            elem_id="caption",
-        )
-        gr.HTML("<p>Nothing is drawn at random here: there is no seed.</p>", elem_classes="note", padding=False)
-        parts.rewrite = gr.Button("Write it", elem_id="rewrite")
-
-
-def _picture_panel(parts: SimpleNamespace, worker: Worker) -> None:
-    with gr.Column(min_width=300, elem_classes="stage-card"):
-        _title(2, "Picture", "Choose the one to animate.")
-        parts.pictures = gr.Gallery(
-            show_label=False,
-            columns=2,
-            height="auto",
-            fit_columns=False,
-            allow_preview=False,
-            interactive=False,
-            buttons=[],
-            elem_id="pictures",
-        )
-        parts.judged = gr.HTML(elem_id="judged", padding=False)
-        with gr.Row():
-            parts.anchor_seed = gr.Number(label="Seed", precision=0, minimum=0, min_width=110, elem_id="anchor-seed")
-            parts.anchor_dice = gr.Button("New", min_width=64, scale=0, elem_classes="dice")
-            parts.num_candidates = gr.Slider(1, worker.limits.pictures, 4, step=1, label="Pictures", min_width=110)
-        parts.compose = gr.Button("Draw it", elem_id="compose")
-        with gr.Accordion("Pictures of your own", open=False, elem_id="own"):
-            with gr.Row():
-                parts.frame = gr.Number(0, label="Frame (−1: last)", precision=0, min_width=110, elem_id="frame")
-                parts.strength = gr.Slider(0.05, 1, 1, step=0.05, label="Strength", min_width=110)
-            parts.upload = gr.File(label="PNG or JPEG", file_count="single", height=110, elem_id="upload")
-            parts.anchors = gr.Gallery(
-                show_label=False,
-                buttons=[],
-                columns=3,
-                height="auto",
-                allow_preview=False,
-                interactive=False,
-                elem_id="anchors",
-            )
-            parts.clear = gr.Button("Take them away", size="sm")
-
-
-def _video_panel(parts: SimpleNamespace) -> None:
-    with gr.Column(min_width=300, elem_classes="stage-card"):
-        _title(3, "Video", "The picture in motion.")
-        parts.video = gr.Video(show_label=False, autoplay=True, loop=True, interactive=False, elem_id="video")
-        with gr.Row():
-            parts.seed = gr.Number(label="Seed", precision=0, minimum=0, min_width=110, elem_id="seed")
-            parts.dice = gr.Button("New", min_width=64, scale=0, elem_classes="dice")
-        parts.memory = gr.HTML(elem_id="memory", elem_classes="note", padding=False)
-        parts.animate = gr.Button("Animate it", elem_id="animate")
-        parts.download = gr.DownloadButton("Download the mp4 with its recipe", size="sm", elem_id="download")
-        with gr.Accordion("Recipe of a video", open=False):
-            parts.recipe = gr.File(
-                label="Drop an mp4 that was made here", file_types=[".mp4"], height=110, elem_id="recipe"
-            )
-
-
-def _settings(parts: SimpleNamespace, worker: Worker) -> None:
-    own, limits = worker.pipe.call_defaults, worker.limits
-    step = worker.pipe._frame_step()
-    with gr.Accordion("Settings", open=False, elem_id="settings"):
-        with gr.Row():
-            parts.width = gr.Number(own["width"], label="Width", precision=0, min_width=110)
-            parts.height = gr.Number(own["height"], label="Height", precision=0, min_width=110)
-            parts.num_frames = gr.Slider(1, limits.frames, own["num_frames"], step=step, label="Frames", min_width=160)
-        with gr.Row():
-            presets = [("the model's own", ""), *((name, name) for name in worker.pipe.presets)]
-            parts.preset = gr.Dropdown(presets, value="", label="Preset", min_width=160)
-            parts.num_inference_steps = gr.Slider(
-                0, limits.steps, 0, step=1, label="Steps (0: the preset's)", min_width=160
-            )
-            parts.guidance_scale = gr.Slider(0, 20, 0, step=0.5, label="Guidance (0: the preset's)", min_width=160)
-        with gr.Row():
-            parts.lora_scale = gr.Slider(0, 2, 1, step=0.05, label="Strength of the anchor LoRA", min_width=160)
-            parts.anchor_decode = gr.Dropdown(
-                list(ANCHOR_DECODES), value="raw", label="Anchor's colours", min_width=160
-            )
-            parts.num_moments = gr.Slider(2, 6, 2, step=1, label="Moments of a storyboard", min_width=160)
-        parts.negative_prompt = gr.Textbox(label="Negative prompt (empty: the model's own)")
 
 
 # -- what it does -----------------------------------------------------------------------------------------------------
@@ -217,11 +99,7 @@ class _Actions:
     def connect(self, blocks: gr.Blocks) -> None:
         parts = self.parts
         values = set(vars(parts).values())
-        read = {
-            part
-            for part in values
-            if not isinstance(part, (gr.Button, gr.DownloadButton, gr.HTML, gr.Gallery, gr.Video))
-        }
+        read = {part for part in values if not isinstance(part, (gr.Button, gr.HTML, gr.Gallery))}
         shown = list(values)
 
         def on(event: Callable, do: Callable) -> None:
@@ -230,21 +108,19 @@ class _Actions:
         for name in ("rewrite", "compose", "animate", "generate"):
             on(getattr(parts, name).click, self._stage(name))
         on(blocks.load, self._load)
-        on(parts.cancel.click, self._quick(self._cancel))
         on(parts.upload.upload, self._quick(self._upload))
         on(parts.recipe.upload, self._quick(lambda session, data: session.take_recipe(data[parts.recipe])))
         on(parts.clear.click, self._quick(lambda session, data: session.anchors.clear()))
-        on(parts.dice.click, self._quick(lambda session, data: setattr(session, "seed", new_seed())))
-        on(parts.anchor_dice.click, self._quick(lambda session, data: setattr(session, "anchor_seed", new_seed())))
-        for size in (parts.width, parts.height, parts.num_frames):
-            size.change(
-                self._memory,
-                [parts.key, parts.width, parts.height, parts.num_frames],
-                parts.memory,
-                show_progress="hidden",
-            )
-        parts.pictures.select(self._choose, parts.key, [parts.judged], show_progress="hidden")
-        parts.history.select(self._look_back, parts.key, shown, show_progress="hidden")
+        # What needs little of the page, and changes little of it.
+        alone = {"show_progress": "hidden", "api_visibility": "private"}
+        parts.cancel.click(self._cancel, parts.key, parts.status, **alone)
+        for dice, seed in ((parts.dice, parts.seed), (parts.anchor_dice, parts.anchor_seed)):
+            dice.click(new_seed, None, seed, **alone)
+        sizes = [parts.width, parts.height, parts.num_frames]
+        for size in sizes:
+            size.input(self._memory, [parts.key, *sizes], parts.memory, **alone)
+        parts.pictures.select(self._choose, parts.key, parts.judged, **alone)
+        parts.history.select(self._look_back, parts.key, shown, **alone)
 
     # -- stages -------------------------------------------------------------------------------------------------------
 
@@ -265,15 +141,18 @@ class _Actions:
     async def _follow(self, session: Session, job: Job) -> AsyncIterator[dict]:
         last = None
         while job.state not in ENDED:
-            told = _progress(session.worker, job)
+            told = _progress(session.worker, job), _preview(job)
             if told != last:
-                yield {self.parts.status: told}
+                yield dict(zip((self.parts.status, self.parts.preview), told))
             last = told
             await asyncio.sleep(LOOK)
         session.take(job)
         texts = {"done": "Done.", "cancelled": "Cancelled.", "failed": job.error}
         show = _problem if job.state == "failed" else _message
-        yield await asyncio.to_thread(self._view, session) | {self.parts.status: show(texts[job.state])}
+        yield await asyncio.to_thread(self._view, session) | {
+            self.parts.status: show(texts[job.state]),
+            self.parts.preview: "",
+        }
 
     async def _load(self, data: dict) -> AsyncIterator[dict]:
         key = data[self.parts.key] or secrets.token_urlsafe(24)
@@ -303,11 +182,12 @@ class _Actions:
 
         return run
 
-    def _cancel(self, session: Session, data: dict) -> str:
+    def _cancel(self, key: str) -> str:
+        session = self._session(key)
         waiting = [job for job in session.worker.history(session.owner) if job.state not in ENDED]
         for job in waiting:
             session.worker.cancel(session.owner, job.id)
-        return "Cancelling after this step …" if waiting else "Nothing is running."
+        return _message("Cancelling …" if waiting else "Nothing is running.")
 
     def _upload(self, session: Session, data: dict) -> str:
         frame, strength = int(data[self.parts.frame] or 0), float(data[self.parts.strength])
@@ -373,22 +253,20 @@ class _Actions:
         parts, settings = self.parts, session.settings
         own = session.worker.pipe.call_defaults
         text = moments_text(session.moments) if session.mode == "storyboard" else session.caption
-        video = session.video and str(session.video.result.video)
         pictures = [
             (_shown(each.image), str(number) if each.score is None else f"{number}: {each.score:.2f}")
             for number, each in enumerate(session.pictures, start=1)
         ]
         chosen = min(session.chosen, len(pictures) - 1) if pictures else None
         anchors = [
-            (_shown(session.seen(each)), f"frame {each.frame_index}, strength {each.strength:g}")
+            (
+                _shown(session.seen(each)),
+                f"frame {each.frame_index}" + (f" · {each.strength:g}" if each.strength < 1 else ""),
+            )
             for each in session.anchors
         ]
         key = session.owner.removeprefix("page ")
-        history = [
-            (_shown(first_frame(job.result.video)), job.order.prompt[:60])
-            for job in self._videos(key)
-            if job.result.video.is_file()
-        ]
+        history = [(job.result.poster, job.order.prompt) for job in self._videos(key) if job.result.video.is_file()]
         shown = {
             parts.prompt: session.prompt,
             parts.mode: session.mode,
@@ -396,8 +274,8 @@ class _Actions:
             parts.pictures: gr.Gallery(value=pictures, selected_index=chosen),
             parts.judged: _judged(session),
             parts.anchors: anchors,
-            parts.video: video,
-            parts.download: video,
+            parts.video: _video(session.video),
+            parts.downloads: _downloads(session.video),
             parts.anchor_seed: session.anchor_seed,
             parts.seed: session.seed,
             parts.num_candidates: session.num_candidates,
@@ -420,6 +298,32 @@ def _shown(image: PIL.Image.Image) -> PIL.Image.Image:
     """Small pictures in whole factors, as the video is."""
     scale = max(1, 384 // max(image.size))
     return image.resize([side * scale for side in image.size], PIL.Image.Resampling.NEAREST)
+
+
+def _video(job: Job | None) -> str:
+    if job is None:
+        return "<p class='empty'>Your video comes here.</p>"
+    return f"<video src='outputs/{job.id}/mp4' controls autoplay loop muted playsinline></video>"
+
+
+def _downloads(job: Job | None) -> str:
+    names = {
+        "mp4": "mp4 with its recipe",
+        "gif": "GIF",
+        "webp": "WebP",
+        "frames": "PNG frames",
+        "strip": "contact strip",
+    }
+    links = (
+        f"<a id='get-{form}' href='outputs/{job.id}/{form}' download>{name}</a>" for form, name in names.items() if job
+    )
+    return f"<p>{' '.join(links)}</p>" if job else ""
+
+
+def _preview(job: Job) -> str:
+    if job.preview is None:
+        return ""
+    return f"<img alt='Preview' src='data:image/webp;base64,{base64.b64encode(job.preview).decode()}'><p>Preview</p>"
 
 
 def _label(picture: Any) -> str:

@@ -6,16 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL.Image
 
-from ..animate.anchor import Anchor, fit_picture
+from ..animate.anchor import Anchor
 from ..overview import GIB
-from ..pipelines.profiles import CARDS, pipeline_stages, plan_memory
+from ..pipelines.profiles import CARDS
 from ..pipelines.replay import check_own_limits, needs_images, read_record, recorded_call
 from ..rewrite.storyboard import Moment
 from .limits import open_upload
-from .orders import SAMPLING, SIZES, Order, Picture, new_seed
+from .orders import SAMPLING, SIZES, Order, Picture, new_seed, shown_anchor
 from .worker import Job, Worker
 
 
@@ -151,8 +150,7 @@ class Session:
 
     def seen(self, anchor: Anchor) -> PIL.Image.Image:
         """An anchor upright and cropped as the model sees it."""
-        pixels = fit_picture(anchor.image, *(self._size(name) for name in ("height", "width")))
-        return PIL.Image.fromarray(np.round(pixels.permute(1, 2, 0).numpy() * 255).astype(np.uint8))
+        return shown_anchor(anchor, self._size("height"), self._size("width"))
 
     @property
     def num_frames(self) -> int:
@@ -207,17 +205,12 @@ class Session:
     def memory_text(self) -> str:
         """What a video of this size takes, told before it is made: memory as it is computed, time as it was here before."""
         pipe, sizes = self.worker.pipe, {name: self._size(name) for name in SIZES}
-        stages, fits = pipeline_stages(pipe, *sizes.values()), None
-        for card in CARDS:
-            try:
-                fits = fits or (card, plan_memory(stages, card))
-            except ValueError:
-                continue
+        fits = self.worker.smallest_card(*sizes.values())
         told = [f"{self.num_frames} frames, {self.num_frames / pipe.call_defaults['frame_rate']:.1f} s"]
         if fits is None:
             told.append(f"too large for a card of {CARDS[-1]} (computed)")
         else:
-            told.append(f"peak {fits[1].peak / GIB:.1f} GiB on a card of {fits[0]} (computed)")
+            told.append(f"peak {fits[1] / GIB:.1f} GiB on a card of {fits[0]} (computed)")
         sampling = {name: self.settings.get(name) for name in ("preset", "num_inference_steps")}
         seconds = self.worker.seconds_before(Order("animate", self.prompt, **sizes, **sampling))
         told.append("time: known after the first video" if seconds is None else f"about {seconds:.0f} s here")

@@ -8,15 +8,19 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffusers.utils import logging
 
+from ..pipelines.profiles import CARDS, pipeline_stages, plan_memory
 from .limits import Limits
 from .orders import Order, Result
+from .previews import Previews
+from .stopping import Cancelled, ask_between_blocks
 
 
 if TYPE_CHECKING:
@@ -38,10 +42,6 @@ class QueueFull(ValueError):
     """No more orders are taken for now."""
 
 
-class Cancelled(Exception):
-    """Leaves a run that nobody waits for."""
-
-
 @dataclass
 class Job:
     """An order on its way.
@@ -52,6 +52,7 @@ class Job:
         state (`str`): `"waiting"`, `"running"`, `"done"`, `"failed"` or `"cancelled"`.
         stage, step, steps: where it is.
         seconds_left (`float`, *optional*): of the run, from this and from earlier runs; `None` where too little is known.
+        preview (`bytes`, *optional*): of a video that is being denoised, an animated WebP.
         result ([`Result`], *optional*): once it is done.
         error (`str`, *optional*): what was wrong, a sentence.
     """
@@ -64,6 +65,7 @@ class Job:
     step: int = 0
     steps: int = 0
     seconds_left: float | None = None
+    preview: bytes | None = field(default=None, repr=False)
     result: Result | None = None
     error: str | None = None
     is_unwanted: bool = field(default=False, repr=False)
@@ -87,6 +89,10 @@ class Worker:
         self._waiting: list[Job] = []
         self._running: Job | None = None
         self._change, self._closed = threading.Condition(), False
+        self._previews: Previews | None = None
+        # Looks at every parameter of every model.
+        self.smallest_card = lru_cache(maxsize=256)(partial(_smallest_card, pipe))
+        self._handles = ask_between_blocks(pipe, lambda: self._running is not None and self._running.is_unwanted)
         # Seconds that a step of a stage took, by stage and size.
         self._seconds: dict[tuple, float] = {}
         self._thread = threading.Thread(target=self._work, name="fvg-app-worker", daemon=True)
@@ -126,6 +132,11 @@ class Worker:
         with self._change:
             return self._of(owner)[id]
 
+    def find(self, id: str) -> Job | None:
+        """The job of an id, whoever asks."""
+        with self._change:
+            return next((jobs[id] for jobs in self._jobs.values() if id in jobs), None)
+
     def history(self, owner: str) -> list[Job]:
         """A person's jobs, the latest first."""
         with self._change:
@@ -146,7 +157,7 @@ class Worker:
         return seconds_of(STEPS["animate"], self._seconds, size, order.steps(self.pipe))
 
     def cancel(self, owner: str, id: str) -> Job:
-        """Ends a job: one that waits at once, one that runs after the step that it is in. One that has ended stays as it is."""
+        """Ends a job: one that waits at once, one that runs before the next block of a model. One that has ended stays as it is."""
         with self._change:
             job = self._of(owner)[id]
             if job in self._waiting:
@@ -167,6 +178,8 @@ class Worker:
             self.pipe._interrupt = True
             self._change.notify_all()
         self._thread.join()
+        for handle in self._handles:
+            handle.remove()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     # -- the worker's thread ------------------------------------------------------------------------------------------
@@ -195,7 +208,7 @@ class Worker:
             clock.tell(stage, step, steps)
 
         try:
-            result = job.order.run(self.pipe, report, file)
+            result = job.order.run(self.pipe, report, file, partial(self._preview, job))
         except Cancelled:
             result = None
         except Exception as error:
@@ -208,6 +221,11 @@ class Worker:
             shutil.rmtree(file.parent, ignore_errors=True)
             return "cancelled", None, None
         return "done", result, None
+
+    def _preview(self, job: Job, call: dict[str, Any]) -> Callable[..., dict] | None:
+        """The callback that previews a job's video."""
+        self._previews = self._previews or Previews(self.pipe)
+        return self._previews.callback(self.pipe, call, partial(setattr, job, "preview"))
 
     # -- with the lock held -------------------------------------------------------------------------------------------
 
@@ -230,8 +248,21 @@ class Worker:
         shutil.rmtree(self.folder / job.id, ignore_errors=True)
 
     def _end(self, job: Job, state: str) -> None:
-        job.state, job.seconds_left = state, None
+        job.state, job.seconds_left, job.preview = state, None, None
+        # Photographs as they were uploaded are large, and the result has what the model saw of them.
+        job.order = replace(job.order, anchors=None, picture=None)
         job.ended.set()
+
+
+def _smallest_card(pipe: FactorizedStages, height: int, width: int, num_frames: int) -> tuple[str, int] | None:
+    """The smallest card that a video of this size fits on, with the bytes of its peak, as computed; `None` if it fits on none."""
+    stages = pipeline_stages(pipe, height, width, num_frames)
+    for card in CARDS:
+        try:
+            return card, plan_memory(stages, card).peak
+        except ValueError:
+            continue
+    return None
 
 
 class _Clock:

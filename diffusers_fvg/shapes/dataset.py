@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import av
 import numpy as np
 from tqdm.auto import tqdm
 
 from ..atomic import replacing
+from ..media import lossless_video
 from .train_models import training_scene
 from .world import Scene, render
 
@@ -50,27 +49,9 @@ def write_scenes(folder: str | Path, scenes: Sequence[Scene]) -> None:
     for scene in tqdm(scenes, desc="rendering clips"):
         name = f"clips/{hashlib.sha256(repr(scene.objects).encode()).hexdigest()[:24]}.mp4"
         if not (folder / name).exists():
-            _write(folder / name, lossless_video(render(scene.objects)))
+            _write(folder / name, lossless_video(render(scene.objects), FRAME_RATE))
         rows.append(json.dumps({"file_name": name, "text": scene.prompt}) + "\n")
     _write(folder / "metadata.jsonl", "".join(rows).encode())
-
-
-def lossless_video(frames: np.ndarray, frame_rate: int = FRAME_RATE) -> bytes:
-    """Frames `(F, H, W, 3)`, uint8, as an mp4 that decodes to the same numbers: H.264 in RGB at quantiser 0.
-
-    Few players know it: it is for training. [`media.write_video`] is for people.
-    """
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264rgb", rate=frame_rate)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt, stream.options = "rgb24", {"qp": "0", "preset": "ultrafast"}
-        # Starting threads takes longer than encoding such a clip.
-        stream.thread_count = 1
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    return file.getvalue()
 
 
 def _write(path: Path, content: bytes) -> None:

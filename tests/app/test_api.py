@@ -62,6 +62,15 @@ def test_a_video_is_asked_for_waited_for_and_fetched(client, tmp_path):
     (tmp_path / "video.mp4").write_bytes(video.content)
     assert read_video_metadata(tmp_path / "video.mp4") == told["record"]
     assert client.get("/api/jobs").json()[0]["id"] == told["id"]
+    kinds = {"gif": "image/gif", "webp": "image/webp", "frames": "application/zip", "strip": "image/png"}
+    for form, kind in kinds.items():
+        made = client.get(told["video"], params={"format": form})
+        assert made.headers["content-type"] == kind and "attachment" in made.headers["content-disposition"]
+        assert len(made.content) > 1000
+    for form in ("avi", "", "MP4", "../video", "3"):
+        bad = client.get(told["video"], params={"format": form})
+        assert bad.status_code == 422 and bad.json()["detail"].startswith("`format` cannot be used")
+    assert client.get(f"/api/jobs/{told['id']}/preview").status_code == 404 and told["preview"] is None
     written = finished(client, client.post("/api/jobs", json={"prompt": PROMPT, "stage": "rewrite"}).json())
     assert "red circle" in written["first_frame_prompt"] and written["video"] is None
     drawn = {"prompt": PROMPT, "stage": "compose", "first_frame_prompt": "A red circle on the left", "anchor_seed": 1}
@@ -133,6 +142,36 @@ def test_five_bad_values_of_every_field_are_told_of_in_a_sentence(client):
             )
             tried += 1
     assert tried >= 100 and client.get("/api/jobs").status_code == 200
+
+
+def test_bad_places_are_told_of_in_a_sentence(client):
+    """Parameters of the paths and queries, by the document: five bad values each."""
+    document, tried = client.get("/openapi.json").json(), 0
+    video = finished(client, client.post("/api/jobs", json=QUICK).json())["id"]
+    bad = {"string": ["none", "..", "%00", "x" * 500, video + "x"], "integer": ["x", "1.5", "-1", "7", "1e9"]}
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            for parameter in operation.get("parameters", ()):
+                # With one bad, the others are good.
+                values, good = bad[parameter["schema"]["type"]], {"id": video, "number": "0"}
+                assert len(values) == 5
+                for value in values:
+                    place = path.format(**(good | {parameter["name"]: value}))
+                    query = {parameter["name"]: value} if parameter["in"] == "query" else None
+                    answer = client.request(method, place, params=query)
+                    assert 400 <= answer.status_code < 500, (method, place, answer.text)
+                    assert isinstance(answer.json()["detail"], str)
+                    tried += 1
+    assert tried >= 30
+
+
+def test_the_document_is_valid(client):
+    validator = pytest.importorskip("openapi_spec_validator")
+    document = client.get("/openapi.json").json()
+    validator.validate(document)
+    del document["paths"]["/api/jobs"]["post"]["responses"]["202"]["description"]
+    with pytest.raises(Exception, match="description"):
+        validator.validate(document)
 
 
 @pytest.mark.parametrize(

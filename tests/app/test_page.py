@@ -1,10 +1,13 @@
 """The page in a browser: `pytest -m slow tests/app/test_page.py`. Screenshots are written to the folder FVG_SCREENSHOTS, if named."""
 
+import io
 import os
 import shutil
 import socket
+import struct
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +66,7 @@ def people(browser, address):
     def person(width=1280):
         context = browser.new_context(viewport={"width": width, "height": 900}, accept_downloads=True)
         page = context.new_page()
-        page.set_default_timeout(90_000)
+        page.set_default_timeout(240_000)
         page.goto(address)
         page.wait_for_selector("#prompt textarea")
         page.wait_for_function("Number(document.querySelector('#seed input')?.value) > 0")
@@ -75,6 +78,26 @@ def people(browser, address):
         context.close()
 
 
+@pytest.fixture
+def held(monkeypatch):
+    """Runs of the video model stand still in step 60, until the event is set."""
+    from diffusers_fvg.app.orders import Order
+
+    go, run = threading.Event(), Order.run
+
+    def held_run(order, pipe, report, *others):
+        def wait(stage, step, steps):
+            report(stage, step, steps)
+            if (stage, step) == ("denoise", 60):
+                assert go.wait(600)
+
+        return run(order, pipe, wait, *others)
+
+    monkeypatch.setattr(Order, "run", held_run)
+    yield go
+    go.set()
+
+
 def shot(page, name):
     folder = os.environ.get("FVG_SCREENSHOTS")
     if folder:
@@ -82,7 +105,7 @@ def shot(page, name):
 
 
 def told(page, text):
-    page.wait_for_function("text => document.querySelector('#status').innerText.includes(text)", arg=text)
+    page.wait_for_function("text => document.querySelector('#status')?.innerText.includes(text)", arg=text)
 
 
 def press(page, name, text="Done."):
@@ -117,10 +140,20 @@ def test_stages_are_edited_chosen_and_done_again(people, tmp_path):
     page.wait_for_selector("#video video")
     shot(page, "stages")
     with page.expect_download() as download:
-        page.click("#download")
+        page.click("#get-mp4")
     download.value.save_as(tmp_path / "video.mp4")
     record = read_video_metadata(tmp_path / "video.mp4")
     assert record["seeds"]["anchor"] == chosen and "blue circle" in record["first_frame_prompt"]
+    for form, suffix, start in (
+        ("gif", "gif", b"GIF89a"),
+        ("webp", "webp", b"RIFF"),
+        ("frames", "zip", b"PK"),
+        ("strip", "png", b"\x89PNG"),
+    ):
+        with page.expect_download() as download:
+            page.click(f"#get-{form}")
+        assert download.value.suggested_filename.endswith(f".{suffix}")
+        assert Path(download.value.path()).read_bytes().startswith(start)
     # A caption that was changed after its pictures is a sentence, and no traceback.
     page.fill("#caption textarea", "A green square")
     press(page, "animate", "run stage 2 again")
@@ -138,18 +171,90 @@ def test_stages_are_edited_chosen_and_done_again(people, tmp_path):
     assert other.input_value("#prompt textarea") == PROMPT
 
 
-def test_a_run_is_cancelled_and_the_next_one_is_whole(people):
-    page = people()
+def steps(page, number):
+    page.locator("#steps input[type=number]").fill(str(number))
+    page.locator("#steps input[type=number]").blur()
+
+
+def slow_run(page):
+    """Starts a run of the video model that takes a while, and leaves it in the middle of it."""
     page.fill("#prompt textarea", PROMPT)
     page.click("text=video alone")
     page.click("text=Settings")
-    page.locator("input[aria-label*='Steps']").first.fill("100")
+    steps(page, 100)
     page.click("#generate")
     told(page, "Animating")
+
+
+def recipe(page, tmp_path):
+    """What the video that is shown says of itself."""
+    from diffusers_fvg.media import read_video_metadata
+
+    with page.expect_download() as download:
+        page.click("#get-mp4")
+    download.value.save_as(tmp_path / "recipe.mp4")
+    return read_video_metadata(tmp_path / "recipe.mp4")
+
+
+def test_a_reload_in_the_middle_keeps_queue_preview_and_result(people, held, tmp_path):
+    ann, bob = people(), people()
+    slow_run(ann)
+    ann.wait_for_selector("#preview img")
+    shot(ann, "preview")
+    bob.fill("#prompt textarea", "A blue square moves upwards")
+    bob.click("#generate")
+    told(bob, "Waiting")
+    for page, text in ((bob, "Waiting: 1 job"), (ann, "Animating")):
+        page.reload()
+        told(page, text)
+    ann.wait_for_selector("#preview img")
+    shot(bob, "waiting")
+    held.set()
+    for page, prompt in ((ann, PROMPT), (bob, "A blue square moves upwards")):
+        told(page, "Done.")
+        page.wait_for_selector("#video video")
+        assert page.locator("#preview img").count() == 0
+        assert recipe(page, tmp_path)["prompt"] == prompt == page.input_value("#prompt textarea")
+
+
+def test_bad_files_are_sentences(people, tmp_path):
+    good = io.BytesIO()
+    PIL.Image.new("RGB", (200, 200), "red").save(good, "JPEG")
+    header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    bad = {
+        "text.png": b"no picture",
+        "empty.png": b"",
+        "half.jpg": good.getvalue()[: len(good.getvalue()) // 2],
+        "drawing.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        "bomb.png": b"\x89PNG\r\n\x1a\n\0\0\0\r" + header + struct.pack(">I", zlib.crc32(header)),
+    }
+    page = people()
+    page.click("text=Pictures of your own")
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+        page.set_input_files("#upload input[type=file]", str(tmp_path / name))
+        told(page, f"The file '{name}' cannot be used")
+        assert "Errno" not in page.inner_text("#status")
+    shot(page, "bad-upload")
+    (tmp_path / "none.mp4").write_bytes(b"no video")
+    page.click("text=Recipe of a video")
+    page.set_input_files("#recipe input[type=file]", str(tmp_path / "none.mp4"))
+    told(page, "The file 'none.mp4'")
+    assert page.locator("#anchors .thumbnail-item").count() == 0
+    assert "Traceback" not in page.inner_text("body")
+    # After all that the page works.
+    page.fill("#prompt textarea", PROMPT)
+    press(page, "rewrite")
+    assert "red circle" in caption(page)
+
+
+def test_a_run_is_cancelled_and_the_next_one_is_whole(people):
+    page = people()
+    slow_run(page)
     shot(page, "running")
     page.click("#cancel")
     told(page, "Cancelled.")
-    page.locator("input[aria-label*='Steps']").first.fill("2")
+    steps(page, 2)
     press(page, "generate")
     page.wait_for_selector("#video video")
 
@@ -180,7 +285,7 @@ def test_a_photo_lies_upright_and_a_phone_shows_all(people, tmp_path):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390, page.evaluate(wide)
 
 
-def test_a_storyboard_and_two_people_at_once(people):
+def test_a_storyboard_and_two_people_at_once(people, tmp_path):
     ann, bob = people(), people()
     ann.fill("#prompt textarea", "A red circle gradually turns into a square")
     ann.click("text=storyboard")
@@ -190,5 +295,6 @@ def test_a_storyboard_and_two_people_at_once(people):
         told(page, "Done.")
         assert words in caption(page), caption(page)
         page.wait_for_selector("#video video")
+        assert recipe(page, tmp_path)["prompt"] == page.input_value("#prompt textarea")
     shot(ann, "storyboard")
     assert ann.locator("#history .thumbnail-item").count() == bob.locator("#history .thumbnail-item").count() == 1

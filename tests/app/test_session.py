@@ -1,4 +1,6 @@
 import threading
+import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -8,10 +10,13 @@ import torch
 from diffusers_fvg import load_embedded
 from diffusers_fvg.app.limits import Limits
 from diffusers_fvg.app.orders import Order, moments_text, read_moments
+from diffusers_fvg.app.outputs import video_file
+from diffusers_fvg.app.previews import SHARE, Previews
 from diffusers_fvg.app.session import Session
 from diffusers_fvg.app.worker import QueueFull, Worker
 from diffusers_fvg.media import read_video, read_video_metadata
 from diffusers_fvg.pipelines.seeds import anchor_seed
+from diffusers_fvg.schedules.flow import noise_levels
 
 
 PROMPT = "A red circle moves to the right"
@@ -48,13 +53,13 @@ def held(worker, monkeypatch):
     """The worker's first job waits in stage 3's first step until the event is set."""
     go, there, run = threading.Event(), threading.Event(), Order.run
 
-    def held_run(order, pipe, report, video):
+    def held_run(order, pipe, report, *others):
         def slow(*place):
             there.set()
             assert go.wait(60)
             report(*place)
 
-        return run(order, pipe, slow, video)
+        return run(order, pipe, slow, *others)
 
     monkeypatch.setattr(Order, "run", held_run)
     yield go, there
@@ -85,6 +90,12 @@ def test_stages_follow_each_other_and_each_is_done_again(session, pipe):
     record = read_video_metadata(first.result.video)
     assert record == first.result.record == out.records[0]
     assert np.abs(video[:, ::6, ::6][:, :64] / 255 - out.frames[0]).mean() < 0.02
+    with zipfile.ZipFile(video_file(first, "frames")) as archive:
+        frames = [np.asarray(PIL.Image.open(archive.open(name))) for name in archive.namelist()]
+    assert np.array_equal(frames, np.round(out.frames[0] * 255).astype(np.uint8))
+    with PIL.Image.open(video_file(first, "gif")) as gif, PIL.Image.open(video_file(first, "webp")) as webp:
+        assert gif.n_frames == webp.n_frames == 17 and gif.size == webp.size == (384, 384)
+    assert PIL.Image.open(video_file(first, "strip")).width > 1000
     # A changed caption asks for its picture; another seed makes another video of the same picture.
     session.caption = CAPTION.replace("red", "blue")
     with pytest.raises(ValueError, match="caption was changed"):
@@ -117,6 +128,62 @@ def test_a_job_is_cancelled_within_a_run_and_the_next_one_runs(session, worker, 
     assert done.state == "done" and done.result.video.is_file() and done.result.record["mode"] == "direct"
 
 
+def test_a_job_is_cancelled_between_two_blocks_of_a_step(session, worker):
+    go, there, later = threading.Event(), threading.Event(), []
+    session.mode = "direct"
+    whole = ended(session, session.animate())
+    first, second = worker.pipe.transformer.blocks[:2]
+
+    def wait(*_):
+        there.set()
+        assert go.wait(60)
+
+    handles = [first.register_forward_hook(wait), second.register_forward_hook(lambda *_: later.append(1))]
+    try:
+        job = session.animate()
+        assert there.wait(60)
+        worker.cancel("ann", job.id)
+        go.set()
+        assert job.ended.wait(60) and job.state == "cancelled"
+        # Neither the second block nor the step came to its end.
+        assert later == [] and job.stage == "encode"
+    finally:
+        for handle in handles:
+            handle.remove()
+    # The run that was left in the middle leaves nothing behind.
+    again = ended(session, session.animate())
+    assert np.array_equal(read_video(again.result.video)[0], read_video(whole.result.video)[0])
+    worker.close()
+    assert not any(block._forward_pre_hooks for block in worker.pipe.transformer.blocks)
+
+
+def test_previews_are_of_the_clean_video_and_take_a_bounded_share(pipe, monkeypatch):
+    now, seen, taken = [0.0], [], []
+    monkeypatch.setattr("diffusers_fvg.app.previews.time", SimpleNamespace(monotonic=lambda: now[0]))
+    previews, steps, cost = Previews(pipe), 50, 0.1
+
+    def show(latents):
+        now[0] += cost
+        seen.append(latents)
+        return np.zeros((5, 32, 32, 3), np.uint8)
+
+    previews.show = show
+    call = {"prompt": PROMPT, "mode": "direct", "num_inference_steps": steps}
+    on_step_end = previews.callback(pipe, call, lambda content: taken.append((now[0], content)))
+    sigmas = noise_levels(pipe.presets["anchored-15"].make_scheduler(steps, "cpu"))
+    clean, noise = torch.randn(2, 1, 16, 5, 8, 8, generator=torch.Generator().manual_seed(0))
+    for step in range(steps):
+        now[0] += 1.0
+        latents = (1 - sigmas[step + 1]) * clean + sigmas[step + 1] * noise
+        assert on_step_end(pipe, step, None, {"latents": latents}) == {}
+    assert len(taken) > 8 and all(content[8:12] == b"WEBP" for _, content in taken)
+    for latents in seen:
+        assert torch.allclose(latents, clean, atol=1e-3)
+    for (before, _), (after, _) in zip(taken, taken[1:]):
+        assert cost / (after - before) <= SHARE
+    assert Previews(SimpleNamespace()).callback(pipe, call, taken.append) is None
+
+
 def test_what_is_one_persons_is_not_the_others(session, worker, held):
     go, there = held
     session.mode = "direct"
@@ -146,20 +213,23 @@ def test_old_jobs_are_forgotten_with_their_files(session, worker):
 
 
 def test_progress_tells_the_stages_and_the_time_left(session, worker, monkeypatch):
-    seen, run = [], Order.run
+    seen, previews, run = [], set(), Order.run
 
-    def told_run(order, pipe, report, video):
+    def told_run(order, pipe, report, *others):
         def tell(*place):
             report(*place)
             job = worker._running
             seen.append((job.stage, job.step, job.steps, job.seconds_left))
+            previews.add(job.preview)
 
-        return run(order, pipe, tell, video)
+        return run(order, pipe, tell, *others)
 
     monkeypatch.setattr(Order, "run", told_run)
     session.settings = {"num_inference_steps": 3, "num_frames": 5}
     for _ in range(2):
-        ended(session, session.generate())
+        job = ended(session, session.generate())
+        assert job.preview is None
+    assert any(content and content[8:12] == b"WEBP" for content in previews)
     first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     stages = list(dict.fromkeys(place[0] for place in second))
     assert stages[0] == "rewrite" and stages[-2:] == ["denoise", "decode"]
@@ -186,7 +256,7 @@ def test_pictures_of_ones_own_are_upright_cropped_and_checked(session, tmp_path)
     (tmp_path / "bad.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"The file 'bad.png' cannot be used") as error:
         session.upload(tmp_path / "bad.png")
-    assert str(tmp_path) not in str(error.value)
+    assert str(tmp_path) not in str(error.value) and "Errno" not in str(error.value)
 
 
 def test_a_storyboard_is_edited_as_lines(session):

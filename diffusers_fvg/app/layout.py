@@ -1,0 +1,148 @@
+"""What the page of `fvg app` consists of, and where it stands."""
+
+from __future__ import annotations
+
+import html
+from types import SimpleNamespace
+
+import gradio as gr
+
+from ..animate.fidelity import ANCHOR_DECODES
+from .worker import Worker
+
+
+def make_layout(worker: Worker) -> SimpleNamespace:
+    """The parts of the page by name, within the `gr.Blocks` that is open."""
+    parts, pipe = SimpleNamespace(), worker.pipe
+    name = str(pipe.config.get("_name_or_path") or type(pipe).__name__).split("/")[-1]
+    parts.key = gr.BrowserState("", storage_key="fvg-session")
+    gr.HTML(
+        "<h1>Factorized Video Generation</h1><p>Read what stands in the first frame, fix it, pick the picture, then make the "
+        f"video. Model: <b>{html.escape(name)}</b></p>",
+        elem_id="head",
+        padding=False,
+    )
+    with gr.Group(elem_id="ask"):
+        parts.prompt = gr.Textbox(
+            label="Prompt", placeholder="A red circle moves to the right", lines=2, max_lines=6, elem_id="prompt"
+        )
+        choices = [("first frame, then video", "factorized"), ("storyboard", "storyboard"), ("video alone", "direct")]
+        parts.mode = gr.Radio(choices, value="factorized", label="Way", elem_id="mode")
+    with gr.Row(elem_id="do"):
+        parts.generate = gr.Button("Make the video", variant="primary", scale=3, min_width=160, elem_id="generate")
+        parts.cancel = gr.Button("Cancel", scale=1, min_width=100, elem_id="cancel")
+    parts.status = gr.HTML(elem_id="status", padding=False)
+    with gr.Row(elem_id="stages", equal_height=False):
+        _caption_panel(parts)
+        _picture_panel(parts, worker)
+        _video_panel(parts)
+    _settings(parts, worker)
+    with gr.Accordion("History of this session", open=True):
+        parts.history = gr.Gallery(
+            show_label=False,
+            columns=6,
+            height="auto",
+            fit_columns=False,
+            allow_preview=False,
+            interactive=False,
+            buttons=[],
+            elem_id="history",
+        )
+    return parts
+
+
+def _title(number: int, name: str, does: str) -> None:
+    gr.HTML(f"<h2><span>{number}</span>{name}</h2><p>{does}</p>", elem_classes="title", padding=False)
+
+
+def _caption_panel(parts: SimpleNamespace) -> None:
+    with gr.Column(min_width=300, elem_classes="stage-card"):
+        _title(1, "Words", "What is seen before anything moves.")
+        parts.caption = gr.Textbox(
+            label="First frame (edit it)",
+            lines=9,
+            max_lines=14,
+            placeholder="Written from the prompt, or by you. A storyboard has a line for each moment: 50% A red circle",
+            elem_id="caption",
+        )
+        gr.HTML("<p>Nothing is drawn at random here: there is no seed.</p>", elem_classes="note", padding=False)
+        parts.rewrite = gr.Button("Write it", elem_id="rewrite")
+
+
+def _picture_panel(parts: SimpleNamespace, worker: Worker) -> None:
+    with gr.Column(min_width=300, elem_classes="stage-card"):
+        _title(2, "Picture", "Choose the one to animate.")
+        parts.pictures = gr.Gallery(
+            show_label=False,
+            columns=2,
+            height="auto",
+            fit_columns=False,
+            allow_preview=False,
+            interactive=False,
+            buttons=[],
+            elem_id="pictures",
+        )
+        parts.judged = gr.HTML(elem_id="judged", padding=False)
+        with gr.Row():
+            parts.anchor_seed = gr.Number(label="Seed", precision=0, minimum=0, min_width=110, elem_id="anchor-seed")
+            parts.anchor_dice = gr.Button("New", min_width=64, scale=0, elem_classes="dice")
+        parts.num_candidates = gr.Slider(
+            1, worker.limits.pictures, 4, step=1, label="How many to choose from", buttons=[], elem_id="num-candidates"
+        )
+        parts.compose = gr.Button("Draw it", elem_id="compose")
+        with gr.Accordion("Pictures of your own", open=False, elem_id="own"):
+            with gr.Row():
+                parts.frame = gr.Number(0, label="Frame (−1: last)", precision=0, min_width=110, elem_id="frame")
+                parts.strength = gr.Slider(0.05, 1, 1, step=0.05, label="Strength", min_width=110)
+            parts.upload = gr.File(show_label=False, file_count="single", height=136, elem_id="upload")
+            parts.anchors = gr.Gallery(
+                show_label=False,
+                buttons=[],
+                columns=3,
+                height="auto",
+                allow_preview=False,
+                interactive=False,
+                elem_id="anchors",
+            )
+            parts.clear = gr.Button("Take them away", size="sm")
+
+
+def _video_panel(parts: SimpleNamespace) -> None:
+    with gr.Column(min_width=300, elem_classes="stage-card"):
+        _title(3, "Video", "The picture in motion.")
+        parts.preview = gr.HTML(elem_id="preview", padding=False)
+        parts.video = gr.HTML(elem_id="video", padding=False)
+        parts.downloads = gr.HTML(elem_id="downloads", padding=False)
+        parts.memory = gr.HTML(elem_id="memory", elem_classes="note", padding=False)
+        with gr.Row():
+            parts.seed = gr.Number(label="Seed", precision=0, minimum=0, min_width=110, elem_id="seed")
+            parts.dice = gr.Button("New", min_width=64, scale=0, elem_classes="dice", elem_id="dice")
+        parts.animate = gr.Button("Animate it", elem_id="animate")
+        with gr.Accordion("Recipe of a video", open=False):
+            parts.recipe = gr.File(
+                label="Drop an mp4 that was made here", file_types=[".mp4"], height=136, elem_id="recipe"
+            )
+
+
+def _settings(parts: SimpleNamespace, worker: Worker) -> None:
+    own, limits = worker.pipe.call_defaults, worker.limits
+    step = worker.pipe._frame_step()
+    with gr.Accordion("Settings", open=False, elem_id="settings"):
+        with gr.Row():
+            parts.width = gr.Number(own["width"], label="Width", precision=0, min_width=110, elem_id="width")
+            parts.height = gr.Number(own["height"], label="Height", precision=0, min_width=110)
+            parts.num_frames = gr.Slider(1, limits.frames, own["num_frames"], step=step, label="Frames", min_width=160)
+        with gr.Row():
+            presets = [("the model's own", ""), *((name, name) for name in worker.pipe.presets)]
+            parts.preset = gr.Dropdown(presets, value="", label="Preset", min_width=160)
+            parts.num_inference_steps = gr.Slider(
+                0, limits.steps, 0, step=1, label="Steps (0: the preset's)", min_width=160, elem_id="steps"
+            )
+            parts.guidance_scale = gr.Slider(0, 20, 0, step=0.5, label="Guidance (0: the preset's)", min_width=160)
+        with gr.Row():
+            parts.lora_scale = gr.Slider(0, 2, 1, step=0.05, label="Strength of the anchor LoRA", min_width=160)
+            parts.anchor_decode = gr.Dropdown(
+                list(ANCHOR_DECODES), value="raw", label="Anchor's colours", min_width=160
+            )
+            parts.num_moments = gr.Slider(2, 6, 2, step=1, label="Moments of a storyboard", min_width=160)
+        parts.negative_prompt = gr.Textbox(label="Negative prompt (empty: the model's own)")

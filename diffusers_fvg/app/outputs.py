@@ -1,0 +1,40 @@
+"""A finished video in the forms that people ask for, each made when it is first asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..media import read_video, viewing_scale, write_animation, write_frames, write_strip
+from .orders import FRAMES_FILE
+from .worker import Job
+
+
+# Form -> name of the file and its media type.
+FORMS = {
+    "mp4": ("video.mp4", "video/mp4"),
+    "gif": ("video.gif", "image/gif"),
+    "webp": ("video.webp", "image/webp"),
+    "frames": ("frames.zip", "application/zip"),
+    "strip": ("strip.png", "image/png"),
+}
+
+
+def video_file(job: Job, form: str) -> Path:
+    """The file of a job that has a video: the mp4, an animation, a ZIP of its frames as PNG, or a strip of them.
+
+    Raises:
+        `OSError`: the job was forgotten meanwhile.
+    """
+    name, _ = FORMS[form]
+    file = job.result.video.with_name(name)
+    if file.is_file() or form == "mp4":
+        return file
+    frames, frame_rate = read_video(job.result.video.with_name(FRAMES_FILE))
+    if form == "frames":
+        write_frames(file, frames)
+    elif form == "strip":
+        captions = [moment.caption for moment in job.result.moments] or job.result.caption
+        write_strip(file, job.order.prompt, captions, job.result.anchors or None, frames)
+    else:
+        write_animation(file, frames, frame_rate, scale=viewing_scale(frames.shape[1]))
+    return file
