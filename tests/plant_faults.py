@@ -5,7 +5,7 @@ package that hold a place for one; then the place, then the fault. `faults_of` l
 
 The tests of a fault are run in a copy of the repository, nearest first, until one fails: the test files of the module's own
 name and those that name the module; then the others of its folder. A test that fails is run once more without the fault,
-and counts only if it passes there. A fault that makes a test compute for longer than `CPU_SECONDS`, or wait for longer than
+and is left out if it fails there too. A fault that makes a test compute for longer than `CPU_SECONDS`, or wait for longer than
 `--timeout`, is noticed too.
 """
 
@@ -200,17 +200,22 @@ def try_fault(root: Path, path: str, fault: Fault, timeout: float) -> dict:
     planted, noticed, unsure, seconds, tests = fault.plant(source), None, [], 0.0, []
     compile(planted, path, "exec")
     for group in filter(None, nearest_tests(root, path)):
-        _write(file, planted)
-        try:
-            outcome = run_tests(root, group, timeout)
-        finally:
-            _write(file, source)
-        seconds, tests = seconds + outcome.seconds, tests + group
-        if outcome.failed and "::" in outcome.failed and run_tests(root, [outcome.failed], timeout).failed:
-            # It fails without the fault as well.
-            unsure.append(outcome.failed)
-        elif outcome.failed:
-            noticed = outcome.failed
+        tests += group
+        while not noticed:
+            _write(file, planted)
+            try:
+                outcome = run_tests(root, group + [f"--deselect={test}" for test in unsure], timeout)
+            finally:
+                _write(file, source)
+            seconds += outcome.seconds
+            if outcome.failed is None or outcome.failed in unsure:
+                break
+            if "::" in outcome.failed and run_tests(root, [outcome.failed], timeout).failed:
+                # It fails without the fault as well: the others tell.
+                unsure.append(outcome.failed)
+            else:
+                noticed = outcome.failed
+        if noticed:
             break
     before, after = (text.splitlines()[fault.line - 1].strip() for text in (source, planted))
     place = {"line": f"{path}:{fault.line}", "operator": fault.operator, "before": before, "after": after}
