@@ -3,9 +3,9 @@
 A fault changes one expression or statement of one line. The line is drawn, with a recorded seed, from all lines of the
 package that hold a place for one; then the place, then the fault. `faults_of` lists the operators.
 
-The tests of a fault are run in a copy of the repository, nearest first, until one fails: the test files of the module's own
-name and those that name the module; then the others of its folder. A test that fails is run once more without the fault,
-and counts only if it passes there. A fault that makes a test compute for longer than `CPU_SECONDS`, or wait for longer than
+The tests of a fault are run in a copy of the repository until one fails: the test files of the module's own name and those
+that name the module; then, for the faults that all of these have passed, the others of its folder. A test that fails is run once more without the fault,
+and is left out if it fails there too. A fault that makes a test compute for longer than `CPU_SECONDS`, or wait for longer than
 `--timeout`, is noticed too.
 """
 
@@ -142,7 +142,7 @@ def draw(sources: dict[str, str], seed: int, count: int) -> list[tuple[str, Faul
 
 
 def nearest_tests(root: Path, path: str) -> list[list[str]]:
-    """Test files of a module of the package, in the two groups that are run after each other."""
+    """Test files of a module of the package: the nearest, and the others of its folder."""
     module = Path(path).with_suffix("")
     dotted = ".".join(module.parts).removesuffix(".__init__")
     parent, _, name = dotted.rpartition(".")
@@ -153,7 +153,8 @@ def nearest_tests(root: Path, path: str) -> list[list[str]]:
     own = [file for file in files if Path(file).stem == f"test_{name}"]
     first = own + [file for file, text in files.items() if file not in own and told.search(text)]
     folder = f"tests/{module.parts[1]}/" if len(module.parts) > 2 else "tests/test_"
-    return [first, [file for file in files if file.startswith(folder) and file not in first]]
+    rest = [file for file in files if file.startswith(folder) and file not in first]
+    return [first, rest] if first else [rest, []]
 
 
 class Outcome(NamedTuple):
@@ -193,25 +194,26 @@ def run_tests(root: Path, tests: list[str], timeout: float) -> Outcome:
     return Outcome(failed[1] if failed else f"exit status {process.exitcode}: {out.strip()[-200:]}", seconds)
 
 
-def try_fault(root: Path, path: str, fault: Fault, timeout: float) -> dict:
-    """Plants a fault in the copy, runs its tests and takes it out again: a line of the report."""
+def try_fault(root: Path, path: str, fault: Fault, tests: list[str], timeout: float) -> dict:
+    """Plants a fault in the copy, runs tests and takes it out again: a line of the report."""
     file = root / path
     source = file.read_text(encoding="utf-8")
-    planted, noticed, unsure, seconds, tests = fault.plant(source), None, [], 0.0, []
+    planted, noticed, unsure, seconds = fault.plant(source), None, [], 0.0
     compile(planted, path, "exec")
-    for group in filter(None, nearest_tests(root, path)):
+    while noticed is None:
         _write(file, planted)
         try:
-            outcome = run_tests(root, group, timeout)
+            outcome = run_tests(root, tests + [f"--deselect={test}" for test in unsure], timeout)
         finally:
             _write(file, source)
-        seconds, tests = seconds + outcome.seconds, tests + group
-        if outcome.failed and "::" in outcome.failed and run_tests(root, [outcome.failed], timeout).failed:
-            # It fails without the fault as well.
-            unsure.append(outcome.failed)
-        elif outcome.failed:
-            noticed = outcome.failed
+        seconds += outcome.seconds
+        if outcome.failed is None or outcome.failed in unsure:
             break
+        if "::" in outcome.failed and run_tests(root, [outcome.failed], timeout).failed:
+            # It fails without the fault as well: the others tell.
+            unsure.append(outcome.failed)
+        else:
+            noticed = outcome.failed
     before, after = (text.splitlines()[fault.line - 1].strip() for text in (source, planted))
     place = {"line": f"{path}:{fault.line}", "operator": fault.operator, "before": before, "after": after}
     seen = {"noticed_by": noticed, "fails_anyway": unsure}
@@ -245,28 +247,38 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=30)
     parser.add_argument("--timeout", type=float, default=1800, help="wall-clock seconds of one run of tests")
     parser.add_argument("--list", action="store_true", help="show the faults and run nothing")
-    parser.add_argument("--output", type=Path, help="JSON lines; what stands there already is not tried again")
+    parser.add_argument(
+        "--output", type=Path, default=Path("faults.jsonl"), help="what stands there is not tried again"
+    )
     options = parser.parse_args(arguments)
     sources = {
         file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8") for file in (ROOT / PACKAGE).rglob("*.py")
     }
     drawn = draw(sources, options.seed, options.count)
-    done = options.output.read_text().splitlines() if options.output and options.output.exists() else []
     if options.list:
         for path, fault in drawn:
             print(f"{path}:{fault.line} {fault.operator}\n  {fault.plant(sources[path]).splitlines()[fault.line - 1]}")
         return
+    done = [json.loads(line) for line in options.output.read_text().splitlines()] if options.output.exists() else []
     with tempfile.TemporaryDirectory(prefix="faults-") as place:
         os.environ["TMPDIR"] = tempfile.tempdir = place
         _import_the_rest()
         root = Path(place) / "repository"
         shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".git", ".venv*", "__pycache__", ".*_cache"))
-        for path, fault in drawn[len(done) :]:
-            line = json.dumps(try_fault(root, path, fault, options.timeout))
-            print(line, flush=True)
-            if options.output:
+        for distance, name in enumerate(("nearest", "folder")):
+            for path, fault in drawn:
+                tests = nearest_tests(root, path)[distance]
+                seen = [record for record in done if record["line"] == f"{path}:{fault.line}"]
+                if not tests or any(record["noticed_by"] or record["tests"] == name for record in seen):
+                    continue
+                record = try_fault(root, path, fault, tests, options.timeout) | {"tests": name}
+                done.append(record)
                 with options.output.open("a") as file:
-                    file.write(line + "\n")
+                    file.write(json.dumps(record) + "\n")
+    noticed = {record["line"] for record in done if record["noticed_by"]}
+    print(f"{len(drawn)} faults, {len(drawn) - len(noticed)} survive:")
+    for record in {record["line"]: record for record in done if record["line"] not in noticed}.values():
+        print(f"{record['line']} {record['operator']}\n  {record['before']}\n  {record['after']}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from diffusers import ModelMixin
 from huggingface_hub import get_cached_repo_tree
 from safetensors import SafetensorError, safe_open
 
@@ -266,6 +265,8 @@ def _check_weights(model: Any, folder: Path) -> None:
     diffusers leaves them on the meta device. transformers draws them at random, and of some classes that is meant, such as
     of a head that nothing here uses: there it is refused if the files hold less than half of the values.
     """
+    # Not above: the import of diffusers ends with that of this file.
+    from diffusers import ModelMixin
     from transformers import PreTrainedModel
 
     if isinstance(model, ModelMixin) and call_argument("device_map") is None:

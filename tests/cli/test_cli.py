@@ -2,6 +2,8 @@ import json
 import subprocess
 import sys
 import time
+from argparse import Namespace
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from diffusers_fvg.cli import main, parser
-from diffusers_fvg.cli.output import save_stages
+from diffusers_fvg.cli.output import save_stages, write
 from diffusers_fvg.compose.candidates import AnchorCandidate
 from diffusers_fvg.media import read_video, read_video_metadata, write_video
 
@@ -46,6 +48,14 @@ def test_generate_writes_video_strip_and_stages(tmp_path, capsys):
     assert PIL.Image.open(tmp_path / "stages" / "anchor.png").size == (64, 64)
     assert len(list((tmp_path / "stages").glob("frame_*.png"))) == 17
     assert PIL.Image.open(tmp_path / "strip.png").width > 500
+
+
+def test_a_small_video_is_enlarged_by_its_height(tmp_path):
+    frames, output = np.zeros((2, 64, 128, 3), np.uint8), tmp_path / "video.mp4"
+    pipe = SimpleNamespace(call_defaults={"frame_rate": 8})
+    made = SimpleNamespace(frames=[frames], records=[{"prompt": "a"}])
+    write(Namespace(output=output, strip=None, no_metadata=False), pipe, made, [], [])
+    assert read_video(output)[0].shape == (2, 384, 768, 3) and read_video_metadata(output) == {"prompt": "a"}
 
 
 def test_stages_tell_what_was_chosen_among(tmp_path):

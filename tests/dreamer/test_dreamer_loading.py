@@ -59,9 +59,8 @@ def test_folder_by_the_base_class_and_by_ours(bundled):
         assert_same(loaded, tiny_dreamer_pipeline())
 
 
-@pytest.mark.parametrize("script", [IMPORTED, NOT_IMPORTED], ids=["imported", "remote code"])
-def test_fresh_process(bundled, run_python, script):
-    assert "loaded 4" in run_python(script.format(repo=str(bundled)) + CHECK)
+def test_fresh_process_without_the_package(bundled, run_python):
+    assert "loaded 4" in run_python(NOT_IMPORTED.format(repo=str(bundled)) + CHECK)
 
 
 def test_light_repository(hub, bundled, tmp_path, run_python):
@@ -81,4 +80,6 @@ def test_light_repository(hub, bundled, tmp_path, run_python):
         assert [path.name for path in (tmp_path / "light" / name).iterdir()] == ["reference.json"]
     hub.add("org/light", tmp_path / "light")
     assert_same(DiffusionPipeline.from_pretrained("org/light", cache_dir=tmp_path / "cache"), pipe)
-    assert "loaded 4" in run_python(IMPORTED.format(repo="org/light") + CHECK)
+    # A fresh process loads the folder and the repository.
+    both = "".join(IMPORTED.format(repo=repo) + CHECK for repo in (str(bundled), "org/light"))
+    assert run_python(both).count("loaded 4") == 2

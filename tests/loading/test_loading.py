@@ -19,7 +19,9 @@ assert pipe.transformer.dtype == pipe.composer.dtype == pipe.rewriter.dtype == t
 print("loaded", pipe.composer.call_defaults["num_frames"])
 """
 IMPORTED = """
-import diffusers_fvg, torch
+import sys, diffusers_fvg
+assert "torch" not in sys.modules and "diffusers" not in sys.modules
+import torch
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained({repo!r}, dtype=torch.bfloat16)
 """
@@ -141,15 +143,19 @@ def test_stock_diffusers_reads_the_scheduler_configs(bundled):
     assert list(SchedulerPresets.from_pretrained(bundled / "schedulers")) == ["anchored-15", "full-50"]
 
 
-@pytest.mark.parametrize("code", [IMPORTED, NOT_IMPORTED], ids=["imported", "not imported"])
-def test_folder_in_a_fresh_process(bundled, run_python, code):
-    assert "loaded 1" in run_python(code.format(repo=str(bundled)) + CHECK)
+def test_folder_in_a_fresh_process_that_imports_the_package(bundled, run_python):
+    # diffusers' automatic pipelines import the pipelines of every family, which takes seconds: they are left unread.
+    code = """
+import diffusers
+print("auto", "diffusers.pipelines.auto_pipeline" in sys.modules)
+assert diffusers.FactorizedVideoPipeline is diffusers_fvg.FactorizedVideoPipeline
+"""
+    out = run_python(IMPORTED.format(repo=str(bundled)) + CHECK + code)
+    assert "loaded 1" in out and "auto False" in out
 
 
-def test_loading_leaves_the_other_families_unread(bundled, run_python):
-    # diffusers' automatic pipelines import the pipelines of every family, which takes seconds.
-    code = '\nimport sys\nprint("auto", "diffusers.pipelines.auto_pipeline" in sys.modules)\n'
-    assert "auto False" in run_python(IMPORTED.format(repo=str(bundled)) + code)
+def test_folder_in_a_fresh_process_that_does_not(bundled, run_python):
+    assert "loaded 1" in run_python(NOT_IMPORTED.format(repo=str(bundled)) + CHECK)
 
 
 def test_hub_in_a_fresh_process_and_offline_afterwards(hub, pushed, bundled, run_python):
@@ -185,40 +191,36 @@ def test_push_to_hub_makes_a_repository_that_loads(hub, bundled, tmp_path):
     assert "pipeline.py" in hub.files("org/pushed")
 
 
-def test_import_orders_and_cost(run_python):
+def test_any_module_can_be_imported_first_or_after_diffusers(run_python):
+    """Each in a process of its own, forked from one that has imported what diffusers and the package import of others."""
     code = """
-    import sys, diffusers_fvg
-    assert "torch" not in sys.modules and "diffusers" not in sys.modules
-    from diffusers import DiffusionPipeline
-    import diffusers
-    assert diffusers.FactorizedVideoPipeline is diffusers_fvg.FactorizedVideoPipeline
+    import importlib, os, traceback, torch, peft
+    from transformers import CLIPTextModel, LlamaForCausalLM, UMT5EncoderModel
+
+    def imports(names):
+        for name in names:
+            importlib.import_module(name)
+        import diffusers, diffusers_fvg
+        for name in ("FirstFrameRewriter", "FactorizedVideoPipeline", "AnchorConditionedTransformer3D"):
+            assert getattr(diffusers, name) is getattr(diffusers_fvg, name), (names, name)
+
+    modules = (
+        "rewrite.rewriter compose.composer animate.transformer_anchor pipelines.pipeline_factorized_video animate.anchor "
+        "loading.safety lora.anchor_lora"
+    )
+    for names in (["diffusers"], *(["diffusers_fvg." + module] for module in modules.split())):
+        child = os.fork()
+        if child == 0:
+            try:
+                imports(names)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0, names
     print("ok")
     """
     assert "ok" in run_python(code)
-    code = """
-    import diffusers, diffusers_fvg
-    assert diffusers.AnchorConditionedTransformer3D is diffusers_fvg.AnchorConditionedTransformer3D
-    print("ok")
-    """
-    assert "ok" in run_python(code)
-
-
-@pytest.mark.parametrize(
-    "module",
-    [
-        "rewrite.rewriter",
-        "compose.composer",
-        "animate.transformer_anchor",
-        "pipelines.pipeline_factorized_video",
-        "animate.anchor",
-    ],
-)
-def test_any_module_can_be_imported_first(run_python, module):
-    code = f"""
-    import diffusers_fvg.{module}, diffusers, diffusers_fvg
-    assert diffusers.FirstFrameRewriter is diffusers_fvg.FirstFrameRewriter
-    """
-    run_python(code)
 
 
 def test_a_repository_without_the_video_model_says_so(bundled, tmp_path):

@@ -289,6 +289,7 @@ def test_a_video_that_stands_still_is_told_of_and_made_again(pipe, caplog, monke
 
 def test_a_video_that_stays_still_is_told_of(pipe, caplog, monkeypatch):
     monkeypatch.setattr("diffusers_fvg.pipelines.motion.motion_amounts", lambda frames: [0.0] * len(frames))
-    output = call(pipe)
+    output = call(pipe, num_videos_per_prompt=2, generator=seeded(3))
     assert "Video 0 of 'a red circle' hardly moves: 0.0% of the picture changes, less than 2.0%" in caplog.text
-    assert "Video 1 of 'a blue star'" in caplog.text and output.motion == [0.0, 0.0]
+    assert "Video 1 of 'a red circle'" in caplog.text and "Video 3 of 'a blue star'" in caplog.text
+    assert output.motion == [0.0] * 4

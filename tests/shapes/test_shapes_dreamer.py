@@ -83,7 +83,9 @@ def test_designs_are_found_by_how_long_they_were_trained(tmp_path):
 def test_every_part_trains_and_one_call_continues(tmp_path, monkeypatch):
     parts = {
         "vae": Part(partial(dreamer_image.train_vae, steps=2)),
-        "decoder": Part(partial(dreamer_image.train_decoder, steps=2), dreamer_image.vae_score, 0.0),
+        "decoder": Part(
+            partial(dreamer_image.train_decoder, steps=2), partial(dreamer_image.vae_score, per_category=1), 0.0
+        ),
         "clip": Part(partial(dreamer_image.train_clip, steps=2, batch_size=4)),
         "clips": Part(partial(dreamer_image.build_clips, num_clips=6)),
         "image": Part(partial(dreamer_image.train_image, steps=2, batch_size=4)),

@@ -18,10 +18,11 @@ from diffusers_fvg.shapes.train_judge import (
     NUM_KINDS,
     draw_batch,
     faulty,
+    pictures,
     scene_group,
     tally,
 )
-from diffusers_fvg.shapes.world import COLOURS, SHAPES, ShapeObject, render
+from diffusers_fvg.shapes.world import COLOURS, PALETTE, SHAPES, ShapeObject, render
 
 
 def item(colour="red", shape="circle", x=0.5, y=0.5, radius=0.1) -> ShapeObject:
@@ -35,6 +36,18 @@ THREE = (item(x=0.2, y=0.2), item(x=0.5), item(x=0.8, y=0.8))
 
 def kinds(objects) -> list[tuple[str, str]]:
     return sorted((each.colour, each.shape) for each in objects)
+
+
+def test_pictures_are_soft_and_noisy_and_as_bright_as_they_were():
+    """The middle of a large object has nothing but its own colour around it."""
+    large, colour = item("green", "square", radius=0.3), torch.tensor(PALETTE["green"]) / 127.5 - 1
+    drawn = pictures([(large,)] * 8, np.random.default_rng(0))
+    assert drawn.shape == (8, 3, 64, 64)
+    for picture in drawn:
+        bright = (picture[:, 28:36, 28:36].mean((1, 2)) * colour).sum() / colour.square().sum()
+        assert 0.9 < bright < 1.05
+    edges = [len(picture[0].unique()) for picture in drawn]
+    assert min(edges) > 100
 
 
 @pytest.mark.parametrize(

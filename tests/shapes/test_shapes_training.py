@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +11,8 @@ from diffusers_fvg.shapes.loop import train, trained
 from diffusers_fvg.shapes.tokenizer import text_tokenizer
 from diffusers_fvg.shapes.train import Part, train_all
 from diffusers_fvg.shapes.train_models import MAX_SEQUENCE_LENGTH, phrase_targets, tokenize
+from diffusers_fvg.shapes.train_vae import sample_clips
+from diffusers_fvg.shapes.world import BACKGROUND
 
 
 def run(folder, steps, stop_at=None, decay=0.0):
@@ -94,3 +97,10 @@ def test_every_word_learns_its_phrase():
     assert read[5] == {"while"}
     assert read[6] == read[10] == {"a", "blue", "square", "moves", "downwards"}
     assert phrase[0, [0, 4, 5, 6, 10]].tolist() == [1, 1, 2, 3, 3]
+
+
+def test_clips_for_the_vae_are_pixels_between_minus_one_and_one():
+    clips = sample_clips(np.random.default_rng(0), 3, 5)
+    assert clips.shape == (3, 3, 5, 64, 64) and -1 <= clips.min() < -0.5 and 0.5 < clips.max() <= 1
+    grey = torch.tensor(BACKGROUND).view(1, 3, 1, 1, 1) / 127.5 - 1
+    assert ((clips - grey).abs() < 1e-6).float().mean() > 0.5

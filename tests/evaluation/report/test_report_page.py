@@ -9,7 +9,8 @@ import pytest
 
 from diffusers_fvg.evaluation.manifest import Manifest
 from diffusers_fvg.evaluation.plan import read_plan, write_plan
-from diffusers_fvg.evaluation.report.page import write_report
+from diffusers_fvg.evaluation.report.gather import gather
+from diffusers_fvg.evaluation.report.page import _resources, write_report
 from diffusers_fvg.evaluation.suites.arms import chosen_prompts, conditions_of, plan_videos, suite_facts
 from diffusers_fvg.evaluation.suites.scores import CategoryScore, Scores, write_scores
 from diffusers_fvg.evaluation.suites.suite import SuitePrompt
@@ -123,6 +124,14 @@ def test_the_page_is_one_file_that_opens_from_disk(run, scored, tmp_path):
     # Of three prompts two candidates each, of which the better is framed, and six frames in each of two arms.
     assert page.count("<img ") == 3 * (2 + 2 * 6) and page.count('class="chosen"') == 3
     assert page.count("judge 0.25") == page.count("judge 0.50") == 2 * 3
+
+
+def test_of_many_missing_videos_fifty_are_listed(run):
+    gathered = gather(run, SUITES, None, 0)
+    gathered.conditions["direct_full-50"].failures |= {f"{k}.mp4": "ValueError: <none>" for k in range(60)}
+    text = _resources(gathered)
+    assert text.count("<li>") == 50 and "11 more are missing" in text
+    assert text.count(".mp4: ValueError: &lt;none&gt;</li>") == 50
 
 
 def test_scores_that_miss_something_have_no_total(run, scored, tmp_path):
