@@ -2,7 +2,8 @@
 
 A file has one writer, so that no worker waits for another or writes into its line, on one machine or on several that share
 the folder; a line that a kill cuts short is the last of its file, and is left out. A worker keeps a lock beside its file while
-it lives. Lines follow the videos they tell of: of a video without a line the file itself is whole.
+it lives. Lines follow the videos they tell of, which are on the disk by then: of a video without a line the file itself is
+whole, after a power cut too.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ ROOM_BYTES = 4096
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # Seconds between two looks at what other processes do.
 PATIENCE = 0.2
-# Seconds between two waits for the disk: a video that takes longer has one for its file and one for its line, and of quicker
-# ones a power cut, unlike a kill, may damage some, which their lines tell.
+# Seconds between two waits of a worker for the disk to have its lines. A kill takes no line with it; a power cut those of so
+# long, whose videos the next run finds.
 SYNC_SECONDS = 1.0
 
 
@@ -54,7 +55,7 @@ class Manifest:
         self._synced = 0.0
 
     def add(self, line: dict[str, Any]) -> None:
-        """Writes a line, where it [`is_due`] to the disk itself."""
+        """Writes a line, and where the last time is `SYNC_SECONDS` ago all of them to the disk itself."""
         if self._file is None:
             # Unbuffered: of a line that finds no room nothing is left to be written later.
             self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (as long as the worker)
@@ -63,13 +64,9 @@ class Manifest:
         ).encode()
         if self._file.write(data) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if self.is_due():
+        if time.monotonic() - self._synced >= SYNC_SECONDS:
             os.fsync(self._file.fileno())
             self._synced = time.monotonic()
-
-    def is_due(self) -> bool:
-        """Whether what is written now should be forced to the disk."""
-        return time.monotonic() - self._synced >= SYNC_SECONDS
 
     def close(self) -> None:
         if self._file is not None:
@@ -77,23 +74,6 @@ class Manifest:
             self._file.close()
         self._lock.release()
         self._path.with_suffix(".lock").unlink(missing_ok=True)
-
-
-def put_whole(draft: Path, path: Path, to_disk: bool) -> None:
-    """Puts a finished file or folder in its place: it is there whole or not at all.
-
-    Args:
-        draft, path (`Path`): where it is, and where it goes.
-        to_disk (`bool`): its bytes are to be on the disk before it has its name, so that a power cut leaves it whole too.
-
-    Raises:
-        `OSError`: a folder is there already, or the disk is full.
-    """
-    for file in () if not to_disk else draft.iterdir() if draft.is_dir() else (draft,):
-        with open(file, "rb+") as written:
-            os.fsync(written.fileno())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(draft, path)
 
 
 def read_manifest(folder: str | os.PathLike) -> Iterator[dict[str, Any]]:

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from filelock import FileLock, Timeout
+from fsspec.core import url_to_fs
 from huggingface_hub import constants
 
 from .manifest import MANIFEST, path_key, read_manifest
@@ -47,7 +47,7 @@ class Storage:
     def __init__(self, url: str):
         self.url = url.rstrip("/")
         try:
-            self._files, root = fsspec.url_to_fs(url)
+            self._files, root = url_to_fs(url)
         except (ValueError, ImportError) as error:
             raise ValueError(f"{url} cannot be reached: {error}") from error
         self._root = root.rstrip("/")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import shutil
 import time
 import uuid
@@ -23,7 +24,7 @@ from ..compose.candidates import AnchorCandidate
 from ..media import read_video_metadata, viewing_scale, write_video
 from ..pipelines.staged import Drawing, Writing, animate, draw, write
 from ..rewrite.storyboard import Moment
-from .manifest import TEMPORARY, Manifest, finished_sizes, path_key, put_whole
+from .manifest import TEMPORARY, Manifest, finished_sizes, path_key
 from .plan import PlannedVideo
 
 
@@ -164,7 +165,9 @@ class Worker:
         rate, scale = self.pipe.call_defaults["frame_rate"], viewing_scale(frames.shape[1])
         write_video(draft, frames, rate, output.records[0], scale, **sound)
         size = draft.stat().st_size
-        put_whole(draft, path, self.manifest.is_due())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # It is on the disk already.
+        os.replace(draft, path)
         return size
 
     def close(self) -> None:
@@ -177,11 +180,15 @@ class Worker:
         return line
 
     def _put(self, path: Path, make: Callable[[Path], Any]) -> None:
-        """Makes a file or folder whole beside, and then puts it in its place, unless another is there by then."""
+        """Makes a file or folder beside, to the disk, and then puts it in its place, unless another is there by then."""
         draft = self.folder / TEMPORARY / uuid.uuid4().hex
         try:
             make(draft)
-            put_whole(draft, path, self.manifest.is_due())
+            for file in draft.iterdir() if draft.is_dir() else (draft,):
+                with open(file, "rb+") as written:
+                    os.fsync(written.fileno())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(draft, path)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise

@@ -72,23 +72,24 @@ class Cluster:
         return {"RAY_ADDRESS": f"127.0.0.1:{self.PORT}"}
 
     def _raylets(self) -> list[int]:
-        return [process.pid for process, _ in marked() if process.name() == "raylet"]
+        return [pid for pid, name, _ in marked() if name == "raylet"]
 
     def stop(self) -> None:
-        for process, words in marked():
-            if str(self.PORT) in words or process.name() in ("raylet", "gcs_server") or words.startswith("ray::"):
-                kill(process.pid)
+        for pid, name, words in marked():
+            if str(self.PORT) in words or name in ("raylet", "gcs_server") or words.startswith("ray::"):
+                kill(pid)
         self.nodes = []
 
 
-def marked() -> list[tuple[psutil.Process, str]]:
-    """The processes that this script started, and those that they started, with their command lines."""
+def marked() -> list[tuple[int, str, str]]:
+    """The processes that this script started, and those that they started: pid, name and command line."""
     found = {}
     for process in psutil.process_iter():
         try:
             if process.environ().get("FVG_MARK") == MARK and process.pid != os.getpid():
                 # Workers of Ray write their titles over their environments.
-                found |= {each.pid: (each, " ".join(each.cmdline())) for each in (process, *process.children())}
+                for each in (process, *process.children()):
+                    found[each.pid] = (each.pid, each.name(), " ".join(each.cmdline()))
         except psutil.Error:
             continue
     return list(found.values())
@@ -108,13 +109,13 @@ def finished(out: Path) -> int:
 def victims(driver: subprocess.Popen, engine: str, cluster: Cluster | None) -> dict[str, list[int]]:
     """Pids by their kind."""
     found = {"driver": [driver.pid], "launcher": [], "worker": []}
-    for process, words in marked():
+    for pid, _, words in marked():
         if engine == "ray" and words.startswith("ray::MapWorker"):
-            found["worker"].append(process.pid)
+            found["worker"].append(pid)
         elif "accelerate.commands.launch" in words:
-            found["launcher"].append(process.pid)
+            found["launcher"].append(pid)
         elif "diffusers_fvg.evaluation.process" in words:
-            found["worker"].append(process.pid)
+            found["worker"].append(pid)
     if cluster is not None:
         found["node"] = cluster.nodes[1:]
     return {kind: pids for kind, pids in found.items() if pids}

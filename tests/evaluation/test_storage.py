@@ -1,10 +1,13 @@
+import multiprocessing
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
-import fsspec
 import pytest
 from filelock import FileLock
+from fsspec.core import url_to_fs
+from fsspec.implementations.memory import MemoryFileSystem
 from stub import StubLoad
 
 from diffusers_fvg.cli import main
@@ -34,7 +37,7 @@ def run(url, load, made_by=None):
 
 
 def files(url) -> dict[str, int]:
-    system, root = fsspec.url_to_fs(url)
+    system, root = url_to_fs(url)
     return {name.removeprefix(f"{root}/"): size for name, size in system.du(root, total=False).items()}
 
 
@@ -43,7 +46,7 @@ def calls(load) -> Counter:
 
 
 def test_a_run_goes_to_the_storage_and_on_from_what_it_lists(url, tmp_path):
-    load, (system, root) = StubLoad(tmp_path / "calls"), fsspec.url_to_fs(url)
+    load, (system, root) = StubLoad(tmp_path / "calls"), url_to_fs(url)
     assert run(url, load).finished == 4
     there = files(url)
     assert {row.path for row in ROWS} | {"plan.json", "plan.jsonl", "run.json"} < there.keys()
@@ -62,6 +65,24 @@ def test_a_run_goes_to_the_storage_and_on_from_what_it_lists(url, tmp_path):
     assert run(url, load).made == 0
     with pytest.raises(ValueError, match=f"{url}/run.json says .* `model` was None and is now 'b'"):
         run(url, load, {"model": "b"})
+
+
+@pytest.mark.parametrize("url", ["local"], indirect=True)
+def test_a_killed_run_goes_on(url, tmp_path):
+    load, began = StubLoad(tmp_path / "calls", seconds=0.3), time.monotonic()
+    process = multiprocessing.get_context("fork").Process(target=run, args=(url, load))
+    process.start()
+    # One is there, and another in the making.
+    while time.monotonic() < began + 60 and not (tmp_path / "out" / ROWS[0].path).exists():
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    there = set(files(url))
+    assert ROWS[0].path in there and ROWS[3].path not in there
+    assert run(url, load).finished == 4
+    assert calls(load)[ROWS[0].seed] == 1 and calls(load).total() <= 5
+    with storage.opened(url) as (folder, _):
+        assert Counter(line["path"] for line in read_manifest(folder)) == {row.path: 1 for row in ROWS}
 
 
 @pytest.mark.parametrize("is_same_machine", [True, False])
@@ -97,7 +118,7 @@ def test_a_storage_that_breaks_keeps_whole_files_and_the_run_goes_on(url, tmp_pa
 
 def test_faults_on_a_storage_are_found(url):
     run(url, StubLoad())
-    system, root = fsspec.url_to_fs(url)
+    system, root = url_to_fs(url)
     system.rm(f"{root}/videos/0.mp4")
     system.pipe_file(f"{root}/videos/1.mp4", system.cat_file(f"{root}/videos/1.mp4")[:500])
     system.pipe_file(f"{root}/videos/extra.mp4", b"a")
@@ -107,7 +128,7 @@ def test_faults_on_a_storage_are_found(url):
 
 
 def test_what_the_plan_did_not_make_is_left_as_it_is(url):
-    system, root = fsspec.url_to_fs(url)
+    system, root = url_to_fs(url)
     system.makedirs(f"{root}/videos")
     system.pipe_file(f"{root}/videos/1.mp4", b"a video of another program")
     with pytest.raises(ValueError, match=f"{url}/videos/1.mp4 was not made by this plan"):
@@ -126,8 +147,8 @@ def test_what_the_plan_did_not_make_is_left_as_it_is(url):
 def test_what_is_no_storage_is_told(tmp_path, monkeypatch, capsys, url, told):
     monkeypatch.setattr(storage.constants, "HF_HOME", str(tmp_path))
     if "s3" in url:
-        memory = fsspec.filesystem("memory")
-        monkeypatch.setattr(storage.fsspec, "url_to_fs", lambda url: (memory, "bucket/a"))
+        # Its package is not installed here.
+        monkeypatch.setattr(storage, "url_to_fs", lambda url: (MemoryFileSystem(), "bucket/a"))
         held = FileLock(f"{storage.Storage(url).folder}.lock")
         (tmp_path / "diffusers_fvg").mkdir()
         held.acquire()

@@ -114,8 +114,9 @@ def _problems(comparison: Comparison) -> str:
 
 
 def _name(name: str, colour: Mapping[str, str]) -> str:
-    # May be broken at its parts, so that many columns fit.
-    return f'<span class="dot" style="background:{colour[name]}"></span>{escape(name).replace("_", "_<wbr>")}'
+    # May be broken between its parts, so that many columns fit.
+    parts = "_<wbr>".join(f'<span class="whole">{escape(part)}</span>' for part in name.split("_"))
+    return f'<span class="dot" style="background:{colour[name]}"></span>{parts}'
 
 
 def _scores(gathered: Gathered, comparison: Comparison) -> str:
@@ -129,7 +130,8 @@ def _scores(gathered: Gathered, comparison: Comparison) -> str:
         for name in names:
             difference = comparison.differences.get(row, {}).get(name)
             kind = "" if difference is None or not difference.is_clear else "up" if difference.mean > 0 else "down"
-            below = f'<small class="{kind}">{escape(difference_text(difference))}</small>' if difference else ""
+            words = escape(difference_text(difference)).replace("[", '<span class="whole">[').replace("]", "]</span>")
+            below = f'<small class="{kind}">{words}</small>' if difference else ""
             best = ' class="best"' if name in comparison.best(row) else ""
             cells.append(f"<td{best}>{escape(spread_text(spreads[name]))}{below}</td>")
         kind = ' class="total"' if row == comparison.total else ""
@@ -164,7 +166,9 @@ def _figures(gathered: Gathered, comparison: Comparison) -> str:
             arm: next(colour[own.name] for own in gathered.conditions.values() if own.arm == arm) for arm in series
         }
         what = f"{'synthetic ' * gathered.suite.synthetic}{comparison.total}"
-        told = f'<p class="soft">The {what}; whiskers are one standard deviation over seeds.</p>'
+        has_spread = any(own.deviation is not None for line in series.values() for own in line.values())
+        whiskers = "; whiskers are one standard deviation over seeds" if has_spread else ""
+        told = f'<p class="soft">The {what}{whiskers}.</p>'
         sections.append(_figure("Score against steps", arms, told + steps_chart(series, arms, what)))
     return f'<div class="figures">{"".join(sections)}</div>' if sections else ""
 
