@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import PIL.Image
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING,
@@ -175,9 +175,8 @@ class AnchorJudge(torch.nn.Module):
         try:
             with safetensors_only(model_path):
                 # Without a value transformers would ask at the terminal.
-                kind = type(AutoConfig.from_pretrained(model_path, trust_remote_code=False))
-                model_class = AutoModelForImageTextToText if kind in _ASKED else AutoModel
-                model = model_class.from_pretrained(
+                made = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+                model = model_class(made).from_pretrained(
                     model_path,
                     device_map=call_argument("device_map"),
                     use_safetensors=True,
@@ -332,6 +331,11 @@ class AnchorJudge(torch.nn.Module):
 
 _ASKED = frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
 _EMBEDDING = frozenset(MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING)
+
+
+def model_class(config: PreTrainedConfig) -> type[AutoModel] | type[AutoModelForImageTextToText]:
+    """What makes a judge's model of its configuration: one that answers where transformers has such, else one that embeds."""
+    return AutoModelForImageTextToText if type(config) in _ASKED else AutoModel
 
 
 def read_judge_config(path: Path) -> dict[str, Any]:

@@ -294,7 +294,7 @@ def load_part(
             folder = fetch(source.repository, source.commit, select, f"The {part} of {name}", **hub)[0]
         own = folder / part
     if part == "anchor_judge":
-        return getattr(diffusers_fvg, source.index[part][1]).from_pretrained(own, torch_dtype=dtype)
+        return getattr(diffusers_fvg, source.index[part][1]).from_pretrained(own, torch_dtype=dtype, **hub)
     return _parts(own if part == "composer" else False, own if part == "rewriter" else False, dtype, hub, variant)[
         part
     ]

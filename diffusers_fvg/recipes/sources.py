@@ -35,6 +35,7 @@ CONFIGS = {
     "animator_config.json",
     "composer_config.json",
     "guider_config.json",
+    "judge_config.json",
     "rewriter_config.json",
     "reference.json",
 }
