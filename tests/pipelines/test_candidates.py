@@ -171,6 +171,21 @@ def test_a_chosen_picture_is_drawn_again_from_its_record(mode, pipe):
     assert [each.seed for each in chosen_anew.candidates[0]] == [each.seed for each in candidates[:2]]
 
 
+@pytest.mark.parametrize("change", [{"generator": 4}, {"first_frame_prompt": "a blue circle"}, {"mode": "factorized"}])
+def test_a_picture_that_is_another_is_chosen_anew(change):
+    """As in a call of the pipeline's own number of pictures; a record's choice is for its own picture alone."""
+    pipe = with_judge(by_blue, call_defaults={"composer_num_candidates": 3})
+    mode = "direct" if "mode" in change else "factorized"
+    caption = {"first_frame_prompt": "a red circle"} if mode == "factorized" else {}
+    record = pipe("a red circle", mode=mode, generator=seeded(3), **caption, **SIZE).records[0]
+    given = {name: seeded(value) if name == "generator" else value for name, value in change.items()}
+    again = replay(pipe, record, **given, **({} if caption else {"first_frame_prompt": "a red circle"}))
+    assert len(again.candidates[0]) == 3
+    if "generator" in change:
+        plain = pipe("a red circle", generator=seeded(4), **caption, **SIZE)
+        assert np.array_equal(again.frames, plain.frames) and again.seeds == plain.seeds
+
+
 def test_a_video_that_was_made_again_keeps_its_picture(pipe, monkeypatch):
     """Its seed is another than that from which the seed of the picture was derived."""
     amounts = iter([[0.0], [0.5], [0.5]])
