@@ -35,7 +35,8 @@ WHOLES = (
     "motion_retries",
 )
 NUMBERS = ("guidance_scale", "guidance_scale_2", "guidance_rescale", "fps", "composer_guidance_scale")
-ARGUMENTS = (*TEXTS, *WHOLES, *NUMBERS, "use_dynamic_cfg", "image", "anchors", "storyboard")
+BOOLEANS = ("use_dynamic_cfg", "rewriter_motion")
+ARGUMENTS = (*TEXTS, *WHOLES, *NUMBERS, *BOOLEANS, "image", "anchors", "storyboard")
 # What a row tells of itself.
 OWN = ("prompt", "name", "seed")
 FORMATS = (".txt", ".csv", ".jsonl", ".parquet")
@@ -197,7 +198,7 @@ def _value(name: str, text: str) -> Any:
             return kind(text)
         except ValueError:
             return text  # The row's check names it.
-    if name == "use_dynamic_cfg":
+    if name in BOOLEANS:
         return {"true": True, "false": False}.get(text.strip().lower(), text)
     if name in _JSON:
         try:
@@ -238,7 +239,7 @@ def _check_value(name: str, value: Any, labels: Collection[str]) -> None:
         raise ValueError(f"`{name}` must be a whole number, but is {value!r}.")
     if name in NUMBERS and not is_number:
         raise ValueError(f"`{name}` must be a number, but is {value!r}.")
-    if name == "use_dynamic_cfg" and not isinstance(value, bool):
+    if name in BOOLEANS and not isinstance(value, bool):
         raise ValueError(f"`{name}` must be true or false, but is {value!r}.")
     needed, known = {"anchors": ({"image"}, {"image", "frame_index", "strength"})}.get(
         name, ({"caption", "time"}, {"caption", "time"})
