@@ -136,6 +136,18 @@ def test_the_judge_sees_the_plan_of_stage_1(monkeypatch):
     assert seen == [("a red circle", plan), ("a blue star", None)]
 
 
+@pytest.mark.parametrize("count", [None, 3])
+def test_an_interrupt_between_pictures_gives_those_that_are_there(pipe, count):
+    def stop(running, stage, step, steps):
+        # Each picture takes several steps, and is drawn by itself.
+        running._interrupt = stage == "compose" and step > steps // 2
+
+    output = call(pipe, composer_num_candidates=count, callback_on_stage_step=stop)
+    assert len(output.frames) == 0 and len(output.anchor_images) < 2 == len(output.records)
+    kept = [record["anchors"] != [] for record in output.records]
+    assert kept == [number < len(output.anchor_images) for number in range(2)]
+
+
 def test_an_interrupt_keeps_what_was_judged(pipe):
     def stop(running, stage, step, steps):
         running._interrupt = stage == "judge"
