@@ -1,5 +1,6 @@
 """A LoRA of a real run in the keys of other programs, each read back by a loader that is not ours."""
 
+import json
 import re
 from pathlib import Path
 
@@ -205,3 +206,15 @@ def test_the_command_line_exports(trained, tmp_path, capsys):
     written = load_file(tmp_path / "m" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert written["blocks.0.attn1.to_q.weight"].dtype == torch.bfloat16
     assert main(["lora", "export", str(tmp_path), str(tmp_path / "b.safetensors")]) == 2
+
+
+def test_the_form_of_anchors_goes_with_a_checkpoint_s_lora(tmp_path):
+    name, folder = "weights.blocks.0.attn1.to_q.lora_{}.anchor.weight", tmp_path / "checkpoints" / "transformer"
+    tensors = {name.format("A"): torch.ones(2, 24), name.format("B"): torch.ones(24, 2)}
+    settings = {"alpha": 4, "rank": 2, "anchor_form": "appended"}
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "step_1.safetensors", {"step": "1", "settings": json.dumps(settings)})
+    (written,) = export_lora(folder / "step_1.safetensors", tmp_path / "anchor.safetensors", "diffusers")
+    assert read_lora(written)[1]["anchor_form"] == "appended"
+    with pytest.raises(ValueError, match="trained with `anchor_form='appended'`, which weights alone do not tell"):
+        merge_lora(written, tmp_path / "base", tmp_path / "merged")
