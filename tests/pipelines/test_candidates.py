@@ -136,6 +136,13 @@ def test_the_judge_sees_the_plan_of_stage_1(monkeypatch):
     assert seen == [("a red circle", plan), ("a blue star", None)]
 
 
+@pytest.mark.parametrize("own", [0, "3", 2.5, True])
+def test_a_repository_s_own_number_is_checked(own):
+    pipe = with_judge(by_blue, call_defaults={"composer_num_candidates": own})
+    with pytest.raises(ValueError, match=r"`call_defaults\['composer_num_candidates'\]=.*must be"):
+        call(pipe)
+
+
 @pytest.mark.parametrize("count", [None, 3])
 def test_an_interrupt_between_pictures_gives_those_that_are_there(pipe, count):
     def stop(running, stage, step, steps):
