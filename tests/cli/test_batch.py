@@ -57,6 +57,7 @@ def test_a_batch_makes_what_generate_makes_and_goes_on_where_it_stopped(tmp_path
         ({"prompt": "A dog runs"}, "The embedded model is a toy"),
         ({"prompt": "a" * 10_001}, "10001 characters"),
         ({"name": "../a"}, "must be relative to the output folder"),
+        ({"num_inference_steps": 10**9}, "`num_inference_steps=1000000000` must be at most 1000"),
         ({"rewriter_motion": "yes"}, "`rewriter_motion` must be true or false"),
         ({"rewriter_motion": True, "motion_prompt": "It moves"}, "Only one of `motion_prompt` and `rewriter_motion`"),
     ],
