@@ -151,6 +151,9 @@ def merge_lora(
             f"{source} was trained with `anchor_form={metadata['anchor_form']!r}`, which weights alone do not tell: use it as a LoRA."
         )
     pipe = DiffusionPipeline.from_pretrained(base, dtype=dtype)
+    if getattr(pipe, "anchor_lora", None) is not None:
+        # A pipeline of this package may hold one of its own, in whose place this one comes.
+        pipe.anchor_lora = None
     experts = [getattr(pipe, name, None) for name in EXPERTS]
     load_lora(experts, state, ADAPTER_NAME, strict=True)
     for transformer in experts:
