@@ -186,6 +186,7 @@ def _repositories(source: ModelSource, parts: dict[str, Any]) -> dict[tuple[str,
             ("animator_config.json", "repository", None),
             ("composer_config.json", "repository", None),
             ("rewriter_config.json", "model", None),
+            ("judge_config.json", "model", None),
         ):
             if part not in named and (folder / name).is_file():
                 values = json.loads((folder / name).read_text(encoding="utf-8"))

@@ -251,6 +251,8 @@ class Order:
         record["first_frame_prompt"] = self.first_frame_prompt
         record["composer"] = composer_call(pipe, record)
         record["seeds"] = {"video": record["seeds"]["video"], "anchor": self.picture.seed}
+        # In a record of one call these are the last.
+        record |= {name: record.pop(name) for name in ("anchors", "seeds")}
 
     def _result(self, output: Any, record: dict[str, Any], video: Path) -> Result:
         size = record["height"], record["width"]

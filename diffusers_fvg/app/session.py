@@ -144,7 +144,7 @@ class Session:
         anchor = Anchor(image, frame_index, strength)
         if not 0 < anchor.strength <= 1:
             raise ValueError(f"`strength={strength}` must be above 0, and at the most 1.")
-        others = [other for other in self.anchors if other.frame_index != frame_index]
+        others = [other for other in self.anchors if (other.frame_index - frame_index) % self.num_frames]
         self.anchors = sorted([*others, anchor], key=lambda other: other.frame_index % self.num_frames)
         return self.seen(anchor)
 

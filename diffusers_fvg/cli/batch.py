@@ -174,9 +174,17 @@ class CallChecks:
 
     def __init__(self, arguments: argparse.Namespace, parts: Collection[str]):
         self.model = look(arguments, **({} if "lora" in parts else {"lora": False}))
+        if self.model.parts["lora"]:
+            self._find_lora()
         self.largest: tuple[int | None, int | None, int | None] = (None, None, None)
         self._known = inspect.signature(type(self.model.outline).__call__).parameters
         self._seen: set[str] = set()
+
+    def _find_lora(self) -> None:
+        """Raises `ValueError` or `OSError` for an anchor LoRA that is not there: without weights nothing else would."""
+        from ..recipes.loading import hub_options, pinned
+
+        pinned(self.model.parts["lora"], "The anchor LoRA", hub_options(self.model.arguments.token or None))
 
     def check(self, prompt: str, arguments: dict[str, Any]) -> None:
         """Raises `ValueError` or `OSError` for what the model's call refuses."""

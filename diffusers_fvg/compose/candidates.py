@@ -81,6 +81,8 @@ def draw_candidates(
             numbers += [number] * len(drawn)
             chosen += drawn
         images = draw(numbers, chosen)
+        if not images:
+            break
         numbers = numbers[: len(images)]
         texts = [captions[number] for number in numbers]
         given = None if plans is None else [plans[number] for number in numbers]

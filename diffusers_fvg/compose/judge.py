@@ -13,11 +13,16 @@ from typing import Any, Protocol, runtime_checkable
 
 import PIL.Image
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING,
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as ASKED
+from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES as EMBEDDING
 
 from ..atomic import naming, replacing_entries
 from ..checks import check_number, stop_unless_finite
@@ -103,8 +108,9 @@ class AnchorJudge(torch.nn.Module):
         if sum(way is not None for way in (model, endpoint, function)) != 1 or (model is None) != (processor is None):
             raise ValueError("A judge needs `model` and `processor`, or `endpoint`, or `function`.")
         check_number("threshold", threshold)
-        self.asks = endpoint is not None or model is not None and type(model.config) in _ASKED
-        if model is not None and not self.asks and type(model.config) not in _EMBEDDING:
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        self.asks = endpoint is not None or kind in ASKED
+        if model is not None and not self.asks and kind not in EMBEDDING:
             raise ValueError(
                 f"`model` is a {type(model).__name__}, which neither embeds images and texts, as CLIP and SigLIP do, nor answers "
                 "questions about images; choose another, or pass a function."
@@ -176,9 +182,8 @@ class AnchorJudge(torch.nn.Module):
         try:
             with safetensors_only(model_path):
                 # Without a value transformers would ask at the terminal.
-                kind = type(AutoConfig.from_pretrained(model_path, trust_remote_code=False))
-                model_class = AutoModelForImageTextToText if kind in _ASKED else AutoModel
-                model = model_class.from_pretrained(
+                made = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+                model = model_class(made).from_pretrained(
                     model_path,
                     device_map=call_argument("device_map"),
                     use_safetensors=True,
@@ -260,11 +265,15 @@ class AnchorJudge(torch.nn.Module):
             end = begin
             while end < len(images) and captions[end] == caption and plans[end] is plan:
                 end += 1
-            scores = [float(score) for score in function(images[begin:end], caption, plan)]
+            given = function(images[begin:end], caption, plan)
+            try:
+                scores = [float(score) for score in given]
+            except (TypeError, ValueError):
+                scores = []
             if len(scores) != end - begin or not all(map(math.isfinite, scores)):
                 raise ValueError(
-                    f"The judge's function gave {scores} for {end - begin} pictures of {caption!r}; it must give a finite score "
-                    "for each."
+                    f"The judge's function gave {given!r:.200} for {end - begin} pictures of {caption!r}; it must give a finite "
+                    "score for each."
                 )
             made += [Judgement(score) for score in scores]
             begin = end
@@ -337,8 +346,9 @@ class AnchorJudge(torch.nn.Module):
         return self.endpoint.probability_of_yes(image, YES_OR_NO.format(question=question))
 
 
-_ASKED = frozenset(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
-_EMBEDDING = frozenset(MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING)
+def model_class(config: PreTrainedConfig) -> type[AutoModel] | type[AutoModelForImageTextToText]:
+    """What makes a judge's model of its configuration: one that answers where transformers has such, else one that embeds."""
+    return AutoModelForImageTextToText if config.model_type in ASKED else AutoModel
 
 
 def read_judge_config(path: Path) -> dict[str, Any]:

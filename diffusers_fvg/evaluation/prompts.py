@@ -22,20 +22,23 @@ TEXTS = (
     "anchor_decode",
     "composer_negative_prompt",
 )
-WHOLES = (
-    "height",
-    "width",
-    "num_frames",
-    "num_inference_steps",
-    "num_moments",
-    "max_sequence_length",
-    "rewriter_max_new_tokens",
-    "composer_num_inference_steps",
-    "composer_num_candidates",
-    "motion_retries",
-)
+# Whole numbers and the largest of each, those of the flags: beyond them a number is a mistake, and even its check may take all
+# memory.
+WHOLES = {
+    "height": 16_384,
+    "width": 16_384,
+    "num_frames": 100_000,
+    "num_inference_steps": 1000,
+    "num_moments": 100,
+    "max_sequence_length": 8192,
+    "rewriter_max_new_tokens": 8192,
+    "composer_num_inference_steps": 1000,
+    "composer_num_candidates": 1024,
+    "motion_retries": 1024,
+}
 NUMBERS = ("guidance_scale", "guidance_scale_2", "guidance_rescale", "fps", "composer_guidance_scale")
-ARGUMENTS = (*TEXTS, *WHOLES, *NUMBERS, "use_dynamic_cfg", "image", "anchors", "storyboard")
+BOOLEANS = ("use_dynamic_cfg", "rewriter_motion")
+ARGUMENTS = (*TEXTS, *WHOLES, *NUMBERS, *BOOLEANS, "image", "anchors", "storyboard")
 # What a row tells of itself.
 OWN = ("prompt", "name", "seed")
 FORMATS = (".txt", ".csv", ".jsonl", ".parquet")
@@ -168,7 +171,7 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 values = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: no JSON ({error}).") from error
             if not isinstance(values, dict):
                 raise ValueError(
@@ -198,12 +201,12 @@ def _value(name: str, text: str) -> Any:
             return kind(text)
         except ValueError:
             return text  # The row's check names it.
-    if name == "use_dynamic_cfg":
+    if name in BOOLEANS:
         return {"true": True, "false": False}.get(text.strip().lower(), text)
     if name in _JSON:
         try:
             return json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return text
     return text
 
@@ -237,9 +240,11 @@ def _check_value(name: str, value: Any, labels: Collection[str]) -> None:
         raise ValueError(f"`seed` must be a whole number from 0 to 2^63 - 1, but is {value!r}.")
     if name in WHOLES and not (isinstance(value, int) and is_number):
         raise ValueError(f"`{name}` must be a whole number, but is {value!r}.")
+    if name in WHOLES and value > WHOLES[name]:
+        raise ValueError(f"`{name}={value}` must be at most {WHOLES[name]}.")
     if name in NUMBERS and not is_number:
         raise ValueError(f"`{name}` must be a number, but is {value!r}.")
-    if name == "use_dynamic_cfg" and not isinstance(value, bool):
+    if name in BOOLEANS and not isinstance(value, bool):
         raise ValueError(f"`{name}` must be true or false, but is {value!r}.")
     needed, known = {"anchors": ({"image"}, {"image", "frame_index", "strength"})}.get(
         name, ({"caption", "time"}, {"caption", "time"})

@@ -203,7 +203,8 @@ class Worker:
 
 def caption_path(folder: Path, row: PlannedVideo) -> Path:
     """Where the caption of a prompt is: one for all calls that ask stage 1 for the same."""
-    asked = [row.prompt, *(row.arguments.get(name) for name in ("mode", "num_moments", "rewriter_max_new_tokens"))]
+    names = ("mode", "num_moments", "rewriter_max_new_tokens", "rewriter_motion")
+    asked = [row.prompt, *(row.arguments.get(name) for name in names)]
     return folder / CAPTIONS / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]}.json"
 
 

@@ -352,7 +352,8 @@ def _makes_one(component: Any) -> bool:
 
     return (
         type(component).__name__ == "ChatEndpoint"
-        or inspect.isfunction(component)
+        or callable(component)
+        and not isinstance(component, type)
         or callable(getattr(component, "judge", None))
         or isinstance(component, (str, os.PathLike, tuple, list, DiffusionPipeline))
     )

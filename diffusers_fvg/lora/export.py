@@ -69,7 +69,9 @@ def _of_checkpoint(
         if key.startswith(kind + "."):
             name = key.removeprefix(kind + ".").replace(f".{ADAPTER_NAME}.weight", ".weight")
             state[f"{expert}.{name}"] = tensor * scale if ".lora_B." in name else tensor
-    return state, {"step": metadata["step"], "weights": kind, "rank": str(settings["rank"])}
+    form = settings.get("anchor_form", "slot")
+    told = {"step": metadata["step"], "weights": kind, "rank": str(settings["rank"])}
+    return state, told if form == "slot" else told | {"anchor_form": form}
 
 
 def export_lora(
@@ -138,15 +140,23 @@ def merge_lora(
         dtype (`torch.dtype`, *optional*): in which is added and written. What is added rounds away in a narrow one first.
 
     Raises:
-        `ValueError`: a folder with something in it, a base that the LoRA does not fit; see [`read_lora`].
+        `ValueError`: a folder with something in it, a base that the LoRA does not fit, a LoRA for anchors behind the clip; see
+            [`read_lora`].
     """
     from diffusers import DiffusionPipeline
 
     output = Path(output)
     if not is_empty(output):
         raise ValueError(f"`output={str(output)!r}` has something in it: name a new folder.")
-    state, _ = read_lora(source, average)
+    state, metadata = read_lora(source, average)
+    if metadata.get("anchor_form", "slot") != "slot":
+        raise ValueError(
+            f"{source} was trained with `anchor_form={metadata['anchor_form']!r}`, which weights alone do not tell: use it as a LoRA."
+        )
     pipe = DiffusionPipeline.from_pretrained(base, dtype=dtype)
+    if getattr(pipe, "anchor_lora", None) is not None:
+        # A pipeline of this package may hold one of its own, in whose place this one comes.
+        pipe.anchor_lora = None
     experts = [getattr(pipe, name, None) for name in EXPERTS]
     load_lora(experts, state, ADAPTER_NAME, strict=True)
     for transformer in experts:

@@ -26,6 +26,7 @@ from ..checks import check_finite, check_name, check_number
 from ..loading.safety import refuse_pickles
 from .deltas import ParameterDeltas, base_parameter
 from .formats import EXPERTS, FORMATS, LoraFit, fit_tensors, read_safetensors, refuse_other_methods, split_key
+from .forms import check_form
 
 
 if TYPE_CHECKING:
@@ -248,6 +249,7 @@ def load_lora(
     check_number("strength_2", strength_2)
     transformers, pipe = _transformers(pipe_or_transformers)
     files = read_lora(weights, transformers, **file_arguments)
+    check_form(pipe, files.labels, file_arguments.get("metadata"))
     loaded = [expert for expert in transformers if expert in files.fits]
 
     if strength_2 is not None and EXPERTS[1] not in loaded:

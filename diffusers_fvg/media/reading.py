@@ -40,13 +40,14 @@ class Video:
         frame_rate (`float`): frames per second on average; 0 for a single frame.
 
     Raises:
-        `ValueError`: no video, a damaged one, one of high dynamic range, or one that is turned by no quarter. The message
-            goes on after the file's name.
+        `ValueError`: no video, a damaged one, one of high dynamic range, one that is turned by no quarter, or an animated WebP
+            or AVIF, which [`~animate.frames.open_frames`] reads. The message goes on after the file's name.
         `OSError`: no such file.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        _refuse_animated(self.path)
         with _opened(self.path) as (container, stream):
             stream.thread_count = 1
             ticks: list[int | None] = []
@@ -181,6 +182,19 @@ def read_video_metadata(path: str | Path) -> dict[str, Any]:
     if not isinstance(metadata, dict):
         raise ValueError(f"{path} carries no generation metadata: its comment is {comment[:80]!r}")
     return metadata
+
+
+def _refuse_animated(path: Path) -> None:
+    """Of an animated WebP FFmpeg decodes nothing, and of an AVIF that is one the first frame alone."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        head = file.read(21)
+    # The bit of the extended header: developers.google.com/speed/webp/docs/riff_container.
+    is_webp = head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and head[20:] and head[20] & 2
+    kind = "WebP" if is_webp else "AVIF" if head[4:12] == b"ftypavis" else None
+    if kind is not None:
+        raise ValueError(f"is an animated {kind}, a picture file and no video: save its frames as an mp4 file")
 
 
 def _refuse_hdr(frame: av.VideoFrame, stream: av.VideoStream) -> None:

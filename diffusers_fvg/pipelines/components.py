@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..atomic import naming, replacing_entries, temporary_folder
 from ..checks import check_defaults
 from ..loading.patches import NOT_ONNX
 from ..loading.references import HubReference
 from ..lora.anchor_lora import ADAPTER_NAME, AnchorLora
+from ..lora.formats import EXPERTS
 from ..publishing.push import push
 from ..schedules.presets import SchedulerPresets
 from .parts import as_composer, as_judge, as_rewriter
@@ -83,6 +85,12 @@ class FactorizedParts(StockPipeline):
         names = set(inspect.signature(cls.__init__).parameters) - {"self"}
         found = {**pipeline.config, **pipeline.components}
         parts = {name: value for name, value in found.items() if name in names} | kwargs
+        shared = found.get("anchor_lora")
+        if shared is not None and parts["anchor_lora"] is not shared and parts["transformer"] is found["transformer"]:
+            raise ValueError(
+                "`anchor_lora` is another than the one in the video model, which both pipelines would share: assign it to the "
+                "pipeline that there is, `pipe.anchor_lora = lora`, or load another pipeline."
+            )
         missing = sorted(cls._get_signature_keys(cls)[0] - parts.keys() - set(cls._optional_components))
         if missing:
             raise ValueError(
@@ -107,9 +115,38 @@ class FactorizedParts(StockPipeline):
         # What is saved as a reference is none of the component itself.
         if name in getattr(self, "_internal_dict", {}) and type(value) is not HubReference:
             value = self._taken_over(name, value)
+            self._keep_anchor_lora(name, value)
         super().__setattr__(name, value)
         if name in getattr(self, "_internal_dict", {}):
             self._record_own_classes({name: value})
+
+    def _keep_anchor_lora(self, name: str, value: Any) -> None:
+        """Before a component takes the place of another: the anchor LoRA is in the video model.
+
+        Raises:
+            `ValueError`: one that does not fit, or one in the place of a fused one.
+        """
+        own = self.__dict__.get("anchor_lora")
+        if "_interrupt" not in self.__dict__:
+            # It is being made.
+            return
+        is_other = name in EXPERTS and None not in (value, own) and not _is_same_model(value, getattr(self, name))
+        if is_other and ADAPTER_NAME not in getattr(value, "peft_config", {}):
+            own.load_into(value, prefix=name)
+        # A copy that is saved has the same weights.
+        if name != "anchor_lora" or getattr(value, "state_dict", None) is getattr(own, "state_dict", None):
+            return
+        experts = self._experts()
+        layers = [
+            layer for expert in experts.values() for layer in expert.modules() if isinstance(layer, BaseTunerLayer)
+        ]
+        if any(ADAPTER_NAME in layer.merged_adapters for layer in layers):
+            raise ValueError("The anchor LoRA is fused: call `unfuse_lora()` before another takes its place.")
+        try:
+            _exchange_adapters(experts, value)
+        except ValueError:
+            _exchange_adapters(experts, own)
+            raise
 
     def _taken_over(self, name: str, component: Any) -> Any:
         """A component in the form that the stages take, of one in the form that people have.
@@ -214,3 +251,17 @@ class FactorizedParts(StockPipeline):
         with temporary_folder() as folder:
             self.save_pretrained(folder, variant=variant, bundle=bundle)
             return push(folder, repo_id, commit_message, private, create_pr, token)
+
+
+def _is_same_model(model: torch.nn.Module, other: torch.nn.Module | None) -> bool:
+    """One that was compiled is the one inside."""
+    return getattr(model, "_orig_mod", model) is getattr(other, "_orig_mod", other)
+
+
+def _exchange_adapters(experts: dict[str, torch.nn.Module], anchor_lora: AnchorLora | None) -> None:
+    """Takes the anchor LoRA out of the experts, and puts another in."""
+    for name, expert in experts.items():
+        if ADAPTER_NAME in getattr(expert, "peft_config", {}):
+            expert.delete_adapters(ADAPTER_NAME)
+        if anchor_lora is not None:
+            anchor_lora.load_into(expert, prefix=name)

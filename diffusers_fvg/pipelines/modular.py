@@ -1,8 +1,8 @@
 """Factorized Video Generation as Modular Diffusers blocks: the stages one by one, to leave out, replace and insert between.
 
 `ModularPipeline.from_pretrained(repository)` finds them for every repository of a [`FactorizedVideoPipeline`]. The blocks
-only move values between the state and the stage functions: `FirstFrameRewriter.rewrite`, `AnchorComposer.compose`, and
-`animate` and `decode` of [`FactorizedVideoPipeline`].
+only move values between the state and the stage functions: `FirstFrameRewriter.rewrite_outcomes`, `AnchorComposer.compose`,
+[`~compose.candidates.draw_candidates`] where there is a judge, and `animate` and `decode` of [`FactorizedVideoPipeline`].
 
 ```py
 import torch, diffusers_fvg
@@ -39,12 +39,14 @@ from ..animate.anchor import Anchor
 from ..animate.stock_weights import configured_as
 from ..animate.transformer_anchor import AnchorConditionedTransformer3D
 from ..checks import check_texts
+from ..compose.candidates import best_candidate, draw_candidates
 from ..compose.composer import AnchorComposer
+from ..compose.judge import AnchorJudge
 from ..loading.patches import add_modular
 from ..lora.anchor_lora import AnchorLora
 from ..rewrite.rewriter import FirstFrameRewriter
 from ..schedules.presets import SchedulerPresets
-from .candidates import NO_COMPOSER
+from .candidates import NO_COMPOSER, candidate_count
 from .pipeline_factorized_video import FactorizedVideoPipeline
 from .request import NO_REWRITER
 from .seeds import anchor_seeds
@@ -83,6 +85,10 @@ INPUTS = {
         InputParam("composer_num_inference_steps", int, description="Steps of stage 2."),
         InputParam("composer_guidance_scale", float, description="Guidance of stage 2."),
         InputParam("composer_negative_prompt", str | list[str], description="Negative prompt of stage 2."),
+        InputParam(
+            "composer_num_candidates", int, description="The most pictures of a video that the judge chooses from."
+        ),
+        InputParam("rewrites", list, description="How stage 1 came to the captions, with its plans."),
         InputParam("output_type", str, "np", description='"np", "pt" or "pil".'),
     )
 }
@@ -110,6 +116,8 @@ VIDEO_INPUTS = (
 COMPOSER_INPUTS = ("composer_num_inference_steps", "composer_guidance_scale", "composer_negative_prompt")
 # What says which stages run, and what those before the third take.
 CALL_INPUTS = ("prompt", "mode", "first_frame_prompt", "image", "anchors", "rewriter_max_new_tokens", *COMPOSER_INPUTS)
+CALL_INPUTS += ("composer_num_candidates",)
+CALL_DEFAULTS = ConfigSpec("call_defaults", None, "The model's own values of a call, used where a call gives none.")
 
 
 def _inputs(*names: str, required: tuple[str, ...] = ()) -> list[InputParam]:
@@ -164,7 +172,7 @@ class _VideoStep(_Step):
         return [
             ConfigSpec("boundary_ratio", None, "Share of the times below which `transformer_2` takes over."),
             ConfigSpec("expand_timesteps", False, "The base has a native first-frame mode."),
-            ConfigSpec("call_defaults", None, "Size and length of the model's videos, used where a call gives none."),
+            CALL_DEFAULTS,
         ]
 
 
@@ -195,16 +203,18 @@ class InputStep(_VideoStep):
         if block_state.mode == "factorized" and not given:
             # Whether a picture will be there is for the blocks to say that a workflow consists of.
             arguments["mode"] = None
-        request = components.pipeline._request(arguments)
+        pipeline = components.pipeline
+        request = pipeline._request(arguments)
         composer = getattr(components, "composer", None)
         if request.mode is None and composer is not None:
             composer.check_call(request.num_videos, *(block_state[name] for name in COMPOSER_INPUTS))
+            candidate_count(pipeline, block_state.composer_num_candidates, "composer_num_candidates")
         block_state.height, block_state.width = request.height, request.width
         block_state.generator = request.with_generator()[0].generator
 
 
 class RewriteStep(_Step):
-    """Stage 1, [`FirstFrameRewriter.rewrite`]. Runs by itself: it needs no other component."""
+    """Stage 1, [`FirstFrameRewriter.rewrite_outcomes`]. Runs by itself: it needs no other component."""
 
     description = "Stage 1: a language model writes a caption of the first frame for each prompt."
 
@@ -218,26 +228,36 @@ class RewriteStep(_Step):
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
-        return [OutputParam("first_frame_prompt", list[str], "One caption per prompt.")]
+        return [
+            OutputParam("first_frame_prompt", list[str], "One caption per prompt."),
+            OutputParam("rewrites", list, "How stage 1 came to each caption, with its plan."),
+        ]
 
     def run(self, components: FactorizedVideoModularPipeline, block_state) -> None:
         if components.rewriter is None:
             raise ValueError(NO_REWRITER)
         prompts = _as_list(block_state.prompt)
         check_texts("prompt", prompts)
-        block_state.first_frame_prompt = components.rewriter.rewrite(
+        block_state.rewrites = components.rewriter.rewrite_outcomes(
             prompts, max_new_tokens=block_state.rewriter_max_new_tokens
         )
+        block_state.first_frame_prompt = [outcome.made for outcome in block_state.rewrites]
 
 
 class ComposeStep(_Step):
-    """Stage 2, [`AnchorComposer.compose`]. Runs by itself: it needs no other component."""
+    """Stage 2, [`AnchorComposer.compose`], and the choice of a judge. Runs by itself: it needs no other component."""
 
-    description = "Stage 2: a text-to-image pipeline draws the first frame of each video."
+    description = (
+        "Stage 2: a text-to-image pipeline draws the first frame of each video, the best of several with a judge."
+    )
 
     @property
     def expected_components(self) -> list[ComponentSpec]:
-        return [ComponentSpec("composer", AnchorComposer)]
+        return [ComponentSpec("composer", AnchorComposer), ComponentSpec("anchor_judge", AnchorJudge)]
+
+    @property
+    def expected_configs(self) -> list[ConfigSpec]:
+        return [CALL_DEFAULTS]
 
     @property
     def inputs(self) -> list[InputParam]:
@@ -246,31 +266,45 @@ class ComposeStep(_Step):
             "composer_num_inference_steps",
             "composer_guidance_scale",
             "composer_negative_prompt",
+            "composer_num_candidates",
+            "rewrites",
             required=("first_frame_prompt", "height", "width", "generator"),
         )
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
-        return [OutputParam("image", list[PIL.Image.Image], "One picture of `height` x `width` per video.")]
+        return [
+            OutputParam("image", list[PIL.Image.Image], "One picture of `height` x `width` per video."),
+            OutputParam("candidates", list, "Of each video the pictures among which the judge chose, or `None`."),
+        ]
 
     def run(self, components: FactorizedVideoModularPipeline, block_state) -> None:
         if components.composer is None:
             raise ValueError(NO_COMPOSER)
-        captions = [
-            caption
-            for caption in _as_list(block_state.first_frame_prompt)
-            for _ in range(block_state.num_videos_per_prompt)
-        ]
-        seeds = anchor_seeds(block_state.generator, len(captions))
-        block_state.image = components.composer.compose(
-            captions,
-            height=block_state.height,
-            width=block_state.width,
-            num_inference_steps=block_state.composer_num_inference_steps,
-            guidance_scale=block_state.composer_guidance_scale,
-            negative_prompt=block_state.composer_negative_prompt,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        captions = _as_list(block_state.first_frame_prompt)
+        plans = [outcome.plan for outcome in block_state.rewrites or ()] or [None] * len(captions)
+        captions, plans = (
+            [item for item in items for _ in range(block_state.num_videos_per_prompt)] for items in (captions, plans)
         )
+        count = candidate_count(components, block_state.composer_num_candidates, "composer_num_candidates")
+        seeds, negative = anchor_seeds(block_state.generator, len(captions)), block_state.composer_negative_prompt
+
+        def draw(numbers: list[int], seeds: list[int]) -> list[PIL.Image.Image]:
+            return components.composer.compose(
+                [captions[number] for number in numbers],
+                height=block_state.height,
+                width=block_state.width,
+                num_inference_steps=block_state.composer_num_inference_steps,
+                guidance_scale=block_state.composer_guidance_scale,
+                negative_prompt=[negative[number] for number in numbers] if isinstance(negative, list) else negative,
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            )
+
+        if count == 1:
+            block_state.image, block_state.candidates = draw(list(range(len(captions))), seeds), None
+            return
+        block_state.candidates = draw_candidates(draw, components.anchor_judge, captions, plans, seeds, count)
+        block_state.image = [best_candidate(drawn).image for drawn in block_state.candidates]
 
 
 class AnchorStep(_Step):
@@ -405,6 +439,11 @@ class FactorizedVideoModularPipeline(ModularPipeline):
     # As on the plain pipeline: shown each anchor before its video is computed.
     safety_checker: Callable[[PIL.Image.Image], bool | str | None] | None = FactorizedVideoPipeline.safety_checker
     _progress_bar_config: dict[str, Any] = {}
+
+    @property
+    def call_defaults(self) -> dict[str, Any]:
+        """Those that the repository names."""
+        return self.config.get("call_defaults") or {}
 
     @property
     def pipeline(self) -> FactorizedVideoPipeline:

@@ -75,6 +75,7 @@ def as_judge(judge: Judge | JudgeFunction | ChatEndpoint | Sequence[Any] | str) 
     """
     if isinstance(judge, ChatEndpoint):
         return AnchorJudge(endpoint=judge)
+    _refuse_address("anchor_judge", judge)
     if isinstance(judge, (str, os.PathLike)):
         return AnchorJudge.from_pretrained(judge)
     if isinstance(judge, (tuple, list)) and len(judge) == 2:
@@ -98,8 +99,7 @@ def as_rewriter(rewriter: FirstFrameRewriter | ChatEndpoint | Sequence[Any] | st
     """
     if isinstance(rewriter, ChatEndpoint):
         return FirstFrameRewriter(endpoint=rewriter)
-    if isinstance(rewriter, str) and rewriter.lower().startswith(("http://", "https://")):
-        raise ValueError(f"`rewriter={rewriter!r}` is a server's address: pass `ChatEndpoint({rewriter!r}, model)`.")
+    _refuse_address("rewriter", rewriter)
     if isinstance(rewriter, (str, os.PathLike)):
         return FirstFrameRewriter.from_pretrained(rewriter)
     if isinstance(rewriter, (tuple, list)) and len(rewriter) == 2:
@@ -118,6 +118,11 @@ def as_rewriter(rewriter: FirstFrameRewriter | ChatEndpoint | Sequence[Any] | st
             f"a {type(rewriter).__name__}."
         )
     return rewriter
+
+
+def _refuse_address(name: str, component: Any) -> None:
+    if isinstance(component, str) and component.lower().startswith(("http://", "https://")):
+        raise ValueError(f"`{name}={component!r}` is a server's address: pass `ChatEndpoint({component!r}, model)`.")
 
 
 def with_optional_components(init: Callable) -> Callable:

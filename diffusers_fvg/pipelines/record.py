@@ -98,7 +98,9 @@ def make_records(
         record |= of_call
         if written is not None:
             record["composer"] = composer_call(pipe, record)
-        record["anchors"] = [_anchor(anchor, hashes) for anchor in (request.anchors or [[]] * len(seeds))[video]]
+        # An interrupted call has pictures of some videos alone.
+        anchors = (request.anchors or [])[video : video + 1]
+        record["anchors"] = [_anchor(anchor, hashes) for anchor in anchors[0]] if anchors else []
         record["seeds"] = seeds[video]
         records.append(json.loads(json.dumps(record, default=_number)))
     return records

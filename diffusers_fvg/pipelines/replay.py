@@ -52,6 +52,8 @@ MAX_VIDEOS, MAX_ITEMS, MAX_DETAIL_CHARACTERS, MAX_GUIDANCE = 4096, 256, 100_000,
 OWN_FACTOR, OWN_PIXELS, OWN_TOKENS = 4, 2**24, 512
 
 _CAPTIONS = ("first_frame_prompt", "storyboard", "motion_prompt")
+# Where one of these changes, the judge's choice is that of another picture.
+_CHOSEN_FOR = {"prompt", "mode", "first_frame_prompt", "storyboard", "num_moments", "generator"}
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -281,7 +283,8 @@ def recorded_call(record: Mapping[str, Any], images: Any, changes: dict[str, Any
     if missing:
         raise ValueError(f"The video was made with `{missing[0]}`, which a record does not hold: pass it again.")
     call |= changes
-    if call["mode"] != "direct" and not call.keys() & {"image", "anchors"}:
+    draws = call["mode"] != "direct" and not call.keys() & {"image", "anchors"}
+    if draws and _is_drawn(record) and not changed & _CHOSEN_FOR:
         # The recorded seed is that of the picture that was chosen.
         call.setdefault("composer_num_candidates", 1)
     return call

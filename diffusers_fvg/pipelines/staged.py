@@ -26,7 +26,13 @@ from .stages import FactorizedStages
 DRAWS = ("composer", "anchor_judge")
 # Arguments of a call that stages 1 and 2 alone read, as its record tells them.
 _RECORDED = ("num_moments", "rewriter_max_new_tokens", "composer_num_inference_steps", "composer_guidance_scale")
-_WRITTEN = ("first_frame_prompt", "storyboard", "composer_negative_prompt", "composer_num_candidates")
+_WRITTEN = (
+    "first_frame_prompt",
+    "storyboard",
+    "composer_negative_prompt",
+    "composer_num_candidates",
+    "rewriter_motion",
+)
 
 
 @dataclass(frozen=True)

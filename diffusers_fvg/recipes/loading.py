@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..atomic import temporary_folder
-from .sources import EMBEDDED, ModelSource, find_source
+from .sources import EMBEDDED, NAME, ModelSource, find_source
 from .table import AnimatorRecipe, Recipe
 
 
@@ -302,7 +302,7 @@ def load_part(
         assert folder is not None
         own = folder / part
     if part == "anchor_judge":
-        return getattr(diffusers_fvg, source.index[part][1]).from_pretrained(own, torch_dtype=dtype)
+        return getattr(diffusers_fvg, source.index[part][1]).from_pretrained(own, torch_dtype=dtype, **hub)
     return _parts(own if part == "composer" else False, own if part == "rewriter" else False, dtype, hub, variant)[
         part
     ]
@@ -360,6 +360,8 @@ def pinned(name: str | os.PathLike, place: str, hub: dict[str, Any], folders: bo
     owner, _, rest = repository.partition("/")
     repository, _, file = rest.partition("/")
     repository = f"{owner}/{repository}"
+    if not NAME.fullmatch(repository):
+        raise OSError(f"{place}: {name!r} is no file or folder here, and no repository's name, which is `org/name`.")
     # With a file the cache keeps the commit; the components' own loading fetches the others.
     small = {"README.md", "model_index.json", "config.json"}
 

@@ -19,6 +19,8 @@ from transformers import PreTrainedModel
 from ..animate.animator import CONFIG_NAME as ANIMATOR_CONFIG
 from ..animate.animator import AnchorAnimator
 from ..compose.composer import AnchorComposer
+from ..compose.judge import CONFIG_NAME as JUDGE_CONFIG
+from ..compose.judge import AnchorJudge, model_class, read_judge_config
 from ..loading.reading import read_json
 from ..loading.references import REFERENCE_NAME, HubReference
 from ..pipelines.profiles import base_models, empty_weights
@@ -56,6 +58,15 @@ class EmptyRewriter(FirstFrameRewriter):
         torch.nn.Module.__init__(self)
         self.models = torch.nn.ModuleDict(models)
         self.model = self.tokenizer = self.endpoint = self.reference = None
+
+
+class EmptyJudge(AnchorJudge):
+    """Stands for a judge: its model without weights. It scores nothing."""
+
+    def __init__(self, model: torch.nn.Module, threshold: float | None):
+        torch.nn.Module.__init__(self)
+        self.model, self.threshold = model, threshold
+        self.processor = self.endpoint = self.function = self.reference = None
 
 
 class EmptyTokenizer:
@@ -180,6 +191,8 @@ def _component(folder: Path, library: str, class_name: str, hub: dict[str, Any])
         return _rewriter(folder, hub)
     if class_name == "AnchorAnimator":
         return _animator(folder, hub)
+    if class_name == "AnchorJudge":
+        return _judge(folder, hub)
     if class_name == "SchedulerPresets":
         return SchedulerPresets.from_pretrained(folder)
     if class_name in FAMILIES:
@@ -260,6 +273,18 @@ def _rewriter(folder: Path, hub: dict[str, Any]) -> EmptyRewriter:
     return EmptyRewriter(
         {"model": transformers.AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())}
     )
+
+
+def _judge(folder: Path, hub: dict[str, Any]) -> EmptyJudge:
+    # It refuses one that names a server, before anything else is read.
+    config = read_judge_config(folder / JUDGE_CONFIG)
+    if "model" in config:
+        folder = fetch_configs(config["model"], config.get("revision"), "The judge", hub)
+    else:
+        folder = folder / "model"
+    values = _json(folder / "config.json")
+    made = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    return EmptyJudge(model_class(made).from_config(made, dtype=torch.get_default_dtype()), config.get("threshold"))
 
 
 def _named_composer(name: str | os.PathLike, hub: dict[str, Any]) -> EmptyComposer:

@@ -25,6 +25,8 @@ _PIPELINES = {
 # Stock pipelines of the same components.
 _STOCK = {"WanPipeline": "FactorizedVideoPipeline", "CogVideoXPipeline": "FactorizedCogVideoXPipeline"}
 INDEX = "model_index.json"
+# Of a repository on the Hub.
+NAME = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
 # What ships with the package, as records call it.
 EMBEDDED = "embedded"
 # What says how models are made, without their weights.
@@ -35,6 +37,7 @@ CONFIGS = {
     "animator_config.json",
     "composer_config.json",
     "guider_config.json",
+    "judge_config.json",
     "rewriter_config.json",
     "reference.json",
 }
@@ -124,7 +127,7 @@ def find_source(name: str | os.PathLike, revision: str | None, hub: dict[str, An
         source = ModelSource(str(name), folder=Path(name), index=_index(Path(name), str(name)))
     else:
         repository, _, own = str(name).partition("@")
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository) or repository.startswith("."):
+        if not NAME.fullmatch(repository):
             raise ValueError(f"The model {str(name)!r} is no folder, and no repository's name, which is `org/name`.")
         if own and revision:
             raise ValueError(

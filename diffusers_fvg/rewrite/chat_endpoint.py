@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import http.client
 import io
 import ipaddress
@@ -19,9 +20,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import PIL.Image
+from diffusers.utils import logging
 
 from ..checks import check_at_least_one, check_number
 
+
+logger = logging.get_logger(__name__)
 
 MAX_ERROR_BYTES = 100_000
 # Shorter values of headers are no secrets, and may be words of an answer.
@@ -131,7 +135,8 @@ class ChatEndpoint:
     def probability_of_yes(self, image: PIL.Image.Image, question: str) -> float:
         """Asks a vision-language model about a picture: how likely its first word is yes and not no.
 
-        A server that tells no probabilities of tokens (`logprobs`) gives 1 for an answer that begins with yes, else 0.
+        A server that tells no probabilities of tokens (`logprobs`) gives 1 for an answer that begins with yes, else 0, with a
+        warning where it does not begin with no either.
 
         Args:
             image (`PIL.Image.Image`): sent as PNG.
@@ -146,7 +151,11 @@ class ChatEndpoint:
         content = [{"type": "image_url", "image_url": {"url": address}}, {"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}]
         body = {"model": self.model, "messages": messages, "max_tokens": 1, "seed": 0, "temperature": 0}
-        return self._ask(body | {"logprobs": True, "top_logprobs": TOP_LOGPROBS}, _probability_of_yes)
+        found = self._ask(body | {"logprobs": True, "top_logprobs": TOP_LOGPROBS}, _probability_of_yes)
+        if isinstance(found, str):
+            _warn_of_answer(self.url, self.model, found)
+            return 0.0
+        return found
 
     def _ask(self, body: dict[str, Any], read: Callable[[Mapping[str, Any]], Any]) -> Any:
         """Posts a request; `read` takes what is wanted from the server's first choice."""
@@ -235,8 +244,10 @@ def _text_of(choice: Mapping[str, Any]) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _probability_of_yes(choice: Mapping[str, Any]) -> float:
-    """Of the first token's alternatives that are yes or no in any spelling, the share of those that are yes."""
+def _probability_of_yes(choice: Mapping[str, Any]) -> float | str:
+    """Of the first token's alternatives that are yes or no in any spelling, the share of those that are yes; an answer that is
+    neither as it is.
+    """
     tokens = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs") or []
     shares = {"yes": 0.0, "no": 0.0}
     for token in tokens:
@@ -245,7 +256,17 @@ def _probability_of_yes(choice: Mapping[str, Any]) -> float:
             shares[word] += math.exp(token["logprob"])
     if sum(shares.values()) > 0:
         return shares["yes"] / sum(shares.values())
-    return float(_text_of(choice).strip().lower().startswith("yes"))
+    answer = _text_of(choice)
+    word = re.match(r"\W*(yes|no)\b", answer, re.IGNORECASE)
+    return answer if word is None else float(word[1].lower() == "yes")
+
+
+@functools.cache
+def _warn_of_answer(url: str, model: str, answer: str) -> None:
+    logger.warning(
+        f"The model {model!r} at {url} was to answer with yes or no, and its answer begins with {answer[:40]!r}: it counts as no. "
+        "Choose a model that answers at once, or whose server tells `logprobs`."
+    )
 
 
 def _seconds(retry_after: str | None) -> float | None:

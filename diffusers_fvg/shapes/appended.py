@@ -17,7 +17,7 @@ import numpy as np
 from ..animate.anchor import Anchor
 from ..animate.conditioning import latent_index
 from ..embedded import load_embedded
-from ..lora.anchor_lora import ADAPTER_NAME, AnchorLora
+from ..lora.anchor_lora import AnchorLora
 from ..lora.formats import read_safetensors
 from .ablation import WEIGHT_FILE
 from .anchors import round_trip
@@ -63,18 +63,12 @@ def psnr(frame: np.ndarray, picture: np.ndarray) -> float:
 @contextmanager
 def lora_of(pipe, lora: AnchorLora) -> Iterator[None]:
     """Runs with another anchor LoRA, in the form that it was trained in."""
-
-    def use(other: AnchorLora) -> None:
-        pipe.transformer.delete_adapters(ADAPTER_NAME)
-        other.load_into(pipe.transformer, "transformer")
-        pipe.anchor_lora = other
-
     own = pipe.anchor_lora
-    use(lora)
+    pipe.anchor_lora = lora
     try:
         yield
     finally:
-        use(own)
+        pipe.anchor_lora = own
 
 
 def run_set(

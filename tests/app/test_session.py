@@ -89,6 +89,8 @@ def test_stages_follow_each_other_and_each_is_done_again(session, pipe):
     assert np.array_equal(np.asarray(out.anchor_images[0]), np.asarray(kept.image))
     record = read_video_metadata(first.result.video)
     assert record == first.result.record == out.records[0]
+    # In the same order, so that files are the same bytes.
+    assert list(record) == list(out.records[0])
     assert np.abs(video[:, ::6, ::6][:, :64] / 255 - out.frames[0]).mean() < 0.02
     with zipfile.ZipFile(video_file(first, "frames")) as archive:
         frames = [np.asarray(PIL.Image.open(archive.open(name))) for name in archive.namelist()]
@@ -248,6 +250,8 @@ def test_pictures_of_ones_own_are_upright_cropped_and_checked(session, tmp_path)
     seen = np.asarray(session.upload(tmp_path / "photo.png"))
     assert seen.shape == (64, 64, 3)
     assert (seen[:28] == (255, 0, 0)).all() and (seen[36:] == 0).all()
+    session.upload(tmp_path / "photo.png", 16)
+    # The same frame of 17, counted from the end.
     session.upload(tmp_path / "photo.png", -1, 0.5)
     job = ended(session, session.animate())
     anchors = job.result.record["anchors"]

@@ -57,6 +57,9 @@ def test_a_batch_makes_what_generate_makes_and_goes_on_where_it_stopped(tmp_path
         ({"prompt": "A dog runs"}, "The embedded model is a toy"),
         ({"prompt": "a" * 10_001}, "10001 characters"),
         ({"name": "../a"}, "must be relative to the output folder"),
+        ({"num_inference_steps": 10**9}, "`num_inference_steps=1000000000` must be at most 1000"),
+        ({"rewriter_motion": "yes"}, "`rewriter_motion` must be true or false"),
+        ({"rewriter_motion": True, "motion_prompt": "It moves"}, "Only one of `motion_prompt` and `rewriter_motion`"),
     ],
 )
 def test_rows_are_checked_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, row, told):
@@ -67,6 +70,19 @@ def test_rows_are_checked_before_a_model_is_loaded(tmp_path, monkeypatch, capsys
     assert told in error and error.count("\n") == 1
     assert "a.jsonl, line 2: " in error or "name" in row
     assert not (tmp_path / "out" / "plan.json").exists()
+
+
+def test_a_lora_that_is_not_there_is_told_before_the_plan_is_written(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(PROMPT)
+    for name in ("wrong", "org/wrong", "./wrong.safetensors", str(tmp_path / "wrong.safetensors")):
+        batch = ["batch", str(tmp_path / "a.txt"), str(tmp_path / "out"), "--lora", name, "--plan-only", "--quiet"]
+        assert main(batch) == 2
+        error = capsys.readouterr().err
+        assert "The anchor LoRA" in error and name in error and error.count("\n") == 1
+        assert ("is no file or folder here" in error) == (name != "org/wrong")
+        assert not (tmp_path / "out" / "plan.json").exists()
+    # Of direct videos alone nothing asks for it.
+    assert main([*batch, "--mode", "direct"]) == 0
 
 
 def test_a_plan_alone_is_written_for_each_video_of_a_prompt(tmp_path, capsys):

@@ -91,3 +91,9 @@ def test_judging_is_done_by_who_asked():
     draw = Drawing()
     draw_candidates(draw, AnchorJudge(function=by_red, threshold=10), ["a"], None, [1], 2, judging)
     assert order == ["judge"] * 2
+
+
+def test_nothing_is_judged_where_nothing_was_drawn():
+    judge = AnchorJudge(function=lambda images, caption, plan: 1 / 0)
+    judge.judge = lambda *given: 1 / 0
+    assert draw_candidates(lambda numbers, seeds: [], judge, ["a", "b"], None, [3, 4], 4) == [[], []]

@@ -126,7 +126,7 @@ def test_a_function_scores_all_pictures_of_a_caption_at_once():
     assert made == [Judgement(0.0), Judgement(1.0), Judgement(0.0)]
 
 
-@pytest.mark.parametrize("found", [[1.0], [1.0, math.nan], [1.0, 2.0, 3.0]])
+@pytest.mark.parametrize("found", [[1.0], [1.0, math.nan], [1.0, 2.0, 3.0], None, 1.0, ["good", "bad"], [None, 1.0]])
 def test_a_function_gives_a_finite_score_for_each_picture(found):
     with pytest.raises(ValueError, match="finite score"):
         AnchorJudge(function=lambda images, caption, plan: found).judge(pictures(), ["a", "a"])

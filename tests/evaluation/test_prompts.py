@@ -87,6 +87,8 @@ def test_a_line_of_text_is_a_prompt_and_videos_have_names_and_seeds_of_their_own
         ("a.csv", 'prompt,anchors\na,"[{""frame_index"": 1}]"\n', "line 2: `anchors` must be a list of objects"),
         ("a.jsonl", '{"prompt": "a"}\n["a"]\n', "line 2: must be an object"),
         ("a.jsonl", '{"prompt": "a"}\nprompt\n', "line 2: no JSON"),
+        ("a.jsonl", '{"prompt": "a", "anchors": ' + "[" * 100_000, "line 1: no JSON"),
+        ("a.csv", "prompt,anchors\na," + "[" * 100_000, "line 2: `anchors` must be a list of objects"),
         ("a.jsonl", '{"prompt": 3}\n', "line 1: `prompt` must be a text, but is 3"),
         ("a.jsonl", '{"prompt": "a", "height": 64.5}\n', "line 1: `height` must be a whole number"),
         ("a.jsonl", '{"prompt": "a", "generator": 1}\n', "line 1: unknown column `generator`"),

@@ -1,5 +1,6 @@
 """A LoRA of a real run in the keys of other programs, each read back by a loader that is not ours."""
 
+import json
 import re
 from pathlib import Path
 
@@ -9,13 +10,13 @@ import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 from safetensors.torch import load_file, save_file
-from tiny import tiny_euler, tiny_transformer, tiny_wan_components
+from tiny import tiny_euler, tiny_pipeline, tiny_transformer, tiny_wan_components
 from training_runs import save_config, save_lora, save_model, save_videos, tiny_config
 
 from diffusers_fvg import FactorizedVideoPipeline
 from diffusers_fvg.cli import main
 from diffusers_fvg.embedded import EMBEDDED_FOLDER, load_embedded
-from diffusers_fvg.lora.anchor_lora import WEIGHT_NAME
+from diffusers_fvg.lora.anchor_lora import WEIGHT_NAME, AnchorLora
 from diffusers_fvg.lora.export import FORMATS, export_lora, merge_lora, read_lora
 from diffusers_fvg.lora.loader import load_lora
 from diffusers_fvg.training.trainer import main_train
@@ -205,3 +206,26 @@ def test_the_command_line_exports(trained, tmp_path, capsys):
     written = load_file(tmp_path / "m" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert written["blocks.0.attn1.to_q.weight"].dtype == torch.bfloat16
     assert main(["lora", "export", str(tmp_path), str(tmp_path / "b.safetensors")]) == 2
+
+
+def test_the_form_of_anchors_goes_with_a_checkpoint_s_lora(tmp_path):
+    name, folder = "weights.blocks.0.attn1.to_q.lora_{}.anchor.weight", tmp_path / "checkpoints" / "transformer"
+    tensors = {name.format("A"): torch.ones(2, 24), name.format("B"): torch.ones(24, 2)}
+    settings = {"alpha": 4, "rank": 2, "anchor_form": "appended"}
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "step_1.safetensors", {"step": "1", "settings": json.dumps(settings)})
+    (written,) = export_lora(folder / "step_1.safetensors", tmp_path / "anchor.safetensors", "diffusers")
+    assert read_lora(written)[1]["anchor_form"] == "appended"
+    with pytest.raises(ValueError, match="trained with `anchor_form='appended'`, which weights alone do not tell"):
+        merge_lora(written, tmp_path / "base", tmp_path / "merged")
+
+
+def test_a_base_with_an_anchor_lora_of_its_own_gets_this_one_in_its_place(tmp_path):
+    key = "transformer.blocks.0.attn1.to_q.lora_{}.weight"
+    own, other = ({key.format("A"): torch.full((1, 24), a), key.format("B"): torch.ones(24, 1)} for a in (3.0, 0.5))
+    tiny_pipeline(rewriter=None, composer=None, anchor_lora=AnchorLora(own)).save_pretrained(tmp_path / "base")
+    save_file(other, tmp_path / "anchor.safetensors")
+    merge_lora(tmp_path / "anchor.safetensors", tmp_path / "base", tmp_path / "merged")
+    pipe = FactorizedVideoPipeline.from_pretrained(tmp_path / "merged")
+    weight = pipe.transformer.blocks[0].attn1.to_q.weight
+    assert pipe.anchor_lora is None and torch.allclose(weight, tiny_transformer().blocks[0].attn1.to_q.weight + 0.5)

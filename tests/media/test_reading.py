@@ -3,6 +3,7 @@ from fractions import Fraction
 
 import av
 import numpy as np
+import PIL.Image
 import pytest
 from scipy.ndimage import gaussian_filter
 from video_files import TURNS, corners, damage, write_file
@@ -50,6 +51,22 @@ def test_pixels_are_square(tmp_path, aspect, size, turn):
 def test_high_dynamic_range_is_refused(tmp_path, transfer, name):
     with pytest.raises(ValueError, match=f"a.mp4 is of high dynamic range \\({name}\\).*zscale"):
         read_video(write_file(tmp_path / "a.mp4", noise(2), transfer=transfer))
+
+
+@pytest.mark.parametrize("suffix", ["webp", "avif"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_ffmpeg_cannot_go_through_is_refused_by_its_name(tmp_path, suffix, count):
+    frames = [PIL.Image.new("RGB", (32, 16), (60 * number, 0, 0)) for number in range(count)]
+    # By whatever name it comes.
+    path = tmp_path / "a.mp4"
+    options = {"save_all": True, "append_images": frames[1:], "duration": 100} if count > 1 else {}
+    frames[0].save(path, suffix, **options)
+    if count == 1:
+        assert read_video(path)[0].shape == (1, 16, 32, 3)
+        return
+    kind = {"webp": "WebP", "avif": "AVIF"}[suffix]
+    with pytest.raises(ValueError, match=f"a.mp4 is an animated {kind}, a picture file and no video: save"):
+        read_video(path)
 
 
 def test_times_are_those_of_the_file(tmp_path):

@@ -5,12 +5,13 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from tiny import tiny_pipeline
+from tiny import tiny_pipeline, tiny_transformer
 from tiny_cogvideox import tiny_cogvideox_pipeline
 
-from diffusers_fvg import Anchor, AnchorLora
+from diffusers_fvg import Anchor, AnchorLora, FactorizedVideoPipeline
 from diffusers_fvg.animate.anchor import crop_and_resize
 from diffusers_fvg.animate.conditioning import encode_anchor
+from diffusers_fvg.lora.anchor_lora import WEIGHT_NAME
 
 
 SIZE = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16, "output_type": "latent"}
@@ -118,3 +119,53 @@ def test_the_form_is_saved_with_the_lora(pipe, tmp_path):
     pipe.anchor_lora.save_pretrained(tmp_path)
     assert AnchorLora.from_pretrained(tmp_path).form == pipe.anchor_form == "appended"
     assert AnchorLora(WEIGHTS).form == tiny_pipeline().anchor_form == "slot"
+
+
+def latents(pipe):
+    return animate(pipe, [[Anchor(picture(1)), Anchor(picture(2), -4)]])[0]
+
+
+def test_a_lora_of_another_form_is_not_loaded_beside(pipe, tmp_path):
+    pipe.anchor_lora.save_pretrained(tmp_path)
+    file, metadata = tmp_path / WEIGHT_NAME, {"anchor_form": "appended"}
+    plain = tiny_pipeline()
+    for given, options in ((file, {}), (WEIGHTS, {"metadata": metadata}), ((file, None), {})):
+        with pytest.raises(ValueError, match="with `anchor_form='appended'`, and this pipeline .* form 'slot'"):
+            plain.load_lora_weights(given, **options)
+    assert not getattr(plain.transformer, "peft_config", None)
+    make_pipe("appended").load_lora_weights(file, adapter_name="more")
+    plain.load_lora_weights(WEIGHTS, metadata={"anchor_form": "slot"})
+
+
+def test_an_anchor_lora_that_is_assigned_is_loaded(pipe):
+    changed, expected = make_pipe("slot"), latents(pipe)
+    slot = latents(changed)
+    changed.anchor_lora = pipe.anchor_lora
+    assert changed.anchor_form == "appended" and torch.equal(latents(changed), expected)
+    changed.anchor_lora = None
+    assert changed.anchor_form == "slot" and not getattr(changed.transformer, "peft_config", None)
+    bare = tiny_pipeline(scheduler=changed.scheduler)
+    assert torch.equal(latents(changed), latents(bare)) and not torch.equal(slot, latents(bare))
+    bare.register_modules(anchor_lora=AnchorLora(WEIGHTS))
+    assert torch.equal(latents(bare), slot)
+    # One that does not fit leaves the one that was there.
+    with pytest.raises(ValueError, match="no weights for `transformer`"):
+        bare.anchor_lora = AnchorLora({"unet.lora_A.weight": torch.zeros(1)})
+    assert torch.equal(latents(bare), slot)
+    bare.fuse_lora()
+    with pytest.raises(ValueError, match="The anchor LoRA is fused: call `unfuse_lora"):
+        bare.anchor_lora = AnchorLora(dict(WEIGHTS))
+    with pytest.raises(ValueError, match="which both pipelines would share"):
+        FactorizedVideoPipeline.from_pipe(pipe, anchor_lora=AnchorLora(WEIGHTS))
+    assert FactorizedVideoPipeline.from_pipe(pipe).anchor_form == "appended"
+
+
+def test_a_video_model_that_is_assigned_gets_the_anchor_lora(pipe):
+    changed, expected = make_pipe("appended"), latents(pipe)
+    own = changed.transformer
+    changed.transformer = tiny_transformer()
+    assert changed.transformer is not own and torch.equal(latents(changed), expected)
+    # What was taken out on purpose stays out where the same model comes back.
+    changed.unload_lora_weights()
+    changed.transformer = torch.compile(changed.transformer, backend="eager")
+    assert not getattr(changed.transformer, "peft_config", None)

@@ -136,6 +136,25 @@ def test_the_judge_sees_the_plan_of_stage_1(monkeypatch):
     assert seen == [("a red circle", plan), ("a blue star", None)]
 
 
+@pytest.mark.parametrize("own", [0, "3", 2.5, True])
+def test_a_repository_s_own_number_is_checked(own):
+    pipe = with_judge(by_blue, call_defaults={"composer_num_candidates": own})
+    with pytest.raises(ValueError, match=r"`call_defaults\['composer_num_candidates'\]=.*must be"):
+        call(pipe)
+
+
+@pytest.mark.parametrize("count", [None, 3])
+def test_an_interrupt_between_pictures_gives_those_that_are_there(pipe, count):
+    def stop(running, stage, step, steps):
+        # Each picture takes several steps, and is drawn by itself.
+        running._interrupt = stage == "compose" and step > steps // 2
+
+    output = call(pipe, composer_num_candidates=count, callback_on_stage_step=stop)
+    assert len(output.frames) == 0 and len(output.anchor_images) < 2 == len(output.records)
+    kept = [record["anchors"] != [] for record in output.records]
+    assert kept == [number < len(output.anchor_images) for number in range(2)]
+
+
 def test_an_interrupt_keeps_what_was_judged(pipe):
     def stop(running, stage, step, steps):
         running._interrupt = stage == "judge"
@@ -169,6 +188,21 @@ def test_a_chosen_picture_is_drawn_again_from_its_record(mode, pipe):
         assert again.candidates is None
     chosen_anew = replay(pipe, record, composer_num_candidates=2, generator=seeded(3))
     assert [each.seed for each in chosen_anew.candidates[0]] == [each.seed for each in candidates[:2]]
+
+
+@pytest.mark.parametrize("change", [{"generator": 4}, {"first_frame_prompt": "a blue circle"}, {"mode": "factorized"}])
+def test_a_picture_that_is_another_is_chosen_anew(change):
+    """As in a call of the pipeline's own number of pictures; a record's choice is for its own picture alone."""
+    pipe = with_judge(by_blue, call_defaults={"composer_num_candidates": 3})
+    mode = "direct" if "mode" in change else "factorized"
+    caption = {"first_frame_prompt": "a red circle"} if mode == "factorized" else {}
+    record = pipe("a red circle", mode=mode, generator=seeded(3), **caption, **SIZE).records[0]
+    given = {name: seeded(value) if name == "generator" else value for name, value in change.items()}
+    again = replay(pipe, record, **given, **({} if caption else {"first_frame_prompt": "a red circle"}))
+    assert len(again.candidates[0]) == 3
+    if "generator" in change:
+        plain = pipe("a red circle", generator=seeded(4), **caption, **SIZE)
+        assert np.array_equal(again.frames, plain.frames) and again.seeds == plain.seeds
 
 
 def test_a_video_that_was_made_again_keeps_its_picture(pipe, monkeypatch):

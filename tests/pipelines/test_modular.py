@@ -7,8 +7,9 @@ import torch
 from diffusers import ModularPipeline, WanTransformer3DModel
 from diffusers.modular_pipelines import InputParam, ModularPipelineBlocks, SequentialPipelineBlocks
 from tiny import tiny_pipeline, tiny_transformer
+from tiny_judges import tiny_clip_judge
 
-from diffusers_fvg import Anchor, FactorizedVideoPipeline, load_embedded
+from diffusers_fvg import Anchor, FactorizedVideoPipeline, Plan, RewriteOutcome, Subject, load_embedded
 from diffusers_fvg.embedded import EMBEDDED_FOLDER
 from diffusers_fvg.lora.anchor_lora import AnchorLora
 from diffusers_fvg.pipelines.modular import (
@@ -81,7 +82,7 @@ def test_the_stock_class_finds_our_blocks(folder):
     assert sorted(set(pipe.component_names) - set(pipe.null_component_names)) == ["rewriter", "vae"]
     assert {p.dtype for name in ("rewriter", "vae") for p in getattr(pipe, name).parameters()} == {torch.bfloat16}
     pipe.load_components(dtype=torch.bfloat16)
-    assert pipe.null_component_names == ["transformer_2"]
+    assert sorted(pipe.null_component_names) == ["anchor_judge", "transformer_2"]
     assert pipe.composer.dtype == pipe.transformer.dtype == torch.bfloat16
 
 
@@ -168,6 +169,33 @@ def test_equals_the_plain_pipeline_on_the_embedded_model():
     assert state.first_frame_prompt == expected.first_frame_prompts
 
 
+def test_a_judge_chooses_as_in_the_plain_pipeline(tmp_path, monkeypatch):
+    defaults = {"composer_num_candidates": 3}
+    tiny_pipeline(anchor_judge=tiny_clip_judge(), call_defaults=defaults).save_pretrained(tmp_path)
+    plain, modular = FactorizedVideoPipeline.from_pretrained(tmp_path), load_modular(tmp_path)
+    captions = {"first_frame_prompt": TWO["prompt"]}
+    call = {**TWO, **captions, "composer_negative_prompt": ["low", "quality"], "num_inference_steps": 1, **SIZE}
+    expected, state = plain(generator=seeded(), **call), modular(generator=seeded(), **call)
+    assert torch.equal(state.videos, expected.frames)
+    told = [[[(each.seed, each.score) for each in video] for video in made.candidates] for made in (state, expected)]
+    assert told[0] == told[1] and [len(video) for video in told[0]] == [3] * 2
+    assert modular(generator=seeded(), composer_num_candidates=1, **call).candidates is None
+    with pytest.raises(ValueError, match="`composer_num_candidates=0` must be at least 1"):
+        modular(composer_num_candidates=0, **call)
+    # It sees what stage 1 planned.
+    plan, seen = Plan((Subject("circle"),)), []
+    outcome = RewriteOutcome("accepted", "a circle", plan=plan)
+    monkeypatch.setattr(modular.rewriter, "rewrite_outcomes", lambda prompts, **options: [outcome])
+    with monkeypatch.context() as patch:
+        patch.setattr(modular.anchor_judge, "judge", lambda images, captions, plans: seen.extend(plans) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            modular(prompt=PROMPT, generator=seeded(), **SIZE)
+    assert seen == [plan] * 3
+    modular.save_pretrained(tmp_path / "again")
+    again = FactorizedVideoPipeline.from_pretrained(tmp_path / "again")
+    assert again.anchor_judge is not None and again.call_defaults["composer_num_candidates"] == 3
+
+
 def test_drawn_seeds_repeat_the_run(plain, modular):
     state = modular(prompt=PROMPT, **SIZE, **STEPS)
     (generator,) = state.generator
@@ -225,7 +253,7 @@ def test_a_block_of_ones_own_between_compose_and_anchor(plain, modular):
 def test_stages_1_and_2_run_without_the_video_model(folder, plain):
     blocks = SequentialPipelineBlocks.from_blocks_dict({"rewrite": RewriteStep(), "compose": ComposeStep()})
     pipe = blocks.init_pipeline(str(folder))
-    assert sorted(pipe.component_names) == ["composer", "rewriter"]
+    assert sorted(pipe.component_names) == ["anchor_judge", "composer", "rewriter"]
     pipe.load_components()
     state = pipe(prompt=PROMPT, height=32, width=32, generator=seeded())
     expected = plain(PROMPT, generator=seeded(), **SIZE, num_inference_steps=1)

@@ -35,6 +35,7 @@ CALLS = {
     "direct": {"num_inference_steps": 1, "mode": "direct"},
     "captioned": {**SHORT, "first_frame_prompt": "a red circle at the left"},
     "storyboard": {**SHORT, "mode": "storyboard", "num_moments": 2},
+    "motion written": {**SHORT, "rewriter_motion": True},
 }
 
 

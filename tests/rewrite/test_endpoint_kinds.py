@@ -38,7 +38,8 @@ class Server:
                     server.paths.append(self.path)
                     server.headers.append(self.headers)
                 status, message, headers = respond(body, number)
-                known = {"choices": [{"message": message}]} if status == 200 else {"error": {"message": message}}
+                choice = message if "message" in message else {"message": message}
+                known = {"choices": [choice]} if status == 200 else {"error": {"message": message}}
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)

@@ -174,7 +174,9 @@ def test_model_inputs_are_bit_equal_to_those_of_the_pipeline(sigma):
     assert torch.equal(seen["hidden_states"], model.hidden_states)
 
     # The same for anchors behind the clip.
-    pipe.anchor_lora = AnchorLora({}, {"anchor_form": "appended"})
+    key, size = "transformer.blocks.0.attn1.to_q.lora_{}.weight", pipe.transformer.blocks[0].attn1.to_q.in_features
+    zeros = {key.format("A"): torch.zeros(1, size), key.format("B"): torch.zeros(size, 1)}
+    pipe.anchor_lora = AnchorLora(zeros, {"anchor_form": "appended"})
     for frame, position in ((4, 1.375), (8, 2.375)):
         alone = Wan.encode(pipe.vae, pixels[None, :, [frame]])
         pictures = Pictures(alone, torch.tensor([[frame]]))
