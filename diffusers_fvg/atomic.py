@@ -25,7 +25,7 @@ import psutil
 try:
     import fcntl
 except ImportError:  # Windows has no such locks.
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 # What is on its way: ".fvg-<machine>-<pid>-<random>.tmp". What is complete and only has to be put in its place: `COMPLETE`.
 _DRAFT = re.compile(r"\.fvg-(?P<machine>.*)-(?P<pid>\d+)-[0-9a-f]{8}\.tmp")

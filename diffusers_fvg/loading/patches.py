@@ -189,10 +189,10 @@ def keep_arguments(load: Callable) -> Callable:
     return from_pretrained
 
 
-def _index_problem(cls: type, name: str | os.PathLike, kwargs: dict[str, Any]) -> str | None:
+def _index_problem(cls: Any, name: str | os.PathLike, kwargs: dict[str, Any]) -> str | None:
     """What is wrong with a `model_index.json` on which diffusers fails; `None` where that is not the cause."""
-    path = Path(name, cls.config_name)
-    if not path.is_file():
+    path: Path | None = Path(name, cls.config_name)
+    if not Path(name, cls.config_name).is_file():
         places = kwargs.get("cache_dir"), kwargs.get("revision")
         found = None if Path(name).is_dir() else try_to_load_from_cache(str(name), cls.config_name, *places)
         path = Path(found) if isinstance(found, str) else None
