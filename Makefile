@@ -11,7 +11,7 @@ DIFFUSERS_TESTS := $(addprefix tests/,$(addsuffix .py,$(addprefix loading/,test_
 	$(addprefix animate/,test_transformer_anchor test_transformer_anchor_cogvideox test_decoding) \
 	publishing/test_hub test_hub_server test_embedded dreamer/test_dreamer_loading))
 
-.PHONY: demo test lint docs cards test-lowest test-versions clean
+.PHONY: demo test lint docs cards audit hashes test-lowest test-versions clean
 
 demo: $(STAMP)
 	$(BIN)/fvg generate "A red circle moves to the right" --seed 0 --output demo.mp4 --strip demo.png --overwrite
@@ -34,6 +34,20 @@ docs: $(STAMP)
 cards: $(STAMP)
 	$(BIN)/python model_cards/render.py
 
+# Known vulnerabilities of the tested set, where the service that knows them can be asked (what cannot be told is an error), and
+# the licences of what is installed.
+audit: $(STAMP)
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet pip-audit pip-licenses
+	.venv-audit/bin/pip-licenses --python $(BIN)/python --order license
+	.venv-audit/bin/pip-audit --requirement $(CONSTRAINTS) --no-deps --disable-pip --strict
+
+# Writes constraints-hashes.txt again, of the machine that it runs on. pip compares no hash of a package that is being edited: the
+# project itself is installed afterwards.
+hashes: $(STAMP)
+	$(BIN)/python -m pip install --quiet --dry-run --ignore-installed --report .venv-report.json --constraint $(CONSTRAINTS) '.[dev]'
+	$(BIN)/python tests/hashes.py .venv-report.json constraints-hashes.txt
+
 # The same tests on the oldest supported versions, in an environment of their own.
 test-lowest:
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
@@ -55,9 +69,10 @@ test-diffusers-%: .venv-diffusers-%/.installed
 .PRECIOUS: .venv-diffusers-%/.installed
 
 clean:
-	rm -rf .venv .venv-lowest .venv-diffusers-* build demo.mp4 demo.png
+	rm -rf .venv .venv-lowest .venv-audit .venv-diffusers-* build demo.mp4 demo.png
 
-$(STAMP): pyproject.toml $(CONSTRAINTS)
+$(STAMP): pyproject.toml $(CONSTRAINTS) $(HASHES)
 	$(PYTHON) -m venv $(VENV)
+	$(if $(HASHES),$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement $(HASHES))
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@

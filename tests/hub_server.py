@@ -14,7 +14,8 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -81,7 +82,10 @@ class HubServer:
 
     `requests` lists "METHOD /path" of every request, `downloads` (repository, file, had a token) of every file sent.
     After `uploads_left` large files, if it is set, it takes no more. `damage` has a function of the content for files, by
-    their path in the repository, that are to arrive with another one.
+    their path in the repository, that are to arrive with another one; `sizes` has the bytes that it says some have.
+
+    `faults` has what goes wrong, by a pattern of "METHOD /path": an iterator of a status (such as 429 or 500), of "cut" (the
+    connection ends in the middle of the answer) or of seconds (as a float) that the answer comes late, or `None`; one for each request.
     """
 
     def __init__(self, folder: Path, users: dict[str, str] | None = None):
@@ -94,6 +98,8 @@ class HubServer:
         self.downloads: list[tuple[str, str, bool]] = []
         self.uploads_left: int | None = None
         self.damage: dict[str, Callable[[bytes], bytes]] = {}
+        self.sizes: dict[str, int] = {}
+        self.faults: dict[str, Iterator[int | float | str | None]] = {}
         self.lock = threading.Lock()
 
     def __enter__(self) -> "HubServer":
@@ -128,6 +134,18 @@ class HubServer:
 
     def downloaded(self, repo: str) -> set[str]:
         return {path for name, path, _ in self.downloads if name == repo}
+
+    def next_fault(self, request: str) -> int | float | str | None:
+        found = (next(faults, None) for pattern, faults in self.faults.items() if re.fullmatch(pattern, request))
+        return next((fault for fault in found if fault is not None), None)
+
+    def _described(self, path: str, file: StoredFile) -> dict:
+        """A file as the Hub says that it is."""
+        described = file.describe()
+        if path in self.sizes:
+            for place in (described, described.get("lfs", {})):
+                place["size"] = self.sizes[path]
+        return described
 
     def _repo(self, request: "Handler", write: bool = False) -> Repository:
         name = request.args["repo"]
@@ -192,8 +210,8 @@ class HubServer:
         files = sorted(repository.commits[sha].items())
         siblings = [{"rfilename": path} for path, _ in files]
         if "blobs" in request.query:
-            for sibling, (_, file) in zip(siblings, files, strict=True):
-                described = file.describe()
+            for sibling, (path, file) in zip(siblings, files, strict=True):
+                described = self._described(path, file)
                 sibling.update(described, blobId=described.pop("oid"))
         data = {"_id": name, "id": name, "modelId": name, "author": name.split("/")[0], "sha": sha}
         data |= {"private": repository.private, "gated": False, "disabled": False, "lastModified": DATE}
@@ -213,7 +231,7 @@ class HubServer:
                 for depth in range(1, len(parts)):
                     folder = prefix + "/".join(parts[:depth])
                     entries[folder] = {"type": "directory", "path": folder, "oid": "0" * 40, "size": 0}
-                entries[path] = {"type": "file", "path": path, **file.describe()}
+                entries[path] = {"type": "file", "path": path, **self._described(path, file)}
         if top and not entries:
             raise HubError(404, f"{top} does not exist", "EntryNotFound")
         return 200, [e for path, e in entries.items() if recursive or "/" not in path[len(prefix) :]], {}
@@ -297,7 +315,7 @@ class HubServer:
         file = repository.commits[sha][path]
         if not file.lfs:
             return self._content(request, file.sha256, headers | {"ETag": f'"{file.oid}"'})
-        headers |= {"X-Linked-ETag": f'"{file.sha256}"', "X-Linked-Size": str(file.size)}
+        headers |= {"X-Linked-ETag": f'"{file.sha256}"', "X-Linked-Size": str(self.sizes.get(path, file.size))}
         location = f"{self.storage}/storage/{file.sha256}/{request.args['repo']}/{quote(path)}"
         return 302, b"", headers | {"Location": location}
 
@@ -321,9 +339,16 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         self.query, self.body = parse_qs(url.query), self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        request = f"{self.command} {unquote(url.path)}"
         with self.hub.lock:
-            self.hub.requests.append(f"{self.command} {unquote(url.path)}")
+            fault = self.hub.next_fault(request)
+        if isinstance(fault, float):
+            time.sleep(fault)
+        with self.hub.lock:
+            self.hub.requests.append(request)
             try:
+                if isinstance(fault, int):
+                    raise HubError(fault, f"the Hub answers {fault}")
                 status, body, headers = self._route(url.path)
             except HubError as error:
                 status, body, headers = error.status, error.body, error.headers
@@ -335,7 +360,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
+            self.wfile.write(body[: len(body) // 2] if fault == "cut" else body)
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 

@@ -5,16 +5,26 @@ import os
 import random
 import signal
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
-# What changes a folder, as Python tells its audit hooks; of "open" only for writing.
-STEPS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree", "shutil.copyfile"}
+# What changes a folder or asks a server, as Python tells its audit hooks; of "open" only for writing.
+STEPS = {
+    "socket.connect",
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.truncate",
+    "shutil.rmtree",
+    "shutil.copyfile",
+}
 
 
 def count_steps(work: Callable[[], None]) -> int:
-    """How many times the work changes a folder."""
+    """How many steps the work has."""
     count = multiprocessing.get_context("fork").Value("i", 0)
     _run(work, lambda: setattr(count, "value", count.value + 1))
     return count.value
@@ -37,9 +47,14 @@ def kill_after(work: Callable[[], None], seconds: float) -> bool:
     return _run(work, None, seconds) == -signal.SIGKILL
 
 
-def kills(work: Callable[[], None], count: int, seconds: float, seed: int = 0):
-    """Kills the work `count` times, and yields the number after each: half at moments, half at steps that are drawn."""
+def kills(work: Callable[[], None], count: int, seed: int = 0) -> Iterator[int]:
+    """Kills the work `count` times, and yields the number after each: half at moments, half at steps that are drawn.
+
+    It is done once without a kill before, for its time and its steps.
+    """
+    began = time.monotonic()
     draw, steps, done = random.Random(seed), count_steps(work), 0
+    seconds = time.monotonic() - began
     while done < count:
         killed = kill_at_step(work, draw.randint(1, steps)) if done % 2 else kill_after(work, draw.uniform(0, seconds))
         if killed:

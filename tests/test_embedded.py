@@ -203,7 +203,7 @@ def test_it_loads_by_the_name_that_records_give_it(tmp_path, monkeypatch):
         ),
         ("tokenizer/tokenizer.json", "{}", "`tokenizer` cannot be loaded from "),
         ("anchor_lora/weights/pytorch_lora_weights.safetensors", "none", "lora_weights.safetensors is no safetensors"),
-        ("schedulers/anchored-15/scheduler_config.json", "[]", "scheduler_config.json is no preset's configuration"),
+        ("schedulers/anchored-15/scheduler_config.json", "[]", "scheduler_config.json' must be an object of JSON"),
     ],
 )
 def test_a_damaged_file_is_named(file, text, message, tmp_path):
@@ -212,3 +212,28 @@ def test_a_damaged_file_is_named(file, text, message, tmp_path):
     (folder / file).write_text(text)
     with pytest.raises(ValueError, match=message):
         load(folder, composer=False, rewriter=False)
+
+
+def test_the_embedded_model_opens_no_connection(run_python, tmp_path):
+    """From the import to the video, with the Hub allowed: nobody asked for anything of it."""
+    code = f"""
+    import os, sys
+    os.environ["HF_HUB_OFFLINE"] = "0"
+
+    def refuse(event, arguments):
+        if event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"):
+            raise AssertionError(f"{{event}} {{arguments}}")
+
+    sys.addaudithook(refuse)
+    from diffusers_fvg.cli import main
+
+    stages = ["--output", {str(tmp_path / "a.mp4")!r}, "--strip", {str(tmp_path / "a.png")!r}, "--save-stages", {str(tmp_path / "stages")!r}]
+    print(main(["generate", "A red circle moves to the right", "--steps", "1", "--quiet", *stages]))
+    import socket
+    try:
+        socket.create_connection(("127.0.0.1", 9))
+    except AssertionError:
+        print("refused")
+    """
+    assert run_python(code).splitlines()[-2:] == ["0", "refused"]
+    assert (tmp_path / "a.mp4").exists()

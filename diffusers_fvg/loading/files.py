@@ -102,9 +102,9 @@ def repository_files(repository: str, revision: str | None = None, **hub: Any) -
             return revision, {file.path: _file(file.size, file.lfs) for file in tree}
     try:
         info = HfApi(token=hub.get("token")).model_info(repository, revision=revision, files_metadata=True)
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # A missing connection is told by whatever HTTP library the client uses.
+    except Exception as error:
+        if not is_of_connection(error):
+            raise
         raise OSError(f"the Hub does not answer ({error}); HF_HUB_OFFLINE=1 uses what was fetched before") from error
     return info.sha, {file.rfilename: _file(file.size, file.lfs) for file in info.siblings}
 
@@ -139,7 +139,9 @@ def fetch(
         cached = {name for name, path in zip(names, there) if isinstance(path, str)}
         patterns = [glob.escape(name) for name in names]
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, **hub))
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        if not isinstance(error, (OSError, ValueError)) and not is_of_connection(error):
+            raise
         reason = str(error).strip() or type(error).__name__
         raise OSError(f"{place} names {title} on the Hub, which cannot be loaded: {reason}") from error
     for name in names:
@@ -184,8 +186,15 @@ def load_pipeline(source: str | Path, revision: str | None, place: str, **argume
                 # By its name a folder of this machine would be taken in its place.
                 source = DiffusionPipeline.download(source, revision=revision, **arguments)
             return DiffusionPipeline.from_pretrained(source, **arguments)
-    except (OSError, HFValidationError) as error:
+    except Exception as error:
+        if not isinstance(error, (OSError, HFValidationError)) and not is_of_connection(error):
+            raise
         raise OSError(f"{place} names {_title(source, revision)}, which cannot be loaded: {error}") from error
+
+
+def is_of_connection(error: Exception) -> bool:
+    """Whether a connection failed, which is told by the HTTP library of whichever client is installed, in no class of Python's."""
+    return type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 
 
 def _title(source: str | Path, revision: str | None) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -11,6 +13,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from ..atomic import replacing
+from ..loading.files import is_of_connection
 from ..lora.anchor_lora import WEIGHT_NAME
 from .cards import repository_card
 from .privacy import check_nothing_private
@@ -59,15 +62,17 @@ def push(
     check_nothing_private(folder, token)
     if private:
         _check_private(api, repository)
-    repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
-    if is_pipeline and not (folder / "README.md").is_file() and not api.file_exists(repository, "README.md"):
+    with _telling(repository):
+        repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
+        has_card = (folder / "README.md").is_file() or not is_pipeline or api.file_exists(repository, "README.md")
+    if not has_card:
         card = repository_card(folder)
         with replacing(folder / "README.md") as draft:
             card.save(draft)
         check_nothing_private(folder, token)
     values = json.loads(index.read_text()) if is_pipeline else {}
     components = [name for name, value in values.items() if isinstance(value, list)]
-    try:
+    with _telling(repository):
         commit = api.upload_folder(
             repo_id=repository,
             folder_path=folder,
@@ -77,11 +82,20 @@ def push(
             # A weight left beside a reference would keep diffusers from fetching the reference.
             delete_patterns=[f"{name}/*" for name in components],
         )
-    except RuntimeError as error:
+    return commit.pr_url or commit.commit_url
+
+
+@contextlib.contextmanager
+def _telling(repository: str) -> Iterator[None]:
+    """Of an upload that was interrupted, which repository's it was and what to do."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, RuntimeError) and not is_of_connection(error):
+            raise
         raise OSError(
             f"The upload to {repository} was interrupted ({error}). Push again: what arrived is kept."
         ) from error
-    return commit.pr_url or commit.commit_url
 
 
 def _lora_folder(folder: Path) -> Path:

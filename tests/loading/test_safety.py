@@ -117,6 +117,19 @@ def test_pickles_in_referenced_repositories_are_refused_by_name(hub, repository,
     assert not any(path.endswith((".bin", ".ckpt")) for _, path, _ in hub.downloads)
 
 
+@pytest.mark.parametrize(
+    ("component", "missing"), [("vae", "post_quant_conv.bias"), ("rewriter", "model.norm.weight")]
+)
+def test_weights_that_are_missing_are_named(repository, component, missing):
+    (file,) = (repository / WEIGHTS[component]).glob("*.safetensors")
+    tensors = load_file(file)
+    del tensors[missing]
+    save_file(tensors, file, {"format": "pt"})
+    others = {"rewriter": None} if component == "vae" else {}
+    with pytest.raises(ValueError, match=f"lacks weights.*{missing}"):
+        DiffusionPipeline.from_pretrained(repository, composer=None, **others)
+
+
 def test_asking_for_pickles_is_refused(saved):
     with pytest.raises(ValueError, match="use_safetensors=False"):
         DiffusionPipeline.from_pretrained(saved, use_safetensors=False)
