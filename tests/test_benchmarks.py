@@ -139,7 +139,9 @@ def test_gpu_run_at_tiny_size(tmp_path, monkeypatch, capsys):
 
     steps = {name: (name, needs, limit, call) for name, needs, limit, call in gpu_run.STEPS}
     chosen = [("late", 1, 1, late), ("failing", 1, 9, failing)]
-    chosen += [steps[name] for name in ("attention_forms", "lora", "profile")] + [("too_long", 10_000, 1, late)]
+    chosen += [steps[name] for name in ("attention_forms", "lora", "profile", "decode", "pipeline")] + [
+        ("too_long", 10_000, 1, late)
+    ]
     monkeypatch.setattr(gpu_run, "STEPS", chosen)
     monkeypatch.setattr(sys, "argv", ["gpu_run", "--size", "tiny", "--device", "cpu", "--output", str(tmp_path)])
     gpu_run.main()
@@ -147,10 +149,30 @@ def test_gpu_run_at_tiny_size(tmp_path, monkeypatch, capsys):
     assert "late: stopped at its limit" in text and "failing: RuntimeError: no such kernel after" in text
     assert "too_long: skipped" in text
     reports = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in tmp_path.glob("*.json")}
-    assert reports.keys() == {"attention_forms", "lora", "profile"}
+    assert reports.keys() == {"attention_forms", "lora", "profile", "decode", "pipeline"}
     forms = [row["form"] for row in reports["attention_forms"]["runs"]]
     assert forms == ["dense, torch's choice", "dense, MATH", "window, gathered, MATH"]
     assert [row["LoRA"] for row in reports["lora"]["runs"]][0] == "none"
+    # At a size where they mean nothing times close no bar; 50 steps of stock are worked out of two.
+    guided, alone, stock = reports["pipeline"]["runs"]
+    assert all(found["met"] is None for found in reports["pipeline"]["bars"])
+    assert all(run["seconds"] >= run["denoise"] + run["decode"] for run in (guided, alone, stock))
+    assert all(run["decode"] > 0 for run in (guided, alone, stock)) and len(reports["decode"]["runs"]) == 5
     with pytest.raises(SystemExit):
         monkeypatch.setattr(sys, "argv", ["gpu_run", "--only", "nothing"])
         gpu_run.main()
+
+
+@pytest.mark.slow
+def test_the_shapes_lora_trains_from_nothing(tmp_path):
+    """As a step of the GPU's run; the LoRA is one of anchors behind the clip."""
+    import gpu_run
+
+    from diffusers_fvg import AnchorLora
+
+    run = gpu_run.Run("tiny", "cpu", tmp_path, 600)
+    gpu_run.shapes_lora(run)
+    (row,) = json.loads((tmp_path / "shapes_lora.json").read_text(encoding="utf-8"))["runs"]
+    assert row["steps"] == 2 and 0 < row["loss of the last tenth"] < 10
+    lora = AnchorLora.from_pretrained(tmp_path / "shapes_lora")
+    assert lora.form == "appended" and all(tensor.isfinite().all() for tensor in lora.state_dict.values())

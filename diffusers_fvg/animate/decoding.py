@@ -9,16 +9,26 @@ Shape legend: B videos, C latent channels, f latent frames, h and w latent rows 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import (
+    WanCausalConv3d,
+    WanDecoder3d,
+    WanResidualBlock,
+    WanRMS_norm,
+    unpatchify,
+)
+from torch import nn
 
 from ..checks import stop_unless_finite
 from ..devices import get_module_execution_device
+from ..kernels import fuses_norm, rms_norm_silu
 from .conditioning import denormalize_latents
 
 
@@ -129,7 +139,44 @@ def _decoded(vae: AutoencoderKLWan, features: torch.Tensor) -> Iterator[torch.Te
     cache = [None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
     for index in range(features.shape[2]):
         frame = features[:, :, index : index + 1]
-        yield vae.decoder(frame, feat_cache=cache, feat_idx=[0], first_chunk=index == 0)
+        with _fused_norms(vae.decoder, frame):
+            decoded = vae.decoder(frame, feat_cache=cache, feat_idx=[0], first_chunk=index == 0)
+        yield decoded
+
+
+@contextmanager
+def _fused_norms(decoder: WanDecoder3d, features: torch.Tensor) -> Iterator[None]:
+    """Within it a norm of the decoder and the SiLU behind it are one pass, where that kernel is on; the decoder has its own back
+    afterwards. One that is compiled, hooked or built otherwise stays as it is."""
+    if not fuses_norm(features):
+        yield
+        return
+    pairs = [
+        (getattr(block, name), block.nonlinearity)
+        for block in decoder.modules()
+        if isinstance(block, (WanResidualBlock, WanDecoder3d))
+        for name in ("norm1", "norm2", "norm_out")
+        if hasattr(block, name)
+    ]
+    parts = {part for pair in pairs for part in pair}
+    is_own = all(
+        type(norm) is WanRMS_norm and norm.channel_first and isinstance(norm.bias, float) and type(silu) is nn.SiLU
+        for norm, silu in pairs
+    )
+    is_hooked = any("forward" in part.__dict__ or part._forward_hooks or part._forward_pre_hooks for part in parts)
+    is_compiled = any(module._compiled_call_impl is not None for module in decoder.modules())
+    with ExitStack() as undo:
+        if is_own and not is_hooked and not is_compiled:
+            for norm, silu in pairs:
+                norm.forward = partial(rms_norm_silu, weight=norm.gamma.flatten())
+                silu.forward = _same
+            for part in parts:
+                undo.callback(delattr, part, "forward")
+        yield
+
+
+def _same(hidden_states: torch.Tensor) -> torch.Tensor:
+    return hidden_states
 
 
 def _pixels(vae: AutoencoderKLWan, decoded: torch.Tensor) -> torch.Tensor:

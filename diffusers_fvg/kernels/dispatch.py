@@ -4,13 +4,15 @@
 
 * `auto`, the default: Triton on NVIDIA GPUs of a compute capability in `tested_gpus.json`, for the dtypes and widths the
   tests cover; the definition everywhere else. `examples/benchmarks/gpu_run.py` enters a capability there when the tests
-  marked `gpu` passed on it.
+  marked `gpu` passed on it, with the digests of the files that they tested: kernels of a file that is new or has changed
+  since then are the definition, too.
 * `reference`: always the definition in plain torch.
 * `triton`: always Triton. Where it cannot run, an error says why.
 """
 
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import json
 import os
@@ -22,6 +24,9 @@ import torch
 from . import attention, reference
 
 
+# Files of kernels.
+SOURCES = ("triton_attention", "triton_modulation", "triton_norm", "triton_rope")
+TESTED_GPUS = Path(__file__).parent / "tested_gpus.json"
 _CHOICES = ("auto", "reference", "triton")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # A program holds a whole token in registers. Wan models have 1536, 3072 or 5120 channels.
@@ -70,7 +75,7 @@ def modulated_layer_norm(
         `ValueError`: if the rows do not fit the tokens.
     """
     _check_rows(hidden_states, row_index, scale=scale, shift=shift)
-    if _takes_triton(hidden_states, scale, shift):
+    if _takes_triton("triton_modulation", hidden_states, scale, shift):
         from . import triton_modulation
 
         return triton_modulation.modulated_layer_norm(hidden_states, scale, shift, eps, row_index)
@@ -87,7 +92,7 @@ def layer_norm(hidden_states: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.T
     Returns:
         `torch.Tensor` of shape `(B, L, D)`.
     """
-    if not _takes_triton(hidden_states, norm.weight, norm.bias):
+    if not _takes_triton("triton_modulation", hidden_states, norm.weight, norm.bias):
         return norm(hidden_states)
     from . import triton_modulation
 
@@ -110,7 +115,7 @@ def gated_residual(
     _check_rows(hidden_states, row_index, gate=gate)
     if residual.shape != hidden_states.shape:
         raise ValueError(f"residual has shape {tuple(residual.shape)}; pass {tuple(hidden_states.shape)}.")
-    if _takes_triton(hidden_states, residual, gate):
+    if _takes_triton("triton_modulation", hidden_states, residual, gate):
         from . import triton_modulation
 
         return triton_modulation.gated_residual(hidden_states, residual, gate, row_index)
@@ -147,11 +152,33 @@ def rms_norm_rope(
             )
         if angles.requires_grad:
             raise ValueError(f"{name} requires a gradient; the angles are constants here: pass {name}.detach().")
-    if _takes_triton(query, key, query_weight, key_weight, cos, sin):
+    if _takes_triton("triton_rope", query, key, query_weight, key_weight, cos, sin):
         from . import triton_rope
 
         return triton_rope.rms_norm_rope(query, key, query_weight, key_weight, cos, sin, eps)
     return reference.rms_norm_rope(query, key, query_weight, key_weight, cos, sin, eps)
+
+
+def rms_norm_silu(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """RMS norm over the channels of features, then SiLU; see [`reference.rms_norm_silu`]. Triton has no gradient of it.
+
+    Raises:
+        `ValueError`: if the weight does not fit the channels.
+    """
+    channels = hidden_states.shape[1]
+    if weight.shape != (channels,):
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; pass ({channels},).")
+    # Their last dimension is the one that a program holds.
+    if not torch.is_grad_enabled() and _takes_triton("triton_norm", hidden_states.movedim(1, -1), weight):
+        from . import triton_norm
+
+        return triton_norm.rms_norm_silu(hidden_states, weight)
+    return reference.rms_norm_silu(hidden_states, weight)
+
+
+def fuses_norm(hidden_states: torch.Tensor) -> bool:
+    """Whether [`rms_norm_silu`] of these features is one pass of Triton, and not several of torch."""
+    return not torch.is_grad_enabled() and _takes_triton("triton_norm", hidden_states.movedim(1, -1), hidden_states)
 
 
 def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
@@ -175,7 +202,7 @@ def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
             f"seen has shape {tuple(seen.shape)} and dtype {seen.dtype}; pass ({batch_size}, frames, frames) of bool, "
             f"with a number of frames that divides {num_tokens} tokens."
         )
-    if _takes_triton(query, key, value, max_dim=_MAX_HEAD_DIM):
+    if _takes_triton("triton_attention", query, key, value, max_dim=_MAX_HEAD_DIM):
         from . import triton_attention
 
         return triton_attention.frame_attention(query, key, value, seen)
@@ -188,21 +215,28 @@ def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
 
 def kernel_report(device: torch.device) -> str:
     """What computes the package's kernels on a device, and why."""
-    problem = _device_problem(device)
+    problem, without = _device_problem(device), []
     if problem is None and _kernels == "auto":
-        problem = _untested(device)
+        problems = {source: _untested(device, source) for source in SOURCES}
+        without = [f"{source}: {reason}" for source, reason in problems.items() if reason is not None]
+        problem = "; ".join(without) if len(without) == len(SOURCES) else None
     if problem is None and _kernels != "reference":
-        return f"Triton (FVG_KERNELS={_kernels})"
+        return f"Triton (FVG_KERNELS={_kernels})" + (f", without {'; '.join(without)}" if without else "")
     return f"torch (FVG_KERNELS={_kernels})" + (f"; Triton is not for {device}: {problem}" if problem else "")
 
 
-def _takes_triton(*tensors: torch.Tensor, max_dim: int = _MAX_DIM) -> bool:
-    """Whether Triton computes this call.
+def source_digest(source: str) -> str:
+    """Of a file of kernels: what was tested is known by it."""
+    return hashlib.sha256((Path(__file__).parent / f"{source}.py").read_bytes()).hexdigest()[:16]
+
+
+def _takes_triton(source: str, *tensors: torch.Tensor, max_dim: int = _MAX_DIM) -> bool:
+    """Whether Triton computes this call, by a kernel of the file `source`.
 
     Raises:
         `ValueError`: if Triton is asked for and cannot.
     """
-    if _kernels == "reference" or (_kernels == "auto" and _untested(tensors[0].device) is not None):
+    if _kernels == "reference" or (_kernels == "auto" and _untested(tensors[0].device, source) is not None):
         return False
     problem = _device_problem(tensors[0].device) or _tensor_problem(tensors, max_dim)
     if problem is not None and _kernels == "triton":
@@ -217,20 +251,20 @@ def _device_problem(device: torch.device) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def _untested(device: torch.device) -> str | None:
-    return _tested_probe(device)
+def _untested(device: torch.device, source: str) -> str | None:
+    return _tested_probe(device, source)
 
 
 @functools.cache
-def _tested_probe(device: torch.device) -> str | None:
+def _tested_probe(device: torch.device, source: str) -> str | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return "the tests of the Triton kernels pass on NVIDIA GPUs"
     capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-    tested = json.loads((Path(__file__).parent / "tested_gpus.json").read_text(encoding="utf-8"))
-    if capability not in tested:
-        return (
-            f"their tests have not run on compute capability {capability} (FVG_KERNELS=triton takes them all the same)"
-        )
+    tested = json.loads(TESTED_GPUS.read_text(encoding="utf-8"))
+    if tested.get(capability, {}).get("sources", {}).get(source) != source_digest(source):
+        is_known = source in tested.get(capability, {}).get("sources", {})
+        what = "they have changed since their tests ran" if is_known else "their tests have not run"
+        return f"{what} on compute capability {capability} (FVG_KERNELS=triton takes them all the same)"
     return None
 
 

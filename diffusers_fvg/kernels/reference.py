@@ -1,6 +1,6 @@
 """What every kernel of this package computes, in plain torch. A faster implementation is right when it agrees with this.
 
-B batch, L tokens, D width, R rows, N heads, H channels of a head.
+B batch, L tokens, D width, R rows, N heads, H channels of a head. Of features: C channels, F/H/W frames, height, width.
 
 `modulated_layer_norm` and `gated_residual` read their modulation from *rows*, a `(B, R, D)` table with one row per distinct time. `R` divides the
 number of tokens `L` into equal consecutive runs: `R = 1` is one time per sample, `R = frames` one per latent frame,
@@ -91,6 +91,22 @@ def rms_norm_rope(
     """
     angle = cos[..., 0::2].contiguous(), sin[..., 1::2].contiguous()
     return _norm_and_turn(query, query_weight, *angle, eps), _norm_and_turn(key, key_weight, *angle, eps)
+
+
+def rms_norm_silu(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`silu(x / |x| * sqrt(C) * weight)`, with `|x|` over the channels of a pixel: what comes before a convolution of Wan's VAE.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(B, C, F, H, W)`): features.
+        weight (`torch.Tensor` of shape `(C,)`): factor of the norm.
+
+    Returns:
+        `torch.Tensor` of shape `(B, C, F, H, W)`.
+    """
+    dtype, channels = _compute_dtype(hidden_states), hidden_states.shape[1]
+    weight = weight.to(dtype).view(-1, *[1] * (hidden_states.ndim - 2))
+    normed = F.normalize(hidden_states.to(dtype), dim=1) * channels**0.5 * weight
+    return F.silu(normed).to(hidden_states.dtype)
 
 
 def _norm_and_turn(

@@ -2,6 +2,7 @@
 
     python examples/benchmarks/gpu_run.py --deadline 470                    # all steps, the most valuable first
     python examples/benchmarks/gpu_run.py --only decode,lora --deadline 120
+    python examples/benchmarks/gpu_run.py --only shapes_lora                # a run of its own; goes on where it was stopped
     python examples/benchmarks/gpu_run.py --size tiny --device cpu          # a dry run
 
 Random weights at Wan2.2-TI2V-5B's size. A step begins if the seconds that it needs are left, is stopped at its limit, and
@@ -26,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmark_pipeline import TINY_VAE
+from benchmark_pipeline import random as random_pipelines
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from harness import (
@@ -45,14 +48,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffusers_fvg import kernels
 from diffusers_fvg.animate import decoding
 from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
-from diffusers_fvg.kernels import attention
+from diffusers_fvg.kernels import attention, dispatch
 from diffusers_fvg.pipelines.profiles import WAN_VAES
 
 
 HERE = Path(__file__).parent
 # The marker `gpu` in files that need no package but the requirements: `av` may be missing where a GPU is.
 TESTS = ["tests/kernels", "tests/animate/test_attention.py", "tests/pipelines/test_pipeline_factorized_video.py"]
-TESTED_GPUS = Path(kernels.__file__).parent / "tested_gpus.json"
 
 
 class Late(Exception):
@@ -126,6 +128,11 @@ class Run:
         )
 
     @property
+    def kernels(self) -> str:
+        """Not `auto` on a GPU: whether the kernels' tests pass there may be known at the end of this run alone."""
+        return "triton" if self.on_gpu else "reference"
+
+    @property
     def window(self) -> int:
         return min(3, (self.size.latent_frames - 1) // 4)
 
@@ -141,11 +148,14 @@ def tests(run: Run) -> None:
         import triton
 
         # From now on `FVG_KERNELS=auto` takes the kernels on this compute capability.
-        table = json.loads(TESTED_GPUS.read_text(encoding="utf-8"))
+        table = json.loads(dispatch.TESTED_GPUS.read_text(encoding="utf-8"))
         capability = ".".join(map(str, torch.cuda.get_device_capability(run.device)))
         name, date = torch.cuda.get_device_name(run.device), datetime.date.today().isoformat()
-        table[capability] = f"{name}, torch {torch.__version__}, triton {triton.__version__}, {date}"
-        TESTED_GPUS.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        table[capability] = {
+            "tested_on": f"{name}, torch {torch.__version__}, triton {triton.__version__}, {date}",
+            "sources": {source: dispatch.source_digest(source) for source in dispatch.SOURCES},
+        }
+        dispatch.TESTED_GPUS.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
@@ -209,9 +219,9 @@ def steps(run: Run) -> None:
                 add(f"stock, {compiled}", model, inputs, "reference")
                 continue
             add(f"ours, {compiled}, torch", model, inputs, "reference")
-            add(f"ours, {compiled}, kernels", model, inputs, "auto")
+            add(f"ours, {compiled}, kernels", model, inputs, run.kernels)
             model.set_anchor_window(run.window)
-            add(f"ours, {compiled}, kernels, window {run.window}", model, inputs, "auto")
+            add(f"ours, {compiled}, kernels, window {run.window}", model, inputs, run.kernels)
         del model
     bars = [
         bar("anchored step, eager: time of stock's", 0.7, seconds["ours, eager, kernels"] / seconds["stock, eager"]),
@@ -232,19 +242,19 @@ def steps(run: Run) -> None:
 def decode(run: Run) -> None:
     """The VAE's decoder on 5 latent frames, as it is and sped up, and what follows for the whole clip."""
     channels = run.size.config["in_channels"]
-    tiny = {"base_dim": 4, "decoder_base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
-    config = WAN_VAES[channels] | (tiny if run.name == "tiny" else {})
+    config = WAN_VAES[channels] | (TINY_VAE if run.name == "tiny" else {})
     with torch.device(run.device):
         vae = AutoencoderKLWan(**config | {"latents_mean": [0.0] * channels, "latents_std": [1.0] * channels})
     vae = vae.eval().to(run.size.dtype)
     shape = (1, channels, 5, run.size.latent_height, run.size.latent_width)
     latents, rows = torch.randn(shape, device=run.device, dtype=run.size.dtype), []
 
-    def add(name: str) -> None:
-        whole, first = (
-            run.seconds(lambda n=n: list(decoding.decode_chunks(vae, latents[:, :, :n], decoding.to_uint8)), 2)
-            for n in (5, 1)
-        )
+    def add(name: str, choice: str = "reference") -> None:
+        def call(count: int) -> None:
+            with kernels.use_kernels(choice):
+                list(decoding.decode_chunks(vae, latents[:, :, :count], decoding.to_uint8))
+
+        whole, first = (run.seconds(partial(call, count), 2) for count in (5, 1))
         each = (whole - first) / 4
         rows.append(
             {"decoder": name, "a latent frame": each, "whole clip": first + each * (run.size.latent_frames - 1)}
@@ -252,14 +262,72 @@ def decode(run: Run) -> None:
 
     with torch.no_grad():
         add("as it is")
-        torch.backends.cudnn.benchmark = True
-        add("convolutions chosen by trying")
-        torch.backends.cudnn.benchmark = False
+        add("norm and SiLU in one pass", run.kernels)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            add("convolutions chosen by trying")
+            add("both", run.kernels)
+            lay_out(vae.decoder, torch.channels_last, torch.channels_last_3d)
+            add("both, channels_last_3d", run.kernels)
+            lay_out(vae.decoder, torch.contiguous_format, torch.contiguous_format)
         if run.on_gpu:
             for block in (vae.decoder.mid_block, *vae.decoder.up_blocks):
                 block.compile()
             add("blocks compiled")
     run.report("decode", "decoding", rows)
+
+
+def lay_out(model: torch.nn.Module, of_2d: torch.memory_format, of_3d: torch.memory_format) -> None:
+    """Weights of convolutions in these layouts, which what they give then has too."""
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
+            memory_format = of_3d if isinstance(module, torch.nn.Conv3d) else of_2d
+            module.weight.data = module.weight.data.contiguous(memory_format=memory_format)
+
+
+@torch.no_grad()
+def pipeline(run: Run) -> None:
+    """A video of 15 steps from its picture to its frames, guided and not, against 50 steps of stock, of which two are timed, and its
+    decode. Stages 1 and 2 and the text encoder are left out."""
+    ours, stock, our_call, stock_call = random_pipelines(run.size, run.device)
+    for pipe in (ours, stock):
+        pipe.set_progress_bar_config(disable=True)
+    guidance = ours.presets["full-50"].guidance_scale
+
+    def stock_steps(count: int) -> float:
+        synchronize(run.device)
+        begin = time.perf_counter()
+        options = {"guidance_scale": guidance, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+        stock(num_inference_steps=count, **options, **stock_call)
+        synchronize(run.device)
+        return time.perf_counter() - begin
+
+    def our_video(output_type: str = "uint8", **options: Any) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        with kernels.use_kernels(run.kernels):
+            return ours(preset="anchored-15", output_type=output_type, generator=generator, **our_call, **options)
+
+    latents = our_video("latent", num_inference_steps=1).frames
+    with kernels.use_kernels("reference"):
+        decode = run.seconds(lambda: ours.decode(latents, "uint8"), 1)
+    found = {"15 steps, guided": our_video().timings}
+    found["15 steps, one forward each"] = our_video(guidance_scale=1.0).timings
+    rows = [
+        {"video": name, "seconds": sum(t.values()), "denoise": t["denoise"], "decode": t["decode"]}
+        for name, t in found.items()
+    ]
+    stock_steps(1)
+    # What comes before the steps is in neither.
+    denoise = 50 * (stock_steps(3) - stock_steps(1)) / 2
+    rows.append(
+        {"video": "stock, 50 steps, worked out", "seconds": denoise + decode, "denoise": denoise, "decode": decode}
+    )
+    needs, timed = "a GPU: gpu_run.py --only pipeline", run.on_gpu or None
+    bars = [
+        bar("15 steps of stock's 50, time", 0.3, timed and rows[0]["seconds"] / rows[2]["seconds"], needs=needs),
+        bar("15 forwards of stock's 100, time", 0.15, timed and rows[1]["seconds"] / rows[2]["seconds"], needs=needs),
+        bar("decoding, of the whole at 15 steps", 0.15, timed and rows[0]["decode"] / rows[0]["seconds"], needs=needs),
+    ]
+    run.report("pipeline", "a video without stages 1 and 2", rows, bars)
 
 
 @torch.no_grad()
@@ -289,7 +357,7 @@ def profile(run: Run) -> None:
 
     model, inputs = run.transformer()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if run.on_gpu else [])]
-    with kernels.use_kernels("auto"):
+    with kernels.use_kernels(run.kernels):
         model(**inputs, return_dict=False)
         with torch.profiler.profile(activities=activities) as found:
             model(**inputs, return_dict=False)
@@ -298,6 +366,23 @@ def profile(run: Run) -> None:
     events = sorted(found.key_averages(), key=lambda event: -getattr(event, key))[:24]
     rows = [{"operation": e.key[:80], "milliseconds": getattr(e, key) / 1e3, "calls": e.count} for e in events]
     run.report("profile", "operations of a forward", rows)
+
+
+def shapes_lora(run: Run) -> None:
+    """The whole training of the shapes model's LoRA with anchors behind the clip, in a process of its own."""
+    folder = run.output / "shapes_lora"
+    few = ["--clips", "4", "--steps", "2"] if run.name == "tiny" else []
+    began = time.monotonic()
+    subprocess.run([sys.executable, str(HERE / "shapes_lora.py"), str(folder), *few], check=True)
+    log = [json.loads(line) for line in (folder / "log_transformer.jsonl").read_text().splitlines()]
+    row = {
+        "steps": len(log),
+        "seconds in all": time.monotonic() - began,
+        "median seconds a step": statistics.median(record["seconds"] for record in log),
+        "loss of the last tenth": statistics.mean(record["loss"] for record in log[-max(1, len(log) // 10) :]),
+    }
+    notes = "Synthetic world. `fvg shapes report FOLDER --appended shapes_lora/weights` scores it."
+    run.report("shapes_lora", "training of the shapes LoRA with appended anchors", [row], notes=notes)
 
 
 def benchmark(name: str, run: Run) -> None:
@@ -323,15 +408,17 @@ def benchmark(name: str, run: Run) -> None:
 # Name, seconds that it needs, its limit, call.
 STEPS: list[tuple[str, float, float, Callable[[Run], Any]]] = [
     ("steps", 60, 120, steps),
+    ("decode", 40, 110, decode),
+    ("tests", 60, 190, tests),
+    ("pipeline", 100, 170, pipeline),
     ("attention_forms", 15, 40, attention_forms),
-    ("decode", 30, 70, decode),
     ("lora", 20, 40, lora),
-    ("tests", 60, 170, tests),
     ("kernels", 30, 60, partial(benchmark, "kernels")),
     ("training_step", 60, 150, partial(benchmark, "training_step")),
     ("attention", 40, 80, partial(benchmark, "attention")),
     ("profile", 15, 30, profile),
     ("transformer_step", 90, 200, partial(benchmark, "transformer_step")),
+    ("shapes_lora", 240, 440, shapes_lora),
 ]
 
 

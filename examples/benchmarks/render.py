@@ -35,7 +35,8 @@ python examples/benchmarks/render.py                                    # this p
 | `dreamer` | the same UNet without its designs |
 
 `gpu_run.py` measures what is worth it on a GPU in one process that ends in time; the sections of a GPU come last. A figure that is open
-has its script, which was run at small size; what it needs is named.
+has its script, which was run at small size; what it needs is named. `shapes_lora.py` trains the shapes model's anchor LoRA on a device in
+one go, without files of clips.
 """
 
 

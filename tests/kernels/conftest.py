@@ -54,10 +54,10 @@ class _Guarded:
 @pytest.fixture
 def guarded(monkeypatch):
     """Output memory of the Triton kernels starts as NaN, and writes beside it are found: what is not written, shows."""
-    from diffusers_fvg.kernels import triton_attention, triton_modulation, triton_rope
+    from diffusers_fvg.kernels import triton_attention, triton_modulation, triton_norm, triton_rope
 
     guard = _Guarded()
-    for module in (triton_attention, triton_modulation, triton_rope):
+    for module in (triton_attention, triton_modulation, triton_norm, triton_rope):
         monkeypatch.setattr(module, "torch", guard)
     yield
     assert guard.buffers

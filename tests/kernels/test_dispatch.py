@@ -1,4 +1,7 @@
+import hashlib
 import importlib.util
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,15 +40,30 @@ def test_a_gpu_takes_triton_where_it_was_tested(choice, dtype, calls, reference_
     assert len(reference_calls) == calls
 
 
-def test_auto_takes_the_kernels_where_their_tests_passed(monkeypatch):
-    """A stand-in for GPUs: what is asked of torch about them."""
+def test_auto_takes_the_kernels_where_their_tests_passed(monkeypatch, tmp_path):
+    """A stand-in for GPUs: what is asked of torch about them. The files of kernels are known by their content."""
     probe = dispatch._tested_probe.__wrapped__
     cuda = torch.device("cuda", 0)
+    for source in dispatch.SOURCES:
+        content = (Path(dispatch.__file__).parent / f"{source}.py").read_bytes()
+        assert dispatch.source_digest(source) == hashlib.sha256(content).hexdigest()[:16]
+    table = {"9.0": {"sources": {"triton_rope": dispatch.source_digest("triton_rope"), "triton_norm": "0" * 16}}}
+    monkeypatch.setattr(dispatch, "TESTED_GPUS", tmp_path / "tested_gpus.json")
+    dispatch.TESTED_GPUS.write_text(json.dumps(table))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert probe(cuda) is None
+    assert probe(cuda, "triton_rope") is None
+    assert "they have changed since their tests ran on compute capability 9.0" in probe(cuda, "triton_norm")
+    assert "their tests have not run on compute capability 9.0" in probe(cuda, "triton_attention")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
-    assert "have not run on compute capability 8.6 (FVG_KERNELS=triton" in probe(cuda)
-    assert "NVIDIA" in probe(torch.device("cpu"))
+    assert "have not run on compute capability 8.6 (FVG_KERNELS=triton" in probe(cuda, "triton_rope")
+    assert "NVIDIA" in probe(torch.device("cpu"), "triton_rope")
+    # What `fvg doctor` tells: the kernels are there but for some.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(dispatch, "_device_problem", lambda device: None)
+    monkeypatch.setattr(dispatch, "_tested_probe", probe)
+    with kernels.use_kernels("auto"):
+        text = dispatch.kernel_report(cuda)
+    assert text.startswith("Triton (FVG_KERNELS=auto), without triton_attention: ") and "triton_rope" not in text
 
 
 def test_triton_on_a_cpu_says_why_not():

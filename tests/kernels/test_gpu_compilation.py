@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from diffusers_fvg.kernels import triton_attention, triton_modulation, triton_rope  # noqa: E402
+from diffusers_fvg.kernels import triton_attention, triton_modulation, triton_norm, triton_rope  # noqa: E402
 
 
 pytestmark = pytest.mark.skipif(triton_modulation.INTERPRETED, reason="this process runs Triton's interpreter")
@@ -42,6 +42,13 @@ def rope_kernels():
     yield triton_rope._rms_norm_rope_bwd_kernel, {**block, "WEIGHT_GRAD": True, "TOKENS": triton_rope._TOKENS_PER_SUM}
 
 
+def norm_kernels():
+    # The most and the fewest channels in Wan's decoders, next to each other in memory or a plane apart.
+    for channels in (1024, 96):
+        for stride in ("x_p", "x_c"):
+            yield triton_norm._rms_norm_silu_kernel, {stride: 1, **triton_norm._tile(channels)}
+
+
 def attention_kernels():
     module = triton_attention
     for head_dim in (64, HEAD_DIM):
@@ -67,8 +74,9 @@ def source(kernel, constants):
             is_wide = name.removesuffix("_ptr").endswith(FLOAT32_POINTERS)
             signature[name] = "*fp32" if is_wide else "*bf16"
         else:
-            signature[name] = "fp32" if name in ("eps", "scale") else "i32"
-    aligned = [name for name in signature if name.endswith(("_ptr", "_b", "_l", "_n", "_r")) and name not in constants]
+            signature[name] = "fp32" if name in ("eps", "scale", "root") else "i32"
+    ends = ("_ptr", "_b", "_l", "_n", "_r", "_c", "_p")
+    aligned = [name for name in signature if (name.endswith(ends) or name in ("C", "P")) and name not in constants]
     return ASTSource(
         kernel,
         signature,
@@ -91,7 +99,7 @@ def stack_bytes(cubin: bytes, path: Path) -> int:
 
 
 @pytest.mark.parametrize("capability", list(LIMITS))
-@pytest.mark.parametrize("kernels", [row_kernels, rope_kernels, attention_kernels])
+@pytest.mark.parametrize("kernels", [row_kernels, rope_kernels, norm_kernels, attention_kernels])
 def test_fits(kernels, capability, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     for kernel, options in kernels():
