@@ -130,8 +130,8 @@ class FactorizedParts(StockPipeline):
         if "_interrupt" not in self.__dict__:
             # It is being made.
             return
-        is_other = name in EXPERTS and None not in (value, own) and not _is_same_model(value, getattr(self, name))
-        if is_other and ADAPTER_NAME not in getattr(value, "peft_config", {}):
+        is_other = name in EXPERTS and value is not None and not _is_same_model(value, getattr(self, name))
+        if own is not None and is_other and ADAPTER_NAME not in getattr(value, "peft_config", {}):
             own.load_into(value, prefix=name)
         # A copy that is saved has the same weights.
         if name != "anchor_lora" or getattr(value, "state_dict", None) is getattr(own, "state_dict", None):
