@@ -7,7 +7,7 @@ import io
 import secrets
 import tempfile
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -22,8 +22,17 @@ from ..pipelines.request import MODES
 from ..rewrite.storyboard import Moment
 from .limits import Limits, open_upload
 from .orders import STAGES, Order
-from .outputs import FORMS, video_file
-from .worker import Job, QueueFull, Worker
+from .outputs import FORMS, Form, video_file
+from .worker import Job, QueueFull, State, Worker
+
+
+if TYPE_CHECKING:
+    # The tables say which.
+    Stage = str
+    Mode = str
+    AnchorDecode = str
+else:
+    Stage, Mode, AnchorDecode = Literal[STAGES], Literal[MODES], Literal[ANCHOR_DECODES]
 
 
 def _shown(text: str) -> str:
@@ -64,8 +73,8 @@ class JobInput(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     prompt: Annotated[Text, Field(description="what should happen")]
-    stage: Annotated[Literal[STAGES], Field(description="one stage, or `generate` for all")] = "generate"
-    mode: Annotated[Literal[MODES], Field(description="`direct` is plain text-to-video")] = "factorized"
+    stage: Annotated[Stage, Field(description="one stage, or `generate` for all")] = "generate"
+    mode: Annotated[Mode, Field(description="`direct` is plain text-to-video")] = "factorized"
     first_frame_prompt: Annotated[Text | None, Field(description="what is seen at first; skips stage 1")] = None
     storyboard: Annotated[list[MomentInput] | None, Field(min_length=1, max_length=100)] = None
     anchors: Annotated[list[AnchorInput] | None, Field(min_length=1, max_length=100)] = None
@@ -80,7 +89,7 @@ class JobInput(BaseModel):
     num_inference_steps: Annotated[Whole | None, Field(ge=1, le=1000)] = None
     guidance_scale: Annotated[Number | None, Field(ge=0, le=1000)] = None
     negative_prompt: Annotated[str | None, Field(max_length=MAX_PROMPT_CHARACTERS)] = None
-    anchor_decode: Literal[ANCHOR_DECODES] = "raw"
+    anchor_decode: AnchorDecode = "raw"
     lora_scale: Annotated[Number | None, Field(ge=-10, le=10)] = None
 
     def order(self, limits: Limits) -> Order:
@@ -106,7 +115,7 @@ class JobOutput(BaseModel):
 
     id: str
     stage: str = Field(description="as it was asked for")
-    state: Literal["waiting", "running", "done", "failed", "cancelled"]
+    state: State
     jobs_before: int
     running_stage: str
     step: int
@@ -174,7 +183,7 @@ def _add_files(api: FastAPI, worker: Worker) -> None:
     """What a job made, as files."""
 
     @api.get("/api/jobs/{id}/video", response_class=FileResponse)
-    def video(id: str, request: Request, format: Literal[tuple(FORMS)] = "mp4") -> FileResponse:
+    def video(id: str, request: Request, format: Form = "mp4") -> FileResponse:
         """The mp4, which plays everywhere, with its record inside; or an animation, the frames as PNG, a strip of them."""
         job = _job(worker, request, id)
         if job.result is None or job.result.video is None:
@@ -263,7 +272,7 @@ def _anchor(given: AnchorInput, limits: Limits) -> Anchor:
 
 def _told(worker: Worker, job: Job) -> JobOutput:
     result, place = job.result, f"/api/jobs/{job.id}"
-    made = {}
+    made: dict[str, Any] = {}
     if result is not None:
         made = {
             "first_frame_prompt": result.caption,
@@ -285,7 +294,7 @@ def _told(worker: Worker, job: Job) -> JobOutput:
         steps=job.steps,
         seconds_left=job.seconds_left,
         error=job.error,
-        preview=job.preview and f"{place}/preview",
+        preview=f"{place}/preview" if job.preview else None,
         **made,
     )
 

@@ -49,12 +49,12 @@ class Limits:
 
     def check_size(self, height: int, width: int, num_frames: int, steps: int) -> None:
         """Raises `ValueError` for a video that is too large, too long or of too many steps for this server."""
-        if height * width > self.pixels:
+        if self.pixels is not None and height * width > self.pixels:
             raise ValueError(
                 f"{height} x {width} pixels are {height * width}, and this server makes videos of up to {self.pixels}: choose a "
                 "smaller height or width."
             )
-        if num_frames > self.frames:
+        if self.frames is not None and num_frames > self.frames:
             raise ValueError(f"`num_frames={num_frames}`: this server makes videos of up to {self.frames} frames.")
         if steps > self.steps:
             raise ValueError(f"`num_inference_steps={steps}`: this server takes up to {self.steps} steps.")

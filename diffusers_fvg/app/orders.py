@@ -202,6 +202,7 @@ class Order:
     def _draw(self, pipe: FactorizedStages) -> list[Picture]:
         """The pictures one by one: each is then what its seed alone draws, whatever was drawn beside it."""
         pictures, size = [], {"height": self.height, "width": self.width}
+        assert self.anchor_seed is not None  # `checked` fills it in.
         for seed in candidate_seeds(self.anchor_seed, self.num_candidates):
             generator = torch.Generator().manual_seed(seed)
             drawn = pipe.compose([self.first_frame_prompt], **size, generator=[generator], num_candidates=1)
@@ -248,6 +249,7 @@ class Order:
 
     def _tell_of_drawing(self, pipe: FactorizedStages, record: dict[str, Any]) -> None:
         """The record says of a picture that stage 2 drew what it says where the whole call draws it."""
+        assert self.picture is not None
         record["first_frame_prompt"] = self.first_frame_prompt
         record["composer"] = composer_call(pipe, record)
         record["seeds"] = {"video": record["seeds"]["video"], "anchor": self.picture.seed}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from ..media import read_video, viewing_scale, write_animation, write_frames, write_strip
 from .orders import FRAMES_FILE
@@ -18,6 +19,12 @@ FORMS = {
     "strip": ("strip.png", "image/png"),
 }
 
+if TYPE_CHECKING:
+    # The table says which.
+    Form = str
+else:
+    Form = Literal[tuple(FORMS)]
+
 
 def video_file(job: Job, form: str) -> Path:
     """The file of a job that has a video: the mp4, an animation, a ZIP of its frames as PNG, or a strip of them.
@@ -26,15 +33,17 @@ def video_file(job: Job, form: str) -> Path:
         `OSError`: the job was forgotten meanwhile.
     """
     name, _ = FORMS[form]
-    file = job.result.video.with_name(name)
+    result = job.result
+    assert result is not None and result.video is not None
+    file = result.video.with_name(name)
     if file.is_file() or form == "mp4":
         return file
-    frames, frame_rate = read_video(job.result.video.with_name(FRAMES_FILE))
+    frames, frame_rate = read_video(result.video.with_name(FRAMES_FILE))
     if form == "frames":
         write_frames(file, frames)
     elif form == "strip":
-        captions = [moment.caption for moment in job.result.moments] or job.result.caption
-        write_strip(file, job.order.prompt, captions, job.result.anchors or None, frames)
+        captions = [moment.caption for moment in result.moments] or result.caption
+        write_strip(file, job.order.prompt, captions, result.anchors or None, frames)
     else:
         write_animation(file, frames, frame_rate, scale=viewing_scale(frames.shape[1]))
     return file

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import gradio as gr
 import PIL.Image
@@ -20,7 +20,7 @@ from fastapi.responses import FileResponse
 from .api import send_video
 from .layout import make_layout
 from .orders import moments_text, new_seed, read_moments
-from .outputs import FORMS
+from .outputs import Form
 from .session import Session, Sessions
 from .worker import ENDED, Job, Worker
 
@@ -44,7 +44,7 @@ def add_page(api: FastAPI, worker: Worker) -> FastAPI:
     """The application with the page at its root, beside the API."""
 
     @api.get("/outputs/{id}/{form}", include_in_schema=False)
-    def output(id: str, form: Literal[tuple(FORMS)]) -> FileResponse:
+    def output(id: str, form: Form) -> FileResponse:
         # A link cannot say whose it is; the id is known to its owner alone.
         job = worker.find(id)
         if job is None or job.result is None or job.result.video is None:
@@ -147,7 +147,7 @@ class _Actions:
             last = told
             await asyncio.sleep(LOOK)
         session.take(job)
-        texts = {"done": "Done.", "cancelled": "Cancelled.", "failed": job.error}
+        texts = {"done": "Done.", "cancelled": "Cancelled.", "failed": job.error or ""}
         show = _problem if job.state == "failed" else _message
         yield await asyncio.to_thread(self._view, session) | {
             self.parts.status: show(texts[job.state]),
@@ -204,7 +204,7 @@ class _Actions:
         if event.index >= len(videos):
             return self._view(session)
         session.video = videos[event.index]
-        told = session.take_recipe(session.video.result.video)
+        told = session.take_recipe(_result(videos[event.index])[0])
         return self._view(session) | {self.parts.status: _message(told)}
 
     def _memory(self, key: str, width: float | None, height: float | None, num_frames: float) -> str:
@@ -266,7 +266,11 @@ class _Actions:
             for each in session.anchors
         ]
         key = session.owner.removeprefix("page ")
-        history = [(job.result.poster, job.order.prompt) for job in self._videos(key) if job.result.video.is_file()]
+        history = []
+        for job in self._videos(key):
+            file, poster = _result(job)
+            if file.is_file():
+                history.append((poster, job.order.prompt))
         shown = {
             parts.prompt: session.prompt,
             parts.mode: session.mode,
@@ -360,6 +364,12 @@ def _seconds(seconds: float) -> str:
 
 def _bar(share: float, text: str) -> str:
     return f"<div class='bar' role='status'><i style='width:{share:.0%}'></i><span>{html.escape(text)}</span></div>"
+
+
+def _result(job: Job) -> tuple[Path, PIL.Image.Image | None]:
+    """The video of a job that made one, and its poster."""
+    assert job.result is not None and job.result.video is not None
+    return job.result.video, job.result.poster
 
 
 def _message(text: str) -> str:

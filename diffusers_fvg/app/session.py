@@ -33,7 +33,7 @@ class Session:
         prompt, mode: of the video.
         caption (`str`), moments (`list[Moment]`): what stage 1 wrote; may be edited.
         pictures (`list[Picture]`), chosen (`int`): what stage 2 drew, and which of them is animated.
-        drawn_for (`str`): the caption that they were drawn for.
+        drawn_for (`str`, *optional*): the caption that they were drawn for.
         anchors (`list[Anchor]`): uploaded pictures, in place of stages 1 and 2.
         anchor_seed, seed (`int`): of stages 2 and 3; kept until they are changed.
         num_candidates (`int`): pictures of stage 2.
@@ -49,7 +49,7 @@ class Session:
     moments: list[Moment] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     chosen: int = 0
-    drawn_for: str = ""
+    drawn_for: str | None = ""
     anchors: list[Anchor] = field(default_factory=list)
     anchor_seed: int = field(default_factory=new_seed)
     seed: int = field(default_factory=new_seed)
@@ -212,7 +212,8 @@ class Session:
         else:
             told.append(f"peak {fits[1] / GIB:.1f} GiB on a card of {fits[0]} (computed)")
         sampling = {name: self.settings.get(name) for name in ("preset", "num_inference_steps")}
-        seconds = self.worker.seconds_before(Order("animate", self.prompt, **sizes, **sampling))
+        known: dict[str, Any] = sizes | sampling
+        seconds = self.worker.seconds_before(Order("animate", self.prompt, **known))
         told.append("time: known after the first video" if seconds is None else f"about {seconds:.0f} s here")
         return " · ".join(told)
 
@@ -221,7 +222,8 @@ class Sessions:
     """The sessions of all people, by their key; who has been away longest makes room."""
 
     def __init__(self, worker: Worker):
-        self.worker, self._sessions = worker, {}
+        self.worker = worker
+        self._sessions: dict[str, Session] = {}
 
     def of(self, owner: str) -> Session:
         session = self._sessions.pop(owner, None) or Session(self.worker, owner)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from diffusers.utils import logging
 
@@ -42,6 +42,9 @@ class QueueFull(ValueError):
     """No more orders are taken for now."""
 
 
+State = Literal["waiting", "running", "done", "failed", "cancelled"]
+
+
 @dataclass
 class Job:
     """An order on its way.
@@ -60,7 +63,7 @@ class Job:
     id: str
     owner: str
     order: Order
-    state: str = "waiting"
+    state: State = "waiting"
     stage: str = ""
     step: int = 0
     steps: int = 0
@@ -198,7 +201,7 @@ class Worker:
                 job.result, job.error = result, error
                 self._end(job, state)
 
-    def _run(self, job: Job) -> tuple[str, Result | None, str | None]:
+    def _run(self, job: Job) -> tuple[State, Result | None, str | None]:
         clock = _Clock(job, self._seconds, job.order.steps(self.pipe))
         file = self.folder / job.id / "video.mp4"
 
@@ -247,7 +250,7 @@ class Worker:
     def _delete(self, job: Job) -> None:
         shutil.rmtree(self.folder / job.id, ignore_errors=True)
 
-    def _end(self, job: Job, state: str) -> None:
+    def _end(self, job: Job, state: State) -> None:
         job.state, job.seconds_left, job.preview = state, None, None
         # Photographs as they were uploaded are large, and the result has what the model saw of them.
         job.order = replace(job.order, anchors=None, picture=None)
@@ -294,7 +297,9 @@ class _Clock:
         return now + seconds_of(later, self.seconds, self.size, self.denoise_steps)
 
 
-def seconds_of(stages: Iterable[str], seconds: dict[tuple, float], size: tuple[int, ...], denoise_steps: int) -> float:
+def seconds_of(
+    stages: Iterable[str], seconds: dict[tuple, float], size: tuple[int | None, ...], denoise_steps: int
+) -> float:
     """What stages take, as far as they ran before at that size."""
     steps = {"denoise": denoise_steps}
     return sum(seconds.get((stage, *size), 0.0) * steps.get(stage, 1) for stage in stages)

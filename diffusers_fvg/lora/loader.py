@@ -13,10 +13,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from diffusers.utils import logging
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -28,12 +28,6 @@ from .deltas import ParameterDeltas, base_parameter
 from .formats import EXPERTS, FORMATS, LoraFit, fit_tensors, read_safetensors, refuse_other_methods, split_key
 from .forms import check_form
 
-
-if TYPE_CHECKING:
-    # That of the stock pipeline class, which stands behind ours among the bases.
-    from diffusers.loaders.lora_base import LoraBaseMixin as StockLoader
-else:
-    StockLoader = object
 
 logger = logging.get_logger(__name__)
 
@@ -451,7 +445,7 @@ def _sample(reasons: dict[str, str], limit: int = 8) -> str:
     return ", ".join(shown) + (f" and {len(reasons) - limit} more" if len(reasons) > limit else "")
 
 
-class FactorizedVideoLoraLoaderMixin(StockLoader):
+class FactorizedVideoLoraLoaderMixin(LoraBaseMixin):
     """LoRA methods of a video pipeline that load every known format and leave no expert out unasked.
 
     Stands before the stock pipeline class among the bases; everything else is that class's own loader mixin.

@@ -115,16 +115,9 @@ VIDEO_INPUTS = (
 # Of `AnchorComposer.check_call`, in its order.
 COMPOSER_INPUTS = ("composer_num_inference_steps", "composer_guidance_scale", "composer_negative_prompt")
 # What says which stages run, and what those before the third take.
-CALL_INPUTS = (
-    "prompt",
-    "mode",
-    "first_frame_prompt",
-    "image",
-    "anchors",
-    "rewriter_max_new_tokens",
-    *COMPOSER_INPUTS,
-    "composer_num_candidates",
-)
+CALL_INPUTS: tuple[str, ...]
+CALL_INPUTS = ("prompt", "mode", "first_frame_prompt", "image", "anchors", "rewriter_max_new_tokens", *COMPOSER_INPUTS)
+CALL_INPUTS += ("composer_num_candidates",)
 CALL_DEFAULTS = ConfigSpec("call_defaults", None, "The model's own values of a call, used where a call gives none.")
 
 
