@@ -138,9 +138,8 @@ def test_the_judge_sees_the_plan_of_stage_1(monkeypatch):
 
 @pytest.mark.parametrize("own", [0, "3", 2.5, True])
 def test_a_repository_s_own_number_is_checked(own):
-    pipe = with_judge(by_blue, call_defaults={"composer_num_candidates": own})
-    with pytest.raises(ValueError, match=r"`call_defaults\['composer_num_candidates'\]=.*must be"):
-        call(pipe)
+    with pytest.raises(ValueError, match="`composer_num_candidates=.*must be"):
+        with_judge(by_blue, call_defaults={"composer_num_candidates": own})
 
 
 @pytest.mark.parametrize("count", [None, 3])
