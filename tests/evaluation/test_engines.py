@@ -72,7 +72,7 @@ def test_place_and_company_of_a_video_do_not_matter(tmp_path, load, expected):
     few = made(tmp_path, load, "in-process", ROWS[::-2])
     # The judge is content with one of two, or has seen both.
     assert {f"stages/videos/judged-{index}-1.mp4/candidate_1.png" for index in range(2)} < few.keys()
-    assert len({expected[row.path] for row in ROWS}) == len(ROWS)
+    assert len({expected[row.path] for row in ROWS if "judged" not in row.path}) == 8
     assert {name for name, data in few.items() if data != expected[name]} == {"plan.json", "plan.jsonl"}
 
 
