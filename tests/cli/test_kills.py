@@ -34,6 +34,7 @@ def loaded_once():
     """Each run is a fork of this process, which has the model already."""
     torch.set_num_threads(1)
     pipe = load_embedded()
+    pipe.set_progress_bar_config(disable=True)
     # A picture and a video as small and as quick as they can be.
     pipe.register_to_config(call_defaults=pipe.config.call_defaults | {"composer_num_candidates": 1})
     pipe.composer.call_defaults["num_inference_steps"] = 1
