@@ -649,7 +649,7 @@ def test_a_preset_s_window_is_a_whole_number(window):
 
 @pytest.mark.parametrize("value", BAD_NUMBERS)
 def test_defaults_that_are_not_finite_are_refused(pipe, value):
-    with pytest.raises(ValueError, match="num_inference_steps.*finite"):
+    with pytest.raises(ValueError, match="`num_inference_steps=.*must be a whole number"):
         AnchorComposer(pipe.composer.pipeline, {"num_frames": 1, "num_inference_steps": value})
     with pytest.raises(ValueError, match="frame_rate.*finite"):
         tiny_pipeline(call_defaults={"frame_rate": value})

@@ -243,15 +243,16 @@ def test_what_an_animator_s_repository_does_not_take_is_refused(tmp_path, capsys
 
 
 def write_lora(path, transformers):
-    """An anchor LoRA of each expert in one file, as training writes it. Returns the experts with it."""
-    state = {}
+    """An anchor LoRA of each expert in one file, as diffusers writes it: alpha is in the header. Returns the experts with it."""
+    state, config = {}, {}
     for seed, (name, transformer) in enumerate(transformers.items()):
         torch.manual_seed(seed)
         transformer.add_adapter(
-            LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+            LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "to_v"], init_lora_weights=False)
         )
+        config |= {f"{name}.r": 2, f"{name}.lora_alpha": 3}
         state |= {f"{name}.{key}": value for key, value in get_peft_model_state_dict(transformer).items()}
-    save_file(state, path, {"format": "pt"})
+    save_file(state, path, {"format": "pt", "lora_adapter_metadata": json.dumps(config)})
     return transformers
 
 
