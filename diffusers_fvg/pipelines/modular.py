@@ -38,7 +38,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from ..animate.anchor import Anchor
 from ..animate.stock_weights import configured_as
 from ..animate.transformer_anchor import AnchorConditionedTransformer3D
-from ..checks import check_texts
+from ..checks import as_generators, check_texts
 from ..compose.composer import AnchorComposer
 from ..loading.patches import add_modular
 from ..lora.anchor_lora import AnchorLora
@@ -46,7 +46,7 @@ from ..rewrite.rewriter import FirstFrameRewriter
 from ..schedules.presets import SchedulerPresets
 from .candidates import NO_COMPOSER
 from .pipeline_factorized_video import FactorizedVideoPipeline
-from .request import NO_REWRITER
+from .request_checks import NO_REWRITER
 from .seeds import anchor_seeds
 
 
@@ -72,7 +72,7 @@ INPUTS = {
         InputParam("guidance_scale", float, description="Of the video model, 1 is off; the preset's when left out."),
         InputParam("guidance_scale_2", float, description="Of the low-noise expert."),
         InputParam("num_videos_per_prompt", int, 1, description="Each video gets a picture of its own."),
-        InputParam("generator", torch.Generator | list, description="One, or one per video."),
+        InputParam("generator", torch.Generator | list | int, description="One, its seed, or one per video."),
         InputParam("latents", torch.Tensor, description="Unit Gaussian start of the videos, (B, C, f, h, w)."),
         InputParam("prompt_embeds", torch.Tensor, description="(B, L, D), in place of the prompt."),
         InputParam("negative_prompt_embeds", torch.Tensor, description="(B, L, D), in place of the negative prompt."),
@@ -194,7 +194,7 @@ class InputStep(_VideoStep):
         given = [name for name in ("first_frame_prompt", "image", "anchors") if block_state[name] is not None]
         if block_state.mode == "factorized" and not given:
             # Whether a picture will be there is for the blocks to say that a workflow consists of.
-            arguments["mode"] = None
+            del arguments["mode"]
         request = components.pipeline._request(arguments)
         composer = getattr(components, "composer", None)
         if request.mode is None and composer is not None:
@@ -261,7 +261,8 @@ class ComposeStep(_Step):
             for caption in _as_list(block_state.first_frame_prompt)
             for _ in range(block_state.num_videos_per_prompt)
         ]
-        seeds = anchor_seeds(block_state.generator, len(captions))
+        check_texts("first_frame_prompt", captions)
+        seeds = anchor_seeds(as_generators(block_state.generator), len(captions))
         block_state.image = components.composer.compose(
             captions,
             height=block_state.height,
