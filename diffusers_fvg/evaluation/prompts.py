@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,8 +169,8 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 values = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: no JSON ({error}).") from error
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: no JSON ({str(error)[:200]}).") from error
             if not isinstance(values, dict):
                 raise ValueError(
                     f'{path}, line {number}: must be an object, as {{"prompt": "..."}}, but is {line[:40]!r}.'
@@ -203,7 +204,7 @@ def _value(name: str, text: str) -> Any:
     if name in _JSON:
         try:
             return json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return text
     return text
 
@@ -216,7 +217,7 @@ def _row(place: str, values: Mapping[str, Any], labels: Collection[str], folder:
         )
     for name, value in values.items():
         _check_value(name, value, labels)
-    if not values.get("prompt"):
+    if not (values.get("prompt") or "").strip():
         raise ValueError("`prompt` is empty.")
     arguments = {name: value for name, value in values.items() if name in ARGUMENTS and name not in labels}
     if "image" in arguments:
@@ -237,8 +238,8 @@ def _check_value(name: str, value: Any, labels: Collection[str]) -> None:
         raise ValueError(f"`seed` must be a whole number from 0 to 2^63 - 1, but is {value!r}.")
     if name in WHOLES and not (isinstance(value, int) and is_number):
         raise ValueError(f"`{name}` must be a whole number, but is {value!r}.")
-    if name in NUMBERS and not is_number:
-        raise ValueError(f"`{name}` must be a number, but is {value!r}.")
+    if name in NUMBERS and not (is_number and math.isfinite(value)):
+        raise ValueError(f"`{name}` must be a finite number, but is {value!r}.")
     if name == "use_dynamic_cfg" and not isinstance(value, bool):
         raise ValueError(f"`{name}` must be true or false, but is {value!r}.")
     needed, known = {"anchors": ({"image"}, {"image", "frame_index", "strength"})}.get(

@@ -53,6 +53,8 @@ from .seeds import anchor_seeds
 MODEL_NAME = "factorized-video"
 # Of the plain pipeline's modes those that these blocks have.
 MODES = ("factorized", "direct")
+# Latents are those of the workflow without its last block.
+OUTPUT_TYPES = ("np", "uint8", "pt", "pil")
 # Components and settings of the pipeline, from its `__init__`.
 COMPONENTS, SETTINGS = FactorizedVideoPipeline._get_signature_keys(FactorizedVideoPipeline)
 
@@ -83,7 +85,7 @@ INPUTS = {
         InputParam("composer_num_inference_steps", int, description="Steps of stage 2."),
         InputParam("composer_guidance_scale", float, description="Guidance of stage 2."),
         InputParam("composer_negative_prompt", str | list[str], description="Negative prompt of stage 2."),
-        InputParam("output_type", str, "np", description='"np", "pt" or "pil".'),
+        InputParam("output_type", str, "np", description='"np", "uint8", "pt" or "pil".'),
     )
 }
 # What `FactorizedVideoPipeline.animate` takes, beside the prompts, the anchors and the form of its result.
@@ -177,7 +179,7 @@ class InputStep(_VideoStep):
 
     @property
     def inputs(self) -> list[InputParam]:
-        return _inputs(*CALL_INPUTS, *VIDEO_INPUTS)
+        return _inputs(*CALL_INPUTS, *VIDEO_INPUTS, "output_type")
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
@@ -190,6 +192,8 @@ class InputStep(_VideoStep):
     def run(self, components: FactorizedVideoModularPipeline, block_state) -> None:
         if block_state.mode not in MODES:
             raise ValueError(f"Unknown mode {block_state.mode!r}; use one of {MODES}.")
+        if block_state.output_type not in OUTPUT_TYPES:
+            raise ValueError(f"Unknown `output_type` {block_state.output_type!r}; use one of {OUTPUT_TYPES}.")
         arguments = {name: block_state[name] for name in (*CALL_INPUTS, *VIDEO_INPUTS)} | {"output_type": "latent"}
         given = [name for name in ("first_frame_prompt", "image", "anchors") if block_state[name] is not None]
         if block_state.mode == "factorized" and not given:

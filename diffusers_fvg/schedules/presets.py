@@ -306,6 +306,8 @@ def _read_preset(path: Path) -> tuple[int, SchedulerPreset]:
     config = read_json(path)
     values, scheduler_class = config.pop("_preset"), config.pop("_class_name")
     order = values.pop("order")
+    if not isinstance(order, int):
+        raise TypeError(f"`order={order!r:.60}` must be a whole number")
     if values["name"] != path.parent.name:
         raise ValueError(f"{path} calls its preset {values['name']!r}; rename the folder or the preset.")
     values = {"sigmas": None, "flow_shift": None, **values}

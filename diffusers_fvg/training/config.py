@@ -472,7 +472,7 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
     # A bool is an int to Python, but `rank = true` is a mistake.
     elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         # No float is as large as some whole numbers.
-        return float(value) if abs(value) < 2**1000 else float("inf")
+        return float(value) if not abs(value) >= 2**1000 else float("inf")
     elif type(value) is kind:
         return value
     raise ValueError(f"`{name}={value!r}` must be of type {_type_name(kind)}.")

@@ -8,7 +8,6 @@ import io
 import os
 import shutil
 import signal
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -117,6 +116,11 @@ class Shared:
         self.folder = Path()
         self._outlines: dict[tuple, Any] = {}
 
+    def load(self) -> None:
+        """Makes all of them now, outside of a row's time."""
+        for name in ("pipe", "dreamer", "cogvideox", "image_to_video", "modular"):
+            getattr(self, name)
+
     @contextlib.contextmanager
     def folder_of_a_row(self) -> Iterator[Path]:
         """A new folder, in which the row runs."""
@@ -222,39 +226,3 @@ def short(value: Any) -> str:
     """A value in a row's name."""
     text = repr(value) if not callable(value) else getattr(value, "__name__", repr(value))
     return text if len(text) <= 40 else f"{text[:36]}... ({len(text)})"
-
-
-def all_rows() -> list[Row]:
-    """The table."""
-    import command_rows
-    import config_rows
-    import data_rows
-    import lora_rows
-    import picture_rows
-    import python_rows
-    import repository_rows
-
-    modules = (python_rows, command_rows, config_rows, picture_rows, lora_rows, repository_rows, data_rows)
-    return [row for module in modules for row in module.ROWS]
-
-
-def counted() -> None:
-    """Prints how many rows of each kind came out in each class, and those that are not right."""
-    shared, counts, wrong = Shared(), {}, []
-    for row in all_rows():
-        found, said = outcome(row, shared)
-        kind = row.name.split(":")[0]
-        counts.setdefault(kind, dict.fromkeys(CLASSES, 0))[found] += 1
-        if found != "right":
-            wrong.append(f"{found}: {row.name}: {said}")
-    total = {name: sum(count[name] for count in counts.values()) for name in CLASSES}
-    print(f"{'':24}{'rows':>8}{''.join(f'{name:>9}' for name in CLASSES)}")
-    for kind, count in {**counts, "all": total}.items():
-        print(f"{kind:24}{sum(count.values()):>8}{''.join(f'{count[name]:>9}' for name in CLASSES)}")
-    print("\n".join(wrong))
-
-
-if __name__ == "__main__":
-    tests = Path(__file__).resolve().parent.parent
-    sys.path += [str(tests), *(str(folder) for folder in sorted(tests.iterdir()) if folder.is_dir())]
-    counted()

@@ -47,9 +47,9 @@ WRONG = [
     ("--memory", "16TB", "16TB"),
     ("--memory", "-8GB", "-8GB"),
     ("--model", "/no/such/folder", "/no/such/folder"),
-    ("--model", "no/such/model/here", "no/such/model/here"),
-    ("--variant", "fp16", "no", "model")[:3],
-    ("--revision", "main", "no"),
+    ("--model", "no/such/model/here", "no/such/model/here", "`org/name`"),
+    ("--variant", "fp16", "for a --model"),
+    ("--revision", "main", "for a --model"),
     ("--output", "video.txt", "must end in .mp4"),
     ("--output", "/proc/no/such/video.mp4", "cannot be written"),
     ("--strip", "strip.jpg", "must end in .png"),
@@ -61,12 +61,18 @@ WRONG = [
     ("--rewriter", "http://127.0.0.1:9/v1", "--rewriter-model"),
     ("--rewriter-model", "gpt", "--rewriter URL"),
     ("--composer", "/no/such/folder", "/no/such/folder"),
-    ("--lora", "/no/such/file.safetensors", "/no/such/file.safetensors"),
+    ("--lora", "/no/such/file.safetensors", "LoRA", "/no/such/file.safetensors", "no such file or folder"),
     ("--quantize", "int3", "invalid choice: 'int3'"),
     ("--no-such-flag", "3", "unrecognized arguments"),
 ]
 ROWS = [
-    *(command([*GENERATE, f"{flag}={value}"], flag if "=" not in flag else flag, *words) for flag, value, *words in WRONG),
+    *(
+        command(
+            [*GENERATE, f"{flag}={value}"],
+            *(words if flag == "--lora" else (flag.removeprefix("--").split("-")[0], *words)),
+        )
+        for flag, value, *words in WRONG
+    ),
     *(
         command(["generate", text], *words)
         for text, words in (
@@ -78,6 +84,6 @@ ROWS = [
             ("hello world", ("hello", "--model")),
         )
     ),
-    command(["generate"], "required: PROMPT") if False else command(["no-such-command"], "invalid choice"),
-    command([], "COMMAND"),
+    command(["no-such-command"], "no-such-command", "invalid choice"),
+    command([], "COMMAND", "required"),
 ]

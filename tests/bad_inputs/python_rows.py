@@ -10,7 +10,7 @@ import PIL.Image
 import torch
 from bad_rows import PROMPT, Row, Shared, short
 
-from diffusers_fvg import Anchor, ChatEndpoint, Moment, SchedulerPreset, SchedulerPresets
+from diffusers_fvg import Anchor, Moment, SchedulerPreset, SchedulerPresets
 
 
 NAN, INF = float("nan"), float("inf")
@@ -45,12 +45,11 @@ def called(
     rows = []
     for name, value, words in values:
 
-        def give(shared: Shared, arguments: dict = {**base, name: value}) -> Any:
-            return getattr(getattr(shared, pipe), method)(**arguments)
+        def give(shared: Shared, name: str = name, value: Any = value) -> Any:
+            return getattr(getattr(shared, pipe), method)(**{**base, name: value})
 
-        more = "".join(f" {other}={short(given)}" for other, given in base.items() if other not in ("prompt", name))
         words = words if isinstance(words, tuple) else (name, words)
-        rows.append(Row(f"{kind}: {name}={short(value)}{more}", give, words))
+        rows.append(Row(f"{kind}: {name}={short(value)}", give, words))
     return rows
 
 
@@ -102,7 +101,6 @@ CALL = [
     *(("preset", value, "must be the name of one") for value in (3, ["full-50"], 1.5)),
     *(("mode", value, "use one of ('factorized', 'direct'") for value in ("none", "", None, 3, ["direct"])),
     *(("anchor_decode", value, "use one of ('raw', 'match'") for value in ("none", "", None, 3, ["raw"])),
-    ("anchor_decode", "match", ("anchor_decode", "latent")),
     *(("callback_on_step_end", value, "must be a function") for value in (3, "f", [print])),
     ("callback_on_step_end", no_arguments, "called with (pipe, step, timestep, callback_kwargs)"),
     *(("callback_on_stage_step", value, "must be a function") for value in (3, "f")),
@@ -150,22 +148,25 @@ TENSORS = [
     ("latents", np.zeros(LATENTS), "must be a tensor"),
     ("latents", [0.0], "must be a tensor"),
     ("prompt_embeds", torch.zeros(4, 4), "(4, 4)"),
-    ("prompt_embeds", torch.zeros(1, 8, 7), "needs (1, tokens, 48)"),
-    ("prompt_embeds", torch.zeros(1, 0, 48), "of 1 to 10000 tokens"),
-    ("prompt_embeds", torch.zeros(1, 10_001, 48), "of 1 to 10000 tokens"),
-    ("prompt_embeds", torch.full((1, 8, 48), NAN), "not finite"),
-    ("prompt_embeds", torch.zeros(1, 8, 48, dtype=torch.int64), "floating-point numbers"),
+    ("prompt_embeds", torch.zeros(1, 8, 7), "needs (1, tokens, 128)"),
+    ("prompt_embeds", torch.zeros(1, 0, 128), "of 1 to 10000 tokens"),
+    ("prompt_embeds", torch.zeros(1, 10_001, 128), "of 1 to 10000 tokens"),
+    ("prompt_embeds", torch.full((1, 8, 128), NAN), "not finite"),
+    ("prompt_embeds", torch.zeros(1, 8, 128, dtype=torch.int64), "floating-point numbers"),
     ("prompt_embeds", [1.0], "must be a tensor"),
 ]
 COMBINED = [
-    ({"prompt_embeds": torch.zeros(1, 8, 48)}, ("Only one of `prompt` and `prompt_embeds`", "leave one")),
+    ({"prompt_embeds": torch.zeros(1, 8, 128)}, ("Only one of `prompt` and `prompt_embeds`", "leave one")),
     (
-        {"negative_prompt": "a", "negative_prompt_embeds": torch.zeros(1, 8, 48)},
+        {"negative_prompt": "a", "negative_prompt_embeds": torch.zeros(1, 8, 128)},
         ("Only one of `negative_prompt`", "leave one"),
     ),
     ({"negative_prompt_embeds": torch.zeros(1, 8, 7)}, ("negative_prompt_embeds", "(1, 8, 7)", "needs (1, tokens")),
-    ({"negative_prompt_embeds": torch.zeros(2, 8, 48)}, ("negative_prompt_embeds", "needs (1, tokens")),
-    ({"prompt": None, "prompt_embeds": torch.zeros(1, 8, 48)}, ("`prompt_embeds` cannot be rewritten", "pass `prompt`")),
+    ({"negative_prompt_embeds": torch.zeros(2, 8, 128)}, ("negative_prompt_embeds", "needs (1, tokens")),
+    (
+        {"prompt": None, "prompt_embeds": torch.zeros(1, 8, 128)},
+        ("`prompt_embeds` cannot be rewritten", "pass `prompt`"),
+    ),
     ({"mode": "direct", "image": PICTURE}, ("direct", "`image`", "leave one")),
     ({"mode": "direct", "first_frame_prompt": CAPTION}, ("direct", "`first_frame_prompt`", "leave one")),
     ({"mode": "direct", "rewriter_max_new_tokens": 8}, ("`rewriter_max_new_tokens=8` has no effect", "Leave one")),
@@ -260,7 +261,10 @@ STAGES = [
     *(("rewrite", {"prompts": CAPTION}, "max_new_tokens", *pair) for pair in ((0, LEAST), *NO_COUNT)),
     ("rewrite", {"prompts": CAPTION}, "max_new_tokens", 10**9, ("lower `max_new_tokens`",)),
     ("storyboard", {"prompts": CAPTION}, "max_new_tokens", 10**9, ("lower `max_new_tokens`",)),
-    *(("storyboard", {"prompts": CAPTION}, "num_moments", *pair) for pair in ((0, LEAST), (1, "at least 2"), *NO_COUNT)),
+    *(
+        ("storyboard", {"prompts": CAPTION}, "num_moments", *pair)
+        for pair in ((0, LEAST), (1, "at least 2"), *NO_COUNT)
+    ),
     ("describe_motion", {"prompts": CAPTION}, "max_new_tokens", 10**9, ("lower `max_new_tokens`",)),
     ("describe_motion", {"prompts": CAPTION}, "first_frame_prompts", 3, "non-empty list"),
     ("describe_motion", {"prompts": CAPTION}, "first_frame_prompts", ["a", "b"], "2 texts for 1 prompts"),
@@ -271,7 +275,10 @@ STAGES = [
     ),
     *(
         (stage, given, name, *pair)
-        for stage, given in (("compose", {"first_frame_prompts": CAPTION}), ("derive", {"images": PICTURE, "captions": CAPTION}))
+        for stage, given in (
+            ("compose", {"first_frame_prompts": CAPTION}),
+            ("derive", {"images": PICTURE, "captions": CAPTION}),
+        )
         for name, pair in (
             ("height", (0, "nearest: 16 and 32")),
             ("height", (8 * 10**7, f"{MOST} 512")),
@@ -371,15 +378,13 @@ BASE = {
     "image_to_video": SMALL | {"num_frames": 5},
 }
 for name, base in BASE.items():
-    made = called(name, name, [*EVERY, *OWN[name]], **base)
-    ROWS += [Row(f"{name}: {row.name.split(': ', 1)[1].split(' ')[0]}", row.give, row.words) for row in made]
+    ROWS += called(name, name, [*EVERY, *OWN[name]], **base)
 for name in ("dreamer", "cogvideox"):
     for value in (None, torch.zeros(3), torch.full((1, 2, 2, 2, 2), NAN)):
         ROWS += called(name, name, [("latents", value, "must be a tensor of floats")], "decode")
 
 MODULAR = [
     ("mode", "storyboard", "use one of ('factorized', 'direct')"),
-    ("mode", None, "use one of ('factorized', 'direct')"),
     ("num_inference_steps", 10**9, f"{MOST} 1000"),
     ("num_frames", 1.5, WHOLE),
     ("height", 8 * 10**7, f"{MOST} 512"),
@@ -396,7 +401,8 @@ MODULAR = [
     ("first_frame_prompt", 3, "must be a text or a list"),
     ("prompt", 3, "must be a text or a list"),
 ]
-ROWS += called("modular", "modular", MODULAR, prompt=PROMPT)
+MODEL = {"height": 64, "width": 64, "num_frames": 17, "max_sequence_length": 28}
+ROWS += called("modular", "modular", MODULAR, prompt=PROMPT, **MODEL)
 
 # -- presets, anchors, moments, endpoints -----------------------------------------------------------------------------
 
@@ -412,7 +418,10 @@ PRESETS = [
     *(("name", value, "must be a str") for value in (3, None)),
     *(("name", value, ("preset is called", "use a plain name")) for value in ("", "..", "a/b", "C:x")),
     *(("scheduler_class", value, "must be a str") for value in (3, None)),
-    *(("scheduler_class", value, ("no scheduler class of diffusers", repr(value))) for value in ("Nope", "DiffusionPipeline")),
+    *(
+        ("scheduler_class", value, ("no scheduler class of diffusers", repr(value)))
+        for value in ("Nope", "DiffusionPipeline")
+    ),
     *(("scheduler_config", value, "must be a dict") for value in (3, None)),
     ("scheduler_config", {"nope": 1}, ("Preset 'x'", "UniPCMultistepScheduler", "nope")),
     ("scheduler_config", {"num_train_timesteps": "x"}, ("Preset 'x'", "UniPCMultistepScheduler")),
@@ -448,7 +457,9 @@ for argument, value, words in PRESETS:
     )
 GOOD = SchedulerPreset(**PRESET)
 ROWS += [
-    done("preset", f"presets={short(value)}", lambda shared, value=value: SchedulerPresets(value), "`presets` must hold")
+    done(
+        "preset", f"presets={short(value)}", lambda shared, value=value: SchedulerPresets(value), "`presets` must hold"
+    )
     for value in (3, None, [], {"a": 3}, {"other": GOOD})
 ]
 ROWS += [

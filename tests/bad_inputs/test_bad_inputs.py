@@ -4,7 +4,8 @@ import time
 
 import pytest
 import torch
-from bad_rows import CLASSES, Row, Shared, all_rows, outcome
+from bad_rows import CLASSES, Row, Shared, outcome
+from count_rows import all_rows
 
 
 ROWS = all_rows()
@@ -14,7 +15,9 @@ EXCEPTIONS: dict[str, str] = {}
 
 @pytest.fixture(scope="module")
 def shared():
-    return Shared()
+    shared = Shared()
+    shared.load()
+    return shared
 
 
 def test_the_table_is_large_and_each_row_has_a_name_of_its_own():
