@@ -30,21 +30,12 @@ def adapter_config(metadata: dict[str, str], label: str) -> dict[str, Any]:
     Raises:
         `ValueError`: it is no JSON object.
     """
-    return parsed_config(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"), f"the metadata of {label}")
-
-
-def parsed_config(text: str, label: str) -> dict[str, Any]:
-    """A `LoraConfig` as PEFT writes it.
-
-    Raises:
-        `ValueError`: it is no JSON object, or its alpha is no number.
-    """
     try:
-        config = json.loads(text)
+        config = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{label} holds no JSON: {str(error)[:120]}.") from error
+        raise ValueError(f"The metadata of {label} hold no JSON: {str(error)[:120]}.") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{label} must hold an object, but holds a {type(config).__name__}.")
+        raise ValueError(f"The metadata of {label} must hold an object, but hold a {type(config).__name__}.")
     return config
 
 

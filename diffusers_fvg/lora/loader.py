@@ -22,9 +22,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..checks import check_finite, check_name, check_scale
+from ..loading.component_config import read_json
 from ..loading.safety import refuse_pickles
 from .deltas import ParameterDeltas, base_parameter
-from .files import adapter_config, check_tensors, parsed_config, read_safetensors
+from .files import adapter_config, check_tensors, read_safetensors
 from .formats import EXPERTS, FORMATS, LoraFit, fit_tensors, refuse_other_methods, split_key
 
 
@@ -139,7 +140,7 @@ def _read(path: Path) -> _Source:
             raise ValueError(
                 f"{path} is PEFT's, but there is no {_PEFT_CONFIG_NAME} beside it, which holds its alpha."
             )
-        metadata = parsed_config(config.read_text(encoding="utf-8", errors="replace"), str(config))
+        metadata = read_json(config)
     return _Source(str(path), tensors, metadata)
 
 
