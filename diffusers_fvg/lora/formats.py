@@ -299,7 +299,8 @@ def _scaled_pair(down: torch.Tensor, up: torch.Tensor, scale: float) -> tuple[to
     """The pair with `scale` in `up`, in a wider type where that of the file would round the product."""
     if scale == 1:
         return down, up
-    wide = torch.promote_types(up.dtype, torch.float32)
+    # Numbers of one byte are promoted to nothing.
+    wide = torch.float32 if up.dtype.itemsize == 1 else torch.promote_types(up.dtype, torch.float32)
     scaled = up.to(wide) * scale
     narrow = scaled.to(up.dtype)
     return (down, narrow) if torch.equal(narrow.to(wide), scaled) else (down.to(wide), scaled)

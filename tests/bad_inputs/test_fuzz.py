@@ -24,6 +24,7 @@ from safetensors.torch import save
 
 from diffusers_fvg import Anchor, Moment, SchedulerPreset, load_lora
 from diffusers_fvg.animate.frames import first_frame
+from diffusers_fvg.checks import check_texts
 from diffusers_fvg.evaluation.prompts import read_prompts
 from diffusers_fvg.media.reading import read_video, read_video_metadata
 from diffusers_fvg.media.writing import write_video
@@ -143,6 +144,7 @@ def test_a_chat_holds_a_prompt_as_one_turn_whatever_it_says(shared, prompt):
     rewriter = shared.pipe.rewriter
 
     def action(folder):
+        check_texts("prompt", [prompt])
         turns = rewriter.messages(prompt)
         harmless = rewriter.messages(PROMPT)
         assert [turn["role"] for turn in turns] == [turn["role"] for turn in harmless]
