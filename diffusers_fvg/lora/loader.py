@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..checks import check_finite, check_name, check_scale
-from ..loading.component_config import read_json
+from ..loading.reading import read_json
 from ..loading.safety import refuse_pickles
 from .deltas import ParameterDeltas, base_parameter
 from .files import adapter_config, check_tensors, read_safetensors
