@@ -218,7 +218,8 @@ def test_saved_and_loaded_it_gives_the_same(name, tmp_path):
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
     assert type(loaded) is type(shared(name))
     loaded.set_progress_bar_config(disable=True)
-    assert torch.equal(loaded(**call_of(name)).frames, expected(name))
+    # Weights that were read lie elsewhere in memory, and are summed in another order.
+    torch.testing.assert_close(loaded(**call_of(name)).frames, expected(name), rtol=0, atol=1e-5)
     # Pickles are refused, in saving as in loading.
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".ckpt")]
 
@@ -230,7 +231,8 @@ def test_components_that_are_left_out_stay_out(name, tmp_path):
     loaded = DiffusionPipeline.from_pretrained(tmp_path)
     assert loaded.rewriter is None and loaded.composer is None
     loaded.set_progress_bar_config(disable=True)
-    assert torch.equal(loaded(**call_of(name)).frames, expected(name))
+    # Weights that were read lie elsewhere in memory, and are summed in another order.
+    torch.testing.assert_close(loaded(**call_of(name)).frames, expected(name), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["wan", "dreamer"])
@@ -242,7 +244,8 @@ def test_variants_are_saved_and_loaded(name, tmp_path):
     ]
     loaded = DiffusionPipeline.from_pretrained(tmp_path, variant="fp16")
     loaded.set_progress_bar_config(disable=True)
-    assert torch.equal(loaded(**call_of(name)).frames, expected(name))
+    # Weights that were read lie elsewhere in memory, and are summed in another order.
+    torch.testing.assert_close(loaded(**call_of(name)).frames, expected(name), rtol=0, atol=1e-5)
 
 
 @each_pipeline

@@ -591,9 +591,9 @@ OF_ANOTHER_KIND = [
     {"latents": np.zeros((1, 16, 2, 4, 4), np.float32)},
     {"latents": [0.0]},
     {"latents": torch.zeros(1, 16, 2, 4, 4, dtype=torch.complex64)},
-    {"generator": 5},
+    {"generator": "5"},
     {"generator": [None]},
-    {"generator": (1,)},
+    {"generator": ("1",)},
     {"num_videos_per_prompt": None},
     {"mode": "storyboard", "num_moments": None},
     {"attention_kwargs": "x"},
@@ -649,7 +649,7 @@ def test_a_preset_s_window_is_a_whole_number(window):
 
 @pytest.mark.parametrize("value", BAD_NUMBERS)
 def test_defaults_that_are_not_finite_are_refused(pipe, value):
-    with pytest.raises(ValueError, match="num_inference_steps.*finite"):
+    with pytest.raises(ValueError, match="num_inference_steps.*whole number"):
         AnchorComposer(pipe.composer.pipeline, {"num_frames": 1, "num_inference_steps": value})
     with pytest.raises(ValueError, match="frame_rate.*finite"):
         tiny_pipeline(call_defaults={"frame_rate": value})
