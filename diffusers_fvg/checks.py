@@ -11,13 +11,13 @@ import numbers
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import PureWindowsPath
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 
 # What draws: one for all videos, one for each, or the seed of one.
-Generators = torch.Generator | int | list[torch.Generator | int] | None
+Generators: TypeAlias = torch.Generator | int | list[torch.Generator | int] | None
 
 # Text encoders read 512 tokens; a prompt longer than this many characters is a mistake (a file, a log), not a prompt.
 MAX_PROMPT_CHARACTERS = 10_000

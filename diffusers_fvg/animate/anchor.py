@@ -224,13 +224,12 @@ def _pixels(image: PIL.Image.Image) -> np.ndarray:
         # What phones add to a JPEG as further pictures (MPO) is a preview or a depth map.
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         if frames == 1:
-            # By its name Pillow maps an uncompressed TIFF into memory, with the sides of a turned one exchanged.
-            named = isinstance(image, PIL.ImageFile.ImageFile) and image.format == "TIFF"
-            if named:
+            if image.format == "TIFF" and isinstance(image, PIL.ImageFile.ImageFile):
+                # By its name Pillow maps an uncompressed one into memory, with the sides of a turned one exchanged.
                 name, image.filename = image.filename, ""
-            image.load()
-            if named:
+                image.load()
                 image.filename = name
+            image.load()
             image = PIL.ImageOps.exif_transpose(image)
     except MemoryError:
         raise

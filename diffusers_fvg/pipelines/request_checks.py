@@ -34,6 +34,7 @@ from .record import boundary_ratio
 
 
 if TYPE_CHECKING:
+    from .request import VideoRequest
     from .stages import FactorizedStages
 
 MODES = ("factorized", "direct", "storyboard")
@@ -51,7 +52,7 @@ NO_REWRITER = (
 class RequestChecks:
     """Checks of a [`VideoRequest`]: each raises `ValueError` naming the argument, its value and the fix."""
 
-    def _check_kinds(self) -> None:
+    def _check_kinds(self: VideoRequest) -> None:
         """Values are of the kinds that the other checks read."""
         for name in ("prompt", "first_frame_prompt", "motion_prompt", "negative_prompt"):
             self._check_kind(name, (str, list, tuple), "a text or a list of texts")
@@ -80,12 +81,12 @@ class RequestChecks:
             if getattr(self, name) is None:
                 raise ValueError(f"`{name}=None` must be a whole number.")
 
-    def _check_kind(self, name: str, kinds: type | tuple[type, ...], wanted: str) -> None:
+    def _check_kind(self: VideoRequest, name: str, kinds: type | tuple[type, ...], wanted: str) -> None:
         value = getattr(self, name)
         if value is not None and not isinstance(value, kinds):
             raise ValueError(f"`{name}` must be {wanted}, but is a {type(value).__name__}.")
 
-    def _check_mode(self) -> None:
+    def _check_mode(self: VideoRequest) -> None:
         if self.mode is not None and self.mode not in MODES:
             raise ValueError(f"Unknown mode {self.mode!r}; use one of {MODES}.")
         if self.prompt is None and self.prompt_embeds is None:
@@ -102,7 +103,7 @@ class RequestChecks:
             raise ValueError(f"Unknown `output_type` {self.output_type!r}; use one of {OUTPUT_TYPES}.")
         check_anchor_decode(self.anchor_decode, self.output_type)
 
-    def _check_numbers(self, pipe: FactorizedStages) -> None:
+    def _check_numbers(self: VideoRequest, pipe: FactorizedStages) -> None:
         most = {
             "num_inference_steps": MAX_STEPS,
             "composer_num_inference_steps": MAX_STEPS,
@@ -129,7 +130,7 @@ class RequestChecks:
         if "scale" in (self.attention_kwargs or {}):
             check_scale("attention_kwargs['scale']", self.attention_kwargs["scale"])
 
-    def _check_texts(self, pipe: FactorizedStages) -> None:
+    def _check_texts(self: VideoRequest, pipe: FactorizedStages) -> None:
         num_prompts = self.num_prompts
         for name in ("prompt", "first_frame_prompt", "motion_prompt"):
             texts = getattr(self, name)
@@ -143,7 +144,7 @@ class RequestChecks:
         check_negative_texts("negative_prompt", self.negative_prompt, num_prompts)
         check_negative_texts("composer_negative_prompt", self.composer_negative_prompt, self.num_videos)
 
-    def _check_embeds(self, pipe: FactorizedStages) -> None:
+    def _check_embeds(self: VideoRequest, pipe: FactorizedStages) -> None:
         for text, embeds in (("prompt", "prompt_embeds"), ("negative_prompt", "negative_prompt_embeds")):
             if getattr(self, text) is not None and getattr(self, embeds) is not None:
                 raise ValueError(f"Only one of `{text}` and `{embeds}` can be used; leave one of them out.")
@@ -169,7 +170,7 @@ class RequestChecks:
             if isinstance(value, torch.Tensor) and field.name not in ("image", "anchors"):
                 check_finite(field.name, value)
 
-    def _check_size(self, pipe: FactorizedStages) -> None:
+    def _check_size(self: VideoRequest, pipe: FactorizedStages) -> None:
         pipe._check_size(self.height, self.width)
         check_num_frames(self.num_frames, pipe._frame_step(), pipe._most_frames())
         pixels = self.num_videos * self.num_frames * self.height * self.width
@@ -179,7 +180,7 @@ class RequestChecks:
                 f"are {pixels:.1e} pixels, and one call makes at most {MAX_PIXELS:.1e}: make fewer, or smaller ones."
             )
 
-    def _check_stages(self, pipe: FactorizedStages) -> None:
+    def _check_stages(self: VideoRequest, pipe: FactorizedStages) -> None:
         """Stages 1 and 2 can run: their models are there, and so is what they start from. Of one that does not, nothing is set."""
         self._check_skipped()
         if not self.draws_anchors:
@@ -198,7 +199,7 @@ class RequestChecks:
             derive=self.mode == "storyboard",
         )
 
-    def _check_skipped(self) -> None:
+    def _check_skipped(self: VideoRequest) -> None:
         """No argument is given of a stage that does not run."""
         if self.mode not in (None, "storyboard") and self.num_moments != type(self).num_moments:
             raise ValueError(f'`num_moments={self.num_moments}` is for `mode="storyboard"`, not for {self.mode!r}.')
@@ -216,7 +217,7 @@ class RequestChecks:
                     f"`{field.name}={value!r}` has no effect: {cause} skips its stage. Leave one of them out."
                 )
 
-    def _check_sampling(self, pipe: FactorizedStages) -> None:
+    def _check_sampling(self: VideoRequest, pipe: FactorizedStages) -> None:
         preset = self.sampling(pipe)
         if preset is None:
             pipe._check_scheduler()
@@ -234,7 +235,7 @@ class RequestChecks:
                 f"`callback_on_step_end_tensor_inputs` has to be in {pipe._callback_tensor_inputs}, but found {unknown}."
             )
 
-    def _check_makes_scheduler(self, pipe: FactorizedStages, preset: SchedulerPreset | None) -> None:
+    def _check_makes_scheduler(self: VideoRequest, pipe: FactorizedStages, preset: SchedulerPreset | None) -> None:
         """The scheduler of the call can be made and take so many steps: what it would refuse, it refuses now."""
         try:
             self.make_scheduler(pipe, torch.device("cpu"))
@@ -242,13 +243,13 @@ class RequestChecks:
             of = f"`scheduler`, a {type(pipe.scheduler).__name__}," if preset is None else f"Preset {preset.name!r}"
             raise ValueError(f"{of} cannot be used for {self.steps(pipe)} steps: {str(error)[:200]}") from error
 
-    def _check_latents(self, pipe: FactorizedStages) -> None:
+    def _check_latents(self: VideoRequest, pipe: FactorizedStages) -> None:
         expected = pipe._latents_shape(self.num_videos, self.num_frames, self.height, self.width)
         if self.latents is not None and tuple(self.latents.shape) != expected:
             raise ValueError(f"`latents` has shape {tuple(self.latents.shape)}, but this call needs {expected}.")
         self._check_motion()
 
-    def _check_moments(self, pipe: FactorizedStages) -> None:
+    def _check_moments(self: VideoRequest, pipe: FactorizedStages) -> None:
         if self.mode != "storyboard":
             return
         if self.storyboard is not None:

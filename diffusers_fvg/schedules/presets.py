@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import NoneType
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,7 +92,13 @@ class SchedulerPreset:
         object.__setattr__(self, "num_inference_steps", len(self.sigmas))
 
     def _check_kinds(self) -> None:
-        kinds = {"name": str, "scheduler_class": str, "scheduler_config": dict, "weights": str, "source": str}
+        kinds: dict[str, Any] = {
+            "name": str,
+            "scheduler_class": str,
+            "scheduler_config": dict,
+            "weights": str,
+            "source": str,
+        }
         kinds |= {"guidance_interval": (list, tuple), "sigmas": (list, tuple, NoneType)}
         for name, kind in kinds.items():
             value = getattr(self, name)

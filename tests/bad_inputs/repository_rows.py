@@ -63,7 +63,9 @@ ROWS = [
     repository("a class of another library", rewritten(INDEX, vae=["os", "system"]), "os", "system"),
     repository("a tokenizer for a VAE", rewritten(INDEX, vae=["transformers", "T5Tokenizer"]), "vae", error=Exception),
     repository("call_defaults of a list", rewritten(INDEX, call_defaults=[1]), "call_defaults", "dictionary"),
-    repository("a size of NaN", rewritten(INDEX, call_defaults={"height": float("nan")}), "`height=nan`", "finite"),
+    repository(
+        "a size of NaN", rewritten(INDEX, call_defaults={"height": float("nan")}), "`height=nan`", "whole number"
+    ),
     repository("boundary_ratio of a text", rewritten(INDEX, boundary_ratio="x"), "`boundary_ratio='x'`"),
     repository("boundary_ratio of NaN", rewritten(INDEX, boundary_ratio=float("nan")), "`boundary_ratio=nan`"),
     repository("no VAE weights", removed("vae/diffusion_pytorch_model.safetensors"), "vae", error=OSError),
