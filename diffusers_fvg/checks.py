@@ -5,22 +5,44 @@ What cannot work raises `ValueError` naming the value and the fix.
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PureWindowsPath
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 
+# What draws: one for all videos, one for each, or the seed of one.
+Generators: TypeAlias = torch.Generator | int | list[torch.Generator | int] | None
+
 # Text encoders read 512 tokens; a prompt longer than this many characters is a mistake (a file, a log), not a prompt.
 MAX_PROMPT_CHARACTERS = 10_000
+# Models are trained on 1000 times of noise: more steps than that are a slip of the finger.
+MAX_STEPS = 1000
+# Of what one call makes of one prompt: videos, pictures, tries.
+MAX_COUNT = 1000
+# Pixels of a side, and frames: beyond any model.
+MAX_SIDE, MAX_FRAMES = 16384, 100_000
+# No model was trained above 20; at thousands the numbers themselves give way.
+MAX_GUIDANCE = 1000
 # Controls other than white space (U+0085 is one), which a terminal would obey, and halves of characters.
 # Defaults of a call that are whole numbers from 1 on.
 _COUNTS = ("height", "width", "num_frames", "num_inference_steps", "max_sequence_length", "composer_num_candidates")
 UNSHOWABLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")
+
+
+def check_latents(latents: torch.Tensor, shape: Sequence[int | None]) -> None:
+    """A tensor of finite numbers and of a shape, of which sides that may be any are `None`."""
+    fits = isinstance(latents, torch.Tensor) and latents.is_floating_point() and latents.ndim == len(shape)
+    if not fits or any(side not in (None, given) for side, given in zip(shape, latents.shape)):
+        what = (latents.dtype, tuple(latents.shape)) if isinstance(latents, torch.Tensor) else type(latents).__name__
+        wanted = ", ".join("any" if side is None else str(side) for side in shape)
+        raise ValueError(f"`latents` must be a tensor of floats of shape ({wanted}), but is {what}.")
+    check_finite("latents", latents)
 
 
 def check_texts(name: str, texts: list[str]) -> None:
@@ -59,9 +81,15 @@ def _check_whole(name: str, value: int) -> None:
         raise ValueError(f"`{name}={value!r}` must be a whole number.")
 
 
-def check_size(name: str, value: int, multiple: int) -> None:
-    """Pixels: a positive multiple of what a patch of the video model covers."""
+def _check_most(name: str, value: int, most: int | None) -> None:
+    if most is not None and value > most:
+        raise ValueError(f"`{name}={value}` must be at most {most}.")
+
+
+def check_size(name: str, value: int, multiple: int, most: int = MAX_SIDE) -> None:
+    """Pixels: a positive multiple of what a patch of the video model covers, at most as many as the model has places for."""
     _check_whole(name, value)
+    _check_most(name, value, most)
     if value < multiple or value % multiple:
         below = max(multiple, value // multiple * multiple)
         raise ValueError(
@@ -69,21 +97,25 @@ def check_size(name: str, value: int, multiple: int) -> None:
         )
 
 
-def check_num_frames(num_frames: int, step: int) -> None:
-    """Frames: 1, then `step` for every further latent."""
+def check_num_frames(num_frames: int, step: int, most: int | None = None) -> None:
+    """Frames: 1, then `step` for every further latent, at most as many as the model has places for."""
     _check_whole("num_frames", num_frames)
+    _check_most("num_frames", num_frames, most or MAX_FRAMES)
+    if step == 1 and num_frames < 1:
+        raise ValueError(f"`num_frames={num_frames}` must be at least 1.")
     if num_frames < 1 or (num_frames - 1) % step:
         below = max(1, (num_frames - 1) // step * step + 1)
         raise ValueError(f"`num_frames={num_frames}` must be {step}k + 1; nearest: {below} and {below + step}.")
 
 
-def check_at_least_one(name: str, value: int | None) -> None:
-    """A count: a whole number from 1 on, or `None` where it is left out."""
+def check_at_least_one(name: str, value: int | None, most: int | None = None) -> None:
+    """A count: a whole number from 1 on, to `most` where there is one, or `None` where it is left out."""
     if value is None:
         return
     _check_whole(name, value)
     if value < 1:
         raise ValueError(f"`{name}={value}` must be at least 1.")
+    _check_most(name, value, most)
 
 
 def check_number(name: str, value: float | None) -> None:
@@ -91,14 +123,44 @@ def check_number(name: str, value: float | None) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise ValueError(f"`{name}={value!r}` must be a finite number.")
+        raise ValueError(f"`{name}={value!r:.80}` must be a finite number.")
+
+
+def check_callback(name: str, function: Any, arguments: Sequence[str]) -> None:
+    """A function that can be called with so many arguments, or `None` where it is left out; one of diffusers' callbacks is.
+
+    Raises:
+        `ValueError`: no function, or one of other arguments.
+    """
+    if function is None:
+        return
+    if not callable(function):
+        raise ValueError(f"`{name}` must be a function, but is a {type(function).__name__}.")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # Of a function that is not written in Python nothing is known.
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        given = ", ".join(arguments)
+        raise ValueError(
+            f"`{name}` is called with ({given}), which its signature {signature} does not take."
+        ) from error
 
 
 def check_guidance(name: str, value: float | None) -> None:
-    """A scale of classifier-free guidance: a finite number from 0 on, or `None` where it is left out."""
+    """A scale of classifier-free guidance: a number from 0 to `MAX_GUIDANCE`, or `None` where it is left out."""
     check_number(name, value)
-    if value is not None and value < 0:
-        raise ValueError(f"`{name}={value!r}` must be at least 0; 1 is no guidance.")
+    if value is not None and not 0 <= value <= MAX_GUIDANCE:
+        raise ValueError(f"`{name}={value!r}` must lie between 0 and {MAX_GUIDANCE}; 1 is no guidance.")
+
+
+def check_scale(name: str, value: float) -> None:
+    """Strength of LoRAs in a call: a number from -100 to 100."""
+    check_number(name, value)
+    if value is None or not -100 <= value <= 100:
+        raise ValueError(f"`{name}={value!r}` must be a number from -100 to 100; 1 is the LoRA as it was trained.")
 
 
 def check_defaults(defaults: Mapping[str, Any] | None) -> None:
@@ -144,7 +206,13 @@ def check_finite(name: str, values: torch.Tensor | None) -> None:
     Raises:
         `ValueError`: NaN or infinity among them.
     """
-    if values is not None and not is_finite(values):
+    if values is None:
+        return
+    if values.is_meta or values.layout != torch.strided:
+        raise ValueError(
+            f"`{name}` is a tensor on {values.device} of {values.layout}; give one that holds its values."
+        )
+    if not is_finite(values):
         raise ValueError(f"`{name}` ({values.dtype}) holds values that are not finite (NaN or infinity).")
 
 
@@ -166,6 +234,47 @@ def stop_unless_finite(stage: str, values: torch.Tensor, dtype: torch.dtype | No
             f"{dtype or values.dtype}. If the inputs and the weights are sound, the range of that dtype is too small for the "
             "model: load it in bfloat16 or float32."
         )
+
+
+def check_negative_texts(name: str, texts: str | list[str] | None, count: int) -> None:
+    """A text for all, or a list of one for each, of bounded length; unlike prompts they may be empty. `None`: left out.
+
+    Raises:
+        `ValueError`: naming what is wrong with them.
+    """
+    if texts is None:
+        return
+    members = [texts] if isinstance(texts, str) else texts
+    if not isinstance(members, (list, tuple)) or not all(isinstance(text, str) for text in members):
+        raise ValueError(f"`{name}` must be a text or a list of texts, but is {texts!r:.80}.")
+    if not isinstance(texts, str) and len(members) != count:
+        raise ValueError(f"`{name}` has {len(members)} texts for {count} prompts; give one text or {count}.")
+    for text in members:
+        if len(text) > MAX_PROMPT_CHARACTERS:
+            raise ValueError(f"`{name}` has {len(text)} characters; keep it under {MAX_PROMPT_CHARACTERS}.")
+    check_characters(name, texts)
+
+
+def as_generators(generator: Generators) -> torch.Generator | list[torch.Generator] | None:
+    """Generators of what a call was given: a whole number is the seed of one on the CPU.
+
+    Raises:
+        `ValueError`: something else, or a seed that torch does not take.
+    """
+    if isinstance(generator, (list, tuple)):
+        return [_as_generator(member) for member in generator]
+    return None if generator is None else _as_generator(generator)
+
+
+def _as_generator(given: torch.Generator | int) -> torch.Generator:
+    if isinstance(given, torch.Generator):
+        return given
+    is_seed = isinstance(given, numbers.Integral) and not isinstance(given, bool)
+    if not is_seed or not 0 <= given < 2**63:
+        raise ValueError(
+            f"`generator={given!r:.60}` must be a torch.Generator, a seed from 0 to 2**63 - 1, or a list of them."
+        )
+    return torch.Generator().manual_seed(int(given))
 
 
 def check_generators(generator: torch.Generator | list[torch.Generator] | None, count: int, things: str) -> None:

@@ -13,8 +13,9 @@ are exact in the clip itself, and stay there in both.
 from __future__ import annotations
 
 import functools
+import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -44,6 +45,8 @@ FORMS = ("slot", "appended")
 
 Picture: TypeAlias = PIL.Image.Image | np.ndarray | torch.Tensor
 
+# Pixels of a picture: where Pillow warns of a decompression bomb. As numbers they are 1 GiB.
+MAX_PICTURE = 1024 * 1024 * 1024 // 4 // 3
 # A crop is told of from this share of the picture on: a thing at the edge may be gone with it.
 CROP_TOLD = 0.1
 
@@ -91,6 +94,8 @@ def pair_anchors(anchors, num_prompts: int, num_videos_per_prompt: int) -> list[
     Raises:
         `ValueError`: no anchor at all, another number of lists, or something else than anchors.
     """
+    if not isinstance(anchors, (Anchor, Iterable)):
+        raise ValueError(f"`anchors` must be an `Anchor` or a list of them, but is a {type(anchors).__name__}.")
     anchors = [anchors] if isinstance(anchors, Anchor) else list(anchors)
     if not any(isinstance(item, Anchor) or item for item in anchors):
         raise ValueError(
@@ -143,6 +148,7 @@ def picture_tensor(image: Picture) -> torch.Tensor:
     Raises:
         `ValueError`: a picture that cannot be decoded, is animated, is of another layout, or has values outside its range.
     """
+    _check_picture_size(image)
     if isinstance(image, PIL.Image.Image):
         image = _pixels(image)
     if isinstance(image, np.ndarray):
@@ -165,6 +171,18 @@ def picture_tensor(image: Picture) -> torch.Tensor:
             "them, or give whole numbers from 0 to 255 as uint8."
         )
     return image.float()
+
+
+def _check_picture_size(image: Any) -> None:
+    """Before anything is decoded or copied."""
+    sides = image.size if isinstance(image, PIL.Image.Image) else getattr(image, "shape", ())
+    if isinstance(image, torch.Tensor) and (image.is_meta or image.layout != torch.strided):
+        raise ValueError(f"An anchor tensor must hold its values, but is on {image.device} and {image.layout}.")
+    if math.prod(sides) > (MAX_PICTURE if isinstance(image, PIL.Image.Image) else 3 * MAX_PICTURE):
+        raise ValueError(
+            f"The anchor image has {' x '.join(map(str, sides))} values, more than {MAX_PICTURE:,} pixels: scale it down, as with "
+            "`image.thumbnail((4096, 4096))`."
+        )
 
 
 def picture_image(image: Picture) -> PIL.Image.Image:
@@ -205,26 +223,30 @@ def _pixels(image: PIL.Image.Image) -> np.ndarray:
     try:
         # What phones add to a JPEG as further pictures (MPO) is a preview or a depth map.
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-        if frames > 1:
-            raise ValueError(
-                f"The anchor image is animated or has several pages, {frames} in all: choose one, with `image.seek(index)` "
-                "and `image.copy()`, or give several as the list of a run."
-            )
-        if image.format == "TIFF" and isinstance(image, PIL.ImageFile.ImageFile):
-            # By its name Pillow maps an uncompressed file into memory, with the sides of a turned one exchanged.
-            name, image.filename = image.filename, ""
+        if frames == 1:
+            if image.format == "TIFF" and isinstance(image, PIL.ImageFile.ImageFile):
+                # By its name Pillow maps an uncompressed one into memory, with the sides of a turned one exchanged.
+                name, image.filename = image.filename, ""
+                image.load()
+                image.filename = name
             image.load()
-            image.filename = name
-        image = PIL.ImageOps.exif_transpose(image)
-        if image.mode in ("I", "LAB", "La") or (image.mode.startswith("I;16") and image.has_transparency_data):
-            raise ValueError(
-                f"The anchor image of mode {image.mode} has no certain range or transparency; convert it to RGB or RGBA."
-            )
-        if image.mode == "F" or image.mode.startswith("I;16"):
-            return np.repeat(np.asarray(image)[..., None], 3, axis=2)
-        return np.asarray(_opaque(image).convert("RGB"))
-    except (OSError, SyntaxError) as error:
+            image = PIL.ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # A decoder says in many ways that a file is damaged.
         raise ValueError(f"The anchor image cannot be decoded ({error}); save it again as PNG or JPEG.") from error
+    if frames > 1:
+        raise ValueError(
+            f"The anchor image is animated or has several pages, {frames} in all: choose one, with `image.seek(index)` and "
+            "`image.copy()`, or give several as the list of a run."
+        )
+    if image.mode in ("I", "LAB", "La") or (image.mode.startswith("I;16") and image.has_transparency_data):
+        raise ValueError(
+            f"The anchor image of mode {image.mode} has no certain range or transparency; convert it to RGB or RGBA."
+        )
+    if image.mode == "F" or image.mode.startswith("I;16"):
+        return np.repeat(np.asarray(image)[..., None], 3, axis=2)
+    return np.asarray(_opaque(image).convert("RGB"))
 
 
 def _opaque(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -67,6 +67,11 @@ def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels * 0.5 + 0.5).clamp(0, 1).float().mul(255).round().to("cpu", torch.uint8)
 
 
+def check_output_type(output_type: str) -> None:
+    if output_type not in ("np", "uint8", "pt", "pil"):
+        raise ValueError(f'Unknown `output_type` {output_type!r}: use "np", "uint8", "pt", "pil" or "latent".')
+
+
 def decode_video(
     vae: AutoencoderKLWan | AutoencoderKLCogVideoX, latents: torch.Tensor, output_type: str, tile: bool = False
 ) -> np.ndarray | torch.Tensor | list[list[PIL.Image.Image]]:
@@ -80,8 +85,7 @@ def decode_video(
     Raises:
         `ValueError`: another output type.
     """
-    if output_type not in ("np", "uint8", "pt", "pil"):
-        raise ValueError(f'Unknown `output_type` {output_type!r}: use "np", "uint8", "pt", "pil" or "latent".')
+    check_output_type(output_type)
     if output_type == "pt":
         chunks = decode_chunks(vae, latents, tile=tile, convert=lambda pixels: (pixels * 0.5 + 0.5).clamp(0, 1))
         return torch.cat(list(chunks), dim=2).transpose(1, 2)

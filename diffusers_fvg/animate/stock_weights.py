@@ -169,6 +169,8 @@ class StockWeights(StockModel):
             )
         super().fuse_qkv_projections()
 
+    # A pipeline asks by the signature what it may pass on: without its own it would save no variant.
+    @functools.wraps(ModelMixin.save_pretrained)
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Saves the base weights in the stock format. Adapters are left out: they are files of their own.
 

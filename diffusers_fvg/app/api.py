@@ -18,7 +18,7 @@ from .. import __version__
 from ..animate.anchor import Anchor
 from ..animate.fidelity import ANCHOR_DECODES
 from ..checks import MAX_PROMPT_CHARACTERS, check_texts
-from ..pipelines.request import MODES
+from ..pipelines.request_checks import MODES
 from ..rewrite.storyboard import Moment
 from .limits import Limits, open_upload
 from .orders import STAGES, Order

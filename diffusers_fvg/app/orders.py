@@ -19,7 +19,8 @@ from ..compose.candidates import candidate_seeds
 from ..media import lossless_video, viewing_scale, write_video
 from ..pipelines.candidates import leave_device
 from ..pipelines.record import composer_call
-from ..pipelines.request import MODES, VideoRequest
+from ..pipelines.request import VideoRequest
+from ..pipelines.request_checks import MODES
 from ..pipelines.seeds import anchor_seed
 from ..rewrite.storyboard import Moment
 from .limits import Limits

@@ -14,7 +14,16 @@ from diffusers.image_processor import VaeImageProcessor
 
 from ..animate.anchor import picture_image
 from ..animate.stock_call import finite_decoding, seeded_steps
-from ..checks import check_at_least_one, check_generators, check_texts, stop_unless_finite
+from ..checks import (
+    MAX_STEPS,
+    Generators,
+    as_generators,
+    check_at_least_one,
+    check_generators,
+    check_negative_texts,
+    check_texts,
+    stop_unless_finite,
+)
 from ..loading.pipeline_component import PipelineComponent, call_arguments
 from ..locks import exclusive, lockable
 from .guidance import check_negative_prompt, guided_call, with_negative_prompt
@@ -87,7 +96,7 @@ class AnchorComposer(PipelineComponent):
         width: int,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         negative_prompt: str | list[str] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
@@ -101,7 +110,7 @@ class AnchorComposer(PipelineComponent):
             num_inference_steps, guidance_scale, negative_prompt (*optional*): of the pipeline. Left out: `call_defaults`, and
                 what they leave open is the pipeline's own. `guidance_scale` goes to what guides the family
                 ([`~compose.guidance`]).
-            generator (`torch.Generator` or one per prompt, *optional*): for reproducible pictures.
+            generator (`torch.Generator`, its seed, or a list with one per prompt, *optional*): for reproducible pictures.
             on_progress (`Callable`, *optional*): `on_progress(step, steps)`, counted over all prompts, after each step, or
                 after each picture where the pipeline has no `callback_on_step_end`.
             should_stop (`Callable`, *optional*): asked at the same times. Once it returns `True`, the rest is left out.
@@ -113,6 +122,7 @@ class AnchorComposer(PipelineComponent):
             `ValueError`: an argument that the pipeline does not have or that would change no picture, or a value that its own
                 checks refuse.
         """
+        generator = as_generators(generator)
         arguments = self._call_of(
             self.pipeline, prompts, height, width, num_inference_steps, guidance_scale, generator, negative_prompt
         )
@@ -129,7 +139,7 @@ class AnchorComposer(PipelineComponent):
         width: int,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         negative_prompt: str | list[str] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
@@ -146,7 +156,7 @@ class AnchorComposer(PipelineComponent):
             prompts (`list[str]`): captions of what is to be seen now.
             height, width, num_inference_steps, guidance_scale, negative_prompt, on_progress, should_stop: as in [`compose`].
                 Image-to-image pipelines take `derive_strength` of the steps.
-            generator (`torch.Generator` or one per prompt, *optional*): seeded as for `images`.
+            generator (`torch.Generator`, its seed, or a list with one per prompt, *optional*): seeded as for `images`.
 
         Returns:
             `list[PIL.Image.Image]`: RGB pictures of `height` x `width`, fewer than prompts if stopped.
@@ -156,6 +166,7 @@ class AnchorComposer(PipelineComponent):
         """
         if len(images) != len(prompts):
             raise ValueError(f"`images` has {len(images)} pictures for {len(prompts)} prompts; give one for each.")
+        generator = as_generators(generator)
         options = (num_inference_steps, guidance_scale, generator, negative_prompt)
         if self.image_to_image_class is None:
             return self.compose(prompts, height, width, *options, on_progress, should_stop)
@@ -244,8 +255,8 @@ class AnchorComposer(PipelineComponent):
         negative_prompt: str | list[str] | None = None,
     ) -> dict[str, Any]:
         """Arguments of a pipeline's call: those given, checked, and `call_defaults`."""
-        check_at_least_one("num_inference_steps", num_inference_steps)
-        _check_negative_texts(negative_prompt, num_prompts)
+        check_at_least_one("num_inference_steps", num_inference_steps, MAX_STEPS)
+        check_negative_texts("negative_prompt", negative_prompt, num_prompts)
         asked = {
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
@@ -356,19 +367,6 @@ def _check_draws_from_text(pipeline: DiffusionPipeline) -> None:
         raise ValueError(
             f"{kind.__name__} draws from a picture, and a composer has a text alone: choose the text-to-image pipeline of its "
             "family, as by `AutoPipelineForText2Image.from_pipe(pipeline)`."
-        )
-
-
-def _check_negative_texts(negative_prompt: str | list[str] | None, num_prompts: int) -> None:
-    """A text for all prompts, or a list of one for each; unlike prompts they may be empty."""
-    if negative_prompt is None or isinstance(negative_prompt, str):
-        return
-    if not isinstance(negative_prompt, list) or not all(isinstance(text, str) for text in negative_prompt):
-        raise ValueError(f"The composer's `negative_prompt` must be a text or a list of texts: {negative_prompt!r}.")
-    if len(negative_prompt) != num_prompts:
-        raise ValueError(
-            f"The composer's `negative_prompt` is a list of {len(negative_prompt)} for {num_prompts} prompts; give one text or "
-            f"{num_prompts}."
         )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from ..checks import check_number
+from ..checks import check_guidance
 from ..loading.pipeline_component import call_arguments
 
 
@@ -37,7 +37,7 @@ def guided_call(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> dict[
         `ValueError`: guidance, a scale above 1, that has no effect; a scale that is no finite number.
     """
     for argument in ("guidance_scale", "true_cfg_scale"):
-        check_number(argument, arguments.get(argument))
+        check_guidance(argument, arguments.get(argument))
     scale, name = arguments.get("guidance_scale"), type(pipeline).__name__
     if scale is None:
         return arguments

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,7 +173,7 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 values = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: no JSON ({error}).") from error
+                raise ValueError(f"{path}, line {number}: no JSON ({str(error)[:200]}).") from error
             if not isinstance(values, dict):
                 raise ValueError(
                     f'{path}, line {number}: must be an object, as {{"prompt": "..."}}, but is {line[:40]!r}.'
@@ -219,7 +220,7 @@ def _row(place: str, values: Mapping[str, Any], labels: Collection[str], folder:
         )
     for name, value in values.items():
         _check_value(name, value, labels)
-    if not values.get("prompt"):
+    if not (values.get("prompt") or "").strip():
         raise ValueError("`prompt` is empty.")
     arguments = {name: value for name, value in values.items() if name in ARGUMENTS and name not in labels}
     if "image" in arguments:
@@ -242,8 +243,8 @@ def _check_value(name: str, value: Any, labels: Collection[str]) -> None:
         raise ValueError(f"`{name}` must be a whole number, but is {value!r}.")
     if name in WHOLES and value > WHOLES[name]:
         raise ValueError(f"`{name}={value}` must be at most {WHOLES[name]}.")
-    if name in NUMBERS and not is_number:
-        raise ValueError(f"`{name}` must be a number, but is {value!r}.")
+    if name in NUMBERS and not (is_number and math.isfinite(value)):
+        raise ValueError(f"`{name}` must be a finite number, but is {value!r}.")
     if name in BOOLEANS and not isinstance(value, bool):
         raise ValueError(f"`{name}` must be true or false, but is {value!r}.")
     needed, known = {"anchors": ({"image"}, {"image", "frame_index", "strength"})}.get(

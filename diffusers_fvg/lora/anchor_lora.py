@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from ..atomic import replacing
 from ..loading.safety import check_folder, refuse_pickles
-from .formats import read_safetensors
+from .files import read_safetensors
 from .loader import EXPERTS, load_lora
 
 

@@ -26,13 +26,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 
@@ -244,6 +242,10 @@ def _fit_layer(
     reason = None
     if down is None or up is None:
         reason = "the other half of the low-rank pair is missing"
+    elif not down.is_floating_point() or not up.is_floating_point():
+        reason = f"they are of {down.dtype} and {up.dtype}, and not of floating-point numbers"
+    elif not len(down):
+        reason = "their rank is 0"
     elif tuple(down.shape[1:]) != inputs or tuple(up.shape) != (outputs, rank := down.shape[0], *ones):
         shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
         reason = f"shapes {shapes} do not fit a layer of {inputs} inputs and {outputs} outputs"
@@ -251,7 +253,9 @@ def _fit_layer(
         refused |= dict.fromkeys(("down", "up", "alpha", "up_bias"), reason)
         given.pop("up_bias", None)
     else:
-        alpha = alpha_of(rank) if alpha is None else alpha.item()
+        alpha = alpha_of(rank) if alpha is None else alpha.item() if alpha.numel() == 1 else alpha.tolist()
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise ValueError(f"The LoRA's alpha of {name} is {alpha!r:.60}, which is no finite number.")
         if alpha == 0:
             raise ValueError("The LoRA has alpha 0, which switches the layer off; leave the layer out of the file.")
         fit.pairs[name] = _scaled_pair(down, up, alpha / rank)
@@ -295,7 +299,8 @@ def _scaled_pair(down: torch.Tensor, up: torch.Tensor, scale: float) -> tuple[to
     """The pair with `scale` in `up`, in a wider type where that of the file would round the product."""
     if scale == 1:
         return down, up
-    wide = torch.promote_types(up.dtype, torch.float32)
+    # Numbers of one byte are promoted to nothing.
+    wide = torch.float32 if up.dtype.itemsize == 1 else torch.promote_types(up.dtype, torch.float32)
     scaled = up.to(wide) * scale
     narrow = scaled.to(up.dtype)
     return (down, narrow) if torch.equal(narrow.to(wide), scaled) else (down.to(wide), scaled)
@@ -308,16 +313,3 @@ def _alpha(config: dict[str, Any], path: str, name: str, rank: int) -> float:
     alpha = patterns.get(key, config.get("lora_alpha", rank))
     # alpha / sqrt(rank) instead of alpha / rank.
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a file.
-
-    Raises:
-        `ValueError`: it is of another format, or damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file, or a damaged one ({error}).") from error

@@ -6,7 +6,6 @@ tables and biases a [`~lora.deltas.ParameterDeltas`].
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import defaultdict
@@ -16,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin
 from diffusers.utils import logging
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..checks import check_finite, check_name, check_number
+from ..checks import check_finite, check_name, check_scale
+from ..loading.reading import read_json
 from ..loading.safety import refuse_pickles
 from .deltas import ParameterDeltas, base_parameter
-from .formats import EXPERTS, FORMATS, LoraFit, fit_tensors, read_safetensors, refuse_other_methods, split_key
+from .files import adapter_config, check_tensors, read_safetensors
+from .formats import EXPERTS, FORMATS, LoraFit, fit_tensors, refuse_other_methods, split_key
 from .forms import check_form
 
 
@@ -92,7 +93,10 @@ def _sources(
             "`use_safetensors=False` asks for a pickle, which can run code; LoRAs are read from safetensors."
         )
     if isinstance(weights, dict):
-        return [_Source("the state dict", weights, _adapter_config(metadata or {}))]
+        check_tensors(weights)
+        return [_Source("the state dict", weights, adapter_config(metadata or {}, "the state dict"))]
+    if not isinstance(weights, (str, os.PathLike)):
+        raise ValueError(f"`weights={weights!r:.60}` must be a file, a folder, a repository's name or a state dict.")
     if metadata is not None:
         raise ValueError("`metadata` is read from the file itself; pass it only with a state dict.")
     names = [weight_name] if isinstance(weight_name, str) else weight_name
@@ -124,19 +128,15 @@ def _sources(
 
 def _read(path: Path) -> _Source:
     tensors, metadata = read_safetensors(path)
-    metadata = _adapter_config(metadata)
+    metadata = adapter_config(metadata, str(path))
     if path.name == _PEFT_WEIGHT_NAME:
         config = path.with_name(_PEFT_CONFIG_NAME)
         if not config.is_file():
             raise ValueError(
                 f"{path} is PEFT's, but there is no {_PEFT_CONFIG_NAME} beside it, which holds its alpha."
             )
-        metadata = json.loads(config.read_text())
+        metadata = read_json(config)
     return _Source(str(path), tensors, metadata)
-
-
-def _adapter_config(metadata: dict[str, str]) -> dict[str, Any]:
-    return json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
 
 
 def _choose(names: Sequence[str], place: str) -> list[str]:
@@ -239,8 +239,9 @@ def load_lora(
         `ValueError`: no key fits, some do not and `strict` is set, a pickle, values that are not finite, an unsupported
             method (DoRA, LoHa, LoKr), an adapter name in use, or other adapters are fused. The model is then as it was.
     """
-    check_number("strength", strength)
-    check_number("strength_2", strength_2)
+    check_scale("strength", strength)
+    if strength_2 is not None:
+        check_scale("strength_2", strength_2)
     transformers, pipe = _transformers(pipe_or_transformers)
     files = read_lora(weights, transformers, **file_arguments)
     check_form(pipe, files.labels, file_arguments.get("metadata"))

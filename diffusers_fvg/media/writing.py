@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import math
+import numbers
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -28,6 +29,9 @@ Frames: TypeAlias = np.ndarray | torch.Tensor | list[Image.Image]
 CRF = 15
 # Threads of the encoder take longer to start than frames of fewer pixels take to encode.
 THREADS_FROM = 256 * 256
+
+# Beyond any player.
+MAX_FRAME_RATE, MAX_SCALE = 1000, 256
 
 TILE_SIZE = 192
 MARGIN, GAP, BORDER = 28, 14, 4
@@ -54,6 +58,8 @@ def frames_to_uint8(frames: Frames) -> np.ndarray:
             )
         frames = frames.detach().cpu().float().permute(0, 2, 3, 1).numpy()
     elif not isinstance(frames, np.ndarray):
+        if not isinstance(frames, Sequence) or not all(isinstance(image, Image.Image) for image in frames):
+            raise ValueError(f"frames are an array, a tensor or a list of pictures, not a {type(frames).__name__}")
         sizes = sorted({image.size for image in frames})
         if len(sizes) != 1:
             raise ValueError(f"frames are one size and at least one, got the sizes {sizes}: resize them first")
@@ -108,10 +114,13 @@ def write_video(
     path = Path(path)
     if path.suffix.lower() != ".mp4":
         raise ValueError(f"videos are written as .mp4, not {path.name!r}: use {path.with_suffix('.mp4').name!r}")
-    if not (math.isfinite(frame_rate) and frame_rate > 0):
-        raise ValueError(f"frame_rate={frame_rate} is not positive: pass frames per second, for example 24")
-    if scale != int(scale) or scale < 1:
-        raise ValueError(f"scale={scale} is not a whole number from 1 on")
+    is_rate = isinstance(frame_rate, numbers.Real) and not isinstance(frame_rate, bool)
+    if not is_rate or not 0 < frame_rate <= MAX_FRAME_RATE:
+        raise ValueError(
+            f"frame_rate={frame_rate!r} is not positive and at most {MAX_FRAME_RATE}: pass frames per second, for example 24"
+        )
+    if isinstance(scale, bool) or not isinstance(scale, numbers.Integral) or not 1 <= scale <= MAX_SCALE:
+        raise ValueError(f"scale={scale!r} is not a whole number from 1 to {MAX_SCALE}")
     frames = _one_size(frames) if isinstance(frames, Iterator) else iter(frames_to_uint8(frames))
     first = next(frames)
     height, width = first.shape[0] * scale, first.shape[1] * scale

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import PIL.Image
 import torch
 
-from ..checks import check_at_least_one
+from ..checks import MAX_COUNT, check_at_least_one
 from ..compose.candidates import AnchorCandidate, best_candidate, draw_candidates
 from ..rewrite.storyboard import Moment
 
@@ -28,9 +28,9 @@ def candidate_count(pipe: FactorizedStages, asked: int | None, name: str = "num_
     """How many pictures may be drawn for each caption: what is asked for, or the pipeline's own number with its judge, or 1.
 
     Raises:
-        `ValueError`: no whole number from 1 on, or several without a judge.
+        `ValueError`: no whole number from 1 to `MAX_COUNT`, or several without a judge.
     """
-    check_at_least_one(name, asked)
+    check_at_least_one(name, asked, MAX_COUNT)
     if pipe.anchor_judge is None:
         if (asked or 1) > 1:
             raise ValueError(NO_JUDGE.format(name=name, value=asked))

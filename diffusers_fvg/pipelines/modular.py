@@ -38,7 +38,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from ..animate.anchor import Anchor
 from ..animate.stock_weights import configured_as
 from ..animate.transformer_anchor import AnchorConditionedTransformer3D
-from ..checks import check_texts
+from ..checks import as_generators, check_texts
 from ..compose.candidates import best_candidate, draw_candidates
 from ..compose.composer import AnchorComposer
 from ..compose.judge import AnchorJudge
@@ -48,13 +48,15 @@ from ..rewrite.rewriter import FirstFrameRewriter
 from ..schedules.presets import SchedulerPresets
 from .candidates import NO_COMPOSER, candidate_count
 from .pipeline_factorized_video import FactorizedVideoPipeline
-from .request import NO_REWRITER
+from .request_checks import NO_REWRITER
 from .seeds import anchor_seeds
 
 
 MODEL_NAME = "factorized-video"
 # Of the plain pipeline's modes those that these blocks have.
 MODES = ("factorized", "direct")
+# Latents are those of the workflow without its last block.
+OUTPUT_TYPES = ("np", "uint8", "pt", "pil")
 # Components and settings of the pipeline, from its `__init__`.
 COMPONENTS, SETTINGS = FactorizedVideoPipeline._get_signature_keys(FactorizedVideoPipeline)
 
@@ -74,7 +76,7 @@ INPUTS = {
         InputParam("guidance_scale", float, description="Of the video model, 1 is off; the preset's when left out."),
         InputParam("guidance_scale_2", float, description="Of the low-noise expert."),
         InputParam("num_videos_per_prompt", int, 1, description="Each video gets a picture of its own."),
-        InputParam("generator", torch.Generator | list, description="One, or one per video."),
+        InputParam("generator", torch.Generator | list | int, description="One, its seed, or one per video."),
         InputParam("latents", torch.Tensor, description="Unit Gaussian start of the videos, (B, C, f, h, w)."),
         InputParam("prompt_embeds", torch.Tensor, description="(B, L, D), in place of the prompt."),
         InputParam("negative_prompt_embeds", torch.Tensor, description="(B, L, D), in place of the negative prompt."),
@@ -85,11 +87,9 @@ INPUTS = {
         InputParam("composer_num_inference_steps", int, description="Steps of stage 2."),
         InputParam("composer_guidance_scale", float, description="Guidance of stage 2."),
         InputParam("composer_negative_prompt", str | list[str], description="Negative prompt of stage 2."),
-        InputParam(
-            "composer_num_candidates", int, description="The most pictures of a video that the judge chooses from."
-        ),
+        InputParam("composer_num_candidates", int, description="The most pictures that the judge chooses from."),
         InputParam("rewrites", list, description="How stage 1 came to the captions, with its plans."),
-        InputParam("output_type", str, "np", description='"np", "pt" or "pil".'),
+        InputParam("output_type", str, "np", description='"np", "uint8", "pt" or "pil".'),
     )
 }
 # What `FactorizedVideoPipeline.animate` takes, beside the prompts, the anchors and the form of its result.
@@ -110,8 +110,6 @@ VIDEO_INPUTS = (
     "max_sequence_length",
     "preset",
 )
-
-
 # Of `AnchorComposer.check_call`, in its order.
 COMPOSER_INPUTS = ("composer_num_inference_steps", "composer_guidance_scale", "composer_negative_prompt")
 # What says which stages run, and what those before the third take.
@@ -186,7 +184,7 @@ class InputStep(_VideoStep):
 
     @property
     def inputs(self) -> list[InputParam]:
-        return _inputs(*CALL_INPUTS, *VIDEO_INPUTS)
+        return _inputs(*CALL_INPUTS, *VIDEO_INPUTS, "output_type")
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
@@ -199,11 +197,13 @@ class InputStep(_VideoStep):
     def run(self, components: FactorizedVideoModularPipeline, block_state) -> None:
         if block_state.mode not in MODES:
             raise ValueError(f"Unknown mode {block_state.mode!r}; use one of {MODES}.")
+        if block_state.output_type not in OUTPUT_TYPES:
+            raise ValueError(f"Unknown `output_type` {block_state.output_type!r}; use one of {OUTPUT_TYPES}.")
         arguments = {name: block_state[name] for name in (*CALL_INPUTS, *VIDEO_INPUTS)} | {"output_type": "latent"}
         given = [name for name in ("first_frame_prompt", "image", "anchors") if block_state[name] is not None]
         if block_state.mode == "factorized" and not given:
             # Whether a picture will be there is for the blocks to say that a workflow consists of.
-            arguments["mode"] = None
+            del arguments["mode"]
         pipeline = components.pipeline
         request = pipeline._request(arguments)
         composer = getattr(components, "composer", None)
@@ -287,8 +287,10 @@ class ComposeStep(_Step):
         captions, plans = (
             [item for item in items for _ in range(block_state.num_videos_per_prompt)] for items in (captions, plans)
         )
+        check_texts("first_frame_prompt", captions)
         count = candidate_count(components, block_state.composer_num_candidates, "composer_num_candidates")
-        seeds, negative = anchor_seeds(block_state.generator, len(captions)), block_state.composer_negative_prompt
+        seeds = anchor_seeds(as_generators(block_state.generator), len(captions))
+        negative = block_state.composer_negative_prompt
 
         def draw(numbers: list[int], seeds: list[int]) -> list[PIL.Image.Image]:
             return components.composer.compose(

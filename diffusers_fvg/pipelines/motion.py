@@ -9,7 +9,7 @@ import torch
 from diffusers.utils import logging
 
 from ..animate.motion import motion_amounts
-from ..checks import check_at_least_one
+from ..checks import MAX_COUNT, check_at_least_one
 from .seeds import draw_seed
 
 
@@ -28,11 +28,10 @@ class MotionOfVideos:
         others = {"prompt_embeds": self.prompt_embeds is not None, "rewriter_motion": self.rewriter_motion}
         for name in (name for name, is_given in others.items() if is_given and self.motion_prompt is not None):
             raise ValueError(f"Only one of `motion_prompt` and `{name}` can be used: both give the video's text.")
-        if not isinstance(self.rewriter_motion, bool):
-            raise ValueError(f"`rewriter_motion={self.rewriter_motion!r}` must be True or False.")
+        if self.motion_retries is False or self.motion_retries != 0:
+            check_at_least_one("motion_retries", self.motion_retries, MAX_COUNT)
         if not self.motion_retries:
             return
-        check_at_least_one("motion_retries", self.motion_retries)
         given = "`latents`, which are given" if self.latents is not None else '`output_type="latent"`'
         if self.latents is not None or self.output_type == "latent":
             raise ValueError(

@@ -32,7 +32,7 @@ from ..animate.conditioning import AnchorLatents
 from ..animate.decoding import decode_video
 from ..animate.fidelity import decode_anchored
 from ..animate.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
-from ..checks import check_finite, check_size, stop_unless_finite
+from ..checks import Generators, check_finite, check_latents, check_size, stop_unless_finite
 from ..compose.composer import AnchorComposer
 from ..compose.judge import Judge
 from ..devices import get_module_execution_device
@@ -131,7 +131,10 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
         multiple = self.vae_scale_factor_spatial * self.transformer.config.patch_size
         check_size("height", height, multiple)
         check_size("width", width, multiple)
-        self.transformer.check_size(height // self.vae_scale_factor_spatial, width // self.vae_scale_factor_spatial)
+        try:
+            self.transformer.check_size(*(side // self.vae_scale_factor_spatial for side in (height, width)))
+        except ValueError as error:
+            raise ValueError(f"`height={height}`, `width={width}`: {error}") from error
 
     def _check_own(self, request: VideoRequest) -> None:
         if not isinstance(self.scheduler, (CogVideoXDDIMScheduler, CogVideoXDPMScheduler)):
@@ -212,7 +215,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
         guidance_scale: float | None = None,
         use_dynamic_cfg: bool = False,
         num_videos_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
@@ -376,6 +379,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
 
         `output_type="uint8"` gives a `np.ndarray` of shape `(B, F, H, W, 3)`.
         """
+        check_latents(latents, (None, None, self.vae.config.latent_channels, None, None))
         # A video has an odd number of latents, a first one and pairs: as much padding as that first one alone.
         latents = latents[:, num_padding_frames(1, self.transformer.patch_size_t) :]
         latents = latents.to(get_module_execution_device(self.vae), dtype=self.vae.dtype)
@@ -397,7 +401,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
         guidance_scale: float | None = None,
         use_dynamic_cfg: bool = False,
         num_videos_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,

@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from ..animate.anchor import Anchor, crop_and_resize
-from ..checks import check_size, stop_unless_finite
+from ..animate.decoding import check_output_type, to_uint8
+from ..checks import Generators, check_latents, check_size, stop_unless_finite
 from ..compose.composer import AnchorComposer
 from ..compose.judge import Judge
 from ..devices import get_module_execution_device
@@ -228,7 +229,7 @@ class FactorizedDreamerPipeline(
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.7,
         num_videos_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
@@ -385,10 +386,14 @@ class FactorizedDreamerPipeline(
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, output_type: str = "np"):
         """Latents `(B, C, F, h, w)` to frames."""
+        check_output_type(output_type)
+        check_latents(latents, (None, self.vae.config.latent_channels, None, None, None))
         frames = latents.transpose(1, 2).flatten(0, 1).to(get_module_execution_device(self.vae))
         decoded = decode_latents(self.vae, frames)
         stop_unless_finite("decode", decoded, self.vae.dtype)
         video = decoded.unflatten(0, (latents.shape[0], -1)).transpose(1, 2)
+        if output_type == "uint8":
+            return to_uint8(video).permute(0, 2, 3, 4, 1).numpy()
         return self.video_processor.postprocess_video(video, output_type=output_type)
 
     # -- all of it ----------------------------------------------------------------------------------------------------
@@ -405,7 +410,7 @@ class FactorizedDreamerPipeline(
         guidance_scale: float | None = None,
         guidance_rescale: float = 0.7,
         num_videos_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,

@@ -17,7 +17,7 @@ from ..animate.anchor import Anchor
 from ..animate.animator import AnchorAnimator, joined
 from ..animate.family import fitting_size, frame_step, signature_defaults, size_multiple
 from ..animate.fidelity import decode_anchored
-from ..checks import check_size
+from ..checks import Generators, check_size
 from ..compose.composer import AnchorComposer
 from ..compose.judge import Judge
 from ..loading.arguments import HUB_ARGUMENTS
@@ -257,7 +257,7 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
         guidance_scale: float | None = None,
         guidance_scale_2: float | None = None,
         num_videos_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         output_type: str = "np",
         attention_kwargs: dict[str, Any] | None = None,
         animator_kwargs: dict[str, Any] | None = None,
@@ -346,7 +346,7 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
         guidance_scale: float | None = None,
         guidance_scale_2: float | None = None,
         num_videos_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         output_type: str = "np",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
@@ -385,7 +385,7 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
                 `max_guidance_scale` or its guider.
             guidance_scale_2 (`float`, *optional*): of the low-noise expert.
             num_videos_per_prompt (`int`, *optional*): each video gets an anchor of its own.
-            generator (`torch.Generator` or one per video, *optional*): the anchor's seed is derived from its state
+            generator (`torch.Generator`, its seed, or a list with one per video, *optional*): the anchor's seed is derived from its state
                 without using it up. Of a single one the first video is made, and the others of seeds that are derived from it.
             output_type (`str`, *optional*): `"np"`, `"uint8"`, `"pt"`, `"pil"` or `"latent"`, whose form is the family's.
             return_dict (`bool`, *optional*): `False` gives a tuple in the order of the output's fields.

@@ -18,7 +18,7 @@ from ..animate.decoding import decode_video
 from ..animate.fidelity import decode_anchored
 from ..animate.memory import decoder_bytes, free_bytes
 from ..animate.transformer_anchor_skyreels import WanNetwork, as_anchored
-from ..checks import check_finite, check_number, check_size, stop_unless_finite
+from ..checks import Generators, check_finite, check_latents, check_number, check_size, stop_unless_finite
 from ..compose.composer import AnchorComposer
 from ..compose.judge import Judge
 from ..devices import get_module_execution_device
@@ -149,13 +149,25 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             )
 
     def _check_size(self, height: int, width: int) -> None:
-        _, patch_height, patch_width = self.transformer.config.patch_size
-        check_size("height", height, self.vae_scale_factor_spatial * patch_height)
-        check_size("width", width, self.vae_scale_factor_spatial * patch_width)
-        self.transformer.check_size(height // self.vae_scale_factor_spatial, width // self.vae_scale_factor_spatial)
+        config = self.transformer.config
+        for name, value, cells in zip(("height", "width"), (height, width), config.patch_size[1:]):
+            multiple = self.vae_scale_factor_spatial * cells
+            # A patch has a place in the rotary embedding.
+            check_size(name, value, multiple, multiple * config.rope_max_seq_len)
 
     def _frame_step(self) -> int:
         return self.vae_scale_factor_temporal
+
+    def _most_frames(self) -> int:
+        config = self.transformer.config
+        return 1 + (config.rope_max_seq_len * config.patch_size[0] - 1) * self.vae_scale_factor_temporal
+
+    def _check_own(self, request: VideoRequest) -> None:
+        unknown = sorted((request.attention_kwargs or {}).keys() - {"scale"})
+        if unknown:
+            raise ValueError(
+                f"`attention_kwargs` has the key {unknown[0]!r}, and a Wan transformer reads 'scale' alone."
+            )
 
     def _anchor_resolver(self) -> AnchorResolver:
         return partial(resolve_anchors, temporal=self.vae_scale_factor_temporal, form=self.anchor_form)
@@ -197,7 +209,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         guidance_scale: float | None = None,
         guidance_scale_2: float | None = None,
         num_videos_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
@@ -355,6 +367,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
 
         `output_type="uint8"` gives a `np.ndarray` of shape `(B, F, H, W, 3)`, a quarter of the memory of `"np"`.
         """
+        check_latents(latents, (None, self.vae.config.z_dim, None, None, None))
         latents = denormalize_latents(
             latents.to(get_module_execution_device(self.vae), dtype=self.vae.dtype), self.vae
         )
@@ -376,7 +389,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         guidance_scale: float | None = None,
         guidance_scale_2: float | None = None,
         num_videos_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
@@ -414,7 +427,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             num_inference_steps (`int`, *optional*): steps of the video model; the preset's when left out.
             guidance_scale, guidance_scale_2 (`float`, *optional*): 1 is off; the preset's when left out. 2: the low-noise expert's.
             num_videos_per_prompt (`int`, *optional*): each video gets an anchor of its own.
-            generator (`torch.Generator` or one per video, *optional*): the anchor's seed is derived from its state
+            generator (`torch.Generator`, its seed, or a list with one per video, *optional*): the anchor's seed is derived from its state
                 without using it up, so that a seed draws the same video noise in every mode.
             latents (`torch.Tensor` of shape `(B, C, f, h, w)`, *optional*): unit Gaussian start of the video.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(B, L, D)`, *optional*): instead of texts.

@@ -34,7 +34,8 @@ from .record import (
     scheduler_config,
     surroundings,
 )
-from .request import MODES, Image
+from .request import Image
+from .request_checks import MODES
 from .seeds import anchor_seed, restored_draws
 
 

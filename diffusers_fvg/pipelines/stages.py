@@ -17,8 +17,8 @@ import PIL.Image
 import torch
 from diffusers.utils import logging
 
-from ..animate.anchor import Anchor, decoded_anchors
-from ..checks import check_generators, check_texts
+from ..animate.anchor import Anchor, decoded_anchors, picture_tensor
+from ..checks import MAX_PROMPT_CHARACTERS, Generators, as_generators, check_generators, check_texts
 from ..compose.candidates import AnchorCandidate, best_candidate
 from ..loading.pipeline_component import PipelineComponent
 from ..locks import exclusive, lockable
@@ -30,7 +30,8 @@ from ..schedules.presets import SchedulerPresets
 from .candidates import NO_COMPOSER, candidate_count, compose_candidates
 from .components import FactorizedParts
 from .progress import StageProgress
-from .request import NO_REWRITER, AnchorResolver, VideoRequest
+from .request import AnchorResolver, VideoRequest
+from .request_checks import MODES, NO_REWRITER
 from .seeds import anchor_seeds, caption_seeds
 
 
@@ -136,6 +137,8 @@ class FactorizedStages(FactorizedParts, ABC):
     def _request(self, arguments: dict[str, Any]) -> VideoRequest:
         """The request of a call, from the `locals()` of `__call__` or [`animate`]; raises `ValueError` for bad input."""
         arguments = {"prompt": arguments.get("prompts")} | arguments
+        if "mode" in arguments and arguments["mode"] is None:
+            raise ValueError(f"`mode=None`; use one of {MODES}, or `animate` for stage 3 alone.")
         names = {field.name for field in fields(VideoRequest)}
         given = VideoRequest(**{name: value for name, value in arguments.items() if name in names})
         request = given.completed(self)
@@ -169,6 +172,23 @@ class FactorizedStages(FactorizedParts, ABC):
     @abstractmethod
     def _anchor_resolver(self) -> AnchorResolver:
         """`resolve(anchors, num_frames)`: checks the anchors of one video and says which latents each stands for."""
+
+    def _most_frames(self) -> int | None:
+        """The longest video that the model has places for; `None` where nothing is known of it."""
+        return None
+
+    def _most_tokens(self) -> int:
+        """The longest text that the video model can be told to read, in tokens."""
+        tokenizer = getattr(self, "tokenizer_2", None) or getattr(self, "tokenizer", None)
+        # One without a limit of its own says 1e30; a token is a character at the least.
+        limit = min(getattr(tokenizer, "model_max_length", MAX_PROMPT_CHARACTERS), MAX_PROMPT_CHARACTERS)
+        return max(self.call_defaults.get("max_sequence_length") or 1, limit)
+
+    def _text_width(self) -> int | None:
+        """Width of `prompt_embeds`; `None` where nothing is known of it."""
+        config = getattr(getattr(self, "transformer", None), "config", {})
+        names = ("text_dim", "text_embed_dim", "cross_attention_dim")
+        return next((config[name] for name in names if isinstance(config.get(name), int)), None)
 
     def _check_scheduler(self) -> None:
         """Raises `ValueError` where the user's own scheduler cannot be this model's."""
@@ -215,15 +235,21 @@ class FactorizedStages(FactorizedParts, ABC):
             `list[str]`: one caption per prompt.
         """
         captions = [first_frame_prompts] if isinstance(first_frame_prompts, str) else first_frame_prompts
+        if captions is not None:
+            check_texts("first_frame_prompts", captions)
+            count = 1 if isinstance(prompts, str) else len(prompts)
+            if len(captions) != count:
+                raise ValueError(f"`first_frame_prompts` has {len(captions)} texts for {count} prompts; give {count}.")
         options = {"max_new_tokens": max_new_tokens, "captions": captions}
         return self._ask_rewriter("describe_motion", "describe_motion", prompts, **options)
 
     def _ask_rewriter(self, method: str, stage: str, prompts: str | list[str], **options) -> list:
         if self.rewriter is None:
             raise ValueError(NO_REWRITER)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        check_texts("prompts", prompts)
         with self._running() as progress, progress.stage(stage) as report:
             ask = getattr(self.rewriter, method)
-            prompts = [prompts] if isinstance(prompts, str) else prompts
             self._check_known(prompts, writes=True)
             return ask(prompts, on_progress=report, should_stop=lambda: self.interrupt, **options)
 
@@ -254,7 +280,7 @@ class FactorizedStages(FactorizedParts, ABC):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         num_candidates: int | None = None,
     ) -> list[PIL.Image.Image]:
         """Stage 2: draws the anchor image of each caption.
@@ -264,7 +290,7 @@ class FactorizedStages(FactorizedParts, ABC):
             height, width (`int`, *optional*): pixels of the video.
             num_inference_steps, guidance_scale, negative_prompt (*optional*): of the text-to-image pipeline; its own
                 values when left out.
-            generator (`torch.Generator` or one per caption, *optional*): for reproducible pictures.
+            generator (`torch.Generator`, its seed, or a list with one per caption, *optional*): for reproducible pictures.
             num_candidates (`int`, *optional*): pictures drawn for each caption at the most, of which the best by `anchor_judge`
                 is kept; the pipeline's own number when left out, 1 without a judge.
 
@@ -274,12 +300,14 @@ class FactorizedStages(FactorizedParts, ABC):
         captions = [first_frame_prompts] if isinstance(first_frame_prompts, str) else first_frame_prompts
         check_texts("first_frame_prompts", captions)
         self._check_known(captions)
+        generator = as_generators(generator)
+        self._check_drawing(len(captions), height, width, num_inference_steps, guidance_scale, negative_prompt)
         captions, count = list(captions), candidate_count(self, num_candidates)
+        check_generators(generator, len(captions), "captions")
         if count == 1:
             return self._draw(
                 None, captions, height, width, num_inference_steps, guidance_scale, negative_prompt, generator
             )
-        check_generators(generator, len(captions), "captions")
         seeds = caption_seeds(generator, len(captions))
         found = compose_candidates(
             self,
@@ -305,7 +333,7 @@ class FactorizedStages(FactorizedParts, ABC):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
     ) -> list[PIL.Image.Image]:
         """Stage 2 of `mode="storyboard"`: draws later moments of scenes that [`compose`] has drawn.
 
@@ -315,15 +343,28 @@ class FactorizedStages(FactorizedParts, ABC):
         Args:
             images (`PIL.Image.Image` or a list with one per caption): first moments.
             captions (`str` or `list[str]`): of the later moments.
-            generator (`torch.Generator` or one per caption, *optional*): seeded as those that drew `images`.
+            generator (`torch.Generator`, its seed, or a list with one per caption, *optional*): seeded as those that drew `images`.
 
         The other arguments are those of [`compose`], and so is what it returns.
         """
         captions = [captions] if isinstance(captions, str) else captions
         check_texts("captions", captions)
-        images = [images] * len(captions) if isinstance(images, PIL.Image.Image) else list(images)
-        options = (num_inference_steps, guidance_scale, negative_prompt, generator)
-        return self._draw(images, list(captions), height, width, *options)
+        images = list(images) if isinstance(images, (list, tuple)) else [images] * len(captions)
+        # What is no picture is told of before any is drawn.
+        for image in images:
+            picture_tensor(image)
+        options = (num_inference_steps, guidance_scale, negative_prompt)
+        self._check_drawing(len(captions), height, width, *options)
+        return self._draw(images, list(captions), height, width, *options, as_generators(generator))
+
+    def _check_drawing(self, num_captions: int, height: int | None, width: int | None, *options: Any) -> None:
+        """Raises `ValueError` for what stage 2 cannot draw, before it does: `options` are those of the composer's call."""
+        if self.composer is None:
+            raise ValueError(NO_COMPOSER)
+        given = {"height": height, "width": width}
+        size = [self.call_defaults[name] if value is None else value for name, value in given.items()]
+        self._check_size(*size)
+        self.composer.check_call(num_captions, *options)
 
     def _draw(
         self,
@@ -339,10 +380,7 @@ class FactorizedStages(FactorizedParts, ABC):
         """Stage 2, from captions alone or from pictures of the same scenes."""
         height = self.call_defaults["height"] if height is None else height
         width = self.call_defaults["width"] if width is None else width
-        self._check_size(height, width)
         check_generators(generator, len(captions), "captions")
-        if self.composer is None:
-            raise ValueError(NO_COMPOSER)
         draw = self.composer.compose if images is None else partial(self.composer.derive, images)
         with self._running() as progress, progress.stage("compose" if images is None else "derive") as report:
             return draw(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..checks import check_texts
 from .outcome import RewriteOutcome
 
 
@@ -25,7 +26,8 @@ class Moment:
 
     def __post_init__(self) -> None:
         if not isinstance(self.caption, str) or not self.caption.strip():
-            raise ValueError(f"A moment's caption must be a text, but is {self.caption!r}.")
+            raise ValueError(f"A moment's `caption` must be a text, but is {self.caption!r:.80}.")
+        check_texts("caption", [self.caption])
         if isinstance(self.time, bool) or not isinstance(self.time, (int, float)) or not 0 <= self.time <= 1:
             raise ValueError(
                 f"A moment's `time={self.time!r}` must be a number from 0 (first frame) to 1 (last frame)."

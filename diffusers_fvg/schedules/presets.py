@@ -7,11 +7,13 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import NoneType
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..checks import check_at_least_one, check_name, check_number
+from ..checks import MAX_STEPS, check_at_least_one, check_guidance, check_name, check_number
 from ..loading.reading import read_json
 from .flow import shifted_sigmas
 
@@ -67,30 +69,66 @@ class SchedulerPreset:
     min_motion: float | None = MIN_MOTION
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         check_name(self.name, "A preset")
-        object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
-        numbers = {"flow_shift": self.flow_shift, "guidance_scale": self.guidance_scale}
-        numbers |= {"guidance_scale_2": self.guidance_scale_2, "min_motion": self.min_motion}
-        numbers |= {f"guidance_interval[{side}]": value for side, value in enumerate(self.guidance_interval)}
-        for name, value in numbers.items():
-            check_number(name, value)
-        if self.min_motion is not None and not 0 <= self.min_motion <= 1:
-            raise ValueError(f"Preset {self.name!r}: `min_motion={self.min_motion}` must lie in [0, 1].")
+        try:
+            self._check_numbers()
+        except ValueError as error:
+            raise ValueError(f"Preset {self.name!r}: {error}") from error
         window = self.anchor_window
         if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 0):
             raise ValueError(f"Preset {self.name!r}: `anchor_window={window!r}` must be a whole number from 0 on.")
         if self.sigmas is None:
             self._check_timesteps()
             return
-        object.__setattr__(self, "sigmas", tuple(self.sigmas))
         falling = all(a > b for a, b in zip(self.sigmas, self.sigmas[1:]))
         if not self.sigmas or not falling or self.sigmas[0] > 1 or self.sigmas[-1] <= 0:
             raise ValueError(f"Preset {self.name!r}: `sigmas` must fall within (0, 1], but are {self.sigmas}.")
+        check_at_least_one("num_inference_steps", self.num_inference_steps)
         if self.num_inference_steps not in (None, len(self.sigmas)):
             raise ValueError(
                 f"Preset {self.name!r}: `num_inference_steps={self.num_inference_steps}` for {len(self.sigmas)} sigmas."
             )
         object.__setattr__(self, "num_inference_steps", len(self.sigmas))
+
+    def _check_kinds(self) -> None:
+        kinds: dict[str, Any] = {
+            "name": str,
+            "scheduler_class": str,
+            "scheduler_config": dict,
+            "weights": str,
+            "source": str,
+        }
+        kinds |= {"guidance_interval": (list, tuple), "sigmas": (list, tuple, NoneType)}
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                wanted = kind.__name__ if isinstance(kind, type) else "list of numbers"
+                raise ValueError(f"Preset {self.name!r:.60}: `{name}={value!r:.60}` must be a {wanted}.")
+        for name in ("guidance_interval", "sigmas"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else tuple(value))
+
+    def _check_numbers(self) -> None:
+        numbers = {"flow_shift": self.flow_shift, "min_motion": self.min_motion}
+        for name in ("guidance_interval", "sigmas"):
+            numbers |= {f"{name}[{place}]": value for place, value in enumerate(getattr(self, name) or ())}
+        for name, value in numbers.items():
+            if value is None and "[" in name:
+                raise ValueError(f"`{name}=None` must be a finite number.")
+            check_number(name, value)
+        check_guidance("guidance_scale", self.guidance_scale)
+        check_guidance("guidance_scale_2", self.guidance_scale_2)
+        if self.guidance_scale is None:
+            raise ValueError("`guidance_scale=None` must be a number; 1 is no guidance.")
+        if self.flow_shift is not None and self.flow_shift <= 0:
+            raise ValueError(f"`flow_shift={self.flow_shift}` must be above 0; 1 is no shift.")
+        if self.min_motion is not None and not 0 <= self.min_motion <= 1:
+            raise ValueError(f"`min_motion={self.min_motion}` must lie in [0, 1].")
+        if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
+            raise ValueError(
+                f"`guidance_interval={self.guidance_interval}` must be two sigmas in [0, 1], the lower first."
+            )
 
     def _check_timesteps(self) -> None:
         if self.scheduler_class not in TIMESTEP_SCHEDULERS:
@@ -100,7 +138,7 @@ class SchedulerPreset:
             )
         if self.num_inference_steps is None:
             raise ValueError(f"Preset {self.name!r} needs `sigmas` or `num_inference_steps`.")
-        check_at_least_one("num_inference_steps", self.num_inference_steps)
+        check_at_least_one("num_inference_steps", self.num_inference_steps, MAX_STEPS)
         others = self.flow_shift, self.guidance_scale_2, self.anchor_window
         if others != (None, None, None) or self.guidance_interval != (0.0, 1.0):
             raise ValueError(
@@ -113,13 +151,18 @@ class SchedulerPreset:
         scheduler_class = getattr(diffusers, self.scheduler_class, None)
         if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, diffusers.SchedulerMixin):
             raise ValueError(f"Preset {self.name!r}: {self.scheduler_class!r} is no scheduler class of diffusers.")
-        scheduler = scheduler_class(**self.scheduler_config)
-        if self.sigmas is None:
-            scheduler.set_timesteps(num_inference_steps or self.num_inference_steps, device=device)
-            return scheduler
-        # An array: UniPC multiplies what it is given.
-        sigmas = np.array(self.steps(num_inference_steps))
-        scheduler.set_timesteps(num_inference_steps=len(sigmas), sigmas=sigmas, device=device)
+        steps = None if self.sigmas is None else self.steps(num_inference_steps)
+        try:
+            scheduler = scheduler_class(**self.scheduler_config)
+            if steps is None:
+                scheduler.set_timesteps(num_inference_steps or self.num_inference_steps, device=device)
+            else:
+                # An array: UniPC multiplies what it is given.
+                scheduler.set_timesteps(num_inference_steps=len(steps), sigmas=np.array(steps), device=device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"Preset {self.name!r}: a {self.scheduler_class} cannot be made and set by it: {str(error)[:200]}"
+            ) from error
         return scheduler
 
     def steps(self, num_inference_steps: int | None) -> tuple[float, ...]:
@@ -149,7 +192,7 @@ class SchedulerPreset:
 
 def check_steps(num_inference_steps: int | None, preset: SchedulerPreset | None) -> None:
     """At least one, and as many as the preset can make."""
-    check_at_least_one("num_inference_steps", num_inference_steps)
+    check_at_least_one("num_inference_steps", num_inference_steps, MAX_STEPS)
     if preset is not None and preset.sigmas is not None:
         preset.steps(num_inference_steps)
 
@@ -204,12 +247,21 @@ class SchedulerPresets(Mapping):
 
     presets: dict[str, SchedulerPreset] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        wrong = not isinstance(self.presets, dict) or [
+            name
+            for name, preset in self.presets.items()
+            if not isinstance(preset, SchedulerPreset) or preset.name != name
+        ]
+        if wrong:
+            raise ValueError(f"`presets` must hold `SchedulerPreset`s by their names, but is {self.presets!r:.120}.")
+
     @classmethod
     def of(cls, *presets: SchedulerPreset) -> SchedulerPresets:
-        return cls({preset.name: preset for preset in presets})
+        return cls({getattr(preset, "name", ""): preset for preset in presets})
 
     def __getitem__(self, name: str) -> SchedulerPreset:
-        if name not in self.presets:
+        if not isinstance(name, str) or name not in self.presets:
             raise ValueError(f"Unknown preset {name!r}; this pipeline has {', '.join(self.presets)}.")
         return self.presets[name]
 
@@ -261,6 +313,8 @@ def _read_preset(path: Path) -> tuple[int, SchedulerPreset]:
     config = read_json(path)
     values, scheduler_class = config.pop("_preset"), config.pop("_class_name")
     order = values.pop("order")
+    if not isinstance(order, int):
+        raise TypeError(f"`order={order!r:.60}` must be a whole number")
     if values["name"] != path.parent.name:
         raise ValueError(f"{path} calls its preset {values['name']!r}; rename the folder or the preset.")
     values = {"sigmas": None, "flow_shift": None, **values}

@@ -18,7 +18,7 @@ from ..animate.anchor import Anchor
 from ..animate.conditioning import latent_index
 from ..embedded import load_embedded
 from ..lora.anchor_lora import AnchorLora
-from ..lora.formats import read_safetensors
+from ..lora.files import read_safetensors
 from .ablation import WEIGHT_FILE
 from .anchors import round_trip
 from .held_out import split_scenes

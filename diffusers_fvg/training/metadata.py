@@ -85,6 +85,10 @@ def _table_rows(table: Path, config: TomlConfig) -> list[tuple[Path, str]]:
             if not isinstance(value, str):
                 raise ValueError(f"{table}, line {line}: `{name}` must be a text in quotes, but is {value!r}.")
             values.append(value)
+        if "\0" in values[0]:
+            raise ValueError(
+                f"{table}, line {line}: `{config.video_column}` holds a null character: {values[0]!r:.80}."
+            )
         check_texts(f"{table.name}, line {line}", values[1:])
         found.append((table.parent / values[0], values[1]))
     return found
@@ -138,8 +142,8 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line, object_pairs_hook=_unique)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is no JSON: {error}.") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number} is no JSON: {str(error)[:200]}.") from error
         if not isinstance(row, dict):
             raise ValueError(
                 f"{path}, line {number} must be an object, {{...}}, but is {type(row).__name__}: {line[:80]}"
