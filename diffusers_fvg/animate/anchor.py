@@ -31,7 +31,6 @@ from ..devices import get_module_execution_device
 from .conditioning import (
     AnchorLatents,
     anchor_noise,
-    anchored_model_input,  # noqa: F401  (where it was before, for one release)
     appended_anchors,
     encode_anchor,
     frame_position,

@@ -302,7 +302,7 @@ BAD_INPUT = [
     ({"height": 40}, "height=40"),
     ({"preset": "none-such"}, "Unknown preset 'none-such'"),
     ({"prompt": None}, "Provide `prompt` or `prompt_embeds`"),
-    ({"composer_negative_prompt": ["low", "quality"]}, "a list of 2 for 1 prompts"),
+    ({"composer_negative_prompt": ["low", "quality"]}, "2 texts for 1 prompts"),
     ({"composer_guidance_scale": float("nan")}, "composer_guidance_scale=nan"),
     ({"image": picture(), "composer_guidance_scale": 2.0}, "`composer_guidance_scale=2.0` has no effect: `image`"),
     ({"mode": "direct", "rewriter_max_new_tokens": 3}, "`rewriter_max_new_tokens=3` has no effect"),
