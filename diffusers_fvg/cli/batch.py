@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..flags import SEED, Whole, check_folder, folder_or_url, local_folder
-from .options import add_composer, add_lora, add_model, add_quantize, add_rewriter, add_sampling, add_size
+from .options import (
+    COUNTS,
+    add_choosing,
+    add_composer,
+    add_lora,
+    add_model,
+    add_quantize,
+    add_rewriter,
+    add_sampling,
+    add_size,
+)
 from .pipeline import Model, look
 
 
@@ -24,7 +34,6 @@ if TYPE_CHECKING:
     from ..pipelines.stages import FactorizedStages
 
 ENGINES = ("in-process", "accelerate", "ray")
-WORKERS = Whole(1, 1024)
 # Kinds of calls that are remembered as checked.
 MAX_SEEN = 100_000
 # Flags that are arguments of the call for rows that do not give them.
@@ -77,7 +86,7 @@ def add_batch(commands: argparse._SubParsersAction) -> None:
         help="folder for plan, videos and manifest; s3://bucket/folder and whatever else fsspec opens too",
     )
     parser.add_argument(
-        "--num-videos-per-prompt", type=WORKERS, default=1, metavar="NUMBER", help="each with a first frame of its own"
+        "--num-videos-per-prompt", type=COUNTS, default=1, metavar="NUMBER", help="each with a first frame of its own"
     )
     parser.add_argument(
         "--seed",
@@ -97,15 +106,7 @@ def add_batch(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--num-moments", type=Whole(2, 100), metavar="NUMBER", help="of storyboards, at most")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="of the video model; the model's own when left out")
     parser.add_argument("--anchor-decode", choices=("raw", "match", "replace"), help="as of fvg generate")
-    parser.add_argument(
-        "--composer-num-candidates",
-        type=WORKERS,
-        metavar="NUMBER",
-        help="pictures that the model's judge chooses among",
-    )
-    parser.add_argument(
-        "--motion-retries", type=WORKERS, metavar="NUMBER", help="how often a video that stands still is made again"
-    )
+    add_choosing(parser)
     add_size(parser)
     add_sampling(parser)
     add_run_flags(parser)
@@ -132,9 +133,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         ("--num-rewriters", "write captions, with --engine ray"),
         ("--num-composers", "draw first frames, with --engine ray"),
     ):
-        parser.add_argument(
-            flag, type=WORKERS, default=1, metavar="NUMBER", help=f"that {what} (default: %(default)s)"
-        )
+        parser.add_argument(flag, type=COUNTS, default=1, metavar="NUMBER", help=f"that {what} (default: %(default)s)")
 
 
 def add_run(actions: argparse._SubParsersAction) -> None:

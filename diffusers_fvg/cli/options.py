@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..flags import FRAMES, PIXELS, SEED, STEPS, Number
+from ..flags import FRAMES, PIXELS, SEED, STEPS, Number, Whole
 
 
 QUANTIZATIONS = ("fp8", "int8", "nf4")
+COUNTS = Whole(1, 1024)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +68,22 @@ def add_composer(parser: argparse.ArgumentParser) -> None:
         "--composer",
         metavar="NAME",
         help="in place of the model's: text-to-image pipeline (folder, org/name or org/name@revision)",
+    )
+
+
+def add_choosing(parser: argparse.ArgumentParser) -> None:
+    """How many pictures and videos are made, of which one is kept."""
+    parser.add_argument(
+        "--composer-num-candidates",
+        type=COUNTS,
+        metavar="NUMBER",
+        help="first frames that are drawn at most, for the model's judge to choose from (default: the model's own, or 1)",
+    )
+    parser.add_argument(
+        "--motion-retries",
+        type=COUNTS,
+        metavar="NUMBER",
+        help="how often a video that stands still is made again, at most (default: never)",
     )
 
 

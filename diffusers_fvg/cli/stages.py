@@ -11,6 +11,7 @@ from ..atomic import naming, replacing
 from ..flags import Number, Whole, check_file, check_folder, file_name, free_name
 from .again import Again, add_from, take_over
 from .options import (
+    add_choosing,
     add_composer,
     add_lora,
     add_model,
@@ -43,6 +44,7 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     add_lora(parser)
     add_video(parser)
     add_seed(parser)
+    add_choosing(parser)
     parser.add_argument("--motion-prompt", metavar="TEXT", help="what the video model reads in place of the prompt")
     parser.add_argument(
         "--rewriter-motion",
@@ -231,8 +233,9 @@ def look_at(arguments: argparse.Namespace, needs_prompt: bool = True) -> Look:
     """
     check_outputs(arguments, "video.mp4", ".mp4")
     image = open_image(arguments.image) if arguments.image else None
-    texts = ("first_frame_prompt", "motion_prompt", "rewriter_motion")
-    call = call_of(arguments, ("prompt", *SAMPLING, "anchor_decode", "mode", "num_moments", *texts))
+    names = ("anchor_decode", "mode", "num_moments", "composer_num_candidates", "motion_retries")
+    texts = ("prompt", "first_frame_prompt", "motion_prompt", "rewriter_motion")
+    call = call_of(arguments, (*texts, *SAMPLING, *names))
     call |= {} if image is None else {"image": image}
     again = None if arguments.source is None else take_over(arguments, call)
     if needs_prompt and again is None and arguments.prompt is None:
