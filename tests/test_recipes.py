@@ -1,6 +1,7 @@
 """Recipes: from published configs without weights, and end to end with tiny weights under the real names."""
 
 import re
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import PIL.Image
@@ -29,7 +30,7 @@ import diffusers_fvg
 from diffusers_fvg import FactorizedVideoPipeline, hub_revisions, load
 from diffusers_fvg.cli import main
 from diffusers_fvg.media import read_video, read_video_metadata
-from diffusers_fvg.recipes import ANIMATOR_RECIPES
+from diffusers_fvg.recipes import ANIMATOR_RECIPES, RECIPES
 from diffusers_fvg.schedules.cogvideox import COGVIDEOX_1_5_SCHEDULE
 
 
@@ -472,6 +473,12 @@ def test_without_a_connection_it_is_one_line_and_the_cache_still_works(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert generate("wan2.2-5b", tmp_path / "video.mp4") == 0
     assert read_video_metadata(tmp_path / "video.mp4")["hub_revisions"] == expected
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES.values(), *ANIMATOR_RECIPES.values()], ids=[*RECIPES, *ANIMATOR_RECIPES])
+def test_a_recipe_cannot_be_changed_for_all_who_load_it(recipe):
+    with pytest.raises(FrozenInstanceError):
+        recipe.composer = None
 
 
 def test_unknown_names(hub):

@@ -314,3 +314,18 @@ def test_a_failure_is_a_sentence_and_the_next_job_runs(session, worker, monkeypa
     assert ended(session, session.animate()).state == "done"
     told = session.memory_text()
     assert told.startswith("17 frames, 2.1 s · peak ") and told.endswith(" s here")
+
+
+def test_no_more_anchors_are_taken_than_the_server_s_limit(pipe, tmp_path):
+    path = tmp_path / "picture.png"
+    PIL.Image.new("RGB", (64, 64), "red").save(path)
+    worker = Worker(pipe, Limits(anchors=2))
+    try:
+        session = Session(worker, "ann", PROMPT)
+        for frame_index in (0, -1):
+            session.upload(path, frame_index)
+        with pytest.raises(ValueError, match="3 anchors were given, and this server takes up to 2 for a video"):
+            session.upload(path, 8)
+        assert [anchor.frame_index for anchor in session.anchors] == [0, -1]
+    finally:
+        worker.close()
