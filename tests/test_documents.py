@@ -97,6 +97,8 @@ def run(words: list[str]) -> None:
             # Real weights, and videos of their size: the embedded model takes their place.
             if words[place] == "--model" and word != "org/fvg":
                 arguments[place] = str(EMBEDDED_FOLDER)
+            # Storage that needs an account: one in memory takes its place.
+            arguments[place] = arguments[place].replace("s3://", "memory://")
         if "--engine" in arguments:
             # Each has tests of its own, and takes long to start.
             assert arguments[arguments.index("--engine") + 1] in ENGINES

@@ -1,6 +1,7 @@
 """Every engine makes the same plan and the same videos. Processes take long to start, so these tests are slow."""
 
 import argparse
+import json
 import os
 import re
 from collections import Counter
@@ -12,6 +13,7 @@ from diffusers_fvg.cli.batch import ModelLoad
 from diffusers_fvg.evaluation.manifest import read_manifest
 from diffusers_fvg.evaluation.plan import PlannedVideo, derive_seed, write_plan
 from diffusers_fvg.evaluation.run import run_plan
+from diffusers_fvg.media import read_video, read_video_metadata
 
 
 pytestmark = pytest.mark.slow
@@ -59,7 +61,15 @@ def made(folder: Path, load, engine: str, rows=ROWS) -> dict[str, bytes]:
     assert len(list((folder / "captions").glob("*.json"))) == 2
     patterns = ("plan.*", "captions/*.json", "stages/**/*.*", "videos/*.mp4")
     files = [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]
-    return {str(path.relative_to(folder)): _TIME.sub(b"", path.read_bytes()) for path in files}
+    return {str(path.relative_to(folder)): _content(path) for path in files}
+
+
+def _content(path: Path) -> bytes:
+    """Of a video its pixels and record; which models a process holds, `dtypes`, is the engine's own."""
+    if path.suffix != ".mp4":
+        return _TIME.sub(b"", path.read_bytes())
+    record = {name: value for name, value in read_video_metadata(path).items() if name != "dtypes"}
+    return json.dumps(record).encode() + read_video(path)[0].tobytes()
 
 
 @pytest.fixture(scope="module")

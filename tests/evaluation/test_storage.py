@@ -26,6 +26,8 @@ ROWS = [PlannedVideo(f"videos/{i}.mp4", "a", derive_seed(0, i), {"mode": "direct
 def url(request, tmp_path, monkeypatch):
     """A storage of memory, and one of files: each is nothing but an address to what is tested."""
     monkeypatch.setattr(storage.constants, "HF_HOME", str(tmp_path / "cache"))
+    # Once with the first video, however long the others take.
+    monkeypatch.setattr(storage, "RECORD_SECONDS", 3600.0)
     return f"{request.param}://{tmp_path}/out"
 
 
