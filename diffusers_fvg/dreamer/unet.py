@@ -106,6 +106,9 @@ class FactorizedDreamerUNet(UNet2DConditionModel):
         `ValueError`: a value that is not listed, or a UNet of another family.
     """
 
+    # diffusers' image projection casts its input to what its weights are stored in.
+    _skip_layerwise_casting_patterns = [*UNet2DConditionModel._skip_layerwise_casting_patterns, "image_projection"]
+
     def __init__(
         self,
         *args: Any,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +40,14 @@ def adapter_config(metadata: dict[str, str], label: str) -> dict[str, Any]:
     return config
 
 
-def check_tensors(state_dict: dict[str, torch.Tensor]) -> None:
-    """A state dict has texts for keys and tensors for values.
+def check_weights(weights: Any) -> None:
+    """A LoRA is a file, a folder, a repository's name, or a state dict, which has texts for keys and tensors for values.
 
     Raises:
-        `ValueError`: naming the first that is something else.
+        `ValueError`: naming what is something else.
     """
-    for key, value in state_dict.items():
+    if not isinstance(weights, (str, os.PathLike, dict)):
+        raise ValueError(f"`weights={weights!r:.60}` must be a file, a folder, a repository's name or a state dict.")
+    for key, value in weights.items() if isinstance(weights, dict) else ():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise ValueError(f"A state dict of a LoRA holds tensors, but {key!r:.80} is a {type(value).__name__}.")

@@ -25,7 +25,7 @@ from ..checks import check_finite, check_name, check_scale
 from ..loading.reading import read_json
 from ..loading.safety import refuse_pickles
 from .deltas import ParameterDeltas, base_parameter
-from .files import adapter_config, check_tensors, read_safetensors
+from .files import adapter_config, check_weights, read_safetensors
 from .formats import EXPERTS, FORMATS, LoraFit, fit_tensors, refuse_other_methods, split_key
 from .forms import check_form
 
@@ -92,11 +92,9 @@ def _sources(
         raise ValueError(
             "`use_safetensors=False` asks for a pickle, which can run code; LoRAs are read from safetensors."
         )
+    check_weights(weights)
     if isinstance(weights, dict):
-        check_tensors(weights)
         return [_Source("the state dict", weights, adapter_config(metadata or {}, "the state dict"))]
-    if not isinstance(weights, (str, os.PathLike)):
-        raise ValueError(f"`weights={weights!r:.60}` must be a file, a folder, a repository's name or a state dict.")
     if metadata is not None:
         raise ValueError("`metadata` is read from the file itself; pass it only with a state dict.")
     names = [weight_name] if isinstance(weight_name, str) else weight_name

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 
@@ -26,7 +28,12 @@ def all_rows() -> list[Row]:
     import repository_rows
 
     modules = (python_rows, command_rows, config_rows, picture_rows, lora_rows, repository_rows, data_rows)
-    return [row for module in modules for row in module.ROWS]
+    rows, seen = [], Counter()
+    for row in (row for module in modules for row in module.ROWS):
+        # Tensors of one shape look alike.
+        seen[row.name] += 1
+        rows.append(replace(row, name=f"{row.name} ({seen[row.name]})") if seen[row.name] > 1 else row)
+    return rows
 
 
 def count_rows(rows: list[Row]) -> tuple[dict[str, dict[str, int]], list[str]]:

@@ -119,9 +119,12 @@ def test_defaults_are_held_to_it_as_calls_are():
     [
         ({"composer_negative_prompt": "low quality"}, NO_TRUE_CFG),
         ({"composer_negative_prompt": "low quality", "mode": "storyboard"}, NO_TRUE_CFG),
-        ({"composer_negative_prompt": ["low", "low", "low"]}, "a list of 3 for 2 prompts"),
-        ({"composer_negative_prompt": 3}, "must be a text or a list of texts: 3"),
-        ({"composer_negative_prompt": [None, "low"]}, re.escape("must be a text or a list of texts: [None, 'low']")),
+        ({"composer_negative_prompt": ["low", "low", "low"]}, "`composer_negative_prompt` has 3 texts for 2 prompts"),
+        ({"composer_negative_prompt": 3}, "must be a text or a list of texts, but is 3"),
+        (
+            {"composer_negative_prompt": [None, "low"]},
+            re.escape("must be a text or a list of texts, but is [None, 'low']"),
+        ),
         ({"composer_guidance_scale": float("nan")}, "composer_guidance_scale=nan"),
     ],
 )
