@@ -199,7 +199,7 @@ def remove_drafts(folder: Path) -> None:
 
 
 # A folder may hold the many files of a cache, and is looked through once.
-_remove_drafts_once = functools.cache(remove_drafts)
+_remove_drafts_once = functools.lru_cache(maxsize=1024)(remove_drafts)
 
 
 def _draft(folder: Path) -> Path:

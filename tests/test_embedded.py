@@ -203,7 +203,7 @@ def test_it_loads_by_the_name_that_records_give_it(tmp_path, monkeypatch):
         ),
         ("tokenizer/tokenizer.json", "{}", "`tokenizer` cannot be loaded from "),
         ("anchor_lora/weights/pytorch_lora_weights.safetensors", "none", "lora_weights.safetensors is no safetensors"),
-        ("schedulers/anchored-15/scheduler_config.json", "[]", "scheduler_config.json' must be an object of JSON"),
+        ("schedulers/anchored-15/scheduler_config.json", "[]", "scheduler_config.json must be an object of JSON"),
     ],
 )
 def test_a_damaged_file_is_named(file, text, message, tmp_path):

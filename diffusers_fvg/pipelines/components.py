@@ -41,6 +41,8 @@ class FactorizedParts(StockPipeline):
     required_components: tuple[str, ...] = ("transformer", "unet")
     # Ways to give the model an anchor, of which the anchor LoRA was trained for one: see `animate/anchor.py`.
     anchor_forms: tuple[str, ...] = ("slot",)
+    # Of `attention_kwargs`, where the model reads some keys alone.
+    attention_keys: tuple[str, ...] = ()
     # The file that makes a saved repository load without an import of this package: see `save_pretrained`.
     pipeline_shim: str
 
@@ -133,8 +135,9 @@ class FactorizedParts(StockPipeline):
         is_other = name in EXPERTS and value is not None and not _is_same_model(value, getattr(self, name))
         if own is not None and is_other and ADAPTER_NAME not in getattr(value, "peft_config", {}):
             own.load_into(value, prefix=name)
-        # A copy that is saved has the same weights.
-        if name != "anchor_lora" or getattr(value, "state_dict", None) is getattr(own, "state_dict", None):
+        # A copy that is saved has the same weights; one without any tells of those that are in the model.
+        weights = getattr(value, "state_dict", None)
+        if name != "anchor_lora" or weights == {} or weights is getattr(own, "state_dict", None):
             return
         experts = self._experts()
         layers = [

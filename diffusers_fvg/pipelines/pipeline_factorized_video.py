@@ -80,6 +80,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
     _optional_components = ["transformer_2", "rewriter", "composer", "anchor_judge", "anchor_lora", "schedulers"]
     component_kinds = {"vae": ("AutoencoderKLWan", ("z_dim",)), "text_encoder": ("UMT5EncoderModel", ("d_model",))}
     anchor_forms = FORMS
+    attention_keys = ("scale",)
     default_presets = WAN_PRESETS
     own_guidance_scale = 5.0
     default_call = WAN_CALL_DEFAULTS
@@ -161,13 +162,6 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
     def _most_frames(self) -> int:
         config = self.transformer.config
         return 1 + (config.rope_max_seq_len * config.patch_size[0] - 1) * self.vae_scale_factor_temporal
-
-    def _check_own(self, request: VideoRequest) -> None:
-        unknown = sorted((request.attention_kwargs or {}).keys() - {"scale"})
-        if unknown:
-            raise ValueError(
-                f"`attention_kwargs` has the key {unknown[0]!r}, and a Wan transformer reads 'scale' alone."
-            )
 
     def _anchor_resolver(self) -> AnchorResolver:
         return partial(resolve_anchors, temporal=self.vae_scale_factor_temporal, form=self.anchor_form)

@@ -127,6 +127,12 @@ class RequestChecks:
                 f"`guidance_scale_2={self.guidance_scale_2}` is for a model of two experts, and this one has no "
                 "`boundary_ratio`; leave it out."
             )
+        known = pipe.attention_keys
+        unknown = sorted((self.attention_kwargs or {}).keys() - known) if known else []
+        if unknown:
+            raise ValueError(
+                f"`attention_kwargs` has the key {unknown[0]!r}; this model reads {', '.join(known)} alone."
+            )
         if self.attention_kwargs and "scale" in self.attention_kwargs:
             check_scale("attention_kwargs['scale']", self.attention_kwargs["scale"])
 
@@ -222,7 +228,8 @@ class RequestChecks:
         if preset is None:
             pipe._check_scheduler()
         check_steps(self.num_inference_steps, preset)
-        if preset is not None or self.num_inference_steps is not None:
+        # Another pipeline that samples, stage 3's animator, sets its own scheduler up.
+        if preset is not None or self.num_inference_steps is not None and "animator" not in pipe.components:
             self._check_makes_scheduler(pipe, preset)
         if pipe.facts is not None:
             size = self.height, self.width, self.num_frames

@@ -357,7 +357,7 @@ def pinned(name: str | os.PathLike, place: str, hub: dict[str, Any], folders: bo
     if folders and Path(name).exists() or COMMIT.fullmatch(revision):
         return name
     if folders and name.startswith(("/", "./", "../", "~")):
-        raise OSError(f"{place} is to be {name}, and there is no such file or folder.")
+        raise OSError(f"{place}: {name!r} is no file or folder here.")
     # "org/name/file.safetensors" is one of a repository's files.
     owner, _, rest = repository.partition("/")
     repository, _, file = rest.partition("/")

@@ -287,7 +287,7 @@ def test_a_storyboard_is_edited_as_lines(session):
         (Order("generate", PROMPT, "quick"), "`mode='quick'`"),
         (Order("generate", " "), "`prompt` is empty"),
         (Order("generate", PROMPT, num_frames=16), "nearest: 13 and 17"),
-        (Order("generate", PROMPT, num_frames=401), "up to 65 frames"),
+        (Order("generate", PROMPT, num_frames=101), "up to 65 frames"),
         (Order("generate", PROMPT, height=160, width=160), "are 25600"),
         (Order("generate", PROMPT, num_inference_steps=101), "up to 100 steps"),
         (Order("generate", PROMPT, preset="none"), "Unknown preset"),

@@ -61,7 +61,7 @@ WRONG = [
     ("--rewriter", "http://127.0.0.1:9/v1", "--rewriter-model"),
     ("--rewriter-model", "gpt", "--rewriter URL"),
     ("--composer", "/no/such/folder", "/no/such/folder"),
-    ("--lora", "/no/such/file.safetensors", "LoRA", "/no/such/file.safetensors", "no such file or folder"),
+    ("--lora", "/no/such/file.safetensors", "LoRA", "/no/such/file.safetensors", "no file or folder here"),
     ("--quantize", "int3", "invalid choice: 'int3'"),
     ("--no-such-flag", "3", "unrecognized arguments"),
 ]

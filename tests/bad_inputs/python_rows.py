@@ -113,7 +113,7 @@ CALL = [
     *(("attention_kwargs", {"scale": value}, "finite number") for value in ("x", NAN, True)),
     ("attention_kwargs", {"scale": None}, "-100 to 100"),
     ("attention_kwargs", {"scale": 1e30}, "-100 to 100"),
-    ("attention_kwargs", {"none": 1}, "reads 'scale' alone"),
+    ("attention_kwargs", {"none": 1}, "reads scale alone"),
     ("attention_kwargs", {3: 4}, "must have texts for keys"),
     *((name, *pair) for name in ("prompt", "first_frame_prompt", "motion_prompt") for pair in TEXTS),
     ("prompt", None, "Provide `prompt` or `prompt_embeds`"),

@@ -114,8 +114,8 @@ def test_a_video_tells_its_story_or_nothing(video, tmp_path):
         ({"hub_revisions": {"composer": "org/t2i@" + "0" * 40}}, "org/t2i"),
         ({"model_kind": "recipe", "model": "wan2.2-5b"}, "an anchor LoRA of a folder or file; give it as --lora"),
         ({"fps": 1}, "`fps=1` of the record is not for a FactorizedVideoPipeline"),
-        ({"max_sequence_length": 8000}, "`max_sequence_length=8000`, and of this model not more than 512"),
-        ({"height": 4096, "width": 4096, "num_frames": 9}, "rotary embedding has 32 positions"),
+        ({"max_sequence_length": 8000}, "`max_sequence_length=8000` must be at most 512"),
+        ({"height": 4096, "width": 4096, "num_frames": 9}, "`height=4096` must be at most 512"),
         ({"model_kind": "hub", "model": "here/model"}, "'here/model' of the record is also a place here"),
         ({"model": None}, "names no model; give it as --model"),
         (

@@ -13,6 +13,7 @@ import torch
 
 from diffusers_fvg.cli import main, parser
 from diffusers_fvg.cli.output import save_stages, write
+from diffusers_fvg.cli.stages import look_at
 from diffusers_fvg.compose.candidates import AnchorCandidate
 from diffusers_fvg.media import read_video, read_video_metadata, write_video
 
@@ -126,6 +127,17 @@ def test_a_seed_repeats_the_video_and_stages_chain(tmp_path, capsys):
     assert np.array_equal(read_video(tmp_path / "a.mp4")[0], read_video(tmp_path / "b.mp4")[0])
 
 
+def test_generate_is_told_how_many_are_made(tmp_path, monkeypatch):
+    """The embedded model draws several first frames for its judge; with one there are no candidates to save."""
+    monkeypatch.chdir(tmp_path)
+    generate = ["generate", PROMPT, "--steps", "1", "--seed", "0", "--quiet", "--save-stages"]
+    main([*generate, "some"])
+    main([*generate, "one", "--composer-num-candidates", "1"])
+    assert (tmp_path / "some" / "candidate_1.png").exists() and not (tmp_path / "one" / "candidate_1.png").exists()
+    looked = look_at(parser().parse_args(["generate", PROMPT, "--motion-retries", "2", "--quiet"]))
+    assert looked.request.motion_retries == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -157,8 +169,8 @@ def test_a_seed_repeats_the_video_and_stages_chain(tmp_path, capsys):
             ["plan", "--first-frame-prompt", PROMPT, "--rewriter", "a/b"],
             "--rewriter has no effect: --first-frame-prompt",
         ),
-        (["compose", PROMPT, "--width", "2048"], "The width is 128 patches, .* 32 positions"),
-        (["generate", PROMPT, "--height", "1024"], "The height is 64 patches, .* 32 positions"),
+        (["compose", PROMPT, "--width", "2048"], "`width=2048` must be at most 512"),
+        (["generate", PROMPT, "--height", "1024"], "`height=1024` must be at most 512"),
         (["generate", PROMPT, "--lora", __file__], "test_cli.py is no safetensors file"),
         (["rewrite", "a", "--rewriter", "HTTP://localhost/v1"], "needs --rewriter-model"),
         (["rewrite", "a", "--rewriter-api-key-env", "KEY"], "name it with --rewriter URL"),

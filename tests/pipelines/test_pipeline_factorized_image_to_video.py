@@ -226,7 +226,7 @@ def unrunnable(family: str) -> FactorizedImageToVideoPipeline:
     [
         ("wan21_i2v", {"guidance_scale_2": 3.0}, "`guidance_scale_2=3.0` is for a model of two experts"),
         ("wan22_i2v", {"fps": 24}, r"Wan2.2-I2V \(WanImageToVideoPipeline\) has no argument fps"),
-        ("wan22_i2v", {"guidance_scale": -1.0}, "`guidance_scale=-1.0` must be at least 0"),
+        ("wan22_i2v", {"guidance_scale": -1.0}, "`guidance_scale=-1.0` must lie between 0 and 1000"),
         ("wan22_i2v", {"animator_kwargs": {"motion": 1}}, "has no argument motion"),
         ("wan22_i2v", {"animator_kwargs": {"latents": 1}}, r"`animator_kwargs` holds \['latents'\]"),
         ("wan22_i2v", {"animator_kwargs": {"guidance_scale": 1}, "guidance_scale": 2}, "which the call has as well"),

@@ -354,7 +354,9 @@ def test_a_gguf_whose_weights_were_unpacked_is_saved(tmp_path, untrained, monkey
     model.hf_quantizer = quantizers.GgufHfQuantizer(quantizers.GgufConfig())
     model.config.quantization_config = model.hf_quantizer.quantization_config
     (tmp_path / "model.Q4.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **options: model)
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *args, **options: (model, {"missing_keys": set()})
+    )
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *args, **options: untrained.tokenizer)
     FirstFrameRewriter.from_pretrained(tmp_path).save_pretrained(tmp_path / "saved")
     monkeypatch.undo()

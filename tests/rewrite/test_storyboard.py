@@ -150,8 +150,8 @@ def test_stage_1_writes_what_is_not_given(pipe):
             {"storyboard": [Moment(RED, 0.0), Moment(BLUE, 0.2), Moment(RED, 0.5)]},
             r"times \[0.0, 0.2, 0.5\] .*9 frames",
         ),
-        ({"storyboard": None, "num_frames": 1}, r"times \[0.0, 1.0\] .*1 frames"),
-        ({"storyboard": None, "num_moments": 4}, "same latent frame"),
+        ({"storyboard": None, "num_frames": 1}, "`num_moments=2` must be at most 1"),
+        ({"storyboard": None, "num_moments": 4}, "`num_moments=4` must be at most 3"),
         ({"storyboard": None, "num_moments": 1}, "num_moments=1"),
     ],
 )

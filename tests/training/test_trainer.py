@@ -84,11 +84,11 @@ def test_every_step_draws_anew(places, tmp_path):
 
 
 def test_learning_rate_schedules(places, tmp_path):
-    constant = tiny_config(*places, tmp_path, steps=12, warmup_steps=2, learning_rate=3.0)
-    assert [learning_rate(constant, step) for step in (0, 1, 2, 11)] == pytest.approx([1.0, 2.0, 3.0, 3.0])
+    constant = tiny_config(*places, tmp_path, steps=12, warmup_steps=2, learning_rate=0.3)
+    assert [learning_rate(constant, step) for step in (0, 1, 2, 11)] == pytest.approx([0.1, 0.2, 0.3, 0.3])
     cosine = replace(constant, learning_rate_schedule="cosine")
     # Half way from step 2 to step 12 the cosine is at a half.
-    assert [learning_rate(cosine, step) for step in (1, 2, 7, 12)] == pytest.approx([2.0, 3.0, 1.5, 0.0])
+    assert [learning_rate(cosine, step) for step in (1, 2, 7, 12)] == pytest.approx([0.2, 0.3, 0.15, 0.0])
 
 
 def test_accumulated_forwards_are_one_larger_batch(places, tmp_path, monkeypatch):
