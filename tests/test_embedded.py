@@ -179,6 +179,7 @@ def test_a_plan_checks_the_prompt_that_it_is_given(capsys):
 
 def test_it_loads_by_the_name_that_records_give_it(tmp_path, monkeypatch):
     pipe = load("embedded", composer=False)
+    assert pipe.composer is None and pipe.anchor_judge is None
     assert pipe.transformer.dtype == torch.float32 and pipe.config._name_or_path == "embedded"
     assert pipe.prompt_check is check_world and load("embedded", dtype="bfloat16").transformer.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="'banana'.*bfloat16"):

@@ -48,7 +48,8 @@ def load(
     Args:
         name (`str` or `os.PathLike`): one of [`RECIPES`], a folder, a repository, or `"embedded"`: the model of this package.
         dtype (`torch.dtype` or its name, *optional*): of every stage; bfloat16 when left out, float32 of the embedded model.
-        composer (`str` or [`AnchorComposer`], *optional*): in place of the model's own; `False` loads none.
+        composer (`str` or [`AnchorComposer`], *optional*): in place of the model's own; `False` loads none, and no
+            judge of what it would draw.
         rewriter (`str` or [`FirstFrameRewriter`], *optional*): in place of the model's own: a chat model, a rewriter's
             folder or a rewriter; `False` loads none.
         lora (`str`, *optional*): anchor LoRA of any known format, in place of the model's own. `False` loads none, which
@@ -131,6 +132,8 @@ def _load_source(
     check_lora(source, lora)
     _check_base(source)
     parts = _parts(composer, rewriter, dtype, hub, options.get("variant"))
+    if composer is False and source.has("anchor_judge"):
+        parts["anchor_judge"] = None
     if lora is not None and source.pipeline_name not in NO_ANCHOR_LORA:
         parts["anchor_lora"] = _anchor_lora(source, lora, hub) if lora else None
     place = str(source.folder) if source.repository is None else source.repository

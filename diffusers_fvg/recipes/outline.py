@@ -102,6 +102,9 @@ def outline(
             if value is not None:
                 is_name = isinstance(value, (str, os.PathLike))
                 named[name] = None if value is False else make(value, hub) if is_name else value
+        if composer is False:
+            # There are no pictures to judge.
+            named["anchor_judge"] = None
         if isinstance(source.recipe, AnimatorRecipe):
             # Its configurations are published on the Hub alone.
             animator = source.recipe.animator

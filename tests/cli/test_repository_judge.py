@@ -54,3 +54,5 @@ def test_a_judge_without_weights_is_as_large_as_the_judge(make, tmp_path):
     stages = {stage.name: stage for stage in pipeline_stages(made)}
     assert stages["anchor_judge"] == next(each for each in pipeline_stages(pipe) if each.name == "anchor_judge")
     assert made.anchor_judge.device.type == "meta"
+    without = outline(find_source(tmp_path, None, {}), torch.float32, composer=False)
+    assert without.composer is None and without.anchor_judge is None
