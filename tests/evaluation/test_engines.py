@@ -101,5 +101,5 @@ def test_a_killed_run_goes_on(tmp_path, run_python):
     """What `kill_runs.py` does twenty times."""
     script = Path(__file__).parent / "kill_runs.py"
     os.makedirs(tmp_path / "runs")
-    code = f"import sys, runpy; sys.argv = {[str(script), str(tmp_path / 'runs' / 'a'), '--kills', '2', '--videos', '8']}; "
+    code = f"import sys, runpy; sys.argv = {[str(script), str(tmp_path / 'runs' / 'a'), '--kills', '2', '--videos', '20']}; "
     assert "faults: []" in run_python(code + f"runpy.run_path({str(script)!r}, run_name='__main__')")
