@@ -29,8 +29,8 @@ from .plan import PlannedVideo
 MANIFEST, TEMPORARY = "manifest", "temporary"
 RUN_LOCK, RUN_ID, STOPPED, ROOM = "run.lock", "run.id", "stopped.json", "room"
 ROOM_BYTES = 4096
-# Errors of a disk without room, and of a user without any on it.
-FULL = (errno.ENOSPC, errno.EDQUOT)
+# Errors of a disk without room, of a user without any on it, and of a file that may not grow.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Seconds between two looks at what other processes do.
 PATIENCE = 0.2
 # Seconds between two waits of a worker for the disk to have its lines. A kill takes no line with it; a power cut those of so

@@ -120,15 +120,16 @@ def write_plan(
     folder = Path(folder)
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f"{PLAN}.{os.getpid()}"
     try:
-        count, digest = _write_rows(draft, rows)
+        if (folder / PLAN_FACTS).is_file():
+            # It stays; the rows are compared with it.
+            count, digest = _write_rows(Path(os.devnull), rows)
+        else:
+            with replacing(folder / PLAN) as draft:
+                count, digest = _write_rows(draft, rows)
         facts = {"plan_version": VERSION, "videos": count, "sha256": digest, **(made_by or {})}
-        if not (folder / PLAN_FACTS).is_file():
-            os.replace(draft, folder / PLAN)
         return keep_facts(folder / PLAN_FACTS, facts)
     finally:
-        draft.unlink(missing_ok=True)
         if is_new and not any(folder.iterdir()):
             # Of rows that were refused nothing stays.
             folder.rmdir()
@@ -171,8 +172,6 @@ def _write_rows(draft: Path, rows: Iterable[PlannedVideo]) -> tuple[int, str]:
             line = row.to_json().encode() + b"\n"
             whole.update(line)
             file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
     if not seen:
         raise ValueError("the plan has no videos.")
     return len(seen), whole.hexdigest()

@@ -80,8 +80,8 @@ def run_plan(
             "folder, or unset RAY_ADDRESS to make the videos on this machine."
         )
     planned, count = plan_facts(folder)["videos"], 0
-    with Turn(folder) as turn:
-        try:
+    try:
+        with Turn(folder) as turn:
             keep_facts(folder / RUN_FACTS, made_by or {})
             if storage is not None:
                 storage.add_facts()
@@ -96,14 +96,14 @@ def run_plan(
                     ENGINES[engine](job, watch)
             if storage is not None:
                 storage.finish()
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
-            finished = planned - sum(1 for _ in _missing(folder, storage))
-            raise OSError(
-                f"no space is left in {folder}: {finished} of {planned} videos are finished and whole. Make room and give the same "
-                "command again, which goes on from there."
-            ) from error
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        finished = planned - sum(1 for _ in _missing(folder, storage))
+        raise OSError(
+            f"no space is left in {folder} ({os.strerror(error.errno)}): {finished} of {planned} videos are finished and whole. Make "
+            "room and give the same command again, which goes on from there."
+        ) from error
     return _summary(folder, planned, count, storage)
 
 

@@ -1,7 +1,9 @@
 import hashlib
 import json
+from functools import partial
 
 import pytest
+from killing import count_steps, kill_at_step
 
 from diffusers_fvg.evaluation.plan import PlannedVideo, derive_seed, plan_facts, read_plan, write_plan
 
@@ -28,6 +30,16 @@ def test_a_plan_is_read_as_it_was_written_and_the_same_rows_are_the_same_bytes(t
         and facts["sha256"] == hashlib.sha256(data).hexdigest() == plan_facts(tmp_path / "a")["sha256"]
     )
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["plan.json", "plan.jsonl"]
+
+
+def test_a_plan_that_is_killed_at_any_step_is_written_by_the_next_call(tmp_path):
+    steps = count_steps(lambda: write_plan(tmp_path / "whole", [ROW]))
+    for step in range(1, steps + 1):
+        folder = tmp_path / str(step)
+        assert kill_at_step(partial(write_plan, folder, [ROW]), step)
+        write_plan(folder, [ROW])
+        assert list(read_plan(folder)) == [ROW]
+        assert sorted(path.name for path in folder.iterdir()) == ["plan.json", "plan.jsonl"], step
 
 
 def test_seeds_are_those_of_their_formula():

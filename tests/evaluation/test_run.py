@@ -2,6 +2,7 @@ import errno
 import json
 import multiprocessing
 import os
+import resource
 import time
 from collections import Counter
 
@@ -122,6 +123,21 @@ def test_a_full_disk_stops_in_one_line_and_goes_on_when_there_is_room(tmp_path, 
     assert not (tmp_path / "temporary").exists()
     assert run_plan(tmp_path, StubLoad(), quiet=True).finished == 4
     assert all(sum(count for (path, _), count in lines(tmp_path).items() if path == row.path) == 1 for row in rows)
+
+
+def test_a_disk_that_is_full_before_the_first_video_is_told_with_its_folder(tmp_path):
+    planned(tmp_path / "there")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+    try:
+        with pytest.raises(OSError, match="new/plan.jsonl cannot be written: File too large"):
+            planned(tmp_path / "new")
+        with pytest.raises(OSError, match=r"there \(File too large\): 0 of 4 videos are finished and whole"):
+            run_plan(tmp_path / "there", StubLoad(), quiet=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "new").exists()
+    assert run_plan(tmp_path / "there", StubLoad(), quiet=True).made == 4
 
 
 def hold(path, ready):
