@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +61,18 @@ def hub(tmp_path, monkeypatch):
         for name, value in {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}.items():
             monkeypatch.setenv(name, value)
         yield server
+
+
+@pytest.fixture
+def hasty_client(monkeypatch):
+    """The Hub's client does not wait between its tries, and half a second for an answer."""
+    from huggingface_hub import constants
+
+    slept = time.sleep
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: slept(min(seconds, 0.01)))
+    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT", "DEFAULT_DOWNLOAD_TIMEOUT", "DEFAULT_ETAG_TIMEOUT"):
+        if hasattr(constants, name):
+            monkeypatch.setattr(constants, name, 0.5)
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ private repositories and tokens. Small files are answered by `resolve` itself; L
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -39,6 +39,13 @@ ROUTES = [
     ("POST", rf"/api/models/{REPO}/commit/{REVISION}", "commit"),
     ("GET", rf"/{REPO}/resolve/{REVISION}/(?P<path>.+)", "resolve"),
 ]
+# Of each kind of request that a download makes the pattern, for `HubServer.faults`.
+DOWNLOADS = {
+    "listing": r"GET /api/models/.*",
+    "looking": r"HEAD .*/resolve/.*",
+    "small file": r"GET .*/resolve/.*\.json",
+    "large file": r"GET /storage/.*",
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,8 @@ class HubServer:
     their path in the repository, that are to arrive with another one; `sizes` has the bytes that it says some have.
 
     `faults` has what goes wrong, by a pattern of "METHOD /path": an iterator of a status (such as 429 or 500), of "cut" (the
-    connection ends in the middle of the answer) or of seconds (as a float) that the answer comes late, or `None`; one for each request.
+    connection ends in the middle of the answer), of "slow" (its content comes in twenty pieces, in a fifth of a second) or of
+    seconds (as a float) that the answer comes late, or `None`; one for each request.
     """
 
     def __init__(self, folder: Path, users: dict[str, str] | None = None):
@@ -332,6 +340,11 @@ class HubServer:
         return 200, data, headers
 
 
+def _wait(seconds: float) -> None:
+    """Also where a test shortens `time.sleep` for the client, which runs in the same process."""
+    threading.Event().wait(seconds)
+
+
 class Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
@@ -343,7 +356,7 @@ class Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             fault = self.hub.next_fault(request)
         if isinstance(fault, float):
-            time.sleep(fault)
+            _wait(fault)
         with self.hub.lock:
             self.hub.requests.append(request)
             try:
@@ -359,8 +372,15 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(body)), "Connection": "close"}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body[: len(body) // 2] if fault == "cut" else body)
+        # Whoever asked may be gone.
+        with contextlib.suppress(ConnectionError):
+            if self.command != "HEAD" and fault == "slow":
+                size = len(body) // 20 + 1
+                for start in range(0, len(body), size):
+                    _wait(0.01)
+                    self.wfile.write(body[start : start + size])
+            elif self.command != "HEAD":
+                self.wfile.write(body[: len(body) // 2] if fault == "cut" else body)
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 

@@ -47,19 +47,24 @@ def kill_after(work: Callable[[], None], seconds: float) -> bool:
     return _run(work, None, seconds) == -signal.SIGKILL
 
 
-def kills(work: Callable[[], None], count: int, seed: int = 0) -> Iterator[int]:
+def kills(
+    work: Callable[[], None], count: int, seed: int = 0, undo: Callable[[], None] = lambda: None
+) -> Iterator[int]:
     """Kills the work `count` times, and yields the number after each: half at moments, half at steps that are drawn.
 
-    It is done once without a kill before, for its time and its steps.
+    It is done once without a kill before, for its time and its steps. `undo` is called after each time that it was through.
     """
     began = time.monotonic()
     draw, steps, done = random.Random(seed), count_steps(work), 0
     seconds = time.monotonic() - began
+    undo()
     while done < count:
         killed = kill_at_step(work, draw.randint(1, steps)) if done % 2 else kill_after(work, draw.uniform(0, seconds))
         if killed:
             done += 1
             yield done
+        else:
+            undo()
 
 
 def _run(work: Callable[[], None], at_step: Callable[[], None] | None, seconds: float | None = None) -> int:

@@ -7,6 +7,7 @@ import math
 import random
 import resource
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import PIL.Image
@@ -18,6 +19,8 @@ from tiny import tiny_pipeline, tiny_transformer
 
 from diffusers_fvg import atomic, load_embedded, push
 from diffusers_fvg.cli import main, pipeline
+from diffusers_fvg.evaluation.check import check_folder
+from diffusers_fvg.evaluation.manifest import read_manifest
 from diffusers_fvg.media import read_video, read_video_metadata
 
 
@@ -254,3 +257,85 @@ def test_a_full_disk_of_a_push(hub, repositories, tmp_path):
     assert on_hub(hub, "org/new") in (set(), {".gitattributes"})
     push(tmp_path / "saved", "org/new", token=hub.token)
     assert WEIGHTS in on_hub(hub, "org/new") and "README.md" in on_hub(hub, "org/new")
+
+
+# -- batch ------------------------------------------------------------------------------------------------------------
+
+
+ROWS = [{"prompt": PROMPT}, {"prompt": PROMPT, "mode": "direct"}, {"prompt": "A blue square moves to the left"}]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, ROWS)))
+    return path
+
+
+def batch(rows: Path, out: Path) -> int:
+    size = ["--steps", "1", "--height", "32", "--width", "32", "--num-frames", "9", "--quiet"]
+    return main(["batch", str(rows), str(out), *size])
+
+
+def check_batch(out: Path, whole: Path) -> tuple[int, int]:
+    """What has its name is whole, and has one line at most. Returns how many videos and how many lines there are."""
+    videos = sorted(out.glob("videos/*"))
+    assert all(path.read_bytes() == (whole / path.relative_to(out)).read_bytes() for path in videos)
+    for path in (path for part in ("captions", "stages") for path in (out / part).rglob("*.*") if path.is_file()):
+        if path.suffix == ".png":
+            assert path.read_bytes() == (whole / path.relative_to(out)).read_bytes()
+        elif path.suffix == ".json":
+            assert (
+                json.loads(path.read_text()).keys() == json.loads((whole / path.relative_to(out)).read_text()).keys()
+            )
+    lines = Counter(line["path"] for line in read_manifest(out) if line["status"] != "failed")
+    assert lines.keys() <= {path.relative_to(out).as_posix() for path in videos} and set(lines.values()) <= {1}
+    return len(videos), len(lines)
+
+
+def check_batch_is_done(out: Path, whole: Path) -> None:
+    assert check_batch(out, whole) == (len(ROWS), len(ROWS))
+    names = [
+        {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()} for root in (out, whole)
+    ]
+    # A worker's file of the manifest is named by chance.
+    assert {name for name in names[0] ^ names[1] if not name.endswith(".jsonl")} == set()
+    assert not [finding for finding in check_folder(out) if finding.is_fault]
+
+
+@pytest.fixture(scope="module")
+def batched(loaded_once, rows, tmp_path_factory):
+    out = tmp_path_factory.mktemp("batched") / "out"
+    assert batch(rows, out) == 0
+    assert check_batch(out, out) == (len(ROWS), len(ROWS))
+    return out
+
+
+def test_kills_of_a_batch(rows, batched, tmp_path, capsys):
+    """Each begins where the one before it was killed, until all is there."""
+    out, videos, lines = tmp_path / "out", 0, 0
+    for _ in kills(lambda: batch(rows, out), KILLS, undo=lambda: shutil.rmtree(out)):
+        there = check_batch(out, batched)
+        videos, lines = videos + there[0], lines + there[1]
+    assert batch(rows, out) == 0
+    check_batch_is_done(out, batched)
+    report(
+        capsys, f"batch: {KILLS} kills, {videos} videos and {lines} lines there after them, half 0, none is made twice"
+    )
+
+
+def test_full_disks_of_a_batch(rows, batched, tmp_path, capsys):
+    out, told = tmp_path / "out", Counter()
+    for number, limit in enumerate(limits(batched, FULL_DISKS)):
+        if number % 2:
+            # From the beginning again.
+            shutil.rmtree(out, ignore_errors=True)
+        with room(limit) as text:
+            status = batch(rows, out)
+        (line,) = text.getvalue().strip().splitlines()
+        assert status == 2 and ("no space is left in" in line or "cannot be written" in line), line
+        told["the plan" if "plan.json" in line else "the run"] += 1
+        check_batch(out, batched)
+    assert batch(rows, out) == 0
+    check_batch_is_done(out, batched)
+    report(capsys, f"batch: {FULL_DISKS} full disks, each one line: {dict(told)}")

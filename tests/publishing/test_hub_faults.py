@@ -1,11 +1,10 @@
 """A Hub that is slow, cuts connections, answers 429 and 500, or lies about sizes: it works in the end, or one line says what is."""
 
 import itertools
-import time
 
 import numpy as np
 import pytest
-from huggingface_hub import constants
+from hub_server import DOWNLOADS
 from safetensors.numpy import load_file, save_file
 
 from diffusers_fvg import push
@@ -13,24 +12,12 @@ from diffusers_fvg.loading.files import fetch
 
 
 LARGE, SMALL = "vae/model.safetensors", "vae/config.json"
-# Of each kind of request that a download makes.
-REQUESTS = {
-    "listing": r"GET /api/models/.*",
-    "looking": r"HEAD .*/resolve/.*",
-    "small file": r"GET .*/resolve/.*\.json",
-    "large file": r"GET /storage/.*",
-}
 VALUES = np.arange(50_000, dtype=np.float32)
 
 
 @pytest.fixture
-def org(hub, tmp_path, monkeypatch):
-    """The Hub with the repository org/name; its client does not wait between its tries, and not long for an answer."""
-    slept = time.sleep
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: slept(min(seconds, 0.01)))
-    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT", "DEFAULT_DOWNLOAD_TIMEOUT", "DEFAULT_ETAG_TIMEOUT"):
-        if hasattr(constants, name):
-            monkeypatch.setattr(constants, name, 0.5)
+def org(hub, hasty_client, tmp_path):
+    """The Hub with the repository org/name."""
     (tmp_path / "repository" / "vae").mkdir(parents=True)
     save_file({"a": VALUES}, tmp_path / "repository" / LARGE)
     (tmp_path / "repository" / SMALL).write_text("{}")
@@ -44,7 +31,7 @@ def download(tmp_path):
 
 
 @pytest.mark.parametrize("fault", [500, "cut"])
-@pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)
+@pytest.mark.parametrize("request_", DOWNLOADS.values(), ids=DOWNLOADS)
 def test_what_passes_is_waited_for(org, tmp_path, request_, fault):
     org.faults[request_] = iter([fault, fault])
     try:
@@ -62,9 +49,9 @@ def check_told(error) -> None:
 
 
 @pytest.mark.parametrize("fault", [429, "cut", 2.0])
-@pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)
+@pytest.mark.parametrize("request_", DOWNLOADS.values(), ids=DOWNLOADS)
 def test_what_stays_is_told_and_nothing_half_is_taken_as_whole(org, tmp_path, request_, fault):
-    if fault == 2.0 and request_ != REQUESTS["large file"]:
+    if fault == 2.0 and request_ != DOWNLOADS["large file"]:
         pytest.skip("the client waits for all answers in one way")
     org.faults[request_] = itertools.repeat(fault)
     try:
@@ -73,7 +60,7 @@ def test_what_stays_is_told_and_nothing_half_is_taken_as_whole(org, tmp_path, re
         check_told(error)
     else:
         # A request without a body cannot be cut, and what is slow comes in the end.
-        assert fault == 2.0 or fault == "cut" and request_ == REQUESTS["looking"]
+        assert fault == 2.0 or fault == "cut" and request_ == DOWNLOADS["looking"]
         assert np.array_equal(values, VALUES)
     org.faults.clear()
     assert np.array_equal(download(tmp_path), VALUES)

@@ -1,14 +1,21 @@
+import contextlib
 import gc
+import io
 import json
+import math
 import os
+import random
+import resource
 import shutil
 import weakref
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline
+from killing import kills
 from tiny import tiny_wan_components
 from training_runs import CAPTIONS, moving_square, save_model, save_videos, tiny_config
 from transformers import UMT5EncoderModel
@@ -162,6 +169,71 @@ def test_interrupted_cache_continues(config, monkeypatch):
     os.truncate(clips.latents[0], 200)
     encoded.clear()
     assert cache(config).load([0])[0].shape == (1, 16, 3, 4, 4) and encoded == [1]
+
+
+def contents(folder: Path) -> dict[str, tuple]:
+    """Of each whole file in a cache, by its name, values and metadata. Their order in a file is not told."""
+    tensors = {path: read_whole(path) for path in folder.rglob("*.safetensors") if not path.name.startswith(".fvg-")}
+    assert None not in tensors.values()
+    found = {
+        path: ({name: value.tolist() for name, value in values.items()}, metadata)
+        for path, (values, metadata) in tensors.items()
+    }
+    found |= {path: json.loads(path.read_text()) for path in folder.glob("settings.json")}
+    return {path.relative_to(folder).as_posix(): content for path, content in found.items()}
+
+
+@pytest.fixture
+def built(config, monkeypatch):
+    """What a cache holds in the end. Of clips encoded together the last bit can differ."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr(data, "PIXELS_AT_ONCE", 0)
+    cache(config)
+    files = contents(Path(config.cache_dir))
+    assert len(files) == 1 + 4 + 3
+    return files
+
+
+@pytest.mark.slow
+def test_20_kills_of_a_cache(config, built, tmp_path, capsys):
+    """Each begins where the one before it was killed, until all is there."""
+    place, numbers = tmp_path / "killed", Counter()
+    config = replace(config, cache_dir=str(place))
+    for _ in kills(lambda: cache(config), 20, undo=lambda: shutil.rmtree(place)):
+        there = contents(place)
+        assert there.items() <= built.items()
+        numbers[len(there)] += 1
+    cache(config)
+    assert contents(place) == built
+    with capsys.disabled():
+        print(f"\ncache of {len(built)} files: 20 kills, of these there after them {dict(numbers)}, half 0")
+
+
+@pytest.mark.slow
+def test_10_full_disks_of_a_cache(config, built, tmp_path, capsys):
+    place, told, draw = tmp_path / "filled", Counter(), random.Random(0)
+    config = replace(config, cache_dir=str(place))
+    largest = max(path.stat().st_size for path in (tmp_path / "data" / "cache").rglob("*") if path.is_file())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for _ in range(10):
+        limit = int(math.exp(draw.uniform(0, math.log(largest))))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            # What it shows goes to a file too, in a test.
+            with contextlib.redirect_stderr(io.StringIO()), pytest.raises(OSError, match="cannot be written") as error:
+                cache(config)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "\n" not in str(error.value) and contents(place).items() <= built.items()
+        assert not list(place.rglob(".fvg-*"))
+        told[Path(str(error.value).split(" cannot")[0]).parent.name] += 1
+        if draw.random() < 0.5:
+            # From the beginning again.
+            shutil.rmtree(place)
+    cache(config)
+    assert contents(place) == built
+    with capsys.disabled():
+        print(f"\ncache: 10 full disks, each one line, of a file in {dict(told)}")
 
 
 def test_small_clips_are_encoded_together(config, tmp_path, monkeypatch):

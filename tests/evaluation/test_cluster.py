@@ -1,0 +1,35 @@
+"""What a driver does around Ray, which these tests do not start."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from diffusers_fvg.evaluation.engines import cluster
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_lines_are_looked_for_after_each_block_and_at_the_end(tmp_path, monkeypatch, fails):
+    seen = []
+
+    def blocks(batch_size):
+        for number in range(2):
+            seen.append(f"block {number}")
+            yield number
+        if fails:
+            raise RuntimeError("a machine is gone")
+
+    data = SimpleNamespace(DataContext=SimpleNamespace(get_current=SimpleNamespace))
+    ray = SimpleNamespace(data=data, init=lambda **options: None, shutdown=lambda: seen.append("shut down"))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setitem(sys.modules, "ray.data", data)
+    monkeypatch.setattr(cluster, "_videos", lambda job: SimpleNamespace(iter_batches=blocks))
+    watch = SimpleNamespace(update=lambda: seen.append("looked"))
+    job = SimpleNamespace(folder=tmp_path)
+    if fails:
+        with pytest.raises(RuntimeError, match="a machine is gone"):
+            cluster.run_cluster(job, watch)
+    else:
+        cluster.run_cluster(job, watch)
+    end = ["shut down"] if fails else ["looked", "shut down"]
+    assert seen == ["block 0", "looked", "block 1", "looked", *end]
