@@ -84,6 +84,9 @@ def make_page(worker: Worker) -> gr.Blocks:
     ) as blocks:
         parts = make_layout(worker)
         _Actions(parts, Sessions(worker)).connect(blocks)
+    # gradio keeps some 0.1 MiB of each tab that was ever opened, and forgets none but those beyond the latest 10,000. All of it
+    # is made again for a tab that was forgotten and comes back: what is a person's own stands in the session.
+    blocks.state_session_capacity = worker.limits.people
     return blocks.queue(default_concurrency_limit=None, api_open=False)
 
 
