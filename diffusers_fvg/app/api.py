@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import secrets
 import tempfile
 from collections.abc import Callable
@@ -15,7 +14,6 @@ from fastapi.responses import FileResponse, JSONResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from .. import __version__
-from ..animate.anchor import Anchor
 from ..animate.fidelity import ANCHOR_DECODES
 from ..checks import MAX_PROMPT_CHARACTERS, check_texts
 from ..pipelines.request_checks import MODES
@@ -23,6 +21,7 @@ from ..rewrite.storyboard import Moment
 from .limits import Limits, open_upload
 from .orders import STAGES, Order
 from .outputs import FORMS, Form, video_file
+from .pictures import PictureFile, Upload
 from .worker import Job, QueueFull, State, Worker
 
 
@@ -92,12 +91,12 @@ class JobInput(BaseModel):
     anchor_decode: AnchorDecode = "raw"
     lora_scale: Annotated[Number | None, Field(ge=-10, le=10)] = None
 
-    def order(self, limits: Limits) -> Order:
+    def order(self, worker: Worker) -> Order:
         """Raises `ValueError` for a picture that is none."""
         given = {name: getattr(self, name) for name in type(self).model_fields}
         given["storyboard"] = self.storyboard and [Moment(each.caption, each.time) for each in self.storyboard]
-        limits.check_count(self.num_candidates, len(self.anchors or ()))
-        given["anchors"] = self.anchors and [_anchor(each, limits) for each in self.anchors]
+        worker.limits.check_count(self.num_candidates, len(self.anchors or ()))
+        given["anchors"] = self.anchors and [_upload(each, worker) for each in self.anchors]
         return Order(**given)
 
 
@@ -154,7 +153,7 @@ def make_api(worker: Worker) -> FastAPI:
     @api.post("/api/jobs", status_code=202, responses={status: PROBLEMS[status] for status in (400, 413, 429)})
     def submit(job: JobInput, request: Request) -> JobOutput:
         """Puts a job in the queue."""
-        return _told(worker, worker.submit(_owner(request), job.order(worker.limits)))
+        return _told(worker, worker.submit(_owner(request), job.order(worker)))
 
     @api.get("/api/jobs")
     def history(request: Request) -> list[JobOutput]:
@@ -205,9 +204,7 @@ def _add_files(api: FastAPI, worker: Worker) -> None:
         pictures = [] if job.result is None else job.result.pictures
         if not 0 <= number < len(pictures):
             raise HTTPException(404, f"The job has {len(pictures)} pictures, counted from 0, and no picture {number}.")
-        file = io.BytesIO()
-        pictures[number].image.save(file, "PNG")
-        return Response(file.getvalue(), media_type="image/png")
+        return Response(pictures[number].file.path.read_bytes(), media_type="image/png")
 
 
 def send_video(job: Job, form: str) -> FileResponse:
@@ -259,7 +256,7 @@ def _job(worker: Worker, request: Request, id: str) -> Job:
         raise HTTPException(404, f"You have no job {id!r:.80}: it was forgotten, or is another's.") from None
 
 
-def _anchor(given: AnchorInput, limits: Limits) -> Anchor:
+def _upload(given: AnchorInput, worker: Worker) -> Upload:
     try:
         content = base64.b64decode(given.image, validate=True)
     except ValueError as error:
@@ -267,7 +264,8 @@ def _anchor(given: AnchorInput, limits: Limits) -> Anchor:
     with tempfile.NamedTemporaryFile(prefix="anchor-") as file:
         file.write(content)
         file.flush()
-        return Anchor(open_upload(file.name, limits), given.frame_index, given.strength)
+        open_upload(file.name, worker.limits)
+    return Upload(PictureFile(worker.folder, content), given.frame_index, given.strength)
 
 
 def _told(worker: Worker, job: Job) -> JobOutput:

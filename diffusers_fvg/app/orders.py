@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import PIL.Image
 import torch
 
-from ..animate.anchor import Anchor, fit_picture
+from ..animate.anchor import Anchor
 from ..checks import check_texts
 from ..compose.candidates import candidate_seeds
 from ..media import lossless_video, viewing_scale, write_video
@@ -24,6 +24,7 @@ from ..pipelines.request_checks import MODES
 from ..pipelines.seeds import anchor_seed
 from ..rewrite.storyboard import Moment
 from .limits import Limits
+from .pictures import PictureFile, Upload
 
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ STAGES = ("rewrite", "compose", "animate", "generate")
 Report = Callable[[str, int, int], None]
 # From arguments of the pipeline's call to its `callback_on_step_end`.
 Preview = Callable[[dict[str, Any]], Callable[..., dict] | None]
+Keep = Callable[[PIL.Image.Image], PictureFile]
 # Beside the video: its frames without loss, for other forms of it.
 FRAMES_FILE = "frames.mp4"
 POSTER_SIDE = 192
@@ -43,16 +45,21 @@ class Picture:
     """A picture that stage 2 drew.
 
     Args:
-        image (`PIL.Image.Image`): of the video's size.
+        file (`PictureFile`): of the video's size.
         seed (`int`): draws it again.
         score (`float`, *optional*): of the pipeline's judge.
         answers (`dict[str, float]`, *optional*): question -> probability of a yes, of a judge that asks.
     """
 
-    image: PIL.Image.Image
+    file: PictureFile
     seed: int
     score: float | None = None
     answers: dict[str, float] | None = None
+
+    @property
+    def image(self) -> PIL.Image.Image:
+        """Decoded each time."""
+        return self.file.open()
 
 
 @dataclass(frozen=True)
@@ -63,18 +70,18 @@ class Result:
         caption (`str`, *optional*): of the first frame.
         moments (`list[Moment]`): of a storyboard.
         pictures (`list[Picture]`): drawn for the caption, in the order of drawing.
-        anchors (`list[PIL.Image.Image]`): what the video passes through.
+        anchors (`list[PictureFile]`): what the video passes through.
         video (`Path`, *optional*): the mp4.
-        poster (`PIL.Image`, *optional*): the video's first frame, small.
+        poster (`PictureFile`, *optional*): the video's first frame, small.
         record (`dict`, *optional*): in the mp4, from which it is made again.
     """
 
     caption: str | None = None
     moments: list[Moment] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
-    anchors: list[PIL.Image.Image] = field(default_factory=list)
+    anchors: list[PictureFile] = field(default_factory=list)
     video: Path | None = None
-    poster: PIL.Image.Image | None = None
+    poster: PictureFile | None = None
     record: dict[str, Any] | None = None
 
     @property
@@ -95,8 +102,8 @@ class Order:
         first_frame_prompt (`str`, *optional*): what is seen at first; in `"generate"` it skips stage 1.
         storyboard (`list[Moment]`, *optional*): captions of a storyboard's moments; likewise.
         picture ([`Picture`], *optional*): of `"animate"`, the one that was chosen of those stage 2 drew.
-        anchors (`list[Anchor]`, *optional*): pictures of the user's own.
-        num_candidates (`int`): pictures to choose among; in `"generate"` the judge chooses, and without one it is 1.
+        anchors (`list[Upload]`, *optional*): pictures of the user's own.
+        num_candidates (`int`): pictures to choose among; in `"generate"` the pipeline's judge chooses.
         anchor_seed, seed (`int`, *optional*): of stage 2 and of stage 3; drawn when left out.
         lora_scale (`float`, *optional*): strength of the anchor LoRA.
     """
@@ -107,7 +114,7 @@ class Order:
     first_frame_prompt: str | None = None
     storyboard: list[Moment] | None = None
     picture: Picture | None = None
-    anchors: list[Anchor] | None = None
+    anchors: list[Upload] | None = None
     num_moments: int | None = None
     num_candidates: int = 1
     anchor_seed: int | None = None
@@ -139,7 +146,11 @@ class Order:
         filled |= {name: new_seed() for name in ("seed", "anchor_seed") if getattr(self, name) is None}
         order = replace(self, **filled)
         order._check_stage()
-        call, known = order._call(), inspect.signature(type(pipe).__call__).parameters
+        order._check_choice(pipe)
+        # Pictures were looked at when they came; of photographs a check is not to hold several at once.
+        stand_in = PIL.Image.new("RGB", (8, 8))
+        call = order._call([upload.anchor(stand_in) for upload in order.anchors or ()])
+        known = inspect.signature(type(pipe).__call__).parameters
         unknown = [name for name in call if name not in known]
         if unknown:
             raise ValueError(
@@ -157,17 +168,35 @@ class Order:
         if self.stage == "compose" and self.first_frame_prompt is None:
             raise ValueError("`first_frame_prompt` is missing: stage `compose` draws what it says.")
         size = self.width, self.height
-        if self.picture is not None and self.picture.image.size != size:
-            was = "{} x {}".format(*self.picture.image.size)
+        drawn = None if self.picture is None else self.picture.image.size
+        if drawn is not None and drawn != size:
+            was = "{} x {}".format(*drawn)
             raise ValueError(
                 f"The picture was drawn for {was} pixels, and the video has {size[0]} x {size[1]}: draw it again."
+            )
+
+    def _check_choice(self, pipe: FactorizedStages) -> None:
+        """Raises `ValueError` for several pictures where none is drawn, or where nobody chooses among them."""
+        if self.num_candidates == 1:
+            return
+        told = f"`num_candidates={self.num_candidates}`"
+        if self.stage in ("rewrite", "animate"):
+            raise ValueError(
+                f"{told}: stages `compose` and `generate` choose among pictures, and `{self.stage}` does not."
+            )
+        if self.anchors or self.mode == "direct":
+            cause = "`anchors`" if self.anchors else "`mode='direct'`"
+            raise ValueError(f"{told}: no picture is drawn with {cause}; leave one of them out.")
+        if self.stage == "generate" and pipe.anchor_judge is None:
+            raise ValueError(
+                f"{told}: this model has no judge that chooses; ask stage `compose` for them, and choose one."
             )
 
     def steps(self, pipe: FactorizedStages) -> int:
         """Steps of the video model."""
         return VideoRequest(preset=self.preset, num_inference_steps=self.num_inference_steps).steps(pipe)
 
-    def _call(self) -> dict[str, Any]:
+    def _call(self, anchors: list[Anchor]) -> dict[str, Any]:
         """Arguments of the pipeline's call, without generator."""
         call = {name: getattr(self, name) for name in (*SIZES, *SAMPLING) if getattr(self, name) is not None}
         call |= {"prompt": self.prompt, "mode": self.mode}
@@ -177,21 +206,31 @@ class Order:
             call["attention_kwargs"] = {"scale": self.lora_scale}
         if self.anchor_decode != "raw" and self.stage != "rewrite":
             call["anchor_decode"] = self.anchor_decode
-        for name in ("first_frame_prompt", "storyboard", "num_moments", "anchors"):
+        for name in ("first_frame_prompt", "storyboard", "num_moments"):
             if getattr(self, name) is not None:
                 call[name] = getattr(self, name)
-        return call
+        return call | ({"anchors": anchors} if anchors else {})
 
     # -- what the worker does -----------------------------------------------------------------------------------------
 
-    def run(self, pipe: FactorizedStages, report: Report, video: Path, preview: Preview | None = None) -> Result:
-        """Carries it out, checked before; `report(stage, step, steps)` is called after each step, and may raise to stop."""
+    def run(
+        self, pipe: FactorizedStages, report: Report, video: Path, keep: Keep, preview: Preview | None = None
+    ) -> Result:
+        """Carries it out, checked before.
+
+        Args:
+            pipe ([`FactorizedStages`]): makes it.
+            report (`Callable`): called as `report(stage, step, steps)` after each step; may raise to stop.
+            video (`Path`): where an mp4 is written; other files are put beside it.
+            keep (`Callable`): makes files of the pictures.
+            preview (`Callable`, *optional*): of a video while it is denoised.
+        """
         if self.stage in ("animate", "generate"):
-            return self._animate(pipe, report, video, preview)
+            return self._animate(pipe, report, video, keep, preview)
         with pipe._running(lambda _, *place: report(*place)):
             if self.stage == "rewrite":
                 return self._rewrite(pipe)
-            return Result(self.first_frame_prompt, self.storyboard or [], self._draw(pipe))
+            return Result(self.first_frame_prompt, self.storyboard or [], self._draw(pipe, keep))
 
     def _rewrite(self, pipe: FactorizedStages) -> Result:
         if self.mode == "storyboard":
@@ -200,14 +239,14 @@ class Order:
         (caption,) = pipe.rewrite([self.prompt])
         return Result(caption)
 
-    def _draw(self, pipe: FactorizedStages) -> list[Picture]:
+    def _draw(self, pipe: FactorizedStages, keep: Keep) -> list[Picture]:
         """The pictures one by one: each is then what its seed alone draws, whatever was drawn beside it."""
         pictures, size = [], {"height": self.height, "width": self.width}
         assert self.anchor_seed is not None  # `checked` fills it in.
         for seed in candidate_seeds(self.anchor_seed, self.num_candidates):
             generator = torch.Generator().manual_seed(seed)
             drawn = pipe.compose([self.first_frame_prompt], **size, generator=[generator], num_candidates=1)
-            pictures += [Picture(image, seed) for image in drawn]
+            pictures += [Picture(keep(image), seed) for image in drawn]
         if pipe.anchor_judge is None or len(pictures) < 2:
             return pictures
         leave_device(pipe, "composer")
@@ -218,8 +257,10 @@ class Order:
         pairs = zip(pictures, judgements, strict=True)
         return [replace(picture, score=found.score, answers=found.answers) for picture, found in pairs]
 
-    def _animate(self, pipe: FactorizedStages, report: Report, video: Path, preview: Preview | None) -> Result:
-        call, drawn = self._call(), self.anchor_seed
+    def _animate(
+        self, pipe: FactorizedStages, report: Report, video: Path, keep: Keep, preview: Preview | None
+    ) -> Result:
+        call, drawn = self._call([upload.anchor() for upload in self.anchors or ()]), self.anchor_seed
         if self.picture is not None and self.mode != "direct" and not self.anchors:
             drawn = self.picture.seed
             if self.mode == "factorized":
@@ -227,8 +268,7 @@ class Order:
                 del call["first_frame_prompt"]
                 call["anchors"] = [Anchor(self.picture.image)]
         if self.mode != "direct" and "anchors" not in call:
-            is_choice = self.stage == "generate" and pipe.anchor_judge is not None
-            call["composer_num_candidates"] = self.num_candidates if is_choice else 1
+            call["composer_num_candidates"] = self.num_candidates
         if preview is not None:
             call["callback_on_step_end"] = preview(call)
         generator = torch.Generator().manual_seed(self.seed)
@@ -246,7 +286,7 @@ class Order:
         video.with_name(FRAMES_FILE).write_bytes(lossless_video(frames, frame_rate))
         poster = PIL.Image.fromarray(frames[0])
         poster.thumbnail((POSTER_SIDE, POSTER_SIDE))
-        return replace(self._result(output, record, video), poster=poster)
+        return replace(self._result(output, record, video, keep), poster=keep(poster))
 
     def _tell_of_drawing(self, pipe: FactorizedStages, record: dict[str, Any]) -> None:
         """The record says of a picture that stage 2 drew what it says where the whole call draws it."""
@@ -257,14 +297,16 @@ class Order:
         # In a record of one call these are the last.
         record |= {name: record.pop(name) for name in ("anchors", "seeds")}
 
-    def _result(self, output: Any, record: dict[str, Any], video: Path) -> Result:
+    def _result(self, output: Any, record: dict[str, Any], video: Path, keep: Keep) -> Result:
         size = record["height"], record["width"]
-        own = [shown_anchor(anchor, *size) for anchor in self.anchors or ()]
-        drawn = [] if self.picture is None or self.anchors else [self.picture.image]
-        made = output.anchor_images[0] if output.anchor_images else own or drawn
-        anchors = made if isinstance(made, list) else [made]
+        anchors = [upload.file.fitted(*size) for upload in self.anchors or ()]
+        if output.anchor_images:
+            made = output.anchor_images[0]
+            anchors = [keep(image) for image in (made if isinstance(made, list) else [made])]
+        elif self.picture is not None and not anchors:
+            anchors = [self.picture.file]
         pictures = [
-            Picture(each.image, each.seed, each.score, each.answers) for each in (output.candidates or [[]])[0]
+            Picture(keep(each.image), each.seed, each.score, each.answers) for each in (output.candidates or [[]])[0]
         ]
         if not pictures and output.anchor_images:
             pictures = [Picture(anchors[0], record["seeds"]["anchor"])]
@@ -274,12 +316,6 @@ class Order:
 
 SIZES = ("height", "width", "num_frames")
 SAMPLING = ("preset", "num_inference_steps", "guidance_scale", "negative_prompt")
-
-
-def shown_anchor(anchor: Anchor, height: int, width: int) -> PIL.Image.Image:
-    """An anchor upright and cropped as the model sees it."""
-    pixels = fit_picture(anchor.image, height, width)
-    return PIL.Image.fromarray(pixels.permute(1, 2, 0).mul(255).round().to(torch.uint8).numpy())
 
 
 def new_seed() -> int:

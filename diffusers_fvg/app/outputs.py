@@ -43,7 +43,7 @@ def video_file(job: Job, form: str) -> Path:
         write_frames(file, frames)
     elif form == "strip":
         captions = [moment.caption for moment in result.moments] or result.caption
-        write_strip(file, job.order.prompt, captions, result.anchors or None, frames)
+        write_strip(file, job.order.prompt, captions, [each.open() for each in result.anchors] or None, frames)
     else:
         write_animation(file, frames, frame_rate, scale=viewing_scale(frames.shape[1]))
     return file

@@ -21,6 +21,7 @@ from .api import send_video
 from .layout import make_layout
 from .orders import moments_text, new_seed, read_moments
 from .outputs import Form
+from .pictures import PictureFile
 from .session import Session, Sessions
 from .worker import ENDED, Job, Worker
 
@@ -84,6 +85,9 @@ def make_page(worker: Worker) -> gr.Blocks:
     ) as blocks:
         parts = make_layout(worker)
         _Actions(parts, Sessions(worker)).connect(blocks)
+    # gradio keeps some 0.1 MiB of each tab that was ever opened, and forgets none but those beyond the latest 10,000. All of it
+    # is made again for a tab that was forgotten and comes back: what is a person's own stands in the session.
+    blocks.state_session_capacity = worker.limits.people
     return blocks.queue(default_concurrency_limit=None, api_open=False)
 
 
@@ -204,7 +208,7 @@ class _Actions:
         if event.index >= len(videos):
             return self._view(session)
         session.video = videos[event.index]
-        told = session.take_recipe(_result(videos[event.index])[0])
+        told = session.take_recipe(_made(videos[event.index])[0])
         return self._view(session) | {self.parts.status: _message(told)}
 
     def _memory(self, key: str, width: float | None, height: float | None, num_frames: float) -> str:
@@ -268,9 +272,9 @@ class _Actions:
         key = session.owner.removeprefix("page ")
         history = []
         for job in self._videos(key):
-            file, poster = _result(job)
-            if file.is_file():
-                history.append((poster, job.order.prompt))
+            video, poster = _made(job)
+            if video.is_file():
+                history.append((poster.open(), job.order.prompt))
         shown = {
             parts.prompt: session.prompt,
             parts.mode: session.mode,
@@ -366,10 +370,11 @@ def _bar(share: float, text: str) -> str:
     return f"<div class='bar' role='status'><i style='width:{share:.0%}'></i><span>{html.escape(text)}</span></div>"
 
 
-def _result(job: Job) -> tuple[Path, PIL.Image.Image | None]:
+def _made(job: Job) -> tuple[Path, PictureFile]:
     """The video of a job that made one, and its poster."""
-    assert job.result is not None and job.result.video is not None
-    return job.result.video, job.result.poster
+    result = job.result
+    assert result is not None and result.video is not None and result.poster is not None
+    return result.video, result.poster
 
 
 def _message(text: str) -> str:

@@ -8,13 +8,13 @@ from typing import Any
 
 import PIL.Image
 
-from ..animate.anchor import Anchor
 from ..overview import GIB
 from ..pipelines.profiles import CARDS
 from ..pipelines.replay import check_own_limits, needs_images, read_record, recorded_call
 from ..rewrite.storyboard import Moment
 from .limits import open_upload
-from .orders import SAMPLING, SIZES, Order, Picture, new_seed, shown_anchor
+from .orders import SAMPLING, SIZES, Order, Picture, new_seed
+from .pictures import PictureFile, Upload
 from .worker import Job, Worker
 
 
@@ -34,7 +34,7 @@ class Session:
         caption (`str`), moments (`list[Moment]`): what stage 1 wrote; may be edited.
         pictures (`list[Picture]`), chosen (`int`): what stage 2 drew, and which of them is animated.
         drawn_for (`str`, *optional*): the caption that they were drawn for.
-        anchors (`list[Anchor]`): uploaded pictures, in place of stages 1 and 2.
+        anchors (`list[Upload]`): uploaded pictures, in place of stages 1 and 2.
         anchor_seed, seed (`int`): of stages 2 and 3; kept until they are changed.
         num_candidates (`int`): pictures of stage 2.
         settings (`dict`): arguments of the pipeline's call that are not the model's own.
@@ -50,7 +50,7 @@ class Session:
     pictures: list[Picture] = field(default_factory=list)
     chosen: int = 0
     drawn_for: str | None = ""
-    anchors: list[Anchor] = field(default_factory=list)
+    anchors: list[Upload] = field(default_factory=list)
     anchor_seed: int = field(default_factory=new_seed)
     seed: int = field(default_factory=new_seed)
     num_candidates: int = 4
@@ -91,7 +91,8 @@ class Session:
         """All stages in one run, from the prompt."""
         if self.anchors and self.mode != "direct":
             return self.animate()
-        return self._submit("generate", num_candidates=self.num_candidates)
+        is_choice = self.mode != "direct" and self.worker.pipe.anchor_judge is not None
+        return self._submit("generate", num_candidates=self.num_candidates if is_choice else 1)
 
     def _submit(self, stage: str, **given: Any) -> Job:
         settings = {name: value for name, value in self.settings.items() if value is not None}
@@ -139,18 +140,17 @@ class Session:
         Raises:
             `ValueError`: no picture, or a frame or strength that is none.
         """
-        self.worker.limits.check_count(1, len(self.anchors) + 1)
-        image = open_upload(path, self.worker.limits)
-        anchor = Anchor(image, frame_index, strength)
-        if not 0 < anchor.strength <= 1:
-            raise ValueError(f"`strength={strength}` must be above 0, and at the most 1.")
+        limits = self.worker.limits
         others = [other for other in self.anchors if (other.frame_index - frame_index) % self.num_frames]
+        limits.check_count(1, len(others) + 1)
+        open_upload(path, limits)
+        anchor = Upload(PictureFile(self.worker.folder, Path(path).read_bytes()), frame_index, strength)
         self.anchors = sorted([*others, anchor], key=lambda other: other.frame_index % self.num_frames)
         return self.seen(anchor)
 
-    def seen(self, anchor: Anchor) -> PIL.Image.Image:
+    def seen(self, anchor: Upload) -> PIL.Image.Image:
         """An anchor upright and cropped as the model sees it."""
-        return shown_anchor(anchor, self._size("height"), self._size("width"))
+        return anchor.file.fitted(self._size("height"), self._size("width")).open()
 
     @property
     def num_frames(self) -> int:

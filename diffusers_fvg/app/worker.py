@@ -19,6 +19,7 @@ from diffusers.utils import logging
 from ..pipelines.profiles import CARDS, pipeline_stages, plan_memory
 from .limits import Limits
 from .orders import Order, Result
+from .pictures import PictureFile
 from .previews import Previews
 from .stopping import Cancelled, ask_between_blocks
 
@@ -87,6 +88,7 @@ class Worker:
         self.pipe = pipe
         self.limits = (limits or Limits()).of_model(pipe.call_defaults)
         self.folder = Path(tempfile.mkdtemp(prefix="fvg-app-"))
+        self.keep = partial(PictureFile.of, self.folder)
         # People by who came last, and each one's jobs by when they came.
         self._jobs: OrderedDict[str, dict[str, Job]] = OrderedDict()
         self._waiting: list[Job] = []
@@ -211,7 +213,7 @@ class Worker:
             clock.tell(stage, step, steps)
 
         try:
-            result = job.order.run(self.pipe, report, file, partial(self._preview, job))
+            result = job.order.run(self.pipe, report, file, self.keep, partial(self._preview, job))
         except Cancelled:
             result = None
         except Exception as error:
@@ -252,7 +254,7 @@ class Worker:
 
     def _end(self, job: Job, state: State) -> None:
         job.state, job.seconds_left, job.preview = state, None, None
-        # Photographs as they were uploaded are large, and the result has what the model saw of them.
+        # The result has what the model saw of them.
         job.order = replace(job.order, anchors=None, picture=None)
         job.ended.set()
 

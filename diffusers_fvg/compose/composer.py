@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -183,15 +186,11 @@ class AnchorComposer(PipelineComponent):
     @property
     def image_to_image_class(self) -> type[DiffusionPipeline] | None:
         """What [`derive`] draws with: diffusers' image-to-image pipeline of the same family; `None` for shared noise."""
-        from diffusers.pipelines.auto_pipeline import (
-            AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
-            AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
-        )
-
-        name = type(self.pipeline).__name__
-        families = (family for family, made in AUTO_TEXT2IMAGE_PIPELINES_MAPPING.items() if made.__name__ == name)
+        tables, name = _auto_pipelines(), type(self.pipeline).__name__
+        drawing = tables.AUTO_TEXT2IMAGE_PIPELINES_MAPPING
+        families = (family for family, made in drawing.items() if made.__name__ == name)
         family = None if self.derive_strength is None else next(families, None)
-        return AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.get(family)
+        return tables.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING.get(family)
 
     def check_call(
         self,
@@ -219,10 +218,7 @@ class AnchorComposer(PipelineComponent):
 
     def _image_to_image(self) -> DiffusionPipeline:
         """Made anew each time: it then has the components and the settings that the pipeline has now."""
-        # Imports the text-to-image pipelines of all families, which takes seconds.
-        from diffusers import AutoPipelineForImage2Image
-
-        pipeline = AutoPipelineForImage2Image.from_pipe(self.pipeline)
+        pipeline = _auto_pipelines().AutoPipelineForImage2Image.from_pipe(self.pipeline)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -354,6 +350,18 @@ class AnchorComposer(PipelineComponent):
         for picture in frames:
             stop_unless_finite("compose", torch.from_numpy(picture), self.dtype)
         return VaeImageProcessor.numpy_to_pil(np.stack(frames))
+
+
+def _auto_pipelines() -> ModuleType:
+    """diffusers' tables of pipelines by purpose. Imports those of all families, which takes seconds."""
+    # Of families that are not used here transformers would warn that their image processors lack torchvision.
+    logger = logging.getLogger("transformers.utils.import_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return importlib.import_module("diffusers.pipelines.auto_pipeline")
+    finally:
+        logger.setLevel(level)
 
 
 def _check_draws_from_text(pipeline: DiffusionPipeline) -> None:

@@ -1,4 +1,4 @@
-"""Whether the parts of a Factorized-Dreamer pipeline fit together."""
+"""Checks that the components and the embeddings of a Factorized-Dreamer pipeline fit together."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def check_components(
     tokenizer_2: PreTrainedTokenizerBase | None,
     image_encoder: CLIPVisionModelWithProjection | None,
 ) -> None:
-    """Refuses what does not fit the UNet, naming both shapes."""
+    """Raises a `ValueError` if a component does not fit the UNet; the message names both widths."""
     if not isinstance(unet, FactorizedDreamerUNet):
         raise ValueError(
-            f"`unet` is a {type(unet).__name__}; make a video UNet of it with `FactorizedDreamerUNet.from_unet2d(unet)`."
+            f"`unet` is a {type(unet).__name__}; convert it with `FactorizedDreamerUNet.from_unet2d(unet)`."
         )
     config = unet.config
     fits = [
@@ -55,7 +55,7 @@ def check_components(
         if value != config[key]:
             raise ValueError(
                 f"`{name}` {makes.format(value)} (`{attribute}`), but the UNet {takes.format(config[key])} (`{key}`): load the "
-                "one that it was trained with."
+                f"`{name}` that the UNet was trained with."
             )
     if (text_encoder_2 is None) != (tokenizer_2 is None):
         raise ValueError("`text_encoder_2` and `tokenizer_2` belong together; give both or none.")
@@ -64,16 +64,16 @@ def check_components(
 def check_embeds(
     name: str, embeds: torch.Tensor | None, motion_embeds: torch.Tensor | None, num_prompts: int, width: int | None
 ) -> None:
-    """Refuses embeddings of a call that do not belong together, or have another shape than the UNet takes.
+    """Raises a `ValueError` if only one of a call's two embeddings is given, or if `motion_embeds` has the wrong shape.
 
     Args:
-        name (`str`): of CLIP's; T5's have `_2` after it.
-        embeds, motion_embeds (`torch.Tensor`, *optional*): CLIP's and T5's.
-        num_prompts (`int`): of the call.
+        name (`str`): the argument that holds the CLIP embeddings; the T5 embeddings are in the argument `{name}_2`.
+        embeds, motion_embeds (`torch.Tensor`, *optional*): embeddings of CLIP and of T5.
+        num_prompts (`int`): number of prompts in the call.
         width (`int`, *optional*): `motion_embed_dim` of the UNet.
     """
     if width is not None and (motion_embeds is None) != (embeds is None):
-        raise ValueError(f"`{name}` are of CLIP and `{name}_2` of T5; give both or none.")
+        raise ValueError(f"`{name}` holds CLIP embeddings and `{name}_2` T5 embeddings; give both or none.")
     if motion_embeds is not None and (motion_embeds.ndim != 3 or motion_embeds.shape[::2] != (num_prompts, width)):
         raise ValueError(
             f"`{name}_2` has shape {tuple(motion_embeds.shape)}, but this call needs ({num_prompts}, tokens, {width})."

@@ -1,4 +1,4 @@
-"""What the video UNet is told of an image and of a motion's text, made the same way to train and to sample."""
+"""Inputs of the video UNet besides the prompt, for training and for sampling: image latents, CLIP image, motion text."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from ..devices import get_module_execution_device
 
 logger = logging.get_logger(__name__)
 
-# Frames that the image VAE encodes or decodes at once: its activations are large, and more are not faster.
+# Frames that the image VAE encodes or decodes at once. Its activations are large, and a larger batch is not faster.
 VAE_BATCH = 4
 
 
 def encode_pixels(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """Pictures `(N, 3, H, W)` in [-1, 1] to scaled latents `(N, C, h, w)`, float32: the mode of the posterior, no sample."""
+    """Encodes images `(N, 3, H, W)` in [-1, 1] to scaled latents `(N, C, h, w)`, float32: the mode of the posterior."""
     chunks = [vae.encode(chunk.to(vae.dtype)).latent_dist.mode() for chunk in pixels.split(VAE_BATCH)]
     return torch.cat(chunks).float() * vae.config.scaling_factor
 
 
 def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
-    """Inverse of [`encode_pixels`]."""
+    """Decodes scaled latents `(N, C, h, w)` to images `(N, 3, H, W)` in about [-1, 1], float32: see [`encode_pixels`]."""
     latents = (latents / vae.config.scaling_factor).to(vae.dtype)
     return torch.cat([vae.decode(chunk, return_dict=False)[0] for chunk in latents.split(VAE_BATCH)]).float()
 
 
 def embed_images(image_encoder: CLIPVisionModelWithProjection, pixels: torch.Tensor) -> torch.Tensor:
-    """Pictures `(N, 3, H, W)` in [-1, 1] to pooled CLIP embeddings `(N, projection_dim)`.
+    """Embeds images `(N, 3, H, W)` in [-1, 1] as pooled CLIP embeddings `(N, projection_dim)`.
 
-    Scaled to cover CLIP's square and cropped at the centre, as CLIP is trained.
+    Each image is scaled to cover CLIP's square input and cropped at the centre, as in CLIP's training.
     """
     size = image_encoder.config.image_size
     pictures = torch.stack([cover((picture.clamp(-1, 1) + 1) / 2, size, size) for picture in pixels.float()])
@@ -51,7 +51,10 @@ def embed_motion(
     max_sequence_length: int,
     device: torch.device,
 ) -> torch.Tensor:
-    """Texts to T5 tokens `(N, max_sequence_length, d_model)`, zero where padded. A longer text is cut, with a warning."""
+    """Encodes texts with T5 to `(N, max_sequence_length, d_model)`, zero where padded.
+
+    A text with more tokens is truncated, with a warning.
+    """
     tokens = tokenizer(
         texts, padding="max_length", max_length=max_sequence_length, truncation=True, return_tensors="pt"
     )
@@ -72,13 +75,15 @@ def image_conditions(
     pixels: torch.Tensor,
     image_latents: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """What the designs of a UNet take of first frames: `image_latents`, `image_embeds`, both or none.
+    """Returns the arguments of the UNet that describe the first frames: `image_latents` with `paca`, `image_embeds` with
+    `t2i_adapter`.
 
     Args:
-        unet_config (`Mapping`): of the UNet.
-        vae, image_encoder: of the pipeline; each runs where it is.
-        pixels (`torch.Tensor` of shape `(N, 3, H, W)`): in [-1, 1].
-        image_latents (`torch.Tensor` of shape `(N, C, h, w)`, *optional*): of the same pictures, where they are known.
+        unet_config (`Mapping`): config of the UNet.
+        vae, image_encoder: components of the pipeline; each runs on its own device.
+        pixels (`torch.Tensor` of shape `(N, 3, H, W)`): first frames in [-1, 1].
+        image_latents (`torch.Tensor` of shape `(N, C, h, w)`, *optional*): latents of the same frames; left out, `vae`
+            encodes `pixels`.
     """
     conditions = {}
     if unet_config["paca"] is not None:
@@ -93,10 +98,11 @@ def image_conditions(
 def resolve_first_frame(
     anchors: Sequence[Anchor], num_frames: int, unet_config: Mapping[str, Any]
 ) -> list[tuple[range, Anchor]]:
-    """Checks the anchors of one video, of which this model takes one, and returns it with the frame that it is.
+    """Checks the anchors of one video and returns them with the frames that they fill; this model takes at most one.
 
     Raises:
-        `ValueError`: anything but one fixed picture at frame 0, or a UNet without a design that takes one.
+        `ValueError`: more than one anchor, an anchor of several images, at another frame than 0 or with a strength other
+            than 1, or a UNet with neither `paca` nor `t2i_adapter`.
     """
     if anchors and unet_config["paca"] is None and unet_config["t2i_adapter"] is None:
         raise ValueError(
@@ -104,13 +110,15 @@ def resolve_first_frame(
         )
     for anchor in anchors:
         if len(pictures_of(anchor.image)) > 1:
-            raise ValueError("This model takes one picture as its first frame, but the anchor is a run of several.")
+            raise ValueError("This model takes one image as its first frame, but the anchor holds several.")
         if anchor.frame_index not in (0, -num_frames):
             raise ValueError(
-                f"Anchor at `frame_index={anchor.frame_index}`: this model takes a first frame only; use 0."
+                f"The anchor has `frame_index={anchor.frame_index}`, but this model takes a first frame only; use 0."
             )
         if anchor.strength != 1:
-            raise ValueError(f"Anchor `strength={anchor.strength}`: this model takes a fixed first frame only; use 1.")
+            raise ValueError(
+                f"The anchor has `strength={anchor.strength}`, but this model takes a fixed first frame only; use 1."
+            )
     if len(anchors) > 1:
         raise ValueError(f"This model takes one anchor, its first frame, but got {len(anchors)}.")
     return [(range(1), anchor) for anchor in anchors]

@@ -1,7 +1,8 @@
-"""The layers that make an image UNet one of videos. Those that it does not have begin as the identity, exactly.
+"""Layers that turn an image UNet into a video UNet. Each added layer is exactly the identity at initialization.
 
-Shapes: B videos, F frames, (B F) frames of all videos one after the other, C channels, (h, w) of the level, H heads, D of a
-head. The last linear map of each residual begins at zero and no other, so that its gradient is not zero from the first step.
+Shapes: B videos, F frames, (B F) the frames of all videos in order, C channels, (h, w) the size at the UNet's level, H heads,
+D channels per head. Only the last linear map of each residual is initialized to zero, so that it has a gradient from the first
+step.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from diffusers.models.transformers.transformer_temporal import TransformerTempor
 from torch import nn
 
 
-# Key and value `(B, H, L, D)`, and what is added to the queries of each frame, `(h w, C)`, or `None`.
+# Keys and values `(B, H, L, D)`, and the position embedding `(h w, C)` that is added to the queries of each frame, or `None`.
 KeysValues = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 def pixel_positions(height: int, width: int, channels: int, like: torch.Tensor) -> torch.Tensor:
-    """Sines and cosines of rows and columns, in pixels of the level: `(height * width, channels)`.
+    """Returns sinusoidal embeddings of row and column at the UNet's level: `(height * width, channels)`.
 
-    Their periods are 4 to 256 pixels, so that even neighbours differ, and they are twice as large as what is normed: at
-    first a place counts for more than what is to be seen there.
+    The periods are 4 to 256 pixels, so that even neighbours differ. The amplitude is 2, twice that of normalized features: at
+    the start of training a pixel's position counts for more than its content.
     """
     frequencies = math.pi / 2 * 64 ** -torch.linspace(0, 1, channels // 4, device=like.device)
     angles = [torch.arange(size, device=like.device)[:, None] * frequencies for size in (height, width)]
@@ -35,23 +36,23 @@ def pixel_positions(height: int, width: int, channels: int, like: torch.Tensor) 
 
 
 class ClipAttention(nn.Module):
-    """Cross-attention from every pixel of every frame to tokens of the video, as a residual that begins at zero.
+    """Cross-attention from every pixel of every frame to tokens of the video, as a residual that is zero at initialization.
 
-    Frames share keys and values, so the queries of a video's frames are one sequence: tokens are repeated neither over
-    frames nor over pixels, and [`keys_values`] need not be computed again as long as the tokens stay the same. A token of
-    zeros has value zero: a video whose tokens are all zero goes through unchanged.
+    The frames of a video share keys and values, so their queries are one sequence: tokens are repeated neither over frames
+    nor over pixels, and the result of [`keys_values`] can be reused as long as the tokens stay the same. A token of zeros has
+    value zero, so a video whose tokens are all zero is unchanged.
 
     Args:
-        channels (`int`): of the frames.
-        token_dim (`int`): of the tokens.
-        num_heads (`int`): of the attention.
+        channels (`int`): channels of the frames.
+        token_dim (`int`): width of the tokens.
+        num_heads (`int`): number of attention heads.
     """
 
     def __init__(self, channels: int, token_dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
         self.norm = nn.LayerNorm(channels)
-        # Without a bias, so that zero stays zero.
+        # RMSNorm has no bias, so a token of zeros stays zero.
         self.norm_tokens = nn.RMSNorm(token_dim, eps=1e-6)
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(token_dim, channels, bias=False)
@@ -60,8 +61,8 @@ class ClipAttention(nn.Module):
         nn.init.zeros_(self.to_out.weight)
 
     def look_at_own_place(self) -> None:
-        """Begins with keys that are made as queries are, so that a pixel looks at its own place in the picture and around it.
-        Tokens as wide as frames only."""
+        """Initializes the key projection as a copy of the query projection, so that each pixel attends to its own place in the
+        image and to its neighbours. `token_dim` must equal `channels`."""
         nn.init.orthogonal_(self.to_q.weight)
         self.to_k.weight.data.copy_(self.to_q.weight)
 
@@ -69,12 +70,13 @@ class ClipAttention(nn.Module):
         return tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def keys_values(self, tokens: torch.Tensor) -> KeysValues:
-        """Of text: tokens `(B, L, token_dim)`."""
+        """Returns keys and values of text tokens `(B, L, token_dim)`."""
         tokens = self.norm_tokens(tokens)
         return self._heads(self.to_k(tokens)), self._heads(self.to_v(tokens)), None
 
     def pixel_keys_values(self, features: torch.Tensor) -> KeysValues:
-        """Of a picture: features `(B, token_dim, h, w)`, one token per pixel. Keys and queries know where they are."""
+        """Returns keys and values of image features `(B, token_dim, h, w)`, one token per pixel, with positions on keys and
+        queries."""
         tokens = self.norm_tokens(features.flatten(2).transpose(1, 2))
         height, width = features.shape[2:]
         key = self.to_k(tokens + pixel_positions(height, width, tokens.shape[2], tokens))
@@ -98,7 +100,7 @@ class ClipAttention(nn.Module):
 
 
 class VideoResnetBlock(ResnetBlock2D):
-    """The stock block with a convolution over time behind it. Weights and arithmetic of the rest are stock."""
+    """diffusers' resnet block, followed by a convolution over time."""
 
     def add_video_layers(self) -> None:
         self.temporal_conv = TemporalConvLayer(self.out_channels, norm_num_groups=self.norm2.num_groups)
@@ -107,23 +109,24 @@ class VideoResnetBlock(ResnetBlock2D):
         """
         Args:
             input_tensor (`torch.Tensor` of shape `(B F, C, h, w)`): frames.
-            temb (`torch.Tensor` of shape `(B, F, T)`): embedded time of each, which also says what frames are a video.
+            temb (`torch.Tensor` of shape `(B, F, T)`): time embedding of each frame; its shape tells which frames belong to
+                one video.
         """
         hidden_states = super().forward(input_tensor, temb.flatten(0, 1))
         return self.temporal_conv(hidden_states, num_frames=temb.shape[1])
 
 
 class VideoTransformer(Transformer2DModel):
-    """The stock spatial transformer, followed by what looks at the anchor's pixels, at the other frames, and at the text of
-    the motion. Weights and arithmetic of the stock part are stock.
+    """diffusers' spatial transformer, followed by attention to the anchor's pixels, to the other frames and to the motion
+    text.
     """
 
     def add_video_layers(self, num_frames: int, pixel_dim: int | None, motion_dim: int | None) -> None:
         """
         Args:
-            num_frames (`int`): longest clip.
-            pixel_dim (`int`, *optional*): channels of the image pyramid at this level; `None` for no attention to it.
-            motion_dim (`int`, *optional*): width of the motion text's tokens; `None` for no attention to them.
+            num_frames (`int`): most frames of a clip.
+            pixel_dim (`int`, *optional*): channels of the image pyramid at this level; `None` for no attention to pixels.
+            motion_dim (`int`, *optional*): width of the motion text's tokens; `None` for no attention to the motion text.
         """
         channels, num_heads = self.config.in_channels, self.config.num_attention_heads
         self.pixel_attention: ClipAttention | None = None
@@ -150,8 +153,8 @@ class VideoTransformer(Transformer2DModel):
         return_dict: bool = True,
         **stock: Any,
     ) -> tuple[torch.Tensor]:
-        """The stock forward. The UNet's `cross_attention_kwargs` hold under `video` what it knows of the clip: the number of
-        frames and, for each transformer by its index, keys and values."""
+        """Runs diffusers' forward and the video layers. `cross_attention_kwargs["video"]` holds the number of frames and, for
+        each transformer by its index, keys and values of the pixels and of the motion text."""
         kwargs = dict(cross_attention_kwargs or {})
         video = kwargs.pop("video")
         hidden_states = super().forward(
@@ -180,16 +183,18 @@ class VideoTransformer(Transformer2DModel):
 
 
 def decoupled_image_attention(attention: Attention, num_tokens: int) -> IPAdapterAttnProcessor2_0:
-    """IP-Adapter's attention (arXiv 2308.06721): image tokens have keys and values of their own, `text + image`."""
+    """Returns IP-Adapter's attention processor (arXiv 2308.06721): `text attention + image attention`, where image tokens have
+    their own key and value projections."""
     processor = IPAdapterAttnProcessor2_0(attention.inner_dim, attention.cross_attention_dim, num_tokens=(num_tokens,))
     nn.init.zeros_(processor.to_v_ip[0].weight)
     return processor
 
 
 class ConcatenatedImageAttention(nn.Module):
-    """Image tokens among those of the text, through the UNet's own keys and values, mixed in by a gate that begins at zero.
+    """Attention to text and image tokens together, through the UNet's own key and value projections.
 
-    More tokens would change a softmax from the start, whatever they hold: `text + gate * (text_and_image - text)`.
+    Further tokens change a softmax whatever their values, so the result is blended in by a learned scalar that starts at
+    zero: `text + gate * (text_and_image - text)`.
     """
 
     def __init__(self):
@@ -211,22 +216,22 @@ class ConcatenatedImageAttention(nn.Module):
 
 
 class ImagePyramid(nn.Module):
-    """Features of a clean image latent at every level of the UNet.
+    """Convolutions that turn a clean image latent into features at every level of the UNet.
 
     Args:
-        in_channels (`int`): of the latent.
-        level_channels (`list[int]`): of the UNet's levels, fine to coarse.
+        in_channels (`int`): channels of the latent.
+        level_channels (`list[int]`): channels of the UNet's levels, fine to coarse.
     """
 
     def __init__(self, in_channels: int, level_channels: list[int]):
         super().__init__()
-        # The UNet halves sizes the same way, odd ones too.
+        # Kernel 3, stride 2, padding 1 as in the UNet: odd sizes round in the same way.
         convs = [nn.Conv2d(in_channels, level_channels[0], 3, padding=1)]
         convs += [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(level_channels, level_channels[1:])]
         self.convs = nn.ModuleList(convs)
 
     def forward(self, image_latents: torch.Tensor) -> list[torch.Tensor]:
-        """`(B, in_channels, h, w)` to `(B, level_channels[i], h / 2^i, w / 2^i)` for each level `i`."""
+        """Maps `(B, in_channels, h, w)` to one tensor `(B, level_channels[i], h / 2^i, w / 2^i)` for each level `i`."""
         features = [self.convs[0](image_latents)]
         for conv in self.convs[1:]:
             features.append(conv(F.silu(features[-1])))

@@ -1,7 +1,7 @@
-"""PredictNet: reads motion out of the video UNet's features while it trains, and is dropped afterwards.
+"""PredictNet: predicts optical flow from the video UNet's features during training, and is dropped afterwards.
 
-The paper names it and its purpose, consistent motion. Ours are its input (the last block's features, which every layer
-shapes), its layers and the loss, whose weight beside that of the diffusion is the trainer's.
+The paper (arXiv 2408.10119) gives only its name and its purpose, consistent motion. Our choices are its input (the features of
+the last block, which depend on every layer), its layers and its loss.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch import nn
 
 
 class PredictNet(ModelMixin, ConfigMixin):
-    """Optical flow from each frame to the next, of the features of both.
+    """Predicts the optical flow from each frame to the next from the features of both frames.
 
     Args:
-        in_channels (`int`): of the features: the UNet's `block_out_channels[0]`.
-        hidden_channels (`int`): inside.
+        in_channels (`int`): channels of the features, the UNet's `block_out_channels[0]`.
+        hidden_channels (`int`): channels between the convolutions.
     """
 
     @register_to_config
@@ -31,10 +31,11 @@ class PredictNet(ModelMixin, ConfigMixin):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """
         Args:
-            features (`torch.Tensor` of shape `(B, C, F, h, w)`): of [`FactorizedDreamerUNet`]`(..., return_features=True)`.
+            features (`torch.Tensor` of shape `(B, C, F, h, w)`): output of
+                [`FactorizedDreamerUNet`]`(..., return_features=True)`.
 
         Returns:
-            `torch.Tensor` of shape `(B, 2, F - 1, h, w)`: x and y of the flow, in pixels of the latent.
+            `torch.Tensor` of shape `(B, 2, F - 1, h, w)`: x and y of the flow, in latent pixels.
         """
         hidden_states = self.conv_in(torch.cat([features[:, :, :-1], features[:, :, 1:]], dim=1))
         hidden_states = self.conv(F.silu(hidden_states))
@@ -42,14 +43,14 @@ class PredictNet(ModelMixin, ConfigMixin):
 
 
 def flow_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Huber loss of flows `(B, 2, F - 1, h, w)`: squared up to one pixel of the latent, then linear, for a teacher's outliers.
+    """Returns the Huber loss of flows `(B, 2, F - 1, h, w)`: quadratic up to one latent pixel, then linear, to limit outliers.
 
-    All times count alike: features of a noisy clip must hold its motion too, since that is when motion is decided. A loss that
-    is linear throughout is at its least at no flow wherever most of a clip stands still, and stays there.
+    All times have the same weight: motion is decided at high noise, so features of a noisy clip must hold it too. An L1 loss
+    would not do: where most of a clip stands still, its minimum is zero flow everywhere.
     """
     return F.huber_loss(predicted, target)
 
 
 def end_point_error(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean distance of flows `(B, 2, F - 1, h, w)`, in their pixels: what reports call the flow error."""
+    """Returns the mean distance of flows `(B, 2, F - 1, h, w)` in their pixels, which reports call the flow error."""
     return (predicted - target).square().sum(1).sqrt().mean()

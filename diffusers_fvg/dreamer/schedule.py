@@ -1,19 +1,20 @@
 """Factorized-Dreamer's noise schedule: Stable Diffusion's, shifted by s = 0.125 and rescaled to end in pure noise.
 
-The log signal-to-noise ratio of every time is lowered by the same amount. Two readings of "shifting factor s" are at hand:
+The shift lowers the log signal-to-noise ratio (SNR) of every time by the same amount. The paper's "shifting factor s" can be
+read in two ways:
 
 * `power=2`, the default: `log SNR + 2 log s`. "simple diffusion" (arXiv 2301.11093, section 2.1) shifts by `2 log(64 / d)`, and
-  64 / 512 is 0.125 at the paper's 512 pixels; an input scaled by s (arXiv 2301.10972) has its SNR scaled by s^2 as well.
-* `power=1`: `log SNR + log s`, that factor taken as one of the SNR itself. It leaves more times below the noise: 105 of 1000
-  have more signal than noise, against 17 of the default. The one to turn to when details do not come out.
+  64 / 512 is 0.125 at the paper's 512 pixels. Scaling the input by s (arXiv 2301.10972) scales the SNR by s^2 as well.
+* `power=1`: `log SNR + log s`, where s scales the SNR itself. More times have more signal than noise: 105 of 1000 against 17 of
+  the default. Try it when a trained model lacks detail.
 
-Then the terminal step is rescaled to zero SNR (arXiv 2305.08891, algorithm 1): the paper says "lower SNR at terminal timesteps",
-and its neighbours (Emu Video, FancyVideo, DynamiCrafter) all take zero. Noise prediction says nothing at a time that is all
-noise, hence velocity (arXiv 2202.00512).
+Then the last time is rescaled to zero SNR (arXiv 2305.08891, algorithm 1): the paper says "lower SNR at terminal timesteps",
+and related models (Emu Video, FancyVideo, DynamiCrafter) all use zero. Predicting the noise is trivial at pure noise, so the
+model predicts the velocity (arXiv 2202.00512).
 
 diffusers' CogVideoX schedulers do exactly this, in this order: they divide the SNR by `snr_shift_scale`, here `s^-power`. Noise
-levels, noising and the velocity are those of [`schedules.cogvideox`]. The cleanest time still has noise, 0.23 of it with the
-default; the last step goes from there to none (`set_alpha_to_one`).
+levels, noising and the velocity are those of [`schedules.cogvideox`]. At the cleanest time the noise level is still 0.23 with
+the default; the last step goes from there to zero (`set_alpha_to_one`).
 """
 
 from __future__ import annotations
@@ -27,15 +28,15 @@ SHIFT = 0.125
 
 
 def dreamer_schedule(shift: float = SHIFT, power: int = 2, zero_terminal_snr: bool = True) -> dict[str, Any]:
-    """Config of a `CogVideoXDDIMScheduler`.
+    """Returns the config of a `CogVideoXDDIMScheduler`.
 
     Args:
-        shift (`float`): s, above 0; 1 is Stable Diffusion's own schedule.
+        shift (`float`): the factor s, above 0; 1 is Stable Diffusion's own schedule.
         power (`int`): 2 for `log SNR + 2 log s`, 1 for `log SNR + log s`.
-        zero_terminal_snr (`bool`): rescale, so that the last time is pure noise.
+        zero_terminal_snr (`bool`): whether to rescale the schedule, so that the last time is pure noise.
 
     Raises:
-        `ValueError`: a shift that is not above 0, or another power.
+        `ValueError`: `shift` is not above 0, or `power` is neither 1 nor 2.
     """
     if shift <= 0:
         raise ValueError(f"`shift={shift}` must be above 0; 1 leaves the schedule as it is.")
@@ -56,7 +57,7 @@ def dreamer_schedule(shift: float = SHIFT, power: int = 2, zero_terminal_snr: bo
     }
 
 
-# The paper names no sampler: DDIM, 50 steps and guidance 7.5 are those of ConsistI2V, DynamiCrafter and FancyVideo.
+# The paper names no sampler. ConsistI2V, DynamiCrafter and FancyVideo use DDIM, 50 steps and guidance 7.5.
 DREAMER_PRESETS = SchedulerPresets.of(
     timestep_preset(
         "full-50",

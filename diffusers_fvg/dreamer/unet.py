@@ -1,28 +1,29 @@
 """Factorized-Dreamer's video model (arXiv 2408.10119): an image UNet that learns to animate its first frame.
 
-Neither code nor weights of the paper are published, and it leaves open most of what a builder has to know. What is ours:
+The authors published neither code nor weights, and the paper leaves most details open. Our choices:
 
 | open in the paper | our choice | reason |
 | --- | --- | --- |
 | image UNet | any of the Stable Diffusion 1.x and 2.x family | the paper changes "the original SD noise schedule" |
-| spatial weights | stock names and arithmetic; [`video_parameters`] are the new ones | LoRAs load; training may freeze the rest |
-| temporal layers | convolution after each resnet, attention after each spatial transformer | ModelScope's, which diffusers has |
-| positions in time | sinusoidal | no weights that were never trained past a length |
+| spatial weights | diffusers' names and arithmetic; [`video_parameters`] are the new ones | LoRAs load; training can freeze the rest |
+| temporal layers | convolution after each resnet, attention after each spatial transformer | ModelScope's layers, which diffusers has |
+| positions in time | sinusoidal | no learned weights for positions that training did not reach |
 | T2I adapter | `"decoupled"`: IP-Adapter's attention, 4 tokens of the pooled CLIP image | image-only weights stay apart from text |
-| | `"concat"`: text and image tokens in one attention, mixed in by a gate | the other reading of "combines embeddings" |
-| PACA: keys and values | image latent, 3x3 and stride-2 convolutions; RMS-normed | "image latents"; one token per pixel, no ControlNet copy |
-| PACA: positions | sines of row and column on queries and keys | at pure noise a query knows nothing but where it is |
-| PACA: start | keys are made as queries are | each pixel looks at its own place, which is most of what there is to learn |
-| PACA: place | after the text attention of every spatial transformer; `"up"` as in the author's PASD | detail is lost on the way down |
-| T5: place | after temporal attention, one token sequence for the clip | the text of a motion is about frames together |
+| | `"concat"`: text and image tokens in one attention, blended in by a learned scalar | the other reading of "combines embeddings" |
+| PACA: keys and values | image latent; 3x3 and stride-2 convolutions; RMSNorm | "image latents"; one token per pixel, no ControlNet copy |
+| PACA: positions | sines of row and column on queries and keys | at pure noise the position is all that a query can hold |
+| PACA: initialization | key projection equals query projection | each pixel attends to its own place, most of what PACA has to learn |
+| PACA: place | after the text attention of every spatial transformer; `"up"` as in the author's PASD | down blocks lose detail |
+| T5: place | after temporal attention, one token sequence for the clip | motion text describes several frames together |
 | T5: width | 2048, T5-XL as in Emu Video (arXiv 2311.10709) | the nearest published relative |
-| padding of T5 | tokens of zeros, as in Wan | no mask, so that the fast attention kernels run |
+| padding of T5 | tokens of zeros, as in Wan | the fast attention kernels take no mask |
 | frame rate | off unless `fps_conditioning` | not mentioned |
-| image latent in the input | not concatenated | adapter and PACA are the only image paths that are named |
-| dropped image | its tokens are zero, which leaves the frames unchanged | a clip without anchor needs no weights |
-| start | last linear map of each new residual is zero | the image UNet per frame, difference 0.0 |
+| image latent in the input | not concatenated | the paper names adapter and PACA as the only image paths |
+| dropped image | its tokens are zero, which leaves the frames unchanged | a clip without an anchor needs no weights of its own |
+| initialization | last linear map of each new residual is zero | equals the image UNet on each frame, difference 0.0 |
 
-Noise schedule: [`schedule`]. Flow head, teacher and loss: [`predict_net`], [`flow`].
+PACA is the paper's pixel-aware cross-attention. Noise schedule: [`schedule`]. Optical flow, its prediction and its loss:
+[`flow`], [`predict_net`].
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from .layers import (
 )
 
 
-# What a UNet of another family has and ours would not run.
+# Config values of the Stable Diffusion 1.x and 2.x family. This class does not implement others.
 _STOCK_ONLY = {
     "addition_embed_type": None,
     "class_embed_type": None,
@@ -75,11 +76,12 @@ _VIDEO_LAYERS = {
 
 @dataclass
 class FactorizedDreamerUNetOutput(BaseOutput):
-    """
+    """Output of [`FactorizedDreamerUNet`].
+
     Args:
-        sample (`torch.Tensor` of shape `(B, C, F, h, w)`): prediction, of the scheduler's type.
-        features (`torch.Tensor` of shape `(B, C0, F, h, w)`, *optional*): what the last block hands to the output layers, for
-            [`~predict_net.PredictNet`].
+        sample (`torch.Tensor` of shape `(B, C, F, h, w)`): prediction, of the scheduler's `prediction_type`.
+        features (`torch.Tensor` of shape `(B, C0, F, h, w)`, *optional*): output of the last block, the input of
+            [`~predict_net.PredictNet`]; `C0` is `block_out_channels[0]`.
     """
 
     sample: torch.Tensor
@@ -87,26 +89,26 @@ class FactorizedDreamerUNetOutput(BaseOutput):
 
 
 class FactorizedDreamerUNet(UNet2DConditionModel):
-    """An image UNet with temporal layers, and with the designs of Factorized-Dreamer that are switched on.
+    """Image UNet with temporal layers and with the designs of Factorized-Dreamer that its config switches on.
 
-    Configuration and state dict are the stock ones and what is added to them, so LoRAs of the image model load. Without
-    training it is the image UNet frame by frame.
+    Config and state dict extend those of [`~diffusers.UNet2DConditionModel`], so LoRAs of the image model load. Before
+    training the output equals that of the image UNet on each frame.
 
     Args:
-        args, kwargs: of [`~diffusers.UNet2DConditionModel`].
-        num_frames (`int`): frames of the clips that it is trained on, and the most that one forward takes.
-        t2i_adapter (`str`, *optional*): `"decoupled"` or `"concat"`; `None` for no CLIP image.
-        num_image_tokens (`int`): tokens that the CLIP image becomes.
+        args, kwargs: arguments of [`~diffusers.UNet2DConditionModel`].
+        num_frames (`int`): number of frames of the training clips, and the most that one forward takes; at least 2.
+        t2i_adapter (`str`, *optional*): attention to the CLIP image, `"decoupled"` or `"concat"`; `None` for none.
+        num_image_tokens (`int`): number of tokens that the CLIP image is projected to.
         image_embed_dim (`int`): width of the CLIP image embedding; 1024 is ViT-H/14.
-        paca (`str`, *optional*): attention to the image's pixels in `"all"` or in `"up"` blocks only; `None` for none.
-        motion_embed_dim (`int`, *optional*): width of the T5 encoder of the motion's text; `None` for no such text.
-        fps_conditioning (`bool`): whether it is told frames per second.
+        paca (`str`, *optional*): attention to the image's pixels in `"all"` blocks or in `"up"` blocks only; `None` for none.
+        motion_embed_dim (`int`, *optional*): width of the T5 encoder that reads the motion text; `None` for no motion text.
+        fps_conditioning (`bool`): whether the model takes the frames per second as an input.
 
     Raises:
-        `ValueError`: a value that is not listed, or a UNet of another family.
+        `ValueError`: an argument has a value that is not listed here, or the config is that of another family.
     """
 
-    # diffusers' image projection casts its input to what its weights are stored in.
+    # diffusers' image projection casts its input to the dtype that its weights are stored in.
     _skip_layerwise_casting_patterns = [*UNet2DConditionModel._skip_layerwise_casting_patterns, "image_projection"]
 
     def __init__(
@@ -135,7 +137,7 @@ class FactorizedDreamerUNet(UNet2DConditionModel):
         channels, text_dim = list(self.config.block_out_channels), self.config.cross_attention_dim
         self.image_pyramid: ImagePyramid | None = None
         if paca is not None:
-            # No coarser than any transformer looks.
+            # The pyramid ends at the coarsest level where a transformer attends to pixels.
             coarsest = max(level for _, level, sees_pixels in self._spatial_transformers() if sees_pixels)
             self.image_pyramid = ImagePyramid(self.config.in_channels, channels[: coarsest + 1])
         self.image_projection = None
@@ -147,7 +149,7 @@ class FactorizedDreamerUNet(UNet2DConditionModel):
             nn.init.zeros_(self.fps_embedding.linear_2.weight)
             nn.init.zeros_(self.fps_embedding.linear_2.bias)
 
-        # Building the blocks a second time would double the memory and time of construction, for the same weights.
+        # The classes of existing blocks are changed: new blocks would double the memory and time of construction.
         for block, _ in self._blocks():
             for resnet in block.resnets:
                 resnet.__class__ = VideoResnetBlock
@@ -165,22 +167,24 @@ class FactorizedDreamerUNet(UNet2DConditionModel):
 
     @classmethod
     def from_unet2d(cls, unet: UNet2DConditionModel, **switches: Any) -> Self:
-        """Makes a video UNet of an image UNet, with a copy of its weights and in its dtype.
+        """Converts an image UNet to a video UNet: copies its weights, dtype and device.
 
         Args:
-            unet (`UNet2DConditionModel`): of a Stable Diffusion 1.x or 2.x checkpoint.
+            unet (`UNet2DConditionModel`): UNet of a Stable Diffusion 1.x or 2.x checkpoint.
             switches: `num_frames`, `t2i_adapter`, `num_image_tokens`, `image_embed_dim`, `paca`, `motion_embed_dim` and
                 `fps_conditioning` of the class.
 
         Raises:
-            `ValueError`: a UNet of another family, one with adapters (load them afterwards), or one that takes an image
-                beside its latents.
+            `ValueError`: a UNet of another family, one with adapters (load them afterwards), one with attention processors
+                that have weights, or one that takes an image beside its latents.
         """
         if not isinstance(unet, UNet2DConditionModel) or isinstance(unet, cls):
             raise ValueError(f"`unet` must be a UNet2DConditionModel, but is a {type(unet).__name__}.")
         if getattr(unet, "peft_config", None):
-            raise ValueError(f"The UNet has adapters {sorted(unet.peft_config)}; load them after it is converted.")
-        # diffusers' own `to` warns of modules to be kept in float32, of which this class has none.
+            raise ValueError(
+                f"The UNet has the adapters {sorted(unet.peft_config)}; convert it without them and load them afterwards."
+            )
+        # diffusers' own `to` warns of modules that must stay in float32; this class has none.
         model = nn.Module.to(cls.from_config(unet.config, **switches), unet.device, unet.dtype)
         missing = model.load_state_dict(unet.state_dict(), strict=False)
         left_out = set(missing.missing_keys) - {name for name in model.state_dict() if _is_video_layer(name)}
@@ -196,31 +200,32 @@ class FactorizedDreamerUNet(UNet2DConditionModel):
         for name, value in _STOCK_ONLY.items():
             if config[name] != value:
                 raise ValueError(
-                    f"`{name}={config[name]!r}` is of another family; use a Stable Diffusion 1.x or 2.x UNet."
+                    f"`{name}={config[name]!r}` belongs to another family; use a Stable Diffusion 1.x or 2.x UNet."
                 )
         blocks = (*config.down_block_types, config.mid_block_type, *config.up_block_types)
         unknown = sorted(set(map(str, blocks)) - set(_BLOCKS))
         if unknown:
-            raise ValueError(f"Blocks {unknown} are of another family; use a UNet of {_BLOCKS}.")
+            raise ValueError(f"The blocks {unknown} belong to another family; use a UNet of the blocks {_BLOCKS}.")
         if config.in_channels != config.out_channels:
             raise ValueError(
-                f"The UNet takes {config.in_channels} channels and gives {config.out_channels}: use a text-to-image one."
+                f"The UNet has `in_channels={config.in_channels}` and `out_channels={config.out_channels}`; use that of a "
+                "text-to-image model, where both are equal."
             )
         if config.num_frames < 2:
-            raise ValueError(f"`num_frames={config.num_frames}` must be at least 2: one frame is a picture.")
+            raise ValueError(f"`num_frames={config.num_frames}` must be at least 2: one frame is an image.")
         for name, values in {"t2i_adapter": ("decoupled", "concat", None), "paca": ("all", "up", None)}.items():
             if config[name] not in values:
                 raise ValueError(f"`{name}={config[name]!r}` is not known; use one of {values}.")
 
     def _blocks(self) -> Iterator[tuple[nn.Module, int]]:
-        """Down, mid and up blocks, each with its level."""
+        """Yields down, mid and up blocks, each with its level."""
         last = len(self.down_blocks) - 1
         yield from ((block, level) for level, block in enumerate(self.down_blocks))
         yield self.mid_block, last
         yield from ((block, last - number) for number, block in enumerate(self.up_blocks))
 
     def _spatial_transformers(self) -> Iterator[tuple[Transformer2DModel, int, bool]]:
-        """Each with its level and whether it attends to pixels."""
+        """Yields each spatial transformer with its level and whether it attends to pixels."""
         up_blocks = set(self.up_blocks)
         for block, level in self._blocks():
             sees_pixels = self.config.paca == "all" or (self.config.paca == "up" and block in up_blocks)
@@ -228,7 +233,7 @@ class FactorizedDreamerUNet(UNet2DConditionModel):
                 yield transformer, level, sees_pixels
 
     def video_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters that the image UNet does not have."""
+        """Returns names and parameters of the layers that the image UNet does not have."""
         return ((name, parameter) for name, parameter in self.named_parameters() if _is_video_layer(name))
 
     # -- conditions, once per video -----------------------------------------------------------------------------------
@@ -240,7 +245,7 @@ class FactorizedDreamerUNet(UNet2DConditionModel):
         image_mask: torch.Tensor | None,
         batch_size: int,
     ) -> tuple[torch.Tensor | None, list[KeysValues | None] | None]:
-        """Tokens of the CLIP image `(B, N, D)`, and keys and values of the image's pixels for each transformer."""
+        """Returns the CLIP image tokens `(B, N, D)`, and keys and values of the image's pixels for each transformer."""
         tokens = pixels = None
         if self.image_projection is not None:
             if image_embeds is None:
@@ -267,7 +272,7 @@ class FactorizedDreamerUNet(UNet2DConditionModel):
     def _check_conditions(self, num_frames: int, **given: Any) -> None:
         if num_frames > self.config.num_frames:
             raise ValueError(
-                f"The clip has {num_frames} frames, but the UNet takes {self.config.num_frames}; use windows."
+                f"The clip has {num_frames} frames, but the UNet takes at most {self.config.num_frames}; use windows."
             )
         switches = {
             "image_latents": ("paca", self.config.paca),
@@ -284,7 +289,8 @@ class FactorizedDreamerUNet(UNet2DConditionModel):
     # -- forward ------------------------------------------------------------------------------------------------------
 
     def get_time_embed(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """Sinusoids of a time per frame, `(B, F)`: `(B, F, T)`. The last but one axis tells resnets what a video is."""
+        """Returns sinusoidal embeddings `(B, F, T)` of one time per frame `(B, F)`. The resnets take the number of frames from
+        this shape."""
         return self.time_proj(timestep.flatten()).to(sample.dtype).unflatten(0, timestep.shape)
 
     def get_aug_embed(
@@ -310,25 +316,29 @@ class FactorizedDreamerUNet(UNet2DConditionModel):
         return_features: bool = False,
         return_dict: bool = True,
     ) -> FactorizedDreamerUNetOutput | tuple:
-        """
+        """Predicts the noise, velocity or sample of noisy video latents.
+
         Args:
             sample (`torch.Tensor` of shape `(B, C, F, h, w)`): noisy latents.
-            timestep (`torch.Tensor` of shape `()`, `(B,)` or `(B, F)`): time of all, of each video or of each frame.
-            encoder_hidden_states (`torch.Tensor` of shape `(B, S, D)`): CLIP text.
+            timestep (`torch.Tensor` of shape `()`, `(B,)` or `(B, F)`): one time for all, for each video or for each frame.
+            encoder_hidden_states (`torch.Tensor` of shape `(B, S, D)`): CLIP text embeddings.
             image_latents (`torch.Tensor` of shape `(B, C, h, w)`, *optional*): clean latents of the first frames, for PACA.
-            image_embeds (`torch.Tensor` of shape `(B, image_embed_dim)`, *optional*): pooled CLIP image of the first frames.
-            motion_embeds (`torch.Tensor` of shape `(B, L, motion_embed_dim)`, *optional*): T5 text, zero where padded.
-            fps (`torch.Tensor` of shape `(B,)`, *optional*): frames per second.
+            image_embeds (`torch.Tensor` of shape `(B, image_embed_dim)`, *optional*): pooled CLIP embeddings of the first
+                frames, for the T2I adapter.
+            motion_embeds (`torch.Tensor` of shape `(B, L, motion_embed_dim)`, *optional*): T5 embeddings of the motion text,
+                zero where padded.
+            fps (`torch.Tensor` of shape `(B,)`, *optional*): frames per second; required with `fps_conditioning`.
             image_mask (`torch.Tensor` of shape `(B,)`, *optional*): 0 for videos whose image is dropped, else 1.
-            image_cache, motion_cache (`dict`, *optional*): an empty one is filled with what the layers take from image or
-                motion text, a full one is used in their place: both stay the same from step to step, and the image's
-                also between the branches of guidance.
-            cross_attention_kwargs (`dict`, *optional*): of the stock class.
-            return_features (`bool`): also return the last block's features.
-            return_dict (`bool`): else a tuple, with the features if asked for.
+            image_cache, motion_cache (`dict`, *optional*): an empty dict is filled with keys and values of the image or of
+                the motion text; a filled one replaces their computation. Both are the same at every denoising step, those
+                of the image also in both branches of guidance.
+            cross_attention_kwargs (`dict`, *optional*): as in [`~diffusers.UNet2DConditionModel`].
+            return_features (`bool`): whether to return the last block's features, too.
+            return_dict (`bool`): whether to return a [`FactorizedDreamerUNetOutput`] or a tuple.
 
         Raises:
-            `ValueError`: more frames than `num_frames`, or a condition whose design is switched off.
+            `ValueError`: the clip has more frames than `num_frames`, `fps` is missing, or an input is given whose design is
+                switched off.
         """
         batch_size, _, num_frames = sample.shape[:3]
         self._check_conditions(
@@ -372,7 +382,7 @@ class FactorizedDreamerUNet(UNet2DConditionModel):
         return FactorizedDreamerUNetOutput(prediction, *features)
 
 
-# diffusers reads a configuration's names from the signature: the stock ones, whatever its version, and ours.
+# diffusers reads the names of config values from the signature, so this one lists diffusers' own, of any version, and ours.
 _ours = inspect.signature(FactorizedDreamerUNet.__init__).parameters.values()
 _stock = inspect.signature(UNet2DConditionModel.__init__).parameters.values()
 _init: Any = FactorizedDreamerUNet.__init__

@@ -1,4 +1,4 @@
-"""What a chat model's answer holds: its thinking aside, the last JSON object of the wanted form."""
+"""Parses the answers of chat models: skips their thinking and finds the last JSON object of the wanted form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 Value = TypeVar("Value")
 
 _TAGS = "think|thinking|thought|thoughts|reasoning|reflection|analysis|seed:think"
-# How models mark their thinking: tags in brackets of several kinds, and the channels of gpt-oss.
+# Marks of thinking: tags in several kinds of brackets, and the channels of gpt-oss.
 _BEGIN = re.compile(
     rf"<(?:{_TAGS})>|\[THINK\]|\u25c1think\u25b7|<\|begin_of_thought\|>|<\|START_THINKING\|>|"
     r"<\|channel\|>(?:analysis|commentary)[^<]*<\|message\|>",
@@ -26,7 +26,7 @@ _SENTENCE = re.compile(r"\S.*?(?:[.!?](?=\s)|[\u3002\uff01\uff1f])", re.DOTALL)
 
 
 def without_thinking(answer: str) -> str:
-    """An answer without what is before the last end of thinking, and behind a beginning that has no end."""
+    """Returns an answer without its thinking: drops all up to the last end mark, and all from a begin mark without an end."""
     ends = list(_END.finditer(answer))
     answer = answer[ends[-1].end() :] if ends else answer
     begin = _BEGIN.search(answer)
@@ -34,32 +34,39 @@ def without_thinking(answer: str) -> str:
 
 
 def is_thinking(text: str) -> bool:
-    """Whether a text ends within thinking, as the chat templates of some models do."""
+    """Returns whether a text ends with a begin mark of thinking, as the chat templates of some models do."""
     begins = list(_BEGIN.finditer(text))
     return bool(begins) and _END.search(text, begins[-1].end()) is None and not text[begins[-1].end() :].strip()
 
 
 def marks_thinking(tokens: list[str]) -> bool:
-    """Whether one of a tokenizer's special tokens marks thinking: a text without them would not show where it ends."""
+    """Returns whether a special token marks thinking; decoding must keep such tokens to show where thinking ends."""
     return any(_BEGIN.search(token) or _END.search(token) or token == "<|channel|>" for token in tokens)
 
 
 def text_under(value: Mapping[str, Any], key: str) -> str | None:
-    """The text of a JSON object under a key, in one line; one without a letter or digit is none ("...")."""
+    """Returns the text under a key of a JSON object, on one line, or `None` for a text without letters and digits ("...")."""
     text = " ".join(value[key].split()) if isinstance(value.get(key), str) else None
     return text if text is None or any(letter.isalnum() for letter in text) else None
 
 
 class CutAnswer(ValueError):
-    """An answer that ends within its JSON object, with nothing of it that could be used."""
+    """An answer ends within its JSON object, and the part that is there cannot be used."""
 
 
 def find_in_answer(answer: str, read: Callable[[dict], Value | None], wanted: str) -> Value:
-    """What `read` makes of the last JSON object in an answer of which it makes anything: models repeat the form, and correct
-    themselves. Of an answer that was cut within a text, the first two whole sentences of that text count.
+    """Returns what `read` makes of the last JSON object in an answer that it accepts.
+
+    The last one counts, because models repeat the form and correct themselves. If the answer was cut off within a text, the
+    first two whole sentences of that text are used.
+
+    Args:
+        answer (`str`): the model's answer.
+        read (`Callable`): takes a JSON object and returns a value, or `None` if the object has another form.
+        wanted (`str`): name of the value, for the message of an error.
 
     Raises:
-        `ValueError`: there is no such object; the message says that `wanted` is lacking. [`CutAnswer`] where it was cut.
+        `ValueError`: `read` accepts no object of the answer; [`CutAnswer`] if the answer was cut off.
     """
     answer = without_thinking(answer)
     decoder = json.JSONDecoder(strict=False)
@@ -86,7 +93,7 @@ def find_in_answer(answer: str, read: Callable[[dict], Value | None], wanted: st
 
 
 def _read_cut(answer: str) -> tuple[bool, dict | None]:
-    """Whether an answer ends within a JSON object, and that object if it ends in a text: with two whole sentences of that."""
+    """Returns whether an answer ends within a JSON object; and if it ends in a text, the object with two sentences of it."""
     opened: list[int] = []
     begin, escaped = None, False
     for place, letter in enumerate(answer):
@@ -98,7 +105,7 @@ def _read_cut(answer: str) -> tuple[bool, dict | None]:
             opened.append(place)
         elif begin is None and letter in "}]" and opened:
             opened.pop()
-    # A model that runs on repeats itself.
+    # A model that does not stop repeats its sentences.
     said = [] if begin is None else [*dict.fromkeys(_SENTENCE.findall(f"{answer[begin:]} "))][:2]
     if not opened or not said:
         return bool(opened), None

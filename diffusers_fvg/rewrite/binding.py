@@ -1,6 +1,6 @@
-"""Whether a caption keeps what a prompt says of the start: things, counts, colours, places, negations; and nothing of later.
+"""Checks that a caption keeps things, counts, colours, places and negations of a prompt's start, and shows nothing of later.
 
-Each check looks for a contradiction or a loss that the words settle. What they leave open is accepted.
+Each check reports a contradiction or a loss only if the words prove it. Doubtful cases are accepted.
 """
 
 from __future__ import annotations
@@ -29,13 +29,16 @@ Read = Callable[[str], str]
 
 
 def binding_problem(prompt: str, caption: str, read: Read = str) -> str | None:
-    """Says what of a prompt's start a caption loses or contradicts, or what of its end it shows.
+    """Returns how a caption fails a prompt: it loses or contradicts a part of the start, or shows a later event.
 
     Args:
         prompt (`str`): what should happen in the video.
         caption (`str`): description of its first frame.
-        read (`Callable`, *optional*): how the language model reads a word: a tokenizer that maps words to its own ("ball" to
-            "circle") makes the model answer in those. A word may be kept as written or as read.
+        read (`Callable`, *optional*): maps a word to the word that the language model sees. Some tokenizers map words to
+            their own vocabulary ("ball" to "circle"), and the model answers with these. The caption may use either word.
+
+    Returns:
+        `str` or `None`: the first problem found; `None` for none, or if a text is not English.
     """
     if not (is_english(prompt) and is_english(caption)):
         return None
@@ -51,7 +54,7 @@ def binding_problem(prompt: str, caption: str, read: Read = str) -> str | None:
 
 
 class Kept:
-    """The words of a caption, in which those of a prompt are looked for."""
+    """Word roots of a caption, for looking up the words of a prompt."""
 
     def __init__(self, caption: str, read: Read = str):
         self.read = read
@@ -60,12 +63,12 @@ class Kept:
     def __contains__(self, word: str) -> bool:
         if root(word) in self.counts:
             return True
-        # Only letters and digits make a word: a tokenizer's `<unk>` would otherwise be one.
+        # Split at blanks and not by `words`: a tokenizer's `<unk>` would otherwise count as the word "unk".
         as_read = [root(part) for part in self.read(word).lower().split()]
         return bool(as_read) and all(part in self.counts for part in as_read)
 
     def holds(self, number: str, names: tuple[str, ...]) -> bool:
-        """Whether so many things are there: "two cats" may be listed, a cat here and a cat there."""
+        """Returns whether the caption has that number of things; it may list them ("a cat here and a cat there")."""
         if number in self.counts or number == "1" or (number == "2" and not _PAIRS.isdisjoint(self.counts)):
             return True
         return any(
@@ -77,7 +80,7 @@ _PAIRS = roots(("pair", "couple", "both", "twin"))
 
 # -- later ------------------------------------------------------------------------------------------------------------
 
-# Words that tell of change or time, which a caption of a still picture has no use for.
+# Words of change or time, which do not belong in the caption of a still picture.
 _TELLING = word_set(
     """turns becomes becoming changes transforms transforming transitions morphs morphing then gradually slowly suddenly
     eventually finally afterwards later subsequently disappears vanishes"""
@@ -88,7 +91,10 @@ _PARTICIPLES = word_set("frozen broken burnt grown torn worn lit written drawn b
 
 
 def told_problem(text: str, free: frozenset[str] = frozenset()) -> str | None:
-    """Says which word of a text tells of change or time; `free` are words that the prompt uses otherwise."""
+    """Returns a message about a word of change or time in a text, or `None`.
+
+    Words in `free` are allowed: the prompt uses them as names or adjectives.
+    """
     tokens = words(text)
     for index, word in enumerate(tokens):
         tells = word in _TELLING or (
@@ -106,7 +112,7 @@ def _later_problem(start: Start, caption: str) -> str | None:
         if word in said or not is_word(word) or tokens[index - 1 : index] == ["non"]:
             continue
         name = root(word)
-        # "Spherical" is of spheres.
+        # "Spherical" counts as a form of "sphere".
         comes = any(name == later or (len(later) > 4 and name.startswith(later)) for later in map(root, start.later))
         if comes or any(root(verb) == name and _is_done(verb, word) for verb in start.happening):
             return f'"{word}" comes only later'
@@ -114,8 +120,8 @@ def _later_problem(start: Start, caption: str) -> str | None:
 
 
 def _is_done(verb: str, word: str) -> bool:
-    """Whether a word is the state that a verb leads to: what is melting is melted then."""
-    # "Beds" and "skies" are no verbs.
+    """Returns whether a word is the state that a verb leads to, as "melted" for "melting"."""
+    # "Beds" and "skies" are plurals, not verbs.
     plurals = {word, f"{word}s", f"{word}es", f"{word[:-1]}ies"}
     return word in _PARTICIPLES | _STATES or (word.endswith(("ed", "y")) and verb not in plurals)
 
@@ -126,7 +132,7 @@ _NEGATIONS = word_set("without no not never")
 
 
 def _negated(tokens: list[str]) -> set[str]:
-    """Roots of what is said not to be there."""
+    """Returns the roots of the words that a text negates."""
     found = set()
     for index, word in enumerate(tokens):
         if word in _NEGATIONS:
@@ -137,7 +143,7 @@ def _negated(tokens: list[str]) -> set[str]:
 
 
 def _negation_problem(prompt: str, caption: str) -> str | None:
-    # Signs say "NO PARKING".
+    # Quoted and upper-case text is left out: a sign may say "NO PARKING".
     spoken = re.sub(r"\"[^\"]*\"|'[^']*'|\u201c[^\u201d]*\u201d|\b[A-Z]{2,}\b", " ", prompt)
     absent = _negated(list(start_of(spoken).words)) if spoken.strip() else set()
     tokens = words(caption)
@@ -152,7 +158,7 @@ def _negation_problem(prompt: str, caption: str) -> str | None:
 
 
 def _bound(text: str) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
-    """The colours and the numbers that a text gives each name (roots)."""
+    """Returns the colours and the numbers of each name in a text, all as roots."""
     colours: dict[str, set[str]] = {}
     numbers: dict[str, set[str]] = {}
     for thing in things(words(text)):
@@ -165,17 +171,17 @@ def _bound(text: str) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
 
 
 def _spoken(value: str, text: str) -> str:
-    """A number as it is; of a root the word of the text."""
+    """Returns the word of the text that has the root `value`; a number is returned unchanged."""
     return value if value.isdigit() else next((word for word in words(text) if root(word) == value), value)
 
 
 def swapped_problem(prompt: str, caption: str) -> str | None:
-    """Says which colour or number a caption gives to something else than the prompt does."""
+    """Returns a message if a caption gives a thing another colour or number than the prompt does, or `None`."""
     for mine, others in zip(_bound(caption), _bound(prompt)):
         everywhere = {value for values in others.values() for value in values}
         for name, values in mine.items():
             wrong = values - others.get(name, values)
-            # "Five leaves, one of them apart" counts no other leaves.
+            # A prompt that also says "one", as in "five leaves, one of them apart", settles no number.
             miscounted = any(value.isdigit() and value != "1" for value in wrong) and "1" not in others[name]
             if wrong & everywhere or miscounted:
                 word = _spoken(name, prompt)
@@ -207,7 +213,7 @@ _OPPOSITE = {
 
 
 def _places(text: str) -> Iterator[tuple[set[str], str, set[str]]]:
-    """What is where: roots of a thing, a place, roots of the thing that the place is of."""
+    """Yields each relation in a text: roots of a thing, the place word, roots of the landmark that the place refers to."""
     for clause in re.split(r"[.;:!?]|, (?=and |then |while )|\bwhile\b|\bthen\b", text.lower()):
         for pattern, kind in _PLACES:
             for match in re.finditer(rf"\b(?:{pattern})\b", clause):
@@ -220,7 +226,7 @@ def _places(text: str) -> Iterator[tuple[set[str], str, set[str]]]:
 
 
 def _landmark(tokens: list[str]) -> set[str]:
-    """Roots of the thing that a text begins with."""
+    """Returns the roots of the thing that a text begins with."""
     if not tokens or not is_word(tokens[0]) or tokens[0] in STOPS - ARTICLES:
         return set()
     thing = next(things(tokens), None)
@@ -245,7 +251,7 @@ def _place_problem(start: Start, caption: str) -> str | None:
 
 
 def missing_problem(thing: Thing, here: Kept) -> str | None:
-    """Says what of a thing is not there: its name, or where that is, a colour or the number."""
+    """Returns a message if a caption lacks a thing's name, one of its colours or its number, or `None`."""
     if thing.names and not any(name in here for name in thing.names):
         return _missing(*thing.names)
     for colour in thing.colours:
@@ -261,9 +267,9 @@ def _missing(*lost: str) -> str:
 
 
 def _loss_problem(start: Start, here: Kept) -> str | None:
-    """Says what of the start a caption has not."""
+    """Returns a message about a part of the start that a caption lacks, or `None`."""
     needed = [thing for thing in start.things if thing.names and not thing.is_optional]
-    # "The landscape transforms from a desert": the desert is the landscape.
+    # "The landscape transforms from a desert": naming the desert is enough.
     lost = [thing for thing in needed if not any(name in here for name in (*thing.names, *start.old))]
     spared = len(needed) // 2 if len(needed) > 2 else 0
     spared = max(spared, len(needed) - 1) if start.is_story else spared
@@ -276,6 +282,6 @@ def _loss_problem(start: Start, here: Kept) -> str | None:
     old = [colour for colour in start.old if colour in COLOURS and colour not in here]
     if old:
         return _missing(old[0])
-    # "A person reads" is not told from others by its person.
+    # "Person" does not distinguish one prompt from another, so the caption must keep another word.
     telling = [word for word in start.words if is_word(word) and word not in STOPS | NOT_NAMES | GENERIC]
     return _missing(*telling[:3]) if telling and not any(word in here for word in (*telling, *start.old)) else None

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server in place of a chat model."""
+"""Client of an OpenAI-compatible server, used in place of a local chat model."""
 
 from __future__ import annotations
 
@@ -28,47 +28,47 @@ from ..checks import check_at_least_one, check_number
 logger = logging.get_logger(__name__)
 
 MAX_ERROR_BYTES = 100_000
-# Shorter values of headers are no secrets, and may be words of an answer.
+# Shorter header values are not masked: they are no secrets, and may be words of an answer.
 SECRET_CHARACTERS = 8
-# Answers of a server that is busy, restarts or still loads its model.
+# Status codes of a server that is busy, restarts or still loads its model.
 BUSY_STATUSES, BUSY_RETRIES = frozenset((429, 500, 502, 503, 504, 529)), 3
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 60.0
-# Newer models of OpenAI want the second name.
+# Newer models of OpenAI require the second name.
 RENAMED = {"max_tokens": "max_completion_tokens"}
-# What a server may refuse.
+# Parameters that are left out once a server refuses them.
 OPTIONAL_PARAMETERS = ("max_tokens", "temperature", "top_p", "seed", "response_format", "top_logprobs", "logprobs")
-# Greedy decoding would tend to repeat the answer that was just refused; a small model loses the thread when it is hotter.
+# A retry is sampled: greedy decoding tends to repeat the refused answer. At a higher temperature small models lose the topic.
 RETRY_TEMPERATURE, RETRY_TOP_P = 0.3, 0.9
-# The most that OpenAI's interface gives.
+# Maximum of OpenAI's API.
 TOP_LOGPROBS = 20
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    # urllib would send the key along to wherever a redirect points.
+    # urllib would send the key to the target of a redirect.
     def redirect_request(self, *args, **kwargs):
         return None
 
 
 @dataclass(frozen=True)
 class ChatEndpoint:
-    """An OpenAI-compatible server that answers chats.
+    """OpenAI-compatible server that answers chats.
 
-    A parameter that the server refuses by name is renamed or left out, for this answer and all later ones. A server that is
-    busy is asked again, after the time that it names.
+    If the server refuses a parameter by name, this and all later requests rename it or leave it out. If the server is busy,
+    the request is repeated up to 3 times, after the time that the server names.
 
     Args:
         url (`str`): address with or without `/chat/completions` at its end, as in `"http://127.0.0.1:8000/v1"`.
-        model (`str`): the server's name of the model.
-        api_key_env (`str`, *optional*): environment variable that holds the key. It is read at each call and kept nowhere.
-            With one the address must be https, or this machine.
+        model (`str`): name of the model on the server.
+        api_key_env (`str`, *optional*): name of the environment variable that holds the key. It is read at each request and
+            never stored. With a key, the address must be https or on this machine.
         timeout (`float`): seconds to wait for an answer.
-        headers (`Mapping[str, str]`, *optional*): sent with every request.
-        extra_body (`Mapping[str, Any]`, *optional*): more fields of every request, and others in place of this class's own.
-        max_concurrent (`int`): requests at a time, where there are several prompts.
+        headers (`Mapping[str, str]`, *optional*): HTTP headers of every request.
+        extra_body (`Mapping[str, Any]`, *optional*): further fields of every request; they replace fields of the same name.
+        max_concurrent (`int`): most requests at a time, if there are several prompts.
 
     Raises:
-        `ValueError`: an address that is not http(s), or holds a secret; no model; a key or headers that would go over plain
-            http; a timeout that is no positive number.
+        `ValueError`: `url` is not http(s) or holds a secret, `model` is empty, a key or headers would be sent over plain http
+            to another machine, `timeout` is no positive number, or `max_concurrent` is below 1.
     """
 
     url: str
@@ -86,7 +86,7 @@ class ChatEndpoint:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"The endpoint {self.url!r} must be an address that begins with http:// or https://.")
         if parts.username is not None or parts.query or parts.fragment:
-            # Messages show the address, so it must hold no secret; nor does this one.
+            # Error messages show the address, so it must hold no secret. This message shows the host only.
             raise ValueError(
                 f"The endpoint at {parts.hostname!r} must have no user, password, query or fragment in its address; name the "
                 "environment variable that holds the key in `api_key_env`."
@@ -113,17 +113,17 @@ class ChatEndpoint:
         seed: int | None = None,
         schema: Mapping[str, Any] | None = None,
     ) -> str:
-        """Asks the server; without a `seed` at temperature 0. An answer without text is `""`.
+        """Asks the server and returns its answer, `""` for one without text.
 
         Args:
             messages (`list[dict[str, str]]`): turns with a `role` and a `content`.
-            max_new_tokens (`int`): longest answer in tokens.
-            seed (`int`, *optional*): sample with this seed.
-            schema (`Mapping`, *optional*): JSON schema that the answer should follow, where the server knows of such.
+            max_new_tokens (`int`): most tokens of the answer.
+            seed (`int`, *optional*): seed to sample with; left out, the temperature is 0.
+            schema (`Mapping`, *optional*): JSON schema of the answer, for servers that support it.
 
         Raises:
             `ValueError`: the environment variable of the key is not set.
-            `OSError`: the server cannot be reached, refuses, stays busy, or answers something else than a chat completion.
+            `OSError`: the server cannot be reached, refuses, stays busy, or returns no chat completion.
         """
         body = {"model": self.model, "messages": messages, "max_tokens": max_new_tokens, "seed": seed or 0}
         body |= {"temperature": 0} if seed is None else {"temperature": RETRY_TEMPERATURE, "top_p": RETRY_TOP_P}
@@ -133,17 +133,20 @@ class ChatEndpoint:
         return self._ask(body, _text_of)
 
     def probability_of_yes(self, image: PIL.Image.Image, question: str) -> float:
-        """Asks a vision-language model about a picture: how likely its first word is yes and not no.
+        """Asks a vision-language model about an image and returns the probability that it answers yes and not no.
 
-        A server that tells no probabilities of tokens (`logprobs`) gives 1 for an answer that begins with yes, else 0, with a
-        warning where it does not begin with no either.
+        The probability is that of the first token. If the server returns no token probabilities (`logprobs`), the result is 1
+        for an answer that begins with yes, else 0, with a warning if the answer does not begin with no.
 
         Args:
-            image (`PIL.Image.Image`): sent as PNG.
-            question (`str`): to be answered with yes or no.
+            image (`PIL.Image.Image`): image, sent as PNG.
+            question (`str`): question to be answered with yes or no.
+
+        Returns:
+            `float`: probability from 0 to 1.
 
         Raises:
-            `ValueError`, `OSError`: as [`answer`].
+            `ValueError`, `OSError`: as in [`answer`].
         """
         file = io.BytesIO()
         image.save(file, format="PNG")
@@ -158,22 +161,22 @@ class ChatEndpoint:
         return found
 
     def _ask(self, body: dict[str, Any], read: Callable[[Mapping[str, Any]], Any]) -> Any:
-        """Posts a request; `read` takes what is wanted from the server's first choice."""
+        """Posts a request and returns what `read` makes of the first choice in the server's reply."""
         key = self._key()
         waits = 0
         while True:
             sent = self._accepted(body)
             status, reply, wait = self._post(sent, key, read)
             if status is None:
-                # Some servers repeat the key that they refuse, in an answer too.
+                # Some servers repeat the key in error messages, and even in answers.
                 return self._without_secrets(reply, key) if isinstance(reply, str) else reply
             if status in BUSY_STATUSES and waits < BUSY_RETRIES:
                 time.sleep(FIRST_WAIT_SECONDS * 2**waits if wait is None else min(wait, LONGEST_WAIT_SECONDS))
                 waits += 1
-            # Another question may have learnt meanwhile what this one was refused for.
+            # A parallel request may have recorded the refused parameter meanwhile.
             elif status not in (400, 422) or (self._accepted(body) == sent and not self._refuse(reply, sent)):
                 break
-        # Raised outside of `except`: the cause would show the key too.
+        # Raised outside of `except`: a chained exception would show the key.
         raise OSError(f"The endpoint {self.url} failed ({self._without_secrets(reply, key)[:500]}).")
 
     def _key(self) -> str | None:
@@ -188,7 +191,7 @@ class ChatEndpoint:
         return key
 
     def _accepted(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """A request without what the server has refused."""
+        """Returns a request without the parameters that the server has refused."""
         accepted = {name: value for name, value in body.items() if name not in self._refused}
         for name, other in RENAMED.items():
             if name in body and name in self._refused and other not in self._refused:
@@ -196,9 +199,9 @@ class ChatEndpoint:
         return accepted | dict(self.extra_body or {})
 
     def _refuse(self, reply: str, sent: Mapping[str, Any]) -> bool:
-        """Notes the parameter of a request that a server's error names; whether there was one."""
+        """Records the parameter of a request that the server's error names; returns whether there is one."""
         known = [name for name in (*RENAMED.values(), *OPTIONAL_PARAMETERS) if name in sent]
-        # Many servers say no more than that the request is not valid; it is the form of the answer that few know.
+        # Many servers only say that the request is not valid. The parameter that most of them lack is `response_format`.
         named = [name for name in known if re.search(rf"\b{name}\b", reply)] or [
             *{"response_format"}.intersection(known)
         ]
@@ -208,7 +211,11 @@ class ChatEndpoint:
     def _post(
         self, body: dict[str, Any], key: str | None, read: Callable[[Mapping[str, Any]], Any]
     ) -> tuple[int | None, Any, float | None]:
-        """`(None, what was read, None)` of an answer, or status (0 without one), what is wrong, and the seconds to wait if named."""
+        """Posts a request once.
+
+        Returns `(None, value of read, None)`, or after a failure the HTTP status (0 for none), the error, and the seconds to
+        wait if the server names them.
+        """
         headers = {"Content-Type": "application/json", **(self.headers or {})}
         if key is not None:
             headers["Authorization"] = f"Bearer {key}"
@@ -216,7 +223,7 @@ class ChatEndpoint:
         request = urllib.request.Request(address, json.dumps(body).encode(), headers, method="POST")
         handlers: list = [_NoRedirect]
         if _is_this_machine(urllib.parse.urlsplit(self.url).hostname or ""):
-            # `http_proxy` would see the key, and is elsewhere than this machine.
+            # A proxy on another machine would see the key and could not reach this machine's loopback address.
             handlers.append(urllib.request.ProxyHandler({}))
         try:
             with urllib.request.build_opener(*handlers).open(request, timeout=self.timeout) as response:
@@ -234,7 +241,7 @@ class ChatEndpoint:
 
 
 def _text_of(choice: Mapping[str, Any]) -> str:
-    """The text of a chat completion's message, which may be in parts; a refusal is one too."""
+    """Returns the text of a chat completion's message: its content, which may be in parts, or its refusal."""
     message = choice["message"]
     content = message.get("content")
     if isinstance(content, list):
@@ -245,8 +252,8 @@ def _text_of(choice: Mapping[str, Any]) -> str:
 
 
 def _probability_of_yes(choice: Mapping[str, Any]) -> float | str:
-    """Of the first token's alternatives that are yes or no in any spelling, the share of those that are yes; an answer that is
-    neither as it is.
+    """Returns P(yes) / (P(yes) + P(no)) over the first token's alternatives in any case; without `logprobs`, 1 or 0 by the
+    answer's first word, or the answer itself if that is neither.
     """
     tokens = ((choice.get("logprobs") or {}).get("content") or [{}])[0].get("top_logprobs") or []
     shares = {"yes": 0.0, "no": 0.0}
@@ -264,13 +271,13 @@ def _probability_of_yes(choice: Mapping[str, Any]) -> float | str:
 @functools.cache
 def _warn_of_answer(url: str, model: str, answer: str) -> None:
     logger.warning(
-        f"The model {model!r} at {url} was to answer with yes or no, and its answer begins with {answer[:40]!r}: it counts as no. "
-        "Choose a model that answers at once, or whose server tells `logprobs`."
+        f"The model {model!r} at {url} should answer with yes or no, but its answer begins with {answer[:40]!r}. It counts as "
+        "no. Choose a model that answers without thinking, or a server that returns `logprobs`."
     )
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """The seconds of a `Retry-After` header; one that holds a date is left aside."""
+    """Returns the seconds of a `Retry-After` header, or `None` if it holds a date."""
     try:
         return None if retry_after is None else max(0.0, float(retry_after))
     except ValueError:
@@ -285,7 +292,7 @@ def _is_this_machine(host: str) -> bool:
 
 
 def host_of(url: Any) -> str:
-    """The host alone: the rest of an address may hold a secret."""
+    """Returns the host of an address for messages, since the rest of the address may hold a secret."""
     try:
         return urllib.parse.urlsplit(url).hostname or ""
     except (AttributeError, TypeError, ValueError):

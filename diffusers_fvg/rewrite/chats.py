@@ -1,6 +1,4 @@
-"""Chats about a prompt, as lists of turns: how they ask, and what becomes of the answer. It is checked, judged, taken, asked
-for again, or given up.
-"""
+"""Builds the chats that ask a model about a prompt, checks and judges the answers, and asks again after an invalid one."""
 
 from __future__ import annotations
 
@@ -27,10 +25,10 @@ logger = logging.get_logger(__name__)
 # Turns with a role and a content.
 Chat = list[dict[str, str]]
 
-# Answers to one question about a prompt, the first of which is greedy.
+# Most answers to one question about a prompt; the first is greedy.
 ATTEMPTS = 2
 RETRY_SEED = 0
-# Longest answer of a server to questions about a caption.
+# Most tokens of a server's answer to the judge's questions about a caption.
 JUDGE_TOKENS = 200
 
 
@@ -40,13 +38,13 @@ def build_messages(
     examples: Sequence[tuple[str, Any]] = EXAMPLES,
     write: Callable[[Any], str] = format_answer,
 ) -> Chat:
-    """The chat that asks about a prompt, for sampling and for training a rewriter alike.
+    """Builds the chat that asks about a prompt, for sampling and for training a rewriter.
 
     Args:
         prompt (`str`): what should happen in the video.
-        instruction (`str`, *optional*): the system turn; left out of the chat where it is empty.
+        instruction (`str`, *optional*): the system turn; an empty one is left out of the chat.
         examples (sequence of `(prompt, answer)`, *optional*): earlier turns.
-        write (`Callable`, *optional*): an answer of the examples as text.
+        write (`Callable`, *optional*): formats an example's answer as text.
 
     Returns:
         `list[dict[str, str]]`: turns with a `role` and a `content`, the last one the user's.
@@ -58,7 +56,7 @@ def build_messages(
 
 
 def chat_about(rewriter: FirstFrameRewriter, prompt: str, task: RewriterTask, with_examples: bool) -> Chat:
-    """[`FirstFrameRewriter.messages`]"""
+    """Builds the chat of [`FirstFrameRewriter.messages`]."""
     own = rewriter.own_instruction(task)
     instruction = (task.instruction if own is None else own).replace("{num_moments}", str(task.captions))
     examples = rewriter.examples if rewriter.examples is not None else with_examples
@@ -69,9 +67,9 @@ def chat_about(rewriter: FirstFrameRewriter, prompt: str, task: RewriterTask, wi
 
 
 def build_retry(messages: Chat, reason: str) -> Chat:
-    """The chat that asks again after an answer that was not valid.
+    """Builds the chat that asks again after an invalid answer.
 
-    The bad answer is not in it: small models go on with what they wrote, or discuss it, and lose the prompt.
+    It leaves that answer out: small models would continue or discuss it and lose the prompt.
     """
     *earlier, question = messages
     hint = f"(An earlier answer was not valid: {reason}.)"
@@ -79,7 +77,7 @@ def build_retry(messages: Chat, reason: str) -> Chat:
 
 
 def without_system_role(messages: Chat) -> Chat:
-    """The same chat for a template that knows no system role: the instruction opens the first user turn."""
+    """Moves the system turn into the first user turn, for chat templates without a system role."""
     if messages[0]["role"] != "system":
         return messages
     system, first, *rest = messages
@@ -96,9 +94,17 @@ def settle(
     seconds: float,
     should_stop: Callable[[], bool],
 ) -> RewriteOutcome:
-    """What becomes of the first answer to a prompt, which took so many seconds. The later ones have up to `limit` tokens.
+    """Checks the first answer to a prompt, and asks again until an answer is valid or the attempts are used up.
 
-    `chat` is how it was asked for. The user's turn may hold more than the prompt.
+    Args:
+        rewriter (`FirstFrameRewriter`): the rewriter that is asked.
+        task (`RewriterTask`): the kind of question.
+        prompt (`str`): what should happen in the video.
+        chat (`list[dict[str, str]]`): the chat that the answer belongs to. Its last turn may hold more than the prompt.
+        answer (`str`): the first answer.
+        limit (`int`): most tokens of each later answer.
+        seconds (`float`): time that the first answer took.
+        should_stop (`Callable`): ends the attempts once it returns `True`.
     """
     began = time.perf_counter() - seconds
     reasons, best, plan, judged, judge_seconds = [], None, None, 0, 0.0
@@ -120,13 +126,13 @@ def settle(
         is_simpler = simpler is not None
         if simpler is not None:
             task, most = simpler, attempt + ATTEMPTS
-        # Examples show the form. A small model copies their words, so that one that knows it is better off without.
+        # Examples show the form, but small models copy their words. So they are shown only after an answer of another form.
         chat = chat_about(rewriter, question, task, misses_form)
         chat = chat if is_simpler else build_retry(chat, problem)
         if attempt == most or should_stop() or rewriter.excess_tokens(chat, limit) > 0:
             status = "fallback"
             break
-        # One by one, each from the same seed: what a prompt gets does not depend on its neighbours.
+        # Each prompt is asked alone and with the same seed, so its result does not depend on the rest of the batch.
         seed = None if is_simpler else RETRY_SEED + attempt - 1
         (answer,) = rewriter([chat], limit, seed, should_stop, rewriter.answer_schema(task))
     if status == "fallback" and not should_stop():
@@ -140,7 +146,7 @@ def settle(
 def _checked(
     rewriter: FirstFrameRewriter, task: RewriterTask, prompt: str, chat: Chat, answer: str
 ) -> tuple[Any, str | None, bool]:
-    """What an answer holds, what is wrong with it by its words, and whether it has another form than the one asked for."""
+    """Returns the parsed answer, what the word checks find wrong with it, and whether it has another form than asked for."""
     try:
         made = task.read(answer)
     except ValueError as error:
@@ -149,7 +155,7 @@ def _checked(
 
 
 def _judged(rewriter: FirstFrameRewriter, task: RewriterTask, prompt: str, made: Any) -> tuple[int, str | None]:
-    """How many questions the model was asked about the first frame, and what is wrong with it by its answers."""
+    """Asks the model about the first frame; returns the number of questions and what is wrong by its answers."""
     if not rewriter.judge or task.first_frame is None:
         return 0, None
     caption, plan = task.first_frame(made), made.plan if isinstance(made, PlannedCaption) else None
@@ -159,7 +165,7 @@ def _judged(rewriter: FirstFrameRewriter, task: RewriterTask, prompt: str, made:
         try:
             (answer,) = rewriter([chat], JUDGE_TOKENS, schema=schema)
         except OSError as error:
-            # The caption is there, and its words are right.
+            # The caption has passed the word checks and stays usable.
             logger.warning(f"The caption of {prompt!r} was not judged ({error}).")
             return 0, None
         return len(asked), verdict(asked, read_answers(answer, len(asked)))

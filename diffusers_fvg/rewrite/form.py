@@ -1,4 +1,4 @@
-"""Whether a text is a caption at all, in any language: what can be said without knowing what it should show."""
+"""Checks in any language whether a text is a caption at all, whatever it should show."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from string import punctuation
 from .words import NOT_NAMES, STOPS, root, roots, words
 
 
-# Characters of a caption. Below, there is no picture in it; above, it is longer than the 512 tokens that the text encoders
-# of current text-to-image models read.
+# Characters of a caption. A shorter one describes no picture; a longer one exceeds the 512 tokens that the text encoders of
+# current text-to-image models read.
 MIN_CAPTION_CHARACTERS, MAX_CAPTION_CHARACTERS = 3, 1200
-# What stands where a model wrote no caption.
+# Texts that models write in place of a caption.
 _PLACEHOLDERS = frozenset("null none nil n/a undefined caption description text string empty todo tbd".split())
 _REFUSALS = re.compile(
     r"^\W*(i['\u2019]?m (really |very |so )?sorry|sorry\b|i (can(no|['\u2019])?t|cannot|am unable|am not able|won['\u2019]t)\b|as an ai\b|"
     r"unfortunately, i\b|i apologi[sz]e|lo siento|je suis d\u00e9sol|d\u00e9sol\u00e9|es tut mir leid|\u62b1\u6b49|\u5bf9\u4e0d\u8d77|\u7533\u3057\u8a33|\u0639\u0630\u0631\u0627)",
     re.IGNORECASE,
 )
-# Of one picture there is one: not a list of frames or scenes.
+# Marks of a list of frames or scenes. A caption describes one picture.
 _SEVERAL = re.compile(r"\b(frame|scene|shot|panel|image)\s*#?\s*[2-9]\b|(^|\n)\s*2[.)]\s", re.IGNORECASE)
 # Words in a row that a caption and an example share, from which on it is a copy, and how many of them name something: "at the
 # left edge of a" is nobody's own.
@@ -27,12 +27,12 @@ _COPIED = ((4, 2), (8, 1))
 
 
 def form_problem(prompt: str, caption: str, shown: Iterable[str] = ()) -> str | None:
-    """Says why a text is no caption of one picture, whatever the prompt shows, or returns `None`.
+    """Returns why a text cannot be the caption of one picture, whatever the prompt asks for, or `None`.
 
     Args:
-        prompt (`str`): what should happen in the video; text that a caption repeats from it is no copy of an example.
-        caption (`str`): the text.
-        shown (iterable of `str`): texts of the question that a caption must not repeat: examples, instruction.
+        prompt (`str`): what should happen in the video. Text that the caption shares with it does not count as copied.
+        caption (`str`): text to check.
+        shown (iterable of `str`): instruction and examples that the model was shown, which a caption must not copy.
     """
     if any("\ud800" <= letter <= "\udfff" for letter in caption):
         return "the description holds a lone surrogate"
@@ -56,7 +56,7 @@ def form_problem(prompt: str, caption: str, shown: Iterable[str] = ()) -> str | 
 
 
 def copied_text(caption: str, shown: Iterable[str], prompt: str = "") -> str | None:
-    """Words in a row that a caption has from a shown text, where what they name is not the prompt's."""
+    """Returns consecutive words that a caption copies from a shown text and whose names are not the prompt's, or `None`."""
     tokens = re.findall(r"\w+", caption.lower())
     own, texts = roots(words(prompt)), [_one_line(text) for text in shown]
     for length, least in _COPIED:

@@ -1,4 +1,4 @@
-"""How a chat model of transformers is fetched and made to write: its files, its template, and what acts on every token."""
+"""Generation with a chat model of transformers: its files, its chat template, and its logits processors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ RETRY_TOP_K = 50
 
 
 def chat_files(names: list[str], gguf_file: str | None = None) -> list[str]:
-    """Of a repository's files those of its chat model and tokenizer."""
+    """Selects a repository's files that its chat model and tokenizer need.
+
+    Raises:
+        `ValueError`: the repository has no file `gguf_file`.
+    """
     if gguf_file is not None and gguf_file not in names:
         raise ValueError(f"no {gguf_file!r}; there are {sorted(name for name in names if name.endswith('.gguf'))}")
     weights = [gguf_file] if gguf_file is not None else component_files(names)
@@ -39,10 +43,10 @@ def chat_files(names: list[str], gguf_file: str | None = None) -> list[str]:
 
 
 def has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template shows a system turn: some refuse it, some leave it out.
+    """Returns whether the chat template renders a system turn; some templates raise an error for it, some leave it out.
 
     Raises:
-        `ValueError`: the template is broken, and refuses every chat.
+        `ValueError`: the template is broken: it raises an error for every chat.
     """
     chat = [{"role": "system", "content": "probe"}, {"role": "user", "content": "question"}]
     try:
@@ -52,7 +56,7 @@ def has_system_role(tokenizer: PreTrainedTokenizerBase) -> bool:
         return False
 
 
-# Jinja has a `TypeError` for a template that names another file.
+# Jinja raises a `TypeError` for a template that includes another file.
 _BROKEN = (TemplateError, TypeError)
 
 
@@ -63,17 +67,17 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str
         place = Path(tokenizer.name_or_path, "chat_template.jinja")
         file = place if place.is_file() else place.with_name("tokenizer_config.json")
         raise ValueError(
-            f"The chat template in {str(file)!r} is broken ({error}): mend it, or use another chat model."
+            f"The chat template in {str(file)!r} is broken ({error}): correct it, or use another chat model."
         ) from error
 
 
 def generation_config(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, with_logits: bool = False
 ) -> GenerationConfig:
-    """Greedy, up to any of the tokens that end a turn; the logits of every token come along where they are asked for."""
+    """Returns a config for greedy decoding up to any token that ends a turn; `with_logits` also returns the logits."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
-    # A base model's end of text may be all that the model knows of, where the chat ends its turns with another token.
+    # The model's config may name the base model's end of text only, while the chat template ends turns with another token.
     ends = sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -81,7 +85,7 @@ def generation_config(
         output_logits=with_logits,
         do_sample=False,
         num_beams=1,
-        # Chat models come with a penalty on words that were there before; here they should be repeated.
+        # Chat models often set a repetition penalty, but a caption should repeat the prompt's words.
         repetition_penalty=1.0,
         eos_token_id=ends,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0],
@@ -89,7 +93,7 @@ def generation_config(
 
 
 def token_processors(seed: int | None) -> list[LogitsProcessor]:
-    """What acts on the scores of every token: a check, and with a seed a draw in place of the most likely one."""
+    """Returns processors of every token's scores: a check for finite values, and with a seed, sampling."""
     processors: list[LogitsProcessor] = [StopUnlessFinite()]
     if seed is not None:
         processors += [
@@ -104,7 +108,10 @@ def token_processors(seed: int | None) -> list[LogitsProcessor]:
 def schema_processors(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, schema: dict[str, Any] | None, grammars: dict[str, Any]
 ) -> list[LogitsProcessor]:
-    """What rules out tokens against a JSON schema, where xgrammar is installed; `grammars` keeps what was compiled."""
+    """Returns a processor that rules out tokens which violate a JSON schema, or none if xgrammar is not installed.
+
+    Compiled grammars are cached in `grammars`.
+    """
     if schema is None or importlib.util.find_spec("xgrammar") is None:
         return []
     import xgrammar
@@ -114,7 +121,7 @@ def schema_processors(
     if text not in grammars:
         tokens = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=model.config.vocab_size)
         grammars[text] = xgrammar.GrammarCompiler(tokens).compile_json_schema(text, any_whitespace=False)
-    # One follows one answer.
+    # A processor follows the state of one generation, so each call gets a new one.
     return [GrammarProcessor(grammars[text])]
 
 
@@ -129,20 +136,20 @@ def answers_to(
     grammar: list[LogitsProcessor] | None = None,
     choices: tuple[list[int], list[int]] | None = None,
 ) -> list[str] | list[float]:
-    """What a model says to texts: its answers, or with `choices` the probabilities of [`choice_shares`].
+    """Generates the answers to chats, or with `choices` returns the probabilities of [`choice_shares`].
 
     Args:
-        model, tokenizer: of transformers.
-        texts (`list[str]`): chats by their template.
-        device (`torch.device`): where the model runs.
-        max_new_tokens (`int`): longest answer in tokens; with `choices` one is enough.
-        seed (`int`, *optional*): sample with this seed; greedy without it.
-        should_stop (`Callable`, *optional*): ends all answers where they are once it returns `True`.
-        grammar (`list[LogitsProcessor]`, *optional*): of [`schema_processors`].
+        model, tokenizer: model and tokenizer of transformers.
+        texts (`list[str]`): chats as rendered by the chat template.
+        device (`torch.device`): device of the model.
+        max_new_tokens (`int`): most tokens of an answer; 1 is enough with `choices`.
+        seed (`int`, *optional*): seed to sample with; left out, decoding is greedy.
+        should_stop (`Callable`, *optional*): asked before every token; all answers end once it returns `True`.
+        grammar (`list[LogitsProcessor]`, *optional*): output of [`schema_processors`].
         choices (`tuple`, *optional*): two lists of token ids.
     """
     rows = [torch.tensor(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
-    # On the left, so that every answer begins in the same column. The padding is masked: its id does not matter.
+    # Padding is on the left, so that every answer begins in the same column. It is masked, so its token id does not matter.
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], True, 0, "left")
     output = model.generate(
@@ -155,18 +162,18 @@ def answers_to(
     if choices is not None:
         return choice_shares(output.logits[0], *choices)
     answers = decode_answers(tokenizer, output[:, input_ids.shape[1] :])
-    # A template may open the thinking that the model goes on with.
+    # A template may end with the begin mark of thinking, which is then missing in the answer.
     return [f"<think>{answer}" if is_thinking(text) else answer for text, answer in zip(texts, answers)]
 
 
 def decode_answers(tokenizer: PreTrainedTokenizerBase, ids: torch.LongTensor) -> list[str]:
-    """Answers as text. Special tokens are left out, but for those that show where a model thinks."""
+    """Decodes answers without special tokens, but keeps them if they mark the model's thinking."""
     skip = not marks_thinking(tokenizer.all_special_tokens)
     return tokenizer.batch_decode(ids, skip_special_tokens=skip)
 
 
 def choice_shares(logits: torch.FloatTensor, first: list[int], second: list[int]) -> list[float]:
-    """Probability of tokens of the first list among those of both, of each row of logits `(B, V)`."""
+    """Returns P(first) / (P(first) + P(second)) for two lists of token ids and each row of logits `(B, V)`."""
     chances = logits.float().log_softmax(-1)
     difference = chances[:, first].logsumexp(-1) - chances[:, second].logsumexp(-1)
     return difference.sigmoid().tolist()
@@ -186,16 +193,16 @@ class StopUnlessFinite(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         self.token += 1
-        # A model may rule tokens out with minus infinity.
+        # Minus infinity is allowed: a model may rule out tokens with it.
         stop_unless_finite("rewrite", scores.clamp(min=torch.finfo(scores.dtype).min), step=f"token {self.token}")
         return scores
 
 
 class SeededDraw(LogitsProcessor):
-    """Makes the most likely token a draw: the largest of log probabilities plus Gumbel noise has those probabilities.
+    """Samples a token by greedy decoding: adds Gumbel noise to the log probabilities, whose maximum is then a sample.
 
-    `generate` samples from torch's global random state; here the draws have a generator of their own, so that threads do not
-    disturb each other.
+    `generate` itself samples from torch's global random state. This class has its own generator, so that threads do not
+    influence each other.
     """
 
     def __init__(self, seed: int):

@@ -1,6 +1,8 @@
-"""The third layer of the check: the model that wrote a caption is asked yes or no about it.
+"""Third check of a caption: the model that wrote it answers yes-or-no questions about it. The first two are `form.py` and
+`binding.py`.
 
-A caption is refused on a sure answer only. Local models answer with the probabilities of one token, servers with JSON.
+Only an answer with a probability of at least `SURE` refuses a caption. Local models answer with the probabilities of one token,
+servers with JSON.
 """
 
 from __future__ import annotations
@@ -19,19 +21,19 @@ from .words import is_english
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# From this probability on an answer is sure.
+# Least probability at which an answer refuses a caption.
 SURE = 0.9
 _MOST_QUESTIONS = 8
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question about a caption.
+    """One yes-or-no question about a caption.
 
     Args:
-        text (`str`): ends with a question mark.
+        text (`str`): the question, with its question mark.
         wanted (`bool`): whether yes is the right answer.
-        reason (`str`): what is wrong where the answer is not the wanted one.
+        reason (`str`): what is wrong with the caption if the answer is the other one.
     """
 
     text: str
@@ -40,7 +42,7 @@ class Question:
 
 
 def questions(prompt: str, plan: Plan | None) -> list[Question]:
-    """What a caption of a prompt's first frame is asked: each subject and relation of the start, and nothing of later."""
+    """Returns the questions about a caption: one for each subject and relation of the start, and one about later events."""
     asked = []
     if plan is not None and plan.subjects:
         named = [str(subject) + f", {subject.place}" * bool(subject.place) for subject in plan.subjects] + [
@@ -62,13 +64,13 @@ def questions(prompt: str, plan: Plan | None) -> list[Question]:
 
 
 def chat_of(prompt: str, caption: str, question: Question) -> list[dict[str, str]]:
-    """The chat that asks one question, to be answered with one word."""
+    """Builds the chat that asks one question, to be answered with one word."""
     text = f"Prompt of a video: {prompt}\nDescription of its first frame: {caption}\n{question.text} Answer yes or no."
     return [{"role": "user", "content": text}]
 
 
 def chat_of_all(prompt: str, caption: str, asked: Sequence[Question]) -> list[dict[str, str]]:
-    """The chat that asks all questions at once, to be answered with JSON."""
+    """Builds the chat that asks all questions at once, to be answered with JSON."""
     listed = "\n".join(f"{number}. {question.text}" for number, question in enumerate(asked, start=1))
     form = json.dumps({"answers": ["yes or no"] * len(asked)})
     text = (
@@ -78,7 +80,7 @@ def chat_of_all(prompt: str, caption: str, asked: Sequence[Question]) -> list[di
 
 
 def answers_schema(count: int) -> dict:
-    """JSON schema of the answers to so many questions."""
+    """Returns the JSON schema of the answers to `count` questions."""
     item = {"type": "string", "enum": ["yes", "no"]}
     listed = {"type": "array", "items": item, "minItems": count, "maxItems": count}
     return {
@@ -90,7 +92,7 @@ def answers_schema(count: int) -> dict:
 
 
 def read_answers(answer: str, count: int) -> list[float]:
-    """The probability of yes of each question: 1 or 0, and 0.5 for all where the answer does not say."""
+    """Returns the probability of yes for each question: 1 for yes, 0 for no, 0.5 for anything else."""
     try:
         said = find_in_answer(answer, lambda value: _listed(value, count), "list of answers")
     except ValueError:
@@ -110,16 +112,19 @@ def _word(text: str | bool) -> str:
 
 
 def choice_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Ids of the tokens that yes and no begin with."""
+    """Returns the ids of the first tokens of "yes" and of "no" in several spellings."""
     forms = [[word, f" {word}"] for word in ("yes", "Yes", "YES", "no", "No", "NO")]
     ids = [[tokenizer(form, add_special_tokens=False).input_ids for form in pair] for pair in forms]
     first = [{tokens[0] for tokens in pair if tokens} for pair in ids]
     yes, no = set().union(*first[:3]), set().union(*first[3:])
-    # A token that begins both, such as a blank, tells nothing.
+    # A token that both words begin with, such as a blank, is left out.
     return sorted(yes - no), sorted(no - yes)
 
 
 def verdict(asked: Sequence[Question], yes: Sequence[float]) -> str | None:
-    """What is wrong by the answers' probabilities of yes, or `None` where none is surely against the caption."""
+    """Returns the reasons of all questions whose wrong answer has a probability of at least `SURE`, or `None`.
+
+    `yes` holds the probability of yes for each question.
+    """
     wrong = [q.reason for q, share in zip(asked, yes) if (1 - share if q.wanted else share) >= SURE]
     return "; ".join(wrong) or None

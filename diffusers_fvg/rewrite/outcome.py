@@ -1,4 +1,4 @@
-"""How stage 1 came to what it wrote."""
+"""Record of how stage 1 wrote a text."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from .plan import Plan
 
 @dataclass(frozen=True)
 class RewriteOutcome:
-    """What a rewriter made of one prompt, and how.
+    """What a rewriter wrote for one prompt, and how it got there.
 
     Args:
-        status (`str`): `"accepted"`, the first answer; `"repaired"`, a later one; `"fallback"`, no answer was valid, and the
-            best of them, or what the prompt says of its start, stands in.
-        made (`Any`): what was asked for: a caption, a list of moments, a motion caption.
-        reasons (`tuple[str, ...]`): what was wrong with each answer that was refused, in order.
-        attempts (`int`): answers that were asked for.
-        seconds (`float`): from the first question to the end; of a batch, its share.
-        judged (`int`): yes-or-no questions that the model was asked about its captions.
-        judge_seconds (`float`): the part of `seconds` that they took.
-        plan ([`Plan`], *optional*): by which a caption was written that was not refused.
+        status (`str`): `"accepted"`: the first answer was valid. `"repaired"`: a later one was. `"fallback"`: none was, and
+            `made` is the best of them or the prompt's words about its start.
+        made (`Any`): the result: a caption, a list of moments or a motion caption.
+        reasons (`tuple[str, ...]`): what was wrong with each refused answer, in order.
+        attempts (`int`): number of answers that the model was asked for.
+        seconds (`float`): time from the first question to the result; of a batch, the prompt's share.
+        judged (`int`): number of yes-or-no questions that the model was asked about its captions.
+        judge_seconds (`float`): the part of `seconds` that these questions took.
+        plan ([`Plan`], *optional*): plan of an accepted or repaired caption.
     """
 
     status: str

@@ -1,4 +1,4 @@
-"""What a first frame shows, written out: the plan that a model makes before its caption, and the check against it."""
+"""The plan of a first frame, which a model writes before its caption, and the check of the caption against the plan."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _SUBJECT_FIELDS = {
 
 
 def object_schema(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON schema of an object with just these fields."""
+    """Returns the JSON schema of an object that has exactly these fields."""
     return {"type": "object", "properties": dict(fields), "required": list(fields), "additionalProperties": False}
 
 
-# JSON schema of an answer. The caption is last: it is written with the plan in sight.
+# JSON schema of an answer. The caption is last, so that the model writes it after the plan.
 PLAN_SCHEMA = object_schema(
     {
         "subjects": {"type": "array", "items": object_schema(_SUBJECT_FIELDS), "maxItems": 8},
@@ -45,10 +45,10 @@ class Subject:
 
     Args:
         name (`str`): its name.
-        count (`int`, *optional*): how many, from 1 on.
+        count (`int`, *optional*): how many of it there are, at least 1.
         attributes (`tuple[str, ...]`, *optional*): colour, material, clothes.
-        state (`str`, *optional*): the state that it has at the start.
-        place (`str`, *optional*): where it is in the picture.
+        state (`str`, *optional*): its state at the start.
+        place (`str`, *optional*): its place in the picture.
     """
 
     name: str
@@ -67,8 +67,8 @@ class Plan:
     """A first frame as a model planned it.
 
     Args:
-        subjects (`tuple[Subject, ...]`): what is there at the start.
-        relations (`tuple[str, ...]`, *optional*): where subjects are to each other, as short texts.
+        subjects (`tuple[Subject, ...]`): persons and things that are there at the start.
+        relations (`tuple[str, ...]`, *optional*): short texts on where subjects are relative to each other.
         setting (`str`, *optional*): the surroundings.
         later (`str`, *optional*): what changes or comes after the first frame.
     """
@@ -81,14 +81,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class PlannedCaption:
-    """A caption and, where the answer had one, the plan it was written by."""
+    """A caption and, if the answer had one, the plan that it was written from."""
 
     caption: str
     plan: Plan | None
 
 
 def plan_of(value: Mapping[str, Any]) -> Plan | None:
-    """The plan that a JSON object holds, or `None` for one without subjects. What is malformed in it is left out."""
+    """Returns the plan in a JSON object, or `None` if it has no list of subjects. Malformed entries are left out."""
     listed = value.get("subjects")
     if not isinstance(listed, list):
         return None
@@ -115,9 +115,10 @@ def _texts(value: Any) -> tuple[str, ...]:
 
 
 def plan_problem(prompt: str, caption: str, plan: Plan, read: Read = str) -> str | None:
-    """Says what of a plan a caption loses, or what of its "later" it shows; `None` where nothing speaks against it.
+    """Returns what a caption loses of its plan, or which word of the plan's `later` it shows, or `None`.
 
-    A state is the plan's own text about the start, so all of its words are asked for, of a long one most; of a name one is.
+    One word of a subject's name is enough. All words of its colours and state must be there, or three in four if they are
+    more than three.
     """
     texts = [str(subject) for subject in plan.subjects]
     if not is_english(" ".join((prompt, caption, *texts))):

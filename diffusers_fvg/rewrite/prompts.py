@@ -1,4 +1,4 @@
-"""What a language model is told about first frames: instructions, examples, and the forms of its answer."""
+"""Instructions and examples for a language model that writes first frames, and the parsing of its answers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .plan import PlannedCaption, plan_of
 from .words import NOT_NAMES, STOPS, roots, words
 
 
-# Why the instruction says what it says:
-# * Only the start. A text-to-image model draws everything it is told, so a word about a later event puts the end of the
-#   video into its first frame, and the video model has nothing left to do. This is where prompt upsampling fails: it lowers
-#   the dynamic-attribute scores of all four video models that the FVG paper (arXiv 2512.16371) measures.
-# * The prompt's own words. The video model reads the prompt and must find in the anchor what the prompt speaks of; a
-#   lost object, another colour or another count cannot be mended after the picture is drawn.
-# * The cause, not the effect. "A chicken tasting the sauce" becomes a roast chicken if nobody says that it is alive.
+# Reasons for the rules of the instruction:
+# * Only the start. A text-to-image model draws everything that its prompt names. A word about a later event puts the end of
+#   the video into its first frame, and the video model has nothing left to do. This is where prompt upsampling fails: it
+#   lowers the dynamic-attribute scores of all four video models that the FVG paper (arXiv 2512.16371) measures.
+# * The prompt's own words. The video model reads the prompt and must find its objects in the anchor. A lost object, another
+#   colour or another count cannot be corrected after the picture is drawn.
+# * The cause, not the effect. "A chicken tasting the sauce" becomes a roast chicken unless the caption says that it is alive.
 # * Where a movement begins. Something that moves to the left and starts at the left edge leaves the frame at once.
-# * JSON. Chat models like to comment; what stands around the object is thrown away.
+# * JSON. Chat models often add comments; text outside the object is ignored.
 INSTRUCTION = """\
 You write the prompt of a still picture: the very first frame of a video, before anything has happened. The user gives the \
 prompt of the video. Answer with one JSON object and nothing else: {"first_frame": "..."}
@@ -32,10 +32,10 @@ to act.
 4. Never tell what happens later. Do not use words of change or time such as turns, becomes, moves, starts, then, while, \
 gradually."""
 
-# What is asked of a model that plans, beside the reasons above:
-# * The plan. What a caption must hold is written down before it, so that it can be compared, and what comes later has a place
-#   of its own. Only what is stated, the initial state, one or two sentences, subjects at the start of their action: so the
-#   authors of the FVG paper ask.
+# Reasons for a plan, besides those above:
+# * The plan lists what the caption must hold, so that the caption can be compared with it, and keeps later events apart.
+# * Like the authors of the FVG paper, it asks only for what the prompt states, the initial state, one or two sentences, and
+#   subjects at the start of their action.
 PLAN_INSTRUCTION = """\
 You write the prompt of a still picture: the very first frame of a video. The user gives the prompt of the video. Answer with \
 one JSON object and nothing else:
@@ -54,8 +54,8 @@ Rules for "first_frame":
 starts on the right.
 4. No words of change or time such as turns, becomes, then, gradually."""
 
-# Pairs of a video prompt and its first frame, shown to the model as earlier turns of the chat: change of colour, motion,
-# two objects with opposite ways, a count, something that is made, an action with a consequence.
+# Pairs of a video prompt and its first frame, shown to the model as earlier turns of the chat: a change of colour, a motion,
+# two objects in opposite directions, a count, something that is made, an action with a consequence.
 EXAMPLES = (
     (
         "A white paper lantern gradually turns deep red.",
@@ -85,7 +85,7 @@ EXAMPLES = (
 
 
 def choose_examples(prompt: str, examples: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """The examples that share no word with a prompt: a model would mix theirs into its caption."""
+    """Selects the examples that share no word with a prompt; a model would mix the words of others into its caption."""
     own = roots(word for word in words(prompt) if word not in STOPS | NOT_NAMES)
     return [
         pair for pair in examples if own.isdisjoint(roots(w for w in words(pair[0]) if w not in STOPS | NOT_NAMES))
@@ -93,21 +93,21 @@ def choose_examples(prompt: str, examples: Sequence[tuple[str, Any]]) -> list[tu
 
 
 def format_answer(caption: str) -> str:
-    """The answer without a plan, which a special-purpose rewriter is trained to give."""
+    """Formats a caption as the JSON answer without a plan; rewriters that are trained for it alone give this answer."""
     return json.dumps({"first_frame": caption}, ensure_ascii=False)
 
 
 def parse_answer(answer: str) -> str:
-    """Reads the caption out of an answer: the last JSON object with a text under `first_frame`, whatever stands around it.
+    """Returns the caption in an answer: that of the last JSON object with a text under `first_frame`.
 
     Raises:
-        `ValueError`: the answer holds no such object; the message says what it lacks.
+        `ValueError`: the answer has no such object; the message says what is missing.
     """
     return parse_planned(answer).caption
 
 
 def parse_planned(answer: str) -> PlannedCaption:
-    """Reads caption and plan out of an answer, as [`parse_answer`]; an answer without a plan has a caption all the same."""
+    """Returns the caption and the plan in an answer; see [`parse_answer`]. The plan may be missing."""
     return find_in_answer(answer, _planned_in, 'text under "first_frame"')
 
 

@@ -1,4 +1,4 @@
-"""Stage 1: a language model describes the first frame of the video that a prompt asks for, its moments or its motion."""
+"""Stage 1: a language model writes the caption of a video's first frame, a storyboard or a motion caption from the prompt."""
 
 from __future__ import annotations
 
@@ -30,39 +30,45 @@ from .tasks import FIRST_FRAME, MOTION, PLANNED_FRAME, TASK_NAMES, RewriterTask,
 
 logger = logging.get_logger(__name__)
 
-# Prompts that are answered in one batch. A 7B model's cache of 8 chats with our examples is about half a gigabyte.
+# Prompts that are answered in one batch. The KV cache of a 7B model for 8 chats with the examples is about half a gigabyte.
 BATCH_SIZE = 8
 
 
 class FirstFrameRewriter(torch.nn.Module):
     """A chat model that turns the prompt of a video into the prompt of its first frame, a storyboard or a motion caption.
 
-    The model plans the scene and writes its caption. The answer is checked against the prompt (`caption_problem`), and the
-    model is asked about it, yes or no ([`judge`]). An answer that loses an object, a colour or a count, or that tells what
-    happens later, is asked for again with the reason; after that the best answer or the prompt's start stands in, with a
-    warning. Greedy decoding: equal prompts give equal captions, alone or in a batch.
+    The model plans the scene and writes the caption. The caption is checked against the prompt (`caption_problem`), and the
+    model answers yes-or-no questions about it ([`judge`]). If an answer loses an object, a colour or a count, or tells what
+    happens later, the model is asked again and told the reason. If no answer is valid, the best one or the prompt's words
+    about its start are used, with a warning. Decoding is greedy: equal prompts give equal captions, alone or in a batch.
 
-    It is either a transformers causal language model (`model` and `tokenizer`) or an `endpoint`, which is named by the
-    caller alone: no file names one, and none is saved. As a component of a pipeline it gets the pipeline's dtype, moves with
-    it and can be offloaded: a model runs within `forward` only.
+    A rewriter has either a transformers causal language model (`model` and `tokenizer`) or an `endpoint`. Only the caller can
+    name an endpoint: it is neither loaded from a file nor saved. As a component of a pipeline the rewriter takes the
+    pipeline's dtype and device and can be offloaded, because the model runs within `forward` only.
 
     Args:
-        model (`PreTrainedModel`, *optional*): a causal language model.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): its tokenizer, with a chat template.
-        endpoint (`ChatEndpoint`, *optional*): a server to ask in place of a model.
-        reference (`dict`, *optional*): where `model` came from: the Hub repository `model`, and `revision` and `gguf_file`
-            if they matter. With it, `save_pretrained` writes the reference and no weights; set it to `None` to bundle them.
-        instruction (`str` or `dict`, *optional*): the system turn of the question for a first frame, or that of several
-            kinds of question: `"first_frame"`, `"storyboard"` (where `{num_moments}` stands for the number) and `"motion"`.
-            Left out: those of `tasks.py`. A model that is trained for nothing else needs none: `""`.
-        examples (`bool` or list of `[prompt, caption]`, *optional*): earlier turns of the chat; `True` for those of
-            `tasks.py` that have nothing in common with the prompt, a list for first frames of your own. Left out: `True` where
-            a first answer had not the form.
-        answer_format (`str`, *optional*): of a first frame: `"plan"`, an object with the scene and the caption under
-            `first_frame`, or `"json"`, the caption alone, for a model that is trained for it.
-        judge (`bool`, *optional*): ask the model about the first frames that it wrote, those of storyboards too. Left out: where
-            it plans.
-        max_new_tokens (`int`, *optional*): longest caption when a call does not say; a plan has as many beside it.
+        model (`PreTrainedModel`, *optional*): causal language model.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): tokenizer of the model, with a chat template.
+        endpoint (`ChatEndpoint`, *optional*): server that replaces the model.
+        reference (`dict`, *optional*): source of `model`: its Hub repository under `"model"`, and `"revision"` and
+            `"gguf_file"` if they are needed. With it, `save_pretrained` writes the reference and no weights; set it to `None`
+            to save the weights.
+        instruction (`str` or `dict`, *optional*): system turn of the question for a first frame, or a dict with those of
+            `"first_frame"`, `"storyboard"` (where `{num_moments}` is replaced by the number) and `"motion"`. Left out, those
+            of `tasks.py` are used; `""` is for a model that is trained for this question alone.
+        examples (`bool` or list of `[prompt, caption]`, *optional*): earlier turns of the chat. `True` selects the examples of
+            `tasks.py` that share no word with the prompt; a list gives your own for first frames. Left out, the first
+            question has none, and a question after an answer of the wrong form has those of `True`.
+        answer_format (`str`, *optional*): form of the answer for a first frame: `"plan"`, an object with the plan and the
+            caption under `first_frame`, or `"json"`, the caption alone, for a model that is trained for it.
+        judge (`bool`, *optional*): whether to ask the model about the first frames that it wrote, also those of storyboards.
+            Left out: `True` with `answer_format="plan"`.
+        max_new_tokens (`int`, *optional*): most tokens of a caption, unless a call gives another number. A plan may have 256
+            more.
+
+    Raises:
+        `ValueError`: neither or both of model and endpoint are given, the tokenizer has no chat template or a broken one, or
+            another argument has a value that is not listed here.
     """
 
     def __init__(
@@ -100,14 +106,14 @@ class FirstFrameRewriter(torch.nn.Module):
         self.judge = answer_format == "plan" if judge is None else judge
         self.max_new_tokens = max_new_tokens
         if model is None:
-            # Offloading asks every component for the device of its first parameter.
+            # Offloading reads the device of every component's first parameter.
             self.placement = torch.nn.Parameter(torch.empty(0), requires_grad=False)
         else:
             assert tokenizer is not None
             if tokenizer.chat_template is None:
                 raise ValueError(f"{tokenizer.name_or_path!r} has no chat template; choose an instruct or chat model.")
             self._has_system_role = has_system_role(tokenizer)
-        # Grammars of JSON schemas, which take a moment to compile.
+        # Compiled grammars of JSON schemas, cached because compilation is slow.
         self._grammars: dict[str, Any] = {}
 
     # -- loading and saving -------------------------------------------------------------------------------------------
@@ -120,23 +126,23 @@ class FirstFrameRewriter(torch.nn.Module):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> FirstFrameRewriter:
-        """Loads a rewriter from its folder, or makes one of a chat model's repository on the Hub.
+        """Loads a rewriter from its folder or from a chat model.
 
         Args:
-            path (`str` or `os.PathLike`): a folder with a `rewriter_config.json`, which either names a Hub repository, or
-                has the weights beside it in `model/` and `tokenizer/`; or a transformers chat model: a folder, a GGUF file or
-                a folder that holds one, or a Hub repository.
-            torch_dtype, dtype (`torch.dtype`, *optional*): of the weights; both names mean the same, since diffusers passes
-                the first. Left out: as stored.
-            options: `revision` and `gguf_file` (`str`) of what `path` is, where it is no rewriter's folder, which names its
-                own; `token`, `cache_dir` and `local_files_only` for the Hub, whether `path` or the folder names the
-                repository; `quantization_config` of transformers; `trust_remote_code` (`bool`): run the code that a model
-                brings with it. A pipeline that loads its rewriter never does; pass it the rewriter.
+            path (`str` or `os.PathLike`): a rewriter's folder, whose `rewriter_config.json` names a Hub repository or has the
+                weights beside it in `model/` and `tokenizer/`; or a transformers chat model: a folder, a GGUF file, a folder
+                with one, or a Hub repository.
+            torch_dtype, dtype (`torch.dtype`, *optional*): dtype of the weights. Both names mean the same; diffusers passes
+                `torch_dtype`. Left out, the weights keep their dtype.
+            options: `revision` and `gguf_file` (`str`) of a chat model; a rewriter's folder names its own. `token`,
+                `cache_dir` and `local_files_only` for the Hub. `quantization_config` of transformers. `trust_remote_code`
+                (`bool`): whether to run code from the model's repository. A pipeline that loads its rewriter never runs such
+                code; load the rewriter yourself and pass it.
 
         Raises:
-            `ValueError`: a folder without a valid `rewriter_config.json`, or with one that names an endpoint; weights that
-                are a pickle, or a model with code of its own that is not trusted.
-            `OSError`: the model is not where it should be.
+            `ValueError`: the folder has no valid `rewriter_config.json`, or one that names an endpoint; the weights are
+                pickles; or the model has its own code and `trust_remote_code` is not set.
+            `OSError`: the model is not found.
         """
         if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
             raise ValueError(f"`torch_dtype={torch_dtype}` and `dtype={dtype}` differ; give one of them.")
@@ -144,20 +150,22 @@ class FirstFrameRewriter(torch.nn.Module):
         return cls(model, tokenizer, **settings)
 
     def save_pretrained(self, path: str | os.PathLike, safe_serialization: bool = True) -> None:
-        """Writes the folder that `from_pretrained` reads: settings, and the weights if the rewriter has its own.
+        """Saves the settings, and the weights unless the rewriter has a `reference`; `from_pretrained` reads the folder.
 
-        Weights lie one folder deeper: diffusers' download leaves everything but weights and `config.json` out of a
-        component's folder that holds weights itself.
+        The weights are in subfolders: if a component's own folder holds weights, diffusers downloads only these and
+        `config.json` from it.
 
         Args:
-            path (`str` or `os.PathLike`): the folder, made if it is not there.
-            safe_serialization (`bool`, *optional*): as in diffusers; weights are safetensors files in any case.
+            path (`str` or `os.PathLike`): the folder, created if it does not exist.
+            safe_serialization (`bool`, *optional*): accepted as in diffusers; weights are always saved as safetensors.
 
         Raises:
-            `ValueError`: the rewriter has an endpoint, which no file may name.
+            `ValueError`: the rewriter has an endpoint, which is never saved.
         """
         if self.endpoint is not None:
-            raise ValueError("A rewriter with an endpoint is not saved: make it anew and pass it where it is needed.")
+            raise ValueError(
+                "A rewriter with an endpoint is not saved: create it again and pass it where it is needed."
+            )
         if not safe_serialization:
             logger.warning("The rewriter is saved as safetensors: transformers writes no other format.")
         config: dict[str, Any] = dict(self.reference or {})
@@ -195,16 +203,18 @@ class FirstFrameRewriter(torch.nn.Module):
 
         Args:
             prompts (`list[str]`): what should happen in the videos.
-            max_new_tokens (`int`, *optional*): longest answer in tokens; the rewriter's own when left out.
-            on_progress (`Callable`, *optional*): `on_progress(done, total)` with numbers of prompts.
-            should_stop (`Callable`, *optional*): asked before every token. Once it returns `True`, the prompts that have no
-                caption yet stand in for theirs.
+            max_new_tokens (`int`, *optional*): most tokens of an answer; left out, the rewriter's `max_new_tokens`, and 256
+                more for a plan.
+            on_progress (`Callable`, *optional*): called as `on_progress(done, total)` with numbers of prompts.
+            should_stop (`Callable`, *optional*): asked before every token. Once it returns `True`, each remaining prompt's
+                words about its start become its caption.
 
         Returns:
             `list[str]`: one caption per prompt.
 
         Raises:
-            `ValueError`: empty prompts, or one that does not fit into the model's context together with the answer.
+            `ValueError`: a prompt is empty, or does not fit into the model's context together with the answer.
+            `OSError`: the endpoint failed for all prompts.
         """
         outcomes = self.rewrite_outcomes(prompts, max_new_tokens, on_progress, should_stop)
         return [outcome.made for outcome in outcomes]
@@ -216,7 +226,7 @@ class FirstFrameRewriter(torch.nn.Module):
         on_progress: Callable[[int, int], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[RewriteOutcome]:
-        """[`rewrite`], with how each caption came about."""
+        """Writes captions as [`rewrite`] does, and returns for each a [`RewriteOutcome`] that tells how it came about."""
         return self._ask(self._first_frame(), prompts, max_new_tokens, on_progress, should_stop)
 
     def _first_frame(self) -> RewriterTask:
@@ -232,20 +242,22 @@ class FirstFrameRewriter(torch.nn.Module):
     ) -> list[list[Moment]]:
         """Writes captions of the first frame and of later moments for each prompt.
 
-        Checked, asked again and given up as in [`rewrite`]; what stands in is the prompt's start as the only moment.
+        Answers are checked and asked for again as in [`rewrite`]. If none is valid, the prompt's words about its start are
+        the only moment.
 
         Args:
             prompts (`list[str]`): what should happen in the videos.
-            num_moments (`int`): the most moments, at least 2. There are fewer where the prompt does not settle what is seen
-                later, or where nothing changes that a picture shows.
-            max_new_tokens (`int`, *optional*): longest answer in tokens; left out, the rewriter's own for each moment.
+            num_moments (`int`): most moments, at least 2. There are fewer if the prompt does not settle what is seen later,
+                or if no visible change happens.
+            max_new_tokens (`int`, *optional*): most tokens of an answer; left out, `num_moments` times the rewriter's
+                `max_new_tokens`.
             on_progress, should_stop (*optional*): as in [`rewrite`].
 
         Returns:
             `list[list[Moment]]`: the moments of each prompt in the order of time, the first at time 0.
 
         Raises:
-            `ValueError`: as in [`rewrite`], or fewer than two moments.
+            `ValueError`: as in [`rewrite`], or `num_moments` is below 2.
         """
         check_at_least_one("num_moments", num_moments)
         if num_moments is None or num_moments < 2:
@@ -261,20 +273,20 @@ class FirstFrameRewriter(torch.nn.Module):
         should_stop: Callable[[], bool] | None = None,
         captions: list[str] | None = None,
     ) -> list[str]:
-        """Writes a short caption of what happens after the first frame for each prompt, for an image-to-video model.
+        """Writes a short caption of the motion after the first frame for each prompt, for an image-to-video model.
 
-        Checked, asked again and given up as in [`rewrite`]; what stands in is the prompt.
+        Answers are checked and asked for again as in [`rewrite`]. If none is valid, the prompt itself is returned.
 
         Args:
             prompts, max_new_tokens, on_progress, should_stop: as in [`rewrite`].
-            captions (`list[str]`, *optional*): of the first frames, one per prompt: things are named as they name them. A
-                rewriter with an instruction of its own is not shown them.
+            captions (`list[str]`, *optional*): captions of the first frames, one per prompt. The motion captions name things
+                with their words. They are ignored if the rewriter has its own `instruction` for `"motion"`.
 
         Returns:
-            `list[str]`: one caption per prompt.
+            `list[str]`: one motion caption per prompt.
 
         Raises:
-            `ValueError`: as in [`rewrite`], or another number of captions than of prompts.
+            `ValueError`: as in [`rewrite`], or `captions` and `prompts` differ in number.
         """
         questions = None
         if captions is not None and self.own_instruction(MOTION) is None:
@@ -287,17 +299,17 @@ class FirstFrameRewriter(torch.nn.Module):
     # -- questions and answers ----------------------------------------------------------------------------------------
 
     def messages(self, prompt: str, task: RewriterTask | None = None, with_examples: bool = False) -> Chat:
-        """The chat that this rewriter answers for a prompt; a special-purpose model is trained on the same.
+        """Builds the chat that this rewriter answers for a prompt; a rewriter is trained on the same chats.
 
         Args:
             prompt (`str`): what should happen in the video.
-            task (`RewriterTask`, *optional*): the kind of question; left out, a first frame.
-            with_examples (`bool`): where the rewriter's `examples` are left out, those of the task.
+            task (`RewriterTask`, *optional*): kind of question; left out, that for a first frame.
+            with_examples (`bool`): whether to use the task's examples if the rewriter's `examples` are left out.
         """
         return chat_about(self, prompt, task or self._first_frame(), with_examples)
 
     def own_instruction(self, task: RewriterTask) -> str | None:
-        """The instruction that takes the place of a task's."""
+        """Returns the rewriter's own instruction for a task, or `None` if the task's is used."""
         own = {FIRST_FRAME.name: self.instruction} if isinstance(self.instruction, str) else self.instruction or {}
         return own.get(task.name)
 
@@ -310,21 +322,21 @@ class FirstFrameRewriter(torch.nn.Module):
         should_stop: Callable[[], bool] | None,
         questions: list[str] | None = None,
     ) -> list[RewriteOutcome]:
-        """One outcome of a task per prompt; `questions` are the user's turns, where they are not the prompts."""
+        """Asks a task about each prompt; `questions` are the user's turns of the chats, if they differ from the prompts."""
         check_texts("prompts", prompts)
         check_at_least_one("max_new_tokens", max_new_tokens)
         limit = max_new_tokens or self.max_new_tokens * task.captions + task.extra_tokens
         should_stop = should_stop or (lambda: False)
         made = [RewriteOutcome("fallback", task.fallback(prompt), ("it was stopped",)) for prompt in prompts]
-        # A fast tokenizer keeps padding and truncation of its last call.
+        # Locked: a fast tokenizer stores padding and truncation of its last call.
         with exclusive(self.model, self.tokenizer):
             asked = [(prompt, self.messages(text, task)) for prompt, text in zip(prompts, questions or prompts)]
             for prompt, chat in asked:
                 excess = self.excess_tokens(chat, limit)
                 if excess > 0:
                     raise ValueError(
-                        f"The prompt {prompt[:60]!r} with instruction and an answer of {limit} tokens exceeds the context of "
-                        f"the rewriter by {excess} tokens; shorten it or lower `max_new_tokens`."
+                        f"The prompt {prompt[:60]!r} with the instruction and an answer of {limit} tokens exceeds the context "
+                        f"of the rewriter by {excess} tokens; shorten the prompt or lower `max_new_tokens`."
                     )
             find = self._local_outcomes if self.endpoint is None else self._remote_outcomes
             for index, outcome in enumerate(find(task, asked, limit, should_stop)):
@@ -353,7 +365,7 @@ class FirstFrameRewriter(torch.nn.Module):
     def _remote_outcomes(
         self, task: RewriterTask, asked: list[tuple[str, Chat]], limit: int, should_stop: Callable[[], bool]
     ) -> Iterator[RewriteOutcome]:
-        """Several prompts at once. A server that fails for one of them does not cost the captions of the others."""
+        """Asks the endpoint about several prompts at once. A failure for one prompt leaves the others' captions intact."""
         errors: list[OSError] = []
         answered: list[str] = []
         assert self.endpoint is not None
@@ -382,9 +394,9 @@ class FirstFrameRewriter(torch.nn.Module):
     # -- the model ----------------------------------------------------------------------------------------------------
 
     def chat_text(self, messages: Chat) -> str:
-        """A chat as the text that the model continues with its answer."""
+        """Renders a chat with the chat template, as the text that the model continues with its answer."""
         messages = messages if self._has_system_role else without_system_role(messages)
-        # Templates of reasoning models know the variable, others take no notice.
+        # Templates of reasoning models read `enable_thinking`; others ignore it.
         return self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
@@ -398,18 +410,20 @@ class FirstFrameRewriter(torch.nn.Module):
         schema: dict[str, Any] | None = None,
         choices: tuple[list[int], list[int]] | None = None,
     ) -> list[str] | list[float]:
-        """Answers chats. Offloading moves a component when its `forward` is called, so all use of the model is in here.
+        """Answers chats. All use of the model is in here, because offloading moves a component when its `forward` is called.
 
         Args:
             chats (`list[list[dict[str, str]]]`): turns with a `role` and a `content`.
-            max_new_tokens (`int`): longest answer in tokens.
-            seed (`int`, *optional*): sample with this seed, apart from the global random state; greedy without it.
-            should_stop (`Callable`, *optional*): ends all answers where they are once it returns `True`.
-            schema (`dict`, *optional*): JSON schema that answers follow, where the runtime can enforce it.
-            choices (`tuple`, *optional*): two lists of token ids. The next token of each chat is chosen from them.
+            max_new_tokens (`int`): most tokens of an answer.
+            seed (`int`, *optional*): seed to sample with, independent of the global random state; left out, decoding is
+                greedy.
+            should_stop (`Callable`, *optional*): asked before every token; all answers end once it returns `True`.
+            schema (`dict`, *optional*): JSON schema of the answers, if the runtime can enforce it.
+            choices (`tuple`, *optional*): two lists of token ids to compare as the next token.
 
         Returns:
-            `list[str]`: the answers as the model gave them; with `choices` the probability of the first list, `list[float]`.
+            `list[str]`: the answers, unchecked; or with `choices`, `list[float]`: per chat the probability of the first list
+                relative to both.
         """
         if self.endpoint is not None:
             stopped = should_stop or (lambda: False)
@@ -422,17 +436,17 @@ class FirstFrameRewriter(torch.nn.Module):
         )
 
     def answer_schema(self, task: RewriterTask) -> dict[str, Any] | None:
-        """The form of an answer to the task's own instruction; another instruction may ask for another form."""
+        """Returns the JSON schema of a task, or `None` if the rewriter's own instruction may ask for another form."""
         return task.schema if self.own_instruction(task) is None else None
 
     def read_word(self, word: str) -> str:
-        """A word as the model's tokenizer has it; one that maps words to its own vocabulary returns others."""
+        """Returns a word after encoding and decoding; some tokenizers map it to another word of their vocabulary."""
         return word if self.tokenizer is None else self.tokenizer.decode(self._token_ids(word))
 
     def _token_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def excess_tokens(self, chat: Chat, max_new_tokens: int) -> int:
-        """By how many tokens a chat and its answer exceed the context; an endpoint is left to say so itself."""
+        """Returns by how many tokens a chat and its answer exceed the model's context; 0 for an endpoint, which reports it."""
         context = None if self.model is None else getattr(self.model.config, "max_position_embeddings", None)
         return 0 if context is None else len(self._token_ids(self.chat_text(chat))) + max_new_tokens - context

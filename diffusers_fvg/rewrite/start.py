@@ -1,7 +1,7 @@
-"""What a prompt says of the start of its video and what it says of later, read off its English words.
+"""Splits an English prompt, by its words alone, into what it says about the start of its video and about later.
 
-A prompt tells of its start in its first sentence that shows anything, up to the first word of change or time. There is no
-grammar here: a thing is what follows an article, a number or the beginning of a clause, and what is uncertain is left out.
+The start is described by the first sentence that shows anything, up to the first word of change or time. No grammar is used: a
+thing is what follows an article, a number or the beginning of a clause. Uncertain cases are left out.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _CHANGES = word_set(
     bloom carv construct demolish assembl collaps crumbl expand develop progress advanc refin weather tarnish swel wax wan
     diminish restor return harden freez thaw decay rot rust"""
 )
-# Of these, those that need no preposition before the new state.
+# Those of them that need no preposition before the new state.
 _BECOME = word_set("turn becom")
-# Roots of verbs that make something, or make it known.
+# Roots of verbs by which something comes into being, into view, or to its end.
 _MAKES = word_set(
     """appear disappear vanish emerg reveal creat build mak draw paint sketch writ write bak form explod shater burst break"""
 )
@@ -52,13 +52,13 @@ _ING_NAMES = word_set(
 )
 _LY_NAMES = word_set("family butterfly dragonfly lily jelly belly bully fly assembly")
 _DIRECTIONS = word_set("left right up down top bottom side front back")
-# Behind these stands what a picture of the start may do without: settings, parts, means.
+# Words before settings, parts and means, which a picture of the start may leave out.
 _OPTIONAL = word_set("in with of at by for during to from through across per about into as when if onto")
 _AUXILIARIES = word_set(
     "is are was were be being been has have had that which who it they he she begins starts to and"
 )
 _LONGEST_PHRASE = 7
-# A prompt of more words tells a story, of which its first frame shows a part.
+# A prompt with more words counts as a story, of which the first frame shows only a part.
 STORY_WORDS = 40
 
 
@@ -67,10 +67,10 @@ class Thing:
     """A phrase of a text that names something.
 
     Args:
-        names (`tuple[str, ...]`): its words that may be the name; without a grammar the verb behind it may be among them.
-        colours (`tuple[str, ...]`): its colours.
-        number (`str`, *optional*): how many, as digits.
-        is_optional (`bool`): a setting, a part or a means.
+        names (`tuple[str, ...]`): words that may be the name. A verb that follows may be among them, as there is no grammar.
+        colours (`tuple[str, ...]`): colours of the thing.
+        number (`str`, *optional*): number of things, as digits.
+        is_optional (`bool`): whether it is a setting, a part or a means, which a caption may leave out.
     """
 
     names: tuple[str, ...]
@@ -81,18 +81,18 @@ class Thing:
 
 @dataclass(frozen=True)
 class Start:
-    """The start of a prompt.
+    """What a prompt says about the start of its video.
 
     Args:
-        text (`str`): the prompt's words about it.
-        scene (`str`): the first sentence up to its first word of change or time, with what is made.
-        words (`tuple[str, ...]`): the same in lower case, with "." where something later was.
+        text (`str`): the prompt's own words about the start.
+        scene (`str`): the first sentence up to its first word of change or time, including things that are made later.
+        words (`tuple[str, ...]`): words about the start in lower case, with "." in place of later events.
         old (`tuple[str, ...]`): words of states that something changes from.
-        later (`tuple[str, ...]`): words of what something changes into and is not there from the start.
-        happening (`frozenset[str]`): verbs of the first sentence: what they do is not done yet.
-        free (`frozenset[str]`): words of change that are names or adjectives here ("a growing tree").
-        things (`tuple[Thing, ...]`): what is named.
-        is_story (`bool`): the prompt is long.
+        later (`tuple[str, ...]`): words of states that something changes into and that are not there from the start.
+        happening (`frozenset[str]`): verbs of the first sentence, whose action is not finished at the start.
+        free (`frozenset[str]`): words of the first sentence that are names or adjectives and no events ("a growing tree").
+        things (`tuple[Thing, ...]`): things that the start names.
+        is_story (`bool`): whether the prompt has more than `STORY_WORDS` words.
     """
 
     text: str
@@ -108,7 +108,7 @@ class Start:
 
 @lru_cache(maxsize=1024)
 def start_of(prompt: str) -> Start:
-    """Reads a prompt."""
+    """Analyses a prompt and returns its start."""
     sentence = first_sentence(prompt)
     tokens = words(sentence)
     kept = [word for span in _start_spans(tokens) for word in (*(tokens[index] for index in span), ".")]
@@ -130,10 +130,10 @@ def start_of(prompt: str) -> Start:
 
 
 def lasting_things(prompt: str) -> list[Thing]:
-    """What a prompt names that is there from the first frame to the last.
+    """Returns the things of a prompt that are certain to be there from the first frame to the last.
 
-    Of a clause (they begin with "while" and end with a full stop) in which nothing is made or changed that is everything; of
-    one in which nothing but colours change, all but the colours; of any other nothing is certain.
+    A clause begins with "while" or ends with a full stop. If nothing is made or changed in a clause, all its things last. If
+    only colours change, its things last without their colours. From other clauses nothing is returned.
     """
     lasting: list[Thing] = []
     clause: list[str] = []
@@ -157,7 +157,7 @@ def _is_final(word: str) -> bool:
 
 
 def first_sentence(prompt: str) -> str:
-    """The first sentence or line that names anything but views and movements of the camera."""
+    """Returns the first sentence or line that names a thing, and not only views and movements of the camera."""
     found = re.split(r"(?<=[.!?])[\"'\u201d]?\s+(?=[\"'\u201c(]?[A-Z0-9])|\n+", prompt.strip())
     for sentence in found:
         if any(thing.names for thing in things(words(sentence))):
@@ -166,7 +166,7 @@ def first_sentence(prompt: str) -> str:
 
 
 def is_event(tokens: Sequence[str], index: int) -> bool:
-    """Whether a word of change tells what happens; behind an article or a preposition it is a name: "a growing tree"."""
+    """Returns whether a word of change is an event; after an article or a preposition it is a name ("a growing tree")."""
     previous = tokens[index - 1] if index else ""
     return previous not in ARTICLES - {"that"} and not (
         tokens[index].endswith("ing") and previous in PREPOSITIONS - {"by", "of"}
@@ -178,19 +178,19 @@ def _is_verb(word: str) -> bool:
 
 
 def _ends_start(tokens: Sequence[str], index: int) -> bool:
-    """Whether a word begins what comes later."""
+    """Returns whether what comes later begins at a word."""
     word = tokens[index]
     if word in _TIME:
         return True
     if root(word) in _MAKES or _changes(tokens, index):
         return is_event(tokens, index)
-    # ", forming a leaf pattern": what comes of it.
+    # ", forming a leaf pattern" is a result.
     before = [token for token in tokens[max(0, index - 2) : index] if not token.endswith("ly")][-1:]
     return word.endswith("ing") and word not in _ING_NAMES and before == [","]
 
 
 def _start_spans(tokens: Sequence[str]) -> list[list[int]]:
-    """Places of the words about the start: up to the first of what comes later, and again from "while" on."""
+    """Returns the indices of the words about the start: up to the first later event, and again from "while" on."""
     spans: list[list[int]] = [[]]
     at_start = True
     for index, word in enumerate(tokens):
@@ -206,7 +206,7 @@ def _start_spans(tokens: Sequence[str]) -> list[list[int]]:
 
 
 def _start_text(sentence: str) -> str:
-    """What a sentence says of the start, with the old state of what changes."""
+    """Returns a sentence's words about the start, with the old state of what changes."""
     found = list(re.finditer(r"\w+|[.,;:!?]", sentence))
     tokens = [match[0].lower() for match in found]
     parts = []
@@ -228,14 +228,14 @@ def _start_text(sentence: str) -> str:
 
 
 def things(tokens: Sequence[str]) -> Iterator[Thing]:
-    """The phrases that name something: behind an article, a number or a colour, and at the beginning of a clause."""
+    """Yields the phrases that name something: those after an article, a number or a colour, and at the start of a clause."""
     index, clause = 0, True
     while index < len(tokens):
         word = tokens[index]
         if not is_word(word):
             clause, index = True, index + 1
         elif "camera" in tokens[index : index + 2]:
-            # What the camera does is behind it.
+            # Skips the camera and the verb after it.
             index = tokens.index("camera", index) + 2
         elif word in ARTICLES or _counts(tokens, index) or word in COLOURS or (clause and word not in STOPS):
             length, thing = _thing(tokens, index)
@@ -251,7 +251,7 @@ def _counts(tokens: Sequence[str], index: int) -> bool:
 
 
 def _thing(tokens: Sequence[str], begin: int) -> tuple[int, Thing]:
-    """The phrase at a place, and its length in words."""
+    """Returns the length in words of the phrase at index `begin`, and the phrase."""
     names: list[str] = []
     colours: list[str] = []
     number = None
@@ -286,16 +286,16 @@ def _thing(tokens: Sequence[str], begin: int) -> tuple[int, Thing]:
 
 
 def _is_optional(tokens: Sequence[str], begin: int) -> bool:
-    """Whether what begins at a place is a setting, a part or a means, or a word of style behind a comma."""
+    """Returns whether the phrase at index `begin` is a setting, a part or a means, or a word of style after a comma."""
     before = tokens[begin - 1] if begin else "."
     if before == ",":
         return tokens[begin] not in ARTICLES | COLOURS and not is_number(tokens[begin])
-    # "A photo of a dog" is of a dog.
+    # In "a photo of a dog" the dog is required.
     return before in _OPTIONAL and {*tokens[max(0, begin - 2) : begin - 1]}.isdisjoint(NOT_NAMES | GROUPS)
 
 
 def _ends_phrase(word: str, named: bool, first: str) -> bool:
-    """Whether a word is rather a verb or an adverb than one more name."""
+    """Returns whether a word is probably a verb or an adverb, and not a further name."""
     if word.endswith("ing") and word not in _ING_NAMES or word.endswith("ly") and word not in _LY_NAMES:
         return named
     return first in ("a", "an") and named and is_plural(word)
@@ -304,14 +304,14 @@ def _ends_phrase(word: str, named: bool, first: str) -> bool:
 # -- changes ----------------------------------------------------------------------------------------------------------
 
 _NEAR = word_set("next close parallel due up")
-# "From ... to" behind these is a range.
+# After these words "from ... to" is a range and no change.
 _SPANS = word_set("ranging ranges varying varies everything all")
-# Behind the new state.
+# Words that end the phrase of a new state.
 _AFTER_STATE = PREPOSITIONS - {"of", "to", "into"} | word_set("as while when where then next until")
 
 
 def _changes(tokens: Sequence[str], index: int) -> bool:
-    """Whether a word begins a change: a verb of change, or "from" before an old and a new state."""
+    """Returns whether a change begins at a word: a verb of change, or "from" before an old and a new state."""
     word = tokens[index]
     if root(word) in _CHANGES and word not in COLOURS:
         return is_event(tokens, index)
@@ -319,7 +319,7 @@ def _changes(tokens: Sequence[str], index: int) -> bool:
 
 
 def _states(tokens: Sequence[str], index: int) -> tuple[list[str], list[str]]:
-    """The words between "from" and "to", and those behind "to", behind the beginning of a change."""
+    """Returns the words of the old state, between "from" and "to", and those of the new state, after "to"."""
     behind = list(tokens[index : index + 16])
     stop = next((place for place, word in enumerate(behind) if word in ".;:!?"), len(behind))
     if not (behind := behind[:stop]):
@@ -341,7 +341,7 @@ def _states(tokens: Sequence[str], index: int) -> tuple[list[str], list[str]]:
     if verb not in _BECOME:
         # "fades pale", "growing moldy"
         return [], [word for word in behind[1:2] if word in COLOURS or word.endswith("y")]
-    # "turns the page" is no change, "turns the water blue" is.
+    # "Turns the page" is no change, but "turns the water blue" is one.
     takes_object = verb == "turn" and bool({*behind[1:2]} & (ARTICLES - {"a", "an"} | PREPOSITIONS))
     return [], [word for word in behind[1:] if word in COLOURS] if takes_object else behind[1:]
 

@@ -1,4 +1,4 @@
-"""Moments of a video: what a storyboard is made of, and which frames its pictures stand for."""
+"""Moments of a video, which make up a storyboard, and the frames that their pictures become."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from .outcome import RewriteOutcome
 
 @dataclass(frozen=True)
 class Moment:
-    """What is seen at one time of a video.
+    """Description of what is seen at one time of a video.
 
     Args:
         caption (`str`): description of the still picture at that time.
-        time (`float`): share of the video, 0 for its first frame and 1 for its last.
-        rewrite ([`RewriteOutcome`], *optional*): of a first moment, how a rewriter came to it. It does not count when moments
-            are compared.
+        time (`float`): relative time from 0 (first frame) to 1 (last frame).
+        rewrite ([`RewriteOutcome`], *optional*): how a rewriter wrote the storyboard, at its first moment only. Comparisons of
+            moments ignore it.
+
+    Raises:
+        `ValueError`: an empty caption, or a time that is not from 0 to 1.
     """
 
     caption: str
@@ -35,10 +38,10 @@ class Moment:
 
 
 def check_moments(moments: Sequence[Moment]) -> None:
-    """Moments of one video: the first at time 0, the others later and later.
+    """Checks that a storyboard's times begin with 0 and increase.
 
     Raises:
-        `ValueError`: no moments, something else among them, or times out of order.
+        `ValueError`: the storyboard is empty, holds something else than moments, or has other times.
     """
     wrong = [type(moment).__name__ for moment in moments if not isinstance(moment, Moment)]
     if wrong or not moments:
@@ -49,15 +52,15 @@ def check_moments(moments: Sequence[Moment]) -> None:
 
 
 def moment_frames(times: Sequence[float], num_frames: int, frame_step: int) -> list[int]:
-    """Pixel frame of each moment of one video, the nearest to its time.
+    """Returns the index of the frame nearest to each moment of a video.
 
     Args:
-        times (`Sequence[float]`): shares of the video, increasing from 0.
-        num_frames (`int`): length of the video.
-        frame_step (`int`): frames that have one time in the model; frame 0 has one to itself.
+        times (`Sequence[float]`): relative times from 0 to 1, increasing from 0.
+        num_frames (`int`): number of frames of the decoded video.
+        frame_step (`int`): number of frames that share a latent frame; frame 0 has its own.
 
     Raises:
-        `ValueError`: two moments fall on frames that have one time.
+        `ValueError`: two moments fall on the same latent frame.
     """
     frames = [round(time * (num_frames - 1)) for time in times]
     groups = [-(-frame // frame_step) for frame in frames]
@@ -72,10 +75,10 @@ def moment_frames(times: Sequence[float], num_frames: int, frame_step: int) -> l
 def pair_storyboards(
     storyboard: Sequence[Moment] | Sequence[Sequence[Moment]], num_prompts: int
 ) -> list[list[Moment]]:
-    """One list of moments for each prompt, from one for all or one per prompt; checked.
+    """Checks a storyboard, one for all prompts or one per prompt, and returns one list of moments per prompt.
 
     Raises:
-        `ValueError`: another number of lists than of prompts, or as in [`check_moments`].
+        `ValueError`: there are neither one nor `num_prompts` storyboards, or as in [`check_moments`].
     """
     if not isinstance(storyboard, (list, tuple)) or not storyboard:
         raise ValueError(f"`storyboard` must be a list of `Moment`s or of lists of them, but is {storyboard!r}.")

@@ -1,4 +1,4 @@
-"""The questions of stage 1: the first frame, the storyboard, the motion. Each is data; `rewriter.py` asks them all alike."""
+"""The three kinds of question of stage 1 as data: first frame, storyboard and motion. `rewriter.py` asks them."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ class RewriterTask:
     """One kind of question about a prompt.
 
     Args:
-        name (`str`): under which a rewriter's config may hold another instruction.
-        subject (`str`): what is written, for the warning that it was not.
-        instruction (`str`): the system turn.
-        examples (`tuple`): pairs of a prompt and its answer, earlier turns of the chat.
-        write (`Callable`): an example's answer as text.
-        read (`Callable`): finds the answer in what a model says or raises `ValueError` with what it lacks.
-        problem (`Callable`): `problem(prompt, answer, read_word, shown)`: why the answer is wrong for the prompt, or `None`;
-            `shown` are the texts that the model was shown.
-        fallback (`Callable`): from a prompt to what stands in for an answer.
-        result (`Callable`): what the caller gets of an answer.
-        first_frame (`Callable`, *optional*): the caption of the first frame in an answer, which a judge is asked about.
-        captions (`int`): number of captions in the longest answer.
-        extra_tokens (`int`): tokens of the longest answer beside its captions.
+        name (`str`): key under which a rewriter's `instruction` may hold another instruction.
+        subject (`str`): name of the result in warnings.
+        instruction (`str`): system turn of the chat.
+        examples (`tuple`): pairs of a prompt and its answer, for earlier turns of the chat.
+        write (`Callable`): formats an example's answer as text.
+        read (`Callable`): parses a model's text to an answer; raises a `ValueError` that says what is missing.
+        problem (`Callable`): `problem(prompt, answer, read_word, shown)` returns why the answer is wrong for the prompt, or
+            `None`; `shown` are the texts that the model was shown.
+        fallback (`Callable`): makes the result from the prompt if no answer is valid.
+        result (`Callable`): converts an answer to the result for the caller.
+        first_frame (`Callable`, *optional*): returns the caption of the first frame in an answer, for the judge.
+        captions (`int`): most captions in an answer.
+        extra_tokens (`int`): most tokens of an answer besides its captions.
         schema (`dict`, *optional*): JSON schema of the answer, for runtimes that enforce it.
-        simpler (`RewriterTask`, *optional*): asked in its place where an answer had not the form.
+        simpler (`RewriterTask`, *optional*): task that is asked next after an answer of the wrong form.
     """
 
     name: str
@@ -69,7 +69,7 @@ FIRST_FRAME = RewriterTask(
     first_frame=str,
     schema=object_schema({"first_frame": TEXT}),
 )
-# The same with a plan before the caption, which small models do not manage.
+# The question for a first frame with a plan before the caption. Small models often fail to give this form.
 PLANNED_FRAME = replace(
     FIRST_FRAME,
     instruction=PLAN_INSTRUCTION,
@@ -84,10 +84,10 @@ PLANNED_FRAME = replace(
 
 # -- storyboard -------------------------------------------------------------------------------------------------------
 
-# Why the instruction says what it says, beside the reasons for that of the first frame:
-# * Fewer moments than allowed. Each picture becomes a fixed frame of the video. One that the prompt does not ask for stops a
-#   motion or invents an end, where the video model would have gone on from the start.
-# * Complete captions in equal words. Every picture is drawn from its own caption, and must show the same scene.
+# Reasons for the rules of the instruction, besides those for the first frame:
+# * As few moments as possible. Each picture becomes a fixed frame of the video. One that the prompt does not ask for stops a
+#   motion or invents an end that the video model would not have made.
+# * Complete captions in equal words. Each picture is drawn from its own caption alone, and all must show the same scene.
 STORYBOARD_INSTRUCTION = """\
 You write the storyboard of a video: prompts of still pictures, each of what is seen at one moment. The user gives the prompt \
 of the video. Answer with one JSON object and nothing else: {"moments": [{"time": 0.0, "frame": "..."}, {"time": 1.0, \
@@ -142,7 +142,7 @@ STORYBOARD_EXAMPLES = tuple(
 
 
 def storyboard_task(num_moments: int) -> RewriterTask:
-    """The question for the first frame and up to `num_moments - 1` later moments."""
+    """Returns the task that asks for the first frame and up to `num_moments - 1` later moments."""
     moment = object_schema({"time": {"type": "number"}, "frame": TEXT})
     return RewriterTask(
         "storyboard",
@@ -160,16 +160,16 @@ def storyboard_task(num_moments: int) -> RewriterTask:
 
 
 def write_moments(moments: list[Moment]) -> str:
-    """The answer that a rewriter is asked for: `{"moments": [{"time": 0.0, "frame": "..."}, ...]}`."""
+    """Formats moments as the answer of a rewriter: `{"moments": [{"time": 0.0, "frame": "..."}, ...]}`."""
     listed = [{"time": moment.time, "frame": moment.caption} for moment in moments]
     return json.dumps({"moments": listed}, ensure_ascii=False)
 
 
 def read_moments(answer: str) -> list[Moment]:
-    """Reads the moments out of an answer, whatever stands around the JSON object.
+    """Returns the moments in an answer and ignores text around the JSON object.
 
     Raises:
-        `ValueError`: the answer holds no such object; the message says what it lacks.
+        `ValueError`: the answer has no such object; the message says what is missing.
     """
     return find_in_answer(answer, _moments_of, 'list "moments" of objects with "time" (0 to 1) and "frame" (a text)')
 
@@ -187,18 +187,18 @@ def _moments_of(value: dict) -> list[Moment] | None:
 def storyboard_problem(
     prompt: str, moments: list[Moment], read: Read = str, shown: Sequence[str] = (), *, num_moments: int
 ) -> str | None:
-    """Says why moments are no storyboard of a prompt, or returns `None` where nothing speaks against it.
+    """Returns why moments are no valid storyboard of a prompt, or `None`.
 
-    The first moment must be a first frame by the rules of `caption_problem`. Each later one must be of a still picture, name
-    what the prompt has from beginning to end, and share something with it in any case; what the prompt changes things into
-    must be in one of them. Times must begin with 0 and lie at least half as far apart as evenly spread ones would.
+    The first moment must be valid by `caption_problem`. Each later moment must describe a still picture, name the things that
+    last from the first frame to the last, and share at least one word with the prompt. One of them must name the new states
+    that the prompt asks for. The times must begin with 0 and be at least half as far apart as evenly spaced ones.
 
     Args:
         prompt (`str`): what should happen in the video.
-        moments (`list[Moment]`): in the order of the answer.
+        moments (`list[Moment]`): moments in the order of the answer.
         read (`Callable`, *optional*): as in `binding_problem`.
-        shown (`Sequence[str]`, *optional*): texts of which nothing may be copied.
-        num_moments (`int`): the most that were asked for.
+        shown (`Sequence[str]`, *optional*): texts that the captions must not copy.
+        num_moments (`int`): most moments that were asked for.
     """
     if not 1 <= len(moments) <= num_moments:
         return f"there are {len(moments)} moments, not 1 to {num_moments}"
@@ -235,7 +235,7 @@ def _later_moment_problem(prompt: str, caption: str, read: Read, shown: Sequence
 
 
 def _unrelated_problem(prompt: str, here: Kept) -> str | None:
-    """Says so if a text has nothing of what a prompt names."""
+    """Returns a message if a text shares no name, colour or new state with a prompt, or `None`."""
     start = start_of(prompt)
     named = [name for thing in start.things for name in (*thing.names, *thing.colours)] + [*start.later]
     return "nothing of the prompt is there" if named and not any(name in here for name in named) else None
@@ -243,8 +243,8 @@ def _unrelated_problem(prompt: str, here: Kept) -> str | None:
 
 # -- motion -----------------------------------------------------------------------------------------------------------
 
-# What an image-to-video system reads beside the picture (Factorized-Dreamer, arXiv 2408.10119: "image plus a concise caption
-# of the motion"). What the picture shows already would only take words from what it cannot show.
+# An image-to-video model reads the motion caption beside the picture (Factorized-Dreamer, arXiv 2408.10119: "image plus a
+# concise caption of the motion"). The caption leaves out what the picture already shows.
 MOTION_INSTRUCTION = """\
 You write the motion caption of a video: one short sentence of what happens after its first frame. The user gives the prompt \
 of the video. The first frame is given as a picture, so do not describe what it shows. Answer with one JSON object and \
@@ -267,39 +267,39 @@ MOTION_EXAMPLES = (
     ("An old wooden boat on a calm lake under grey mountains.", "The picture of the boat stays still."),
     ("A ginger cat knocks a glass of water off a shelf.", "The cat knocks the glass off the shelf."),
 )
-# A motion caption of 25 words has some 150 characters.
+# A motion caption of 25 words has about 150 characters.
 MAX_MOTION_CHARACTERS = 300
 
 
 def motion_question(prompt: str, caption: str) -> str:
-    """The user's turn for a prompt whose first frame is written."""
+    """Returns the user's turn for a prompt whose first frame has a caption."""
     return f"{prompt}\n(First frame: {caption})"
 
 
 def write_motion(motion: str) -> str:
-    """The answer that a rewriter is asked for: `{"motion": "..."}`."""
+    """Formats a motion caption as the answer of a rewriter: `{"motion": "..."}`."""
     return json.dumps({"motion": motion}, ensure_ascii=False)
 
 
 def read_motion(answer: str) -> str:
-    """Reads the motion caption out of an answer, whatever stands around the JSON object.
+    """Returns the motion caption in an answer and ignores text around the JSON object.
 
     Raises:
-        `ValueError`: the answer holds no such object; the message says what it lacks.
+        `ValueError`: the answer has no such object; the message says what is missing.
     """
     return find_in_answer(answer, lambda value: text_under(value, "motion"), 'text under "motion"')
 
 
 def motion_problem(prompt: str, motion: str, read: Read = str, shown: Sequence[str] = ()) -> str | None:
-    """Says why a text is no motion caption of a prompt, or returns `None` where nothing speaks against it.
+    """Returns why a text is no valid motion caption of a prompt, or `None`.
 
-    It must be short, speak of something that the prompt has, and name what the prompt changes things into.
+    A motion caption must be short, share a word with the prompt, and name the new states that the prompt asks for.
 
     Args:
         prompt (`str`): what should happen in the video.
         motion (`str`): what happens after the first frame.
         read (`Callable`, *optional*): as in `binding_problem`.
-        shown (`Sequence[str]`, *optional*): texts of which nothing may be copied.
+        shown (`Sequence[str]`, *optional*): texts that the caption must not copy.
     """
     if not 3 <= len(motion) <= MAX_MOTION_CHARACTERS:
         return f"the motion caption has {len(motion)} characters, not 3 to {MAX_MOTION_CHARACTERS}"
@@ -310,7 +310,7 @@ def motion_problem(prompt: str, motion: str, read: Read = str, shown: Sequence[s
         return None
     here = Kept(motion, read)
     lost = next(filter(None, (missing_problem(Thing((word,)), here) for word in start_of(prompt).later)), None)
-    # A picture that stays still needs no names.
+    # "The picture stays still" needs no names.
     return lost if lost is not None or "still" in motion.lower() else _unrelated_problem(prompt, here)
 
 

@@ -1,7 +1,7 @@
-"""Words of a text as the checks compare them: lower case, without endings, numbers as digits.
+"""Normalizes words for the checks of captions: lower case, without endings, numbers as digits.
 
-The lists are English, and short on purpose: closed classes (articles, prepositions, numbers, colours) and the few open words
-that a prompt uses of its pictures and its camera. Whatever a list does not know counts as a thing that may be named.
+The word lists are English and short on purpose: closed classes (articles, prepositions, numbers, colours), and the few open
+words with which prompts describe their pictures and their camera. A word in no list counts as the possible name of a thing.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ _LINKS = word_set(
     having can could does do did doing he she it they them him one ones not no there then it's"""
 )
 STOPS = ARTICLES | PREPOSITIONS | _LINKS
-# Adjectives that a good caption may replace, and what a prompt says of its pictures.
+# Adjectives that a good caption may replace, and words with which a prompt describes its pictures.
 _LOOSE = word_set(
     """small big large tiny huge giant little tall short long old young new bright dark light deep pale shiny nice
     beautiful same other another single upper lower plain time lapse moment way motion close upwards downwards start starts begin
     begins started began process reaction transformation captures capturing shows showing style slow fast pan zoom tilt
     orbits clockwise aerial cinematic footage photography viewpoint"""
 )
-# Of views and places: a phrase ends with them.
+# Words of views and places, which end a phrase.
 PLACES = word_set(
     """left right top bottom middle centre center side edge corner front back background foreground distance
     direction scene surface camera video clip shot view frame image picture photo timelapse"""
 )
 NOT_NAMES = _LOOSE | PLACES
-# These name somebody, but hardly tell one prompt from another.
+# Words that name somebody but do not distinguish one prompt from another.
 GENERIC = word_set("person people someone somebody")
 GROUPS = word_set(
     "group pair couple lot bit kind series set row bunch herd flock crowd pile number piece photo painting"
@@ -74,7 +74,7 @@ _VOWELS = frozenset("aeiouy")
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words and marks of punctuation; "cat's" counts as "cat", "red-hot" as two words."""
+    """Splits a text into lower-case words and punctuation marks; "cat's" counts as "cat", "red-hot" as two words."""
     return re.findall(r"\w+|[.,;:!?]", re.sub(r"['\u2019]s\b", "", text.lower()))
 
 
@@ -95,13 +95,13 @@ def is_plural(word: str) -> bool:
 
 
 def _without(word: str, ending: str, letters: int = 3) -> str:
-    """A word without an ending, where enough of it is left to be a word itself."""
+    """Removes an ending from a word if the rest has a vowel and at least `letters` letters."""
     rest = word.removesuffix(ending)
     return rest if rest != word and len(rest) >= letters and not _VOWELS.isdisjoint(rest) else word
 
 
 def root(word: str) -> str:
-    """What the forms of a word have in common: leaf and leaves, fly and flying, rust and rusted and rusty, wood and wooden."""
+    """Returns the common root of a word's forms: leaf, leaves; fly, flying; rust, rusted, rusty; wood, wooden."""
     word = number_of(_IRREGULAR.get(word, word))
     word = word[:-1] if is_plural(word) else word
     if not word.endswith("eed"):
@@ -118,7 +118,7 @@ def roots(tokens: Iterable[str]) -> set[str]:
     return {root(token) for token in tokens if is_word(token)}
 
 
-# Function words that are frequent in other languages of this script, and not words of English.
+# Frequent function words of other languages in Latin script that are no English words.
 _FOREIGN = word_set(
     """un una uno el la los las le les des du der die das dem den ein eine einen und mit auf im zu et y con sobre sur dans
     avec il lo gli uma um os em com het een op och en er av na w z del della di que por para est ist sind por"""
@@ -127,7 +127,7 @@ _ENGLISH = word_set("the of with and is are on in at to from its his her an as w
 
 
 def is_english(text: str) -> bool:
-    """Whether a text may be read with English words: most letters are of that alphabet, most function words of that language."""
+    """Returns whether a text counts as English: 90% of its letters are ASCII, and most of its function words are English."""
     letters = [letter for letter in text if letter.isalpha()]
     if not letters or sum(letter.isascii() for letter in letters) < 0.9 * len(letters):
         return False

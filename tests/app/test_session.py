@@ -11,6 +11,7 @@ from diffusers_fvg import load_embedded
 from diffusers_fvg.app.limits import Limits
 from diffusers_fvg.app.orders import Order, moments_text, read_moments
 from diffusers_fvg.app.outputs import video_file
+from diffusers_fvg.app.pictures import Upload
 from diffusers_fvg.app.previews import SHARE, Previews
 from diffusers_fvg.app.session import Session
 from diffusers_fvg.app.worker import QueueFull, Worker
@@ -294,6 +295,10 @@ def test_a_storyboard_is_edited_as_lines(session):
         (Order("compose", PROMPT), "`first_frame_prompt` is missing"),
         (Order("rewrite", PROMPT, "direct"), "skips stage `rewrite`"),
         (Order("compose", PROMPT, first_frame_prompt=CAPTION, num_candidates=9), "from 1 to 8"),
+        (Order("animate", PROMPT, num_candidates=2), "`num_candidates=2`: stages `compose` and `generate` choose"),
+        (Order("generate", PROMPT, "direct", num_candidates=2), "no picture is drawn with `mode='direct'`"),
+        (Order("generate", PROMPT, anchors=[Upload(None)], num_candidates=2), "no picture is drawn with `anchors`"),
+        (Order("generate", PROMPT, anchors=[Upload(None, 17)]), "lies outside the clip of 17 frames"),
     ],
 )
 def test_what_cannot_be_is_refused_before_it_waits(worker, order, told):
@@ -314,18 +319,3 @@ def test_a_failure_is_a_sentence_and_the_next_job_runs(session, worker, monkeypa
     assert ended(session, session.animate()).state == "done"
     told = session.memory_text()
     assert told.startswith("17 frames, 2.1 s · peak ") and told.endswith(" s here")
-
-
-def test_no_more_anchors_are_taken_than_the_server_s_limit(pipe, tmp_path):
-    path = tmp_path / "picture.png"
-    PIL.Image.new("RGB", (64, 64), "red").save(path)
-    worker = Worker(pipe, Limits(anchors=2))
-    try:
-        session = Session(worker, "ann", PROMPT)
-        for frame_index in (0, -1):
-            session.upload(path, frame_index)
-        with pytest.raises(ValueError, match="3 anchors were given, and this server takes up to 2 for a video"):
-            session.upload(path, 8)
-        assert [anchor.frame_index for anchor in session.anchors] == [0, -1]
-    finally:
-        worker.close()
