@@ -1,6 +1,7 @@
 """Every test runs offline, with an empty Hub cache of its own session and one thread."""
 
 import atexit
+import contextlib
 import gc
 import os
 import shutil
@@ -26,6 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest  # noqa: E402
+from fresh import FreshProcesses  # noqa: E402
 from hub_server import HubServer  # noqa: E402
 
 
@@ -75,19 +77,31 @@ def hasty_client(monkeypatch):
             monkeypatch.setattr(constants, name, 0.5)
 
 
-@pytest.fixture
-def run_python() -> Callable[..., str]:
-    """`run_python(code, **env)` runs code in a fresh process, which sees the tests' modules, and returns its stdout.
+@pytest.fixture(scope="session")
+def fresh_processes() -> FreshProcesses:
+    with contextlib.closing(FreshProcesses()) as processes:
+        yield processes
 
-    It inherits this process's environment, `hub`'s with it. A failure shows what the process printed.
+
+@pytest.fixture
+def run_python(fresh_processes) -> Callable[..., str]:
+    """`run_python(code, **env)` runs code in a process of its own, which sees the tests' modules, and returns its stdout.
+
+    It inherits this process's environment, `hub`'s with it. A failure shows what the process printed. The process is forked
+    from one that has imported torch (see [`FreshProcesses`]); with `new_interpreter=True` it has imported nothing.
     """
 
-    def run(code: str, **env: str) -> str:
+    def run(code: str, new_interpreter: bool = False, **env: str) -> str:
         path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
-        command = [sys.executable, "-c", textwrap.dedent(code)]
         environment = {**os.environ, "PYTHONPATH": path, **env}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done.stdout
+        code = textwrap.dedent(code)
+        if new_interpreter or sys.platform != "linux":
+            command = [sys.executable, "-c", code]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+            status, out, errors = done.returncode, done.stdout, done.stderr
+        else:
+            status, out, errors = fresh_processes.run(code, environment)
+        assert status == 0, f"exit status {status}\n{out}\n{errors}"
+        return out
 
     return run

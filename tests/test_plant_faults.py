@@ -103,7 +103,7 @@ def test_a_fault_is_noticed_by_a_test_that_passes_without_it(repository, run_pyt
             assert (root / path).read_text() == source
             print(json.dumps(record))
     """
-    added, doubled = map(json.loads, run_python(code).splitlines())
+    added, doubled = map(json.loads, run_python(code, new_interpreter=True).splitlines())
     fails_anyway = ["tests/sums/test_pairs.py::test_always_fails"]
     assert added["noticed_by"] == "tests/sums/test_pairs.py::test_add" and added["fails_anyway"] == fails_anyway
     assert doubled["noticed_by"] is None and doubled["fails_anyway"] == fails_anyway

@@ -193,7 +193,7 @@ def test_help_is_whole_and_fits_a_terminal(command, monkeypatch):
 
 def test_nothing_heavy_is_imported_for_help(run_python):
     code = "import sys; from diffusers_fvg.cli import parser; parser(); print(sorted({'torch', 'diffusers', 'numpy'} & set(sys.modules)))"
-    assert run_python(code).strip() == "[]"
+    assert run_python(code, new_interpreter=True).strip() == "[]"
 
 
 def test_ctrl_c_is_one_line(monkeypatch, capsys):

@@ -102,4 +102,6 @@ def test_a_killed_run_goes_on(tmp_path, run_python):
     script = Path(__file__).parent / "kill_runs.py"
     os.makedirs(tmp_path / "runs")
     code = f"import sys, runpy; sys.argv = {[str(script), str(tmp_path / 'runs' / 'a'), '--kills', '2', '--videos', '20']}; "
-    assert "faults: []" in run_python(code + f"runpy.run_path({str(script)!r}, run_name='__main__')")
+    assert "faults: []" in run_python(
+        code + f"runpy.run_path({str(script)!r}, run_name='__main__')", new_interpreter=True
+    )

@@ -20,7 +20,7 @@ print("loaded", pipe.composer.call_defaults["num_frames"])
 """
 IMPORTED = """
 import sys, diffusers_fvg
-assert "torch" not in sys.modules and "diffusers" not in sys.modules
+assert "diffusers" not in sys.modules
 import torch
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained({repo!r}, dtype=torch.bfloat16)
@@ -150,7 +150,8 @@ import diffusers
 print("auto", "diffusers.pipelines.auto_pipeline" in sys.modules)
 assert diffusers.FactorizedVideoPipeline is diffusers_fvg.FactorizedVideoPipeline
 """
-    out = run_python(IMPORTED.format(repo=str(bundled)) + CHECK + code)
+    light = "import sys, diffusers_fvg\nassert 'torch' not in sys.modules\n"
+    out = run_python(light + IMPORTED.format(repo=str(bundled)) + CHECK + code, new_interpreter=True)
     assert "loaded 1" in out and "auto False" in out
 
 

@@ -431,4 +431,4 @@ def test_cards_are_light_to_import(run_python):
     import sys, diffusers_fvg.publishing.cards
     print([name for name in ("torch", "diffusers", "transformers", "numpy") if name in sys.modules])
     """
-    assert run_python(code).strip() == "[]"
+    assert run_python(code, new_interpreter=True).strip() == "[]"

@@ -254,7 +254,7 @@ def test_every_example_config_is_tested():
 
 def test_config_is_light(run_python):
     code = "import sys; from diffusers_fvg.training.config import TrainConfig; print('torch' in sys.modules)"
-    assert run_python(code) == "False\n"
+    assert run_python(code, new_interpreter=True) == "False\n"
 
 
 def test_the_accelerate_config_is_one_that_the_trainer_takes():
