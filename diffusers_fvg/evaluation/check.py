@@ -1,4 +1,4 @@
-"""What is wrong with the videos of a plan: nothing that a benchmark would score is taken on trust."""
+"""Checks the videos of a plan before a benchmark scores them: missing, damaged, black, frozen or stray files."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from .plan import RESERVED, PlannedVideo, read_plan
 from .storage import Storage
 
 
-# Of 255: a video whose brightest hundredth of values is below it shows nothing. Black in TV range comes back as 0.
+# Threshold for the 99th percentile of a video's values, of 255; below it the video counts as black. TV-range black decodes to
+# 0.
 BLACK = 16
-# A share of the picture, as [`~animate.motion.motion_amounts`] measures it: noise and drift of a decoder stay below 0.03 there.
+# Threshold for the share of the picture that changes ([`~animate.motion.motion_amounts`]); below it a video counts as frozen.
+# Noise and drift of a decoder stay below 0.03.
 STILL = 0.01
 
 
@@ -32,9 +34,9 @@ class Finding:
     Args:
         kind (`str`): `"missing"`, `"truncated"`, `"unreadable"`, `"too short"`, `"duplicate seed"`, `"black"`, `"frozen"` or
             `"stray"`.
-        path (`str`): of the file, relative to the output folder.
-        reason (`str`): what was seen.
-        is_fault (`bool`): not so where a video may be meant to be so: one of things at rest is frozen.
+        path (`str`): path of the file, relative to the output folder.
+        reason (`str`): what the check found.
+        is_fault (`bool`): `False` for a frozen video, which is right for a prompt without motion.
     """
 
     kind: str
@@ -44,18 +46,18 @@ class Finding:
 
 
 def check_folder(folder: str | os.PathLike, min_frames: int = 1, storage: Storage | None = None) -> Iterator[Finding]:
-    """What is wrong in an output folder, in the order of the plan; stray files come last.
+    """Yields what is wrong in an output folder, in the order of the plan; stray files come last.
 
-    Every video is decoded from beginning to end.
+    Every video is decoded completely.
 
     Args:
-        folder (`str` or `os.PathLike`): with a plan.
-        min_frames (`int`): that an evaluator needs.
-        storage ([`Storage`], *optional*): where the videos are, within it; `folder` is then its folder. Each is on this machine
-            while it is looked at.
+        folder (`str` or `os.PathLike`): output folder with a plan.
+        min_frames (`int`): least number of frames that an evaluator needs.
+        storage ([`Storage`], *optional*): opened storage that holds the videos; `folder` is then its folder on this machine.
+            Each video is downloaded while it is checked.
 
     Raises:
-        `ValueError`: no plan.
+        `ValueError`: the folder has no plan.
     """
     folder = Path(folder)
     sizes, planned, seeds, folders = finished_sizes(folder), set(), set(), set()
@@ -108,7 +110,7 @@ def _check_video(path: Path, row: PlannedVideo, min_frames: int) -> Iterator[Fin
 
 
 def _strays(folder: Path, folders: set[str], planned: set[bytes]) -> Iterator[Finding]:
-    """Files that no plan names, in the folders that hold its videos: evaluators open every file that they find there."""
+    """Yields files that are not in the plan but in its videos' folders, where evaluators open every file."""
     for name in sorted(folders):
         for path in sorted((folder / name).glob("*")) if (folder / name).is_dir() else ():
             relative = path.relative_to(folder).as_posix()

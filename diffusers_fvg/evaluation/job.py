@@ -1,4 +1,4 @@
-"""What an engine is given, and what every engine does with one video."""
+"""The work that an engine gets, and the steps that all engines share."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Job:
 
     Args:
         folder (`Path`): the output folder.
-        pending (`Path`): the lines of the plan that are to be made.
-        count (`int`): how many.
-        load ([`Load`]): the pipeline.
-        parts (`frozenset[str]`): what of it all of them together need.
-        run_id (`str`): of the turn.
-        num_processes (`int`): workers that make videos.
-        num_rewriters, num_composers (`int`): where stages 1 and 2 have workers of their own.
-        quiet (`bool`): no progress bar.
+        pending (`Path`): file with the lines of the plan whose videos are still to be made.
+        count (`int`): number of these lines.
+        load ([`Load`]): loads the pipeline.
+        parts (`frozenset[str]`): parts of the pipeline that at least one of the videos needs.
+        run_id (`str`): id of the run's [`~manifest.Turn`].
+        num_processes (`int`): number of workers that make videos.
+        num_rewriters, num_composers (`int`): number of workers for stages 1 and 2, with Ray only.
+        quiet (`bool`): whether to hide the progress bar.
     """
 
     folder: Path
@@ -47,24 +47,24 @@ class Job:
     quiet: bool = False
 
     def rows(self, index: int = 0, count: int = 1) -> Iterator[PlannedVideo]:
-        """The videos to make; of `count` workers those of one, its [`fair_share`]."""
+        """Yields the videos to make; with `count` workers only those of worker `index`, by [`fair_share`]."""
         with open(self.pending, encoding="utf-8", newline="\n") as file:
             for number, line in enumerate(file):
                 if fair_share(number, count) == index:
                     yield PlannedVideo.from_json(line)
 
     def row(self, place: int) -> PlannedVideo:
-        """The video whose line begins at this byte."""
+        """Returns the video whose line begins at byte `place` of the file."""
         with open(self.pending, "rb") as file:
             file.seek(place)
             return PlannedVideo.from_json(file.readline().decode())
 
 
 def make_or_note(worker: Worker, row: PlannedVideo, stage: Callable[[PlannedVideo], Any]) -> bool:
-    """Runs a stage of a video, or all; one that cannot be made for a reason of its own gets a line that says so.
+    """Runs `stage` for a video. An error that concerns this video alone is recorded in the manifest and logged.
 
     Returns:
-        `bool`: whether it could be made.
+        `bool`: whether the stage succeeded.
     """
     try:
         stage(row)
@@ -76,19 +76,20 @@ def make_or_note(worker: Worker, row: PlannedVideo, stage: Callable[[PlannedVide
 
 
 def fair_share(number: int, count: int) -> int:
-    """Which of `count` workers makes a video: of `count` in a row each makes one, in an order drawn for them.
+    """Returns the index of the worker that makes video `number`: of `count` videos in a row each worker makes one, in random
+    order.
 
-    Where every `count`-th were a worker's, arms that take turns in a plan would each have a worker of its own.
+    A fixed order would be unfair: where the variants of a comparison alternate in a plan, each worker would get only one.
     """
     return (number + derive_seed(0, number // count)) % count
 
 
 class Watch:
-    """Follows the lines that workers add to the manifest, on a progress bar; what is there already is left out.
+    """Progress bar that follows the lines which workers add to the manifest from now on.
 
     Args:
-        job ([`Job`]): whose workers they are.
-        on_line (`Callable`, *optional*): is given each line.
+        job ([`Job`]): the job of the workers.
+        on_line (`Callable`, *optional*): called with each new line.
     """
 
     def __init__(self, job: Job, on_line: Callable[[Mapping[str, Any]], None] | None = None):
@@ -103,7 +104,7 @@ class Watch:
         self._bar.close()
 
     def update(self) -> None:
-        """Looks for new lines."""
+        """Reads new lines and advances the progress bar."""
         for path in self._folder.glob("*.jsonl"):
             place = self._places.get(path, 0)
             if path.stat().st_size <= place:
@@ -111,7 +112,7 @@ class Watch:
             with open(path, "rb") as file:
                 file.seek(place)
                 added = file.read()
-            # The last may be in the making.
+            # The last line may be incomplete.
             lines = added[: added.rfind(b"\n") + 1]
             self._places[path] = place + len(lines)
             self._bar.update(lines.count(b"\n"))

@@ -1,9 +1,8 @@
-"""What a run has finished: one line for each video, in a file of each worker.
+"""The manifest: a record of what a run has finished, with one file per worker and one line per video.
 
-A file has one writer, so that no worker waits for another or writes into its line, on one machine or on several that share
-the folder; a line that a kill cuts short is the last of its file, and is left out. A worker keeps a lock beside its file while
-it lives. Lines follow the videos they tell of, which are on the disk by then: of a video without a line the file itself is
-whole, after a power cut too.
+Each file has one writer, so that no worker waits for another, on one machine or on several that share the folder. If a worker
+is killed while it writes, the incomplete line is the last of its file and is ignored. A worker holds a lock beside its file
+while it lives. A line is written after its video is on the disk, so even after a power cut a video without a line is complete.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ from .plan import PlannedVideo
 MANIFEST, TEMPORARY = "manifest", "temporary"
 RUN_LOCK, RUN_ID, STOPPED, ROOM = "run.lock", "run.id", "stopped.json", "room"
 ROOM_BYTES = 4096
-# Errors of a disk without room, of a user without any on it, and of a file that may not grow.
+# Error numbers of a full disk, a used-up disk quota, and a file above the size limit.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Seconds between two looks at what other processes do.
+# Seconds between two checks of other processes.
 PATIENCE = 0.2
-# Seconds between two waits of a worker for the disk to have its lines. A kill takes no line with it; a power cut those of so
-# long, whose videos the next run finds.
+# Seconds between two `fsync` calls of a worker. A kill loses no line. A power cut loses the lines since the last call, but the
+# next run finds their videos.
 SYNC_SECONDS = 1.0
 
 
 class Manifest:
-    """The file of one worker, made with its first line.
+    """Manifest file of one worker, created with its first line.
 
     Args:
         folder (`Path`): the output folder.
@@ -55,9 +54,9 @@ class Manifest:
         self._synced = 0.0
 
     def add(self, line: dict[str, Any]) -> None:
-        """Writes a line, and where the last time is `SYNC_SECONDS` ago all of them to the disk itself."""
+        """Writes a line, and flushes the file to the disk if the last flush is at least `SYNC_SECONDS` ago."""
         if self._file is None:
-            # Unbuffered: of a line that finds no room nothing is left to be written later.
+            # Unbuffered: if the disk is full, no part of the line is left to be written later.
             self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (as long as the worker)
         data = (
             json.dumps({**line, "worker": self.worker, "time": round(time.time(), 3)}, ensure_ascii=False) + "\n"
@@ -77,9 +76,11 @@ class Manifest:
 
 
 def read_manifest(folder: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """The lines of all workers: of each the `path` and `status` (`"made"`; `"found"`, a whole video without a line; `"failed"`,
-    with an `error`), `worker` and `time` (seconds since 1970), and of a video `seed`, `bytes`, `frames`, `seconds` of each stage,
-    `memory_bytes`, `caption` and `motion`.
+    """Yields the lines of all workers.
+
+    Each has `path`, `status`, `worker` and `time` (seconds since 1970). The status is `"made"`, `"found"` (a complete video
+    that had no line) or `"failed"` (with an `error`). Lines of videos also have `seed` and `bytes`, and those of made ones
+    `frames`, `seconds` of each stage, `memory_bytes`, `caption` and `motion`.
     """
     for path in sorted((Path(folder) / MANIFEST).glob("*.jsonl")):
         with open(path, encoding="utf-8", newline="\n") as file:
@@ -89,12 +90,15 @@ def read_manifest(folder: str | os.PathLike) -> Iterator[dict[str, Any]]:
 
 
 def finished_sizes(folder: str | os.PathLike) -> dict[bytes, int]:
-    """Bytes of the videos that have a line, by [`path_key`], as the latest says: some 300 bytes of memory each."""
+    """Returns the size in bytes of each finished video by its latest line, under its [`path_key`].
+
+    This takes about 300 bytes of memory per video.
+    """
     found: dict[bytes, tuple[float, int]] = {}
     for line in read_manifest(folder):
         if line["status"] != "failed":
             key, told = path_key(line["path"]), (line["time"], line["bytes"])
-            # Files of workers come in any order; a video that was lost has a line in two of them.
+            # The files come in any order, and a video that was lost and made again has lines in two of them.
             found[key] = max(found.get(key, told), told)
     return {key: size for key, (_, size) in found.items()}
 
@@ -104,7 +108,14 @@ def path_key(path: str) -> bytes:
 
 
 def is_finished(folder: Path, row: PlannedVideo, sizes: dict[bytes, int], listed: Mapping[bytes, int]) -> bool:
-    """Whether a video has a line, of its bytes in `sizes`, and is as long in the folder or as another storage has it `listed`."""
+    """Returns whether a video has a line and the same size in the folder or in another storage.
+
+    Args:
+        folder (`Path`): the output folder.
+        row ([`~plan.PlannedVideo`]): the video.
+        sizes (`dict[bytes, int]`): output of [`finished_sizes`].
+        listed (`Mapping[bytes, int]`): sizes of the files in another storage, under the same keys.
+    """
     size = sizes.get(path_key(row.path))
     try:
         return size is not None and (
@@ -115,13 +126,13 @@ def is_finished(folder: Path, row: PlannedVideo, sizes: dict[bytes, int], listed
 
 
 class Turn:
-    """A run's turn at an output folder: within it no other run works there, and what a killed one left half done is gone.
+    """Context manager that gives a run exclusive use of an output folder, and removes what a killed run left unfinished.
 
     Args:
         folder (`Path`): the output folder.
 
     Raises:
-        `ValueError`: another run works there.
+        `ValueError`: another run uses the folder.
     """
 
     def __init__(self, folder: Path):
@@ -132,10 +143,10 @@ class Turn:
         manifest = self.folder / MANIFEST
         manifest.mkdir(parents=True, exist_ok=True)
         try:
-            # Workers of a killed run hold it for an instant, to find out that it was killed.
+            # Workers of a killed run acquire the lock for a moment, to find out that the run was killed.
             self._lock.acquire(timeout=2)
         except Timeout:
-            raise ValueError(f"another run works in {self.folder}; wait for it, or stop it.") from None
+            raise ValueError(f"another run works in {self.folder}; wait for it to end, or stop it.") from None
         try:
             (manifest / RUN_ID).write_text(self.id)
             self._await_workers()
@@ -153,7 +164,7 @@ class Turn:
         self._lock.release()
 
     def _await_workers(self) -> None:
-        """Until the workers of a killed run have seen that it is over: they finish their videos first."""
+        """Waits until the workers of a killed run have ended; each first finishes its current video."""
         for path in (self.folder / MANIFEST).glob("*.lock"):
             if path.name == RUN_LOCK:
                 continue
@@ -172,7 +183,7 @@ class Turn:
 
 
 def is_turn(folder: Path, run_id: str) -> bool:
-    """Whether the run that a worker belongs to goes on: its driver lives, no other began, and no worker stopped it."""
+    """Returns whether a worker's run goes on: its driver lives, no other run has begun, and no worker has stopped it."""
     if (folder / TEMPORARY / STOPPED).exists():
         return False
     try:
@@ -187,7 +198,8 @@ def is_turn(folder: Path, run_id: str) -> bool:
 
 
 def stop_run(folder: Path, error: BaseException) -> None:
-    """Tells the other workers and the driver why the run cannot go on; on a full disk too, in room that was kept for it."""
+    """Tells the other workers and the driver why the run must stop. This works on a full disk, too: the file's space was
+    reserved at the start."""
     text = json.dumps(
         {"error": str(error)[:1000], "kind": type(error).__name__, "errno": getattr(error, "errno", None)}
     )
@@ -196,10 +208,10 @@ def stop_run(folder: Path, error: BaseException) -> None:
             file.write(text[:ROOM_BYTES].ljust(ROOM_BYTES))
         os.replace(folder / TEMPORARY / ROOM, folder / TEMPORARY / STOPPED)
     except FileNotFoundError:
-        return  # Another worker was faster, or the run is over.
+        return  # Another worker has already stopped the run, or it has ended.
 
 
 def stopped_by(folder: Path) -> dict[str, Any] | None:
-    """What a worker told by [`stop_run`]."""
+    """Returns the error that a worker recorded by [`stop_run`], or `None`."""
     path = folder / TEMPORARY / STOPPED
     return json.loads(path.read_text(encoding="ascii")) if path.exists() else None

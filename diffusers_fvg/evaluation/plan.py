@@ -1,4 +1,4 @@
-"""The plan of a run: one line for each video, written before anything is computed and read as a stream."""
+"""The plan of a run: a file with one line per video, written before anything is computed and read line by line."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ..atomic import replacing
 
 PLAN, PLAN_FACTS, RUN_FACTS = "plan.jsonl", "plan.json", "run.json"
 VERSION = 1
-# In an output folder these hold no videos.
+# Names in an output folder that hold no videos.
 RESERVED = {"captions", "manifest", "stages", "temporary", PLAN, PLAN_FACTS, RUN_FACTS}
-# Of a name on Linux, macOS and Windows.
+# Limit of a file name on Linux, macOS and Windows.
 MAX_NAME_BYTES = 255
 _FIELDS = {"path": str, "prompt": str, "seed": int, "arguments": dict, "labels": dict}
 _DRIVE = re.compile(r"[A-Za-z]:")
@@ -29,12 +29,14 @@ class PlannedVideo:
     """One video of a plan.
 
     Args:
-        path (`str`): of the video, relative to the output folder, with `/` between folders, ending in `.mp4`; unique in a plan.
-        prompt (`str`): what should happen.
-        seed (`int`): of the video, as [`derive_seed`] makes it: the same whichever worker computes the video, and when.
-        arguments (`dict`): for the pipeline's call, values of JSON: mode, preset, num_frames, height, width, image (a path),
-            composer_num_candidates and so on.
-        labels (`dict[str, str]`): suite, category, arm, sample and the like; reports group by them.
+        path (`str`): path of the video, relative to the output folder, with `/` between folders, ending in `.mp4`; unique in
+            a plan.
+        prompt (`str`): what should happen in the video.
+        seed (`int`): seed of the video, from [`derive_seed`]. It does not depend on which worker computes the video, and when.
+        arguments (`dict`): arguments of the pipeline's call as JSON values: mode, preset, num_frames, height, width, image (a
+            path), composer_num_candidates and so on.
+        labels (`dict[str, str]`): labels by which reports group videos: suite, category, arm (the compared variant), sample
+            and the like.
     """
 
     path: str
@@ -44,7 +46,7 @@ class PlannedVideo:
     labels: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """One line, without the end of line; the same for equal videos."""
+        """Returns the video's line without a line feed; equal videos give equal lines."""
         values = {name: getattr(self, name) for name in _FIELDS}
         for name in ("arguments", "labels"):
             values[name] = dict(sorted(values[name].items()))
@@ -52,10 +54,10 @@ class PlannedVideo:
 
     @classmethod
     def from_json(cls, line: str) -> PlannedVideo:
-        """The video of a line.
+        """Parses a line of a plan.
 
         Raises:
-            `ValueError`: no JSON, or not the fields of a video.
+            `ValueError`: the line is no JSON object, or its fields are not those of a video.
         """
         values = json.loads(line)
         if not isinstance(values, dict) or values.keys() != _FIELDS.keys():
@@ -69,26 +71,26 @@ class PlannedVideo:
 
 
 def derive_seed(seed: int, prompt_index: int, sample: int = 0) -> int:
-    """The seed of one video of a plan, in [0, 2^53), which every reader of JSON keeps exactly.
+    """Returns the seed of one video of a plan, in [0, 2^53), a range that every JSON parser represents exactly.
 
     Args:
-        seed (`int`): of the plan.
-        prompt_index (`int`): of the prompt in its file or suite. Arms that are compared take the same.
-        sample (`int`): of the prompt's videos.
+        seed (`int`): seed of the plan.
+        prompt_index (`int`): index of the prompt in its file or suite, the same in all variants that are compared.
+        sample (`int`): index among the prompt's videos.
     """
     digest = hashlib.sha256(f"{seed}|{prompt_index}|{sample}".encode()).digest()
     return int.from_bytes(digest[:7], "big") >> 3
 
 
 def check_path(path: str) -> None:
-    """A planned video's path stays in the output folder and can be a file's name.
+    """Checks that a planned video's path stays in the output folder and is a valid file name.
 
     Raises:
-        `ValueError`: naming the path.
+        `ValueError`: the path is not valid; the message names it.
     """
     parts = path.split("/")
     if any(part in ("", ".", "..") for part in parts) or "\\" in path or "\0" in path or _DRIVE.match(path):
-        raise ValueError(f"`path` {path!r} must be relative to the output folder, as 'videos/0001.mp4' is")
+        raise ValueError(f"`path` {path!r} must be relative to the output folder, such as 'videos/0001.mp4'")
     if not path.endswith(".mp4"):
         raise ValueError(f"`path` {path!r} must end in .mp4")
     if parts[0] in RESERVED:
@@ -101,21 +103,22 @@ def check_path(path: str) -> None:
 def write_plan(
     folder: str | os.PathLike, rows: Iterable[PlannedVideo], made_by: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Writes `plan.jsonl`, a line for each video, and then `plan.json`, which says what made it.
+    """Writes `plan.jsonl`, a line for each video, and then `plan.json`, the facts about the plan.
 
-    The rows are never held together: of each only 16 bytes stay, so that no path comes twice. The same rows give the same
-    bytes. A plan that is there stays where it is the same.
+    Rows are written one at a time; only 16 bytes of each stay in memory, to detect duplicate paths. Equal rows give an equal
+    file. If the folder already holds the same plan, it is kept.
 
     Args:
-        folder (`str` or `os.PathLike`): the output folder; made if it is not there.
+        folder (`str` or `os.PathLike`): the output folder; created if it does not exist.
         rows (iterable of [`PlannedVideo`]): the videos.
-        made_by (mapping, *optional*): values of JSON for `plan.json`: model, revision, versions, seed.
+        made_by (mapping, *optional*): JSON values for `plan.json`: model, revision, versions, seed.
 
     Returns:
-        `dict`: what `plan.json` holds: `made_by`, `videos` (how many) and `sha256` of `plan.jsonl`.
+        `dict`: content of `plan.json`: `plan_version`, `videos` (their number), `sha256` of `plan.jsonl`, and `made_by`'s
+        items.
 
     Raises:
-        `ValueError`: a path twice or one that leaves the folder, no rows, or another plan that is there.
+        `ValueError`: there are no rows, a path is not valid or occurs twice, or the folder holds another plan.
     """
     folder = Path(folder)
     is_new = not folder.exists()
@@ -131,24 +134,24 @@ def write_plan(
         return keep_facts(folder / PLAN_FACTS, facts)
     finally:
         if is_new and not any(folder.iterdir()):
-            # Of rows that were refused nothing stays.
+            # The rows were refused, so the new folder is removed.
             folder.rmdir()
 
 
 def keep_facts(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes a file of facts, or finds the same in the one that is there; packages may have been updated since.
+    """Writes a file of facts, or checks that an existing file holds the same facts; only `versions` may differ.
 
     Raises:
-        `ValueError`: it says something else.
+        `ValueError`: the existing file holds other facts.
     """
     if path.is_file():
         there = json.loads(path.read_text(encoding="utf-8"))
         differ = [name for name in {**there, **facts} if name != "versions" and there.get(name) != facts.get(name)]
         if differ:
-            # Of a plan that differs in more than its bytes, the cause.
+            # A changed argument is more telling than the checksum or the number of videos, which follow from it.
             name = min(differ, key=("sha256", "videos").__contains__)
             raise ValueError(
-                f"{path} says that the videos there are of another plan or model: `{name}` was {there.get(name)!r} and is now "
+                f"{path} belongs to another plan or model: `{name}` was {there.get(name)!r} and is now "
                 f"{facts.get(name)!r}; choose another folder."
             )
         return there
@@ -159,7 +162,7 @@ def keep_facts(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_rows(draft: Path, rows: Iterable[PlannedVideo]) -> tuple[int, str]:
-    """Number of rows, and SHA-256 of the file."""
+    """Writes the rows to a file; returns their number and the SHA-256 of the file."""
     seen: set[bytes] = set()
     whole = hashlib.sha256()
     with open(draft, "wb") as file:
@@ -167,7 +170,7 @@ def _write_rows(draft: Path, rows: Iterable[PlannedVideo]) -> tuple[int, str]:
             check_path(row.path)
             key = hashlib.blake2b(row.path.encode(), digest_size=16).digest()
             if key in seen:
-                raise ValueError(f"the plan has two videos called {row.path!r}; each needs a path of its own.")
+                raise ValueError(f"the plan has two videos with the path {row.path!r}; give each its own.")
             seen.add(key)
             line = row.to_json().encode() + b"\n"
             whole.update(line)
@@ -178,10 +181,10 @@ def _write_rows(draft: Path, rows: Iterable[PlannedVideo]) -> tuple[int, str]:
 
 
 def read_plan(folder: str | os.PathLike) -> Iterator[PlannedVideo]:
-    """The videos of the plan in an output folder, one at a time.
+    """Yields the videos of the plan in an output folder.
 
     Raises:
-        `ValueError`: no plan there, or a line that is damaged, with its number.
+        `ValueError`: the folder has no plan, or a line is damaged; the message gives its number.
     """
     plan_facts(folder)
     path = Path(folder) / PLAN
@@ -195,15 +198,18 @@ def read_plan(folder: str | os.PathLike) -> Iterator[PlannedVideo]:
 
 
 def plan_facts(folder: str | os.PathLike) -> dict[str, Any]:
-    """What `plan.json` holds.
+    """Returns the content of `plan.json`.
 
     Raises:
-        `ValueError`: no plan there, or one of another version.
+        `ValueError`: the folder has no plan, or one of another version.
     """
     path = Path(folder) / PLAN_FACTS
     if not path.is_file():
         raise ValueError(f"{folder} holds no plan ({PLAN_FACTS}).")
     facts = json.loads(path.read_text(encoding="utf-8"))
     if facts.get("plan_version") != VERSION:
-        raise ValueError(f"{path} is of version {facts.get('plan_version')}, and this program reads {VERSION}.")
+        raise ValueError(
+            f"{path} has `plan_version` {facts.get('plan_version')}, but this program reads version {VERSION}; make the plan "
+            "again in another folder."
+        )
     return facts

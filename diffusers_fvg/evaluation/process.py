@@ -1,4 +1,4 @@
-"""One of the processes of [`engines.processes`], as `accelerate launch` starts it."""
+"""Entry point of a worker process, which [`engines.processes`] starts with `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .worker import Worker
 
 
 def main(path: str) -> None:
-    """Makes its share of the videos of a pickled [`Job`].
+    """Makes this process's share of the videos of a pickled [`Job`].
 
-    Nothing passes between the processes, so they make no process group, which would fail with one that dies.
+    The processes do not communicate. So they create no process group, which would fail if one of them died.
     """
     job: Job = pickle.loads(Path(path).read_bytes())
     index, count, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -30,7 +30,7 @@ def main(path: str) -> None:
                 break
             make_or_note(worker, row, worker.make)
     except Exception as error:
-        # It stops the other processes, and is no reason to start this one again.
+        # The error stops the other processes. It is not raised, because the launcher would restart this process.
         stop_run(job.folder, error)
     finally:
         if worker is not None:

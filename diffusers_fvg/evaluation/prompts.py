@@ -1,4 +1,4 @@
-"""Prompt files: text, CSV, JSON lines or Parquet, one video's prompt and arguments in a row."""
+"""Reads prompt files: text, CSV, JSON lines or Parquet, with a prompt and its arguments in each row."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from .plan import PlannedVideo, derive_seed
 
 
-# Arguments of a call that a row may give, of these kinds.
+# Arguments of the pipeline's call that a row may give, by type.
 TEXTS = (
     "mode",
     "preset",
@@ -23,8 +23,8 @@ TEXTS = (
     "anchor_decode",
     "composer_negative_prompt",
 )
-# Whole numbers and the largest of each, those of the flags: beyond them a number is a mistake, and even its check may take all
-# memory.
+# Integers and their maximum, the same as that of the command line's flags. A larger number is a mistake, and even checking it
+# could use up the memory.
 WHOLES = {
     "height": 16_384,
     "width": 16_384,
@@ -40,10 +40,10 @@ WHOLES = {
 NUMBERS = ("guidance_scale", "guidance_scale_2", "guidance_rescale", "fps", "composer_guidance_scale")
 BOOLEANS = ("use_dynamic_cfg", "rewriter_motion")
 ARGUMENTS = (*TEXTS, *WHOLES, *NUMBERS, *BOOLEANS, "image", "anchors", "storyboard")
-# What a row tells of itself.
+# Columns of a row besides arguments and labels.
 OWN = ("prompt", "name", "seed")
 FORMATS = (".txt", ".csv", ".jsonl", ".parquet")
-# A field of a table that holds JSON.
+# Columns whose fields hold JSON in a CSV file.
 _JSON = ("anchors", "storyboard")
 
 
@@ -52,12 +52,12 @@ class PromptRow:
     """A row of a prompt file.
 
     Args:
-        place (`str`): file and line, for messages.
-        prompt (`str`): what should happen.
-        arguments (`dict`): of the pipeline's call, values of JSON; paths of pictures are absolute.
-        name (`str`, *optional*): of the video's file, without `.mp4`.
-        seed (`int`, *optional*): of the row's first video.
-        labels (`dict[str, str]`): columns that were named as labels.
+        place (`str`): file and line, for error messages.
+        prompt (`str`): what should happen in the video.
+        arguments (`dict`): arguments of the pipeline's call as JSON values; paths of images are absolute.
+        name (`str`, *optional*): name of the video's file, without `.mp4`.
+        seed (`int`, *optional*): seed of the row's first video.
+        labels (`dict[str, str]`): values of the columns that the caller named as labels.
     """
 
     place: str
@@ -69,19 +69,20 @@ class PromptRow:
 
 
 def read_prompts(path: str | Path, labels: Collection[str] = ()) -> Iterator[PromptRow]:
-    """The rows of a prompt file, one at a time.
+    """Yields the rows of a prompt file.
 
-    A text file has one prompt in each line; empty lines are left out. The others have a column `prompt`, and may have `name`,
-    `seed` and arguments of the pipeline's call (`ARGUMENTS`): `image` is the path of a picture or video, and `anchors` a list of
-    objects with `image`, `frame_index` and `strength`. Paths are relative to the file. Empty fields are left out.
+    A text file has one prompt per line; empty lines are skipped. The other formats have a column `prompt`, and may have
+    `name`, `seed` and arguments of the pipeline's call (`ARGUMENTS`). `image` is the path of an image or video, `anchors` a
+    list of objects with `image`, `frame_index` and `strength`. Paths are relative to the file. Empty fields are ignored.
 
     Args:
-        path (`str` or `Path`): `.txt`, `.csv`, `.jsonl` (UTF-8) or `.parquet` (which needs pyarrow).
-        labels (collection of `str`): further columns, which reports group by.
+        path (`str` or `Path`): `.txt`, `.csv`, `.jsonl` (all UTF-8) or `.parquet`.
+        labels (collection of `str`): further columns, by which reports group videos.
 
     Raises:
-        `ValueError`: with file and line.
-        `OSError`: no such file.
+        `ValueError`: a row, a column or the file is not valid; the message gives file and line.
+        `OSError`: the file does not exist or cannot be read.
+        `ImportError`: the file is `.parquet` and pyarrow is not installed.
     """
     path = Path(path)
     reader = {".txt": _texts, ".csv": _table, ".jsonl": _objects, ".parquet": _parquet}.get(path.suffix.lower())
@@ -105,22 +106,19 @@ def read_prompts(path: str | Path, labels: Collection[str] = ()) -> Iterator[Pro
     if not count:
         raise ValueError(f"{path} holds no prompts.")
     if missing:
-        raise ValueError(f"{path} has no column {min(missing)!r} that could be a label.")
+        raise ValueError(f"{path} has no values in a column {min(missing)!r}, which was named as a label.")
 
 
 def planned_videos(
     rows: Iterator[PromptRow], seed: int = 0, num_videos_per_prompt: int = 1, defaults: Mapping[str, Any] | None = None
 ) -> Iterator[PlannedVideo]:
-    """The videos of prompt rows.
+    """Yields the videos of prompt rows.
 
     Args:
-        rows (iterator of [`PromptRow`]): of [`read_prompts`].
-        seed (`int`): of the plan.
-        num_videos_per_prompt (`int`): of each row, with seeds and anchors of their own.
+        rows (iterator of [`PromptRow`]): output of [`read_prompts`].
+        seed (`int`): seed of the plan.
+        num_videos_per_prompt (`int`): number of videos for each row, each with its own seed and anchor.
         defaults (mapping, *optional*): arguments of the call for rows that do not give them.
-
-    Raises:
-        `ValueError`: a name that is no file's.
     """
     for index, row in enumerate(rows):
         name = row.name or f"{index + 1:06d}"
@@ -150,17 +148,17 @@ def _table(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             names = reader.fieldnames or []
             if len(set(names)) != len(names) or "prompt" not in names:
                 raise ValueError(
-                    f"{path}, line 1: the first line must name the columns, each once, `prompt` among them: {names}."
+                    f"{path}, line 1: the first line must name the columns, each once and `prompt` among them, but is {names}."
                 )
             for values in reader:
                 if None in values:
                     raise ValueError(
-                        f"{path}, line {reader.line_num}: more fields than columns, from {values[None][0]!r} on; put a field with "
-                        "commas in double quotes."
+                        f"{path}, line {reader.line_num}: there are more fields than columns, from {values[None][0]!r} on; "
+                        "put a field with commas in double quotes."
                     )
                 yield reader.line_num, {name: _value(name, text) for name, text in values.items() if text}
         except csv.Error as error:
-            # That of the row before, of `DictReader` itself.
+            # `DictReader` still has the number of the row before.
             raise ValueError(f"{path}, line {reader.reader.line_num}: {error}.") from error
 
 
@@ -173,10 +171,10 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 values = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: no JSON ({str(error)[:200]}).") from error
+                raise ValueError(f"{path}, line {number}: the line is no JSON ({str(error)[:200]}).") from error
             if not isinstance(values, dict):
                 raise ValueError(
-                    f'{path}, line {number}: must be an object, as {{"prompt": "..."}}, but is {line[:40]!r}.'
+                    f'{path}, line {number}: the line must be an object like {{"prompt": "..."}}, but is {line[:40]!r}.'
                 )
             yield number, {name: value for name, value in values.items() if value is not None}
 
@@ -195,13 +193,13 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _value(name: str, text: str) -> Any:
-    """A field of a table, which is a text."""
+    """Converts a field of a CSV file to its column's type, or returns the text if that fails; the row is checked later."""
     kind = int if name in (*WHOLES, "seed") else float if name in NUMBERS else None
     if kind is not None:
         try:
             return kind(text)
         except ValueError:
-            return text  # The row's check names it.
+            return text
     if name in BOOLEANS:
         return {"true": True, "false": False}.get(text.strip().lower(), text)
     if name in _JSON:

@@ -1,4 +1,4 @@
-"""Makes the videos of a plan: on an engine, from where an earlier run stopped."""
+"""Makes the videos of a plan with one of the engines, and continues where an earlier run stopped."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ PENDING = "pending.jsonl"
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run came to.
+    """Result of a run.
 
     Args:
-        planned, finished (`int`): videos of the plan, and those of them that are there.
-        made (`int`): those that this run made.
-        failures (`tuple[tuple[str, str], ...]`): path and error of those that could not be made, the first hundred.
+        planned, finished (`int`): number of videos in the plan, and number of those that are finished.
+        made (`int`): number of videos that this run made.
+        failures (`tuple[tuple[str, str], ...]`): path and error of the videos that failed, at most 100.
     """
 
     planned: int
@@ -50,34 +50,38 @@ def run_plan(
     quiet: bool = False,
     storage: Storage | None = None,
 ) -> Summary:
-    """Makes the videos of the plan in a folder that are not there yet.
+    """Makes the videos of a plan that are not finished yet.
+
+    If one video fails with a `ValueError` or with values that are not finite, the others are still made, and the next run
+    tries it again.
 
     Args:
         folder (`str` or `os.PathLike`): the output folder, with the plan that [`~evaluation.plan.write_plan`] wrote.
-        load ([`Load`]): the pipeline; engines of several processes pickle it.
-        made_by (mapping, *optional*): values of JSON that say which model makes the videos, for `run.json`: a later run with
-            another model is refused. `"versions"` among them may change.
-        engine (`str`): `"in-process"`, `"accelerate"` (several processes on this machine) or `"ray"` (on any number).
-        num_processes (`int`): workers that make videos.
-        num_rewriters, num_composers (`int`): with Ray, workers of stages 1 and 2.
-        quiet (`bool`): no progress bar.
-        storage ([`~evaluation.storage.Storage`], *optional*): where everything goes, within it; `folder` is then its folder.
+        load ([`Load`]): loads the pipeline; engines with several processes pickle it.
+        made_by (mapping, *optional*): JSON values that name the model, for `run.json`. A later run with other values, except
+            for `"versions"`, is refused.
+        engine (`str`): `"in-process"`, `"accelerate"` (several processes on this machine) or `"ray"` (on several machines).
+        num_processes (`int`): number of workers that make videos.
+        num_rewriters, num_composers (`int`): number of workers for stages 1 and 2, with Ray only.
+        quiet (`bool`): whether to hide the progress bar.
+        storage ([`~evaluation.storage.Storage`], *optional*): opened storage for all files; `folder` is then its folder on
+            this machine.
 
     Returns:
-        [`Summary`]: a video that cannot be made for a reason of its own, a `ValueError` or values that are not finite, does not
-        stop the others, and is tried again by the next run.
+        [`Summary`]: numbers of videos, and the failures.
 
     Raises:
-        `ValueError`: no plan, an unknown engine, another run in the folder, or videos of another model.
-        `OSError`: a disk that is full, a storage that takes nothing: what is finished stays, and the same call goes on.
+        `ValueError`: the folder has no plan, is in use by another run or holds videos of another model, or the engine is
+            unknown.
+        `OSError`: the disk is full, or the storage fails. Finished videos stay, and the same call continues.
     """
     folder = Path(folder)
     if engine not in ENGINES:
         raise ValueError(f"`engine={engine!r}` must be one of {', '.join(ENGINES)}.")
     if storage is not None and engine == "ray" and os.environ.get("RAY_ADDRESS"):
         raise ValueError(
-            f"the machines of RAY_ADDRESS hand pictures on in a folder that all of them see, and {storage.url} is none; name such a "
-            "folder, or unset RAY_ADDRESS to make the videos on this machine."
+            f"the machines of RAY_ADDRESS exchange images through a folder that all of them share, but {storage.url} is no "
+            "such folder; name one, or unset RAY_ADDRESS to make the videos on this machine."
         )
     planned, count = plan_facts(folder)["videos"], 0
     try:
@@ -102,13 +106,13 @@ def run_plan(
         finished = planned - sum(1 for _ in _missing(folder, storage))
         raise OSError(
             f"no space is left in {folder} ({os.strerror(error.errno)}): {finished} of {planned} videos are finished and whole. Make "
-            "room and give the same command again, which goes on from there."
+            "room and run the same command again; it continues from there."
         ) from error
     return _summary(folder, planned, count, storage)
 
 
 def _write_pending(folder: Path, pending: Path, storage: Storage | None) -> tuple[int, frozenset[str]]:
-    """Lists what is to be made. Returns how many, and what parts of the pipeline they need."""
+    """Writes the lines of the videos to make; returns their number and the parts of the pipeline that they need."""
     count = 0
     parts: frozenset[str] = frozenset()
     listed = {} if storage is None else storage.sizes()
@@ -131,24 +135,24 @@ def _write_pending(folder: Path, pending: Path, storage: Storage | None) -> tupl
 
 
 def _is_found(folder: Path, row: PlannedVideo, sizes: dict[bytes, int], manifest: Manifest) -> bool:
-    """Whether a video without a line is there and gets one now; one that has another size than its line says is removed."""
+    """Returns whether an existing video gets a line now; removes it if its size differs from that in its line."""
     path = folder / row.path
     if not path.exists():
         return False
     if path_key(row.path) in sizes:
-        logger.warning(f"{path} is not as it was written, {path.stat().st_size} bytes, and is made again.")
+        logger.warning(f"{path} has {path.stat().st_size} bytes, unlike the number in its line, and is made again.")
         path.unlink()
         return False
     try:
         note_found(path, row, manifest)
         return True
     except ValueError:
-        # Its worker says so.
+        # The worker that gets the video reports the error.
         return False
 
 
 def _note_listed(storage: Storage, row: PlannedVideo, manifest: Manifest) -> None:
-    """The line of a video that a storage lists without one."""
+    """Adds the missing line of a video that is in the storage."""
     try:
         with storage.borrowed(row.path) as path:
             note_found(path, row, manifest)
@@ -166,7 +170,7 @@ def _missing(folder: Path, storage: Storage | None) -> Iterator[PlannedVideo]:
 def _summary(folder: Path, planned: int, count: int, storage: Storage | None) -> Summary:
     missing = {path_key(row.path) for row in _missing(folder, storage)}
     failed = [line for line in (read_manifest(folder) if missing else ()) if line["status"] == "failed"]
-    # What the last run says of each.
+    # In order of time, so that the latest error of each video is kept.
     failed.sort(key=lambda line: line["time"])
     failures = {line["path"]: line["error"] for line in failed if path_key(line["path"]) in missing}
     return Summary(planned, planned - len(missing), count - len(missing), tuple(failures.items())[:100])

@@ -1,8 +1,8 @@
-"""Output folders on another storage (`s3://bucket/folder`, say), through fsspec.
+"""Output folders on another storage, such as `s3://bucket/folder`, through fsspec.
 
-A run works in a folder of this machine, where locks, drafts and the lines of the manifest can be. What it finishes is copied
-from there, whole or not at all, and of a video an empty file stays behind. A video is finished when the storage lists it, so
-that any machine goes on where another stopped.
+A run works in a folder on this machine, which holds locks, temporary files and the manifest. Finished files are copied from
+there to the storage, each completely or not at all; of a copied video an empty file stays in the folder. A video is finished
+when the storage lists it, so that any machine can continue where another stopped.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from .plan import PLAN, PLAN_FACTS, RESERVED, RUN_FACTS
 from .worker import CAPTIONS, STAGES
 
 
-# Seconds between two copies of manifest and captions, which grow with every video.
+# Seconds between two copies of the manifest and the captions, which grow with every video.
 RECORD_SECONDS = 30.0
-# Files whose time of writing is not older than this before the last copy are copied again: some file systems round it.
+# Files written up to this many seconds before the last copy are copied again, because some file systems round the time.
 CLOCK_SECONDS = 2.0
 
 
 class Storage:
-    """An output folder on another storage. Within it the folder on this machine is this run's alone.
+    """Output folder on another storage: a context manager that locks its folder on this machine for one run.
 
     Args:
-        url (`str`): as fsspec takes it. Some storages need a package of their own, as `s3://` needs s3fs.
+        url (`str`): an fsspec URL. Some storages need a package, such as s3fs for `s3://`.
 
     Attributes:
-        folder (`Path`): on this machine, in the cache of huggingface_hub; gone when everything is on the storage.
+        folder (`Path`): folder on this machine, in the cache of huggingface_hub. It is removed once everything is copied.
 
     Raises:
-        `ValueError`: no storage of that name, no folder in it, or a package is missing.
+        `ValueError`: the URL's protocol is unknown, its package is missing, or the URL names no folder.
     """
 
     def __init__(self, url: str):
@@ -52,7 +52,7 @@ class Storage:
             raise ValueError(f"{url} cannot be reached: {error}") from error
         self._root = root.rstrip("/")
         if not self._root:
-            raise ValueError(f"{url} names no folder; put the name of one behind it.")
+            raise ValueError(f"{url} names no folder; append the name of one.")
         name = hashlib.sha256(self.url.encode()).hexdigest()[:16]
         self.folder = Path(constants.HF_HOME) / "diffusers_fvg" / name
         self._lock = FileLock(f"{self.folder}.lock")
@@ -63,7 +63,9 @@ class Storage:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise ValueError(f"another run of this machine works in {self.url}; wait for it, or stop it.") from None
+            raise ValueError(
+                f"another run of this machine works in {self.url}; wait for it to end, or stop it."
+            ) from None
         try:
             self._bring_records()
         except BaseException:
@@ -72,7 +74,7 @@ class Storage:
         return self
 
     def __exit__(self, *error: object) -> None:
-        # What could not be copied stays for the next run.
+        # A folder with files that are not copied yet stays for the next run.
         if self._is_spent:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.release()
@@ -80,7 +82,7 @@ class Storage:
     # -- what is there ------------------------------------------------------------------------------------------------
 
     def listed(self) -> Iterator[tuple[str, int]]:
-        """Paths in the output folder, and bytes, of what is there but for the run's own files."""
+        """Yields path in the output folder and size in bytes of each file in the storage, except the run's own files."""
         with self._told("it cannot be listed"):
             self._files.invalidate_cache()
             for entry in self._entries(self._root):
@@ -91,12 +93,12 @@ class Storage:
                     yield self._name(each), each["size"]
 
     def sizes(self) -> dict[bytes, int]:
-        """Bytes of the files of [`listed`], by [`path_key`]."""
+        """Returns the sizes of [`listed`] in bytes, under [`path_key`]."""
         return {path_key(name): size for name, size in self.listed()}
 
     @contextlib.contextmanager
     def borrowed(self, name: str) -> Iterator[Path]:
-        """A file of the storage, on this machine as long as this lasts."""
+        """Downloads a file of the storage for the time of a `with` block."""
         path = self.folder / f"borrowed{Path(name).suffix}"
         try:
             self._bring(name, path)
@@ -105,7 +107,7 @@ class Storage:
             path.unlink(missing_ok=True)
 
     def _bring_records(self) -> None:
-        """Plan, model's name and manifest; what is on this machine of another plan or model is gone."""
+        """Downloads plan, facts and manifest; removes the local folder if it belongs to another plan or model."""
         facts = {name: self._read(name) for name in (PLAN_FACTS, RUN_FACTS)}
         here = {name: (self.folder / name).read_bytes() for name in facts if (self.folder / name).is_file()}
         if any(facts[name] != data for name, data in here.items()):
@@ -120,7 +122,7 @@ class Storage:
         with self._told(f"{MANIFEST} cannot be listed"):
             lines = [self._name(entry) for entry in self._entries(f"{self._root}/{MANIFEST}")]
         for name in lines:
-            # Those that are here have the lines that were not copied yet.
+            # Local manifest files may have lines that are not copied yet.
             if not (self.folder / name).exists():
                 self._bring(name, self.folder / name)
 
@@ -148,33 +150,33 @@ class Storage:
     # -- what goes there ----------------------------------------------------------------------------------------------
 
     def add_facts(self) -> None:
-        """Copies the plan and the model's name, where they are not there yet."""
+        """Copies the plan and the facts to the storage, unless they are there already."""
         for name in (PLAN, PLAN_FACTS, RUN_FACTS):
             if (self.folder / name).is_file() and self._read(name) is None:
                 self._copy(self.folder / name)
 
     def add_finished(self) -> None:
-        """Copies videos that have lines and are on this machine alone: an earlier run was stopped before it could."""
+        """Copies finished videos that are only on this machine, because an earlier run was stopped before it copied them."""
         self._is_spent = False
         for line in read_manifest(self.folder):
             self.add(line)
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Copies the video of a line of the manifest, and every `RECORD_SECONDS` manifest and captions."""
+        """Copies the video of a manifest's line, and every `RECORD_SECONDS` the manifest and the captions."""
         path = self.folder / line["path"]
         if line["status"] != "failed" and path.is_file() and path.stat().st_size:
             stages = self.folder / STAGES / line["path"]
             for file in sorted(stages.iterdir()) if stages.is_dir() else ():
                 self._copy(file)
             self._copy(path)
-            # A worker that is given the video once more finds a file.
+            # The empty file tells a worker that gets the video again that it is finished.
             os.truncate(path, 0)
             shutil.rmtree(stages, ignore_errors=True)
         if time.monotonic() >= self._next_records:
             self._add_records()
 
     def finish(self) -> None:
-        """Copies what is left; the folder on this machine has then done its work."""
+        """Copies what is left and marks the folder on this machine for removal."""
         self.add_finished()
         self._add_records()
         self._is_spent = True
@@ -188,7 +190,7 @@ class Storage:
         self._next_records = time.monotonic() + RECORD_SECONDS
 
     def _copy(self, path: Path) -> None:
-        """A file goes where it is in the folder, whole or not at all, as transactions of fsspec have it."""
+        """Copies a file to the same path in the storage, completely or not at all, in a transaction of fsspec."""
         name = path.relative_to(self.folder).as_posix()
         target = f"{self._root}/{name}"
         with self._told(f"{name} cannot be written"):
@@ -200,15 +202,16 @@ class Storage:
     def _told(self, what: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # Packages for storages raise errors of their own.
+        except Exception as error:  # Each storage's package raises its own types of error.
             raise OSError(
-                f"{self.url}: {what}: {type(error).__name__}: {error}. What is finished stays, and the same command goes on from there."
+                f"{self.url}: {what}: {type(error).__name__}: {error}. Finished videos stay, and the same command continues "
+                "from there."
             ) from error
 
 
 @contextlib.contextmanager
 def opened(place: str | Path) -> Iterator[tuple[Path, Storage | None]]:
-    """The folder of this machine that a run works in, and the storage of an address (a `str`), `None` of a folder (a `Path`)."""
+    """Opens an output folder: yields the folder on this machine, and the [`Storage`] for a URL (a `str`) or `None` for a `Path`."""
     if isinstance(place, Path):
         yield place, None
         return
@@ -216,5 +219,5 @@ def opened(place: str | Path) -> Iterator[tuple[Path, Storage | None]]:
         try:
             yield storage.folder, storage
         except ValueError as error:
-            # Whoever asked knows the address alone.
+            # The user knows the URL, not the folder on this machine.
             raise ValueError(str(error).replace(str(storage.folder), storage.url)) from error

@@ -1,4 +1,4 @@
-"""Videos during training: the callable that `fvg train` hands to the trainer."""
+"""Validation videos during training, made by a callable that `fvg train` passes to the trainer."""
 
 from __future__ import annotations
 
@@ -29,18 +29,20 @@ from ..training.processes import make_accelerator
 
 
 def make_validate(config: TrainConfig) -> Callable[[Validation], None]:
-    """A callable for [`training.trainer.main_train`] that makes a video of each validation prompt, from its anchor or without.
+    """Returns a callable for [`training.trainer.main_train`] that makes a video of each validation prompt, with its anchor if
+    it has one.
 
-    Videos have the size of the first bucket of more than one frame and the steps of the default preset, and always the same
-    noise. They go to `output_dir/validation/<expert>_step_<step>/` and to the tracker. Prompts are encoded here, before there
-    is anything else on the device; while a validation lasts, the VAE is on it too. Of a model of two experts the one that is
-    not trained is loaded with the LoRA that the run has of it, if any, and goes through the device block by block.
+    Videos have the size of the first bucket with more than one frame, the steps of the default preset, and the same noise at
+    every validation. They are written to `output_dir/validation/<expert>_step_<step>/` and to the tracker. The prompts are
+    encoded here, while nothing else is on the device. During a validation the VAE is on the device, too. If the model has two
+    experts, the one that is not trained is loaded with the run's LoRA for it, if any, and moves to the device block by block.
 
     Args:
-        config (`TrainConfig`): `validation_prompts`, `validation_anchors` and `validation_frame_indices`.
+        config (`TrainConfig`): training config; `validation_prompts`, `validation_anchors` and `validation_frame_indices` say
+            what to make.
 
     Raises:
-        `ValueError`: no prompts, an anchor that cannot be read, or one outside of the videos.
+        `ValueError`: there are no prompts, or an anchor cannot be read or is outside the video.
     """
     if not config.validation_prompts:
         raise ValueError(
@@ -53,7 +55,7 @@ def make_validate(config: TrainConfig) -> Callable[[Validation], None]:
     size = {"num_frames": num_frames, "height": height, "width": width}
     for picture, place in zip(pictures, places):
         resolve_anchors([] if picture is None else [Anchor(picture, place)], num_frames)
-    # The run's own: it also says how long processes wait for each other, which the first one that is made settles.
+    # The run's own accelerator, because the first one that is created settles the timeout between processes.
     accelerator, folder = make_accelerator(config), model_folder(config)
     embeds = _embeds(config, folder, accelerator.device) if accelerator.is_main_process else []
 
@@ -80,7 +82,7 @@ def make_validate(config: TrainConfig) -> Callable[[Validation], None]:
 
 @torch.no_grad()
 def _embeds(config: TrainConfig, folder: Path, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Embeddings `(1, L, D)` of each prompt and of the empty one, on the CPU."""
+    """Returns for each prompt its embeddings and those of the empty prompt, `(1, L, D)` each, on the CPU."""
     family = family_of(config, folder)
     pipe = text_pipeline(family, folder, _dtype(config), device)
     return [
@@ -96,16 +98,16 @@ def _dtype(config: TrainConfig) -> torch.dtype:
 def _pipeline(
     validation: Validation, folder: Path
 ) -> tuple[FactorizedVideoPipeline | FactorizedCogVideoXPipeline, dict[str, float]]:
-    """The pipeline around the transformer that is trained, and the guidance that a distilled LoRA asks for."""
+    """Builds the pipeline around the trained transformer; returns it and the guidance scales that a distilled LoRA needs."""
     config, device = validation.config, PartialState().device
     kind = FactorizedVideoPipeline if isinstance(family_of(config, folder), Wan) else FactorizedCogVideoXPipeline
     absent = ("rewriter", "composer", "anchor_lora", "schedulers", "text_encoder", "tokenizer")
     parts = {validation.expert: validation.transformer} | dict.fromkeys(absent)
     pipe = kind.from_pretrained(folder, dtype=_dtype(config), **parts)
     pipe.set_progress_bar_config(disable=True)
-    # Its weights are in the transformer. What is known of it beside them, as the form of its anchors, is known of a file.
+    # The LoRA's weights are already in the transformer, so only its facts are set, such as the form of its anchors.
     pipe.anchor_lora = AnchorLora({}, sampling_facts(config))
-    # Not the pipeline as a whole: blocks that are kept off the device stay there.
+    # The pipeline as a whole is not moved: blocks that training keeps off the device stay off it.
     pipe.vae.to(device)
     learnt = [validation.expert]
     for name in set(EXPERTS) - {validation.expert}:
@@ -114,7 +116,7 @@ def _pipeline(
             learnt += [name] if _load_other(other, name, config) else []
             if device.type != "cpu":
                 apply_group_offloading(other, device, offload_type="block_level", num_blocks_per_group=1)
-    # Without an anchor a pipeline switches the anchor LoRA off. A sample shows what is learnt, with an anchor or without.
+    # Pipelines switch the anchor LoRA off without an anchor. Validation keeps it on, to show what was learnt.
     scales = pipe._adapter_scales
     pipe._adapter_scales = lambda attention_kwargs, anchored: scales(attention_kwargs, anchored=True)
     names = {"transformer": "guidance_scale", "transformer_2": "guidance_scale_2"}
@@ -122,7 +124,8 @@ def _pipeline(
 
 
 def _load_other(transformer: torch.nn.Module, expert: str, config: TrainConfig) -> bool:
-    """Gives the expert that is not trained the LoRA that it has learnt so far, or starts from; whether it has learnt one."""
+    """Loads into the expert that is not trained its latest LoRA of this run, or its initial one; returns whether the run has
+    trained one."""
     saved = sorted((Path(config.output_dir) / "checkpoints" / expert).glob("step_*.safetensors"))
     source: Any = None
     options: dict[str, Any] = {}

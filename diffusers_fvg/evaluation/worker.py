@@ -1,4 +1,4 @@
-"""One process of a run: it makes the planned videos that it is given, a stage at a time, each output whole or not at all."""
+"""Worker of a run: makes planned videos stage by stage. Each output file is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ if TYPE_CHECKING:
     from ..pipelines.stages import FactorizedStages
 
 CAPTIONS, STAGES, STAGES_FILE = "captions", "stages", "stages.json"
-# Parts of a pipeline that a run may need, as its loader is asked for them.
+# Names of the parts of a pipeline that a run may need, for its loader.
 REWRITER, COMPOSER, LORA, VIDEO = "rewriter", "composer", "lora", "video"
-# Prompts share this many locks: two workers that meet the same prompt do not both write its caption.
+# Number of locks that the prompts share. A lock keeps two workers with the same prompt from both writing its caption.
 NUM_LOCKS = 64
 
 
 class Load(Protocol):
-    """Loads a pipeline, in whichever process; it can be pickled.
+    """Callable that loads a pipeline in a worker's process. It must be picklable.
 
     Args:
-        parts (collection of `str`): of `REWRITER`, `COMPOSER`, `LORA` and `VIDEO`: what the process needs. Without `VIDEO` the
-            video model may be one without weights.
-        device (`str`, *optional*): where to; the fastest there is when left out.
+        parts (collection of `str`): parts that the process needs, of `REWRITER`, `COMPOSER`, `LORA` and `VIDEO`. Without
+            `VIDEO` the video model may be left without weights.
+        device (`str`, *optional*): device of the pipeline; left out, the fastest that the machine has.
     """
 
     def __call__(self, parts: Collection[str], device: str | None = None) -> FactorizedStages: ...
 
 
 def parts_of(arguments: dict[str, Any]) -> frozenset[str]:
-    """What a video with these arguments of the call needs."""
+    """Returns the parts of the pipeline that a call with these arguments needs."""
     if arguments.get("mode") == "direct":
         return frozenset({VIDEO})
     if arguments.get("image") is not None or arguments.get("anchors") is not None:
@@ -62,10 +62,10 @@ def parts_of(arguments: dict[str, Any]) -> frozenset[str]:
 
 
 def call_of(prompt: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the pipeline's call for a planned video, pictures opened.
+    """Returns the arguments of the pipeline's call for a planned video, with its images loaded.
 
     Raises:
-        `ValueError`, `OSError`: a picture that cannot be read.
+        `ValueError`, `OSError`: an image cannot be read.
     """
     call = {"prompt": prompt, **arguments}
     if call.get("image") is not None:
@@ -78,13 +78,13 @@ def call_of(prompt: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 class Worker:
-    """Makes videos of a plan; each method may be called again for what is there.
+    """Makes videos of a plan. Each stage reuses what is already in the output folder.
 
     Args:
         folder (`Path`): the output folder, with a plan.
-        load ([`Load`]): the pipeline.
-        parts (collection of `str`): what of it this worker needs.
-        device (`str`, *optional*): for `load`.
+        load ([`Load`]): loads the pipeline.
+        parts (collection of `str`): parts of the pipeline that this worker needs.
+        device (`str`, *optional*): argument of `load`.
     """
 
     def __init__(self, folder: Path, load: Load, parts: Collection[str], device: str | None = None):
@@ -94,7 +94,7 @@ class Worker:
         self._listed: Collection[bytes] = ()
 
     def make(self, row: PlannedVideo) -> dict[str, Any] | None:
-        """All stages of a video. Returns its line of the manifest, or `None` where it is there."""
+        """Runs all stages of a video; returns its line of the manifest, or `None` if it already had one."""
         needed = parts_of(row.arguments)
         if (self.folder / row.path).exists():
             return self.animate(row)
@@ -107,7 +107,7 @@ class Worker:
     # -- the stages ---------------------------------------------------------------------------------------------------
 
     def rewrite(self, row: PlannedVideo) -> Writing:
-        """Stage 1: the caption of the row's prompt, which all its videos share."""
+        """Runs stage 1: writes the caption of the row's prompt, which all videos of this prompt share."""
         path = caption_path(self.folder, row)
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ class Worker:
         return Writing.from_json(json.loads(path.read_text(encoding="utf-8")))
 
     def compose(self, row: PlannedVideo) -> Drawing:
-        """Stage 2: the pictures of the row's video."""
+        """Runs stage 2: draws the anchors of the row's video."""
         folder = stages_folder(self.folder, row)
         if not folder.exists():
             writing = self.rewrite(row) if REWRITER in parts_of(row.arguments) else None
@@ -129,7 +129,10 @@ class Worker:
         return _load_drawing(folder)
 
     def animate(self, row: PlannedVideo) -> dict[str, Any] | None:
-        """Stage 3, the video's file and its line of the manifest, which it returns."""
+        """Runs stage 3: writes the video's file and its line of the manifest.
+
+        Returns the line, or `None` if the video already had one.
+        """
         path, needed = self.folder / row.path, parts_of(row.arguments)
         if path.exists():
             return None if self._is_listed(row) else note_found(path, row, self.manifest)
@@ -150,13 +153,13 @@ class Worker:
         return line
 
     def _is_listed(self, row: PlannedVideo) -> bool:
-        """Whether a video that is there has a line: this worker may have been given what one that died had finished."""
+        """Returns whether an existing video has a line; a worker that died may have finished it."""
         if path_key(row.path) not in self._listed:
             self._listed = finished_sizes(self.folder)
         return path_key(row.path) in self._listed
 
     def _write_video(self, path: Path, output: FactorizedVideoPipelineOutput) -> int:
-        """The file, whole or not at all, and its bytes."""
+        """Writes the video's file, completely or not at all, and returns its size in bytes."""
         frames: Any = output.frames[0]
         sound: dict[str, Any] = {}
         if getattr(output, "audio", None):
@@ -166,7 +169,7 @@ class Worker:
         write_video(draft, frames, rate, output.records[0], scale, **sound)
         size = draft.stat().st_size
         path.parent.mkdir(parents=True, exist_ok=True)
-        # It is on the disk already.
+        # `write_video` has already flushed the file to the disk.
         os.replace(draft, path)
         return size
 
@@ -174,13 +177,13 @@ class Worker:
         self.manifest.close()
 
     def failed(self, row: PlannedVideo, error: Exception) -> dict[str, Any]:
-        """The line of a video that cannot be made."""
+        """Adds the line of a failed video to the manifest and returns it."""
         line = {"path": row.path, "status": "failed", "error": f"{type(error).__name__}: {error}"}
         self.manifest.add(line)
         return line
 
     def _put(self, path: Path, make: Callable[[Path], Any]) -> None:
-        """Makes a file or folder beside, to the disk, and then puts it in its place, unless another is there by then."""
+        """Makes a temporary file or folder, flushes it to the disk and moves it to `path`, unless that exists by then."""
         draft = self.folder / TEMPORARY / uuid.uuid4().hex
         try:
             make(draft)
@@ -202,15 +205,17 @@ class Worker:
 
 
 def caption_path(folder: Path, row: PlannedVideo) -> Path:
-    """Where the caption of a prompt is: one for all calls that ask stage 1 for the same."""
+    """Returns the path of a prompt's caption, shared by all calls with the same arguments for stage 1."""
     names = ("mode", "num_moments", "rewriter_max_new_tokens", "rewriter_motion")
     asked = [row.prompt, *(row.arguments.get(name) for name in names)]
     return folder / CAPTIONS / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]}.json"
 
 
 def stages_folder(folder: Path, row: PlannedVideo) -> Path:
-    """Where the pictures of a video are: `anchor.png` and those of later moments, `candidate_1.png` and so on where a judge chose,
-    and `stages.json`, which names them with seeds, scores and answers.
+    """Returns the folder of a video's anchors.
+
+    It holds `anchor.png`, `anchor_2.png` and so on for later moments, `candidate_1.png` and so on if a judge chose among
+    candidates, and `stages.json` with file names, seeds, scores and answers.
     """
     return folder / STAGES / row.path
 
@@ -256,10 +261,10 @@ def _picture(path: Path) -> PIL.Image.Image:
 
 
 def note_found(path: Path, row: PlannedVideo, manifest: Manifest) -> dict[str, Any]:
-    """The line of a video that is there, in a file, without one: it was made before a kill that came before its line.
+    """Adds the line of an existing video that has none, because its worker was killed before it wrote the line.
 
     Raises:
-        `ValueError`: the file is another one.
+        `ValueError`: the video's metadata has another prompt or seed.
     """
     record = read_video_metadata(path)
     is_seed = record.get("seeds", {}).get("video") == row.seed or row.arguments.get("motion_retries")
@@ -271,5 +276,5 @@ def note_found(path: Path, row: PlannedVideo, manifest: Manifest) -> dict[str, A
 
 
 def _memory_bytes() -> int:
-    """Of the card the most that was used, without one what this process uses."""
+    """Returns the peak memory on the GPU, or without a GPU the current memory of this process."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else psutil.Process().memory_info().rss

@@ -1,4 +1,4 @@
-"""Cached clips, and the order in which they are trained on.
+"""Loads cached clips, and orders them into training batches.
 
 Shapes: B batch, C latent channels, f/h/w latent frames, height and width, L tokens, D width.
 """
@@ -22,13 +22,13 @@ class Clips:
     """The cached clips of a run.
 
     Args:
-        latents (`list[Path]`): one file per clip.
-        texts (`list[Path]`): one file per clip.
-        shapes (`list` of `(C, f, h, w)`): of the latents.
-        empty_text (`Path`): of the empty prompt, or of the negative one where guidance is distilled.
-        max_sequence_length (`int`): to which embeddings are filled up with zeros, as in `WanPipeline`.
-        rejected (`dict[str, str]`): path of a video that cannot be used -> why.
-        repeats (`list[float]`, *optional*): how often an epoch goes through each clip; once when left out.
+        latents (`list[Path]`): file of each clip's latents.
+        texts (`list[Path]`): file of each clip's text embeddings.
+        shapes (`list` of `(C, f, h, w)`): shape of each clip's latents.
+        empty_text (`Path`): file of the empty prompt's embeddings, or of the negative prompt's with guidance distillation.
+        max_sequence_length (`int`): length to which embeddings are padded with zeros, as in `WanPipeline`.
+        rejected (`dict[str, str]`): reason for each video that cannot be used, by its path.
+        repeats (`list[float]`, *optional*): how often an epoch contains each clip; left out, once.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Clips:
 
     @property
     def digests(self) -> dict[str, str]:
-        """Of videos and captions and their order. The cache names its files by content."""
+        """Digests of videos, captions and repeats, in order. They identify content, because the cache names files by it."""
         names = {
             "videos": [path.name for path in self.latents],
             "captions": [path.name for path in self.texts],
@@ -60,8 +60,8 @@ class Clips:
         return {key: hashlib.sha256(repr(column).encode()).hexdigest()[:16] for key, column in names.items()}
 
     def load(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, Pictures | None]:
-        """Latents `(B, C, f, h, w)` of clips of one shape, text embeddings `(B + 1, L, D)`, that of `empty_text` last, and the
-        clips' [`Pictures`], if the cache has them."""
+        """Loads clips of one shape: latents `(B, C, f, h, w)`, text embeddings `(B + 1, L, D)` with that of `empty_text` last,
+        and the clips' [`Pictures`], if the cache has them."""
         files = [_read(self.latents[index]) for index in indices]
         latents, pictures = torch.stack([file["latents"] for file in files]), None
         if "pictures" in files[0]:
@@ -81,17 +81,17 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
 
 
 class BatchOrder:
-    """Which clips make up the n-th batch, for any n: nothing has to be remembered to continue.
+    """Indices of the clips in the n-th batch, for any n, so that a run can continue without a stored state.
 
-    An epoch goes through every clip as often as it is repeated, in batches of one shape. What does not fill a batch is filled
-    up from the beginning of its shape's own order, so that nothing is left out.
+    An epoch contains each clip as often as `repeats` says, in batches of one shape. The last batch of a shape is filled up
+    from the beginning of that shape's order, so that no clip is left out.
 
     Args:
-        shapes (`list[tuple]`): of each clip.
-        batch_size (`int`): over all processes.
-        seed (`int`): of the order.
-        repeats (`list[float]`, *optional*): of each clip, once when left out. Of a fraction every epoch takes so many of the
-            clips that have it, others than the epoch before.
+        shapes (`list[tuple]`): shape of each clip's latents.
+        batch_size (`int`): batch size over all processes.
+        seed (`int`): seed of the order.
+        repeats (`list[float]`, *optional*): how often an epoch contains each clip; left out, once. With a fraction, each epoch
+            takes that share of the clips that have this value, different ones in successive epochs.
     """
 
     def __init__(
@@ -118,11 +118,11 @@ class BatchOrder:
 
     @staticmethod
     def _taken(group: dict[float, list[int]], epoch: int) -> list[int]:
-        """The clips of a shape in an epoch, whose number is always the same."""
+        """Returns the clips of a shape in an epoch. Their number is the same in every epoch."""
         taken = []
         for repeats, clips in group.items():
             whole = int(repeats)
-            # At least one: nothing is left out for good.
+            # At least one, so that no clip is left out forever.
             rest = max(round((repeats - whole) * len(clips)), int(whole == 0))
             taken += clips * whole + [clips[(epoch * rest + place) % len(clips)] for place in range(rest)]
         return taken
@@ -139,12 +139,12 @@ class BatchOrder:
 
 
 class Prefetcher:
-    """Batches of one process, the next one read while this one is trained on.
+    """Loads the batches of one process, and reads the next batch in the background.
 
     Args:
-        clips ([`Clips`]): what to load.
-        order ([`BatchOrder`]): over all processes.
-        process_index, batch_size (`int`): which slice of each batch is this process's.
+        clips ([`Clips`]): the cached clips.
+        order ([`BatchOrder`]): the batches over all processes.
+        process_index, batch_size (`int`): index of this process, and number of clips of each batch that it loads.
     """
 
     def __init__(self, clips: Clips, order: BatchOrder, process_index: int, batch_size: int):
@@ -154,7 +154,7 @@ class Prefetcher:
         self._next: tuple[int, Future] | None = None
 
     def load(self, number: int) -> tuple[torch.Tensor, torch.Tensor, Pictures | None]:
-        """Batch `number` of this process; see [`Clips.load`]."""
+        """Loads batch `number` of this process; see [`Clips.load`]."""
         if self._next is None or self._next[0] != number:
             self._next = self._submit(number)
         batch = self._next[1].result()

@@ -1,4 +1,4 @@
-"""What a training run is: one frozen dataclass, read from TOML. Light to import."""
+"""Config of a training run: a frozen dataclass that is read from TOML. Importing this module is fast."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Literal, Self
 from ..publishing.toml import toml_value
 
 
-# Query, key, value, output and feed-forward of both attentions: what Pusa and DiffSynth-Studio train on Wan.
+# Query, key, value and output of both attentions, and the feed-forward: the layers that Pusa and DiffSynth-Studio train on Wan.
 WAN_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
-# Values of options that need a package which does not come with this one.
+# Option, value and the package that it needs, which is no dependency of this one.
 PACKAGES = (
     ("tracker", "tensorboard", "tensorboard"),
     ("tracker", "wandb", "wandb"),
@@ -25,8 +25,8 @@ PACKAGES = (
     ("optimizer", "adamw-8bit", "bitsandbytes"),
 )
 
-# Beyond any run: what is more is a slip of the finger, and is told before weights are read. No layer of the known models is as
-# wide as the highest rank.
+# Upper limits. A larger value is a typing error, which is reported before weights are loaded. No layer of the known models is
+# as wide as the highest rank.
 MOST = {
     "frame_rate": 1000,
     "clips_per_video": 10_000,
@@ -47,14 +47,14 @@ MOST = {
 
 @dataclass(frozen=True)
 class DataSource:
-    """One of several folders or data sets that are trained on, `[[data]]` in TOML.
+    """One of several folders or datasets to train on, `[[data]]` in TOML.
 
     Args:
-        path (`str`): as `TrainConfig.data` names a single one.
-        repeats (`float`, *optional*): how often an epoch goes through its clips; of 0.5 every epoch takes half of them, in
-            turn. That is its weight: a folder of 100 clips at 3 weighs as much as one of 300 at 1.
-        caption_prefix, caption_suffix (`str`, *optional*): written before and behind each of its captions, as they are.
-        buckets (`tuple` of `(num_frames, height, width)`, *optional*): in place of those of the config.
+        path (`str`): folder or dataset, as in `TrainConfig.data`.
+        repeats (`float`, *optional*): how often an epoch contains each of its clips; with 0.5, each epoch takes half of them
+            in turn. A folder of 100 clips with 3 has the same weight as one of 300 clips with 1.
+        caption_prefix, caption_suffix (`str`, *optional*): texts before and after each of its captions, added verbatim.
+        buckets (`tuple` of `(num_frames, height, width)`, *optional*): replace the config's buckets for this source.
     """
 
     path: str
@@ -65,7 +65,7 @@ class DataSource:
 
 
 class TomlConfig:
-    """A frozen dataclass that is read from TOML: values become their fields' types and are then checked by `validate`."""
+    """Base of frozen dataclasses read from TOML: converts values to the fields' types and checks them by `validate`."""
 
     # Options of every run.
     model: str
@@ -89,7 +89,7 @@ class TomlConfig:
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def validate(self) -> None:
-        """Raises `ValueError` for values that are out of range or do not belong together. Defined by the run."""
+        """Raises a `ValueError` for values that are out of range or contradict each other. Subclasses define it."""
         raise NotImplementedError
 
     def __post_init__(self) -> None:
@@ -103,11 +103,11 @@ class TomlConfig:
         """Reads a TOML file.
 
         Raises:
-            `ValueError`: no TOML, an unknown or missing key, a value of another type or out of range.
+            `ValueError`: the file is no TOML, a key is unknown or missing, or a value has another type or is out of range.
         """
         try:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:  # Of bytes, of numbers and of depth as well.
+        except (ValueError, RecursionError) as error:  # Also bad encodings, huge numbers and deep nesting.
             raise ValueError(f"{path} is no valid TOML: {str(error)[:200]}.") from error
         names = [field.name for field in fields(cls)]
         unknown = [name for name in values if name not in names]
@@ -125,10 +125,10 @@ class TomlConfig:
         not_negative: Sequence[str] = (),
         shares: Sequence[str] = (),
     ) -> None:
-        """Ranges of the options that every run of the trainer has, and of those that are named.
+        """Checks the ranges of the options that every run has, and of the options named in the arguments.
 
         Raises:
-            `ValueError`: naming the option and the fix.
+            `ValueError`: an option is out of range; the message names it and the fix.
         """
         for name in ("model", "cache_dir", "output_dir", "video_column", "caption_column"):
             _require(getattr(self, name).strip(), name, self, "must not be empty")
@@ -155,10 +155,10 @@ class TomlConfig:
         _require(self.warmup_steps < self.steps, "warmup_steps", self, f"must be below steps={self.steps}")
 
     def check_packages(self) -> None:
-        """What an option needs beside the package's own dependencies is installed.
+        """Checks that the packages in `PACKAGES` which the options need are installed.
 
         Raises:
-            `ValueError`: naming the option and the package.
+            `ValueError`: a package is missing; the message names the option and the package.
         """
         for name, value, package in PACKAGES:
             if getattr(self, name, None) == value:
@@ -168,132 +168,136 @@ class TomlConfig:
 
     @property
     def sources(self) -> tuple[DataSource, ...]:
-        """What `data` names, one or several."""
+        """The sources in `data`, one or several."""
         return (DataSource(self.data),) if isinstance(self.data, str) else self.data
 
     @property
     def all_buckets(self) -> tuple[tuple[int, int, int], ...]:
-        """Those of the config and of its sources, each once."""
+        """The buckets of the config and of its sources, without duplicates."""
         return tuple(dict.fromkeys([*self.buckets, *(bucket for source in self.sources for bucket in source.buckets)]))
 
     def to_toml(self) -> str:
-        """All values, defaults included; TOML has no `None`."""
+        """Returns all values as TOML, including defaults but without `None`, which TOML does not have."""
         values = {name: value for name, value in asdict(self).items() if value is not None}
         return "".join(f"{name} = {toml_value(value)}\n" for name, value in values.items())
 
 
 @dataclass(frozen=True)
 class TrainConfig(TomlConfig):
-    """A run of anchor-grounding training (Factorized Video Generation, arXiv 2512.16371). Beside each option stands what
-    speaks for its values. Pusa is arXiv 2507.16116; the first author's code is a public fork of VideoX-Fun.
+    """Config of anchor-grounding training (Factorized Video Generation, arXiv 2512.16371), with sources for the values of each
+    option. Pusa is arXiv 2507.16116; "first author" is the public VideoX-Fun fork of the FVG paper's first author.
 
     Args:
         model (`str`): folder or Hub repository of a Wan or CogVideoX text-to-video pipeline in diffusers' layout.
         data (`str` or `tuple` of [`DataSource`]): folder with `metadata.jsonl` or `metadata.csv`, or with a `.txt` beside each
-            video; or the name of a Hugging Face data set. Several, each with options of its own, are tables `[[data]]`.
+            video; or the name of a Hugging Face dataset. Several sources with their own options are tables `[[data]]`.
         cache_dir (`str`): folder for latents and text embeddings. It belongs to one set of encoders, buckets and frame
-            rate; another set of them needs another folder.
+            rate; another set needs another folder.
         output_dir (`str`): folder for weights, checkpoints, log and the resolved config.
-        buckets (`tuple` of `(num_frames, height, width)`): sizes to train at. Of those that a video has the frames
-            for it goes to the nearest in aspect ratio, then to the longest; it is scaled and centre-cropped, never
-            stretched. Buckets of one frame are for pictures, which are trained on without an anchor.
-        frame_rate (`float`): frames per second that the model knows: 24 for Wan2.2-TI2V-5B, 16 for the other Wan models and
-            CogVideoX 1.5.
-            Faster videos are thinned out; slower ones (below 9/10 of it) are rejected, not padded with copies.
+        buckets (`tuple` of `(num_frames, height, width)`): sizes to train at. Of the buckets that are not longer than a video,
+            it gets the nearest in aspect ratio, then the longest; it is scaled and centre-cropped, never stretched.
+            Buckets of one frame are for images, which are trained on without an anchor.
+        frame_rate (`float`): frames per second of the model: 24 for Wan2.2-TI2V-5B, 16 for the other Wan models and
+            CogVideoX 1.5. Frames of faster videos are dropped; slower videos (below 9/10 of the rate) are rejected, since
+            they would repeat frames.
 
-        revision (`str`, *optional*): of the model's repository.
-        video_column, caption_column (`str`, *optional*): in the metadata; `file_name` is the convention of Hugging Face
-            folders.
-        clips_per_video (`int`, *optional*): at most so many clips are cut from a video, without overlap and evenly spread
-            from its first frame to its last; with 1 it is the beginning. All have the caption of the video.
+        revision (`str`, *optional*): revision of the model's repository.
+        video_column, caption_column (`str`, *optional*): names of columns in the metadata; `file_name` is the convention of
+            Hugging Face folders.
+        clips_per_video (`int`, *optional*): most clips that are cut from a video, without overlap and evenly spread
+            from its first frame to its last; a single clip is the beginning. All have the caption of the video.
         max_rejected_share (`float`, *optional*): share of videos in [0, 1) that may be missing, damaged or too short
-            before the run stops. Each is named in any case.
-        max_sequence_length (`int`, *optional*): text tokens, as at sampling; 512 for Wan, 224 for CogVideoX 1.5.
+            before the run stops. The log names each of them in any case.
+        max_sequence_length (`int`, *optional*): number of text tokens, as at sampling; 512 for Wan, 224 for CogVideoX 1.5.
 
         experts (`tuple[str, ...]`, *optional*): `"transformer"`, `"transformer_2"` or both. Wan2.2-A14B has two, each with
-            its own range of noise levels, and gets one LoRA for each (the first author's code, Pusa). They are trained
-            one after the other, so that memory is that of one.
-        rank, alpha (`int`, `float`, *optional*): of the LoRA; its strength is `alpha / rank`. First author: 128/64 (5B),
-            16/8 (1.3B), 256/128 (14B) used at weight 0.55. Pusa: 512/512 used at 1.4, larger ranks better and small ones
-            slower to plateau. LTX-2, DiffSynth-Studio: 32.
+            its own range of noise levels, and gets one LoRA for each (first author, Pusa). They are trained one after the
+            other, so that only one is in memory.
+        rank, alpha (`int`, `float`, *optional*): rank and alpha of the LoRA; its scale is `alpha / rank`. First author:
+            128/64 (5B), 16/8 (1.3B), 256/128 (14B) used at weight 0.55. Pusa: 512/512 used at 1.4; larger ranks were better
+            and small ones slower to plateau. LTX-2, DiffSynth-Studio: 32.
         initial_lora (`str`, *optional*): file, folder or Hub repository of a LoRA of any known format that the new one starts
-            from; its rank is at most `rank`, its layers are among `targets`. Left out, the new one starts at nothing.
-        targets (`tuple[str, ...]`, *optional*): ends of module names. Pusa finds that it is self-attention that learns
-            the anchor.
+            from. Its rank must be at most `rank`, its layers among `targets`. Left out, the new LoRA starts at zero.
+        targets (`tuple[str, ...]`, *optional*): last parts of the names of trained modules. Pusa finds that self-attention
+            learns the anchor.
 
         distill_guidance (`tuple[float, ...]`, *optional*): guidance scale, above 1, for each of `experts`; empty is off.
             The LoRA learns the guided prediction of the base with `teacher_lora`,
-            `uncond + scale * (cond - uncond)`, and is used with `guidance_scale=1`: one forward a step for two (guidance
-            distillation, arXiv 2210.03142, at one scale).
-        teacher_lora (`str`, *optional*): folder of the finished anchor LoRA that is distilled: `output_dir` of its run,
-            or `anchor_lora` of a repository. The new one starts from it; its rank is at most `rank`.
-        negative_prompt (`str`, *optional*): of the teacher's unconditional forward, as at sampling.
-        anchor_window (`int`, *optional*): each latent frame attends to the anchors and to the frames up to so many latent
-            frames away, as at sampling with that window. Left out, it attends to all.
+            `uncond + scale * (cond - uncond)`, and is used with `guidance_scale=1`: one forward per step instead of two
+            (guidance distillation, arXiv 2210.03142, at a fixed scale).
+        teacher_lora (`str`, *optional*): folder of the finished anchor LoRA to distill: `output_dir` of its run,
+            or `anchor_lora` of a repository. The new LoRA starts from it; its rank must be at most `rank`.
+        negative_prompt (`str`, *optional*): negative prompt of the teacher's unconditional forward, as at sampling.
+        anchor_window (`int`, *optional*): each latent frame attends to the anchors and to the frames at most this many latent
+            frames away, as at sampling with that window. Left out, it attends to all frames.
 
-        anchor_position (`str`, *optional*): which latent frame is given. `"first"` is what sampling uses nearly always;
+        anchor_position (`str`, *optional*): latent frame that the anchor is at. `"first"` is what sampling nearly always uses;
             `"start-middle-last"` draws one of three (first author); `"uniform"` draws any ("a randomly chosen position",
             caption of the paper's Figure 2).
-        anchor_form (`str`, *optional*): how the model gets a picture behind frame 0. `"slot"`: in place of the latent frame
-            that it falls into, which is the clip's own (the paper). `"appended"`: as a latent frame of its own behind the
-            clip's, at its exact frame (LTX-2); `"start-middle-last"` and `"uniform"` then draw pictures that the cache holds
-            beside the clip, one for each latent frame with the latter. Sampling takes the form from the LoRA.
-        anchor_probability (`float`, *optional*): share of samples with an anchor; the rest is text-to-video. Paper: 1.
-            LTX-2: 0.5, so that text-to-video is not forgotten, which matters only where the LoRA stays on without an
+        anchor_form (`str`, *optional*): how the model gets an anchor after frame 0. `"slot"`: as the clip's own latent frame
+            at this place (the paper). `"appended"`: as a further latent frame after the clip's, with the time position of its
+            exact frame (LTX-2); the cache then holds the images that `"start-middle-last"` or `"uniform"` draws from, one for
+            each latent frame with `"uniform"`. Sampling takes the form from the LoRA.
+        anchor_probability (`float`, *optional*): share of samples with an anchor; the others are text-to-video. Paper: 1.
+            LTX-2: 0.5, so that text-to-video is not forgotten. That matters only if the LoRA stays on without an
             anchor (this package's pipeline switches it off).
         anchor_noise (`float`, *optional*): in [0, 1). Each anchor gets a share of the clip's noise and time drawn from
             `[0, anchor_noise]`: `Anchor(strength=1 - share)`. Pusa advises 0.2 for Wan2.2, SkyReels-V2 0.02 to 0.05.
-        mask_anchor_loss (`bool`, *optional*): leaves anchored frames out of the loss and divides by what remains. A clean
-            frame does not hold the noise that it would have to predict; DiffSynth-Studio, ai-toolkit and LTX mask it.
-            Off in the first author's code: kept to compare.
-        frame_times (`str`, *optional*): `"shared"`: all free frames have one noise level, as at sampling (the paper).
-            `"independent"`: one each. Under Pusa's budget (batch 8, 900 steps, rank 512, learning rate 1e-5) independent
-            scored 87.7 and shared, loss mask unknown, 73.3 on VBench-I2V.
-        timestep_density (`str`, *optional*): `"logit-normal"` (arXiv 2403.03206, section 3.1, its best) or `"uniform"`.
-        timestep_std (`float`, *optional*): of the normal of `"logit-normal"`.
-        flow_shift (`float`, *optional*): moves times up as at sampling: 5 for Wan2.2-TI2V-5B, 3 for Wan2.1 at 480p, 12 for
-            A14B. An expert draws from the part of the density that lies in its own range. CogVideoX, no flow model, is
-            trained at all times alike: `"uniform"` and 1.
+        mask_anchor_loss (`bool`, *optional*): whether to leave anchored frames out of the loss and divide by the number of the
+            others. A clean frame does not hold the noise to predict; DiffSynth-Studio, ai-toolkit and LTX mask it. The first
+            author's code does not; `false` is for comparison.
+        frame_times (`str`, *optional*): `"shared"`: all frames without an anchor have one noise level, as at sampling (the
+            paper). `"independent"`: one each. With Pusa's budget (batch 8, 900 steps, rank 512, learning rate 1e-5)
+            independent scored 87.7 and shared, loss mask unknown, 73.3 on VBench-I2V.
+        timestep_density (`str`, *optional*): `"logit-normal"` (best in arXiv 2403.03206, section 3.1) or `"uniform"`.
+        timestep_std (`float`, *optional*): standard deviation of the normal of `"logit-normal"`.
+        flow_shift (`float`, *optional*): shifts times to higher noise as at sampling: 5 for Wan2.2-TI2V-5B, 3 for Wan2.1 at
+            480p, 12 for A14B. An expert draws from the part of the density in its own range. CogVideoX is no flow model
+            and is trained at all times equally: `"uniform"` and 1.
         prompt_dropout (`float`, *optional*): share of samples with the empty prompt, in [0, 1), for classifier-free
-            guidance (arXiv 2207.12598: 0.1 to 0.2). 0 with `distill_guidance`: such a LoRA is not guided.
+            guidance (arXiv 2207.12598: 0.1 to 0.2). Must be 0 with `distill_guidance`, whose LoRA is used without guidance.
 
         steps (`int`, *optional*): optimizer steps for each expert. Pusa: best at 900 with batch 8; LTX-2: 2000.
         batch_size (`int`, *optional*): clips per process and forward.
         gradient_accumulation_steps (`int`, *optional*): forwards per optimizer step.
-        learning_rate (`float`, *optional*): first author, LTX-2, DiffSynth-Studio: 1e-4; Pusa at rank 512: 1e-5.
-        learning_rate_schedule (`str`, *optional*): after the warm-up `"constant"`, or `"cosine"` towards 0 at `steps`.
-        warmup_steps (`int`, *optional*): of linear rise from 0.
-        weight_decay (`float`, *optional*): AdamW; first author 0.03.
-        max_grad_norm (`float`, *optional*): clips the gradient's norm; first author 0.05.
-        ema_decay (`float`, *optional*): in [0, 1) of the moving average that is saved and validated; 0 saves the weights
-            themselves. It starts from `(1 + step) / (10 + step)`.
+        learning_rate (`float`, *optional*): peak learning rate. First author, LTX-2, DiffSynth-Studio: 1e-4; Pusa at rank
+            512: 1e-5.
+        learning_rate_schedule (`str`, *optional*): `"constant"` after the warm-up, or `"cosine"` decay to 0 at `steps`.
+        warmup_steps (`int`, *optional*): steps of linear warm-up from 0.
+        weight_decay (`float`, *optional*): weight decay of AdamW; first author 0.03.
+        max_grad_norm (`float`, *optional*): norm that the gradient is clipped to; first author 0.05.
+        ema_decay (`float`, *optional*): decay, in [0, 1), of the exponential moving average that is saved and validated; 0
+            saves the weights themselves. It starts from `(1 + step) / (10 + step)`.
 
         mixed_precision (`str`, *optional*): `"bf16"`: base model in bfloat16, LoRA and optimizer in float32. `"no"`:
-            everything in float32. float16 is not offered: Wan's activations leave its range.
-        gradient_checkpointing (`bool`, *optional*): keeps one activation per block and computes the rest again.
-        activation_offload (`bool`, *optional*): keeps that one in the computer's memory.
-        block_offload (`bool`, *optional*): keeps the base's blocks in the computer's memory and copies each to the device when
-            it runs, twice in a step: 57 GB for A14B in bfloat16, some 3 seconds over PCIe 4.0.
-        quantize (`str`, *optional*): how the frozen base is stored. `"fp8"`: a byte for a number of its blocks, float8_e4m3fn,
-            by diffusers' layerwise casting. `"nf4"`: 4 bits by bitsandbytes, as in QLoRA (arXiv 2305.14314), which finds its
-            4 bits as good as 16. Arithmetic stays in `mixed_precision`, and the LoRA is one for any form of the base.
-        optimizer (`str`, *optional*): `"adamw"`, or `"adamw-8bit"` of bitsandbytes, whose two moments take 2 bytes a number in
-            place of 8 (arXiv 2110.02861).
-        seed (`int`, *optional*): of everything drawn. A draw depends on seed, expert, step and place in the batch alone.
-        checkpoint_every, keep_checkpoints (`int`, *optional*): in optimizer steps; how many of the newest are kept. There
-            is always one at the end.
-        lora_every (`int`, *optional*): every so many steps the LoRA is kept as `output_dir/loras/<expert>_step_<step>`, to
-            compare; 0 is never.
-        validation_every (`int`, *optional*): calls the `validate` that was passed to the trainer; 0 is never. That of
-            `fvg train` makes a video of each of `validation_prompts`.
-        validation_prompts, validation_anchors (`tuple[str, ...]`, *optional*): prompts, and for each a picture or a video
-            whose first frame is its anchor, or `""` for none; without anchors none has one. Better none that is trained on.
-        validation_frame_indices (`tuple[int, ...]`, *optional*): frame of the sample that each anchor gives, negative from the
-            end; left out, the first. Anchors are given to the model in the form of `anchor_form`.
+            everything in float32. float16 is not offered: Wan's activations exceed its range.
+        gradient_checkpointing (`bool`, *optional*): keeps one activation per block and computes the others again.
+        activation_offload (`bool`, *optional*): keeps that activation in CPU memory.
+        block_offload (`bool`, *optional*): keeps the base's blocks in CPU memory and copies each to the device when it runs,
+            twice per step: 57 GB for A14B in bfloat16, about 3 seconds over PCIe 4.0.
+        quantize (`str`, *optional*): how the frozen base is stored. `"fp8"`: the blocks in float8_e4m3fn, 1 byte per weight,
+            by diffusers' layerwise casting. `"nf4"`: 4 bits by bitsandbytes, as in QLoRA (arXiv 2305.14314), which finds
+            them as good as 16. Arithmetic stays in `mixed_precision`, and the LoRA fits the base in any precision.
+        optimizer (`str`, *optional*): `"adamw"`, or `"adamw-8bit"` of bitsandbytes, whose two moments take 2 bytes per weight
+            instead of 8 (arXiv 2110.02861).
+        seed (`int`, *optional*): seed of all random draws. A draw depends on seed, expert, step and place in the batch only.
+        checkpoint_every, keep_checkpoints (`int`, *optional*): optimizer steps between checkpoints, and number of the newest
+            ones that are kept. There is always one at the end.
+        lora_every (`int`, *optional*): steps between copies of the LoRA in `output_dir/loras/<expert>_step_<step>`, for
+            comparison; 0 is never.
+        validation_every (`int`, *optional*): steps between calls of the trainer's `validate`; 0 is never. `fvg train` makes a
+            video of each of `validation_prompts`.
+        validation_prompts, validation_anchors (`tuple[str, ...]`, *optional*): prompts, and for each an image or a video
+            whose first frame is the anchor, or `""` for none; empty for no anchors. Choose some that are not trained on.
+        validation_frame_indices (`tuple[int, ...]`, *optional*): frame index of each anchor, 0 for the first frame and -1 for
+            the last; left out, 0. Anchors have the form of `anchor_form`.
         tracker (`str`, *optional*): `"none"`, `"tensorboard"` or `"wandb"` (Weights & Biases; `WANDB_MODE=offline` keeps it
             on this computer). `log_<expert>.jsonl` is written in any case.
-        process_group_timeout (`float`, *optional*): seconds that processes wait for each other before they take the run for
-            dead. Validation and the encoding of captions are waited for.
+        process_group_timeout (`float`, *optional*): seconds that processes wait for each other before the run fails. They
+            wait during validation and while captions are encoded.
+
+    Raises:
+        `ValueError`: an option is out of range or contradicts another; the message names it and the fix.
     """
 
     model: str
@@ -363,7 +367,7 @@ class TrainConfig(TomlConfig):
         """Checks ranges, and options against each other.
 
         Raises:
-            `ValueError`: naming the option and the fix.
+            `ValueError`: the message names the option and the fix.
         """
         self.check_ranges(
             at_least_one=("rank",),
@@ -376,7 +380,7 @@ class TrainConfig(TomlConfig):
         _require(self.buckets, "buckets", self, "needs at least one [num_frames, height, width]")
         for bucket in self.all_buckets:
             _require(min(bucket) >= 1, "buckets", self, f"holds {list(bucket)}: sizes are positive")
-        # With one latent frame the anchor would be all there is.
+        # In a clip of one latent frame the anchor would be the whole clip.
         motion = any(bucket[0] > 1 for bucket in self.all_buckets)
         _require(motion, "buckets", self, "holds pictures alone: a clip of one frame has no motion")
         for name in ("buckets", "experts", "targets"):
@@ -398,7 +402,7 @@ class TrainConfig(TomlConfig):
         self._validate_distillation()
         if self.anchor_window is not None:
             _require(self.anchor_window >= 0, "anchor_window", self, "must not be negative")
-            # A frame of a time of its own is an anchor to the model, which every frame may look at.
+            # To the model, each frame with its own time is an anchor, to which every frame attends.
             _require(self.frame_times == "shared", "anchor_window", self, 'needs frame_times="shared"')
         prompts, anchors = len(self.validation_prompts), len(self.validation_anchors)
         wanted = f'needs one for each of {prompts} validation_prompts, "" for none, or none at all'
@@ -450,13 +454,13 @@ def _require(condition: Any, name: str, config: TomlConfig, complaint: str) -> N
 
 
 def _converted(name: str, value: Any, kind: Any) -> Any:
-    """`value` as `kind`, a type of [`TrainConfig`]'s fields: whole numbers pass for floats, lists for tuples."""
+    """Converts `value` to `kind`, the type of a field: integers to floats, lists to tuples, tables to dataclasses."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if type(None) in arguments:
-            # `int | None`: an option that may be left out.
+            # `int | None` is an option that may be left out.
             return None if value is None else _converted(name, value, arguments[0])
-        # `str | tuple[...]`: one, or several with their own options.
+        # `str | tuple[...]` is one value, or several with their own options.
         return _converted(name, value, arguments[isinstance(value, (list, tuple))])
     if isinstance(kind, type) and is_dataclass(kind):
         return value if isinstance(value, kind) else _nested(name, value, kind)
@@ -471,7 +475,7 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
             return tuple(_converted(name, item, wanted) for item, wanted in zip(value, arguments))
     # A bool is an int to Python, but `rank = true` is a mistake.
     elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        # No float is as large as some whole numbers.
+        # Integers may exceed the range of float.
         return float(value) if not abs(value) >= 2**1000 else float("inf")
     elif type(value) is kind:
         return value
@@ -479,7 +483,7 @@ def _converted(name: str, value: Any, kind: Any) -> Any:
 
 
 def _nested(name: str, value: Any, kind: type) -> Any:
-    """A table of TOML as a dataclass."""
+    """Converts a table of TOML to a dataclass."""
     kinds = typing.get_type_hints(kind)
     if not isinstance(value, dict) or not {"path"} <= value.keys() <= kinds.keys():
         raise ValueError(

@@ -1,4 +1,4 @@
-"""From captioned videos to cached latents and text embeddings.
+"""Encodes captioned videos to cached latents and text embeddings.
 
 Shapes: B batch, C latent channels, F/H/W pixel frames/height/width, f/h/w latent ones, L tokens, D width.
 """
@@ -31,12 +31,12 @@ from .videos import read_clips
 
 logger = logging.get_logger(__name__)
 
-# A larger file is known by its size and this many pieces of a mebibyte: reading 11 GB at every start takes longer than
-# finding out that nothing has to be encoded.
+# The fingerprint of a larger file covers its size and this many pieces of 1 MiB: reading 11 GB at every start would take longer
+# than all other checks of the cache.
 FINGERPRINT_PIECES, PIECE = 64, 1 << 20
-# Which frames of a file make up its clips, and how they are turned: a number for each way that there was.
+# Version of the code that chooses and rotates the frames of a file's clips. A new version needs a new cache.
 READER = 2
-# Small clips are encoded together, up to this many pixels: one at a time is three times as slow.
+# Small clips are encoded together, up to this many pixels. Encoding them one at a time is three times as slow.
 PIXELS_AT_ONCE = 1 << 19
 
 
@@ -44,8 +44,8 @@ PIXELS_AT_ONCE = 1 << 19
 
 
 def model_folder(config: TrainConfig, weights: bool = True) -> Path:
-    """The folder of `config.model`, downloaded if it is a Hub repository: only what training reads, or without `weights` only
-    what tells of its sizes."""
+    """Returns the folder of `config.model`; downloads the files that training needs from the Hub, or without `weights` only
+    configs."""
     if Path(config.model).is_dir():
         return Path(config.model)
     folders = ("vae", "text_encoder", "tokenizer", "scheduler", *config.experts)
@@ -54,7 +54,7 @@ def model_folder(config: TrainConfig, weights: bool = True) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """Of the files in a component's folder: names, sizes and content, of a large file evenly spread pieces."""
+    """Returns a digest of a folder's files: names, sizes and content (for large files, evenly spread pieces of it)."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         size = path.stat().st_size
@@ -75,7 +75,7 @@ def fingerprint(folder: Path) -> str:
 def stock_text_encoding(
     config: TrainConfig, folder: Path, family: Wan | CogVideoX
 ) -> Callable[[str], tuple[dict[str, torch.Tensor], int]]:
-    """A text -> what the cache keeps of it: `embeds`, by the stock pipeline, and how many tokens it has."""
+    """Returns a function that encodes a text with diffusers' pipeline to `{"embeds": (L, D)}` and its number of tokens."""
     pipeline = text_pipeline(family, folder, _text_dtype(config), PartialState().device)
 
     def encode(text: str) -> tuple[dict[str, torch.Tensor], int]:
@@ -88,7 +88,7 @@ def stock_text_encoding(
 
 
 def without_padding(embeds: torch.Tensor) -> torch.Tensor:
-    """Tokens `(L, D)` up to the last that is not zero, as they are behind a text's end: `Clips.load` puts them back."""
+    """Removes the zero tokens at the end of embeddings `(L, D)`; `Clips.load` adds them again."""
     return embeds[: int(embeds.abs().sum(dim=1).nonzero().max()) + 1]
 
 
@@ -99,20 +99,21 @@ def build_cache(
     family: Wan | CogVideoX,
     text_encoding: Callable[..., Callable[[str], tuple[dict[str, torch.Tensor], int]]] = stock_text_encoding,
 ) -> Clips:
-    """Encodes what is not in the cache yet, each process its share, and lets the encoders go.
+    """Encodes what is not in the cache yet, each process a part of it, and releases the encoders.
 
-    Every file appears whole or not at all, so that an interrupted run continues where it stopped. Files are named by the
-    content of video or caption and by the settings.
+    Every file is written completely or not at all, so that an interrupted run continues where it stopped. A file's name is a
+    digest of the settings and of the content of the video or caption.
 
     Args:
         config (`TrainConfig`): cache folder, buckets, frame rate.
-        examples (`list[Example]`): from [`read_examples`].
-        folder (`Path`): of the model, with `vae`, `text_encoder` and `tokenizer`.
-        family (`Wan` or `CogVideoX`): of the model.
-        text_encoding (`Callable`, *optional*): called with config, folder and family if there is something to encode.
+        examples (`list[Example]`): output of [`read_examples`].
+        folder (`Path`): folder of the model, with `vae`, `text_encoder` and `tokenizer`.
+        family (`Wan` or `CogVideoX`): family of the model.
+        text_encoding (`Callable`, *optional*): called with config, folder and family if there are texts to encode; returns
+            the function that encodes a text.
 
     Raises:
-        `ValueError`: a cache of other settings, or too many videos that cannot be used.
+        `ValueError`: the cache was made with other settings, or too many videos cannot be used.
     """
     state, cache = PartialState(), Path(config.cache_dir)
     settings: dict[str, Any] = {part: fingerprint(path) for part, path in family.encoders(folder).items()}
@@ -129,7 +130,7 @@ def build_cache(
     captions = sorted({example.caption for example in examples} | {config.negative_prompt})
     texts = {caption: cache / "texts" / f"{_key(salt, caption.encode())}.safetensors" for caption in captions}
     missing = [caption for caption in captions if _header(texts[caption], "embeds") is None]
-    # Before anything is written: each process takes its share of what was missing when all of them looked.
+    # Wait before anything is written, so that all processes divide the same list of missing captions.
     state.wait_for_everyone()
     _cache_texts(
         texts,
@@ -185,7 +186,7 @@ def _check_settings(path: Path, settings: dict) -> None:
 
 
 def _header(path: Path, name: str) -> tuple[tuple[int, ...], dict[str, str]] | None:
-    """Shape of a tensor and the file's metadata; `None` if the file is missing or cut off."""
+    """Returns a tensor's shape and the file's metadata, or `None` if the file is missing or incomplete."""
     try:
         with safe_open(path, framework="pt") as file:
             return tuple(file.get_slice(name).get_shape()), file.metadata()
@@ -206,25 +207,25 @@ def _cache_texts(texts: dict[str, Path], captions: list[str], make_encoding: Cal
 
 
 def _tell_of_long_captions(texts: dict[str, Path], config: TrainConfig) -> None:
-    """What stands behind the last token that is read teaches nothing, and whoever wrote it should know."""
+    """Warns of captions with more tokens than the model reads, whose ends have no effect."""
     limit, long = config.max_sequence_length, []
     for caption, path in texts.items():
         _, metadata = _header(path, "embeds") or (None, {})
-        # Of caches of earlier versions it is not known.
+        # Caches of earlier versions have no number of tokens.
         if int(metadata.get("tokens", 0)) > limit:
             long.append((int(metadata["tokens"]), caption))
     if long and PartialState().is_main_process:
         most, caption = max(long)
         logger.warning(
-            f"{len(long)} of {len(texts)} captions have more than the {limit} tokens that are read, up to {most}; what follows "
-            f"them is not trained on: shorten them, or raise `max_sequence_length={limit}`. The longest begins {caption[:80]!r}."
+            f"{len(long)} of {len(texts)} captions have more than the {limit} tokens that are read, up to {most}. The rest of "
+            f"them has no effect: shorten them, or raise `max_sequence_length={limit}`. The longest begins {caption[:80]!r}."
         )
 
 
 def _cache_videos(
     config: TrainConfig, folder: Path, family: Wan | CogVideoX, examples: list[tuple[int, Example]], salt: str
 ) -> list[tuple[int, str | list[tuple[Path, tuple[int, ...]]]]]:
-    """For each example its index and either files and shapes of its clips' latents or why it cannot be used."""
+    """Returns for each example its index, and files and shapes of its clips' latents or the reason why it cannot be used."""
     encoder = _LatentWriter(config, folder, family)
     found: dict[int, str | list[Path]] = {}
     for index, example in _progress(examples, "videos"):
@@ -254,7 +255,10 @@ def _cache_videos(
 
 
 def _attempts(clips: Iterator[tuple[int, torch.Tensor]]) -> Iterator[tuple[int | None, torch.Tensor | str]]:
-    """What [`read_clips`] gives; where it fails at last `None` and why. A full disk, met between clips, is no fault of theirs."""
+    """Yields the output of [`read_clips`], and `None` with the reason if it fails.
+
+    Only errors of reading are caught here, not those of the consumer between two clips, such as a full disk.
+    """
     try:
         yield from clips
     except (ValueError, OSError) as error:
@@ -263,20 +267,20 @@ def _attempts(clips: Iterator[tuple[int, torch.Tensor]]) -> Iterator[tuple[int |
 
 def _shape(path: Path) -> tuple[int, ...]:
     header = _header(path, "latents")
-    assert header is not None  # It was written just now, or looked at.
+    assert header is not None  # The file has just been written or checked.
     return header[0]
 
 
 def _clip_paths(first: Path) -> list[Path]:
-    """Files of all clips of a video, from that of its first one, which knows how many there are."""
+    """Returns the files of all clips of a video; the metadata of the first clip's file holds their number."""
     header = _header(first, "latents")
     count = int(header[1]["clips"]) if header else 1
     return [first.with_name(first.name.replace("-0.", f"-{number}.")) for number in range(count)]
 
 
 class _LatentWriter:
-    """Encodes clips to files, small ones together, and the pictures of those that may be appended. The VAE is loaded with the
-    first clip."""
+    """Encodes clips to files, several small ones at once, with the frames that may become appended anchors. Loads the VAE with
+    the first clip."""
 
     def __init__(self, config: TrainConfig, folder: Path, family: Wan | CogVideoX):
         self.config, self.folder, self.family = config, folder, family
@@ -294,7 +298,7 @@ class _LatentWriter:
         if not self.waiting:
             return
         if self.vae is None:
-            # In float32, like the pipelines' own: bfloat16 shifts colours.
+            # The VAE runs in float32 as in the pipelines, because bfloat16 shifts colours.
             self.vae = self.family.vae.from_pretrained(self.folder / "vae", torch_dtype=torch.float32)
             self.vae.to(PartialState().device)
         paths, pixels, metadata = zip(*self.waiting)
@@ -302,11 +306,14 @@ class _LatentWriter:
         cached = self.family.cached(self.vae, torch.stack(pixels))
         for path, clip, tensors, values in zip(paths, pixels, cached, metadata):
             if not torch.isfinite(tensors["latents"]).all():
-                raise RuntimeError(f"The VAE in {self.folder} gives latents that are not finite.")
+                raise RuntimeError(f"The VAE in {self.folder} returns latents that are not finite.")
             write_whole(path, tensors | self._pictures(path.stem, clip), values)
 
     def _pictures(self, name: str, clip: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Latents `(C, n, h, w)` of the frames of a clip `(3, F, H, W)` that may be appended, and these frames."""
+        """Returns latents `(C, n, h, w)` of a clip's frames that may become appended anchors, and the indices of these frames.
+
+        `clip` has shape `(3, F, H, W)`.
+        """
         frames = appended_frames(self.config, name, clip.shape[1]) if self.family.takes_pictures else []
         if not frames:
             return {}
@@ -326,6 +333,6 @@ def _check_rejected(rejected: dict[str, str], total: int, config: TrainConfig) -
     names = "; ".join(f"{path}: {reason}" for path, reason in sorted(rejected.items()))
     text = f"{len(rejected)} of {total} videos cannot be used: {names}."
     if len(rejected) > config.max_rejected_share * total or len(rejected) == total:
-        raise ValueError(f"{text} Mend or remove them, or raise `max_rejected_share={config.max_rejected_share}`.")
+        raise ValueError(f"{text} Repair or remove them, or raise `max_rejected_share={config.max_rejected_share}`.")
     if PartialState().is_main_process:
         logger.warning(text)

@@ -1,7 +1,7 @@
-"""Guidance distillation: a LoRA learns in one forward what the base and a finished anchor LoRA predict in two.
+"""Guidance distillation: a LoRA learns to predict in one forward what the base with a finished anchor LoRA predicts in two.
 
-Teacher and student are two adapters on one copy of the base. Guidance distillation is Meng et al., arXiv 2210.03142,
-stage one; here at a fixed scale, which the student needs no input for.
+Teacher and student are two adapters on one copy of the base. The method is stage one of Meng et al., arXiv 2210.03142, at a
+fixed scale, so that the student needs no input for the scale.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ TEACHER_NAME = "teacher"
 
 
 class GuidedTeacher:
-    """The anchor LoRA `config.teacher_lora` as a frozen second adapter, and what base and adapter predict with guidance.
+    """Teacher: the anchor LoRA `config.teacher_lora` as a frozen second adapter, and its guided predictions.
 
-    It predicts through the window of attention that its LoRA was trained with, whatever the student's is.
+    The teacher predicts with the attention window that its LoRA was trained with, whatever window the student has.
 
     Args:
-        config (`TrainConfig`): with `distill_guidance` and `teacher_lora`.
+        config (`TrainConfig`): config with `distill_guidance` and `teacher_lora`.
         expert (`str`): `"transformer"` or `"transformer_2"`.
 
     Raises:
-        `ValueError`: no LoRA in the folder, none of this expert, one that has guidance in it already, that was trained with
-            anchors of another form, or that does not fit into the student's `rank` and `targets`.
+        `ValueError`: the folder has no LoRA or none for this expert, or the LoRA is already distilled, was trained with
+            another `anchor_form`, or does not fit into the student's `rank` and `targets`.
     """
 
     def __init__(self, config: TrainConfig, expert: str):
@@ -52,7 +52,7 @@ class GuidedTeacher:
         if lora.form != config.anchor_form:
             raise ValueError(
                 f"`anchor_form={config.anchor_form!r}`, and `teacher_lora={config.teacher_lora!r}` was trained with "
-                f"{lora.form!r}: set it to that."
+                f"{lora.form!r}: set `anchor_form` to that."
             )
         self._check_fit()
         self.metadata = lora.metadata
@@ -64,7 +64,7 @@ class GuidedTeacher:
         ranks = {key.split(".lora_A.")[0]: len(down) for key, down in self.state.items() if ".lora_A." in key}
         if max(ranks.values()) > config.rank:
             raise ValueError(
-                f"`rank={config.rank}` is below that of `teacher_lora`, which the new LoRA starts from; set it to "
+                f"`rank={config.rank}` is below that of `teacher_lora`, which the new LoRA starts from; set `rank` to "
                 f"{max(ranks.values())} or more."
             )
         left_out = [name for name in ranks if not any(name.endswith("." + target) for target in config.targets)]
@@ -75,7 +75,7 @@ class GuidedTeacher:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Of the weights: a run is continued with the teacher that it began with."""
+        """Digest of the weights, so that a run is resumed only with the teacher that it began with."""
         digest = hashlib.sha256()
         for key in sorted(self.state):
             digest.update(key.encode() + self.state[key].contiguous().view(torch.uint8).numpy().tobytes())
@@ -87,7 +87,7 @@ class GuidedTeacher:
         load_lora(experts, self.state, TEACHER_NAME, strict=True, metadata=self.metadata)
 
     def start(self, transformer: torch.nn.Module) -> None:
-        """Gives the adapter `"anchor"` the teacher's weights to start from."""
+        """Initializes the adapter `"anchor"` with the teacher's weights."""
         copy_adapter(transformer, TEACHER_NAME)
 
     @torch.no_grad()
@@ -99,13 +99,13 @@ class GuidedTeacher:
         inputs: dict[str, torch.Tensor],
         prompt_embeds: torch.Tensor,
     ) -> torch.Tensor:
-        """`uncond + scale * (cond - uncond)`, as the pipeline computes it, in float32.
+        """Returns the guided prediction `uncond + scale * (cond - uncond)` in float32, as the pipeline computes it.
 
         Args:
             model (`Callable`): called as the transformer, with `return_dict=False`.
-            transformer (`torch.nn.Module`): what `model` wraps.
+            transformer (`torch.nn.Module`): the transformer that `model` wraps.
             negative_embeds, prompt_embeds (`torch.Tensor` of shape `(B, L, D)`): text embeddings.
-            inputs (`dict[str, torch.Tensor]`): from [`FlowMatching.model_input`].
+            inputs (`dict[str, torch.Tensor]`): output of [`FlowMatching.model_input`].
         """
         dtype = inputs["hidden_states"].dtype
         with _only(transformer, TEACHER_NAME), self._own_window(transformer):
@@ -133,10 +133,10 @@ def _layers(transformer: torch.nn.Module) -> list[BaseTunerLayer]:
 
 @contextlib.contextmanager
 def _only(transformer: torch.nn.Module, adapter_name: str) -> Iterator[None]:
-    """Runs with one adapter in place of those that are active.
+    """Context manager in which only the given adapter is active.
 
-    PEFT's own `set_adapter` also changes which parameters require a gradient. DDP and FSDP have looked at that when they
-    wrapped the model.
+    PEFT's own `set_adapter` also changes which parameters require a gradient. DDP and FSDP read that once, when they wrap the
+    model.
     """
     layers = _layers(transformer)
     before = [layer._active_adapter for layer in layers]

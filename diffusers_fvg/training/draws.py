@@ -1,4 +1,4 @@
-"""What is drawn at random for a training clip, and the loss of it: pure functions.
+"""Random draws for training clips, and the loss on them, as pure functions.
 
 Shapes: B batch, C latent channels, f/h/w latent frames, height and width.
 """
@@ -18,15 +18,16 @@ from .objectives import FLOW_MATCHING, FlowMatching, VPrediction, velocity_loss
 
 @dataclass(frozen=True)
 class Draw:
-    """A batch of clips made ready for one forward.
+    """Random draws for one forward of a batch.
 
     Args:
-        noise (`torch.Tensor` of shape `(B, C, f, h, w)`): unit Gaussian.
-        sigmas (`torch.Tensor` of shape `(B,)`): the clip's noise level in (0, 1): that of its noisiest free frame.
-        anchors (`AnchorLatents`): the given frames and, with independent frame times, every frame below `sigmas`: noise
-            level and time of a frame are `(1 - strength)` of the clip's, which is all that an anchor is to the model.
-        counted (`torch.Tensor` of shape `(B, f)`): 1 for a frame whose error counts.
-        drop_prompt (`torch.Tensor` of shape `(B,)`): whether the empty prompt stands in.
+        noise (`torch.Tensor` of shape `(B, C, f, h, w)`): unit Gaussian noise.
+        sigmas (`torch.Tensor` of shape `(B,)`): noise level of each clip in (0, 1), that of its noisiest free frame. A free
+            frame is one without an anchor.
+        anchors (`AnchorLatents`): the anchors and, with independent frame times, every frame below `sigmas`. To the model an
+            anchor is a frame whose noise level and time are `(1 - strength)` times those of the clip.
+        counted (`torch.Tensor` of shape `(B, f)`): 1 for a frame whose error counts, else 0.
+        drop_prompt (`torch.Tensor` of shape `(B,)`): whether the empty prompt replaces the clip's.
     """
 
     noise: torch.Tensor
@@ -38,11 +39,11 @@ class Draw:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Single frames of the clips of a batch, each encoded alone, as an appended anchor is.
+    """Single frames of the clips of a batch, each encoded as an image, for appended anchors.
 
     Args:
-        latents (`torch.Tensor` of shape `(B, C, n, h, w)`): normalised.
-        frames (`torch.Tensor` of shape `(B, n)`): their pixel frames, from [`appended_frames`].
+        latents (`torch.Tensor` of shape `(B, C, n, h, w)`): normalised latents.
+        frames (`torch.Tensor` of shape `(B, n)`): their indices in the decoded clip, from [`appended_frames`].
     """
 
     latents: torch.Tensor
@@ -53,7 +54,7 @@ class Pictures:
 
 
 def generator_for(*path: int | str) -> torch.Generator:
-    """A generator on the CPU whose seed depends on the arguments alone, so that a run can continue at any step."""
+    """Returns a CPU generator whose seed depends on the arguments only, so that a run can resume at any step."""
     digest = hashlib.sha256(repr(path).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
@@ -61,14 +62,15 @@ def generator_for(*path: int | str) -> torch.Generator:
 def drawn_times(
     quantiles: torch.Tensor, config: TrainConfig, time_range: tuple[float, float] = (0.0, 1.0)
 ) -> torch.Tensor:
-    """Quantiles of the density of times, cut to `time_range` and renormalised there. Of a flow model they are noise levels.
+    """Maps quantiles to training times: the inverse distribution function of the time density, truncated to `time_range`.
 
-    Before the cut a time is `shift * u / (1 + (shift - 1) * u)` with u uniform in (0, 1), or `u = sigmoid(std * normal)`.
+    Before the truncation a time is `shift * u / (1 + (shift - 1) * u)`, with u uniform in (0, 1) or `u = sigmoid(std *
+    normal)`. The times of a flow model are its noise levels.
 
     Args:
-        quantiles (`torch.Tensor`, any shape): in [0, 1]; uniform ones give times of that density.
+        quantiles (`torch.Tensor`, any shape): values in [0, 1]; uniform random ones give random times of that density.
         config (`TrainConfig`): `timestep_density`, `timestep_std`, `flow_shift`.
-        time_range (`tuple[float, float]`, *optional*): the expert's range.
+        time_range (`tuple[float, float]`, *optional*): range of the expert.
 
     Returns:
         `torch.Tensor` of the same shape, float32, in (0, 1).
@@ -76,7 +78,7 @@ def drawn_times(
     shift, std = config.flow_shift, config.timestep_std
     low, high = torch.tensor(time_range, dtype=torch.float64)
     low, high = (time / (shift - (shift - 1) * time) for time in (low, high))
-    # The ends themselves have no logit. 2^-24 is where float32 stops telling a time from 1.
+    # 0 and 1 have no logit. 1 - 2^-24 is the largest float32 below 1.
     quantiles = quantiles.double().clamp(2**-24, 1 - 2**-24)
     if config.timestep_density == "uniform":
         even = low + quantiles * (high - low)
@@ -87,7 +89,7 @@ def drawn_times(
 
 
 def anchor_index(position: str, num_latent_frames: int, generator: torch.Generator, temporal: int = 4) -> int:
-    """Draws the latent frame that is given: see `TrainConfig.anchor_position`."""
+    """Draws the index of the latent frame for the anchor; see `TrainConfig.anchor_position`."""
     if position == "first":
         return 0
     if position == "uniform":
@@ -98,15 +100,15 @@ def anchor_index(position: str, num_latent_frames: int, generator: torch.Generat
 
 
 def appended_frames(config: TrainConfig, clip: str, num_frames: int, temporal: int = 4) -> list[int]:
-    """Pixel frames of a clip whose pictures may be appended: at most one of each latent frame, none of the first.
+    """Returns the indices of a clip's frames that may become appended anchors: at most one per latent frame, none of the first.
 
-    With `anchor_position="uniform"` chance, by the clip's name alone, chooses the frame of each latent frame.
+    With `anchor_position="uniform"` the frame of each latent frame is random, but depends on the clip's name only.
 
     Args:
         config (`TrainConfig`): `anchor_form`, `anchor_position`.
-        clip (`str`): its name.
-        num_frames (`int`): of the clip.
-        temporal (`int`, *optional*): frames of a latent frame.
+        clip (`str`): name of the clip.
+        num_frames (`int`): number of frames of the clip.
+        temporal (`int`, *optional*): number of frames per latent frame.
     """
     last = num_frames - 1
     if config.anchor_form == "slot" or config.anchor_position == "first" or not last:
@@ -125,15 +127,15 @@ def draw(
     objective: FlowMatching | VPrediction = FLOW_MATCHING,
     pictures: Pictures | None = None,
 ) -> Draw:
-    """Draws everything for a batch, each clip from a generator of its own.
+    """Makes all random draws for a batch, with one generator per clip.
 
     Args:
-        clean_latents (`torch.Tensor` of shape `(B, C, f, h, w)`): normalised and padded, on the CPU.
-        generators (`list[torch.Generator]`): one per clip.
+        clean_latents (`torch.Tensor` of shape `(B, C, f, h, w)`): normalised and padded latents, on the CPU.
+        generators (`list[torch.Generator]`): one generator per clip.
         config (`TrainConfig`): anchor and noise options.
-        time_range (`tuple[float, float]`, *optional*): times of the expert that is trained.
-        objective (`FlowMatching` or `VPrediction`, *optional*): of the model.
-        pictures ([`Pictures`], *optional*): of each clip, which are appended where their latent frame is drawn.
+        time_range (`tuple[float, float]`, *optional*): times of the trained expert.
+        objective (`FlowMatching` or `VPrediction`, *optional*): objective of the model.
+        pictures ([`Pictures`], *optional*): images of each clip; one is appended as the anchor if its latent frame is drawn.
     """
     num_frames = clean_latents.shape[2]
     places = [[]] * len(generators) if pictures is None else pictures.latent_indices()
@@ -157,18 +159,18 @@ def _draw_clip(
     objective: FlowMatching | VPrediction,
     places: list[int],
 ) -> tuple[torch.Tensor, ...]:
-    """What of a clip is drawn; `places`: latent indices of its pictures, which are appended where one is drawn."""
-    # The frames of a patch have one time: they are anchored together.
+    """Makes the draws for one clip; `places` are the latent indices of its images for appended anchors."""
+    # The frames of a patch share one time, so they are anchored together.
     together = objective.frames_per_patch
     num_patches = shape[1] // together
-    # All are drawn whether they are used or not: changing one option leaves the other draws as they were.
+    # All values are drawn, even those that are not used, so that changing one option does not change the other draws.
     anchor_draw, noise_draw, prompt_draw = torch.rand(3, generator=generator)
     index = anchor_index(config.anchor_position, num_patches, generator)
     times = drawn_times(torch.rand(num_patches, generator=generator), config, time_range)
     noise = torch.randn(shape, generator=generator)
 
     anchored, picture, share = torch.zeros(num_patches), torch.tensor(-1), 1 - noise_draw * config.anchor_noise
-    # Of a picture the anchor would be all there is.
+    # In a clip of one latent frame the anchor would be the whole clip.
     if num_patches > 1 and anchor_draw < config.anchor_probability:
         if index in places:
             picture = torch.tensor(places.index(index))
@@ -186,7 +188,7 @@ def _draw_clip(
 def _appended(
     pictures: Pictures, chosen: torch.Tensor, share: torch.Tensor, generators: Sequence[torch.Generator]
 ) -> AppendedAnchors | None:
-    """The chosen picture of each clip, none where that is -1; `None` if all clips have none."""
+    """Returns the chosen image of each clip as an appended anchor (-1 for none), or `None` if no clip has one."""
     has = chosen >= 0
     if not has.any():
         return None
@@ -207,19 +209,19 @@ def draw_loss(
     objective: FlowMatching | VPrediction = FLOW_MATCHING,
     teacher: Callable[[dict[str, torch.Tensor], torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """Mean squared error of the predicted velocity over the frames that count.
+    """Returns the mean squared error of the predicted velocity over the frames that count.
 
-    `loss = sum_k counted_k |v_k - target_k|^2 / sum_k counted_k`: what is masked is divided out too, so that an anchor does
-    not lower the loss.
+    `loss = sum_k counted_k |v_k - target_k|^2 / sum_k counted_k`: the divisor leaves out masked frames too, so that an anchor
+    does not lower the loss.
 
     Args:
         model (`Callable`): called as the transformer, with `return_dict=False`; see [`FlowMatching.caller`].
-        clean_latents (`torch.Tensor` of shape `(B, C, f, h, w)`): normalised and padded.
-        drawn ([`Draw`]): on the same device.
+        clean_latents (`torch.Tensor` of shape `(B, C, f, h, w)`): normalised and padded latents.
+        drawn ([`Draw`]): draws on the same device.
         prompt_embeds (`torch.Tensor` of shape `(B, L, D)`): text embeddings.
-        dtype (`torch.dtype`, *optional*): of the model's weights.
-        objective (`FlowMatching` or `VPrediction`, *optional*): of the model.
-        teacher (`Callable`, *optional*): `teacher(inputs, prompt_embeds)` gives the target in place of the objective's own.
+        dtype (`torch.dtype`, *optional*): dtype of the model's inputs.
+        objective (`FlowMatching` or `VPrediction`, *optional*): objective of the model.
+        teacher (`Callable`, *optional*): `teacher(inputs, prompt_embeds)` returns the target in place of the objective's own.
     """
     inputs, target = objective.model_input(clean_latents, drawn.noise, drawn.sigmas, drawn.anchors)
     inputs["hidden_states"], prompt_embeds = inputs["hidden_states"].to(dtype), prompt_embeds.to(dtype)

@@ -1,5 +1,5 @@
-"""Trains a stage of Factorized-Dreamer's video UNet: the anchor trainer's data, cache, order, checkpoints and processes, with
-another model and another loss.
+"""Trains a stage of Factorized-Dreamer's video UNet. Data, cache, batches, checkpoints and processes are those of the anchor
+trainer; model and loss are different.
 
 Shapes: B batch, C latent channels, F frames, H/W pixels, h/w latent height and width, L tokens, D width.
 """
@@ -37,13 +37,13 @@ from .stopping import only_run_in
 
 
 def main_train_dreamer(path: str | Path) -> Path:
-    """Everything from a TOML file to a video UNet: fills the cache, trains the stage, continues where it stopped.
+    """Trains a video UNet from a TOML file: fills the cache and trains the stage. A further call resumes an interrupted run.
 
     Args:
-        path (`str` or `Path`): of the config, see [`DreamerConfig`].
+        path (`str` or `Path`): path of the config, see [`DreamerConfig`].
 
     Returns:
-        `Path`: the folder of the video UNet, `output_dir/unet`, in float32. PredictNet lies beside it in `predict_net`.
+        `Path`: folder of the video UNet in float32, `output_dir/unet`. PredictNet is beside it in `predict_net`.
 
     Raises:
         `ValueError`, `OSError`, `FloatingPointError`, `SystemExit`: as in [`training.trainer.train`].
@@ -56,13 +56,13 @@ def main_train_dreamer(path: str | Path) -> Path:
     output = Path(config.output_dir)
     with only_run_in(output, accelerator):
         clips = build_cache(config, read_examples(config), folder, family, text_encoding)
-        # It holds the image encoder, which has done its work.
+        # Frees the image encoder, which is no longer needed.
         del family
         weights = DreamerRun(config, DreamerClips(clips), "unet", trainee, (0.0, 1.0), accelerator, None, None).train()
 
         def write() -> None:
             trainee.load_state_dict(weights, strict=False)
-            # What is frozen may be in bfloat16; the next stage begins from these.
+            # Frozen weights may be in bfloat16. All are saved in float32, for the next stage.
             with naming(output):
                 trainee.float().cpu().unet.save_pretrained(output / "unet")
                 if trainee.predict_net is not None:
@@ -74,17 +74,17 @@ def main_train_dreamer(path: str | Path) -> Path:
 
 
 def component_folder(name: str) -> Path:
-    """A folder, or the files of a Hub repository that a transformers encoder needs."""
+    """Returns a folder, or downloads the files of a Hub repository that a transformers encoder needs."""
     if Path(name).is_dir():
         return Path(name)
     return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
 
 
 class StableDiffusion(Family):
-    """Stable Diffusion 1.x and 2.x with what its video UNet reads beside CLIP's text.
+    """Stable Diffusion 1.x and 2.x, with the encoders that its video UNet needs besides CLIP's text encoder.
 
     Raises:
-        `ValueError`: a bucket that the VAE does not divide.
+        `ValueError`: height or width of a bucket is no multiple of the VAE's scale factor.
     """
 
     vae = AutoencoderKL
@@ -99,10 +99,10 @@ class StableDiffusion(Family):
 
     @staticmethod
     def check_buckets(config: DreamerConfig, folder: Path) -> int:
-        """Pixels of a latent in height and width.
+        """Checks the buckets and returns the VAE's scale factor, in pixels per latent.
 
         Raises:
-            `ValueError`: a bucket that they do not divide.
+            `ValueError`: height or width of a bucket is no multiple of the scale factor.
         """
         factor = 2 ** (len(AutoencoderKL.load_config(folder / "vae")["block_out_channels"]) - 1)
         for _, height, width in config.all_buckets:
@@ -116,8 +116,8 @@ class StableDiffusion(Family):
 
     @torch.no_grad()
     def cached(self, vae: AutoencoderKL, pixels: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-        """Of clips `(B, 3, F, H, W)`: latents `(C, F, h, w)` and, as far as the config asks for them, the first frame's CLIP
-        embedding `(D,)` and the flow `(2, F - 1, h, w)`."""
+        """Encodes clips `(B, 3, F, H, W)`: returns for each the latents `(C, F, h, w)` and, if the config needs them, the CLIP
+        embedding `(D,)` of the first frame and the flow `(2, F - 1, h, w)`."""
         clips = []
         for clip in pixels.transpose(1, 2):
             latents = encode_pixels(vae, clip.to(vae.device)).transpose(0, 1).cpu()
@@ -141,8 +141,11 @@ class StableDiffusion(Family):
 def text_encoding(
     config: DreamerConfig, folder: Path, family: StableDiffusion
 ) -> Callable[[str], tuple[dict[str, torch.Tensor], int]]:
-    """A text -> `embeds`, CLIP's `(L, D)`, and with a motion encoder `motion`, T5's without what follows its end; and how many
-    tokens it has, T5's where there is one."""
+    """Returns a function that encodes a text to tensors and its number of tokens.
+
+    The tensors are CLIP's `embeds` `(L, D)` and, with a motion encoder, T5's `motion` without padding. The number is T5's if
+    there is a motion encoder.
+    """
     dtype, device = _text_dtype(config), PartialState().device
     text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=dtype).to(device)
     pipeline = StableDiffusionPipeline(
@@ -171,15 +174,15 @@ def text_encoding(
 
 
 class DreamerClips(Clips):
-    """Cached clips with all that the video UNet is told of them."""
+    """Cached clips with all inputs of the video UNet."""
 
     def __init__(self, clips: Clips):
         names = ("latents", "texts", "shapes", "empty_text", "max_sequence_length", "rejected", "repeats")
         super().__init__(**{name: getattr(clips, name) for name in names})
 
     def load(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        """`latents` `(B, C, F, h, w)`; `embeds` and `motion`, `(B + 1, L, D)`, those of the empty text last; `image_embeds`
-        `(B, D)`; `flow` `(B, 2, F - 1, h, w)`; as far as the cache has them."""
+        """Loads the tensors of clips: `latents` `(B, C, F, h, w)`; `embeds` and `motion`, `(B + 1, L, D)`, with those of the
+        empty text last; `image_embeds` `(B, D)`; `flow` `(B, 2, F - 1, h, w)`. All but the first two only if cached."""
         clips = [_read(self.latents[index]) for index in indices]
         batch = {name: torch.stack([clip[name] for clip in clips]) for name in clips[0]}
         texts = [_read(path) for path in [*(self.texts[index] for index in indices), self.empty_text]]
@@ -195,7 +198,7 @@ class DreamerClips(Clips):
 def designs(
     config: DreamerConfig, motion_encoder: str | Path | None, image_encoder: str | Path | None
 ) -> dict[str, Any]:
-    """The switches of [`~dreamer.unet.FactorizedDreamerUNet`] for a stage, whose encoders' configs are read."""
+    """Returns the arguments of [`~dreamer.unet.FactorizedDreamerUNet`] for a stage; reads widths from the encoders' configs."""
     switches = {
         "num_frames": config.num_frames,
         "t2i_adapter": None if config.t2i_adapter == "none" else config.t2i_adapter,
@@ -211,19 +214,19 @@ def designs(
 
 
 def noise_levels(config: DreamerConfig) -> torch.Tensor:
-    """Of each time, all of which are drawn alike, `(T,)`."""
+    """Returns the noise level of each training time, `(T,)`. All times are drawn with equal probability."""
     scheduler = CogVideoXDDIMScheduler(**dreamer_schedule(config.shift, config.power, config.zero_terminal_snr))
     return training_sigmas(scheduler)
 
 
 def make_trainee(config: DreamerConfig, folder: Path, family: StableDiffusion) -> DreamerTrainee:
-    """The models of the stage at its start: those of the stage before, or the image UNet with new layers.
+    """Returns the models at the start of the stage: those of the stage before, or the image UNet with new layers.
 
     Raises:
         `ValueError`: the stage before had other designs.
     """
     switches = designs(config, family.motion_folder, family.image_folder)
-    # What is new comes from the seed, and nothing else does.
+    # New weights are initialized from the seed; the global random state stays as it is.
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         if config.video_unet:
@@ -233,7 +236,9 @@ def make_trainee(config: DreamerConfig, folder: Path, family: StableDiffusion) -
             }
             if differing:
                 changes = ", ".join(f"{name} {before} to {now}" for name, (before, now) in differing.items())
-                raise ValueError(f"`video_unet={config.video_unet!r}` has other designs (changed: {changes}).")
+                raise ValueError(
+                    f"`video_unet={config.video_unet!r}` has other designs (changed: {changes}); set the options as they were."
+                )
         else:
             unet2d = UNet2DConditionModel.from_pretrained(folder / "unet")
             unet = FactorizedDreamerUNet.from_unet2d(unet2d, **switches)
@@ -246,7 +251,7 @@ def make_trainee(config: DreamerConfig, folder: Path, family: StableDiffusion) -
 
 
 class DreamerRun(Run):
-    """The training of a stage."""
+    """Training run of a stage."""
 
     def _make_trainable(self, trainee: DreamerTrainee) -> None:
         config, unet = self.config, trainee.unet
@@ -268,14 +273,14 @@ class DreamerRun(Run):
         return self.model
 
     def _batch(self, batches: Prefetcher, number: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Cached tensors and draws of forward `number`, on the device."""
+        """Returns cached tensors and random draws of forward `number`, on the device."""
         batch = batches.load(number)
         batch_size, shape = len(batch["latents"]), batch["latents"].shape[1:]
         first = self.accelerator.process_index * batch_size
         generators = [
             generator_for("clip", self.config.seed, self.expert, number, first + place) for place in range(batch_size)
         ]
-        # All are drawn whether they are used or not: changing one option leaves the other draws as they were.
+        # All values are drawn, even those that are not used, so that changing one option does not change the other draws.
         draws = {
             "times": torch.stack([torch.randint(len(self.sigmas), (), generator=g) for g in generators]),
             "dropped": torch.stack([torch.rand(3, generator=g) for g in generators]),
@@ -297,7 +302,7 @@ class DreamerRun(Run):
         )
 
     def _conditions(self, batch: dict[str, torch.Tensor], dropped: torch.Tensor) -> dict[str, Any]:
-        """Arguments of the UNet: texts replaced by the empty one and images masked, as far as they are dropped."""
+        """Returns the UNet's conditions; dropped texts are replaced by the empty text, dropped images are masked."""
         config = self.config
         no_text = dropped[:, 0] < config.prompt_dropout
 

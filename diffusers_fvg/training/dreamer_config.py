@@ -1,4 +1,4 @@
-"""What a stage of Factorized-Dreamer's training is: one frozen dataclass, read from TOML. Light to import."""
+"""Config of a stage of Factorized-Dreamer's training: a frozen dataclass that is read from TOML. Importing this is fast."""
 
 from __future__ import annotations
 
@@ -11,41 +11,46 @@ from .config import DataSource, TomlConfig, _require
 
 @dataclass(frozen=True)
 class DreamerConfig(TomlConfig):
-    """A stage of training the video UNet of Factorized-Dreamer (arXiv 2408.10119). The paper has three: low resolution, high
-    resolution, high resolution with PredictNet; it states no other number, so that values below are its neighbours'
-    (ConsistI2V, arXiv 2402.04324; DynamiCrafter, arXiv 2310.12190; Emu Video, arXiv 2311.10709) or ours.
+    """Config of one stage of training the video UNet of Factorized-Dreamer (arXiv 2408.10119).
+
+    The paper has three stages: low resolution, high resolution, and high resolution with PredictNet. It gives no other
+    values, so the defaults come from related models (ConsistI2V, arXiv 2402.04324; DynamiCrafter, arXiv 2310.12190; Emu
+    Video, arXiv 2311.10709) or are our choice.
 
     Args:
-        system (`str`): `"factorized-dreamer"`, which tells this file from one of [`TrainConfig`].
+        system (`str`): `"factorized-dreamer"`, which distinguishes this file from that of a [`TrainConfig`].
         model (`str`): folder or Hub repository of a Stable Diffusion 1.x or 2.x pipeline in diffusers' layout.
         data, cache_dir, output_dir, buckets, frame_rate, revision, video_column, caption_column, clips_per_video,
-            max_rejected_share: of [`TrainConfig`]. Captions say what moves. Buckets of 16 frames are the paper's.
+            max_rejected_share: as in [`TrainConfig`]. Captions describe the motion. The paper uses 16 frames.
 
-        video_unet (`str`, *optional*): `output_dir/unet` of the stage before; left out, the stage begins at the image UNet.
-            A PredictNet that lies beside it is continued too.
+        video_unet (`str`, *optional*): `output_dir/unet` of the stage before; left out, the stage starts from the image UNet.
+            A PredictNet beside it is trained further, too.
         motion_encoder (`str`, *optional*): folder or repository of a T5 encoder with its tokenizer; empty for none.
-        image_encoder (`str`, *optional*): folder or repository of a CLIP vision model with projection; it belongs to
-            `t2i_adapter`.
-        t2i_adapter, paca (`str`, *optional*): designs of [`~dreamer.unet.FactorizedDreamerUNet`], `"none"` for off.
-        max_sequence_length (`int`, *optional*): T5 tokens, as at sampling. CLIP has 77.
-        flow_teacher (`str`, *optional*): `"dis"` caches the clips' flow by OpenCV, `"none"` does not. Stages that share a
-            cache share this.
-        flow_weight (`float`, *optional*): of PredictNet's loss beside the diffusion's; 0 trains without one, above 0 is the
-            paper's last stage.
+        image_encoder (`str`, *optional*): folder or repository of a CLIP vision model with projection, for `t2i_adapter`.
+        t2i_adapter, paca (`str`, *optional*): designs of [`~dreamer.unet.FactorizedDreamerUNet`]; `"none"` switches one off.
+        max_sequence_length (`int`, *optional*): number of T5 tokens, as at sampling. CLIP has 77.
+        flow_teacher (`str`, *optional*): target of PredictNet. `"dis"` computes and caches the clips' optical flow by OpenCV;
+            `"none"` is for stages without PredictNet. Stages that share a cache must share this value.
+        flow_weight (`float`, *optional*): weight of PredictNet's loss beside the diffusion loss. 0 trains without PredictNet;
+            a value above 0 is the paper's last stage.
 
         shift, power, zero_terminal_snr (*optional*): noise schedule, see [`dreamer.schedule`].
-        train_spatial (`bool`, *optional*): trains the image UNet's own weights as well. Off as in Emu Video: the image model
-            stays what it was, bit for bit, and its LoRAs fit.
-        prompt_dropout (`float`, *optional*): share of samples with the empty text in both encoders, for guidance.
+        train_spatial (`bool`, *optional*): whether to train the image UNet's own weights, too. Off as in Emu Video: the image
+            model stays unchanged, and its LoRAs fit.
+        prompt_dropout (`float`, *optional*): share of samples with the empty text in both text encoders, for guidance.
             DynamiCrafter: 0.1 in all.
-        motion_dropout (`float`, *optional*): share in which T5 alone has it, so that no attention leans on one encoder.
-        image_dropout (`float`, *optional*): share without the first frame, in adapter and PACA together. DynamiCrafter: 0.1
-            in all. It is what `mode="direct"` samples with.
+        motion_dropout (`float`, *optional*): share of samples with the empty text in T5 only, so that the model does not rely
+            on one encoder.
+        image_dropout (`float`, *optional*): share of samples without the first frame, in adapter and PACA together. `mode=
+            "direct"` samples without it. DynamiCrafter: 0.1 in all.
 
         steps, batch_size, gradient_accumulation_steps, learning_rate, learning_rate_schedule, warmup_steps, weight_decay,
             max_grad_norm, ema_decay, mixed_precision, gradient_checkpointing, optimizer, seed, checkpoint_every,
-            keep_checkpoints, tracker, process_group_timeout: of [`TrainConfig`]. ConsistI2V: 200,000 steps at learning rate
-            5e-5; DynamiCrafter: 100,000 at 1e-5.
+            keep_checkpoints, tracker, process_group_timeout: as in [`TrainConfig`]. ConsistI2V: 200,000 steps at learning
+            rate 5e-5; DynamiCrafter: 100,000 at 1e-5.
+
+    Raises:
+        `ValueError`: an option is out of range or contradicts another; the message names it and the fix.
     """
 
     system: Literal["factorized-dreamer"]
@@ -98,7 +103,7 @@ class DreamerConfig(TomlConfig):
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
     process_group_timeout: float = 7200.0
 
-    # What the trainer asks of any run, and is the same in every one of these.
+    # Attributes that the trainer reads from every config, constant here.
     experts: ClassVar[tuple[str, ...]] = ("unet",)
     negative_prompt: ClassVar[str] = ""
     validation_every: ClassVar[int] = 0
@@ -109,7 +114,7 @@ class DreamerConfig(TomlConfig):
         """Checks ranges, and options against each other.
 
         Raises:
-            `ValueError`: naming the option and the fix.
+            `ValueError`: the message names the option and the fix.
         """
         self.check_ranges(
             above_zero=("shift",), not_negative=("flow_weight",), shares=("motion_dropout", "image_dropout")
@@ -143,5 +148,5 @@ class DreamerConfig(TomlConfig):
 
     @property
     def num_frames(self) -> int:
-        """Of the longest clip."""
+        """Number of frames of the longest clip."""
         return max(bucket[0] for bucket in self.all_buckets)

@@ -1,4 +1,4 @@
-"""What a stage of Factorized-Dreamer's training would do, told before it is started."""
+"""Dry run of a stage of Factorized-Dreamer's training: reports what it would do."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from .metadata import read_examples
 
 
 def dreamer_dry_run(config: DreamerConfig) -> str:
-    """Buckets with counts, files that would be rejected, latents, steps, parameters, memory and noise levels, as a text.
+    """Returns a text about a stage: buckets with counts, rejected files, latents, steps, parameters, memory and noise levels.
 
-    No weight is loaded, nothing is encoded or written; of the encoders the configs alone are read.
+    No weight is loaded, and nothing is encoded or written. Only the configs of the encoders are read.
 
     Args:
-        config ([`DreamerConfig`]): of the stage.
+        config ([`DreamerConfig`]): config of the stage.
 
     Raises:
-        `ValueError`: bad config or captions, a size that the VAE does not divide, an image UNet of another family.
+        `ValueError`: the captions are not valid, a bucket does not fit the VAE, or the image UNet belongs to another family.
     """
     folder = model_folder(config, weights=False)
     factor = StableDiffusion.check_buckets(config, folder)
@@ -54,7 +54,7 @@ def _empty_unet(config: DreamerConfig, folder: Path) -> FactorizedDreamerUNet:
 
 
 def _model_part(config: DreamerConfig, unet: FactorizedDreamerUNet) -> list[str]:
-    """Parameters by kind and the memory that they take."""
+    """Returns lines about the parameters by kind and the memory that they take."""
     video, counts = dict(unet.video_parameters()), Counter()
     for name, parameter in unet.named_parameters():
         counts["of the image UNet" if name not in video else "added for the video"] += parameter.numel()
@@ -68,13 +68,13 @@ def _model_part(config: DreamerConfig, unet: FactorizedDreamerUNet) -> list[str]
     copies = number if config.mixed_precision == "bf16" else 0
     memory = {
         "frozen": number * frozen,
-        # Weight, gradient and average in float32, and the copy that mixed precision makes.
+        # Weight, gradient and average in float32, and the bfloat16 copy of mixed precision.
         "trained": trained * (8 + (4 if config.ema_decay else 0) + copies),
         "optimizer": int(OPTIMIZER_BYTES[config.optimizer] * trained),
     }
     lines = [f"Parameters: {trained:,} are trained, {frozen:,} are frozen"]
     lines += [f"  {count:13,} {kind}" for kind, count in counts.items()]
     total = sum(memory.values()) / GIB
-    lines.append(f"Memory, computed: {total:.2f} GiB; that of activations is not")
+    lines.append(f"Memory, computed: {total:.2f} GiB, without activations")
     lines += [f"  {name:14} {size / GIB:8.2f} GiB" for name, size in memory.items()]
     return lines + measured_time(config)

@@ -1,4 +1,4 @@
-"""What a run would do, told before it is started: from the config, the files' headers and the model's configs alone."""
+"""Dry run of a training: reports what a run would do, from the config, the headers of files and the model's configs."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from .videos import plan_clips
 
 
 GIB = 2**30
-# bfloat16 operations per second of an H100 SXM, dense: NVIDIA H100 data sheet.
+# Dense bfloat16 operations per second of an H100 SXM, from the NVIDIA H100 data sheet.
 H100_PEAK = 989e12
 BINS, BAR = 10, 40
 
 
 def dry_run(config: TrainConfig) -> str:
-    """Buckets with counts, files that would be rejected, tokens, memory, steps, time, targets and times, as a text.
+    """Returns a text about a run: buckets with counts, rejected files, tokens, steps, memory, duration, targets, noise times.
 
-    No weight is loaded, nothing is encoded or written, and of each video the first frame alone is decoded: damage behind it
-    shows when it is encoded.
+    No weight is loaded, and nothing is encoded or written. Only the first frame of each video is decoded, so damage after it
+    is not found.
 
     Args:
-        config ([`TrainConfig`]): of the run.
+        config ([`TrainConfig`]): config of the run.
 
     Raises:
-        `ValueError`: bad config or captions, a model that cannot be trained, targets that match nothing.
+        `ValueError`: the captions are not valid, the model cannot be trained, or `targets` match no layer.
     """
     folder = model_folder(config, weights=False)
     family = family_of(config, folder)
@@ -62,7 +62,7 @@ def dry_run(config: TrainConfig) -> str:
 
 
 def planned(config: TrainConfig | DreamerConfig, examples: list[Example]) -> tuple[list[tuple], dict[str, str]]:
-    """Bucket and repeats of each clip, and why files cannot be used."""
+    """Returns bucket and repeats of each clip, and the reason for each file that cannot be used."""
     clips, rejected = [], {}
     for example in examples:
         try:
@@ -81,11 +81,11 @@ def data_part(
     clips: list[tuple],
     rejected: dict[str, str],
 ) -> list[str]:
-    """Buckets with counts and sizes, and the files that are rejected.
+    """Returns lines about the buckets, with counts and sizes, and about the rejected files.
 
     Args:
-        size_of (`Callable`): of a clip of a bucket, in `unit`.
-        clips, rejected: from [`planned`].
+        size_of (`Callable`): returns the size of a bucket's clip, in `unit`.
+        clips, rejected: output of [`planned`].
     """
     counts: Counter[tuple] = Counter()
     repeated: Counter[tuple] = Counter()
@@ -102,7 +102,7 @@ def data_part(
 
 
 def steps_part(config: TrainConfig | DreamerConfig, clips: list[tuple]) -> list[str]:
-    """Steps, epochs and checkpoints that are there."""
+    """Returns lines about steps, epochs and existing checkpoints."""
     a_step = config.batch_size * config.gradient_accumulation_steps
     epoch = sum(repeats for _, repeats in clips)
     lines = [f"Steps: {config.steps} of {a_step} clips on each process, {len(config.experts)} expert(s)"]
@@ -111,7 +111,7 @@ def steps_part(config: TrainConfig | DreamerConfig, clips: list[tuple]) -> list[
     for expert in config.experts:
         saved = Checkpoints(Path(config.output_dir) / "checkpoints" / expert, config, {}).saved()
         if saved:
-            lines.append(f"  {expert}: {saved[0].name} is there, from which it would go on")
+            lines.append(f"  {expert}: {saved[0].name} is there, from which the run would resume")
     return lines
 
 
@@ -123,21 +123,21 @@ def _cost_part(config: TrainConfig, family: Wan | CogVideoX) -> list[str]:
     lines += [f"  {name:14} {size / GIB:8.2f} GiB" for name, size in memory.items()]
     host = estimated_host_memory(config, dict(shape), spatial, temporal)
     if host:
-        lines.append(f"In the computer's memory, pinned for the device: {sum(host.values()) / GIB:.2f} GiB")
+        lines.append(f"In CPU memory, pinned for the device: {sum(host.values()) / GIB:.2f} GiB")
         lines += [f"  {name:14} {size / GIB:8.2f} GiB" for name, size in host.items()]
     width = shape.num_attention_heads * shape.attention_head_dim
     sizes = (family.empty.num_parameters(), width, shape.num_layers, family.patch, spatial, temporal)
     operations = len(config.experts) * estimated_operations(config, *sizes)
     hours = operations / H100_PEAK / 3600
     lines.append(
-        f"Time, computed at the largest bucket: {operations:.3g} operations, at least {hours:.2g} hours of one H100, if all of its "
-        f"{H100_PEAK / 1e12:.0f} TFLOP/s were used"
+        f"Time, computed for the largest bucket: {operations:.3g} operations, at least {hours:.2g} hours of one H100, "
+        f"at its peak of {H100_PEAK / 1e12:.0f} TFLOP/s"
     )
     return lines + measured_time(config)
 
 
 def measured_time(config: TrainConfig | DreamerConfig) -> list[str]:
-    """What the logs of a run that was begun say."""
+    """Returns lines about the time per step in the logs of an earlier run in `output_dir`."""
     lines = []
     for expert in config.experts:
         log = Path(config.output_dir) / f"log_{expert}.jsonl"
@@ -145,7 +145,7 @@ def measured_time(config: TrainConfig | DreamerConfig) -> list[str]:
         if seconds:
             usual = float(torch.tensor(seconds).median())
             lines.append(
-                f"  {expert}: {usual:.3g} s a step in its log, {usual * config.steps / 3600:.2g} hours for all of them"
+                f"  {expert}: {usual:.3g} s a step in its log, {usual * config.steps / 3600:.2g} hours for all steps"
             )
     return lines
 
@@ -162,14 +162,14 @@ def _targets_part(config: TrainConfig, family: Wan | CogVideoX) -> list[str]:
 
 
 def _times_part(config: TrainConfig, expert: str, time_range: tuple[float, float]) -> list[str]:
-    """A histogram of the times that are drawn."""
-    # The middles of even quantiles.
+    """Returns a histogram of the training times."""
+    # Midpoints of 10,000 equal intervals of quantiles.
     times = drawn_times((torch.arange(10_000) + 0.5) / 10_000, config, time_range)
-    return histogram(f"Times of {expert}, 1 the time of pure noise (share of the draws):", times)
+    return histogram(f"Times of {expert}, 1 is the time of pure noise (share of the draws):", times)
 
 
 def histogram(title: str, values: torch.Tensor) -> list[str]:
-    """Shares of values in [0, 1], a line for a tenth."""
+    """Returns a histogram of values in [0, 1] as lines, one for each tenth."""
     shares, lines = torch.histc(values.float(), BINS, 0, 1) / len(values), [title]
     for number, share in enumerate(shares.tolist()):
         bar = "#" * round(BAR * share / float(shares.max()))

@@ -1,4 +1,4 @@
-"""How much memory and arithmetic a training run needs: computed from shapes, not measured."""
+"""Estimates memory and arithmetic of a training run from shapes; nothing is measured."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .draws import appended_frames
 from .low_memory import blocks_of, quantized_layers
 
 
-# Tensors of the model's width and of the feed-forward's that backpropagation through one of Wan's blocks holds at its peak,
-# counted in its source with LoRA on every linear layer and the memory-efficient attention backends. Of these 15 and 2 are
-# kept by the forward, with CogVideoX, which has no cross-attention, 11 and 2: for its blocks this is an upper bound.
+# Number of tensors of the model's width and of the feed-forward's width that backpropagation through one block of Wan holds at
+# its peak, counted in Wan's source with LoRA on every linear layer and memory-efficient attention. The forward keeps 15 and 2
+# of them. CogVideoX, which has no cross-attention, keeps 11 and 2, so for its blocks this is an upper bound.
 BLOCK_WIDTHS, BLOCK_FEED_FORWARDS = 24, 4
-# Of a number; see [`estimated_memory`].
+# Bytes per weight; see [`estimated_memory`].
 QUANTIZED_BYTES = {"fp8": 1.0, "nf4": 1 / 2 + 1 / 64 + 4 / (64 * 256)}
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw-8bit": 2 * (1 + 4 / 256)}
 
@@ -26,25 +26,25 @@ OPTIMIZER_BYTES = {"adamw": 8.0, "adamw-8bit": 2 * (1 + 4 / 256)}
 def estimated_memory(
     config: TrainConfig, transformer_config: dict[str, Any], spatial: int, temporal: int = 4
 ) -> dict[str, int]:
-    """Bytes on each device, by part; their sum is the need. Allocator and libraries take some 2 GiB more.
+    """Returns the bytes that training needs on each device, by part. Allocator and libraries take about 2 GiB more.
 
-    weights: the frozen base (2 bytes a parameter in bf16, else 4); one expert, also where two are trained. A layer that is
-        quantized takes 1 byte a parameter in fp8 and `1/2 + 1/64 + 4/(64 * 256)` in nf4: 4 bits, a constant of 8 bits for 64
-        of them and one of 32 bits for 256 of those (QLoRA, arXiv 2305.14314, section 3). Of blocks that are offloaded there
-        is one.
-    lora: float32 weight and gradient, 8 bytes a parameter; 4 for the average, 2 for the bfloat16 copy that mixed precision
-        makes; where guidance is distilled, the frozen LoRA that is learnt from.
-    optimizer: two moments of AdamW, 8 bytes a parameter; in 8 bits `2 * (1 + 4/256)`, a constant of 32 bits for 256 of them
-        (arXiv 2110.02861).
-    block_inputs: one activation per block with gradient checkpointing, none where they are offloaded; without it each block's
+    weights: the frozen base (2 bytes per parameter in bf16, else 4) of one expert, even if two are trained. A quantized layer
+        takes 1 byte per parameter in fp8 and `1/2 + 1/64 + 4/(64 * 256)` in nf4: 4 bits, a constant of 8 bits for every 64
+        parameters and one of 32 bits for every 256 of these constants (QLoRA, arXiv 2305.14314, section 3). With
+        `block_offload` only one block is on the device.
+    lora: float32 weight and gradient, 8 bytes per parameter; 4 for the average, 2 for the bfloat16 copy of mixed precision;
+        with guidance distillation also the teacher's frozen LoRA.
+    optimizer: two moments of AdamW, 8 bytes per parameter; in 8 bits `2 * (1 + 4/256)`, with a constant of 32 bits for every
+        256 (arXiv 2110.02861).
+    block_inputs: with gradient checkpointing one activation per block, or none if they are offloaded; without it each block's
         whole working set.
-    block: the working set of one block on the tokens of [`clip_tokens`], `batch * tokens * (24 * width + 4 * feed_forward)` numbers, and what it computes
-        with of weights that are quantized: of fp8 a wide copy of all its layers, of nf4 one of the largest layer.
+    block: the working set of one block on the tokens of [`clip_tokens`], `batch * tokens * (24 * width + 4 * feed_forward)`
+        values, and dequantized weights: with fp8 a copy of all its layers, with nf4 one of the largest layer.
 
     Args:
-        config (`TrainConfig`): batch size, buckets, rank, targets, and what saves memory.
-        transformer_config (`dict`): of a Wan or CogVideoX transformer, as in its `config.json`.
-        spatial, temporal (`int`): pixels per latent of the VAE in space, frames per latent in time.
+        config (`TrainConfig`): batch size, buckets, rank, targets, and options that save memory.
+        transformer_config (`dict`): config of a Wan or CogVideoX transformer, as in its `config.json`.
+        spatial, temporal (`int`): scale factors of the VAE: pixels per latent in space, frames per latent in time.
     """
     transformer, number = _empty(transformer_config), _bytes_a_number(config)
     width, feed_forward, tokens = _sizes(config, transformer, spatial, temporal)
@@ -76,12 +76,11 @@ def estimated_memory(
 def estimated_host_memory(
     config: TrainConfig, transformer_config: dict[str, Any], spatial: int, temporal: int = 4
 ) -> dict[str, int]:
-    """Bytes that each process keeps in the computer's memory for the device, by part; nothing where nothing is offloaded.
+    """Returns the bytes that each process keeps in CPU memory for the device, by part; empty if nothing is offloaded.
 
-    They are pinned, and PyTorch's allocator gives out pinned memory in powers of two (`CachingHostAllocator`). A base is also
-    loaded there, in `mixed_precision`, before it goes to the device.
-
-    Args: as of [`estimated_memory`].
+    This memory is pinned, and PyTorch allocates pinned memory in powers of two (`CachingHostAllocator`). Besides, the base is
+    loaded into CPU memory, in `mixed_precision`, before it moves to the device. The arguments are those of
+    [`estimated_memory`].
     """
     transformer, number = _empty(transformer_config), _bytes_a_number(config)
     width, _, tokens = _sizes(config, transformer, spatial, temporal)
@@ -107,13 +106,13 @@ def _empty(transformer_config: dict[str, Any]) -> torch.nn.Module:
 
 
 def _sizes(config: TrainConfig, transformer: torch.nn.Module, spatial: int, temporal: int) -> tuple[int, int, int]:
-    """Widths of the tokens and of the feed-forward, and how many tokens the largest bucket has."""
+    """Returns the widths of the tokens and of the feed-forward, and the number of tokens in the largest bucket."""
     shape = transformer.config
     width = shape.num_attention_heads * shape.attention_head_dim
     if isinstance(transformer, WanTransformer3DModel):
         feed_forward, texts, patch = shape.ffn_dim, 0, tuple(shape.patch_size)
     else:
-        # Text tokens go through the blocks with the others. The feed-forward of diffusers' class is four times as wide.
+        # Text tokens pass through the blocks, too. The feed-forward of diffusers' class is four times as wide as the model.
         feed_forward, texts = 4 * width, shape.max_text_seq_length
         patch = (shape.patch_size_t or 1, shape.patch_size, shape.patch_size)
     return width, feed_forward, texts + _longest_video(config, patch, spatial, temporal)
@@ -124,10 +123,10 @@ def _bytes_a_number(config: TrainConfig) -> int:
 
 
 def _stored(module: torch.nn.Module, layers: set[torch.nn.Module], config: TrainConfig) -> int:
-    """Bytes of frozen weights as they are kept, those of `layers` in fewer bits."""
+    """Returns the bytes of a module's frozen weights, with those of `layers` quantized."""
     number, saved = _bytes_a_number(config), 0.0
     for layer in layers.intersection(module.modules()):
-        # bitsandbytes leaves biases as they are.
+        # bitsandbytes does not quantize biases.
         size = _numel(layer) if config.quantize == "fp8" else layer.weight.numel()
         saved += size * (number - QUANTIZED_BYTES[config.quantize])
     return round(number * _numel(module) - saved)
@@ -150,15 +149,15 @@ def estimated_operations(
     spatial: int,
     temporal: int = 4,
 ) -> float:
-    """Floating-point operations of one process in all steps, on clips of the largest bucket; texts are left out.
+    """Returns the floating-point operations of one process in all steps, for clips of the largest bucket without text tokens.
 
-    A forward has `2 * parameters * tokens` and, in self-attention, `4 * tokens^2 * width` a layer. Beside it gradient
-    checkpointing runs a second one, and the backward pass takes as much again in the frozen layers, whose own gradients are
-    not needed, and twice as much in attention.
+    A forward has `2 * parameters * tokens` operations, and in self-attention `4 * tokens^2 * width` per layer. Gradient
+    checkpointing runs a second forward. The backward pass takes as much as a forward in the frozen layers, which need no
+    gradient of their weights, and twice as much in attention.
 
     Args:
         config (`TrainConfig`): steps, batch size, buckets.
-        parameters, width, num_layers (`int`): of the transformer.
+        parameters, width, num_layers (`int`): sizes of the transformer.
         patch (`tuple[int, int, int]`): frames, rows and columns of latents in one token.
         spatial, temporal (`int`): as in [`estimated_memory`].
     """
@@ -172,7 +171,7 @@ def estimated_operations(
 def clip_tokens(
     config: TrainConfig, bucket: tuple[int, int, int], patch: tuple[int, int, int], spatial: int, temporal: int = 4
 ) -> int:
-    """Tokens of a clip in a forward, at the most: an anchor that is appended is a latent frame more.
+    """Returns the most tokens that a clip has in a forward. An appended anchor adds one latent frame.
 
     Args:
         config (`TrainConfig`): `anchor_form`, `anchor_position`, `anchor_probability`.
@@ -186,5 +185,5 @@ def clip_tokens(
 
 
 def _longest_video(config: TrainConfig, patch: tuple[int, int, int], spatial: int, temporal: int) -> int:
-    """Tokens of a clip of the largest bucket."""
+    """Returns the number of tokens of a clip of the largest bucket."""
     return max(clip_tokens(config, bucket, patch, spatial, temporal) for bucket in config.all_buckets)

@@ -1,4 +1,4 @@
-"""The model families that can be trained, told apart by the transformer's own config: classes, sizes, encoding, objective."""
+"""The model families that can be trained: classes, sizes, encoding and objective. The transformer's config selects one."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from .objectives import FlowMatching, VPrediction
 
 
 class Family:
-    """What the cache needs to know of a family beside its classes."""
+    """Base of the families: what the cache needs to know of one."""
 
     # Options that the cached tensors depend on.
     cache_settings: tuple[str, ...] = ("buckets", "frame_rate", "clips_per_video", "max_sequence_length")
-    # Whether single frames may be anchors behind the clip, as `anchor_form` says.
+    # Whether the family supports `anchor_form="appended"`.
     takes_pictures = False
 
     def encoders(self, folder: Path) -> dict[str, Path]:
-        """Where the models lie whose output is cached."""
+        """Returns the folders of the models whose output is cached."""
         return {part: folder / part for part in ("vae", "text_encoder", "tokenizer")}
 
     def cached(self, vae: torch.nn.Module, pixels: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-        """What the cache keeps of each clip of `(B, 3, F, H, W)`."""
+        """Encodes clips `(B, 3, F, H, W)` to the tensors that the cache keeps of each."""
         return [{"latents": latents} for latents in self.encode(vae, pixels)]
 
     @staticmethod
     def encode(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels to latents. Defined by the family."""
+        """Encodes pixels to latents. Subclasses define it."""
         raise NotImplementedError
 
 
@@ -53,8 +53,8 @@ class Wan(Family):
     """Wan 2.1 and 2.2.
 
     Args:
-        folder (`Path`): of the pipeline.
-        transformer_config (`dict`): of the transformer that is trained.
+        folder (`Path`): folder of the pipeline.
+        transformer_config (`dict`): config of the transformer to train.
     """
 
     transformer, vae, text_encoder = AnchorConditionedTransformer3D, AutoencoderKLWan, UMT5EncoderModel
@@ -67,10 +67,10 @@ class Wan(Family):
         self.empty = _empty(self.transformer, transformer_config)
 
     def check_bucket(self, num_frames: int, height: int, width: int) -> None:
-        """The bucket is a size that VAE and patches divide.
+        """Checks that a bucket's size fits the scale factors of the VAE and the patch size.
 
         Raises:
-            `ValueError`: naming the nearest sizes that are.
+            `ValueError`: the size does not fit; the message names the nearest ones that do.
         """
         check_num_frames(num_frames, self.vae_config["scale_factor_temporal"])
         patch = self.empty.config.patch_size
@@ -79,17 +79,17 @@ class Wan(Family):
 
     @property
     def strides(self) -> tuple[int, int]:
-        """Pixels per latent in space, frames per latent in time."""
+        """Scale factors of the VAE: pixels per latent in space, frames per latent in time."""
         return self.vae_config["scale_factor_spatial"], self.vae_config["scale_factor_temporal"]
 
     @property
     def patch(self) -> tuple[int, int, int]:
-        """Frames, rows and columns of latents in a token."""
+        """Latent frames, rows and columns per token."""
         return tuple(self.empty.config.patch_size)
 
     @staticmethod
     def encode(vae: AutoencoderKLWan, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels `(B, 3, F, H, W)` in [-1, 1] to normalised latents `(B, C, f, h, w)`: the posterior's mode, as at sampling."""
+        """Encodes pixels `(B, 3, F, H, W)` in [-1, 1] to normalised latents `(B, C, f, h, w)`: the mode of the posterior."""
         with torch.no_grad():
             latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()
         return normalize_latents(latents.float(), vae).cpu()
@@ -109,7 +109,7 @@ class CogVideoX(Family):
 
     def check_bucket(self, num_frames: int, height: int, width: int) -> None:
         spatial, temporal = self.strides
-        # At sampling its VAE decodes latents two by two.
+        # At sampling the VAE decodes latent frames in pairs.
         check_num_frames(num_frames, 2 * temporal)
         check_size("height", height, spatial * self.empty.config.patch_size)
         check_size("width", width, spatial * self.empty.config.patch_size)
@@ -134,7 +134,7 @@ class CogVideoX(Family):
 
 
 def _empty(transformer: type[torch.nn.Module], config: dict) -> torch.nn.Module:
-    """The model without weights, for its names and sizes."""
+    """Returns the model without weights, to read names and sizes from."""
     with init_empty_weights():
         return transformer.from_config(config)
 
@@ -148,14 +148,16 @@ FAMILIES: dict[str, type[Wan | CogVideoX]] = {
 
 
 def family_of(config: TrainConfig, folder: Path) -> Wan | CogVideoX:
-    """The family of the model in `folder`, and whether it can be trained at all of the config's buckets.
+    """Returns the family of the model in `folder`, and checks that the config's buckets fit it.
 
     Raises:
-        `ValueError`: another model, or a bucket that does not fit it.
+        `ValueError`: the model belongs to no known family, or a bucket does not fit it.
     """
     path = folder / config.experts[0] / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} has no {path.relative_to(folder)}: `model` is a pipeline in diffusers' layout.")
+        raise ValueError(
+            f"{folder} has no {path.relative_to(folder)}: `model` must be a pipeline in diffusers' layout."
+        )
     transformer_config = json.loads(path.read_text())
     name = transformer_config.get("_class_name")
     if name not in FAMILIES:
@@ -169,7 +171,7 @@ def family_of(config: TrainConfig, folder: Path) -> Wan | CogVideoX:
 def text_pipeline(
     family: Wan | CogVideoX, folder: Path, dtype: torch.dtype, device: torch.device
 ) -> DiffusionPipeline:
-    """The stock pipeline with nothing but what encodes texts."""
+    """Loads diffusers' pipeline with text encoder and tokenizer only."""
     text_encoder = family.text_encoder.from_pretrained(folder / "text_encoder", dtype=dtype).to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     return family.pipeline(tokenizer=tokenizer, text_encoder=text_encoder, vae=None, scheduler=None, transformer=None)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and tensors that are known to be: for caches, checkpoints and logs."""
+"""Atomic writing of files, with checksums for tensors: for caches, checkpoints and logs."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from safetensors.torch import save_file
 from .. import atomic
 
 
-_HINT = "With room on the disk the same run goes on from what is whole."
+_HINT = "With space on the disk the same run resumes from its complete files."
 
 
 def write_whole(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes safetensors beside `path`, to disk, and renames: a kill at any instant leaves the old file or the new one.
+    """Writes a safetensors file beside `path`, flushes it to the disk and renames it. If the process is killed, either the old
+    file or the new one is left.
 
     Raises:
-        `OSError`: as on a full disk, naming the file.
+        `OSError`: the file cannot be written, as on a full disk; the message names it.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"format": "pt", **(metadata or {})}
@@ -30,18 +31,18 @@ def write_whole(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str
 
 
 def write_text_whole(path: Path, text: str) -> None:
-    """[`write_whole`] of a text."""
+    """Writes a text file as [`write_whole`] writes tensors."""
     with atomic.replacing(path, _HINT) as draft:
         draft.write_text(text, encoding="utf-8")
 
 
 def naming(path: Path) -> AbstractContextManager[None]:
-    """[`atomic.naming`] for what a run goes on from."""
+    """[`atomic.naming`] with a hint that the run can be resumed."""
     return atomic.naming(path, _HINT)
 
 
 def read_whole(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
-    """Tensors and metadata of a file of [`write_whole`]; `None` when it is missing, cut off or changed."""
+    """Reads tensors and metadata from a file of [`write_whole`]; returns `None` if it is missing, incomplete or changed."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

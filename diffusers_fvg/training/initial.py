@@ -1,4 +1,4 @@
-"""What a LoRA starts from: nothing, or another LoRA."""
+"""Initializes a new LoRA from another one."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ INITIAL_NAME = "initial"
 
 
 def start_from(transformer: torch.nn.Module, expert: str, weights: str) -> str:
-    """Gives the adapter `"anchor"` the weights of a LoRA of any known format.
+    """Initializes the adapter `"anchor"` with the weights of a LoRA of any known format.
 
     Args:
-        transformer (`torch.nn.Module`): with the new adapter.
+        transformer (`torch.nn.Module`): transformer with the new adapter.
         expert (`str`): `"transformer"` or `"transformer_2"`.
-        weights (`str`): file, folder or repository, see [`lora.loader.load_lora`]; also the `output_dir` of a run. Of a file
-            whose keys name experts those of this one are taken.
+        weights (`str`): file, folder or repository, see [`lora.loader.load_lora`], or the `output_dir` of a run. If the keys of
+            a file name experts, only this expert's are used.
 
     Returns:
-        `str`: a digest of what it starts from.
+        `str`: digest of the initial weights.
 
     Raises:
-        `ValueError`: a LoRA that does not fit into the new one's layers and rank, or has more than low-rank pairs.
+        `ValueError`: the LoRA has layers or a rank that the new one does not have, or weights that are no low-rank pairs.
     """
     label = f"`initial_lora={weights!r}`"
     source, options = of_expert(weights, expert)
@@ -45,7 +45,7 @@ def start_from(transformer: torch.nn.Module, expert: str, weights: str) -> str:
     given = {name: layer for name, layer in layers.items() if INITIAL_NAME in layer.lora_A}
     if not given or deltas is not None:
         raise ValueError(
-            f"{label} has weights of norms, biases or modulation, which a new LoRA does not: export it without."
+            f"{label} has weights of norms, biases or modulation, which a new LoRA cannot have: export it without them."
         )
     for name, layer in given.items():
         if ADAPTER_NAME not in layer.lora_A:
@@ -64,13 +64,13 @@ def start_from(transformer: torch.nn.Module, expert: str, weights: str) -> str:
 
 
 def of_expert(weights: str, expert: str) -> tuple[str | dict[str, torch.Tensor], dict[str, Any]]:
-    """What [`lora.loader.load_lora`] is given for one expert, and its further arguments.
+    """Returns a LoRA's source for one expert, for [`lora.loader.load_lora`], and further arguments of that function.
 
     Args:
-        weights, expert (`str`): as of [`start_from`].
+        weights, expert (`str`): as in [`start_from`].
 
     Raises:
-        `ValueError`: no such LoRA, or none of this expert.
+        `ValueError`: the LoRA does not exist, or has no weights for this expert.
     """
     path = Path(weights)
     if not path.exists():
@@ -90,7 +90,7 @@ def of_expert(weights: str, expert: str) -> tuple[str | dict[str, torch.Tensor],
 
 
 def _downloaded(name: str) -> Path:
-    """The LoRA of a Hub repository: files that lie in its folders are other models."""
+    """Downloads the LoRA at the top of a Hub repository; files in its subfolders belong to other models."""
     try:
         validate_repo_id(name)
         files = {"allow_patterns": ["*.safetensors", "adapter_config.json"], "ignore_patterns": ["*/*"]}
@@ -103,7 +103,8 @@ def _downloaded(name: str) -> Path:
 
 @torch.no_grad()
 def copy_adapter(transformer: torch.nn.Module, source: str) -> None:
-    """Gives the adapter `"anchor"` the weights of another to start from. What it has beyond those begins at zero."""
+    """Initializes the adapter `"anchor"` with the weights of adapter `source`. Where its rank is higher, the rest of `lora_B`
+    stays zero."""
     for layer in transformer.modules():
         if isinstance(layer, BaseTunerLayer) and source in layer.lora_A:
             down, up = (weights[source].weight for weights in (layer.lora_A, layer.lora_B))

@@ -1,7 +1,7 @@
-"""The training of one expert: model, optimizer, average, and what is written of them, resumable to the bit.
+"""Training loop of one expert. A resumed run gives bit-identical weights.
 
-Nothing random is remembered: data order, noise, noise levels and anchors are functions of seed, expert and step
-([`draws`], [`batches.BatchOrder`]). A checkpoint is then weights, their average and the optimizer's state.
+No random state is stored: data order, noise, noise levels and anchors are functions of seed, expert and step ([`draws`],
+[`batches.BatchOrder`]). So a checkpoint holds only the weights, their average and the optimizer's state.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Validation:
-    """What a validation callable gets, on the main process.
+    """Argument of a validation callable, which runs on the main process.
 
     Args:
-        transformer (`torch.nn.Module`): the expert with the averaged LoRA as adapter `"anchor"`, in evaluation mode.
-            Another expert is not loaded.
+        transformer (`torch.nn.Module`): the expert with the averaged LoRA as adapter `"anchor"`, in evaluation mode. The
+            other expert is not loaded.
         expert (`str`): `"transformer"` or `"transformer_2"`.
-        step (`int`): optimizer steps done.
-        folder (`Path`): of this validation, for videos; made by whoever writes there.
-        config (`TrainConfig`): of the run.
-        log (`Callable`): `log({"name": number})` hands numbers to the tracker.
-        log_video (`Callable`): `log_video("name", path)` hands it an mp4.
+        step (`int`): number of optimizer steps done.
+        folder (`Path`): folder for the videos of this validation; the callable creates it.
+        config (`TrainConfig`): config of the run.
+        log (`Callable`): `log({"name": number})` sends numbers to the tracker.
+        log_video (`Callable`): `log_video("name", path)` sends an mp4 to the tracker.
     """
 
     transformer: torch.nn.Module
@@ -76,11 +76,11 @@ Validate = Callable[[Validation], None]
 
 
 def check_model(transformer: torch.nn.Module, config: TrainConfig) -> None:
-    """Each target is the end of the name of at least one linear layer, and the model has window attention, appended anchors, or
-    layers that can be quantized, if they are asked for.
+    """Checks that each target matches a linear layer, and that the model supports window attention, appended anchors and
+    quantization if the config asks for them.
 
     Raises:
-        `ValueError`: naming the targets that match nothing and what there is, or the option.
+        `ValueError`: the message names the option, or the targets that match nothing and the layers that exist.
     """
     if config.anchor_window is not None and not hasattr(transformer, "set_anchor_window"):
         kind = type(transformer).__name__
@@ -103,7 +103,7 @@ def check_model(transformer: torch.nn.Module, config: TrainConfig) -> None:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of the step with this number, counted from 0."""
+    """Returns the learning rate of a step, counted from 0."""
     warm = min(1.0, (step + 1) / (config.warmup_steps + 1))
     if config.learning_rate_schedule == "constant":
         return config.learning_rate * warm
@@ -112,7 +112,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 class Run:
-    """One expert's training: model, optimizer, average, and where they are written to."""
+    """Training run of one expert: model, optimizer, average of the weights, and their files."""
 
     def __init__(
         self,
@@ -138,15 +138,15 @@ class Run:
         if self.teacher is not None:
             self.teacher.start(transformer)
         optimizer = make_optimizer(config, tuned)
-        # DDP would send the frozen weights around, which every process has read, and cannot do so in 8 bits.
+        # DDP would broadcast the frozen weights, which every process has loaded itself, and cannot broadcast 8-bit ones.
         frozen = {name for name, p in transformer.named_parameters() if not p.requires_grad}
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(transformer, frozen)
-        # Blocks that are kept off the device stay there.
+        # Offloaded blocks must stay off the device.
         placement = [not config.block_offload, True]
         self.model, self.optimizer = accelerator.prepare(transformer.train(), optimizer, device_placement=placement)
         self.transformer = accelerator.unwrap_model(self.model)
         self.forward = self._caller()
-        # With FSDP these are shards, and so is what is computed from them.
+        # With FSDP these are shards, and so are the average and the optimizer's state.
         self.tuned = {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.tuned.items()}
         more = {"num_processes": accelerator.num_processes} | self.origins
@@ -157,7 +157,7 @@ class Run:
         self.stop = StopRequest(accelerator.num_processes)
 
     def _make_trainable(self, transformer: torch.nn.Module) -> None:
-        """Freezes the model and adds what is trained, which alone requires a gradient afterwards."""
+        """Freezes the model and adds the LoRA; afterwards only the LoRA requires a gradient."""
         config = self.config
         check_model(transformer, config)
         self.dtype = transformer.dtype
@@ -170,14 +170,14 @@ class Run:
         if config.gradient_checkpointing:
             checkpoint_blocks(transformer, config.activation_offload)
         lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets))
-        # Only the initial LoRA comes from the global state.
+        # PEFT initializes the LoRA from the global random state, which is set here and restored.
         with torch.random.fork_rng():
             torch.manual_seed(config.seed)
             transformer.add_adapter(lora, adapter_name=ADAPTER_NAME)
         self.origins = {}
         if config.initial_lora:
             self.origins["initial"] = start_from(transformer, self.expert, config.initial_lora)
-        # Only now: LoRA layers are made of the same numbers whatever the base is stored in.
+        # Quantized only after the LoRA is added, so that its initial weights do not depend on the base's precision.
         if config.quantize != "none":
             quantize_base(transformer, config.quantize, self.accelerator.device)
         if config.block_offload:
@@ -187,7 +187,7 @@ class Run:
         return self.objective.caller(self.model, self.transformer)
 
     def train(self) -> dict[str, torch.Tensor]:
-        """Runs to the last step and returns the weights to save: name of the parameter -> average."""
+        """Trains to the last step and returns the averaged weights by parameter name."""
         config, accelerator = self.config, self.accelerator
         self._resume()
         on_main_process(accelerator, self._write_facts)
@@ -217,11 +217,11 @@ class Run:
                     self._leave()
         self.tracking.close()
         weights = {name: whole(tensor).cpu() for name, tensor in self.average.items()}
-        check_weights(f"What `{self.expert}` learnt", weights)
-        # The next expert needs the memory.
+        check_weights(f"The LoRA of `{self.expert}`", weights)
+        # Frees memory for the next expert.
         self.model, self.optimizer = accelerator.free_memory(self.model, self.optimizer)
         del self.transformer, self.forward, self.tuned, self.average
-        # Hooks and blocks that are kept off the device hold each other.
+        # Hooks and offloaded blocks form reference cycles.
         gc.collect()
         return weights
 
@@ -234,24 +234,24 @@ class Run:
         self._cut_log()
 
     def _leave(self) -> None:
-        """Ends the process after a checkpoint, as the signal would have."""
+        """Ends the process after a checkpoint, with the exit status of the signal."""
         self.tracking.close()
-        # Of processes that run together one may have been told alone.
+        # This process may not have got the signal itself.
         number = self.stop.signal or signal.SIGTERM
         if self.accelerator.is_main_process:
             logger.warning(
-                f"Stopped by {signal.Signals(number).name} after step {self.step} of {self.config.steps}, with a checkpoint; the "
-                "same command goes on from there."
+                f"Stopped by {signal.Signals(number).name} after step {self.step} of {self.config.steps}, with a checkpoint; "
+                "the same command resumes from there."
             )
         raise SystemExit(128 + number)
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
     def _optimizer_step(self, batches: Prefetcher) -> tuple[float, float, bool]:
-        """Returns the loss, averaged over forwards and processes, the norm of the gradient, and whether a process shall stop.
+        """Returns the loss, averaged over forwards and processes, the gradient norm, and whether a process got a stop signal.
 
         Raises:
-            `FloatingPointError`: loss or gradient are broken. No weight has changed then.
+            `FloatingPointError`: loss or gradient are broken. The weights are unchanged then.
         """
         config, forwards = self.config, self.config.gradient_accumulation_steps
         for group in self.optimizer.param_groups:
@@ -261,19 +261,19 @@ class Run:
         for forward in range(forwards):
             number = self.step * forwards + forward
             batch = self._batch(batches, number)
-            # Processes exchange gradients once per optimizer step.
+            # Processes synchronize gradients once per optimizer step.
             waiting = self.accelerator.no_sync(self.model) if forward < forwards - 1 else contextlib.nullcontext()
-            # Autocast narrows a LoRA layer's input in any case. PEFT would widen it to the LoRA's float32 first, and what is
-            # narrowed again is a copy: the backward would keep one for every layer, a tenth of what it keeps of Wan.
+            # PEFT would cast a LoRA layer's input to float32, and autocast back to bfloat16. That makes a copy in every layer,
+            # which the backward would keep: a tenth of all that it keeps for Wan.
             with waiting, disable_input_dtype_casting(self.transformer):
-                # FSDP leaves it to the caller.
+                # With FSDP, autocast is up to the caller.
                 device = self.accelerator.device.type
                 with torch.autocast(device, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
                     loss = self._loss(*batch)
                 self.accelerator.backward(loss / forwards)
             losses.append(loss.detach())
         norm = float(whole(self.accelerator.clip_grad_norm_(self.tuned.values(), config.max_grad_norm)))
-        # Together, as each exchange costs time.
+        # One reduction for both values, because each costs time.
         told = torch.stack([torch.stack(losses).mean(), losses[0].new_tensor(self.stop.signal is not None)])
         loss, stopped = self.accelerator.reduce(told, "mean").tolist()
         check_step(self.step, loss, norm)
@@ -295,14 +295,14 @@ class Run:
         negative_embeds: torch.Tensor,
         drawn: Draw,
     ) -> torch.Tensor:
-        """Of what [`_batch`] gives."""
+        """Returns the loss of one forward; takes what [`_batch`] returns."""
         teacher = None
         if self.teacher is not None:
             teacher = functools.partial(self.teacher.predict, self.forward, self.transformer, negative_embeds)
         return draw_loss(self.forward, clean_latents, drawn, prompt_embeds, self.dtype, self.objective, teacher)
 
     def _batch(self, batches: Prefetcher, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Draw]:
-        """Latents, embeddings of prompts and of as many empty (or negative) ones, and draws of forward `number`, on the device."""
+        """Returns latents, prompt embeddings, as many empty or negative ones, and draws of forward `number`, on the device."""
         latents, embeds, pictures = batches.load(number)
         latents = self.objective.padded(latents)
         first = self.accelerator.process_index * len(latents)
@@ -340,7 +340,7 @@ class Run:
         for name, parameter in self.tuned.items():
             state = as_tensors(self.optimizer.state[parameter])
             tensors |= {f"optimizer.{key}.{name}": value for key, value in state.items()}
-        # Every process has a part in this.
+        # Gathering the shards needs every process.
         tensors = {name: whole(tensor) for name, tensor in tensors.items()}
         on_main_process(self.accelerator, lambda: self.checkpoints.write(self.step, tensors))
 
@@ -350,7 +350,7 @@ class Run:
         on_main_process(self.accelerator, write)
 
     def _resume(self) -> None:
-        """Continues from the newest checkpoint that is whole and finite, if there is one."""
+        """Resumes from the newest checkpoint that is complete and finite, if there is one."""
         newest = self.checkpoints.newest()
         if newest is not None:
             self.step, tensors = newest
@@ -362,7 +362,7 @@ class Run:
         kept = sorted({name.split(".")[1] for name in tensors if name.startswith("optimizer.")})
         for name, parameter in self.tuned.items():
             parameter.copy_(sharded_like(parameter, tensors[f"weights.{name}"]))
-            # AdamW counts its steps on the CPU. Small tensors of an 8-bit optimizer have 32 bits and no tables.
+            # AdamW keeps its step count on the CPU. An 8-bit optimizer keeps small tensors in 32 bits, with no quantization maps.
             state = {
                 key: value if key == "step" else sharded_like(parameter, value)
                 for key in kept
@@ -377,9 +377,9 @@ class Run:
             self.average = {name: p.detach() for name, p in self.tuned.items()}
 
     def _cut_log(self) -> None:
-        """Takes out what was logged after the checkpoint: those steps are taken again."""
+        """Removes the log lines after the checkpoint, because those steps are repeated."""
         text = self.log_path.read_text(encoding="utf-8") if self.log_path.exists() else ""
-        # A kill can cut the last line short.
+        # If the process was killed, the last line may be incomplete.
         lines = [line for line in text.splitlines() if line.endswith("}")]
         kept = "".join(line + "\n" for line in lines if json.loads(line)["step"] <= self.step)
         if kept != text:
@@ -389,7 +389,7 @@ class Run:
 
     @torch.no_grad()
     def _validate(self) -> bool:
-        """Calls `validate` with the averaged weights in place and puts everything back; whether the run shall stop."""
+        """Calls `validate` with the averaged weights and restores the trained ones; returns whether the run must stop."""
 
         def call() -> bool:
             if self.stop.signal is not None:
@@ -405,7 +405,7 @@ class Run:
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
                 logger.warning(
-                    f"The validation of step {self.step} failed, and training goes on: {reason}", exc_info=True
+                    f"The validation of step {self.step} failed, and training continues: {reason}", exc_info=True
                 )
             finally:
                 self.transformer.train()
@@ -424,7 +424,7 @@ class Run:
 
 
 def _memory(device: torch.device) -> int:
-    """On an accelerator the most bytes that tensors held so far, on the CPU those that the process holds now."""
+    """Returns the peak memory of tensors on a GPU, or without one the current memory of the process, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return psutil.Process().memory_info().rss

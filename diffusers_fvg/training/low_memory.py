@@ -1,6 +1,6 @@
-"""Less memory for a base that is frozen: fewer bits, weights and activations in the computer's memory.
+"""Saves memory of the frozen base: quantization, and offloading of weights and activations to CPU memory.
 
-The LoRA is there before any of it: its layers stay as they are, on the device and in float32.
+The LoRA must be added before. Its layers stay on the device and in float32.
 """
 
 from __future__ import annotations
@@ -13,22 +13,24 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 
-# Numbers that share a constant: bitsandbytes' default, and QLoRA's.
+# Number of weights that share a quantization constant: the default of bitsandbytes and QLoRA.
 NF4_BLOCK = 64
 
 
 def blocks_of(transformer: nn.Module) -> nn.ModuleList:
-    """The blocks of a Wan or CogVideoX transformer."""
+    """Returns the blocks of a Wan or CogVideoX transformer."""
     return transformer.blocks if hasattr(transformer, "blocks") else transformer.transformer_blocks
 
 
 def quantized_layers(transformer: nn.Module, kind: str) -> Iterator[tuple[str, nn.Linear]]:
-    """The layers that [`quantize_base`] stores in fewer bits, with their names: all linear ones of the blocks that belong to
-    neither a norm nor a LoRA. They are nearly all of the weights: 98 % of Wan2.2-TI2V-5B's. In 4 bits only such that take a
-    multiple of 64 numbers, as every layer of Wan and CogVideoX does."""
+    """Yields name and module of the layers that [`quantize_base`] quantizes.
+
+    These are all linear layers of the blocks that belong to neither a norm nor a LoRA, 98 % of the weights of
+    Wan2.2-TI2V-5B. With `"nf4"`, `in_features` must also be a multiple of 64, as in all layers of Wan and CogVideoX.
+    """
     blocks = blocks_of(transformer)
     prefix = next(name for name, module in transformer.named_children() if module is blocks)
-    # bitsandbytes 0.50 gives other values on a CPU where a block of 64 runs over the end of a row.
+    # On a CPU, bitsandbytes 0.50 computes other values if a block of 64 extends over the end of a row.
     multiple = NF4_BLOCK if kind == "nf4" else 1
     for name, module in blocks.named_modules(prefix=prefix):
         plain = isinstance(module, nn.Linear) and "norm" not in name and "lora_" not in name
@@ -37,13 +39,13 @@ def quantized_layers(transformer: nn.Module, kind: str) -> Iterator[tuple[str, n
 
 
 def quantize_base(transformer: nn.Module, kind: str, device: torch.device) -> None:
-    """Stores the weights of [`quantized_layers`] in fewer bits. What is computed with them has the model's own type.
+    """Quantizes the weights of [`quantized_layers`]. Their results keep the model's dtype.
 
     Args:
-        transformer (`ModelMixin`): frozen, on the CPU, with its LoRA.
+        transformer (`ModelMixin`): frozen transformer on the CPU, with its LoRA.
         kind (`str`): `"fp8"`: float8_e4m3fn, by diffusers' layerwise casting. `"nf4"`: 4 bits by bitsandbytes, with its
             constants in 8 bits as in QLoRA (arXiv 2305.14314, sections 3 and 4).
-        device (`torch.device`): where bitsandbytes finds the 4 bits, and keeps them.
+        device (`torch.device`): device on which bitsandbytes quantizes the weights and keeps them.
     """
     if kind == "fp8":
         transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=transformer.dtype)
@@ -55,25 +57,25 @@ def quantize_base(transformer: nn.Module, kind: str, device: torch.device) -> No
         made = Linear4bit(layer.in_features, layer.out_features, has_bias, dtype, quant_type="nf4", device="meta")
         made.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=made)
         made.bias = layer.bias
-        # It would lay weights out anew in evaluation, for a product that has no gradient.
+        # In evaluation mode the flag would repack the weights for a matrix product that has no gradient.
         made.support_avx512bf16_for_cpu = False
         transformer.set_submodule(name, made.to(device))
 
 
 def checkpoint_blocks(transformer: nn.Module, activation_offload: bool) -> None:
-    """Gradient checkpointing of the blocks.
+    """Enables gradient checkpointing of the blocks.
 
     Args:
-        transformer (`ModelMixin`): that has it.
-        activation_offload (`bool`): keep what a block has to begin anew with, the video's tokens, in the computer's memory. All
-            else that is passed to it is the same for all blocks, and stays where it is.
+        transformer (`ModelMixin`): transformer that supports gradient checkpointing.
+        activation_offload (`bool`): whether to keep the input of each block, the video's tokens, in CPU memory. Its other
+            arguments are the same for all blocks and stay on the device.
     """
     if not activation_offload:
         transformer.enable_gradient_checkpointing()
         return
 
     def checkpointed(block: Callable, hidden_states: torch.Tensor, *others: torch.Tensor | None):
-        # Within the context the only tensor that is saved is the one that is passed on: the block's own are dropped.
+        # The context saves only the block's input, because `checkpoint` drops the tensors inside the block.
         with save_on_cpu(pin_memory=hidden_states.is_cuda):
             return checkpoint(lambda tokens: block(tokens, *others), hidden_states, use_reentrant=False)
 
@@ -81,15 +83,15 @@ def checkpoint_blocks(transformer: nn.Module, activation_offload: bool) -> None:
 
 
 def offload_blocks(transformer: nn.Module, device: torch.device) -> None:
-    """Keeps the frozen weights of the blocks in the computer's memory. Each block gets copies of its own on the device while it
-    runs, in the forward and again when gradient checkpointing runs it for the backward; all else is moved to the device.
+    """Keeps the frozen weights of the blocks in CPU memory. While a block runs, in the forward and in the repeated forward of
+    gradient checkpointing, it uses copies on the device. All other weights are moved to the device.
 
-    diffusers' group offload moves the weights themselves, back again as soon as a block's forward is through: its backward
-    then finds them, and the LoRA, on another device.
+    diffusers' group offloading moves the weights themselves, and moves them back after a block's forward. The backward would
+    find them, and the LoRA, on another device.
 
     Args:
-        transformer (`ModelMixin`): with its LoRA.
-        device (`torch.device`): where it runs.
+        transformer (`ModelMixin`): transformer with its LoRA.
+        device (`torch.device`): device on which it runs.
     """
     blocks = blocks_of(transformer)
     kept = {parameter for parameter in blocks.parameters() if not parameter.requires_grad}
@@ -106,7 +108,7 @@ def offload_blocks(transformer: nn.Module, device: torch.device) -> None:
 
 
 class _WithCopies:
-    """The forward of a block whose frozen weights are elsewhere."""
+    """Forward of a block that copies its frozen weights to the device first."""
 
     def __init__(self, block: nn.Module, device: torch.device):
         self.computed, self.device = _Forward(block), device
@@ -118,7 +120,7 @@ class _WithCopies:
 
 
 class _Forward(nn.Module):
-    """A block's own forward as a module, which `functional_call` asks for."""
+    """Module whose forward is a block's original forward, for `functional_call`."""
 
     def __init__(self, block: nn.Module):
         super().__init__()

@@ -1,6 +1,6 @@
-"""What there is to train on: captioned files, as tables, folders and data sets of the Hub have them.
+"""Reads the training data: files with captions, from tables, folders and datasets of the Hub.
 
-A caption is read whole or not at all: what a table cannot mean is an error with file and line.
+A malformed row is an error with file and line, so that no caption is read in part.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from .config import TomlConfig
 
 
 TABLES = ("metadata.jsonl", "metadata.csv")
-# What a folder without a table is searched for; whether a file can be decoded is found out later.
+# Suffixes of the files that are used in a folder without a table. They are decoded later.
 SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".webp", ".avif", ".png", ".jpg", ".jpeg"}
 
 
 @dataclass(frozen=True)
 class Example:
-    """A video file and what it shows.
+    """A video or image file with its caption.
 
     Args:
-        path (`Path`): of a video or a picture.
-        caption (`str`): what it shows.
-        repeats (`float`, *optional*): how often an epoch goes through it.
-        buckets (`tuple`, *optional*): for it alone; empty for those of the config.
+        path (`Path`): path of the video or image.
+        caption (`str`): description of what it shows.
+        repeats (`float`, *optional*): how often an epoch contains it.
+        buckets (`tuple`, *optional*): its own buckets; empty for those of the config.
     """
 
     path: Path
@@ -45,12 +45,13 @@ class Example:
 
 
 def read_examples(config: TomlConfig) -> list[Example]:
-    """What each of `config.sources` holds: the rows of `metadata.jsonl` or `metadata.csv` in a folder; without these its
-    videos, each with a text file of its name beside it; or the rows of the data set of that name.
+    """Reads the examples of all `config.sources`.
+
+    A source is a folder with `metadata.jsonl` or `metadata.csv`, a folder of files with a text file of the same name beside
+    each, or the name of a dataset.
 
     Raises:
-        `ValueError`: no such folder or data set, a row that is no caption of a file, an empty caption, a table that is no
-            UTF-8.
+        `ValueError`: a folder or dataset does not exist, a row or caption is missing or malformed, or a file is no UTF-8.
     """
     examples = []
     for source in config.sources:
@@ -61,7 +62,7 @@ def read_examples(config: TomlConfig) -> list[Example]:
 
 
 def _rows(data: str, config: TomlConfig) -> list[tuple[Path, str]]:
-    """Files and captions of one source."""
+    """Returns files and captions of one source."""
     folder = Path(data)
     if not folder.is_dir():
         return _hub_rows(data, config)
@@ -95,7 +96,7 @@ def _table_rows(table: Path, config: TomlConfig) -> list[tuple[Path, str]]:
 
 
 def _text_rows(folder: Path) -> list[tuple[Path, str]]:
-    """Files of a folder with the text files beside them."""
+    """Returns the files of a folder with the captions in the text files beside them."""
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise ValueError(
@@ -116,10 +117,10 @@ def _text_rows(folder: Path) -> list[tuple[Path, str]]:
 
 
 def _read_text(path: Path) -> str:
-    """A file of UTF-8, with a byte order mark or without.
+    """Reads a UTF-8 file with or without a byte order mark.
 
     Raises:
-        `ValueError`: another encoding, or text that was lost in an earlier conversion, with the line.
+        `ValueError`: the file has another encoding, or characters that an earlier conversion lost; the message gives the line.
     """
     content, advice = path.read_bytes(), "save the file as UTF-8"
     try:
@@ -135,8 +136,8 @@ def _read_text(path: Path) -> str:
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers and objects."""
-    # Only a line feed ends a line: captions may hold what `str.splitlines` takes for an end.
+    """Yields line numbers and objects."""
+    # Only a line feed ends a line: captions may hold other characters at which `str.splitlines` would split.
     for number, line in enumerate(_read_text(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -159,7 +160,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """Numbers of the lines where rows begin, and rows by the header's names."""
+    """Yields the number of the line where each row begins, and the row as a dict with the header's names."""
     reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True, skipinitialspace=True)
     header: list[str] | None = None
     line = 1
@@ -168,8 +169,8 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             cells = next(reader, None)
         except csv.Error as error:
             raise ValueError(
-                f"{path}, line {line}: the row that begins there cannot be read ({error}); a quote within quotes is written "
-                "twice, and each that is opened is closed."
+                f"{path}, line {line}: the row that begins there cannot be read ({error}); close each quote, and write a quote "
+                "within quotes twice."
             ) from error
         if cells is None:
             return
@@ -189,7 +190,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _check_closed(path: Path, line: int, cells: list[str]) -> None:
-    """A quote that is not closed swallows rows up to the next quote: their files' names stand within a caption."""
+    """Raises a `ValueError` if a caption holds the name of another row's file.
+
+    That happens if a quote is not closed: the caption then extends over further rows, up to the next quote.
+    """
     for text in (part for cell in cells for part in cell.splitlines()[1:]):
         for part in text.split(","):
             name = part.strip(' "')
@@ -198,11 +202,9 @@ def _check_closed(path: Path, line: int, cells: list[str]) -> None:
 
 
 def _hub_rows(data: str, config: TomlConfig) -> list[tuple[Path, str]]:
-    """The train split of a data set on the Hub, its videos as files in the cache."""
+    """Returns files and captions of the train split of a dataset on the Hub; writes embedded videos into the cache."""
     if importlib.util.find_spec("datasets") is None:
-        raise ValueError(
-            f"`data={data!r}` is no folder; for the name of a Hugging Face data set `pip install datasets`."
-        )
+        raise ValueError(f"`data={data!r}` is no folder; if it names a Hugging Face dataset, `pip install datasets`.")
     from datasets import Video, load_dataset
 
     with PartialState().main_process_first():

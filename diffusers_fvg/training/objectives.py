@@ -1,4 +1,4 @@
-"""What a model is asked to predict of an anchored clip, and the loss: pure functions of tensors.
+"""Training objectives for anchored clips: model inputs, targets and losses.
 
 Shapes: B batch, C latent channels, f/h/w latent frames, height and width.
 """
@@ -16,31 +16,31 @@ from ..schedules.flow import add_noise, velocity
 
 
 class FlowMatching:
-    """Wan's: noise mixed in a straight line, time 1000 times the noise level, a time for every latent frame."""
+    """Objective of Wan: linear interpolation to noise, a time of 1000 times the noise level, and one time per latent frame."""
 
     num_train_timesteps = 1000
     frames_per_patch = 1
 
     def padded(self, latents: torch.Tensor) -> torch.Tensor:
-        """Clean latents as the model takes them: as they are."""
+        """Pads clean latents to whole patches; this model needs no padding."""
         return latents
 
     def sigmas_at(self, times: torch.Tensor) -> torch.Tensor:
-        """Noise levels of times in (0, 1), 1 the time of pure noise."""
+        """Returns the noise levels of times in (0, 1), where 1 is the time of pure noise."""
         return times
 
     def model_input(
         self, clean_latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor, anchors: AnchorLatents
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """What the model is called with beside the text, and what is to be predicted, of the shape of `clean_latents`."""
+        """Returns the model's arguments besides the text, and the target, which has the shape of `clean_latents`."""
         noisy_latents = add_noise(clean_latents, noise, sigmas.view(-1, 1, 1, 1, 1))
         inputs = anchored_model_input(noisy_latents, sigmas, sigmas * self.num_train_timesteps, anchors)
         return inputs, velocity(clean_latents, noise)
 
     def caller(self, model: Callable, transformer: torch.nn.Module) -> Callable:
-        """`model` as a function of what [`model_input`] gives, `encoder_hidden_states` and `return_dict`.
+        """Adapts `model` to the arguments of [`model_input`], `encoder_hidden_states` and `return_dict`.
 
-        `transformer` is what `model` wraps, or `model` itself.
+        `transformer` is the module that `model` wraps, or `model` itself.
         """
         return model
 
@@ -49,12 +49,12 @@ FLOW_MATCHING = FlowMatching()
 
 
 class VPrediction:
-    """CogVideoX's, with the methods of [`FlowMatching`]: variance-preserving noise from a table, velocity along that arc
-    ([`schedules.cogvideox`]); a time for every patch of latent frames.
+    """Objective of CogVideoX, with the methods of [`FlowMatching`]: variance-preserving noise with tabulated levels, velocity
+    prediction ([`schedules.cogvideox`]), and one time per patch of latent frames.
 
     Args:
-        sigmas (`torch.Tensor` of shape `(T,)`): from [`schedules.cogvideox.training_sigmas`].
-        frames_per_patch (`int`): of the model, `patch_size_t`.
+        sigmas (`torch.Tensor` of shape `(T,)`): output of [`schedules.cogvideox.training_sigmas`].
+        frames_per_patch (`int`): `patch_size_t` of the model.
     """
 
     def __init__(self, sigmas: torch.Tensor, frames_per_patch: int):
@@ -75,7 +75,7 @@ class VPrediction:
         hidden_states, timestep = anchor_cogvideox.anchored_model_input(
             noisy_latents, sigmas, timestep, anchors, table
         )
-        # Unlike the straight line's, this velocity depends on the noise level, and each frame has its own.
+        # Unlike that of flow matching, this velocity depends on the noise level, which may differ between frames.
         frame_sigmas = (1 - anchors.strength.double()) * sigmas[:, None]
         target = schedules_cogvideox.velocity(clean_latents, noise, frame_sigmas[:, None, :, None, None])
         return {"hidden_states": hidden_states, "timestep": timestep}, target
@@ -87,8 +87,8 @@ class VPrediction:
 def sample_sigmas(
     batch_size: int, flow_shift: float = 1.0, generator: torch.Generator | None = None, std: float = 1.0
 ) -> torch.Tensor:
-    """Logit-normal noise levels (arXiv 2403.03206, section 3.1), shifted as in `shifted_sigmas`. Shape `(B,)`, in (0, 1)."""
-    # Takes seconds to import.
+    """Draws logit-normal noise levels `(B,)` in (0, 1) (arXiv 2403.03206, section 3.1), shifted as in `shifted_sigmas`."""
+    # Imported here because this import takes seconds.
     from diffusers.training_utils import compute_density_for_timestep_sampling
 
     even = compute_density_for_timestep_sampling("logit_normal", batch_size, 0.0, std, generator=generator)
@@ -102,15 +102,15 @@ def velocity_loss(
     target: torch.Tensor,
     counted: torch.Tensor,
 ) -> torch.Tensor:
-    """Mean squared error of the predicted velocity over the frames that count.
+    """Returns the mean squared error of the predicted velocity over the frames that count.
 
-    `loss = sum_k counted_k |v_k - target_k|^2 / sum_k counted_k`: what is masked is divided out too.
+    `loss = sum_k counted_k |v_k - target_k|^2 / sum_k counted_k`: the divisor leaves out masked frames too.
 
     Args:
         model (`Callable`): called as the transformer, with `return_dict=False`.
-        inputs (`dict[str, torch.Tensor]`): from [`anchored_model_input`].
+        inputs (`dict[str, torch.Tensor]`): model arguments from [`FlowMatching.model_input`].
         prompt_embeds (`torch.Tensor` of shape `(B, L, D)`): text embeddings.
-        target (`torch.Tensor` of shape `(B, C, f, h, w)`): `noise - clean`.
+        target (`torch.Tensor` of shape `(B, C, f, h, w)`): velocity to predict; for flow matching `noise - clean`.
         counted (`torch.Tensor` of shape `(B, f)`): 1 where a frame counts, else 0.
     """
     prediction = model(**inputs, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
@@ -127,17 +127,18 @@ def anchored_flow_loss(
     anchors: AnchorLatents | None = None,
     num_train_timesteps: int = 1000,
 ) -> torch.Tensor:
-    """Mean squared error of the predicted velocity over the frames that are not anchored.
+    """Returns the mean squared error of the predicted velocity over the frames that are not anchored.
 
-    `loss = sum_k free_k |v_k - (noise_k - clean_k)|^2 / sum_k free_k`: a fully anchored frame is an input, not something
-    to predict, and the sum is divided by what is left, so that an anchor does not lower the loss.
+    `loss = sum_k free_k |v_k - (noise_k - clean_k)|^2 / sum_k free_k`: an anchored frame is an input and nothing to predict.
+    The divisor leaves anchored frames out too, so that an anchor does not lower the loss.
 
     Args:
         model (`Callable`): called as the transformer, with `return_dict=False`.
         clean_latents, noise (`torch.Tensor` of shape `(B, C, f, h, w)`): normalised latents and unit Gaussian noise.
         sigmas (`torch.Tensor` of shape `(B,)`): noise levels in (0, 1).
         prompt_embeds (`torch.Tensor` of shape `(B, L, D)`): text embeddings.
-        anchors (`AnchorLatents`, *optional*): `None` is plain text-to-video.
+        anchors (`AnchorLatents`, *optional*): anchors of the clips; `None` is plain text-to-video.
+        num_train_timesteps (`int`, *optional*): factor from a noise level to the model's timestep.
     """
     noisy_latents = add_noise(clean_latents, noise, sigmas.view(-1, 1, 1, 1, 1))
     inputs = anchored_model_input(noisy_latents, sigmas, sigmas * num_train_timesteps, anchors)

@@ -1,4 +1,4 @@
-"""Every option of a run, as its documentation has it. Light to import."""
+"""Formats the options of a training run from the docstrings of its config. Importing this module is fast."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _ENTRY = re.compile(r"^    (\w+(?:, \w+)*) \(.*?\): ", re.MULTILINE | re.DOTALL)
 
 
 def options_text(width: int = 100) -> str:
-    """All options of `fvg train` with type, default and what speaks for their values.
+    """Returns all options of `fvg train` with type, default and description.
 
     Args:
-        width (`int`, *optional*): characters of a line.
+        width (`int`, *optional*): most characters of a line.
     """
     return f"{_options(TrainConfig, width)}\n\nOf each [[data]]:\n\n{_options(DataSource, width)}"
 
@@ -38,8 +38,8 @@ def _options(kind: type, width: int) -> str:
 
 
 def _reasons(kind: type) -> dict[str, tuple[list[str], str]]:
-    """For each option those that are documented with it, and the text."""
-    documentation = (inspect.getdoc(kind) or "").split("Args:\n")[1]
+    """Returns for each option the names that share its entry in the docstring, and the text of that entry."""
+    documentation = (inspect.getdoc(kind) or "").split("Args:\n")[1].split("\nRaises:")[0]
     entries = list(_ENTRY.finditer(documentation))
     reasons: dict[str, tuple[list[str], str]] = {}
     for entry, following in zip(entries, [*entries[1:], None]):
@@ -50,7 +50,7 @@ def _reasons(kind: type) -> dict[str, tuple[list[str], str]]:
 
 
 def _type(field: Field) -> str:
-    # Annotations are texts in this package; those of Literal name the values.
+    # Annotations are strings in this package. Those of `Literal` list the values.
     return re.sub(r"Literal\[(.*)\]", r"one of \1", str(field.type))
 
 

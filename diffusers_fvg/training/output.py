@@ -1,4 +1,4 @@
-"""What a finished run leaves: a LoRA in diffusers' key format with its config inside, and a model card."""
+"""Writes the output of a run: a LoRA in diffusers' key format with the config in its metadata, and a model card."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from .files import naming, write_whole
 
 
 def lora_state_dict(weights: dict[str, torch.Tensor], config: TrainConfig) -> dict[str, torch.Tensor]:
-    """Parameters of one expert to diffusers' keys without a prefix, `blocks.0.attn1.to_q.lora_A.weight`.
+    """Converts the parameters of one expert to diffusers' keys without a prefix, `blocks.0.attn1.to_q.lora_A.weight`.
 
-    `alpha / rank` is multiplied into `lora_B`: a LoRA without alpha means the same to every loader.
+    `lora_B` is multiplied by `alpha / rank`, because loaders interpret alpha differently, but agree on a LoRA without alpha.
     """
     scale, dtype = config.alpha / config.rank, torch.bfloat16 if config.mixed_precision == "bf16" else torch.float32
     state = {}
@@ -29,8 +29,8 @@ def lora_state_dict(weights: dict[str, torch.Tensor], config: TrainConfig) -> di
 
 
 def sampling_facts(config: TrainConfig) -> dict[str, str]:
-    """What whoever samples with the LoRA has to know: the guidance that is inside it, so that it takes `guidance_scale=1`, the
-    window of attention that it learnt, and the form of its anchors, if that is not the usual one."""
+    """Returns the metadata that sampling with the LoRA needs: the guidance scale that is distilled into it, so that it is used
+    with `guidance_scale=1`; its attention window; and the form of its anchors, unless that is `"slot"`."""
     names = {"transformer": "guidance_scale", "transformer_2": "guidance_scale_2"}
     facts = {names[expert]: str(scale) for expert, scale in zip(config.experts, config.distill_guidance)}
     if config.anchor_window is not None:
@@ -39,13 +39,13 @@ def sampling_facts(config: TrainConfig) -> dict[str, str]:
 
 
 def write_lora(config: TrainConfig, weights: dict[str, dict[str, torch.Tensor]]) -> None:
-    """Writes `output_dir/weights`: all experts in one file, and a second expert also in a file of its own."""
+    """Writes `output_dir/weights`: all experts in one file, and a second expert also in a separate file."""
     shown = without_paths(asdict(config))
     metadata = {"training_config": json.dumps(shown), "base_model": shown["model"]} | sampling_facts(config)
     states = {expert: lora_state_dict(tensors, config) for expert, tensors in weights.items()}
     path = Path(config.output_dir) / WEIGHT_NAME
     for expert, state in states.items():
-        # As it is written: another type, times the strength.
+        # Checked again as written, because dtype and scale have changed.
         check_weights(f"The LoRA of {expert}", state)
     both = {f"{expert}.{key}": tensor for expert, state in states.items() for key, tensor in state.items()}
     write_whole(path, both, metadata)
@@ -55,7 +55,7 @@ def write_lora(config: TrainConfig, weights: dict[str, dict[str, torch.Tensor]])
 
 
 def write_intermediate(config: TrainConfig, expert: str, step: int, average: dict[str, torch.Tensor]) -> None:
-    """Writes `output_dir/loras/<expert>_step_<step>.safetensors`, of one expert, as [`write_lora`] does at the end."""
+    """Writes the LoRA of one expert to `output_dir/loras/<expert>_step_<step>.safetensors`, in the format of [`write_lora`]."""
     state = {f"{expert}.{key}": tensor for key, tensor in lora_state_dict(average, config).items()}
     check_weights(f"The LoRA of step {step}", state)
     metadata = {"step": str(step), "base_model": without_paths({"model": config.model})["model"]} | sampling_facts(
@@ -65,8 +65,8 @@ def write_intermediate(config: TrainConfig, expert: str, step: int, average: dic
 
 
 def write_card(config: TrainConfig) -> None:
-    """Writes the model card of the run beside its LoRA, from its log."""
-    # Only here: it knows every model of the package, of which training needs nothing.
+    """Writes the model card of the run beside its LoRA, with values from its log."""
+    # Imported here because this import loads all models of the package, which training does not need.
     from ..publishing.cards import training_card
 
     output = Path(config.output_dir)

@@ -1,4 +1,4 @@
-"""The processes of a run, and the tensors that they hold shards of."""
+"""Sets up the processes of a run, and handles tensors that are sharded over them."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from .config import TrainConfig
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 
-# Options that FSDP excludes, and their values without them.
+# Options that FSDP does not support, and the values that switch them off.
 UNSHARDED = {"quantize": "none", "block_offload": False, "optimizer": "adamw"}
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """The accelerator of this process; its launcher's environment says how many there are and whether they share the model.
+    """Creates the accelerator of this process, as the launcher's environment configures it.
 
     Raises:
-        `ValueError`: set up for DeepSpeed, FSDP1 or FSDP's own activation checkpointing, or for FSDP with an option that it
-            has no way to shard.
+        `ValueError`: `accelerate` is configured for DeepSpeed, FSDP1 or FSDP's own activation checkpointing, or for FSDP
+            together with an option in `UNSHARDED`.
     """
     tracker = {} if config.tracker == "none" else {"log_with": config.tracker, "project_dir": config.output_dir}
-    # The default of NCCL, ten minutes, is less than a validation takes, for which the other processes wait.
+    # The other processes wait during a validation, which takes longer than NCCL's default timeout of ten minutes.
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=config.process_group_timeout))
     accelerator = Accelerator(mixed_precision=config.mixed_precision, kwargs_handlers=[group], **tracker)
     kind = accelerator.distributed_type
     if kind not in SUPPORTED:
         raise ValueError(
-            f"`accelerate` is set up for {kind.value}; use MULTI_GPU, or FSDP with `fsdp_version: 2` where the model does not "
-            "fit one device. The base is frozen, so that ZeRO stages 1 and 2 would have next to nothing to shard."
+            f"`accelerate` is set up for {kind.value}; use MULTI_GPU, or FSDP with `fsdp_version: 2` if the model does not fit "
+            "one device. The base is frozen, so ZeRO stages 1 and 2 would have almost nothing to shard."
         )
     if kind is DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
@@ -52,21 +52,21 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
                     f"`{name}={value!r}`, but FSDP shards weights and optimizer as they are; set it to {without!r}, or run on one "
                     "device."
                 )
-        # Weights keep their types: the base's bfloat16, the LoRA's float32. Accelerate's own policy would round the times,
-        # which a forward takes as an input, to 8 bits.
+        # Weights keep their dtypes: bfloat16 for the base, float32 for the LoRA. Accelerate's default policy would cast the
+        # forward's inputs, and so round the times to the 8 significant bits of bfloat16.
         plugin.mixed_precision_policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-        # The launcher's default. Only models of transformers gain by it, and it fails (accelerate 1.15) where, as here, the
-        # outermost module has a parameter.
+        # The launcher enables this by default. It only helps models of transformers, and fails (accelerate 1.15) if the
+        # outermost module has a parameter, as here.
         plugin.cpu_ram_efficient_loading = False
     return accelerator
 
 
 def on_main_process(accelerator: Accelerator, call: Callable[[], Any]) -> Any:
-    """What `call` gives on the main process, on all of them, which wait for it: something small that can be pickled.
+    """Calls `call` on the main process and returns its result, which must be small and picklable, on all processes.
 
     Raises:
-        `ValueError`, `OSError`, `FloatingPointError`: on all processes, where `call` raises it. Of another kind it is a
-            `RuntimeError` on the others.
+        `ValueError`, `OSError`, `FloatingPointError`: if `call` raises one, on all processes. Other errors become a
+            `RuntimeError` on the other processes.
     """
     outcome: list[Any] = [None, None]
     if accelerator.is_main_process:
@@ -88,19 +88,19 @@ def on_main_process(accelerator: Accelerator, call: Callable[[], Any]) -> Any:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor that the processes hold shards of, on each of them. Any other tensor is returned as it is."""
+    """Gathers a sharded tensor on each process. Any other tensor is returned unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def share(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's shard, sharing its memory. Any other tensor is returned as it is."""
+    """Returns this process's shard, without a copy. Any other tensor is returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_like(like: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """Moves a whole tensor, the same on every process, to where and how `like` is."""
+    """Moves a tensor that is equal on all processes to the device and the sharding of `like`."""
     tensor = tensor.to(like.device)
     if not isinstance(like, DTensor):
         return tensor
-    # From what each process has: nothing is sent.
+    # Each process takes its shard from its own copy, without communication.
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

@@ -1,4 +1,4 @@
-"""How a run ends before its last step, and that no second one writes to its folder."""
+"""Stops a run on signals, and keeps a second run from writing to the same folder."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .processes import on_main_process
 
 
 class Interrupted(BaseException):
-    """Ends what runs between two steps."""
+    """A signal arrived during a validation, which ends it."""
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM within its context: a wish that the run looks at after every step.
+    """Context manager that records Ctrl-C and SIGTERM, so that the run can stop after the current step.
 
-    Of a process that runs alone a second Ctrl-C stops at once. Among several, launchers send the signal again to those that
-    are busy saving.
+    In a run of one process, a second Ctrl-C stops at once. With several processes it does not, because launchers repeat the
+    signal while a process still saves.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -35,10 +35,10 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        # Python lets no other thread set handlers.
+        # Python allows signal handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
             for number in self.SIGNALS:
-                # What was started to outlive its terminal ignores Ctrl-C.
+                # A process that ignores Ctrl-C, as under `nohup`, keeps ignoring it.
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._received)
         return self
@@ -49,7 +49,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Within it a signal ends what runs at once, and the context with it."""
+        """Context manager whose block ends at once when a signal arrives."""
         self._interruptible = True
         try:
             yield
@@ -68,10 +68,10 @@ class StopRequest:
 
 @contextlib.contextmanager
 def only_run_in(folder: Path, accelerator: Accelerator) -> Iterator[None]:
-    """The system's lock on a folder, which ends with the process at the latest.
+    """Context manager that locks a folder for this run. The system releases the lock at the latest when the process ends.
 
     Raises:
-        `ValueError`: another run has it.
+        `ValueError`: another run has locked the folder.
     """
     lock = FileLock(folder / ".lock")
 

@@ -1,4 +1,4 @@
-"""What a run tells its tracker: from a thread of its own, so that one that fails or hangs never stops the run."""
+"""Sends a run's values and videos to its tracker from a separate thread, so that a failing or hanging tracker never stops it."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ from .config import TrainConfig
 
 logger = logging.get_logger(__name__)
 
-# Seconds that a call may take before the tracker is given up. An upload over a slow line takes some of them.
+# Seconds that a call may take before the tracker is dropped. An upload over a slow line may take a while.
 TIMEOUT = 120.0
-# TensorBoard shows pictures, of which GIF moves; a whole video would be a hundred times as large as its mp4.
+# TensorBoard shows images only, so videos are sent as GIFs. They are scaled down to this side length in pixels, because a
+# full-size GIF would be a hundred times as large as the mp4.
 GIF_SIDE = 320
 
 
 class Tracking:
-    """The tracker of one expert's run on the main process. Calls return at once and are made in their order.
+    """Tracker of one expert's run, on the main process. Methods return at once; their calls run in order in the background.
 
     Args:
-        accelerator (`Accelerator`): made with the tracker, see [`processes.make_accelerator`].
-        config ([`TrainConfig`]): of the run. The tracker gets it without the paths of this computer.
-        expert (`str`): the name of the run.
+        accelerator (`Accelerator`): accelerator with the tracker, see [`processes.make_accelerator`].
+        config ([`TrainConfig`]): config of the run. The tracker gets it without paths of this computer.
+        expert (`str`): name of the expert, which names the run.
     """
 
     def __init__(self, accelerator: Accelerator, config: TrainConfig, expert: str):
@@ -45,21 +46,21 @@ class Tracking:
         self._given_up = config.tracker == "none" or not accelerator.is_main_process
         if self._given_up:
             return
-        # A daemon: whatever it hangs in, the process can end.
+        # A daemon thread does not keep the process from ending if it hangs.
         self._thread = threading.Thread(target=self._work, name="tracker", daemon=True)
         self._thread.start()
         shown = {name: str(value) for name, value in without_paths(asdict(config)).items()}
-        # TensorBoard has a folder for each run, W&B a project with runs.
+        # TensorBoard has one folder per run, W&B one project with several runs.
         project = expert if self.name == "tensorboard" else Path(config.output_dir).name
         options = {"wandb": {"name": expert, "dir": config.output_dir}}
         self._tell(lambda: accelerator.init_trackers(project, shown, init_kwargs=options))
 
     def log(self, values: dict[str, float], step: int) -> None:
-        """Numbers of a step."""
+        """Sends numbers of a step."""
         self._tell(lambda: self.accelerator.log(values, step=step))
 
     def log_video(self, name: str, path: Path, step: int) -> None:
-        """An mp4 of a step."""
+        """Sends an mp4 of a step."""
 
         def work() -> None:
             for tracker in self.accelerator.trackers:
@@ -68,7 +69,7 @@ class Tracking:
         self._tell(work)
 
     def close(self) -> None:
-        """Ends the tracker's run. It waits for what the tracker has not taken yet, as long as it takes something."""
+        """Ends the tracker's run. Waits for pending calls, unless one takes longer than `TIMEOUT`."""
         if self._given_up:
             return
         self._tell(lambda: [tracker.finish() for tracker in self.accelerator.trackers])
@@ -76,7 +77,7 @@ class Tracking:
         while self._thread.is_alive() and not self._given_up:
             self._thread.join(timeout=0.1)
             self._check_time()
-        # Nobody else shall end, or wait for, what has ended.
+        # Keeps `Accelerator.end_training` from ending the trackers again.
         self.accelerator.trackers = []
 
     def _tell(self, call: Callable[[], Any]) -> None:
@@ -102,7 +103,7 @@ class Tracking:
         if not self._given_up:
             self._given_up = True
             self.accelerator.trackers = []
-            logger.warning(f"The tracker {self.name!r} {reason}. It is left out from here on, and training goes on.")
+            logger.warning(f"The tracker {self.name!r} {reason}. It is not used any more, and training continues.")
 
 
 def _log_video(tracker: GeneralTracker, name: str, path: Path, step: int) -> None:

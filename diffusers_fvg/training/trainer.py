@@ -1,4 +1,4 @@
-"""The training of an anchor LoRA for each expert of a video model, from a config to a file: see [`loop`] for the loop."""
+"""Trains an anchor LoRA for each expert of a video model, from a config to a file. The training loop is in [`loop`]."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ from .stopping import only_run_in
 
 
 def main_train(path: str | Path, validate: Validate | None = None) -> Path:
-    """Everything from a TOML file to a LoRA file: fills the cache, trains each expert, continues where it stopped.
+    """Trains a LoRA from a TOML file: fills the cache and trains each expert. A further call resumes an interrupted run.
 
     Args:
-        path (`str` or `Path`): of the config, see [`TrainConfig`].
+        path (`str` or `Path`): path of the config, see [`TrainConfig`].
         validate (`Callable`, *optional*): called every `validation_every` steps with a [`Validation`].
 
     Returns:
-        `Path`: the LoRA file.
+        `Path`: path of the LoRA file.
 
     Raises:
-        `ValueError`, `OSError`, `FloatingPointError`, `SystemExit`: bad config or data; see [`train`].
+        `ValueError`: the config or the data are not valid, or as in [`train`].
+        `OSError`, `FloatingPointError`, `SystemExit`: as in [`train`].
     """
     config = TrainConfig.load(path)
     accelerator = make_accelerator(config)
     folder = model_folder(config)
     family = family_of(config, folder)
     boundary_ratio = json.loads((folder / "model_index.json").read_text()).get("boundary_ratio")
-    # Encoding can take hours: what train() would refuse after it is refused now.
+    # Checked here, because encoding can take hours and `train` checks only after it.
     check_run(config, boundary_ratio, validate, accelerator)
     check_model(family.empty, config)
 
@@ -67,30 +68,30 @@ def train(
 ) -> Path:
     """Trains a LoRA for each of `config.experts`, one after the other, and writes them to one file.
 
-    The file is `output_dir/weights/pytorch_lora_weights.safetensors`, with a model card beside it, so that
-    `AnchorLora.from_pretrained(output_dir)` and `WanPipeline.load_lora_weights(output_dir / "weights")` read it and the
-    folder `weights` can be a repository. The stock pipeline puts the keys of one expert into `transformer_2` only if they
-    carry the first one's prefix: with two experts there is also `weights/transformer_2.safetensors` for
+    The file is `output_dir/weights/pytorch_lora_weights.safetensors`, with a model card beside it. Both
+    `AnchorLora.from_pretrained(output_dir)` and `WanPipeline.load_lora_weights(output_dir / "weights")` read it, and the
+    folder `weights` can be uploaded as a repository. diffusers' pipeline loads keys into `transformer_2` only if they have the
+    prefix of the first expert. So with two experts there is also `weights/transformer_2.safetensors` for
     `load_lora_weights(..., load_into_transformer_2=True)`.
 
     Args:
-        config (`TrainConfig`): of the run.
+        config (`TrainConfig`): config of the run.
         clips ([`Clips`]): cached latents and embeddings.
-        load_expert (`Callable`): `load_expert("transformer")` gives a model that may be changed.
-        boundary_ratio (`float`, *optional*): noise level from which up `"transformer"` works and below it
-            `"transformer_2"`, as in the pipeline; `None` for a model of one expert.
+        load_expert (`Callable`): `load_expert("transformer")` returns a model that training may change.
+        boundary_ratio (`float`, *optional*): noise level at and above which `"transformer"` is used, and below which
+            `"transformer_2"` is used, as in the pipeline; `None` for a model with one expert.
         validate (`Callable`, *optional*): called every `validation_every` steps with a [`Validation`].
-        objective (`FlowMatching` or `VPrediction`, *optional*): of the model.
+        objective (`FlowMatching` or `VPrediction`, *optional*): objective of the model.
 
     Returns:
-        `Path`: the LoRA file.
+        `Path`: path of the LoRA file.
 
     Raises:
-        `ValueError`: targets that match no module, checkpoints of another config, an option without its counterpart, a
-            `teacher_lora` that cannot be distilled, a folder that another run writes to.
-        `FloatingPointError`: loss, gradient or weights that are not finite. Nothing of them is written.
-        `OSError`: a file that cannot be written, as on a full disk.
-        `SystemExit`: stopped by Ctrl-C or SIGTERM, after a checkpoint.
+        `ValueError`: `targets` match no layer, checkpoints belong to another config, an option lacks its counterpart,
+            `teacher_lora` cannot be distilled, or another run writes to the folder.
+        `FloatingPointError`: loss, gradient or weights are not finite or too large. They are not written.
+        `OSError`: a file cannot be written, as on a full disk.
+        `SystemExit`: the run was stopped by Ctrl-C or SIGTERM, after a checkpoint.
     """
     accelerator = make_accelerator(config)
     check_run(config, boundary_ratio, validate, accelerator)
@@ -107,7 +108,7 @@ def _train_experts(
     objective: FlowMatching | VPrediction,
     accelerator: Accelerator,
 ) -> Path:
-    """[`train`] within the run's folder."""
+    """Trains the experts as [`train`], in a folder that the caller has locked."""
     ranges = sigma_ranges(boundary_ratio)
     output = Path(config.output_dir)
     weights = {
@@ -126,15 +127,15 @@ def _train_experts(
 def check_run(
     config: TrainConfig, boundary_ratio: float | None, validate: Validate | None, accelerator: Accelerator
 ) -> None:
-    """Options against what they need: see [`train`]."""
+    """Checks that options fit the model, `validate`, the processes and other LoRAs. Raises the `ValueError`s of [`train`]."""
     if bool(config.validation_every) != (validate is not None):
         raise ValueError(
             f"`validation_every={config.validation_every}` and `validate={validate}` go together: give both or neither."
         )
     if validate is not None and accelerator.distributed_type is DistributedType.FSDP:
         raise ValueError(
-            f"`validation_every={config.validation_every}` needs a whole model on one process, and FSDP shards it; set it to "
-            "0 and look at the finished LoRA's videos."
+            f"`validation_every={config.validation_every}` needs a whole model on one process, but FSDP shards it; set it to "
+            "0 and sample with the finished LoRA."
         )
     if "transformer_2" in config.experts and boundary_ratio is None:
         raise ValueError(f"`experts={config.experts}`, but the model has no `boundary_ratio`: it has one expert.")
@@ -146,6 +147,6 @@ def check_run(
 
 
 def sigma_ranges(boundary_ratio: float | None) -> dict[str, tuple[float, float]]:
-    """The noise levels that each expert is asked for at sampling."""
+    """Returns the range of noise levels at which sampling uses each expert."""
     boundary = boundary_ratio or 0.0
     return {"transformer": (boundary, 1.0), "transformer_2": (0.0, boundary)}

@@ -1,4 +1,4 @@
-"""From a file to clips at a size that is trained at: which bucket, which frames, and their pixels.
+"""Cuts video files into training clips: chooses bucket and frames, and reads the pixels.
 
 Shapes: F/H/W pixel frames/height/width.
 """
@@ -20,20 +20,20 @@ from ..media import Video
 from .config import TomlConfig
 
 
-# A frame that is chosen more than so many times in a row stands still.
+# Most times that a clip may repeat a frame in a row.
 MOST_REPEATS = 2
 
 Bucket = tuple[int, int, int]
 
 
 def choose_bucket(num_frames: int, height: int, width: int, buckets: Sequence[Bucket]) -> Bucket:
-    """The bucket for a video: of those it has the frames for, the nearest in aspect ratio, then the longest, then the
-    largest that needs no enlarging.
+    """Returns the bucket for a video: of those that are not longer, the nearest in aspect ratio, then the longest, then the
+    largest that needs no upscaling.
 
     Args:
-        num_frames (`int`): frames at the training frame rate.
-        height, width (`int`): pixels of the video.
-        buckets (`list` of `(num_frames, height, width)`): to choose from.
+        num_frames (`int`): number of the video's frames at the training frame rate.
+        height, width (`int`): size of the video in pixels.
+        buckets (`list` of `(num_frames, height, width)`): buckets to choose from.
 
     Raises:
         `ValueError`: the video is shorter than every bucket.
@@ -54,17 +54,17 @@ def choose_bucket(num_frames: int, height: int, width: int, buckets: Sequence[Bu
 
 
 def clip_frames(times: np.ndarray, length: int, step: float, most: int) -> list[list[int]]:
-    """Which frames of a video make up its clips: as many as fit without overlap, up to `most`, evenly spread from its first
-    frame to its last; a single one is its beginning.
+    """Returns the frame indices of a video's clips: as many clips as fit without overlap, up to `most`, evenly spread from the
+    first frame to the last. A single clip is the beginning of the video.
 
     Args:
-        times (`np.ndarray` of shape `(F,)`): seconds of its frames.
-        length (`int`): frames of a clip.
-        step (`float`): seconds between two of them.
-        most (`int`): clips.
+        times (`np.ndarray` of shape `(F,)`): times of the video's frames in seconds.
+        length (`int`): number of frames of a clip.
+        step (`float`): seconds between two frames of a clip.
+        most (`int`): most clips.
 
     Raises:
-        `ValueError`: a clip in which the video stands still for want of frames.
+        `ValueError`: a clip would repeat frames, because the video has too few.
     """
     latest = times[times + (length - 1) * step < end_of(times, step)][-1]
     for count in range(min(most, int(times[-1] / (length * step)) + 1), 0, -1):
@@ -77,18 +77,18 @@ def clip_frames(times: np.ndarray, length: int, step: float, most: int) -> list[
         longest = max(len(list(run)) for _, run in itertools.groupby(clip))
         if longest > MOST_REPEATS or len(set(clip)) < SLOWEST * length:
             at = times[next(frame for frame, run in itertools.groupby(clip) if len(list(run)) == longest)]
-            raise ValueError(f"lacks frames behind second {at:.3g}: there are less than {1 / step:.4g} per second")
+            raise ValueError(f"lacks frames after second {at:.3g}: there are less than {1 / step:.4g} per second")
     return clips
 
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """What becomes of a file.
+    """Bucket and frames of the clips that are cut from a file.
 
     Args:
-        frames (`Video` or `Pictures`): of the file.
+        frames (`Video` or `Pictures`): the opened file.
         bucket (`tuple[int, int, int]`): number of frames, height and width of its clips.
-        clips (`list[list[int]]`): numbers of the frames that make up each.
+        clips (`list[list[int]]`): frame indices of each clip.
     """
 
     frames: Video | Pictures
@@ -97,17 +97,17 @@ class ClipPlan:
 
 
 def plan_clips(path: Path, config: TomlConfig, buckets: Sequence[Bucket] = ()) -> ClipPlan:
-    """Bucket and frames of a file's clips. Of a video nothing but its first frame is decoded.
+    """Chooses bucket and frames of a file's clips. Only the first frame of a video is decoded.
 
-    A picture is a clip of one frame, and goes into the buckets of one frame alone.
+    An image is a clip of one frame, for buckets of one frame only.
 
     Args:
-        path (`Path`): of a video or a picture.
+        path (`Path`): path of a video or an image.
         config ([`TomlConfig`]): frame rate, buckets and number of clips.
-        buckets (`list` of `(num_frames, height, width)`, *optional*): in place of those of the config.
+        buckets (`list` of `(num_frames, height, width)`, *optional*): replace those of the config.
 
     Raises:
-        `ValueError`, `OSError`: missing, damaged, too slow, or shorter than every bucket.
+        `ValueError`, `OSError`: the file is missing or damaged, its frame rate is too low, or it is shorter than every bucket.
     """
     video = open_frames(path)
     single = len(video.times) == 1
@@ -123,15 +123,15 @@ def plan_clips(path: Path, config: TomlConfig, buckets: Sequence[Bucket] = ()) -
 
 
 def read_clips(path: Path, config: TomlConfig, buckets: Sequence[Bucket] = ()) -> Iterator[tuple[int, torch.Tensor]]:
-    """The clips of a file at the size of its bucket, one after the other: see [`plan_clips`].
+    """Reads the clips of a file at the size of its bucket; see [`plan_clips`].
 
-    Nothing behind the last clip is decoded, and frames are scaled as they come: memory is that of one clip.
+    Frames after the last clip are not decoded, and each frame is scaled when it is decoded, so that one clip is in memory.
 
     Yields:
-        How many clips the video has, and one of them, `(3, F, H, W)` in [-1, 1], as the pipeline treats an anchor.
+        The number of clips of the file, and a clip `(3, F, H, W)` in [-1, 1], scaled and cropped like an anchor.
 
     Raises:
-        `ValueError`, `OSError`: as in [`plan_clips`]; a damaged frame.
+        `ValueError`, `OSError`: as in [`plan_clips`], or a frame is damaged.
     """
     plan = plan_clips(path, config, buckets)
     length, height, width = plan.bucket

@@ -91,10 +91,10 @@ def test_results_are_read_and_packed(tmp_path, capsys):
 
 
 def test_what_is_no_layout_no_result_and_no_run_is_told(tmp_path, capsys):
-    assert "is not laid out: run fvg bench layout" in failed(
+    assert "holds no layout of videos: run fvg bench layout" in failed(
         capsys, "commands", tmp_path, tmp_path, tmp_path / "results"
     )
-    assert "does not say what its results are of: give --suite" in failed(capsys, "read", tmp_path)
+    assert "does not name the suite of its results: give --suite" in failed(capsys, "read", tmp_path)
     assert "holds no folder of results; run its evaluate.sh first" in failed(
         capsys, "read", tmp_path, "--suite", "shapes"
     )

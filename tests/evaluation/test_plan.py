@@ -68,7 +68,7 @@ def test_a_path_that_is_none_is_refused_and_nothing_is_written(tmp_path, path, t
 
 
 def test_what_would_mix_two_plans_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="two videos called 'videos/1.mp4'"):
+    with pytest.raises(ValueError, match="two videos with the path 'videos/1.mp4'"):
         write_plan(tmp_path, [ROW, ROW])
     with pytest.raises(ValueError, match="no videos"):
         write_plan(tmp_path, [])

@@ -65,7 +65,9 @@ def test_a_run_goes_to_the_storage_and_on_from_what_it_lists(url, tmp_path):
     assert calls(load) == {row.seed: 2 if row is ROWS[0] else 1 for row in ROWS}
     assert files(url)[ROWS[0].path] == there[ROWS[0].path]
     assert run(url, load).made == 0
-    with pytest.raises(ValueError, match=f"{url}/run.json says .* `model` was None and is now 'b'"):
+    with pytest.raises(
+        ValueError, match=f"{url}/run.json belongs to another plan or model: `model` was None and is now 'b'"
+    ):
         run(url, load, {"model": "b"})
 
 
@@ -168,7 +170,7 @@ def test_what_cannot_work_on_a_storage_is_refused(tmp_path, monkeypatch, capsys)
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with storage.opened("memory://ray/out") as (folder, there):
         write_plan(folder, ROWS)
-        with pytest.raises(ValueError, match="a folder that all of them see, and memory://ray/out is none"):
+        with pytest.raises(ValueError, match="a folder that all of them share, but memory://ray/out is no"):
             run_plan(folder, StubLoad(), engine="ray", storage=there)
     assert main(["bench", "check", "memory://nothing/there"]) == 2
     assert "memory://nothing/there holds no plan" in capsys.readouterr().err

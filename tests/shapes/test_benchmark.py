@@ -50,7 +50,7 @@ def test_another_prompts_video_and_none_at_all_score_little(files, tmp_path):
     scores = SHAPES.read_scores(tmp_path / "results")
     assert not scores.totals
     assert scores.problems[:1] == [
-        "generative_numeracy: swapped_numeracy_video.csv has no score row, so its script did not come to its end."
+        "generative_numeracy: swapped_numeracy_video.csv has no score row, so its script did not finish."
     ]
     # One of two videos is missing: there is a mean, and no total.
     write_prompts(tmp_path / "two", 2)

@@ -65,7 +65,7 @@ def test_an_anchor_behind_the_clip_is_counted(config):
 
 
 def test_what_is_off_the_device_is_told_of(config):
-    assert "In the computer's memory" not in dry_run(config)
+    assert "In CPU memory" not in dry_run(config)
     text = dry_run(replace(config, block_offload=True, activation_offload=True))
     assert re.search(r"pinned for the device: \d+\.\d\d GiB\n  weights +\d.*\n  block_inputs +\d", text)
 

@@ -207,7 +207,7 @@ def test_a_validation_that_fails_changes_nothing(config, whole, caplog):
 
     with caplog.at_level("WARNING"):
         run(replace(config, validation_every=2), validate)
-    assert caplog.text.count("failed, and training goes on: OutOfMemoryError: out of memory") == 3
+    assert caplog.text.count("failed, and training continues: OutOfMemoryError: out of memory") == 3
     assert_as_whole(config, whole)
 
 

@@ -85,7 +85,7 @@ def test_a_clip_that_stands_still_is_refused(tmp_path):
     frames = np.stack([corners()] * len(ticks))
     path = write_file(tmp_path / "a.mp4", frames, times=ticks)
     assert len(clips_of(path, buckets=[[9, 32, 32]])) == 1
-    with pytest.raises(ValueError, match="lacks frames behind second 1: there are less than 8 per second"):
+    with pytest.raises(ValueError, match="lacks frames after second 1: there are less than 8 per second"):
         clips_of(path, buckets=[[12, 32, 32]])
 
 

@@ -1,4 +1,4 @@
-"""What makes the videos of a [`Job`]: this process, several on this machine, or a cluster. A [`Watch`] sees them finished."""
+"""Engines, which make the videos of a [`Job`]: this process, several processes on this machine, or a Ray cluster."""
 
 from __future__ import annotations
 

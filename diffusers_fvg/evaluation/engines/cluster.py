@@ -1,7 +1,7 @@
-"""A Ray cluster: each stage has workers of its own, on any number of machines that share the output folder.
+"""The Ray engine: each stage has its own pool of workers, on any number of machines that share the output folder.
 
-Ray Data moves the videos from pool to pool and gives the work of a worker or machine that died to another. What passes
-between the pools is in the output folder, so that work that is given out again finds what was done.
+Ray Data passes the videos from pool to pool and reassigns the work of a worker or machine that died. The results of each
+stage are in the output folder, so reassigned work continues from there.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from .processes import raise_stopped
 if TYPE_CHECKING:
     import ray
 
-# Of a cluster of our own: numbers of lines are all that its store holds.
+# Object store of a cluster that this run starts. It holds line numbers only.
 STORE_BYTES = 2**28
-# Videos that are handed on together, at the most; of few videos each by itself.
+# Most videos in a block, which passes from pool to pool as one, and least number of blocks per worker.
 MAX_BLOCK, BLOCKS_OF_A_WORKER = 64, 64
 
 
 class Stage:
-    """A worker of one stage, on whichever machine.
+    """A worker of one stage, on any machine of the cluster.
 
     Args:
         job ([`Job`]): the work.
-        parts (`frozenset[str]`): of the pipeline, that the stage runs.
-        method (`str`): of [`Worker`].
+        parts (`frozenset[str]`): parts of the pipeline that the stage runs.
+        method (`str`): name of the stage's method of [`Worker`].
     """
 
     def __init__(self, job: Job, parts: frozenset[str], method: str):
@@ -43,7 +43,7 @@ class Stage:
         self.worker: Worker | None = None
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Takes numbers of lines and hands on those whose stage is done."""
+        """Runs the stage for a batch of line numbers and returns the numbers of those that succeeded."""
         return {"id": np.array([number for number in batch["id"] if self._is_done(int(number))], dtype=np.int64)}
 
     def _is_done(self, number: int) -> bool:
@@ -53,7 +53,7 @@ class Stage:
         if self.method != "animate" and not self.parts & parts_of(row.arguments):
             return True
         try:
-            # With the first video: an error is told of, and not taken for the death of a worker.
+            # Created with the first video and not in `__init__`, so that Ray does not take an error for a dead worker.
             self.worker = self.worker or Worker(self.job.folder, self.job.load, self.parts)
             return make_or_note(self.worker, row, getattr(self.worker, self.method))
         except Exception as error:
@@ -66,7 +66,7 @@ def run_cluster(job: Job, watch: Watch) -> None:
 
     Raises:
         `ImportError`: Ray is not installed.
-        `OSError`, `RuntimeError`: what made a worker stop the run.
+        `OSError`, `RuntimeError`: a worker stopped the run; the error is that of the worker.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -80,7 +80,7 @@ def run_cluster(job: Job, watch: Watch) -> None:
     own = {"address": "local", "include_dashboard": False, "object_store_memory": STORE_BYTES}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        # What fails is told by the manifest.
+        # Failures are recorded in the manifest, so the workers' logs are not shown.
         ray.init(**own if address is None else {"address": address}, logging_level="warning", log_to_driver=False)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -94,7 +94,7 @@ def run_cluster(job: Job, watch: Watch) -> None:
 
 
 def _videos(job: Job) -> ray.data.Dataset:
-    """The numbers of the lines, on their way through the pools."""
+    """Returns the dataset of line numbers that pass through the pools."""
     import ray
 
     pools = [({REWRITER}, "rewrite", job.num_rewriters), ({COMPOSER}, "compose", job.num_composers)]
@@ -117,7 +117,7 @@ def _videos(job: Job) -> ray.data.Dataset:
 
 
 def _index(job: Job) -> Path:
-    """The file of the lines' places, which workers look up."""
+    """Returns the path of the file with the byte offset of each line."""
     return job.pending.with_suffix(".index")
 
 
@@ -130,11 +130,11 @@ def _places(job: Job) -> Iterator[int]:
 
 
 def _share(num_workers: int) -> dict[str, Any]:
-    """What each worker takes of the cluster: a GPU and a processor, or less where there are more workers."""
+    """Returns the resources of each worker: a GPU and a CPU core, or a fraction if there are more workers than these."""
     import ray
 
     there = ray.cluster_resources()
-    # One processor is for Ray's own tasks.
+    # One CPU core is left for Ray's own tasks.
     processors = max(0.0, there.get("CPU", 1) - 1) / num_workers
     cards = there.get("GPU", 0) / num_workers
     return {

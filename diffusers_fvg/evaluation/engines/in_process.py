@@ -1,4 +1,4 @@
-"""This process."""
+"""The engine that makes the videos in this process."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Several processes on this machine, started by `accelerate launch`: each loads the pipeline and makes its share of the videos.
+"""The engine with several processes on this machine: each loads the pipeline and makes its share of the videos.
 
-A process that dies is started again, with all others, by the launcher; what they had finished is left as it is.
+`accelerate launch` starts the processes. If one dies, it restarts all of them; finished videos stay.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from ..manifest import FULL, PATIENCE, stopped_by
 from .in_process import run_in_process
 
 
-# How often the launcher starts the processes anew.
+# Most restarts of the processes by the launcher.
 MAX_RESTARTS = 3
 PACKAGE_FOLDER = Path(__file__).parents[3]
 
 
 def run_processes(job: Job, watch: Watch) -> None:
-    """Makes the videos in `job.num_processes` processes; one is this process, which its launcher would only repeat.
+    """Makes the videos in `job.num_processes` processes, or in this process if the number is 1.
 
     Raises:
-        `OSError`, `RuntimeError`: what made a process stop the run, or processes that died again and again.
+        `OSError`, `RuntimeError`: a process stopped the run, with its error, or the processes died too often.
     """
     if job.num_processes == 1:
         return run_in_process(job, watch)
-    # Private to this user: what is unpickled is what was pickled here.
+    # The folder is private to this user, so that nobody else can replace the pickle.
     with tempfile.TemporaryDirectory() as private:
         path = Path(private) / "job.pickle"
         path.write_bytes(pickle.dumps(job))
@@ -42,7 +42,7 @@ def run_processes(job: Job, watch: Watch) -> None:
         }
         options |= {"mixed_precision": "no", "dynamo_backend": "no", "main_process_port": 0}
         flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        # The launcher's way with several processes, on CPUs as well.
+        # `--multi_gpu` starts several processes on CPUs, too.
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
         command = [*launch, *flags, "-m", process.__name__, str(path)]
         paths = [str(PACKAGE_FOLDER), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -61,13 +61,13 @@ def run_processes(job: Job, watch: Watch) -> None:
     raise_stopped(job.folder)
     if launcher.returncode:
         raise RuntimeError(
-            f"the worker processes died {MAX_RESTARTS + 1} times (exit status {launcher.returncode}); what is finished stays, and the "
-            "same command goes on from there."
+            f"the worker processes died {MAX_RESTARTS + 1} times (exit status {launcher.returncode}); finished videos stay, and "
+            "the same command continues from there."
         )
 
 
 def raise_stopped(folder: Path) -> None:
-    """Raises what a worker stopped the run by."""
+    """Raises the error with which a worker stopped the run, if any."""
     told = stopped_by(folder)
     if told is not None:
         raise (

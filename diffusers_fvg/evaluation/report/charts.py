@@ -1,4 +1,4 @@
-"""The report's two figures, drawn as SVG: no package is needed, and the page stays one file."""
+"""Draws the report's two figures as SVG, so that no plotting package is needed and the page stays one file."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from html import escape
 from .statistics import Difference, Spread
 
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart. One colour for an arm in all figures.
+# Okabe and Ito's palette, which colour-blind readers can tell apart. A condition has the same colour in all figures.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A")
 WIDTH, LEFT, RIGHT, TOP = 720, 56, 24, 16
-# A figure of differences reaches so many times as far as the largest of them.
+# The axis of a figure of differences ends at this multiple of the largest difference.
 CUT = 2.5
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
-    """A colour for each arm; where there are more arms than the palette has, it comes again half as strong."""
+    """Returns a colour for each name; if there are more names than colours, the palette repeats with half the strength."""
     return {
         name: _tint(PALETTE[number % len(PALETTE)], 0.5 ** (number // len(PALETTE)))
         for number, name in enumerate(names)
@@ -30,7 +30,7 @@ def _tint(colour: str, strength: float) -> str:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers from `low` or below to `high` or above, some `count` of them."""
+    """Returns about `count` round numbers that span `low` to `high`."""
     span = (high - low) or abs(high) or 1.0
     raw = span / count
     unit = 10.0 ** math.floor(math.log10(raw))
@@ -55,12 +55,12 @@ def _figure(height: float, label: str, parts: Sequence[str]) -> str:
 
 
 def steps_chart(series: Mapping[str, Mapping[int, Spread]], colour: Mapping[str, str], what: str) -> str:
-    """Score against sampling steps, on a logarithmic axis of steps; whiskers are one standard deviation over seeds.
+    """Draws scores against sampling steps, with a logarithmic axis of steps and whiskers of one standard deviation over seeds.
 
     Args:
-        series (`Mapping[str, Mapping[int, Spread]]`): arm to steps to its score.
-        colour (`Mapping[str, str]`): of each arm.
-        what (`str`): the score's name.
+        series (`Mapping[str, Mapping[int, Spread]]`): for each arm, its score by number of steps.
+        colour (`Mapping[str, str]`): colour of each arm.
+        what (`str`): name of the score.
     """
     height, bottom = 320, 280
     points = [(steps, own) for line in series.values() for steps, own in line.items()]
@@ -82,7 +82,7 @@ def steps_chart(series: Mapping[str, Mapping[int, Spread]], colour: Mapping[str,
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, height - 4, "sampling steps", kind="axis"))
     for number, (name, line) in enumerate(series.items()):
         stroke = f' style="stroke:{colour[name]}"'
-        # Beside each other, where they would hide each other.
+        # Points are shifted sideways, so that they do not hide each other.
         aside = 7 * (number - (len(series) - 1) / 2)
         centres = [(x + aside, y) for x, y in (place(steps, line[steps].mean) for steps in sorted(line))]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in centres)
@@ -102,16 +102,16 @@ def steps_chart(series: Mapping[str, Mapping[int, Spread]], colour: Mapping[str,
 def differences_chart(
     rows: Mapping[str, Mapping[str, Difference | None]], colour: Mapping[str, str], label: str
 ) -> str:
-    """Paired differences with their intervals: a row for each category, in it a point for each condition.
+    """Draws paired differences with their intervals: one row for each category, with one point for each condition.
 
     Args:
-        rows (`Mapping[str, Mapping[str, Difference | None]]`): category to condition to difference.
-        colour (`Mapping[str, str]`): of each condition.
-        label (`str`): what is compared.
+        rows (`Mapping[str, Mapping[str, Difference | None]]`): for each category, the difference of each condition.
+        colour (`Mapping[str, str]`): colour of each condition.
+        label (`str`): title of the figure.
     """
     left, line_height, gap = 210, 15, 10
     found = [own for row in rows.values() for own in row.values() if own is not None]
-    # Of few prompts intervals are far wider than what there is to see.
+    # With few prompts, intervals are far wider than the differences, so the axis is cut.
     reach = CUT * max((abs(own.mean) for own in found), default=0.0) or 1.0
     ends = [min(max(end, -reach), reach) for own in found for end in (own.mean, own.low, own.high) if end is not None]
     marks = ticks(min([0.0, *ends]), max([0.0, *ends]))

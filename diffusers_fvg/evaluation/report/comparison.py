@@ -1,4 +1,4 @@
-"""The numbers of a report: every condition's scores over seeds, and its paired differences from the baseline."""
+"""Computes the numbers of a report: each condition's scores over seeds, and its paired differences from the baseline."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from .statistics import Difference, Spread, category_spread, differences, total_
 
 @dataclass
 class Comparison:
-    """Conditions side by side.
+    """Comparison of a run's conditions.
 
     Args:
-        baseline (`str`): what the others are compared with.
-        total (`str`, *optional*): name of the aggregate of all; `None` where no condition is complete.
-        spreads (`dict[str, dict[str, Spread | None]]`): row to condition to its score. Rows are categories, then aggregates.
-        differences (`dict[str, dict[str, Difference | None]]`): category, and the total, to condition but the baseline to its
-            difference.
-        problems (`dict[str, list[str]]`): condition and seed to what keeps its aggregates from being official.
-        notes (`dict[str, list[str]]`): the same of what a reader should know besides.
+        baseline (`str`): condition that the others are compared with.
+        total (`str`, *optional*): name of the official total; `None` if no condition is complete.
+        spreads (`dict[str, dict[str, Spread | None]]`): for each row, the score of each condition. The rows are the
+            categories, followed by the aggregates.
+        differences (`dict[str, dict[str, Difference | None]]`): for each category and the total, the difference of each
+            condition from the baseline.
+        problems (`dict[str, list[str]]`): for each condition and seed, the reasons why its totals are not official.
+        notes (`dict[str, list[str]]`): for each condition and seed, other remarks.
     """
 
     baseline: str
@@ -30,7 +31,7 @@ class Comparison:
     notes: dict[str, list[str]]
 
     def best(self, row: str) -> list[str]:
-        """The conditions with the highest score of a row, as it is printed; none where all are equal."""
+        """Returns the conditions with the highest score of a row, rounded as printed; none if all are equal."""
         scored = {name: round(own.mean, 3) for name, own in self.spreads[row].items() if own is not None}
         best = [name for name, value in scored.items() if value == max(scored.values())]
         return best if len(best) < len(scored) else []
@@ -40,7 +41,7 @@ def compare(gathered: Gathered, baseline: str | None) -> Comparison:
     """Compares the conditions that have scores.
 
     Raises:
-        `ValueError`: no such baseline.
+        `ValueError`: the baseline is unknown or has no scores.
     """
     scored = {name: own for name, own in gathered.conditions.items() if own.scores}
     if baseline is not None and baseline not in scored:
@@ -69,7 +70,7 @@ def compare(gathered: Gathered, baseline: str | None) -> Comparison:
 def _differences(
     gathered: Gathered, scored: dict[str, Condition], baseline: str, total: str | None
 ) -> dict[str, dict[str, Difference | None]]:
-    """Of the total only where both sides are complete."""
+    """Returns the differences of each category, and of the total if both sides are complete."""
     rows: dict[str, dict[str, Difference | None]] = {}
     for name, own in scored.items():
         if name == baseline:
@@ -87,7 +88,7 @@ def _differences(
 
 
 def steps_series(gathered: Gathered, comparison: Comparison) -> dict[str, dict[int, Spread]]:
-    """Arm to number of steps to its total; of two conditions of one arm at the same number the first."""
+    """Returns the total of each arm by number of steps. Of several conditions with the same arm and steps, the first counts."""
     series: dict[str, dict[int, Spread]] = {}
     for name, condition in gathered.conditions.items():
         own = comparison.spreads.get(comparison.total or "", {}).get(name)

@@ -1,4 +1,4 @@
-"""What a report tells of a run: its conditions, their times, memory and failures, and some of its videos."""
+"""Collects the data of a report: a run's conditions with times, memory and failures, and some of its videos."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from ..suites.suite import Suite
 from ..worker import STAGES_FILE, stages_folder
 
 
-# Of several lines of one video the last of these counts: the others are of runs that did not come to its end.
+# Statuses of manifest lines. If a video has several lines, the one whose status comes last here counts.
 TELLING = ("failed", "found", "made")
 
 
 @dataclass
 class Condition:
-    """A condition of a run.
+    """Data of one condition of a run.
 
     Args:
-        name, arm (`str`): of the plan.
-        planned, finished (`int`): videos.
-        steps (`int`, *optional*): that its videos say they were made with.
-        all_seconds (`dict[str, list[float]]`): stage to its seconds, of each video that says them.
-        memory_bytes (`int`): the most that a worker used.
-        failures (`dict[str, str]`): path to the reason, of videos that are not there.
-        motion (`list[float]`): of each video, what share of the picture changes.
-        scores (`dict[str, Scores]`): by seed.
-        made_with (`dict`): model, preset and versions, of the record of one of its videos.
+        name, arm (`str`): names of the condition and of its arm in the plan.
+        planned, finished (`int`): number of planned and of finished videos.
+        steps (`int`, *optional*): number of sampling steps by the metadata of a video.
+        all_seconds (`dict[str, list[float]]`): for each stage, the seconds of each video that recorded them.
+        memory_bytes (`int`): most memory that a worker used.
+        failures (`dict[str, str]`): for each missing video, the reason.
+        motion (`list[float]`): for each video, the share of the picture that changes.
+        scores (`dict[str, Scores]`): scores by seed.
+        made_with (`dict`): metadata of one of its videos: model, preset and versions.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Condition:
 
 @dataclass
 class Shown:
-    """A video of the gallery: its condition, file, caption and the pictures of stage 2, each with what the judge said."""
+    """A video of the gallery: its condition, file and caption, and the images of stage 2 with the judge's scores."""
 
     condition: str
     path: Path
@@ -63,7 +63,7 @@ class Shown:
 
 @dataclass
 class Exhibit:
-    """A prompt of the gallery, and what became of it in each condition."""
+    """A prompt of the gallery, with its video in each condition."""
 
     category: str
     index: str
@@ -73,7 +73,7 @@ class Exhibit:
 
 @dataclass
 class Gathered:
-    """All that a report tells of."""
+    """All data of a report."""
 
     suite: Suite
     facts: dict[str, Any]
@@ -86,22 +86,22 @@ def gather(run: Path, suites: Mapping[str, Suite], scores_file: Path | None, gal
     """Reads plan, manifest and scores.
 
     Args:
-        run (`Path`): folder of the run.
-        suites (`Mapping[str, Suite]`): by name.
-        scores_file (`Path`, *optional*): as [`write_scores`] wrote it.
-        gallery (`int`): prompts to show, taken from one category after the other.
+        run (`Path`): output folder of the run.
+        suites (`Mapping[str, Suite]`): suites by name.
+        scores_file (`Path`, *optional*): output file of [`write_scores`].
+        gallery (`int`): number of prompts to show, taken from the categories in turn.
 
     Raises:
-        `ValueError`: no run of a suite, or scores of another.
+        `ValueError`: the folder holds no run of a suite, or the scores belong to another suite or run.
     """
     facts = plan_facts(run)
     if facts.get("suite") not in suites:
-        raise ValueError(f"{run} holds no run of a suite: `fvg bench plan` begins one.")
+        raise ValueError(f"{run} holds no run of a suite: begin one with `fvg bench plan`.")
     suite = suites[facts["suite"]]
     scores = {} if scores_file is None else read_scores(scores_file)
     other = next((own.suite for own in scores.values() if own.suite != suite.name), None)
     if other is not None:
-        raise ValueError(f"{scores_file} holds scores of {other}, and {run} is a run of {suite.name}.")
+        raise ValueError(f"{scores_file} holds scores of {other}, but {run} is a run of {suite.name}.")
     lines: dict[str, dict[str, Any]] = {}
     for line in sorted(read_manifest(run), key=lambda line: TELLING.index(line["status"])):
         lines[line["path"]] = line
@@ -120,7 +120,7 @@ def gather(run: Path, suites: Mapping[str, Suite], scores_file: Path | None, gal
         if video.labels["sample"] == "0":
             first.setdefault(video.labels["index"], {}).setdefault(condition.name, video)
     if unused:
-        raise ValueError(f"{scores_file} holds scores of {min(unused)}, which {run} did not plan.")
+        raise ValueError(f"{scores_file} holds scores of {min(unused)}, which the plan of {run} does not have.")
     shown = _spread_out(list(first.values()))[:gallery]
     return Gathered(suite, facts, conditions, prompt_of, [_exhibit(run, videos) for videos in shown])
 
@@ -147,13 +147,13 @@ def _count(condition: Condition, video: PlannedVideo, run: Path, line: Mapping[s
 
 
 def _stages(run: Path, video: PlannedVideo) -> dict[str, Any]:
-    """What stage 2 wrote down of a video; nothing of one that it did not draw for."""
+    """Returns the record of stage 2 for a video, empty if stage 2 did not draw for it."""
     path = stages_folder(run, video) / STAGES_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _spread_out(prompts: Sequence[dict[str, PlannedVideo]]) -> list[dict[str, PlannedVideo]]:
-    """One prompt of each category, then another of each, and so on."""
+    """Orders prompts so that the first of each category come first, then the second of each, and so on."""
     ranks: dict[str, int] = {}
     ranked = []
     for videos in prompts:

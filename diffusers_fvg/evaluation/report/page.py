@@ -1,4 +1,4 @@
-"""The report of a run: one HTML page that opens from disk, with its pictures in it, and one Markdown table."""
+"""Writes the report of a run: an HTML page with embedded images that opens from disk, and a Markdown file with the tables."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .table import MIB, PAIRED, SYNTHETIC, difference_text, markdown, spread_tex
 
 
 FRAMES = 6
-# Twice the height at which the page shows a picture, for sharp screens.
+# Twice the height at which the page shows an image, for high-resolution screens.
 PICTURE_HEIGHT = 192
 FAILURES = 50
 
@@ -37,18 +37,19 @@ def write_report(
     """Writes `report.html` and `report.md`.
 
     Args:
-        run (`Path`): folder of the run.
-        folder (`Path`): for the two files.
-        suites (`Mapping[str, Suite]`): by name.
-        scores (`Path`, *optional*): what `fvg bench read` wrote; a report without has times, memory and videos alone.
-        baseline (`str`, *optional*): condition that others are compared with; the first of the plan when left out.
-        gallery (`int`): prompts that are shown.
+        run (`Path`): output folder of the run.
+        folder (`Path`): folder for the two files.
+        suites (`Mapping[str, Suite]`): suites by name.
+        scores (`Path`, *optional*): output file of `fvg bench read`; left out, the report has times, memory and videos only.
+        baseline (`str`, *optional*): condition that the others are compared with; left out, the first of the plan.
+        gallery (`int`): number of prompts to show.
 
     Returns:
-        `list[Path]`: the files.
+        `list[Path]`: paths of the files.
 
     Raises:
-        `ValueError`: no run of a suite, scores of another, or an unknown baseline.
+        `ValueError`: the folder holds no run of a suite, the scores belong to another suite or run, or the baseline is
+            unknown.
     """
     gathered = gather(run, suites, scores, gallery)
     comparison = compare(gathered, baseline)
@@ -60,7 +61,7 @@ def write_report(
 
 
 def page(gathered: Gathered, comparison: Comparison) -> str:
-    """The HTML page."""
+    """Returns the HTML page."""
     suite, style = gathered.suite, files(__package__).joinpath("page.css").read_text(encoding="utf-8")
     body = [
         f"<h1>{escape(suite.title)}</h1>",
@@ -94,7 +95,7 @@ def _made_with(gathered: Gathered) -> str:
 def _facts(gathered: Gathered, comparison: Comparison) -> str:
     conditions = list(gathered.conditions.values())
     planned, finished = (sum(getattr(own, name) for own in conditions) for name in ("planned", "finished"))
-    cells = [("arms", str(len(conditions))), ("prompts", str(len(set(gathered.prompt_of.values()))))]
+    cells = [("conditions", str(len(conditions))), ("prompts", str(len(set(gathered.prompt_of.values()))))]
     cells += [("videos", f"{finished:,}" if finished == planned else f"{finished:,} of {planned:,}")]
     total = comparison.total
     for name in comparison.best(total)[:1] if total else ():
@@ -107,14 +108,14 @@ def _problems(comparison: Comparison) -> str:
     parts = []
     for name, problems in comparison.problems.items():
         items = "".join(f"<li>{escape(problem)}</li>" for problem in problems)
-        parts.append(f'<div class="warning"><b>No official total of {escape(name)}</b><ul>{items}</ul></div>')
+        parts.append(f'<div class="warning"><b>{escape(name)} has no official total</b><ul>{items}</ul></div>')
     for name, notes in comparison.notes.items():
         parts += [f'<p class="soft">{escape(name)}: {escape(note)}</p>' for note in notes]
     return "".join(parts)
 
 
 def _name(name: str, colour: Mapping[str, str]) -> str:
-    # May be broken between its parts, so that many columns fit.
+    # The name may wrap between its parts, so that many columns fit.
     parts = "_<wbr>".join(f'<span class="whole">{escape(part)}</span>' for part in name.split("_"))
     return f'<span class="dot" style="background:{colour[name]}"></span>{parts}'
 
@@ -141,7 +142,7 @@ def _scores(gathered: Gathered, comparison: Comparison) -> str:
     told = [f"± is the standard deviation over {seeds} seeds."] if seeds > 1 else []
     if len(names) > 1:
         told.append(
-            f"Under a score: its difference from {comparison.baseline}, coloured where the interval leaves 0 out. {PAIRED}"
+            f"Below each score is its difference from {comparison.baseline}, coloured if the interval excludes 0. {PAIRED}"
         )
     return (
         f'<h2>Scores</h2><p class="soft">{escape(" ".join(told))}</p><div class="wide"><table><thead><tr><th></th>{head}</tr></thead>'
@@ -152,13 +153,13 @@ def _scores(gathered: Gathered, comparison: Comparison) -> str:
 def _figures(gathered: Gathered, comparison: Comparison) -> str:
     colour, sections = colours(list(gathered.conditions)), []
     rows = {name: row for name, row in comparison.differences.items() if any(own is not None for own in row.values())}
-    # A total of another scale has a row of its own in the table alone.
+    # A total on another scale than the categories is shown in the table only.
     if comparison.total in rows and abs(sum(gathered.suite.weights.values()) - 1) > 1e-9:
         rows.pop(comparison.total)
     if rows:
         label = f"Difference from {comparison.baseline}"
         others = {name: colour[name] for name in dict.fromkeys(name for row in rows.values() for name in row)}
-        told = '<p class="soft">Points to the right are higher scores. Intervals that leave the figure are cut.</p>'
+        told = '<p class="soft">Points to the right are higher scores. Intervals end at the edge of the figure.</p>'
         sections.append(_figure(label, others, told + differences_chart(rows, colour, label)))
     series = steps_series(gathered, comparison)
     if len({steps for line in series.values() for steps in line}) > 1:
@@ -182,7 +183,7 @@ def _figure(title: str, colour: Mapping[str, str], inner: str) -> str:
 
 
 def picture(image: PIL.Image.Image) -> str:
-    """A `data:` address of a JPEG; small pictures are enlarged by whole factors, which keeps edges sharp."""
+    """Returns an image as the `data:` URL of a JPEG; small images are enlarged by integer factors, which keeps edges sharp."""
     factor = PICTURE_HEIGHT // image.height
     if factor > 1:
         image = image.resize((image.width * factor, image.height * factor), PIL.Image.Resampling.NEAREST)
@@ -214,7 +215,7 @@ def _strip(pictures: Sequence[tuple[str, PIL.Image.Image, bool]]) -> str:
 
 
 def _anchors(shown: Shown) -> list[tuple[str, PIL.Image.Image, bool]]:
-    """The pictures among which the judge chose, with its scores; the best one is the anchor. Without a judge the anchors."""
+    """Returns the candidates with the judge's scores, the best of them marked as the anchor; without a judge, the anchors."""
     if not shown.candidates:
         return [("anchor", _opened(path), False) for path in shown.anchors]
     best = max(range(len(shown.candidates)), key=lambda k: shown.candidates[k][1] or 0.0)
@@ -236,8 +237,8 @@ def _gallery(gathered: Gathered) -> str:
     colour = colours(list(gathered.conditions))
     inner = "".join(_exhibit(exhibit, colour) for exhibit in exhibits)
     return (
-        '<h2>Gallery</h2><p class="soft">The first video of each prompt and arm. A framed picture is the one that the judge chose, '
-        f"of those that it was shown.</p>{inner}"
+        '<h2>Gallery</h2><p class="soft">The first video of each prompt in each condition. The framed image is the candidate '
+        f"that the judge chose as the anchor.</p>{inner}"
     )
 
 
@@ -259,7 +260,7 @@ def _exhibit(exhibit: Exhibit, colour: Mapping[str, str]) -> str:
     )
 
 
-# -- what it took -----------------------------------------------------------------------------------------------------
+# -- times and memory -------------------------------------------------------------------------------------------------
 
 
 def _resources(gathered: Gathered) -> str:
@@ -275,7 +276,7 @@ def _resources(gathered: Gathered) -> str:
         failures += [f"<li>{escape(path)}: {escape(reason)}</li>" for path, reason in own.failures.items()]
     heads = ["", "videos", *(f"{stage}, s" for stage in stages), "memory, MiB", "motion", "missing"]
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in heads)
-    listed = f"<p>Missing videos, and why:</p><ul>{''.join(failures[:FAILURES])}</ul>" if failures else ""
+    listed = f"<p>Missing videos and the reasons:</p><ul>{''.join(failures[:FAILURES])}</ul>" if failures else ""
     more = f"<p>{len(failures) - FAILURES} more are missing.</p>" if len(failures) > FAILURES else ""
     return (
         '<h2>Times, memory, failures</h2><p class="soft">Seconds are medians over videos; memory is the most that one process used; '

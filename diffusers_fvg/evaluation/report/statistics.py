@@ -1,7 +1,7 @@
-"""Means over seeds and paired differences between conditions. Pure arithmetic.
+"""Computes means over seeds and paired differences between conditions.
 
-The unit of a difference is the prompt: two conditions start a prompt's videos from the same seeds, and its videos are averaged
-before prompts are compared, so that an interval speaks of other prompts of the same kind.
+The unit of a difference is the prompt. Two conditions use the same seeds for a prompt's videos, and the differences of these
+videos are averaged first. So an interval describes the variation over prompts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean over seeds and its standard deviation (n - 1 in its denominator; `None` with one seed)."""
+    """Mean over seeds and the standard deviation (with denominator n - 1; `None` for one seed)."""
 
     mean: float
     deviation: float | None
@@ -30,7 +30,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Difference:
-    """A paired difference. `low` and `high` bound its 95 % confidence interval; `None` where it cannot be had."""
+    """Paired difference over `prompts` prompts. `low` and `high` are the ends of its 95 % confidence interval, or `None`."""
 
     mean: float
     low: float | None
@@ -39,13 +39,13 @@ class Difference:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves 0 out."""
+        """Whether the interval excludes 0."""
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Differences of some prompts: their mean, the variance of that mean, and how many there are."""
+    """Differences of prompts: their mean, the variance of that mean, and their number."""
 
     mean: float
     variance: float
@@ -59,7 +59,7 @@ class Sample:
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """Of one number for each seed; `None` of none."""
+    """Returns mean and standard deviation of one value per seed; `None` without values."""
     if not values:
         return None
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
@@ -67,13 +67,13 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 
 def category_spread(seeds: Mapping[str, Scores], category: str) -> Spread | None:
-    """Of a category's score over seeds that have one."""
+    """Returns the spread of a category's score over the seeds that have one."""
     own = [scores.categories[category] for scores in seeds.values() if category in scores.categories]
     return spread([value.score for value in own if value.score is not None])
 
 
 def total_spread(seeds: Mapping[str, Scores], total: str) -> Spread | None:
-    """Of an official total; `None` where a seed is incomplete."""
+    """Returns the spread of an official total; `None` if a seed is incomplete."""
     values = [scores.totals[total] for scores in seeds.values() if total in scores.totals]
     return spread(values) if len(values) == len(seeds) else None
 
@@ -81,12 +81,12 @@ def total_spread(seeds: Mapping[str, Scores], total: str) -> Spread | None:
 def prompt_differences(
     ours: Mapping[str, Scores], theirs: Mapping[str, Scores], category: str, prompt_of: Mapping[str, str]
 ) -> list[float]:
-    """For each prompt the mean of ours minus theirs, over the videos that have a score in both.
+    """Returns for each prompt the mean of ours minus theirs over the videos that have a score in both.
 
     Args:
-        ours, theirs (`Mapping[str, Scores]`): by seed.
-        category (`str`): of the videos.
-        prompt_of (`Mapping[str, str]`): official name of a video to its prompt's number.
+        ours, theirs (`Mapping[str, Scores]`): scores of two conditions by seed.
+        category (`str`): category of the videos.
+        prompt_of (`Mapping[str, str]`): index of the prompt by a video's official name.
     """
     values: dict[str, list[float]] = {}
     for seed, scores in ours.items():
@@ -101,8 +101,9 @@ def prompt_differences(
 
 
 def interval(weighted: Sequence[tuple[float, Sample]]) -> Difference | None:
-    """A weighted sum of independent means, with the interval of Student's t and the degrees of freedom of Welch and
-    Satterthwaite; of one sample of weight 1 that is the usual paired t interval.
+    """Returns a weighted sum of independent means, with Student's t interval and Welch-Satterthwaite degrees of freedom.
+
+    For one sample of weight 1 this is the usual paired t interval.
 
     Args:
         weighted (`Sequence[tuple[float, Sample]]`): weight and sample of each mean.
@@ -127,7 +128,7 @@ def differences(
     weights: Mapping[str, float],
     prompt_of: Mapping[str, str],
 ) -> dict[str | None, Difference | None]:
-    """Category to its paired difference, and `None` to that of the weighted total, where every category has pairs."""
+    """Returns the paired difference of each category, and under `None` that of the weighted total if every category has one."""
     samples = {}
     for category in weights:
         values = prompt_differences(ours, theirs, category, prompt_of)

@@ -1,4 +1,4 @@
-"""A report's numbers as words, and its Markdown table."""
+"""Formats the numbers of a report, and writes its Markdown tables."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .statistics import Difference, Spread
 
 MIB = 2**20
 STAGES = ("rewrite", "compose", "encode", "denoise", "decode")
-SYNTHETIC = "Synthetic: scores of a drawn world, by a scorer that reads pixels. They compare with no other benchmark."
+SYNTHETIC = "Synthetic: the videos show drawn shapes, and a program scores their pixels. The scores compare with no other benchmark."
 PAIRED = (
-    "Differences are paired: the same prompts and seeds in both. Behind each stands the 95 % confidence interval of Student's t over "
-    "prompts, whose seeds and samples are averaged first."
+    "Differences are paired: both have the same prompts and seeds. Brackets hold the 95 % confidence interval of Student's t "
+    "over prompts; seeds and samples of a prompt are averaged first."
 )
 
 
@@ -38,12 +38,12 @@ def difference_text(own: Difference | None) -> str:
 
 
 def stage_seconds(condition: Condition) -> dict[str, float]:
-    """Stage to the median of its seconds."""
+    """Returns the median seconds of each stage."""
     return {stage: statistics.median(values) for stage, values in condition.all_seconds.items()}
 
 
 def stages_of(gathered: Gathered) -> list[str]:
-    """Those that a condition has seconds of, in the order of a run; the total comes last."""
+    """Returns the stages for which any condition has seconds, in the order of a run, and the total last."""
     named = {stage for condition in gathered.conditions.values() for stage in condition.all_seconds}
     return (
         [stage for stage in STAGES if stage in named]
@@ -53,7 +53,7 @@ def stages_of(gathered: Gathered) -> list[str]:
 
 
 def markdown(gathered: Gathered, comparison: Comparison) -> str:
-    """The report without its pictures."""
+    """Returns the report as Markdown, without images."""
     names = [name for name, own in gathered.conditions.items() if own.scores]
     lines = [f"# {gathered.suite.title}", ""]
     if gathered.suite.synthetic:
@@ -70,13 +70,13 @@ def markdown(gathered: Gathered, comparison: Comparison) -> str:
         seeds = max(len(own.scores) for own in gathered.conditions.values())
         lines.append("")
         lines += [f"± is the standard deviation over {seeds} seeds.", ""] if seeds > 1 else []
-        lines += [f"Under a score: its difference from {comparison.baseline}. {PAIRED}", ""] if others else []
+        lines += [f"Below each score is its difference from {comparison.baseline}. {PAIRED}", ""] if others else []
     for name, problems in comparison.problems.items():
-        lines += [f"No official total of {name}:", "", *(f"* {problem}" for problem in problems), ""]
+        lines += [f"{name} has no official total:", "", *(f"* {problem}" for problem in problems), ""]
     for name, notes in comparison.notes.items():
         lines += [f"Notes on {name}:", "", *(f"* {note}" for note in notes), ""]
     stages = stages_of(gathered)
-    lines += _row("arm", "videos", *(f"{stage}, s" for stage in stages), "memory, MiB", "missing")
+    lines += _row("condition", "videos", *(f"{stage}, s" for stage in stages), "memory, MiB", "missing")
     lines += _row("---", *["---:"] * (len(stages) + 3))
     for name, own in gathered.conditions.items():
         medians = stage_seconds(own)

@@ -1,4 +1,4 @@
-"""Published benchmarks: prompts from the published files, official names, and official aggregates from official results."""
+"""Published benchmarks: their prompts, the official file names of videos, and the official totals of evaluators' results."""
 
 from .evalcrafter import EVALCRAFTER
 from .suite import Suite

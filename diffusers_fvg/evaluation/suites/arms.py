@@ -1,4 +1,4 @@
-"""The arms of a comparison: the same prompts, with the same seeds, made in several ways."""
+"""Arms of a comparison: ways to make the videos, compared on the same prompts with the same seeds."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..plan import PlannedVideo, derive_seed
 from .suite import Suite, SuitePrompt, prompt_digest
 
 
-# Arguments of the pipeline's call. Stage 1 reads the prompt in each.
+# Arguments of the pipeline's call for each arm. The prompt is the same, except in `direct_upsampled`.
 ARMS: dict[str, dict[str, Any]] = {
     "direct": {"mode": "direct"},
     "direct_upsampled": {"mode": "direct"},
     "factorized": {"mode": "factorized", "composer_num_candidates": 1},
-    # Of so many pictures the judge chooses; a pipeline without a judge refuses it.
+    # The judge chooses among this many images. A pipeline without a judge raises an error.
     "factorized_judged": {"mode": "factorized", "composer_num_candidates": 4},
     "image": {"mode": "factorized"},
 }
@@ -26,12 +26,12 @@ _ARM = re.compile(r"([^@]+)(?:@([\w.-]+))?")
 
 @dataclass(frozen=True)
 class Condition:
-    """What the videos of one mean have in common, but for the seed.
+    """One entry of a comparison: an arm with a sampling preset and a number of steps. Its videos differ in prompt and seed.
 
     Args:
         arm (`str`): one of `ARMS`.
-        preset (`str`, *optional*): of sampling; the model's own when left out.
-        num_inference_steps (`int`, *optional*): the preset's when left out.
+        preset (`str`, *optional*): sampling preset; left out, the model's default.
+        num_inference_steps (`int`, *optional*): number of sampling steps; left out, that of the preset.
     """
 
     arm: str
@@ -40,7 +40,7 @@ class Condition:
 
     @property
     def name(self) -> str:
-        """Of its folder; evaluators write it into the names of their files."""
+        """Name of the condition's folder. Evaluators write it into the names of their files."""
         steps = self.num_inference_steps and f"{self.num_inference_steps}-steps"
         return "_".join(part for part in (self.arm, self.preset, steps) if part)
 
@@ -50,24 +50,27 @@ class Condition:
 
 
 def parse_arm(text: str) -> tuple[str, str | None]:
-    """`factorized@anchored-15` is an arm and its preset.
+    """Splits a text such as `factorized@anchored-15` into the arm and its preset.
 
     Raises:
-        `ValueError`: no such arm.
+        `ValueError`: the arm is unknown.
     """
     match = _ARM.fullmatch(text)
     if match is None or match[1] not in ARMS:
-        raise ValueError(f"--arms {text}: give one of {', '.join(ARMS)}, with @PRESET behind it or not.")
+        raise ValueError(f"--arms {text}: give one of {', '.join(ARMS)}, optionally followed by @PRESET.")
     return match[1], match[2]
 
 
 def conditions_of(suite: Suite, arms: Sequence[str], steps: Sequence[int] = ()) -> list[Condition]:
-    """The conditions of a plan, each once.
+    """Returns the conditions of a plan without duplicates: each arm with each number of steps.
 
     Args:
-        suite ([`Suite`]): one with pictures has the arm `image` alone.
-        arms (`Sequence[str]`): such as `direct@full-50`.
-        steps (`Sequence[int]`): each arm at each number of steps; as the preset says when empty.
+        suite ([`Suite`]): the suite; one with images has only the arm `image`.
+        arms (`Sequence[str]`): arms, optionally with a preset, such as `direct@full-50`.
+        steps (`Sequence[int]`): numbers of sampling steps; if empty, those of the presets.
+
+    Raises:
+        `ValueError`: an arm is unknown or does not apply to the suite.
     """
     parsed = [parse_arm(text) for text in arms]
     for arm, _ in parsed:
@@ -78,10 +81,10 @@ def conditions_of(suite: Suite, arms: Sequence[str], steps: Sequence[int] = ()) 
 
 
 def read_upsampled(path: Path, count: int) -> list[str]:
-    """Prompts of `direct_upsampled`: a text file with one in each line, in the suite's order.
+    """Reads the prompts of `direct_upsampled` from a text file with one prompt per line, in the suite's order.
 
     Raises:
-        `ValueError`: another number of lines.
+        `ValueError`: the number of prompts is not `count`, or a line between them is empty.
     """
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     texts = lines[: max((number for number, line in enumerate(lines, 1) if line), default=0)]
@@ -96,10 +99,15 @@ def read_upsampled(path: Path, count: int) -> list[str]:
 def chosen_prompts(
     prompts: Sequence[SuitePrompt], categories: Sequence[str] | None = None, per_category: int | None = None
 ) -> list[tuple[int, SuitePrompt]]:
-    """Prompts with their place in the suite: of some categories, and the first of each, or all.
+    """Selects prompts of a suite and returns them with their index.
+
+    Args:
+        prompts (`Sequence[SuitePrompt]`): all prompts of the suite.
+        categories (`Sequence[str]`, *optional*): categories to take prompts from; left out, all.
+        per_category (`int`, *optional*): number of prompts to take from each category, from its first; left out, all.
 
     Raises:
-        `ValueError`: no such category.
+        `ValueError`: a category is unknown.
     """
     known = list(dict.fromkeys(own for prompt in prompts for own in prompt.category.split("+")))
     unknown = [name for name in categories or () if name not in known]
@@ -123,16 +131,23 @@ def plan_videos(
     upsampled: Sequence[str] | None = None,
     num_candidates: int | None = None,
 ) -> Iterator[PlannedVideo]:
-    """The videos of a plan. Those of one prompt stand together in all conditions, so that a run that is stopped can be compared.
+    """Yields the videos of a plan.
+
+    The videos of a prompt in all conditions follow each other, so that the conditions can be compared even after a run that
+    was stopped.
 
     Args:
-        suite ([`Suite`]): of the prompts.
-        prompts (`Sequence`): as [`chosen_prompts`] gives them.
-        conditions (`Sequence[Condition]`): how to make each.
-        seeds (`Sequence[int]`): each makes every video once more. A video has the same seed in every condition.
-        call (`Mapping`, *optional*): arguments of all videos, such as `num_frames`.
-        upsampled (`Sequence[str]`, *optional*): of the whole suite, for `direct_upsampled`.
-        num_candidates (`int`, *optional*): pictures per video of `factorized_judged`; 4 when left out.
+        suite ([`Suite`]): suite of the prompts.
+        prompts (`Sequence`): output of [`chosen_prompts`].
+        conditions (`Sequence[Condition]`): conditions in which to make each video.
+        seeds (`Sequence[int]`): seeds; each adds one video per prompt, sample and condition. A video has the same seed in
+            every condition.
+        call (`Mapping`, *optional*): arguments of the call for all videos, such as `num_frames`.
+        upsampled (`Sequence[str]`, *optional*): prompts of the whole suite for `direct_upsampled`.
+        num_candidates (`int`, *optional*): number of candidate images per video of `factorized_judged`; left out, 4.
+
+    Raises:
+        `ValueError`: `num_frames` is below the evaluator's minimum, or `upsampled` is missing.
     """
     num_frames = (call or {}).get("num_frames")
     if num_frames is not None and num_frames < suite.min_frames:
@@ -180,7 +195,8 @@ def _labels(
 
 
 def suite_facts(suite: Suite, prompts: Sequence[SuitePrompt]) -> dict[str, Any]:
-    """What `plan.json` says of a suite: its version and whether the prompts are those that were checked."""
+    """Returns what `plan.json` records of a suite: its name, and whether the prompts are those that this package was checked
+    with (`None` if no digest of them is known)."""
     digest = prompt_digest(prompts)
     same = None if suite.prompt_digest is None else digest == suite.prompt_digest
     return {"suite": suite.name, "prompts": digest, "prompts_as_checked": same}

@@ -1,4 +1,4 @@
-"""Shell scripts that make the environment of an official evaluator and run it on what [`layout`] laid out."""
+"""Writes shell scripts that create the environment of an official evaluator and run it on the output of [`layout`]."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .layout import layout_facts
 from .suite import Suite, read_json
 
 
-# Of every script. A weight that is fetched half is fetched again.
+# Beginning of every script. `fetch` downloads an incomplete file again.
 PREAMBLE = """#!/usr/bin/env bash
 # {title}: {what}. Written by `fvg bench commands`.
 set -euo pipefail
@@ -49,14 +49,14 @@ STEPS = {"environment": "makes its environments", "evaluate": "scores the videos
 
 
 def write_commands(suite: Suite, layout: Path, checkout: Path, results: Path) -> list[Path]:
-    """Writes `environment.sh` and `evaluate.sh` into the folder of the results, and what they are results of.
+    """Writes `environment.sh` and `evaluate.sh` into the folder of the results, and `suite.json`, which names the suite.
 
     Args:
-        suite ([`Suite`]): of the videos.
-        layout (`Path`): as [`lay_out`] made it.
-        checkout (`Path`): of the evaluator's repository; cloned by `environment.sh` where it is not there. Of the shapes suite,
-            the folder with its prompts.
-        results (`Path`): gets the scripts, and from them a folder of results for each model.
+        suite ([`Suite`]): suite of the videos.
+        layout (`Path`): output folder of [`lay_out`].
+        checkout (`Path`): checkout of the evaluator's repository; `environment.sh` clones it if it does not exist. For the
+            shapes suite, the folder with its prompts.
+        results (`Path`): folder for the scripts. They write a folder of results for each model (a condition with one seed).
 
     Returns:
         `list[Path]`: the scripts.
@@ -71,7 +71,7 @@ def write_commands(suite: Suite, layout: Path, checkout: Path, results: Path) ->
         "layout": str(layout.resolve()),
         "results": str(results.resolve()),
         "num_frames": str(len(video.times)),
-        # Its scripts divide by a whole number.
+        # The evaluators' scripts need an integer.
         "frame_rate": str(max(1, round(video.frame_rate))),
         "ratio": facts.get("ratio") or "",
     }
@@ -89,15 +89,15 @@ def write_commands(suite: Suite, layout: Path, checkout: Path, results: Path) ->
 
 
 def results_of(folder: Path, suite: str | None) -> tuple[str, dict[str, Path]]:
-    """Name of the suite, and model to its folder, of a folder of results.
+    """Returns the suite's name and the folder of each model in a folder of results.
 
     Raises:
-        `ValueError`: nothing says of which suite it is, or it has no results.
+        `ValueError`: the suite is not known from `suite` or the folder, or there are no results.
     """
     facts = read_json(folder / RESULTS_FACTS, dict) if (folder / RESULTS_FACTS).is_file() else {}
     name = suite or facts.get("suite")
     if name is None:
-        raise ValueError(f"{folder} does not say what its results are of: give --suite.")
+        raise ValueError(f"{folder} does not name the suite of its results: give --suite.")
     models = facts.get("models") or sorted(path.name for path in folder.iterdir() if path.is_dir())
     folders = {model: folder / model for model in models if (folder / model).is_dir()}
     if not folders:

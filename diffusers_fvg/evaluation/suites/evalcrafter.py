@@ -1,6 +1,6 @@
 """EvalCrafter (arXiv 2310.11440): 700 prompts, one video each, 17 metrics in four groups.
 
-Facts are from github.com/evalcrafter/EvalCrafter at 1275bda: `eval_from_metrics.py`, `start.sh` and the scripts in `metrics/`.
+Source: github.com/evalcrafter/EvalCrafter at 1275bda, `eval_from_metrics.py`, `start.sh` and the scripts in `metrics/`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from .suite import Suite, SuitePrompt, published_file
 
 
 NUM_PROMPTS = 700
-# Metric to the number of videos whose prompt asks for it (`attributes` in `metadata.json`); a metric leaves out those of them
-# in which it finds nothing. `None`: of pairs of video and word.
+# Number of videos whose prompt is relevant for a metric (`attributes` in `metadata.json`). The metric leaves out those of them
+# in which it finds nothing. `None`: the metric counts pairs of video and word.
 ASKED = {
     "action_score": 50,
     "motion_ac_score": 50,
@@ -45,7 +45,8 @@ METRICS = (
     "ocr_score",
     "celebrity_id_score",
 )
-# Of `eval_from_metrics.py`. Three of the four intercepts are multiplied by 5 like the weights; that of alignment is not.
+# Weights and intercept of each group in `eval_from_metrics.py`. Three of the four intercepts are multiplied by 5 like the
+# weights; that of alignment is not.
 GROUPS = {
     "Visual Quality": (
         {"VQA_A": 0.03004555, "VQA_T": 0.02887537, "IS": -0.01382558},
@@ -82,7 +83,7 @@ _TOTALS = re.compile(r"Results: (.*?), Total (\S+)")
 
 
 def read_prompts(folder: Path, ratio: str | None = None) -> list[SuitePrompt]:
-    """The lines of `prompt700.txt`. A hundred of the files in `prompts/`, which the metrics read, have words exchanged."""
+    """Reads `prompt700.txt`. In a hundred of the files in `prompts/`, which the metrics read, words are exchanged."""
     lines = published_file(folder, "prompt700.txt").read_text(encoding="utf-8").splitlines()
     texts = [line.strip() for line in lines if line.strip()]
     return [SuitePrompt(text, "all", (f"{number:04d}.mp4",)) for number, text in enumerate(texts)]
@@ -93,9 +94,9 @@ def places(category: str, name: str) -> list[str]:
 
 
 def read_scores(folder: Path) -> Scores:
-    """Scores from the files of `results/`: a metric is a category.
+    """Reads the scores from the files of `results/`; each metric is a category.
 
-    The official script takes a metric that is missing for NaN, and then its group and the total.
+    If a metric is missing, the official script returns NaN for its group and the total; here there are no totals.
     """
     scores = Scores("evalcrafter")
     scores.categories = {name: CategoryScore(None, expected=ASKED.get(name, NUM_PROMPTS)) for name in METRICS}
@@ -114,29 +115,29 @@ def _read_record(text: str, scores: Scores) -> None:
     inception = _INCEPTION.search(text)
     if inception:
         scores.categories["IS"].score = _finite(inception[1])
-    # As the official script does, the first in the file.
+    # The first match in the file, as in the official script.
     final = _FINAL.search(text)
     if final is None or final[1] not in scores.categories:
         return
     name, category = final[1], scores.categories[final[1]]
     category.score, count = _finite(final[2]), int(final[3])
     for number, metric, value in _VIDEO.findall(text):
-        # Of pairs of video and word there are several in a video.
+        # Metrics that count pairs of video and word have several values per video and are left out.
         if metric == name and category.expected is not None and _finite(value) is not None:
             category.videos[f"{number}.mp4"] = float(value)
     if name not in ASKED and count != NUM_PROMPTS or category.expected is not None and count > category.expected:
         scores.problems.append(f"{name}: {count} of {category.expected} videos are in its record.")
     elif category.expected is not None and count < category.expected:
-        scores.notes.append(f"{name}: {count} of the {category.expected} videos that it asks for have a score.")
+        scores.notes.append(f"{name}: {count} of the {category.expected} relevant videos have a score.")
 
 
 def _read_dover(path: Path, scores: Scores) -> None:
-    """`name, aesthetic, technical,overall` for each video, and the means in the last row, all in percent."""
+    """Reads `dover.csv`: `name, aesthetic, technical,overall` for each video and the means in the last row, in percent."""
     if not path.is_file():
         return
     rows = [row for row in csv.reader(path.read_text(encoding="utf-8").splitlines()) if row]
     if not rows or not rows[-1][0].startswith("Avg. scores: ") or len(rows[-1]) < 2:
-        scores.problems.append("VQA_A: dover.csv does not end with its means, so its script did not come to its end.")
+        scores.problems.append("VQA_A: dover.csv does not end with its means, so its script did not finish.")
         return
     means = (rows[-1][0].split(": ")[1], rows[-1][1])
     videos = [row for row in rows if re.fullmatch(r"\d{4}", row[0].strip()) and len(row) > 2]
@@ -149,10 +150,10 @@ def _read_dover(path: Path, scores: Scores) -> None:
 
 
 def group_scores(means: dict[str, float]) -> dict[str, float]:
-    """The four groups, in the official order.
+    """Returns the scores of the four groups, in the official order.
 
     Args:
-        means (`dict[str, float]`): each metric as its own file says: DOVER in percent, the flow in pixels.
+        means (`dict[str, float]`): mean of each metric in the unit of its file: DOVER in percent, the flow in pixels.
     """
     parts = {name: value / 100 if name in PERCENT else value for name, value in means.items()}
     parts |= {name: 1 - parts[name] for name in LOWER_IS_BETTER}
@@ -163,14 +164,14 @@ def group_scores(means: dict[str, float]) -> dict[str, float]:
 
 
 def total_weights() -> dict[str, float]:
-    """Of a metric's own mean in the total."""
+    """Returns the weight of each metric's mean in the total."""
     weights = {name: 500 * weight for own, _ in GROUPS.values() for name, weight in own.items()}
     weights |= {name: weights[name] / 100 for name in PERCENT}
     return weights | {name: -weights[name] for name in LOWER_IS_BETTER}
 
 
 def _check_final(path: Path, scores: Scores) -> None:
-    """`final_result.txt` rounds groups to two decimals and the total to none."""
+    """Compares the totals with `final_result.txt`, which rounds groups to two decimals and the total to none."""
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     found = _TOTALS.search(text)
     if found is None:
@@ -179,7 +180,7 @@ def _check_final(path: Path, scores: Scores) -> None:
     said = dict(part.rsplit(" ", 1) for part in found[1].split(", ")) | {"total": found[2]}
     for name, value in scores.totals.items():
         if said.get(name) != f"{value:.{0 if name == 'total' else 2}f}":
-            scores.problems.append(f"{name}: final_result.txt says {said.get(name)}, and its metrics give {value}.")
+            scores.problems.append(f"{name}: final_result.txt says {said.get(name)}, but its metrics give {value}.")
     scores.aggregate(scores.totals)
 
 

@@ -1,4 +1,4 @@
-"""Lays the finished videos of a run out as an official evaluator looks for them: exact names, and nothing else beside them."""
+"""Arranges the finished videos of a run for an official evaluator: with exact file names, and no other files beside them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..plan import PlannedVideo, read_plan
 from .suite import Suite, read_json
 
 
-# Beside the models' folders.
+# Name of the file beside the models' folders.
 LAYOUT_FACTS = "layout.json"
 
 
 def condition_folder(video: PlannedVideo) -> str:
-    """The name under which an evaluator sees a condition and a seed: one model of its own."""
+    """Returns the folder of a video's condition and seed, which an evaluator takes for one model."""
     return f"{video.labels['condition']}_seed-{video.labels['seed']}"
 
 
@@ -29,22 +29,23 @@ def lay_out(
     skip_missing: bool = False,
     places: Callable[[str, str], list[str]] | None = None,
 ) -> dict[str, int]:
-    """Makes `output/<condition>_seed-<seed>/` for each condition and seed of a run. Files are hard links where they can be.
+    """Creates `output/<condition>_seed-<seed>/` for each condition and seed of a run, with hard links or copies of the videos.
 
-    What is there already is replaced where it is another file, so that a run that has gone on is laid out again.
+    Files of an earlier call are replaced if the run has made them anew.
 
     Args:
         run (`Path`): output folder of a run.
-        output (`Path`): outside of it.
-        suites (`Mapping[str, Suite]`): by name.
-        skip_missing (`bool`): leave out videos that are not there, where the evaluator does so too.
-        places (`Callable`, *optional*): of a category and a name, in place of the suite's own.
+        output (`Path`): folder outside of the run's.
+        suites (`Mapping[str, Suite]`): suites by name.
+        skip_missing (`bool`): whether to leave out missing videos, if the suite's evaluator does so, too.
+        places (`Callable`, *optional*): replaces the suite's own `places`.
 
     Returns:
-        `dict[str, int]`: folder to the number of files in it.
+        `dict[str, int]`: number of files in each folder.
 
     Raises:
-        `ValueError`: videos are missing, or a file lies in the output that the evaluator would take for a video.
+        `ValueError`: the run belongs to no suite, videos are missing, `output` is in the run's folder, or it holds a file
+            that the evaluator would take for a video.
     """
     if output.resolve() == run.resolve() or run.resolve() in output.resolve().parents:
         raise ValueError(f"{output} is in the run's own folder; choose another.")
@@ -55,7 +56,7 @@ def lay_out(
     for video in read_plan(run):
         suite = suites.get(video.labels.get("suite", ""))
         if suite is None:
-            raise ValueError(f"{run} is no run of a suite: {video.path} belongs to none.")
+            raise ValueError(f"{run} is no run of a suite: {video.path} belongs to no known suite.")
         image = video.arguments.get("image")
         facts = {"suite": suite.name, "ratio": image and Path(image).parent.name}
         source = run / video.path
@@ -81,7 +82,7 @@ def lay_out(
 
 
 def _check_strays(links: Mapping[Path, Path]) -> None:
-    """Evaluators open whatever lies in a folder of videos."""
+    """Raises a `ValueError` for any other file in the folders, because evaluators open all files there."""
     for folder in {target.parent for target in links}:
         stray = (
             next((path for path in sorted(folder.iterdir()) if path not in links), None) if folder.is_dir() else None
@@ -99,25 +100,25 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        # Another file system, or one without hard links.
+        # The folders are on different file systems, or the file system has no hard links.
         shutil.copyfile(source, target)
 
 
 def layout_facts(layout: Path) -> dict:
-    """What [`lay_out`] says of what it laid out.
+    """Returns the facts that [`lay_out`] wrote: suite, ratio of images, and folders.
 
     Raises:
-        `ValueError`: it made nothing there.
+        `ValueError`: the folder is not an output of [`lay_out`].
     """
     if not (layout / LAYOUT_FACTS).is_file():
-        raise ValueError(f"{layout} is not laid out: run fvg bench layout RUN {layout} first.")
+        raise ValueError(f"{layout} holds no layout of videos: run fvg bench layout RUN {layout} first.")
     return read_json(layout / LAYOUT_FACTS, dict)
 
 
 def lmms_eval_places(category: str, name: str) -> list[str]:
-    """`vbench2/<name>` of the output folder of a video model of lmms-eval, which then finds its combined task done.
+    """Returns the place `vbench2/<name>` in the output folder of a video model of lmms-eval, which then skips generation.
 
-    Its own metric is the share of videos that are there; scores are those of VBench's scorer (github.com/EvolvingLMMs-Lab/lmms-eval,
-    `lmms_eval/tasks/vbench/README.md` at 3640c59).
+    The metric of lmms-eval itself is the share of existing videos; VBench's scorer computes the scores
+    (github.com/EvolvingLMMs-Lab/lmms-eval, `lmms_eval/tasks/vbench/README.md` at 3640c59).
     """
     return [f"vbench2/{name}"]

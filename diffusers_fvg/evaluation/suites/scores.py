@@ -1,4 +1,4 @@
-"""Scores of one arm on one suite, as its official evaluator wrote them, and what keeps their aggregate from being official."""
+"""Scores of a suite's official evaluator for one condition and seed, and the reasons why their total is not official."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from ...atomic import replacing
 
 
-# An evaluator writes all digits of a float; a sum in another order changes the last few.
+# Tolerance between an evaluator's mean and ours. Evaluators write all digits of a float; summation order changes the last few.
 TOLERANCE = 1e-6
 
 
@@ -20,9 +20,9 @@ class CategoryScore:
     """The score of a category.
 
     Args:
-        score (`float`, *optional*): by the official formula; `None` where it cannot be had.
-        videos (`dict[str, float]`): official name of a video to its part in that score.
-        expected (`int`, *optional*): how many the evaluator must have looked at; `None` where no list says so.
+        score (`float`, *optional*): score by the official formula; `None` if it is missing.
+        videos (`dict[str, float]`): value of each video in that score, by its official name.
+        expected (`int`, *optional*): number of videos that the evaluator must have scored; `None` if it is not known.
     """
 
     score: float | None
@@ -32,15 +32,16 @@ class CategoryScore:
 
 @dataclass
 class Scores:
-    """Scores of one arm on one suite.
+    """Scores of one condition and seed on one suite.
 
     Args:
-        suite (`str`): its name, the version in it.
-        categories (`dict[str, CategoryScore]`): in the suite's order.
-        totals (`dict[str, float]`): official aggregates, groups first; empty unless the scores are complete.
-        problems (`list[str]`): what keeps an aggregate from being official, a sentence each.
-        notes (`list[str]`): what a reader should know besides.
-        synthetic (`bool`): of a drawn world.
+        suite (`str`): name of the suite, including its version.
+        categories (`dict[str, CategoryScore]`): scores of the categories, in the suite's order.
+        totals (`dict[str, float]`): official aggregates, groups first and the total last; empty unless the scores are
+            complete.
+        problems (`list[str]`): reasons why the aggregates are not official, one sentence each.
+        notes (`list[str]`): other remarks for the reader.
+        synthetic (`bool`): whether the videos show the drawn shapes world.
     """
 
     suite: str
@@ -52,7 +53,7 @@ class Scores:
 
     @property
     def means(self) -> dict[str, float]:
-        """The scores of the categories that have one, which are all of them where the scores are complete."""
+        """Score of each category that has one. If the scores are complete, all categories have one."""
         return {name: own.score for name, own in self.categories.items() if own.score is not None}
 
     @property
@@ -60,36 +61,36 @@ class Scores:
         return not self.problems
 
     def aggregate(self, totals: Mapping[str, float]) -> Scores:
-        """Keeps the totals where nothing is missing, and drops them otherwise."""
+        """Sets the totals if the scores are complete, and clears them otherwise."""
         self.totals = {name: float(value) for name, value in totals.items()} if self.complete else {}
         return self
 
 
 def mean(values: Iterable[float]) -> float:
-    """NaN of none."""
+    """Returns the mean of values, NaN if there are none."""
     values = list(values)
     return math.fsum(values) / len(values) if values else math.nan
 
 
 def check_present(scores: Scores) -> None:
-    """A problem for each category without a score."""
+    """Adds a problem for each category without a score."""
     for name, category in scores.categories.items():
         if category.score is None and not any(problem.startswith(f"{name}: ") for problem in scores.problems):
             scores.problems.append(f"{name}: there is no score.")
 
 
 def write_scores(path: Path, scores: Mapping[str, Scores]) -> None:
-    """Writes the scores of several arms, whole or not at all."""
+    """Writes the scores of several conditions and seeds to a file, completely or not at all."""
     values = {arm: asdict(own) | {"complete": own.complete} for arm, own in scores.items()}
     with replacing(path) as draft:
         draft.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_scores(path: Path) -> dict[str, Scores]:
-    """The scores that [`write_scores`] wrote.
+    """Reads the scores that [`write_scores`] wrote.
 
     Raises:
-        `ValueError`: another file.
+        `ValueError`: the file has another form.
     """
     try:
         arms = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What a benchmark is to this package: prompts, official names, places of its evaluator, and readers of its results."""
+"""Description of a benchmark: its prompts, official file names, its evaluator's folders, and readers of its results."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class SuitePrompt:
     """A prompt of a suite.
 
     Args:
-        text (`str`): what the video is made from, as it is published.
-        category (`str`): where its scores count; several, joined by `+`, where its videos count in each.
-        names (`tuple[str, ...]`): one official name for each of its videos, with `/` between folders.
-        image (`str`, *optional*): path of the picture that the video starts from.
+        text (`str`): the published prompt.
+        category (`str`): category in which its scores count, or several, joined by `+`.
+        names (`tuple[str, ...]`): official name of each of its videos, with `/` between folders.
+        image (`str`, *optional*): path of the image that the video starts from.
     """
 
     text: str
@@ -34,22 +34,22 @@ class Suite:
     """A benchmark.
 
     Args:
-        name (`str`): on the command line and in every result, the version in it.
-        title (`str`): in reports.
-        read_prompts (`Callable`): the prompts of a folder with the published files, in published order. `ratio` of pictures
-            where the suite has pictures.
-        read_scores (`Callable`): [`Scores`] of a folder with the evaluator's files.
-        places (`Callable`): where the evaluator looks for the video of a category and a name; several, where it counts in
-            several categories.
-        source (`str`): where the published files are from that this was checked with.
-        weights (`Mapping[str, float]`): of the categories in the last of the official totals, which is linear in them.
-        min_frames (`int`): that its evaluator takes from a video.
-        skips_missing (`bool`): the evaluator leaves out a video that is not there. Others stop, or take the next for it.
-        prompt_digest (`str`, *optional*): of those prompts, as [`prompt_digest`] makes it.
-        has_images (`bool`): videos start from published pictures; stages 1 and 2 have nothing to do.
-        pack (`Callable`, *optional*): writes what its leaderboard takes from an evaluator's files, and returns the names of the
-            categories that are not in it.
-        synthetic (`bool`): scores are of a drawn world and compare with nothing else.
+        name (`str`): name on the command line and in results, including the version.
+        title (`str`): name in reports.
+        read_prompts (`Callable`): `read_prompts(folder, ratio)` reads the prompts from a folder with the published files, in
+            published order. `ratio` selects the images of a suite that has images.
+        read_scores (`Callable`): `read_scores(folder)` reads [`Scores`] from a folder with the evaluator's files.
+        places (`Callable`): `places(category, name)` returns the paths where the evaluator expects a video, one for each
+            category in which it counts.
+        source (`str`): repository and commit of the published files that this package was checked with.
+        weights (`Mapping[str, float]`): weights of the categories in the last of the official totals, which is linear in them.
+        min_frames (`int`): least number of frames that the evaluator needs.
+        skips_missing (`bool`): whether the evaluator leaves out missing videos. Others stop or score the wrong video.
+        prompt_digest (`str`, *optional*): [`prompt_digest`] of the published prompts.
+        has_images (`bool`): whether videos start from published images, so that stages 1 and 2 are not used.
+        pack (`Callable`, *optional*): `pack(folder, output, model)` writes the file for the suite's leaderboard, and returns
+            the categories that are missing in it.
+        synthetic (`bool`): whether the videos show the drawn shapes world, so that scores compare with no other benchmark.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Suite:
 
 
 def prompt_digest(prompts: Sequence[SuitePrompt]) -> str:
-    """SHA-256 of the texts, categories and names, one prompt after the other."""
+    """Returns the SHA-256 of the texts, categories and names of the prompts, in order."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(json.dumps([prompt.text, prompt.category, *prompt.names]).encode())
@@ -76,10 +76,10 @@ def prompt_digest(prompts: Sequence[SuitePrompt]) -> str:
 
 
 def published_file(folder: Path, *places: str) -> Path:
-    """The first of `places` that is there, relative to a checkout or to a part of it.
+    """Returns the first existing file of `places`, which are relative to a checkout or to a part of it.
 
     Raises:
-        `ValueError`: none is.
+        `ValueError`: none exists.
     """
     found = next((folder / place for place in places if (folder / place).is_file()), None)
     if found is None:
@@ -88,10 +88,10 @@ def published_file(folder: Path, *places: str) -> Path:
 
 
 def read_json(path: Path, kind: type) -> Any:
-    """The value of a JSON file.
+    """Reads a JSON file.
 
     Raises:
-        `ValueError`: no JSON, or of another kind, naming the file.
+        `ValueError`: the file is no JSON, or its value is no `kind`; the message names the file.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
-"""T2V-CompBench (arXiv 2407.14505): seven categories, of 100 prompts each in V1 and of 200 in V2.
+"""T2V-CompBench (arXiv 2407.14505): seven categories, with 100 prompts each in V1 and 200 in V2.
 
-Facts are from github.com/KaiyueSun98/T2V-CompBench: V1 is branch `main` at 116f996, V2 (the CVPR 2025 paper and the leaderboard)
-is branch `V2`. Their numbers cannot be compared: V2 has other prompts and asks its judges otherwise.
+Source: github.com/KaiyueSun98/T2V-CompBench. V1 is branch `main` at 116f996, V2 (the CVPR 2025 paper and the leaderboard) is
+branch `V2`. Their scores cannot be compared: V2 has other prompts and asks its judge models other questions.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .suite import Suite, SuitePrompt, published_file, read_json
 
 @dataclass(frozen=True)
 class Category:
-    """A category.
+    """A category of T2V-CompBench.
 
     Args:
-        folder (`str`): of its videos.
-        tables (`tuple[str, ...]`): ends of the names of its result files; the first has the score row.
-        value (`Callable`): a row's `Score` to its part in the mean.
+        folder (`str`): folder of its videos.
+        tables (`tuple[str, ...]`): suffixes of the names of its result files. The first file has the score row.
+        value (`Callable`): maps a row's `Score` to the value that the mean is taken of.
     """
 
     folder: str
@@ -39,7 +39,7 @@ def scaled(lowest: float, highest: float) -> Callable[[float], float]:
 
 
 def adjusted_motion(score: float) -> float:
-    """V1's file keeps what its mean is not taken of: below 0 no object was found."""
+    """Returns the value of a raw score in V1's motion file; a score below 0 means that no object was found."""
     return 0.0 if score < 0 else 0.2 + 0.8 * score
 
 
@@ -47,7 +47,7 @@ def as_it_is(score: float) -> float:
     return score
 
 
-# Folder of a category's videos, and its file in `meta_data/`, with prompts and what is asked of a video.
+# Folder of a category's videos, and its file in `meta_data/` with prompts and the evaluator's questions.
 META = {
     "consistent_attr": "consistent_attribute_binding.json",
     "dynamic_attr": "dynamic_attribute_binding.json",
@@ -67,7 +67,7 @@ TABLES_V1 = {
     "interaction": (("_object_interactions_score.csv",), scaled(1, 5)),
     "generative_numeracy": (("_numeracy_video.csv",), as_it_is),
 }
-# The same of `LLaVA/llava/eval/compbench_*.py`, `dot/compbench_*.py` and `Grounded-Segment-Anything/**/compbench_*.py`.
+# V2: `LLaVA/llava/eval/compbench_*.py`, `dot/compbench_*.py` and `Grounded-Segment-Anything/**/compbench_*.py`.
 TABLES_V2 = {
     "consistent_attr": (("_consistent_attr_score.csv",), scaled(1, 15)),
     "dynamic_attr": (("_dynamic_attr_score.csv",), as_it_is),
@@ -77,9 +77,9 @@ TABLES_V2 = {
     "interaction": (("_object_interactions_score.csv",), scaled(1, 10)),
     "generative_numeracy": (("_numeracy_video.csv",), as_it_is),
 }
-# The judges' grids are of 16 frames, and tables of frames are read 16 rows at a time.
+# The judge models see grids of 16 frames, and the scripts read tables of frames 16 rows at a time.
 MIN_FRAMES = 16
-# What the leaderboard's file may hold besides.
+# Suffix of a further file that the leaderboard accepts.
 MOTION_DETAILS = "_motion_back_fore.csv"
 
 
@@ -95,12 +95,12 @@ V1, V2 = categories(TABLES_V1), categories(TABLES_V2)
 
 
 def read_meta(folder: Path, category: str) -> list[dict]:
-    """What the evaluators read of a category: the item of index i is of video i + 1."""
+    """Reads a category's file for the evaluators; the item at index i belongs to video i + 1."""
     return read_json(published_file(folder, f"meta_data/{META[category]}", META[category]), list)
 
 
 def read_prompts(folder: Path, ratio: str | None = None) -> list[SuitePrompt]:
-    """The `prompt` of each item of `meta_data/`, which is what the evaluators quote; `prompts/*.txt` differ here and there."""
+    """Reads the `prompt` of each item in `meta_data/`, which the evaluators use; `prompts/*.txt` differ in a few places."""
     return [
         SuitePrompt(str(item["prompt"]).strip(), category, (f"{category}/{number:04d}.mp4",))
         for category in META
@@ -109,7 +109,7 @@ def read_prompts(folder: Path, ratio: str | None = None) -> list[SuitePrompt]:
 
 
 def places(category: str, name: str) -> list[str]:
-    """Evaluators write `frames/`, `image_grid/` and `video_standard/` beside the categories: each arm has a folder of its own."""
+    """Returns the place of a video. It is below `video/`, because the evaluators write other folders beside the categories."""
     return [f"video/{name}"]
 
 
@@ -118,7 +118,7 @@ def places(category: str, name: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Table:
-    """A result file: its rows of videos, and its rows that begin with `score`."""
+    """A result file: the rows of videos, and the rows that begin with `score`."""
 
     path: Path
     rows: list[list[str]]
@@ -126,7 +126,7 @@ class Table:
 
 
 def read_table(path: Path) -> Table:
-    # A judge's answers may be longer than what `csv` takes for a field, 128 KiB.
+    # A judge model's answer may exceed the default field limit of `csv`, 128 KiB.
     csv.field_size_limit(2**31 - 1)
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         lines = [line for line in csv.reader(file) if line]
@@ -139,25 +139,25 @@ def read_table(path: Path) -> Table:
 
 
 def find_tables(folder: Path, category: Category, others: Sequence[Category]) -> dict[str, list[Path]]:
-    """End of a name to the files that end so, in the folder and below it."""
+    """Returns for each file suffix of a category the files with this suffix, in the folder and below it."""
     longer = {end for other in others if other is not category for end in other.tables}
     found: dict[str, list[Path]] = {end: [] for end in category.tables}
     for path in sorted(folder.rglob("*.csv")):
         for end in category.tables:
-            # V1's motion file is called as the ends of others are.
+            # The suffix of V1's motion file is also the end of other suffixes.
             if path.name.endswith(end) and not any(path.name.endswith(e) for e in longer if len(e) > len(end)):
                 found[end].append(path)
     return found
 
 
 def video_name(category: str, cell: str, row: int) -> str:
-    """`0007.png` and `0007` are video 7; where the name has no number, a row's place is."""
+    """Returns the official name of a row's video: 7 for `0007.png` and `0007`; without a number, the row's position counts."""
     number = re.match(r"\d+", cell.strip().rsplit("/", 1)[-1])
     return f"{category}/{int(number[0]) if number else row:04d}.mp4"
 
 
 def number_in(cell: str) -> float | None:
-    """The number in a cell, as Python's `float` reads it; `None` for `bad reply` and the like."""
+    """Parses a cell as a finite number; returns `None` for other texts such as `bad reply`."""
     try:
         value = float(cell)
     except ValueError:
@@ -168,7 +168,7 @@ def number_in(cell: str) -> float | None:
 def read_category(
     folder: Path, category: Category, known: Sequence[Category], expected: int | None, scores: Scores
 ) -> CategoryScore:
-    """The score of a category, with problems and notes added to `scores`."""
+    """Reads the score of a category; adds problems and notes to `scores`."""
     result, name = CategoryScore(None, expected=expected), category.folder
     tables = []
     for end, paths in find_tables(folder, category, known).items():
@@ -198,24 +198,27 @@ def read_category(
 
 
 def _check_score_row(name: str, table: Table, result: CategoryScore, scores: Scores) -> None:
-    """The last row says what the rows give. A script that is run again takes its own score row for a video's."""
+    """Adds a problem unless a table has one score row and this equals the mean of its rows.
+
+    If an evaluator's script runs again in the same folder, it takes its own score row for a video's row.
+    """
     if len(table.score_rows) > 1:
         scores.problems.append(
-            f"{name}: {table.path.name} has {len(table.score_rows)} score rows: its script ran again in the same folder, and took "
-            "the first of them for a video. Run it once in an empty folder."
+            f"{name}: {table.path.name} has {len(table.score_rows)} score rows: its script ran again in the same folder and "
+            "took the first of them for a video. Run it once in an empty folder."
         )
         return
     said = number_in(table.score_rows[0][1]) if table.score_rows and len(table.score_rows[0]) > 1 else None
     if said is None:
-        scores.problems.append(f"{name}: {table.path.name} has no score row, so its script did not come to its end.")
+        scores.problems.append(f"{name}: {table.path.name} has no score row, so its script did not finish.")
     elif result.score is None or not math.isclose(said, result.score, abs_tol=TOLERANCE):
-        scores.problems.append(f"{name}: {table.path.name} says {said}, and its rows give {result.score}.")
+        scores.problems.append(f"{name}: {table.path.name} says {said}, but its rows give {result.score}.")
 
 
 def read_results(
     folder: Path, suite: str, known: Sequence[Category], expected: int | None, synthetic: bool = False
 ) -> Scores:
-    """Scores from the CSV files below a folder; the total is the plain mean of the seven categories."""
+    """Reads the scores from the CSV files below a folder; the total is the unweighted mean of the seven categories."""
     scores = Scores(suite, synthetic=synthetic)
     for category in known:
         scores.categories[category.folder] = read_category(folder, category, known, expected, scores)
@@ -226,18 +229,18 @@ def read_results(
 
 
 def pack(folder: Path, output: Path, model: str) -> list[str]:
-    """Writes the leaderboard's zip: one folder with at most eight CSV files that begin with the model's name.
+    """Writes the zip for the leaderboard: one folder with at most eight CSV files whose names begin with the model's name.
 
     Args:
-        folder (`Path`): with the evaluator's CSV files.
-        output (`Path`): the zip.
-        model (`str`): name of the model in the files' names.
+        folder (`Path`): folder with the evaluator's CSV files.
+        output (`Path`): path of the zip.
+        model (`str`): name of the model.
 
     Returns:
-        `list[str]`: categories that are not in it, which the leaderboard allows.
+        `list[str]`: missing categories, which the leaderboard allows.
 
     Raises:
-        `ValueError`: a file that its reader finds fault with, or none at all.
+        `ValueError`: the reader of a file reports a problem, or there is no file.
     """
     scores = Scores("t2v-compbench-v2")
     chosen, missing = {}, []
@@ -282,7 +285,7 @@ T2V_COMPBENCH_V2 = Suite(
     min_frames=MIN_FRAMES,
     source="github.com/KaiyueSun98/T2V-CompBench, branch V2",
     prompt_digest="dbd2f1ae8ac61a765392c6761ffe2156d090db84f7961b43fe879da81a66733c",
-    # Its scripts find a prompt by the four digits of a name; V1's by the place of a name among the others.
+    # V2's scripts find a prompt by the four digits of a file name, V1's by the position of the name in the sorted list.
     skips_missing=True,
     pack=pack,
 )

@@ -1,7 +1,7 @@
-"""What VBench-2.0 and VBench-I2V share: names of videos, result files, and the zip of the leaderboard.
+"""Code that VBench-2.0 and VBench-I2V share: names of videos, result files, and the zip for the leaderboard.
 
-Facts are from github.com/Vchitect/VBench at bc76d35: `VBench-2.0/vbench2/__init__.py`, `vbench2_beta_i2v/__init__.py`,
-`VBench-2.0/scripts/cal_final_score.py`, `scripts/cal_i2v_final_score.py`.
+Source: github.com/Vchitect/VBench at bc76d35, `VBench-2.0/vbench2/__init__.py`, `vbench2_beta_i2v/__init__.py`,
+`VBench-2.0/scripts/cal_final_score.py` and `scripts/cal_i2v_final_score.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .scores import CategoryScore, Scores
 from .suite import read_json
 
 
-# The evaluator cuts a prompt so and adds the sample's number; blanks at the cut stay.
+# The evaluator truncates a prompt to this many characters, keeps blanks at the end, and adds the sample's number.
 CUT = 180
 
 
@@ -25,9 +25,10 @@ def video_names(prompt: str, samples: int) -> tuple[str, ...]:
 
 
 def find_results(folder: Path, dimensions: Mapping[str, int], scores: Scores) -> dict[str, tuple[Path, list[Any]]]:
-    """Dimension to its file and its entry, of all JSON files below a folder that hold an object; `*_full_info.json` hold lists.
+    """Returns the result file and the entry of each dimension, from all JSON files below a folder that hold an object.
 
-    The official script takes the last of several in the order of a listing, which is not settled: a problem here.
+    If a dimension has several files, the official script takes the last one of a directory listing, whose order is
+    undefined. Here this is a problem.
     """
     found: dict[str, list[tuple[Path, list[Any]]]] = {}
     for path in sorted(folder.rglob("*.json")):
@@ -43,12 +44,12 @@ def find_results(folder: Path, dimensions: Mapping[str, int], scores: Scores) ->
 
 
 def read_dimensions(folder: Path, dimensions: Mapping[str, int], scores: Scores) -> None:
-    """Adds a category for each dimension, with the score that its file says.
+    """Adds a category for each dimension to `scores`, with the score in its file.
 
     Args:
-        folder (`Path`): with the evaluator's files.
-        dimensions (`Mapping[str, int]`): to the number of results that each must have.
-        scores ([`Scores`]): gets categories and problems.
+        folder (`Path`): folder with the evaluator's files.
+        dimensions (`Mapping[str, int]`): number of results that each dimension must have.
+        scores ([`Scores`]): receives categories and problems.
     """
     results = find_results(folder, dimensions, scores)
     for dimension, expected in dimensions.items():
@@ -58,7 +59,7 @@ def read_dimensions(folder: Path, dimensions: Mapping[str, int], scores: Scores)
         path, entry = results[dimension]
         if isinstance(entry[0], (int, float)) and math.isfinite(entry[0]):
             category.score = float(entry[0])
-        # Camera motion of VBench-I2V has means per kind of motion before the list.
+        # The entry of camera motion in VBench-I2V has means per kind of motion before the list.
         listed = entry[-1] if isinstance(entry[-1], list) else []
         try:
             videos = [(Path(item["video_path"]).name, float(item["video_results"])) for item in listed]
@@ -72,16 +73,16 @@ def read_dimensions(folder: Path, dimensions: Mapping[str, int], scores: Scores)
 
 
 def pack(folder: Path, output: Path, dimensions: Mapping[str, int]) -> list[str]:
-    """Writes the leaderboard's zip, a folder for each dimension with its file right in it.
+    """Writes the zip for the leaderboard, with each dimension's file directly in a folder of its name.
 
-    `evaluate.sh` of VBench-2.0 puts a folder of the model between, which the scoring script does not look into: it would give
-    the dimension 0.
+    `evaluate.sh` of VBench-2.0 puts the file into a further folder with the model's name. The scoring script does not open
+    that folder and would count the dimension as 0.
 
     Returns:
-        `list[str]`: dimensions that are not in it; the leaderboard counts them 0.
+        `list[str]`: missing dimensions, which the leaderboard counts as 0.
 
     Raises:
-        `ValueError`: several files of one dimension, or none of any.
+        `ValueError`: a dimension has several files, or there is no file.
     """
     scores = Scores("")
     results = find_results(folder, dimensions, scores)

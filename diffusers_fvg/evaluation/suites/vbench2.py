@@ -1,6 +1,6 @@
 """VBench-2.0 (arXiv 2503.21755): 1,013 prompts in 18 dimensions, 3,209 videos.
 
-Facts are from github.com/Vchitect/VBench at bc76d35, folder `VBench-2.0`: `prompts/README.md`, `vbench2/__init__.py`,
+Source: github.com/Vchitect/VBench at bc76d35, folder `VBench-2.0`: `prompts/README.md`, `vbench2/__init__.py`,
 `scripts/cal_final_score.py` and `scripts/constant.py`.
 """
 
@@ -29,7 +29,7 @@ GROUPS = {
     "Human Fidelity": ("Human_Anatomy", "Human_Clothes", "Human_Identity"),
     "Physics": ("Material", "Mechanics", "Multi-View_Consistency", "Thermotics"),
 }
-# Prompts of each in `VBench2_full_info.json`.
+# Number of prompts of each dimension in `VBench2_full_info.json`.
 PROMPTS = {
     "Composition": 53,
     "Diversity": 10,
@@ -51,7 +51,7 @@ PROMPTS = {
     "Thermotics": 50,
 }
 SAMPLES, DIVERSITY_SAMPLES = 3, 20
-# Diversity has one result for all videos of a prompt.
+# Diversity has one result per prompt, for all its videos.
 RESULTS = {name: count if name == "Diversity" else SAMPLES * count for name, count in PROMPTS.items()}
 FULL_INFO = (
     "VBench-2.0/vbench2/VBench2_full_info.json",
@@ -62,7 +62,7 @@ FULL_TEXT = ("VBench-2.0/prompts/VBench2_full_text.txt", "prompts/VBench2_full_t
 
 
 def read_prompts(folder: Path, ratio: str | None = None) -> list[SuitePrompt]:
-    """The distinct prompts, in the order of `VBench2_full_text.txt`, with which rewritten prompts are aligned."""
+    """Reads the distinct prompts, in the order of `VBench2_full_text.txt`, which files of rewritten prompts share."""
     dimensions: dict[str, list[str]] = {}
     for item in read_json(published_file(folder, *FULL_INFO), list):
         dimensions.setdefault(item["prompt_en"], []).extend(item["dimension"])
@@ -82,22 +82,25 @@ def read_prompts(folder: Path, ratio: str | None = None) -> list[SuitePrompt]:
 
 
 def places(category: str, name: str) -> list[str]:
-    """One folder for each dimension. Where Diversity shares a prompt, the others take its first three videos."""
+    """Returns a video's place in the folder of each of its dimensions.
+
+    Diversity has 20 videos per prompt; other dimensions with the same prompt take the first three.
+    """
     sample = int(name.removesuffix(".mp4").rpartition("-")[2])
     return [f"{own}/{name}" for own in category.split("+") if own == "Diversity" or sample < SAMPLES]
 
 
 def read_scores(folder: Path) -> Scores:
-    """Scores from `*_eval_results.json` below a folder.
+    """Reads the scores from `*_eval_results.json` below a folder.
 
-    A group is the plain mean of its dimensions, the total that of the groups. The official script counts a dimension that is
-    missing 0; here there is no total then.
+    A group's score is the unweighted mean of its dimensions, the total that of the groups. If a dimension is missing, the
+    official script counts it as 0; here there is no total.
     """
     scores = Scores("vbench-2.0")
     vbench.read_dimensions(folder, RESULTS, scores)
     for name, own in scores.categories.items():
         counted = [value for value in own.videos.values() if value != -1]
-        # Of too few that could be judged, this dimension is 0.
+        # The evaluator sets this dimension to 0 if more than 90% of its videos could not be judged.
         says_zero = name == "Motion_Order_Understanding" and len(own.videos) - len(counted) > 0.9 * len(own.videos)
         left_out = len(own.videos) - len(counted)
         if left_out:
@@ -106,7 +109,7 @@ def read_scores(folder: Path) -> Scores:
             )
         computed = 0.0 if says_zero else mean(counted)
         if own.score is not None and not math.isclose(own.score, computed, abs_tol=TOLERANCE):
-            scores.problems.append(f"{name}: the file says {own.score}, and its videos give {computed}.")
+            scores.problems.append(f"{name}: the file says {own.score}, but its videos give {computed}.")
         own.videos = {video: value for video, value in own.videos.items() if value != -1}
     check_present(scores)
     if not scores.complete:
@@ -126,7 +129,8 @@ VBENCH_2 = Suite(
     read_prompts=read_prompts,
     read_scores=read_scores,
     places=places,
-    # Human_Identity compares so many with the first; Instance_Preservation calls a video below two seconds faultless, unseen.
+    # Human_Identity compares 20 frames with the first. Instance_Preservation counts a video below two seconds as perfect
+    # without looking at it.
     min_frames=21,
     weights={name: 1 / len(GROUPS) / len(names) for names in GROUPS.values() for name in names},
     source="github.com/Vchitect/VBench, 45e79ec, folder VBench-2.0",

@@ -1,6 +1,6 @@
-"""VBench-I2V (VBench++, arXiv 2411.13503): 1,118 pairs of picture and prompt, five videos each. It measures stage 3 alone.
+"""VBench-I2V (VBench++, arXiv 2411.13503): 1,118 pairs of image and prompt, five videos each. It measures stage 3 alone.
 
-Facts are from github.com/Vchitect/VBench at bc76d35: `vbench2_beta_i2v/`, `scripts/cal_i2v_final_score.py`, `scripts/constant.py`.
+Source: github.com/Vchitect/VBench at bc76d35, `vbench2_beta_i2v/`, `scripts/cal_i2v_final_score.py`, `scripts/constant.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .suite import Suite, SuitePrompt, published_file, read_json
 
 SAMPLES = 5
 RATIOS = ("1-1", "8-5", "7-4", "16-9")
-# Prompts of each dimension, by `vbench2_beta_i2v/README.md`.
+# Number of prompts of each dimension in `vbench2_beta_i2v/README.md`.
 PROMPTS = {
     "camera_motion": 763,
     "i2v_subject": 246,
@@ -27,7 +27,7 @@ PROMPTS = {
     "imaging_quality": 355,
 }
 RESULTS = {name: SAMPLES * count for name, count in PROMPTS.items()}
-# `NORMALIZE_DIC_I2V` and `DIM_WEIGHT_I2V`: lowest, highest and weight, where they are not 0, 1 and 1.
+# `NORMALIZE_DIC_I2V` and `DIM_WEIGHT_I2V`: minimum and maximum unless they are 0 and 1, weight unless it is 1.
 NORMALIZED = {
     "i2v_subject": (0.1462, 1.0),
     "i2v_background": (0.2615, 1.0),
@@ -51,14 +51,14 @@ FULL_INFO = ("vbench2_beta_i2v/vbench2_i2v_full_info.json", "vbench2_i2v_full_in
 
 
 def read_prompts(folder: Path, ratio: str | None = None) -> list[SuitePrompt]:
-    """The pairs, in published order, each with its picture's path.
+    """Reads the pairs of image and prompt in published order.
 
     Args:
-        folder (`Path`): the checkout, after `download_data.sh`.
-        ratio (`str`, *optional*): of the crops, one of `RATIOS`; 16-9 when left out.
+        folder (`Path`): checkout of the repository, after `download_data.sh`.
+        ratio (`str`, *optional*): aspect ratio of the cropped images, one of `RATIOS`; left out, 16-9.
 
     Raises:
-        `ValueError`: another ratio, or a picture that is not there.
+        `ValueError`: the ratio is unknown, or an image is missing.
     """
     ratio = ratio or "16-9"
     if ratio not in RATIOS:
@@ -69,7 +69,9 @@ def read_prompts(folder: Path, ratio: str | None = None) -> list[SuitePrompt]:
     for item in read_json(info, list):
         picture = pictures / item["image_name"]
         if not picture.is_file():
-            raise ValueError(f"{picture} is not there; vbench2_beta_i2v/download_data.sh fetches the pictures.")
+            raise ValueError(
+                f"{picture} does not exist; run vbench2_beta_i2v/download_data.sh, which fetches the images."
+            )
         names = tuple(f"{item['prompt_en']}-{sample}.mp4" for sample in range(SAMPLES))
         category = next(own for own in PROMPTS if own in item["dimension"])
         prompts.append(SuitePrompt(item["prompt_en"], category, names, str(picture.resolve())))
@@ -81,10 +83,10 @@ def places(category: str, name: str) -> list[str]:
 
 
 def read_scores(folder: Path) -> Scores:
-    """Scores from `*_eval_results.json` below a folder: dimensions as they are there, aggregates of normalized ones."""
+    """Reads the scores from `*_eval_results.json` below a folder; the totals are computed from normalized dimensions."""
     scores = Scores("vbench-i2v")
     vbench.read_dimensions(folder, RESULTS, scores)
-    # Its videos are in percent, and their mean is not.
+    # The evaluator writes this dimension's videos in percent, but not their mean.
     imaging = scores.categories["imaging_quality"]
     imaging.videos = {name: value / 100 for name, value in imaging.videos.items()}
     check_present(scores)
@@ -99,7 +101,7 @@ def read_scores(folder: Path) -> Scores:
 
 
 def total_weights() -> dict[str, float]:
-    """Of a dimension's own score in the total."""
+    """Returns the weight of each dimension's score in the total."""
     weights = {}
     for names in GROUPS.values():
         whole = sum(WEIGHTS.get(name, 1.0) for name in names)

@@ -141,7 +141,7 @@ def test_scores_that_miss_something_have_no_total(run, scored, tmp_path):
     write_scores(path, found)
     page, table = written(run, tmp_path / "report", path)
     assert "| **average** | - | 0.710 ± 0.014 |" in table and "* interaction: there is no score." in table
-    assert "No official total of direct_full-50, seed 0" in page
+    assert "direct_full-50, seed 0 has no official total" in page
     assert "interaction</th>" in page
 
 
@@ -151,7 +151,7 @@ def test_a_report_needs_no_scores_and_takes_none_of_another_run(run, scored, tmp
     with pytest.raises(ValueError, match="--baseline factorized must be one of direct_full-50,"):
         written(run, tmp_path / "report", scored[0], "factorized")
     write_scores(scored[0], scored[1] | {"other_seed-0": scores((0, 0), 0)})
-    with pytest.raises(ValueError, match="scores of other_seed-0, which .* did not plan"):
+    with pytest.raises(ValueError, match="scores of other_seed-0, which the plan of .* does not have"):
         written(run, tmp_path / "report", scored[0])
     write_scores(scored[0], {"direct_full-50_seed-0": Scores("evalcrafter")})
     with pytest.raises(ValueError, match="holds scores of evalcrafter"):

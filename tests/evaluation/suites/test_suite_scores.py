@@ -108,9 +108,9 @@ def test_compbench_says_what_keeps_its_total_from_being_official(tmp_path):
     write_table(path, header, rows[:199], 0.25)
     assert "dynamic_attr: 199 of 200 videos" in problems("t2v-compbench-v2", folder)
     write_table(path, header, rows)
-    assert "has no score row, so its script did not come to its end" in problems("t2v-compbench-v2", folder)
+    assert "has no score row, so its script did not finish" in problems("t2v-compbench-v2", folder)
     write_table(path, header, rows, 0.3)
-    assert "says 0.3, and its rows give 0.25" in problems("t2v-compbench-v2", folder)
+    assert "says 0.3, but its rows give 0.25" in problems("t2v-compbench-v2", folder)
     # A second run takes the first score row for a video of score 0.25.
     write_table(path, header, [*rows, ["score: ", 0.25]], 0.25)
     assert "has 2 score rows: its script ran again" in problems("t2v-compbench-v2", folder)
@@ -202,7 +202,7 @@ def test_vbench2_says_what_keeps_its_total_from_being_official(tmp_path):
         == "Material: 149 of 150 results are in results_2026-01-01-00:00:00_eval_results.json."
     )
     dimension_file(folder, "Material", 0.6, [0.5] * 150)
-    assert problems("vbench-2.0", folder) == "Material: the file says 0.6, and its videos give 0.5."
+    assert problems("vbench-2.0", folder) == "Material: the file says 0.6, but its videos give 0.5."
     path = dimension_file(folder, "Material", 0.5, [0.5] * 150)
     other = dimension_file(folder, "Material", 0.4, [0.4] * 150, timestamp="2026-02-02-00:00:00")
     assert "Material: of " in problems("vbench-2.0", folder) and "keep one" in problems("vbench-2.0", folder)
@@ -355,9 +355,7 @@ def test_evalcrafter_says_what_keeps_its_total_from_being_official(tmp_path):
     record(folder, "clip_score", 0.2, 700)
     # What an attribute is not found in is left out officially.
     record(folder, "celebrity_id_score", 0.4, 51)
-    assert (
-        "celebrity_id_score: 51 of the 54 videos that it asks for have a score." in read("evalcrafter", folder).notes
-    )
+    assert "celebrity_id_score: 51 of the 54 relevant videos have a score." in read("evalcrafter", folder).notes
     (folder / "sd_score_record.txt").write_text("2026-01-01 00:00:00 Vid: 0000.mp4,  Current sd_score: 0.5, Current")
     assert problems("evalcrafter", folder) == "sd_score: there is no score."
     record(folder, "sd_score", float("nan"), 700)

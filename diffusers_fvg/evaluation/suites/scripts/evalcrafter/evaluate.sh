@@ -1,5 +1,5 @@
-# `start.sh` of EvalCrafter for each model. It writes into `results/` of the checkout, and one of its scripts adds to a file
-# that is there: the folder is moved away after each.
+# Runs `start.sh` of EvalCrafter for each model. It writes into `results/` of the checkout, and one of its scripts appends to an
+# existing file, so the folder is moved away after each model.
 
 for model in "${MODELS[@]}"; do
   empty "$RESULTS/$model"

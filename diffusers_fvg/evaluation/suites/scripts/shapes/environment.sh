@@ -1,1 +1,1 @@
-# The scorer of the shapes world is this program's own: there is nothing to install.
+# The scorer of the shapes suite is part of this program: there is nothing to install.

@@ -1,4 +1,4 @@
-# The scorer of the shapes world, which reads pixels. Its scores are synthetic.
+# Scores the videos of the shapes suite from their pixels. The scores are synthetic.
 
 for model in "${MODELS[@]}"; do
   "$PYTHON" -m diffusers_fvg.cli shapes score "$LAYOUT/$model/video" "$CHECKOUT" "$RESULTS/$model" --name "$model"

@@ -1,5 +1,5 @@
-# Environments of T2V-CompBench V1 (branch main): its scripts are copied into the repositories whose models they use, as its
-# README says. Needs conda, CUDA and CUDA_HOME.
+# Creates the environments of T2V-CompBench V1 (branch main) and copies its scripts into the repositories whose models they use,
+# as its README describes. Needs conda, CUDA and CUDA_HOME.
 
 [ -d "$CHECKOUT" ] || git clone https://github.com/KaiyueSun98/T2V-CompBench "$CHECKOUT"
 cd "$CHECKOUT"
@@ -10,7 +10,7 @@ clone https://github.com/IDEA-Research/Grounded-Segment-Anything Grounded-Segmen
 clone https://github.com/16lemoing/dot dot
 cp MLLM_eval/*.py LLaVA/llava/eval/
 cp Detection_eval/run_depth.py Depth-Anything/
-# Its name has the ending twice.
+# The name of this file has its extension twice.
 cp Detection_eval/eval_spatial_relationships.py.py Grounded-Segment-Anything/eval_spatial_relationships.py
 cp Detection_eval/eval_numeracy.py Grounded-Segment-Anything/GroundingDINO/demo/
 cp Tracking_eval/motion_binding_seg.py Grounded-Segment-Anything/
@@ -33,5 +33,5 @@ for name in cvo_raft_patch_8 movi_f_raft_patch_4_alpha movi_f_cotracker2_patch_4
   fetch "dot/checkpoints/$name.pth" "https://huggingface.co/16lemoing/dot/resolve/main/$name.pth"
 done
 
-# `--total_frame` and `--fps` are read as texts and then divided.
+# The scripts parse `--total_frame` and `--fps` as strings but divide by them.
 sed -i -E '/"--(total_frame|fps)"/s/type=str/type=int/' Grounded-Segment-Anything/motion_binding_seg.py

@@ -1,4 +1,4 @@
-# The commands of the README of T2V-CompBench, branch V2, for each model.
+# Runs the commands of the README of T2V-CompBench, branch V2, for each model.
 
 llava="$ENVIRONMENTS/llava/bin/python"
 compbench="$ENVIRONMENTS/compbench/bin/python"

@@ -1,11 +1,11 @@
-# VBench-2.0, dimension by dimension, as `evaluate.sh` does, but with the results of a dimension right in its folder.
+# Runs VBench-2.0 for each dimension, as its `evaluate.sh` does, but writes the results directly into the dimension's folder.
 
 python="$ENVIRONMENTS/vbench2/bin/python"
 dimensions=(Human_Anatomy Human_Identity Human_Clothes Diversity Composition Dynamic_Spatial_Relationship Dynamic_Attribute
   Motion_Order_Understanding Human_Interaction Complex_Landscape Complex_Plot Camera_Motion Motion_Rationality Mechanics
   Thermotics Material Multi-View_Consistency Instance_Preservation)
 
-# It names its own files by relative paths.
+# The script opens its files by relative paths.
 cd "$CHECKOUT/VBench-2.0"
 for model in "${MODELS[@]}"; do
   for dimension in "${dimensions[@]}"; do

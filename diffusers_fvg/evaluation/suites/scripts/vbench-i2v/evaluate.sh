@@ -1,4 +1,4 @@
-# VBench-I2V, dimension by dimension.
+# Runs VBench-I2V for each dimension.
 
 python="$ENVIRONMENTS/vbench/bin/python"
 dimensions=(i2v_subject i2v_background camera_motion subject_consistency background_consistency motion_smoothness dynamic_degree
