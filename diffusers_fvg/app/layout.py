@@ -27,7 +27,7 @@ def make_layout(worker: Worker) -> SimpleNamespace:
             label="Prompt", placeholder="A red circle moves to the right", lines=2, max_lines=6, elem_id="prompt"
         )
         choices = [("first frame, then video", "factorized"), ("storyboard", "storyboard"), ("video alone", "direct")]
-        parts.mode = gr.Radio(choices, value="factorized", label="Way", elem_id="mode")
+        parts.mode = gr.Radio(choices, value="factorized", label="Mode", elem_id="mode")
     with gr.Row(elem_id="do"):
         parts.generate = gr.Button("Make the video", variant="primary", scale=3, min_width=160, elem_id="generate")
         parts.cancel = gr.Button("Cancel", scale=1, min_width=100, elem_id="cancel")
@@ -37,7 +37,7 @@ def make_layout(worker: Worker) -> SimpleNamespace:
         _picture_panel(parts, worker)
         _video_panel(parts)
     _settings(parts, worker)
-    with gr.Accordion("History of this session", open=True):
+    with gr.Accordion("History of this session", open=True, elem_id="past"):
         parts.history = gr.Gallery(
             show_label=False,
             columns=6,
@@ -104,7 +104,7 @@ def _picture_panel(parts: SimpleNamespace, worker: Worker) -> None:
                 interactive=False,
                 elem_id="anchors",
             )
-            parts.clear = gr.Button("Take them away", size="sm")
+            parts.clear = gr.Button("Remove all", size="sm")
 
 
 def _video_panel(parts: SimpleNamespace) -> None:
@@ -130,7 +130,7 @@ def _settings(parts: SimpleNamespace, worker: Worker) -> None:
     with gr.Accordion("Settings", open=False, elem_id="settings"):
         with gr.Row():
             parts.width = gr.Number(own["width"], label="Width", precision=0, min_width=110, elem_id="width")
-            parts.height = gr.Number(own["height"], label="Height", precision=0, min_width=110)
+            parts.height = gr.Number(own["height"], label="Height", precision=0, min_width=110, elem_id="height")
             parts.num_frames = gr.Slider(1, limits.frames, own["num_frames"], step=step, label="Frames", min_width=160)
         with gr.Row():
             presets = [("the model's own", ""), *((name, name) for name in worker.pipe.presets)]

@@ -55,8 +55,13 @@ def add_page(api: FastAPI, worker: Worker) -> FastAPI:
     blocks = make_page(worker)
     limit = worker.limits.upload_bytes
     theme = gr.themes.Soft(primary_hue="orange", neutral_hue="slate", font=["system-ui", "sans-serif"]).set(
+        body_background_fill="#f6f8fa",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_400",
+        border_color_primary="#d5dce4",
         block_title_background_fill="none",
         block_title_text_color="*neutral_600",
+        block_title_text_color_dark="*neutral_300",
         block_title_padding="0",
         block_label_background_fill="none",
         block_label_text_color="*neutral_600",
@@ -120,9 +125,9 @@ class _Actions:
         parts.cancel.click(self._cancel, parts.key, parts.status, **alone)
         for dice, seed in ((parts.dice, parts.seed), (parts.anchor_dice, parts.anchor_seed)):
             dice.click(new_seed, None, seed, **alone)
-        sizes = [parts.width, parts.height, parts.num_frames]
-        for size in sizes:
-            size.input(self._memory, [parts.key, *sizes], parts.memory, **alone)
+        needs = [parts.width, parts.height, parts.num_frames, parts.num_inference_steps, parts.preset]
+        for need in needs:
+            need.input(self._memory, [parts.key, *needs], parts.memory, **alone)
         parts.pictures.select(self._choose, parts.key, parts.judged, **alone)
         parts.history.select(self._look_back, parts.key, shown, **alone)
 
@@ -211,13 +216,11 @@ class _Actions:
         told = session.take_recipe(_made(videos[event.index])[0])
         return self._view(session) | {self.parts.status: _message(told)}
 
-    def _memory(self, key: str, width: float | None, height: float | None, num_frames: float) -> str:
-        session = self._session(key)
-        session.settings |= {
-            "width": int(width or 0) or None,
-            "height": int(height or 0) or None,
-            "num_frames": int(num_frames),
-        }
+    def _memory(self, key: str, *needs: Any) -> str:
+        session, (*whole, preset) = self._session(key), needs
+        names = ("width", "height", "num_frames", "num_inference_steps")
+        session.settings |= {name: int(value or 0) or None for name, value in zip(names, whole)}
+        session.settings["preset"] = preset or None
         return session.memory_text()
 
     # -- between page and session -------------------------------------------------------------------------------------

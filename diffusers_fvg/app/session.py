@@ -210,7 +210,7 @@ class Session:
         if fits is None:
             told.append(f"too large for a card of {CARDS[-1]} (computed)")
         else:
-            told.append(f"peak {fits[1] / GIB:.1f} GiB on a card of {fits[0]} (computed)")
+            told.append(f"peak memory {fits[1] / GIB:.1f} GiB, fits a card of {fits[0]} (computed)")
         sampling = {name: self.settings.get(name) for name in ("preset", "num_inference_steps")}
         known: dict[str, Any] = sizes | sampling
         seconds = self.worker.seconds_before(Order("animate", self.prompt, **known))

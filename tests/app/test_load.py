@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 
+from diffusers_fvg.app.limits import Limits
 from diffusers_fvg.media import read_video_metadata
 
 
@@ -28,6 +29,10 @@ pytestmark = pytest.mark.slow
 
 SECONDS = float(os.environ.get("FVG_LOAD_SECONDS", 60))
 NUM_PEOPLE = 8
+# From the middle to the end the server may grow by this, in MiB. Of what it keeps, a job takes 16 KiB, and it keeps 160 of
+# eight people: 2.5 MiB. The rest is the allocator's, whose heap was seen to go up and down by up to 10. A tab of which gradio
+# keeps all takes 140 KiB, four of them are opened in a second of a busy machine, and so it grew by 30 in 150 s.
+GROWTH = 16
 # What is done without a model: 95 of 100 are to be answered in this time, in seconds.
 QUICK = 0.3
 PROMPTS = [f"A {colour} {shape} moves to the {side}" for colour, shape, side in zip(
@@ -82,11 +87,18 @@ class Person:
         self.values = {number: part["props"].get("value") for number, part in self.parts.items()}
         (key,) = (number for number, part in self.parts.items() if part["type"] == "browserstate")
         self.values[key] = secrets.token_urlsafe(16)
-        load = next(event for event in config["dependencies"] if any(kind == "load" for _, kind in event["targets"]))
-        await self.call(load, "load")
+        self.load = next(
+            event for event in config["dependencies"] if any(kind == "load" for _, kind in event["targets"])
+        )
+        await self.call(self.load, "load")
         self.set("prompt", self.prompt)
         # One picture, few steps: what counts is what passes between people.
         self.set("num-candidates", 1), self.set("steps", 4)
+
+    async def fill(self) -> None:
+        """All that the page keeps of tabs is full from the start on, as it is after a day: from then on it is not to grow."""
+        for _ in range(Limits().people // NUM_PEOPLE):
+            await self.call(self.load, None)
 
     def set(self, name: str, value) -> None:
         self.values[self.ids[name]] = value
@@ -121,7 +133,6 @@ class Person:
             self.values[number] = value
 
     async def use(self, until: float) -> None:
-        await self.open()
         # One of a few seeds, so that some videos are made again: they have to be the same bytes.
         while time.monotonic() < until:
             seed = self.random.randrange(3)
@@ -181,16 +192,20 @@ class Person:
 
 
 async def crowd(address: str, process) -> tuple[list[Person], list[tuple[float, float]]]:
-    memory, start = [], time.monotonic()
+    memory = []
 
-    async def watch() -> None:
+    async def watch(start: float) -> None:
         while True:
             memory.append((time.monotonic() - start, psutil.Process(process.pid).memory_info().rss / 2**20))
             await asyncio.sleep(2)
 
     limits = httpx.Limits(max_connections=100)
     async with httpx.AsyncClient(base_url=address, timeout=300, limits=limits) as client:
-        people, watching = [Person(client, number) for number in range(NUM_PEOPLE)], asyncio.create_task(watch())
+        people = [Person(client, number) for number in range(NUM_PEOPLE)]
+        await asyncio.gather(*(person.open() for person in people))
+        await asyncio.gather(*(person.fill() for person in people))
+        start = time.monotonic()
+        watching = asyncio.create_task(watch(start))
         done = await asyncio.gather(*(person.use(start + SECONDS) for person in people), return_exceptions=True)
         watching.cancel()
     for error in done:
@@ -206,10 +221,9 @@ def test_eight_people_get_their_own_results_in_time(server):
         for name, seconds in person.seconds.items():
             quick[name] += seconds
     every = np.sort(np.concatenate(list(quick.values())))
-    half = SECONDS / 2
-    parts = [
-        [size for at, size in memory if low <= at < high] for low, high in ((half, 1.5 * half), (1.5 * half, 9e9))
-    ]
+    middle, end = (
+        np.mean([size for at, size in memory if low <= at / SECONDS < high]) for low, high in ((0.4, 0.6), (0.8, 1))
+    )
     freed = [seconds for person in people for seconds in person.freed]
     videos = sum(len(person.seconds["fetch the mp4"]) for person in people)
     print(f"\n{NUM_PEOPLE} people, {SECONDS:.0f} s: {videos} videos, {len(freed)} cancelled")
@@ -222,9 +236,7 @@ def test_eight_people_get_their_own_results_in_time(server):
         f"  all              {len(every):5} times, {share:.1%} below {QUICK} s, 95 % below {np.quantile(every, 0.95):.3f} s"
     )
     print(f"  cancelled after  median {np.median(freed):.2f} s, at the most {max(freed):.2f} s")
-    print(
-        f"  memory (MiB)     {memory[0][1]:.0f} at first, {np.mean(parts[0]):.0f} in the third quarter, {np.mean(parts[1]):.0f} in the last"
-    )
+    print(f"  memory (MiB)     {memory[0][1]:.0f} at first, {middle:.0f} in the middle fifth, {end:.0f} in the last")
     assert videos >= NUM_PEOPLE and len(freed) > 0
-    assert np.mean(parts[1]) < 1.02 * np.mean(parts[0]) + 10
+    assert end - middle <= GROWTH
     assert share >= 0.95

@@ -60,11 +60,12 @@ def browser():
 
 @pytest.fixture
 def people(browser, address):
-    """`people(width)` opens the page for somebody new."""
+    """`people(width, colours)` opens the page for somebody new."""
     opened = []
 
-    def person(width=1280):
-        context = browser.new_context(viewport={"width": width, "height": 900}, accept_downloads=True)
+    def person(width=1280, colours="light"):
+        size = {"width": width, "height": 900}
+        context = browser.new_context(viewport=size, accept_downloads=True, color_scheme=colours)
         page = context.new_page()
         page.set_default_timeout(240_000)
         page.goto(address)
@@ -298,3 +299,14 @@ def test_a_storyboard_and_two_people_at_once(people, tmp_path):
         assert recipe(page, tmp_path)["prompt"] == page.input_value("#prompt textarea")
     shot(ann, "storyboard")
     assert ann.locator("#history .thumbnail-item").count() == bob.locator("#history .thumbnail-item").count() == 1
+
+
+def test_all_cards_are_dark_in_the_dark(people):
+    light, dark = people(), people(colours="dark")
+    cards = "[...document.querySelectorAll('#ask, .stage-card, #settings, #past')].map(e => getComputedStyle(e).backgroundColor)"
+    shot(dark, "dark")
+    for page, low, high in ((light, 200, 255), (dark, 0, 100)):
+        colours = page.evaluate(cards)
+        assert len(colours) == 7
+        for colour in colours:
+            assert low <= np.mean([int(part) for part in colour[4:-1].split(",")]) <= high, colours

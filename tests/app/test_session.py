@@ -318,4 +318,4 @@ def test_a_failure_is_a_sentence_and_the_next_job_runs(session, worker, monkeypa
     monkeypatch.undo()
     assert ended(session, session.animate()).state == "done"
     told = session.memory_text()
-    assert told.startswith("17 frames, 2.1 s · peak ") and told.endswith(" s here")
+    assert told.startswith("17 frames, 2.1 s · peak memory ") and told.endswith(" s here")
