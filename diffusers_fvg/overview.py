@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -253,6 +254,17 @@ def _threads(number: int) -> str:
     return f"{number} thread{'s' * (number != 1)}"
 
 
+def _fp8_report(device: Any) -> str:
+    import torch
+
+    from .animate.quantization import fp8_problem
+
+    problem = fp8_problem(device, torch.bfloat16)
+    if problem is None and importlib.util.find_spec("torchao") is None:
+        problem = "torchao is not installed"
+    return "puts them on" if problem is None else f"cannot: {problem}"
+
+
 def _runs_on(device: Any) -> list[str]:
     import torch
 
@@ -262,6 +274,10 @@ def _runs_on(device: Any) -> list[str]:
     from .pipelines.profiles import USABLE, plan_memory
 
     lines = [f"  attention: {choose_backend(device, torch.bfloat16, 128)}", f"  kernels: {kernel_report(device)}"]
+    lines.append(f"  8-bit products: off; --quantize fp8-dynamic {_fp8_report(device)}")
+    lines.append(
+        "  anchor LoRA: not fused, so that it can be off without an anchor; pipe.fuse_lora() puts it into the weights"
+    )
     lines.append("  embedded shapes model: yes")
     profile = "cpu" if device.type == "cpu" else "auto"
     for recipe in RECIPES.values():

@@ -1,6 +1,7 @@
 """The benchmarks: what they count against arithmetic, that they run, and that their page is what their reports say."""
 
 import importlib
+import importlib.util
 import json
 import sys
 import time
@@ -139,9 +140,12 @@ def test_gpu_run_at_tiny_size(tmp_path, monkeypatch, capsys):
 
     steps = {name: (name, needs, limit, call) for name, needs, limit, call in gpu_run.STEPS}
     chosen = [("late", 1, 1, late), ("failing", 1, 9, failing)]
-    chosen += [steps[name] for name in ("attention_forms", "lora", "profile", "decode", "pipeline")] + [
-        ("too_long", 10_000, 1, late)
-    ]
+    names = ["steps", "attention_forms", "lora", "profile", "decode", "pipeline", "fast_pipeline"]
+    names += ["fp8"] * (importlib.util.find_spec("torchao") is not None)
+    chosen += [*(steps[name] for name in names), ("too_long", 10_000, 1, late)]
+    if "fp8" in names:
+        # It multiplies on a CPU too, but asks for a GPU.
+        monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda granularity: None)
     monkeypatch.setattr(gpu_run, "STEPS", chosen)
     monkeypatch.setattr(sys, "argv", ["gpu_run", "--size", "tiny", "--device", "cpu", "--output", str(tmp_path)])
     gpu_run.main()
@@ -149,13 +153,24 @@ def test_gpu_run_at_tiny_size(tmp_path, monkeypatch, capsys):
     assert "late: stopped at its limit" in text and "failing: RuntimeError: no such kernel after" in text
     assert "too_long: skipped" in text
     reports = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in tmp_path.glob("*.json")}
-    assert reports.keys() == {"attention_forms", "lora", "profile", "decode", "pipeline"}
+    assert reports.keys() == set(names)
     forms = [row["form"] for row in reports["attention_forms"]["runs"]]
     assert forms == ["dense, torch's choice", "dense, MATH", "window, gathered, MATH"]
-    assert [row["LoRA"] for row in reports["lora"]["runs"]][0] == "none"
+    assert [row["LoRA"] for row in reports["lora"]["runs"]] == 2 * [
+        "none",
+        "rank 128, layers of its own",
+        "rank 128, fused",
+    ]
+    assert 0 < reports["lora"]["settings"]["difference of the weights, relative"] < 1
+    if "fp8" in names:
+        plain, window, *quantized = reports["fp8"]["runs"]
+        assert plain["relative difference"] is None
+        assert all(1e-3 < row["relative difference"] < 1 / 16 for row in quantized[:2])
     # At a size where they mean nothing times close no bar; 50 steps of stock are worked out of two.
     guided, alone, stock = reports["pipeline"]["runs"]
-    assert all(found["met"] is None for found in reports["pipeline"]["bars"])
+    assert all(found["met"] is None for name in ("pipeline", "fast_pipeline") for found in reports[name]["bars"])
+    fast = reports["fast_pipeline"]["runs"]
+    assert "fastwan-3" in fast[2]["video"] and fast[2]["denoise"] < fast[0]["denoise"]
     assert all(run["seconds"] >= run["denoise"] + run["decode"] for run in (guided, alone, stock))
     assert all(run["decode"] > 0 for run in (guided, alone, stock)) and len(reports["decode"]["runs"]) == 5
     with pytest.raises(SystemExit):

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+import torch
 from accelerate import init_empty_weights
 from accelerate.hooks import AlignDevicesHook, CpuOffload, SequentialHook, add_hook_to_module
 from diffusers import ModelMixin
@@ -169,10 +170,43 @@ class StockWeights(StockModel):
             )
         super().fuse_qkv_projections()
 
+    def fuse_lora(
+        self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None
+    ) -> None:
+        """As in diffusers: the active adapters, or those named, become part of the weights.
+
+        Raises:
+            `ValueError`: weights that are away or kept in fewer bits; nothing is fused then.
+        """
+        for layer in _adapter_layers(self):
+            weight = getattr(getattr(layer, "base_layer", None), "weight", None)
+            problem = None if weight is None else _fusing_problem(weight)
+            if problem is not None:
+                raise ValueError(f"LoRAs cannot be fused into this {type(self).__name__}: {problem}.")
+        super().fuse_lora(lora_scale, safe_fusing, adapter_names)
+
+    def set_adapters(
+        self,
+        adapter_names: list[str] | str,
+        weights: float | dict | list[float] | list[dict] | list[None] | None = None,
+    ) -> None:
+        """As in diffusers.
+
+        Raises:
+            `ValueError`: adapters are fused, whose strengths are in the weights.
+        """
+        fused = sorted({name for layer in _adapter_layers(self) for name in layer.merged_adapters})
+        if fused:
+            raise ValueError(
+                f"The adapters {fused} are fused with the strengths that they had, and others have no effect beside them: call "
+                "`unfuse_lora()` before `set_adapters`."
+            )
+        super().set_adapters(adapter_names, weights)
+
     # A pipeline asks by the signature what it may pass on: without its own it would save no variant.
     @functools.wraps(ModelMixin.save_pretrained)
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """Saves the base weights in the stock format. Adapters are left out: they are files of their own.
+        """Saves the base weights in the stock format, with adapters that are fused. Others are left out: they are files of their own.
 
         Arguments are those of [`~diffusers.ModelMixin.save_pretrained`].
         """
@@ -184,8 +218,8 @@ class StockWeights(StockModel):
             for name, tensor in self.state_dict().items()
             if ".lora_" not in name
         }
-        # Deltas of norms and modulation tables act on the weights themselves.
-        if hasattr(self, "parameter_deltas"):
+        # Deltas of norms and modulation tables act on the weights themselves, and those that are fused stay there.
+        if hasattr(self, "parameter_deltas") and not self.parameter_deltas.merged:
             base |= self.parameter_deltas.originals
         with init_empty_weights(include_buffers=False):
             model = type(self).from_config(self.config)
@@ -195,6 +229,20 @@ class StockWeights(StockModel):
 
 def _adapter_layers(model: nn.Module) -> list[BaseTunerLayer]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _fusing_problem(weight: torch.Tensor) -> str | None:
+    """Why a difference cannot be added to a layer's weight; `None` where it can."""
+    if weight.is_meta:
+        return (
+            "sequential offload has moved its weights away; fuse before `enable_sequential_cpu_offload()`, or use "
+            "`enable_model_cpu_offload()`"
+        )
+    # Packages that quantize have classes of their own, of which some name the dtype that they stand for.
+    if type(weight) is not nn.Parameter or weight.dtype.itemsize < 2:
+        kind = weight.dtype if type(weight) is nn.Parameter else type(weight).__name__
+        return f"its weights are kept in fewer bits ({kind}), to which nothing is added without rounding them again; fuse first"
+    return None
 
 
 # What hooks and `compile` put on an instance, bound to it. Hooks are made anew on a copy.

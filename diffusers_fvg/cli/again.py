@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from ..pipelines.stages import FactorizedStages
 
 # Of `--quantize`: how a record names it.
-QUANTIZED = {"float8_e4m3fn": "fp8", "torchao": "int8", "bitsandbytes-4bit": "nf4"}
+QUANTIZED = {
+    "float8_e4m3fn": "fp8",
+    "torchao-fp8-dynamic": "fp8-dynamic",
+    "torchao": "int8",
+    "bitsandbytes-4bit": "nf4",
+}
 # Of a part that comes by reference: its configuration, and there the key of the repository.
 PART_CONFIGS = {"composer": ("composer_config.json", "repository"), "rewriter": ("rewriter_config.json", "model")}
 

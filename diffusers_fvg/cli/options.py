@@ -8,7 +8,7 @@ from pathlib import Path
 from ..flags import FRAMES, PIXELS, SEED, STEPS, Number, Whole
 
 
-QUANTIZATIONS = ("fp8", "int8", "nf4")
+QUANTIZATIONS = ("fp8", "fp8-dynamic", "int8", "nf4")
 COUNTS = Whole(1, 1024)
 
 
@@ -97,7 +97,8 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize",
         choices=QUANTIZATIONS,
-        help="weights of the video model in fewer bits: fp8 needs nothing, int8 needs torchao, nf4 (4 bits) bitsandbytes",
+        help="weights of the video model in fewer bits: fp8 needs nothing, int8 needs torchao, nf4 (4 bits) bitsandbytes; fp8-dynamic "
+        "multiplies in 8 bits too, by torchao, which is for speed, with --compile, on a GPU that has float8",
     )
 
 

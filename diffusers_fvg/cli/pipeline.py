@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ..recipes.sources import ModelSource
 
 # Of --quantize: the package, and the weights' bytes in relation to the number of parameters.
-PACKAGES = {"fp8": None, "int8": "torchao", "nf4": "bitsandbytes"}
-PARAMETER_BYTES = {"fp8": 1.0, "int8": 1.0, "nf4": 0.5625}
+PACKAGES = {"fp8": None, "fp8-dynamic": "torchao", "int8": "torchao", "nf4": "bitsandbytes"}
+PARAMETER_BYTES = {"fp8": 1.0, "fp8-dynamic": 1.0, "int8": 1.0, "nf4": 0.5625}
 
 
 @dataclass
@@ -82,10 +82,7 @@ class Model:
 
         arguments = self.arguments
         quantization = getattr(arguments, "quantize", None)
-        if quantization == "nf4" and self.device.type == "cpu":
-            raise ValueError(
-                "--quantize nf4 needs an accelerator: diffusers makes no weights of 4 bits without one. Use fp8 or int8."
-            )
+        self._check_quantization(quantization, _dtype(arguments))
         pipe = load(
             model_name(arguments),
             dtype=_dtype(arguments),
@@ -107,6 +104,22 @@ class Model:
             for model in _video_models(pipe):
                 model.compile_repeated_blocks()
         return pipe
+
+    def _check_quantization(self, kind: str | None, dtype: torch.dtype) -> None:
+        """Raises `ValueError` for what the device or the model cannot do."""
+        if kind == "nf4" and self.device.type == "cpu":
+            raise ValueError(
+                "--quantize nf4 needs an accelerator: diffusers makes no weights of 4 bits without one. Use fp8 or int8."
+            )
+        if kind != "fp8-dynamic":
+            return
+        from ..animate.quantization import fp8_problem
+
+        problem = fp8_problem(self.device, dtype)
+        if self.outline.components.get("animator") is not None:
+            problem = "which layers of an image-to-video pipeline may be rounded is not known"
+        if problem is not None:
+            raise ValueError(f"--quantize fp8-dynamic cannot run: {problem}. Use fp8 or int8.")
 
     def _place(self, pipe: FactorizedStages, height: int | None, width: int | None, num_frames: int | None) -> None:
         from ..pipelines.profiles import pipeline_stages, place, plan_on
@@ -312,6 +325,10 @@ def _quantization_config(kind: str | None, dtype: torch.dtype):
         from torchao.quantization import Int8WeightOnlyConfig
 
         config = TorchAoConfig(Int8WeightOnlyConfig())
+    elif kind == "fp8-dynamic":
+        from ..animate.quantization import fp8_dynamic
+
+        config = fp8_dynamic()
     else:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     models = ("transformer", "transformer_2", "unet")

@@ -30,7 +30,8 @@ class AdapterScales:
         off (`Collection[str]`): names of adapters that are switched off.
 
     Raises:
-        `ValueError`: an adapter of `off` is fused into the weights.
+        `ValueError`: an adapter of `off` is fused into the weights, or one that is fused keeps `scale` or another adapter from
+            having an effect.
     """
 
     def __init__(self, model: nn.Module, scale: float = 1.0, off: Collection[str] = ()):
@@ -38,6 +39,7 @@ class AdapterScales:
         fused = sorted({name for layer in layers for name in layer.merged_adapters if name in off})
         if fused:
             raise ValueError(f"The {fused[0]} LoRA is fused, and in this call it is off: call `unfuse_lora()` first.")
+        _check_effect(layers, scale, off)
         self.model, self.scale, self.off = model, scale, off
         self.layers = [layer for layer in layers if scale != 1 or layer.scaling.keys() & set(off)]
 
@@ -61,6 +63,23 @@ class AdapterScales:
                 for layer in self.layers:
                     if isinstance(layer, ParameterDeltas):
                         layer.refresh()
+
+
+def _check_effect(layers: list[BaseTunerLayer], scale: float, off: Collection[str]) -> None:
+    """Refuses what a layer with fused adapters would not do: it runs with its weights alone."""
+    layers = [layer for layer in layers if layer.merged]
+    fused = sorted({name for layer in layers for name in layer.merged_adapters})
+    if fused and scale != 1:
+        raise ValueError(
+            f"`attention_kwargs` has `scale={scale:g}`, and the LoRAs {fused} are fused with the strengths that they had: call "
+            "`unfuse_lora()` first."
+        )
+    active = {name for layer in layers for name in layer.active_adapters if layer.scaling.get(name)}
+    if hidden := sorted(active - set(fused) - set(off)):
+        raise ValueError(
+            f"The LoRAs {hidden} have no effect beside {fused}, which are fused: fuse all that the call is to use, or call "
+            "`unfuse_lora()`."
+        )
 
 
 def without_scale(attention_kwargs: dict[str, Any] | None) -> dict[str, Any] | None:

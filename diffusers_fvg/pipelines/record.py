@@ -262,6 +262,8 @@ def _quantization(model: torch.nn.Module) -> str | None:
     if quantizer is not None:
         config = quantizer.quantization_config
         method = getattr(config.quant_method, "value", config.quant_method)
+        if type(getattr(config, "quant_type", None)).__name__ == "Float8DynamicActivationFloat8WeightConfig":
+            return f"{method}-fp8-dynamic"
         return f"{method}-4bit" if getattr(config, "load_in_4bit", False) else str(method)
     for module in model.modules():
         hooks = getattr(module, "_diffusers_hook", None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from diffusers.utils import logging
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..loading.references import HubReference
+from ..lora.anchor_lora import ADAPTER_NAME
 
 
 logger = logging.get_logger(__name__)
@@ -27,10 +27,19 @@ def as_saved(pipe: DiffusionPipeline, bundle: bool) -> DiffusionPipeline:
     endpoint, or calls a function, is left out, with a warning: who loads the repository names one.
 
     Raises:
-        `ValueError`: a component that came by reference has LoRAs fused into its weights, which the reference would lose.
+        `ValueError`: a component that came by reference has LoRAs fused into its weights, which the reference would lose, or the
+            anchor LoRA is fused, which the repository would have twice.
     """
     saved = copy.copy(pipe)
+    has_lora = getattr(pipe, "anchor_lora", None) is not None
     for name, component in pipe.components.items():
+        fused = {adapter for layer in _adapter_layers(component) for adapter in layer.merged_adapters}
+        if has_lora and ADAPTER_NAME in fused:
+            raise ValueError(
+                f"The anchor LoRA is fused into `{name}`, and the repository has it beside the weights: loaded, it would act twice. "
+                "Call `unfuse_lora()` first; or, to keep it in the weights for good, `unload_lora_weights()`, and set "
+                "`anchor_lora` to None."
+            )
         reference = getattr(component, "hub_reference", None)
         callers = [own for own in ("endpoint", "function") if getattr(component, own, None) is not None]
         if callers:
@@ -39,7 +48,7 @@ def as_saved(pipe: DiffusionPipeline, bundle: bool) -> DiffusionPipeline:
             )
             setattr(saved, name, None)
         elif reference is not None and not bundle:
-            if any(isinstance(module, BaseTunerLayer) and module.merged for module in _modules(component)):
+            if fused:
                 raise ValueError(
                     f"`{name}` came from {reference['repository']} and has LoRAs fused into it, which a reference would "
                     "lose: call `unfuse_lora()`, or save with `bundle=True`."
@@ -53,8 +62,9 @@ def as_saved(pipe: DiffusionPipeline, bundle: bool) -> DiffusionPipeline:
     return saved
 
 
-def _modules(component: Any) -> Iterable[torch.nn.Module]:
-    return component.modules() if isinstance(component, torch.nn.Module) else ()
+def _adapter_layers(component: Any) -> list[BaseTunerLayer]:
+    modules = component.modules() if isinstance(component, torch.nn.Module) else ()
+    return [module for module in modules if isinstance(module, BaseTunerLayer)]
 
 
 def forget_origins(folder: str | os.PathLike) -> None:

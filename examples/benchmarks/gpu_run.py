@@ -1,7 +1,8 @@
 """Everything that is worth measuring on a GPU, in one process that ends in time.
 
     python examples/benchmarks/gpu_run.py --deadline 470                    # all steps, the most valuable first
-    python examples/benchmarks/gpu_run.py --only decode,lora --deadline 120
+    python examples/benchmarks/gpu_run.py --only steps,tests,fp8,lora,decode --deadline 400           # in two calls
+    python examples/benchmarks/gpu_run.py --only pipeline,fast_pipeline,training_step --deadline 400
     python examples/benchmarks/gpu_run.py --only shapes_lora                # a run of its own; goes on where it was stopped
     python examples/benchmarks/gpu_run.py --size tiny --device cpu          # a dry run
 
@@ -31,6 +32,7 @@ from benchmark_pipeline import TINY_VAE
 from benchmark_pipeline import random as random_pipelines
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from gpu_switches import fast_pipeline, fp8, lora
 from harness import (
     RESULTS,
     SIZES,
@@ -127,6 +129,25 @@ class Run:
             self.size, self.device, per_token=stock
         )
 
+    def stock_denoise(self, stock: Any, call: dict[str, Any], guidance_scale: float) -> float:
+        """Seconds of 50 guided steps of a stock pipeline, worked out of two."""
+
+        def seconds(count: int) -> float:
+            synchronize(self.device)
+            begin = time.perf_counter()
+            options = {"guidance_scale": guidance_scale, "output_type": "latent"}
+            stock(num_inference_steps=count, generator=torch.Generator().manual_seed(0), **options, **call)
+            synchronize(self.device)
+            return time.perf_counter() - begin
+
+        seconds(1)
+        # What comes before the steps is in neither.
+        return 50 * (seconds(3) - seconds(1)) / 2
+
+    def compile(self, model: torch.nn.Module) -> None:
+        """The blocks of a model; a dry run traces them, which takes a second, and compiles nothing."""
+        model.compile_repeated_blocks(fullgraph=True, backend="inductor" if self.on_gpu else "eager")
+
     @property
     def kernels(self) -> str:
         """Not `auto` on a GPU: whether the kernels' tests pass there may be known at the end of this run alone."""
@@ -214,7 +235,7 @@ def steps(run: Run) -> None:
             torch.compiler.reset()
             model, inputs = run.transformer(stock)
             if compiled == "compiled":
-                model.compile_repeated_blocks(fullgraph=True)
+                run.compile(model)
             if stock:
                 add(f"stock, {compiled}", model, inputs, "reference")
                 continue
@@ -293,14 +314,6 @@ def pipeline(run: Run) -> None:
         pipe.set_progress_bar_config(disable=True)
     guidance = ours.presets["full-50"].guidance_scale
 
-    def stock_steps(count: int) -> float:
-        synchronize(run.device)
-        begin = time.perf_counter()
-        options = {"guidance_scale": guidance, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
-        stock(num_inference_steps=count, **options, **stock_call)
-        synchronize(run.device)
-        return time.perf_counter() - begin
-
     def our_video(output_type: str = "uint8", **options: Any) -> Any:
         generator = torch.Generator().manual_seed(0)
         with kernels.use_kernels(run.kernels):
@@ -315,9 +328,7 @@ def pipeline(run: Run) -> None:
         {"video": name, "seconds": sum(t.values()), "denoise": t["denoise"], "decode": t["decode"]}
         for name, t in found.items()
     ]
-    stock_steps(1)
-    # What comes before the steps is in neither.
-    denoise = 50 * (stock_steps(3) - stock_steps(1)) / 2
+    denoise = run.stock_denoise(stock, stock_call, guidance)
     rows.append(
         {"video": "stock, 50 steps, worked out", "seconds": denoise + decode, "denoise": denoise, "decode": decode}
     )
@@ -328,26 +339,6 @@ def pipeline(run: Run) -> None:
         bar("decoding, of the whole at 15 steps", 0.15, timed and rows[0]["decode"] / rows[0]["seconds"], needs=needs),
     ]
     run.report("pipeline", "a video without stages 1 and 2", rows, bars)
-
-
-@torch.no_grad()
-def lora(run: Run) -> None:
-    """One forward with an anchor LoRA of rank 128: unfused, fused, without."""
-    from peft import LoraConfig
-
-    model, inputs = run.transformer()
-    rows = [{"LoRA": "none", "seconds": run.seconds(lambda: model(**inputs, return_dict=False))}]
-    # The targets of the trainer's own recipe.
-    model.add_adapter(
-        LoraConfig(r=128, target_modules=["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"])
-    )
-    model.to(run.size.dtype)
-    rows.append(
-        {"LoRA": "rank 128, layers of its own", "seconds": run.seconds(lambda: model(**inputs, return_dict=False))}
-    )
-    model.fuse_lora()
-    rows.append({"LoRA": "rank 128, fused", "seconds": run.seconds(lambda: model(**inputs, return_dict=False))})
-    run.report("lora", "an anchor LoRA", rows)
 
 
 @torch.no_grad()
@@ -405,17 +396,19 @@ def benchmark(name: str, run: Run) -> None:
         sys.argv = before
 
 
-# Name, seconds that it needs, its limit, call.
+# Name, seconds that it needs, its limit, call. What was never measured comes before what was, and what decides a default first.
 STEPS: list[tuple[str, float, float, Callable[[Run], Any]]] = [
     ("steps", 60, 120, steps),
-    ("decode", 40, 110, decode),
     ("tests", 60, 190, tests),
+    ("fp8", 50, 110, fp8),
+    ("lora", 50, 110, lora),
+    ("decode", 40, 110, decode),
     ("pipeline", 100, 170, pipeline),
-    ("attention_forms", 15, 40, attention_forms),
-    ("lora", 20, 40, lora),
-    ("kernels", 30, 60, partial(benchmark, "kernels")),
+    ("fast_pipeline", 150, 260, fast_pipeline),
     ("training_step", 60, 150, partial(benchmark, "training_step")),
+    ("attention_forms", 15, 40, attention_forms),
     ("attention", 40, 80, partial(benchmark, "attention")),
+    ("kernels", 30, 60, partial(benchmark, "kernels")),
     ("profile", 15, 30, profile),
     ("transformer_step", 90, 200, partial(benchmark, "transformer_step")),
     ("shapes_lora", 240, 440, shapes_lora),

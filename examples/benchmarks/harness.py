@@ -182,10 +182,15 @@ def transformer_inputs(size: Size, device: str, per_token: bool, batch_size: int
 # -- correctness ------------------------------------------------------------------------------------------------------
 
 
-def gate(name: str, actual: torch.Tensor, expected: torch.Tensor, limit: float) -> float:
-    """Relative RMS difference, computed in float64. Ends the run where it is above `limit` or not a number."""
+def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """RMS of the difference by that of `expected`, computed in float64."""
     actual, expected = actual.detach().double(), expected.detach().double()
-    difference = ((actual - expected).square().mean() / expected.square().mean()).sqrt().item()
+    return ((actual - expected).square().mean() / expected.square().mean()).sqrt().item()
+
+
+def gate(name: str, actual: torch.Tensor, expected: torch.Tensor, limit: float) -> float:
+    """[`relative_rms`]. Ends the run where it is above `limit` or not a number."""
+    difference = relative_rms(actual, expected)
     if not difference <= limit:
         raise SystemExit(f"{name}: differs by {difference:.1e} of the RMS, more than {limit:.0e}; nothing was timed.")
     return difference

@@ -75,6 +75,12 @@ def test_four_bits_are_refused_without_an_accelerator(folder, capsys, monkeypatc
     assert "--quantize nf4 needs an accelerator" in capsys.readouterr().err
 
 
+def test_products_in_eight_bits_are_refused_without_a_gpu_that_has_them(folder, capsys, monkeypatch):
+    monkeypatch.setattr("diffusers_fvg.cli.pipeline.importlib.util.find_spec", lambda name: True)
+    assert generate(folder, "wan", "--quantize", "fp8-dynamic") == 2
+    assert "--quantize fp8-dynamic cannot run: cpu is no NVIDIA GPU" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["wan", "i2v"])
 def test_compiled_blocks(model, folder, capsys):

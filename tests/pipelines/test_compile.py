@@ -65,3 +65,8 @@ def test_a_pipeline_makes_its_graphs_in_the_first_call_of_each_mode(counter):
     assert both <= 2 * first
     for mode in ("factorized", "direct", "factorized"):
         assert call("a cat", mode=mode) == both
+    # So is one with the LoRA in the weights, made once.
+    pipe.fuse_lora()
+    fused = call("a red circle")
+    assert both < fused <= both + first
+    assert call("two dogs", num_inference_steps=3) == fused
