@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -190,6 +191,27 @@ def load_pipeline(source: str | Path, revision: str | None, place: str, **argume
         if not isinstance(error, (OSError, HFValidationError)) and not is_of_connection(error):
             raise
         raise OSError(f"{place} names {_title(source, revision)}, which cannot be loaded: {error}") from error
+
+
+@contextlib.contextmanager
+def naming_repository(repository: str, revision: str | None, place: str) -> Iterator[None]:
+    """What the Hub's client says within it, which may name no repository, is told with its name.
+
+    Args:
+        repository, revision (`str`): on the Hub.
+        place (`str`): what names the repository, for messages.
+
+    Raises:
+        `OSError`: of what the client raised, which is the cause.
+    """
+    try:
+        yield
+    except Exception as error:
+        is_of_client = type(error).__module__.startswith("huggingface_hub.")
+        if not is_of_client and not is_of_connection(error):
+            raise
+        title = _title(repository, revision)
+        raise OSError(f"{place} names {title} on the Hub, which cannot be loaded: {error}") from error
 
 
 def is_of_connection(error: Exception) -> bool:

@@ -129,6 +129,8 @@ def _load_source(
     options: dict,
 ) -> DiffusionPipeline:
     """A folder or a repository."""
+    from ..loading.files import naming_repository
+
     check_lora(source, lora)
     _check_base(source)
     parts = _parts(composer, rewriter, dtype, hub, options.get("variant"))
@@ -136,11 +138,12 @@ def _load_source(
         parts["anchor_judge"] = None
     if lora is not None and source.pipeline_name not in NO_ANCHOR_LORA:
         parts["anchor_lora"] = _anchor_lora(source, lora, hub) if lora else None
-    place = str(source.folder) if source.repository is None else source.repository
-    revision = _given(revision=source.commit)
-    pipe = source.pipeline_class.from_pretrained(place, dtype=dtype, **revision, **hub, **options, **parts)
-    if source.repository is not None:
-        pipe.origin = {"kind": "hub", "repository": source.repository, "revision": source.commit}
+    arguments = {"dtype": dtype, **_given(revision=source.commit), **hub, **options, **parts}
+    if source.repository is None:
+        return source.pipeline_class.from_pretrained(str(source.folder), **arguments)
+    with naming_repository(source.repository, source.commit, "The model"):
+        pipe = source.pipeline_class.from_pretrained(source.repository, **arguments)
+    pipe.origin = {"kind": "hub", "repository": source.repository, "revision": source.commit}
     return pipe
 
 

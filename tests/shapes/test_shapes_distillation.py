@@ -45,6 +45,8 @@ def test_the_report_compares_with_its_first_row(pipe, tmp_path):
     report = json.loads((tmp_path / "guidance.json").read_text())
     assert report["synthetic"] and text == (tmp_path / "guidance.txt").read_text().rstrip("\n")
     full, none, distilled = report["rows"]
+    names = ["all steps", "no guidance", "no guidance, distilled LoRA"]
+    assert [row["guidance at"] for row in report["rows"]] == names and Guiding(2, 3).name(15) == "steps 2 to 3"
     assert [row["forwards"] for row in report["rows"]] == [4, 2, 2]
     assert [row["scale"] for row in report["rows"]] == [pipe.presets["anchored-15"].guidance_scale, 1.0, 1.0]
     for arm, values in none["inputs"].items():
