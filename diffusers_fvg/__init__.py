@@ -11,7 +11,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Public name -> module. Loaded when first used: torch, diffusers and transformers take seconds to import.
+# Public name -> module. Each module is imported on first use: torch, diffusers and transformers take seconds to import.
 _MODULES = {
     "Anchor": "animate.anchor",
     "AnchorAnimator": "animate.animator",
@@ -71,14 +71,14 @@ def __dir__() -> list[str]:
 
 
 def register() -> None:
-    """Makes our classes attributes of `diffusers` and loadable components. Runs by itself once diffusers is imported."""
+    """Adds this package's classes to `diffusers`, so that its pipelines can load them. Runs once diffusers is imported."""
     from .loading.patches import patch
 
     patch()
 
 
 class _RegisterAfterDiffusers(importlib.abc.MetaPathFinder):
-    """Calls `register` as soon as somebody has imported diffusers, so that importing this package alone costs nothing."""
+    """Calls `register` once diffusers is imported, so that `import diffusers_fvg` alone does not import diffusers."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname != "diffusers":

@@ -1,7 +1,7 @@
-"""Files and folders that are whole or not there: written beside their place, to disk, and put into it by a rename.
+"""Atomic writes of files and folders: each is written under a temporary name beside its target, synced, then renamed.
 
-A kill at any instant leaves what was there before or what was written, and beside it at most a draft, which the next writer
-removes.
+If the process is killed, the old or the new content is complete. At most a draft (the temporary file or folder) remains,
+and the next writer removes it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ import psutil
 try:
     import fcntl
 except ImportError:  # Windows has no such locks.
-    fcntl = None  # type: ignore[assignment]  # A module has no type of its own.
+    fcntl = None  # type: ignore[assignment]  # mypy has no type for an absent module.
 
-# What is on its way: ".fvg-<machine>-<pid>-<random>.tmp". What is complete and only has to be put in its place: `COMPLETE`.
+# `_DRAFT` is the name of a draft: ".fvg-<machine>-<pid>-<random>.tmp". `COMPLETE` holds a complete set of entries that still
+# has to be moved into place.
 _DRAFT = re.compile(r"\.fvg-(?P<machine>.*)-(?P<pid>\d+)-[0-9a-f]{8}\.tmp")
 COMPLETE, _PLAN = ".fvg-complete", ".plan.json"
 _MACHINE = re.sub(r"[^\w.]", "_", platform.node())[:64]
@@ -45,19 +46,19 @@ _FULL = {
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike, hint: str = "") -> Iterator[None]:
-    """What fails within it for want of room or of rights is told in one line with the name of what was to be written.
+    """Adds the path to errors of full disks and missing permissions that are raised in the block.
 
     Args:
-        path (`str` or `os.PathLike`): of the file or folder.
-        hint (`str`): a sentence more.
+        path (`str` or `os.PathLike`): file or folder that is written.
+        hint (`str`): another sentence for the message.
 
     Raises:
-        `OSError`: with the number of the cause.
+        `OSError`: with the path, the cause and its `errno`.
     """
     try:
         yield
     except Exception as error:
-        # Of libraries in Rust, some of which have no class of error for this: "I/O error: File too large (os error 27)".
+        # Libraries in Rust may give the number only in their message: "I/O error: File too large (os error 27)".
         found = re.search(r"\(os error (\d+)\)", str(error))
         number = int(found[1]) if found else getattr(error, "errno", None)
         if number not in _FULL:
@@ -69,10 +70,10 @@ def naming(path: str | os.PathLike, hint: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, hint: str = "") -> Iterator[Path]:
-    """A name beside a file to write to; at the end it becomes the file, and nothing stays of it where something fails.
+    """Yields a temporary path to write to. It replaces `path` at the end of the block, and is removed after an error.
 
     Args:
-        path (`str` or `os.PathLike`): of the file; missing folders are made.
+        path (`str` or `os.PathLike`): the file to write; missing parent folders are created.
         hint (`str`): as in [`naming`].
 
     Raises:
@@ -95,20 +96,20 @@ def replacing(path: str | os.PathLike, hint: str = "") -> Iterator[Path]:
 def replacing_entries(
     folder: str | os.PathLike, index: str, owned: re.Pattern | None = None, wait: bool = True
 ) -> Iterator[Path]:
-    """A folder to write into; at the end what is in it takes the place of what has the same names in `folder`.
+    """Yields a temporary folder. At the end of the block its entries replace those of the same names in `folder`.
 
-    Readers take a folder without the file `index`, which says what the others are, for none. It is removed first and comes
-    last, so that old and new together are never taken for one.
+    Readers ignore a folder without the file `index`, which lists the other files. `index` is removed first and moved into
+    place last, so that a mixture of old and new files is never read.
 
     Args:
-        folder (`str` or `os.PathLike`): made if it is not there. What else is in it stays.
-        index (`str`): name of that file.
-        owned (`re.Pattern`, *optional*): names of entries that go if they are not among the new ones.
-        wait (`bool`): for another writer of the folder; otherwise it is an error.
+        folder (`str` or `os.PathLike`): created if it is missing. Its other entries stay.
+        index (`str`): name of the index file.
+        owned (`re.Pattern`, *optional*): entries with matching names are removed unless the block writes them again.
+        wait (`bool`): whether to wait for another writer of the folder; if `False`, another writer is an error.
 
     Raises:
-        `BlockingIOError`: another process, or thread, writes the folder.
-        `OSError`: as in [`naming`], of all but what its user writes into it.
+        `BlockingIOError`: `wait` is `False` and another process or thread writes to the folder.
+        `OSError`: as in [`naming`], except for errors inside the block.
     """
     folder = Path(folder)
     is_new = not folder.exists()
@@ -143,7 +144,10 @@ def _put_in_place(draft: Path, folder: Path, index: str, owned: re.Pattern | Non
 
 
 def finish(folder: str | os.PathLike) -> None:
-    """Puts in its place what [`replacing_entries`] had complete when it was killed; where that is nothing, does nothing."""
+    """Moves the entries of a [`replacing_entries`] block into place that was killed before it had moved them all.
+
+    Does nothing if there are none.
+    """
     folder = Path(folder)
     complete = folder / COMPLETE
     if complete.is_symlink() or not (complete / _PLAN).is_file():
@@ -163,17 +167,17 @@ def finish(folder: str | os.PathLike) -> None:
 
 
 def check_finished(folder: str | os.PathLike, index: str) -> None:
-    """Raises `OSError` for a folder whose writer was killed while [`replacing_entries`] put things in their places."""
+    """Raises `OSError` for a folder whose writer was killed while [`replacing_entries`] moved entries into place."""
     if Path(folder, COMPLETE).is_dir() and not Path(folder, index).exists():
         raise OSError(
-            f"{folder} was written to, and the program was killed at the very end. All is there: "
-            f"`diffusers_fvg.atomic.finish({str(folder)!r})` puts it in its place, and so does the next that is saved there."
+            f"{folder} is incomplete: the program that wrote it was killed while it moved files into place. No data is lost: "
+            f"`diffusers_fvg.atomic.finish({str(folder)!r})` completes the folder, and so does saving to it again."
         )
 
 
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A folder for temporary files, as `tempfile.TemporaryDirectory`; one that a killed process left is removed."""
+    """Yields a temporary folder, as `tempfile.TemporaryDirectory` does; also removes those that killed processes left."""
     place = Path(tempfile.gettempdir())
     _remove_drafts_once(place)
     folder = _draft(place)
@@ -185,7 +189,7 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def is_empty(folder: str | os.PathLike) -> bool:
-    """Whether nothing is in a folder, or there is none; drafts do not count."""
+    """Returns whether a folder is missing or holds nothing but drafts."""
     folder = Path(folder)
     return not folder.is_dir() or all(_DRAFT.fullmatch(entry.name) for entry in folder.iterdir())
 
@@ -198,7 +202,7 @@ def remove_drafts(folder: Path) -> None:
             _remove(entry)
 
 
-# A folder may hold the many files of a cache, and is looked through once.
+# Listing a cache folder with many files takes time, so each folder is searched once per process.
 _remove_drafts_once = functools.lru_cache(maxsize=1024)(remove_drafts)
 
 
@@ -220,7 +224,7 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def _only_writer(folder: Path, wait: bool) -> Iterator[None]:
-    """Holds a lock of the folder itself, which ends with the process; without one where the file system has none."""
+    """Holds a lock on the folder, which ends with the process. Does not lock on file systems without locks."""
     if fcntl is None:
         yield
         return
@@ -230,7 +234,7 @@ def _only_writer(folder: Path, wait: bool) -> Iterator[None]:
             fcntl.flock(place, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise BlockingIOError(
-                f"{folder} is written to by another process: wait for it, or choose another folder."
+                f"Another process writes to {folder}: wait for it, or choose another folder."
             ) from error
         except OSError:
             pass

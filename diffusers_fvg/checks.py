@@ -1,6 +1,6 @@
-"""Checks of what a caller passes, made before any model runs, and of what a stage made.
+"""Checks of arguments before any model runs, and of the outputs of stages.
 
-What cannot work raises `ValueError` naming the value and the fix.
+An argument that cannot work raises `ValueError`, which names the argument, its value and the fix.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from typing import Any, TypeAlias
 import torch
 
 
-# What draws: one for all videos, one for each, or the seed of one.
+# One generator for all videos, or one for each; an integer is the seed of a generator.
 Generators: TypeAlias = torch.Generator | int | list[torch.Generator | int] | None
 
 # Text encoders read 512 tokens; a prompt longer than this many characters is a mistake (a file, a log), not a prompt.
 MAX_PROMPT_CHARACTERS = 10_000
-# Models are trained on 1000 times of noise: more steps than that are a slip of the finger.
+# Models are trained on 1000 timesteps: a larger number of steps is a typing error.
 MAX_STEPS = 1000
-# Of what one call makes of one prompt: videos, pictures, tries.
+# Largest number of videos, images or tries for one prompt in one call.
 MAX_COUNT = 1000
-# Pixels of a side, and frames: beyond any model.
+# Height or width in pixels, and number of frames: larger than any model supports.
 MAX_SIDE, MAX_FRAMES = 16384, 100_000
-# No model was trained above 20; at thousands the numbers themselves give way.
+# No model was trained above 20; a scale in the thousands overflows.
 MAX_GUIDANCE = 1000
-# Controls other than white space (U+0085 is one), which a terminal would obey, and halves of characters.
-# Defaults of a call that are whole numbers from 1 on.
+# Entries of `call_defaults` that are whole numbers of at least 1.
 _COUNTS = ("height", "width", "num_frames", "num_inference_steps", "max_sequence_length", "composer_num_candidates")
+# Control characters other than white space (U+0085 counts as white space), which a terminal would obey, and surrogates.
 UNSHOWABLE = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff]")
 
 
 def check_latents(latents: torch.Tensor, shape: Sequence[int | None]) -> None:
-    """A tensor of finite numbers and of a shape, of which sides that may be any are `None`."""
+    """Checks that `latents` is a tensor of finite floats of the given shape; `None` in the shape allows any length."""
     fits = isinstance(latents, torch.Tensor) and latents.is_floating_point() and latents.ndim == len(shape)
     if not fits or any(side not in (None, given) for side, given in zip(shape, latents.shape)):
         what = (latents.dtype, tuple(latents.shape)) if isinstance(latents, torch.Tensor) else type(latents).__name__
@@ -46,7 +46,7 @@ def check_latents(latents: torch.Tensor, shape: Sequence[int | None]) -> None:
 
 
 def check_texts(name: str, texts: list[str]) -> None:
-    """A non-empty list of texts, each a string with something in it and of bounded length."""
+    """Checks that `texts` is a non-empty list of non-empty strings of at most `MAX_PROMPT_CHARACTERS` characters."""
     if not isinstance(texts, (list, tuple)) or not texts:
         raise ValueError(f"`{name}` must be a string or a non-empty list of strings, but is {texts!r}.")
     for text in texts:
@@ -67,13 +67,13 @@ def check_texts(name: str, texts: list[str]) -> None:
 
 
 def check_characters(name: str, texts: Any) -> None:
-    """A text, or each of a list, has characters that a video's file holds and a terminal shows. What is no text is left alone."""
+    """Checks that a text, or each text of a list, has no control characters or surrogates; ignores other types."""
     for text in texts if isinstance(texts, (list, tuple)) else [texts]:
         found = UNSHOWABLE.search(text) if isinstance(text, str) else None
         if found is not None:
             is_half = found[0] >= "\ud800"
-            kind = "half of a character, as of a text that is not UTF-8" if is_half else "a control character"
-            raise ValueError(f"`{name}` holds {found[0]!a} at place {found.start()}, {kind}; take it out.")
+            kind = "half of a character, as in a text that is not UTF-8" if is_half else "a control character"
+            raise ValueError(f"`{name}` holds {found[0]!a} at index {found.start()}, {kind}; remove it.")
 
 
 def _check_whole(name: str, value: int) -> None:
@@ -87,7 +87,7 @@ def _check_most(name: str, value: int, most: int | None) -> None:
 
 
 def check_size(name: str, value: int, multiple: int, most: int = MAX_SIDE) -> None:
-    """Pixels: a positive multiple of what a patch of the video model covers, at most as many as the model has places for."""
+    """Checks a height or width in pixels: a positive multiple of `multiple` (the pixels of a patch), at most `most`."""
     _check_whole(name, value)
     _check_most(name, value, most)
     if value < multiple or value % multiple:
@@ -98,7 +98,7 @@ def check_size(name: str, value: int, multiple: int, most: int = MAX_SIDE) -> No
 
 
 def check_num_frames(num_frames: int, step: int, most: int | None = None) -> None:
-    """Frames: 1, then `step` for every further latent, at most as many as the model has places for."""
+    """Checks a number of frames: `step * k + 1`, at most `most`."""
     _check_whole("num_frames", num_frames)
     _check_most("num_frames", num_frames, most or MAX_FRAMES)
     if step == 1 and num_frames < 1:
@@ -109,7 +109,7 @@ def check_num_frames(num_frames: int, step: int, most: int | None = None) -> Non
 
 
 def check_at_least_one(name: str, value: int | None, most: int | None = None) -> None:
-    """A count: a whole number from 1 on, to `most` where there is one, or `None` where it is left out."""
+    """Checks that a count is a whole number from 1 to `most`, or `None`."""
     if value is None:
         return
     _check_whole(name, value)
@@ -119,7 +119,7 @@ def check_at_least_one(name: str, value: int | None, most: int | None = None) ->
 
 
 def check_number(name: str, value: float | None) -> None:
-    """A finite number, or `None` where it is left out."""
+    """Checks that a value is a finite number or `None`."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
@@ -127,10 +127,10 @@ def check_number(name: str, value: float | None) -> None:
 
 
 def check_callback(name: str, function: Any, arguments: Sequence[str]) -> None:
-    """A function that can be called with so many arguments, or `None` where it is left out; one of diffusers' callbacks is.
+    """Checks that a callback is `None` or can be called with `arguments`; diffusers' `PipelineCallback`s can.
 
     Raises:
-        `ValueError`: no function, or one of other arguments.
+        `ValueError`: the callback is not callable, or takes other arguments.
     """
     if function is None:
         return
@@ -139,7 +139,7 @@ def check_callback(name: str, function: Any, arguments: Sequence[str]) -> None:
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):
-        return  # Of a function that is not written in Python nothing is known.
+        return  # Functions that are not written in Python may have no signature.
     try:
         signature.bind(*arguments)
     except TypeError as error:
@@ -150,21 +150,21 @@ def check_callback(name: str, function: Any, arguments: Sequence[str]) -> None:
 
 
 def check_guidance(name: str, value: float | None) -> None:
-    """A scale of classifier-free guidance: a number from 0 to `MAX_GUIDANCE`, or `None` where it is left out."""
+    """Checks a scale of classifier-free guidance: a number from 0 to `MAX_GUIDANCE`, or `None`."""
     check_number(name, value)
     if value is not None and not 0 <= value <= MAX_GUIDANCE:
         raise ValueError(f"`{name}={value!r}` must lie between 0 and {MAX_GUIDANCE}; 1 is no guidance.")
 
 
 def check_scale(name: str, value: float) -> None:
-    """Strength of LoRAs in a call: a number from -100 to 100."""
+    """Checks the scale of LoRAs in a call: a number from -100 to 100."""
     check_number(name, value)
     if value is None or not -100 <= value <= 100:
         raise ValueError(f"`{name}={value!r}` must be a number from -100 to 100; 1 is the LoRA as it was trained.")
 
 
 def check_defaults(defaults: Mapping[str, Any] | None) -> None:
-    """The defaults of a call, which a file may hold, are numbers that can be: counts from 1 on, a frame rate above 0, no NaN."""
+    """Checks `call_defaults`, which may come from a file: counts of at least 1, a frame rate above 0, no NaN."""
     if defaults is not None and not isinstance(defaults, Mapping):
         raise ValueError(f"`call_defaults` must be a dictionary of a call's arguments, but is {defaults!r}.")
     for name, value in (defaults or {}).items():
@@ -177,10 +177,10 @@ def check_defaults(defaults: Mapping[str, Any] | None) -> None:
 
 
 def as_dtype(dtype: torch.dtype | str | None, default: torch.dtype) -> torch.dtype:
-    """A dtype of weights, of its name in torch or itself.
+    """Returns a torch dtype, given as itself or by its name; `default` if `dtype` is `None`.
 
     Raises:
-        `ValueError`: no dtype of floating-point numbers.
+        `ValueError`: `dtype` is not a floating-point dtype.
     """
     found = default if dtype is None else dtype
     if isinstance(found, str):
@@ -193,54 +193,54 @@ def as_dtype(dtype: torch.dtype | str | None, default: torch.dtype) -> torch.dty
 
 
 def is_finite(values: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite."""
+    """Returns whether no value is NaN or infinite."""
     if not (values.is_floating_point() or values.is_complex()):
         return True
-    # Eight-bit floats have no `isfinite` of their own.
+    # torch has no `isfinite` for 8-bit floats.
     return bool(torch.isfinite(values if values.element_size() > 1 else values.float()).all())
 
 
 def check_finite(name: str, values: torch.Tensor | None) -> None:
-    """A tensor that a caller passes, or a file holds, has finite values.
+    """Checks that a tensor from a caller or a file has finite values.
 
     Raises:
-        `ValueError`: NaN or infinity among them.
+        `ValueError`: the tensor holds NaN or infinity, or has no values (meta device, sparse layout).
     """
     if values is None:
         return
     if values.is_meta or values.layout != torch.strided:
         raise ValueError(
-            f"`{name}` is a tensor on {values.device} of {values.layout}; give one that holds its values."
+            f"`{name}` is a tensor with layout {values.layout} on device {values.device}; give a dense tensor with values."
         )
     if not is_finite(values):
         raise ValueError(f"`{name}` ({values.dtype}) holds values that are not finite (NaN or infinity).")
 
 
 def stop_unless_finite(stage: str, values: torch.Tensor, dtype: torch.dtype | None = None, step: str = "") -> None:
-    """What a stage made is finite: NaN would go on as a black picture.
+    """Checks that the output of a stage is finite: NaN would become a black image later.
 
     Args:
-        stage (`str`): its name.
-        values (`torch.Tensor`): what it made.
-        dtype (`torch.dtype`, *optional*): what the model computes in; that of the values when left out.
-        step (`str`): where in the stage, such as `"step 3 of 15"`.
+        stage (`str`): name of the stage.
+        values (`torch.Tensor`): output of the stage.
+        dtype (`torch.dtype`, *optional*): dtype that the model computes in; the dtype of `values` when left out.
+        step (`str`): position within the stage, such as `"step 3 of 15"`.
 
     Raises:
-        `FloatingPointError`: NaN or infinity among the values.
+        `FloatingPointError`: `values` holds NaN or infinity.
     """
     if not is_finite(values):
         raise FloatingPointError(
             f"Stage `{stage}` made values that are not finite{f' at {step}' * bool(step)}, computing in "
-            f"{dtype or values.dtype}. If the inputs and the weights are sound, the range of that dtype is too small for the "
+            f"{dtype or values.dtype}. If the inputs and the weights are valid, the range of that dtype is too small for the "
             "model: load it in bfloat16 or float32."
         )
 
 
 def check_negative_texts(name: str, texts: str | list[str] | None, count: int) -> None:
-    """A text for all, or a list of one for each, of bounded length; unlike prompts they may be empty. `None`: left out.
+    """Checks negative prompts: one text for all prompts, a list of `count` texts, or `None`. They may be empty.
 
     Raises:
-        `ValueError`: naming what is wrong with them.
+        `ValueError`: wrong type or number, a text that is too long, or one that [`check_characters`] refuses.
     """
     if texts is None:
         return
@@ -256,10 +256,10 @@ def check_negative_texts(name: str, texts: str | list[str] | None, count: int) -
 
 
 def as_generators(generator: Generators) -> torch.Generator | list[torch.Generator] | None:
-    """Generators of what a call was given: a whole number is the seed of one on the CPU.
+    """Returns the generators of a call; an integer becomes a CPU generator with that seed.
 
     Raises:
-        `ValueError`: something else, or a seed that torch does not take.
+        `ValueError`: another type, or a seed outside of 0 to 2**63 - 1.
     """
     if isinstance(generator, (list, tuple)):
         return [_as_generator(member) for member in generator]
@@ -280,23 +280,23 @@ def _as_generator(given: torch.Generator | int) -> torch.Generator:
 def check_generators(generator: torch.Generator | list[torch.Generator] | None, count: int, things: str) -> None:
     if isinstance(generator, list) and len(generator) != count:
         raise ValueError(
-            f"`generator` is a list of {len(generator)} for {count} {things}; give one generator or {count}."
+            f"`generator` is a list of {len(generator)} generators for {count} {things}; give one generator or {count}."
         )
 
 
 def check_name(name: str, what: str, folders: bool = False) -> str:
-    """Returns a name that a repository gives to a file or folder of its own.
+    """Returns `name`, the name of a file or folder in a repository, if it cannot lead out of that repository.
 
     Args:
         name (`str`): the name.
-        what (`str`): what it names, for the message.
-        folders (`bool`): it may be a path, `"folder/file"`.
+        what (`str`): what the name stands for; used in the message.
+        folders (`bool`): whether the name may be a path, such as `"folder/file"`.
 
     Raises:
-        `ValueError`: an absolute path, a drive, `..`, or a separator without `folders`.
+        `ValueError`: the name is an absolute path, has a drive or `..`, or has a separator without `folders`.
     """
     parts = name.split("/") if folders else [name]
-    # Windows' rules on every system: a repository that is safe here is safe there.
+    # Windows' rules apply on every system, so that a repository that is accepted here is safe on Windows, too.
     if any(part in ("", ".", "..") or PureWindowsPath(part).name != part for part in parts):
         raise ValueError(f"{what} is called {name!r}, which does not stay in its folder; use a plain name.")
     return name

@@ -1,4 +1,4 @@
-"""The device that a module's inputs must be on."""
+"""Finds the device that the inputs of a module must be on."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 try:
     from diffusers.utils.torch_utils import get_module_execution_device
-except ImportError:  # diffusers 0.40 has it inside `DiffusionPipeline._execution_device` only.
+except ImportError:  # diffusers 0.40 has this code only inside `DiffusionPipeline._execution_device`.
     from diffusers.hooks.group_offloading import _get_group_onload_device
 
     def get_module_execution_device(module: torch.nn.Module) -> torch.device:
-        """Where the hooks of an offloaded module bring it; otherwise where the module is."""
+        """Returns the device that offloading hooks move a module to, or else the device of its weights."""
         try:
             return _get_group_onload_device(module)
         except ValueError:

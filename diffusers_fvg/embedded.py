@@ -1,4 +1,4 @@
-"""The models that ship with the package: both systems, trained on a world of coloured shapes."""
+"""The embedded models, which ship with the package: small versions of both pipelines, trained on coloured shapes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 EMBEDDED_FOLDER = Path(__file__).parent / "shapes" / "weights"
 EMBEDDED_DREAMER_FOLDER = Path(__file__).parent / "shapes" / "dreamer_weights"
-# Of `shapes.world`.
+# Copied from `shapes.world`.
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "magenta")
 SHAPES = ("circle", "square", "triangle")
 
@@ -26,14 +26,14 @@ logger = logging.getLogger(__name__)
 
 
 def check_world(text: str, writes: bool = False) -> None:
-    """Warns, once for a text, of words that the embedded models do not know; a `prompt_check` of their pipelines.
+    """Warns once per text of words that the embedded models do not know; the `prompt_check` of their pipelines.
 
     Args:
-        text (`str`): a prompt or a caption.
-        writes (`bool`): stage 1 is to write of it. A text without any of the shapes would have a caption made up.
+        text (`str`): prompt or caption.
+        writes (`bool`): whether stage 1 will write a caption from `text`. It would invent one for a text without shapes.
 
     Raises:
-        `ValueError`: stage 1 is to write of a text without any of the shapes.
+        `ValueError`: `writes` is `True` and `text` names none of the shapes.
     """
     encoding = _tokenizer().encode(text, add_special_tokens=False)
     unknown = [text[slice(*place)] for token, place in zip(encoding.tokens, encoding.offsets) if token == "<unk>"]
@@ -42,8 +42,8 @@ def check_world(text: str, writes: bool = False) -> None:
         return
     words = ", ".join(repr(word) for word in dict.fromkeys(unknown))
     message = (
-        f"The embedded model is a toy, and {f'does not know {words}' if unknown else f'{text!r} names none of its shapes'}: its "
-        f"world is {', '.join(COLOURS[:-1])} and {COLOURS[-1]} {'s, '.join(SHAPES[:-1])}s and {SHAPES[-1]}s, as in 'A red circle "
+        f"The embedded model is a toy, and {f'does not know {words}' if unknown else f'{text!r} names none of its shapes'}: it "
+        f"knows {', '.join(COLOURS[:-1])} and {COLOURS[-1]} {'s, '.join(SHAPES[:-1])}s and {SHAPES[-1]}s, as in 'A red circle "
         'moves to the right\'. For any other prompt name a real model: `--model wan2.2-5b`, or `load("wan2.2-5b")`; `fvg models` '
         "lists them."
     )
@@ -66,8 +66,8 @@ def load_embedded(dtype: torch.dtype | None = None) -> FactorizedVideoPipeline:
     """Loads the embedded pipeline: all three stages, 64 x 64 pixels, 17 frames.
 
     Args:
-        dtype (`torch.dtype`, *optional*): of every stage; float32 when left out, which is the fastest on a CPU. The
-            weights are stored in float16.
+        dtype (`torch.dtype`, *optional*): dtype of every stage; float32 when left out, which is the fastest on a CPU.
+            The weights are stored in float16.
     """
     from .pipelines.pipeline_factorized_video import FactorizedVideoPipeline
 
@@ -86,7 +86,7 @@ def load_embedded_dreamer(
 
     Args:
         dtype (`torch.dtype`, *optional*): as for [`load_embedded`].
-        folder (`str` or `os.PathLike`, *optional*): a repository that `fvg shapes dreamer` made; the one that ships when left
+        folder (`str` or `os.PathLike`, *optional*): a folder that `fvg shapes dreamer` made; the embedded weights when left
             out.
     """
     from .compose.composer import AnchorComposer

@@ -1,4 +1,4 @@
-"""Kinds of values of the command line's flags, and checks of files that are to be written. Light to import."""
+"""Types of command-line flags, and checks of output files. Imports neither torch nor diffusers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NoReturn
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """An `ArgumentParser` that prints each error on one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)\n")
@@ -19,7 +19,7 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Whole:
-    """A whole number from `low` to `high`."""
+    """Parses a whole number from `low` to `high`."""
 
     low: int
     high: int
@@ -30,13 +30,13 @@ class Whole:
         except ValueError:
             value = None
         if value is None or not self.low <= value <= self.high:
-            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {self.low} to {self.high}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {self.low} to {self.high}")
         return value
 
 
 @dataclass(frozen=True)
 class Number:
-    """A number from `low` to `high`; `above`: more than `low`."""
+    """Parses a number from `low` to `high`; with `above`, `low` itself is excluded."""
 
     low: float
     high: float
@@ -49,44 +49,44 @@ class Number:
             value = math.nan
         if not self.low <= value <= self.high or self.above and value == self.low:
             raise argparse.ArgumentTypeError(
-                f"{text!r} is no number {'above' if self.above else 'from'} {self.low:g} to {self.high:g}"
+                f"{text!r} is not a number {'above' if self.above else 'from'} {self.low:g} to {self.high:g}"
             )
         return value
 
 
 def file_name(text: str) -> Path:
-    """The name of a file; an empty one would be the folder that the command runs in."""
+    """Parses a file name and refuses an empty one, which would mean the current folder."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("the name of the file is empty: give one, or leave the flag out")
+        raise argparse.ArgumentTypeError("the file name is empty: give one, or omit the flag")
     return Path(text)
 
 
 def local_folder(text: str) -> Path:
-    """A folder of this machine; the address of another storage would become a folder of that name."""
+    """Parses a local folder and refuses a URL, from which a folder of that name would be made."""
     if "://" in text:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no folder of this machine, and only fvg batch and fvg bench check work on another storage"
+            f"{text!r} is no folder of this machine; only fvg batch and fvg bench check accept the URL of other storage"
         )
     return Path(text)
 
 
 def folder_or_url(text: str) -> Path | str:
-    """A folder of this machine, or the address of one on another storage; `file://` is of this machine."""
+    """Parses a local folder, also given as `file://`, or the URL of a folder on other storage."""
     if text.startswith("file://"):
         return Path(text.removeprefix("file://"))
     return text if "://" in text else Path(text)
 
 
-# Beyond any model: a slip of the finger is told from a large video.
+# The upper limits exceed every model, so that only typing errors are refused.
 PIXELS, FRAMES, STEPS = Whole(8, 16384), Whole(1, 100_000), Whole(1, 1000)
 SEED = Whole(0, 2**63 - 1)
 
 
 def check_file(flag: str, path: Path | None, suffix: str, overwrite: bool) -> None:
-    """A file can be written there, and none would be lost.
+    """Checks that a file can be written to `path` and that no existing file would be lost.
 
     Raises:
-        `ValueError`: naming the flag and the way out.
+        `ValueError`: names the flag and the fix.
     """
     if path is None:
         return
@@ -96,15 +96,15 @@ def check_file(flag: str, path: Path | None, suffix: str, overwrite: bool) -> No
     if path.is_dir():
         raise ValueError(f"{flag} {path} is a folder; name a file in it.")
     if path.exists() and not overwrite:
-        raise ValueError(f"{flag} {path} is there already; choose another name, or give --overwrite.")
+        raise ValueError(f"{flag} {path} already exists; choose another name, or give --overwrite.")
     check_folder(flag, path.parent)
 
 
 def check_folder(flag: str, path: Path) -> None:
-    """A folder is there or can be made, and can be written into.
+    """Checks that a folder exists or can be created, and is writable.
 
     Raises:
-        `ValueError`: naming the flag.
+        `ValueError`: names the flag.
     """
     _check_name(flag, path)
     try:
@@ -117,10 +117,10 @@ def check_folder(flag: str, path: Path) -> None:
 
 def _check_name(flag: str, path: Path) -> None:
     if "\0" in str(path):
-        raise ValueError(f"{flag} {str(path)!r} is no name of a file: it holds a null character.")
+        raise ValueError(f"{flag} {str(path)!r} is not a file name: it holds a null character.")
 
 
 def free_name(path: Path) -> Path:
-    """`video.mp4`, or where that is there `video-2.mp4`, and so on."""
+    """Returns `path`, or if it exists the first free one of `video-2.mp4`, `video-3.mp4` and so on."""
     names = [path, *(path.with_stem(f"{path.stem}-{number}") for number in range(2, 10_000))]
     return next(name for name in names if not name.exists())

@@ -1,4 +1,4 @@
-"""Turns at what pipelines share: some models and tokenizers of diffusers and transformers keep state while they run."""
+"""Locks on components that pipelines share: some models and tokenizers keep state while they run."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ _new_lock = threading.Lock()
 
 
 def lockable(components: Iterable[Any]) -> list[Any]:
-    """Of a pipeline's components those that a run takes for itself: models and tokenizers."""
+    """Returns the components that need a lock while a pipeline runs: models and tokenizers."""
     return [part for part in components if isinstance(part, (torch.nn.Module, PreTrainedTokenizerBase))]
 
 
 @contextmanager
 def exclusive(*parts: Any) -> Iterator[None]:
-    """Within it no other thread is within one of the same parts.
+    """Holds the locks of `parts` for the block, so that no other thread uses them.
 
-    The thread itself may enter again for some of them, but for no others: two threads could then wait for each other.
+    Within the block, the same thread may lock some of these parts again, but no others: two threads could then wait for each
+    other.
 
     Args:
-        parts: models and tokenizers; `None` among them is left out.
+        parts: models and tokenizers; `None` is ignored.
     """
     with _new_lock:
         locks = {id(part): _locks.setdefault(part, threading.RLock()) for part in parts if part is not None}
     with ExitStack() as stack:
-        # In one order for all threads, so that none waits for another in a circle.
+        # All threads lock in the same order, which prevents deadlocks.
         for _, lock in sorted(locks.items()):
             stack.enter_context(lock)
         yield

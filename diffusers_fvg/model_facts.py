@@ -1,7 +1,6 @@
-r"""What is known of each video model, in one table; [`models`] is what asks it. Light to import.
+r"""The published facts of each video model, in the table `MODELS`, which [`models`] reads. Does not import torch.
 
-Every value has its source in `sources`. Repositories that are named there were read at these commits: Wan-Video/Wan2.2
-42bf4cf, Wan-Video/Wan2.1 9737cba, zai-org/CogVideo 7a1af71, huggingface/diffusers 58eb52c.
+`sources` names the source of every value. The repositories named there were read at these commits: Wan-Video/Wan2.2 42bf4cf, Wan-Video/Wan2.1 9737cba, zai-org/CogVideo 7a1af71, huggingface/diffusers 58eb52c.
 """
 
 from __future__ import annotations
@@ -12,11 +11,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class License:
-    """A licence as the Hub's metadata name it.
+    """A licence, in the terms of the Hub's metadata.
 
     Args:
-        id (`str`): of the Hub's list, `"other"` for one that is not in it.
-        name, link (`str`, *optional*): of a licence that is not in the list.
+        id (`str`): identifier in the Hub's list of licences; `"other"` for a licence that is not in the list.
+        name, link (`str`, *optional*): name and URL of a licence that is not in the list.
     """
 
     id: str
@@ -30,7 +29,7 @@ class TrainedSize:
 
     Args:
         height, width (`int`): in pixels.
-        flow_shift (`float`, *optional*): the model's own at this size; `None` where the model is no flow model.
+        flow_shift (`float`, *optional*): flow shift of the model at this size; `None` for a model without flow matching.
     """
 
     height: int
@@ -43,31 +42,31 @@ class ModelFacts:
     """The published numbers of a text-to-video model.
 
     Args:
-        name (`str`): of the model.
-        repository (`str`): on the Hub, in diffusers' layout.
-        pipeline_class, transformer_class (`str`): in diffusers.
+        name (`str`): name of the model.
+        repository (`str`): Hub repository in diffusers' layout.
+        pipeline_class, transformer_class (`str`): classes of diffusers for the model.
         anchored_class (`str`): this package's class for the same weights.
-        transformer_config (`dict`): arguments of the transformer's class; of each expert, where there are two.
-        parameters (`int`): of one transformer.
-        license (`License`): of the weights.
-        languages (`tuple[str, ...]`): of prompts, ISO 639-1.
+        transformer_config (`dict`): arguments of the transformer class, the same for both experts if there are two.
+        parameters (`int`): number of parameters of one transformer.
+        license (`License`): licence of the weights.
+        languages (`tuple[str, ...]`): languages of prompts, as ISO 639-1 codes.
         sizes (`tuple[TrainedSize, ...]`): trained sizes, the default first.
         frame_counts (`tuple[int, ...]`): trained lengths in frames, the default first.
         frame_step (`int`): lengths are `frame_step * k + 1`.
         frame_rate (`int`): frames per second.
         vae_stride (`tuple[int, int, int]`): frames, rows and columns of pixels in one latent.
-        latent_channels (`int`): of the VAE.
+        latent_channels (`int`): latent channels of the VAE.
         patch_size (`tuple[int, int, int]`): frames, rows and columns of latents in one token.
-        max_sequence_length (`int`): text tokens.
-        prediction (`str`): `"flow"` or `"v"`.
-        expand_timesteps (`bool`): the model was trained on clean first frames, with a time for each token.
+        max_sequence_length (`int`): largest number of text tokens.
+        prediction (`str`): `"flow"` for flow matching (velocity), or `"v"` for v-prediction.
+        expand_timesteps (`bool`): whether the model was trained on clean first frames, with one timestep per token.
         num_inference_steps (`int`): the authors' default.
-        guidance_scale (`float`): the same; of the high-noise expert, where there are two.
-        guidance_scale_2 (`float`, *optional*): of the low-noise expert.
-        boundary_ratio (`float`, *optional*): noise level from which up the high-noise expert works.
+        guidance_scale (`float`): the authors' default; for the high-noise expert if there are two.
+        guidance_scale_2 (`float`, *optional*): the authors' default for the low-noise expert.
+        boundary_ratio (`float`, *optional*): noise level, in [0, 1], at and above which the high-noise expert is used.
         negative_prompt (`str`): the authors' default.
-        memory (`str`): GPU memory, as the authors state it; empty where they do not.
-        sources (`dict[str, str]`): where each of these comes from.
+        memory (`str`): GPU memory that the authors state; empty if they do not.
+        sources (`dict[str, str]`): source of each of these values.
     """
 
     name: str
@@ -98,12 +97,12 @@ class ModelFacts:
     sources: dict[str, str]
 
     def size(self, height: int | None, width: int | None) -> TrainedSize | None:
-        """The trained size, `None` for one that is not among them."""
+        """Returns the trained size with this height and width; `None` if there is none."""
         return next((size for size in self.sizes if (size.height, size.width) == (height, width)), None)
 
     @property
     def call_defaults(self) -> dict[str, Any]:
-        """`height`, `width`, `num_frames`, `frame_rate`, `max_sequence_length` and `negative_prompt` of a call."""
+        """Defaults of `height`, `width`, `num_frames`, `frame_rate`, `max_sequence_length` and `negative_prompt`."""
         return {
             "height": self.sizes[0].height,
             "width": self.sizes[0].width,
@@ -167,7 +166,7 @@ WAN_22 = "Wan-Video/Wan2.2"
 
 
 def _wan_sources(repository: str, config: str, **more: str) -> dict[str, str]:
-    """Sources of a Wan model whose numbers are in `wan/configs/<config>` of `repository`."""
+    """Returns the sources of a Wan model whose numbers are in `wan/configs/<config>` of `repository`."""
     shared = {
         name: f"{repository}, {source}" if source.startswith("wan/") else source
         for name, source in WAN_SOURCES.items()

@@ -1,4 +1,4 @@
-"""Which of the known models a pipeline holds, its presets, and warnings of what it was not trained for. Light to import."""
+"""Recognizes the known video models, and gives their presets and warnings. Does not import torch."""
 
 from __future__ import annotations
 
@@ -32,23 +32,24 @@ logger = logging.getLogger(__name__)
 
 
 def find_model(repository: str) -> ModelFacts | None:
-    """Facts of a Hub repository in diffusers' layout; `None` for one that is not in the table."""
+    """Returns the facts of the model in a Hub repository in diffusers' layout; `None` if `MODELS` does not list it."""
     return next((facts for facts in MODELS.values() if facts.repository == repository), None)
 
 
 def match_model(transformer_config: Mapping[str, Any], boundary_ratio: float | None = None) -> ModelFacts | None:
-    """Facts of the model that a pipeline holds; `None` for one that is not in the table.
+    """Returns the facts of the model with this transformer config; `None` if `MODELS` does not list it.
 
     Args:
-        transformer_config (`Mapping`): of the transformer, loaded or from its `config.json`.
-        boundary_ratio (`float`, *optional*): of the pipeline; one of two experts has the layers of one of a single expert.
+        transformer_config (`Mapping`): config of the loaded transformer, or its `config.json`.
+        boundary_ratio (`float`, *optional*): `boundary_ratio` of the pipeline. Only this distinguishes a model with two
+            experts from a model with one transformer of the same config.
     """
 
     def plain(value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
 
     if "inject_sample_info" in transformer_config:
-        return None  # SkyReels-V2: other weights in the shapes of Wan's.
+        return None  # SkyReels-V2 has other weights, in the shapes of Wan's.
     for facts in MODELS.values():
         same = all(plain(transformer_config.get(name)) == value for name, value in facts.transformer_config.items())
         if same and (facts.boundary_ratio is None) == (boundary_ratio is None):
@@ -57,15 +58,15 @@ def match_model(transformer_config: Mapping[str, Any], boundary_ratio: float | N
 
 
 def model_presets(facts: ModelFacts, height: int | None = None, width: int | None = None) -> SchedulerPresets:
-    """`anchored-15` and `full-<steps>` at the model's own guidance, then those of distilled weights.
+    """Returns the presets `anchored-15` and `full-<steps>` at the model's own guidance, then those of distilled weights.
 
-    A flow model whose shift depends on the size has both for each shift: those of the default size bear the plain names, the
-    others the size in it, as `anchored-15-480p`.
+    A flow model whose shift depends on the size has both presets for each shift. Presets of the model's default size have
+    the plain names; the others have the size in the name, as in `anchored-15-480p`.
 
     Args:
-        facts ([`ModelFacts`]): of the model.
-        height, width (`int`, *optional*): the size that the first presets are for, which are the default; that of the model
-            when left out or not trained.
+        facts ([`ModelFacts`]): facts of the model.
+        height, width (`int`, *optional*): size in pixels whose presets come first, which makes them the default. The
+            model's default size is used when they are left out or the model was not trained at them.
     """
     if facts.prediction == "v":
         from .schedules.cogvideox import COGVIDEOX_PRESETS
@@ -74,7 +75,7 @@ def model_presets(facts: ModelFacts, height: int | None = None, width: int | Non
     from .schedules.distilled import DISTILLED_PRESETS
     from .schedules.presets import SchedulerPresets, unipc_preset
 
-    # Shift -> name; the first of its sizes names it.
+    # Shift -> suffix of the names, from the first size with that shift.
     suffixes: dict[float, str] = {}
     for size in facts.sizes:
         if size.flow_shift is not None:
@@ -108,28 +109,28 @@ def warn_untrained(
     scheduler: SchedulerMixin,
     presets: SchedulerPresets,
 ) -> None:
-    """Warns of a size, a length, or a flow shift for the size that the model was not trained with. Each once in a process.
+    """Warns of a size, a length or a flow shift that the model was not trained with. Logs each warning once per process.
 
     Args:
-        facts ([`ModelFacts`]): of the model.
-        height, width, num_frames (`int`): of the video.
-        preset (*optional*): of the call; `None` where the pipeline's own scheduler is used.
-        scheduler (`SchedulerMixin`): of the pipeline.
-        presets ([`SchedulerPresets`]): of the pipeline, to name a better one.
+        facts ([`ModelFacts`]): facts of the model.
+        height, width, num_frames (`int`): size of the video in pixels, and its frames.
+        preset (*optional*): preset of the call; `None` if the pipeline's own scheduler is used.
+        scheduler (`SchedulerMixin`): scheduler of the pipeline.
+        presets ([`SchedulerPresets`]): presets of the pipeline, from which the warning suggests one.
     """
     size = facts.size(height, width)
     if size is None:
         trained = ", ".join(f"{size.height} x {size.width}" for size in facts.sizes)
         _warn_once(
-            f"{facts.name} was trained at {trained} (`height` x `width`); expect less of `height={height}`, `width={width}`."
+            f"{facts.name} was trained at {trained} (`height` x `width`); expect lower quality at `height={height}`, `width={width}`."
         )
     if num_frames not in facts.frame_counts:
         trained = " or ".join(map(str, facts.frame_counts))
         _warn_once(
-            f"{facts.name} was trained on videos of {trained} frames; expect less of `num_frames={num_frames}`."
+            f"{facts.name} was trained on videos of {trained} frames; expect lower quality at `num_frames={num_frames}`."
         )
     if size is None or size.flow_shift is None or (preset is not None and preset.weights):
-        return  # Distilled weights have a shift of their own.
+        return  # Presets of distilled weights have their own shift.
     config = scheduler.config
     used = config.get("flow_shift", config.get("shift")) if preset is None else preset.flow_shift
     if used in (None, size.flow_shift):
@@ -142,7 +143,7 @@ def warn_untrained(
     ]
     fix = f"use {' or '.join(better)}" if better else "the pipeline has no preset for it"
     _warn_once(
-        f"The {user} has flow shift {used}, but at {height} x {width} {facts.name}'s is {size.flow_shift}: {fix}."
+        f"The {user} has flow shift {used}, but {facts.name} has {size.flow_shift} at {height} x {width}: {fix}."
     )
 
 

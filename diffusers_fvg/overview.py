@@ -1,4 +1,4 @@
-"""What is printed of recipes and of this machine: by `fvg models`, `fvg train --recipe NAME` and `fvg doctor`."""
+"""Output of `fvg models`, `fvg train --recipe NAME` and `fvg doctor`."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ if TYPE_CHECKING:
 H100_PEAK = 989.4e12
 GIB = 2**30
 NOT_KNOWN = "?"
-# What is on the card at a time, by the way of offloading.
+# Offloading -> which weights are on the GPU at a time.
 PLACED = {"none": "all", "model": "stages", "group": "layers"}
 NOTES = """\
-FIRST FRAME: "kept" by the base without training; others need an anchor LoRA,
-and none is published: `fvg train --recipe NAME` prints what makes one.
-12GB to 80GB: what is on a card of that size at a time (all three stages, one
-after the other, or layer by layer), and the peak in GiB, in bfloat16 at the
-model's own size, "+" where the video is decoded in tiles. Computed, not
-measured; room to work in of image-to-video pipelines is an allowance of 8 GiB.
-`fvg plan` tells it of any size.
-GB: weights on disk, as the Hub has them now; where it does not answer, as
-published, or "?": not known.
-cogvideox-license: a change of the card to Apache 2.0 is on record; read it.
-No recipe was ever run by this project with its real weights."""
+FIRST FRAME: "kept" means that the base keeps it without training. The others
+need an anchor LoRA, and none is published: `fvg train --recipe NAME` prints a
+config that trains one.
+12GB to 80GB: what a GPU of that size holds at a time (all models, one stage,
+or one layer), and the peak in GiB, in bfloat16 at the model's own video size;
+"+" means that the VAE decodes in tiles. Computed, not measured. The peaks of
+image-to-video pipelines allow 8 GiB for activations.
+`fvg plan` computes the same for any video size.
+GB: size of the weights on the Hub. If the Hub does not answer, it is the
+published size, or "?" if that is not known.
+cogvideox-license: the Hub records a change to Apache 2.0; read the licence.
+This project has never run a recipe with its real weights."""
 
 
 def models_text() -> str:
-    """Recipes with memory by profile, then their repositories with licences and sizes; 80 columns."""
+    """Returns the recipes with their memory by profile, then the repositories with licences and sizes; 80 columns."""
     from .pipelines.profiles import CARDS
 
     lines = [f"{'RECIPE':15}  {'FIRST FRAME':12}" + "".join(f" {name:>11}" for name in CARDS)]
@@ -62,7 +63,7 @@ def models_text() -> str:
 
 
 def recipe_stages(recipe: Recipe | AnimatorRecipe) -> list[Stage]:
-    """What each part of a recipe needs in bfloat16, of published configs."""
+    """Returns the memory that each part of a recipe needs in bfloat16, computed from published configs."""
     import torch
 
     from .pipelines.profiles import animator_stages, empty_weights, model_stages, part_stage
@@ -78,7 +79,7 @@ def recipe_stages(recipe: Recipe | AnimatorRecipe) -> list[Stage]:
 
 @cache
 def _parts(composer: str, rewriter: str) -> dict[str, Any]:
-    """Rewriter and composer without weights, which recipes share."""
+    """Returns rewriter and composer without weights; recipes share them."""
     import torch
 
     from .pipelines.profiles import empty_weights
@@ -96,7 +97,7 @@ def memory_cells(recipe: Recipe | AnimatorRecipe, profiles: Sequence[str]) -> li
     try:
         stages, cells = recipe_stages(recipe), []
     except (AttributeError, ImportError, RuntimeError):
-        # An older diffusers, which does not have its models.
+        # An older diffusers does not have the models of the recipe.
         return [NOT_KNOWN] * len(profiles)
     for profile in profiles:
         try:
@@ -108,7 +109,7 @@ def memory_cells(recipe: Recipe | AnimatorRecipe, profiles: Sequence[str]) -> li
 
 
 def _repositories() -> dict[str, tuple[str, str]]:
-    """Repository to its licence and to what it is used for."""
+    """Maps each repository to its licence and to the recipes and the part that use it."""
     users: dict[str, list[tuple[str, str]]] = {}
     licenses = {}
     for part in ("base", "composer", "rewriter"):
@@ -124,7 +125,7 @@ def _repositories() -> dict[str, tuple[str, str]]:
 
 
 def _sizes() -> dict[str, str]:
-    """Repository to gigabytes of weights that loading fetches; the Hub is not asked again once it did not answer."""
+    """Maps each repository to the GB of weights that loading fetches. Stops asking the Hub once it does not answer."""
     from .loading.files import repository_files
 
     sizes, answers = {}, True
@@ -140,12 +141,12 @@ def _sizes() -> dict[str, str]:
 
 
 def weight_bytes(files: dict[str, int]) -> int:
-    """Of a repository's files (path to bytes) the weights that are loaded: no variant, nothing in another format."""
+    """Returns the bytes of the weights that are loaded from a repository's files (path -> bytes), without a variant."""
     return sum(files[name] for name in weight_files(files))
 
 
 def weight_files(files: Iterable[str], variant: str | None = None) -> list[str]:
-    """Of a repository's files the weights that are loaded, in the variant where a folder has it."""
+    """Returns the weight files that are loaded from a repository's files: of the variant in folders that have it."""
     from .loading.files import component_files
 
     folders = {str(PurePosixPath(name).parent) for name in files if name.endswith(".safetensors")}
@@ -155,14 +156,14 @@ def weight_files(files: Iterable[str], variant: str | None = None) -> list[str]:
             try:
                 names = component_files(files, "" if folder == "." else folder, kind)
             except ValueError:
-                continue  # Weights of another name, as in "original/", or none of the variant.
+                continue  # The folder has other names of weights, as "original/" does, or no weights of the variant.
             found += [name for name in names if name.endswith(".safetensors")]
             break
     return found
 
 
 def training_text(recipe: Recipe) -> str:
-    """A config for `fvg train` that makes the recipe's anchor LoRA. What it takes stands above it, in comments."""
+    """Returns a config for `fvg train` that trains the recipe's anchor LoRA, with data and cost in comments above it."""
     from .training.config import TrainConfig
     from .training.estimate import estimated_memory, estimated_operations
 
@@ -185,17 +186,17 @@ Command: fvg train --recipe {recipe.name} > {file} && fvg train {file}
 
 Data: videos of at least {min(recipe.clip_lengths)} frames at {facts.frame_rate} per second, with captions, in {config.data}:
   metadata.jsonl has a line {{"{config.video_column}": "1.mp4", "{config.caption_column}": "what happens"}} for each.
-  How many it takes is not known; Pusa (arXiv 2507.16116) had 3,860 for a model of 14B.
+  It is not known how many are needed; Pusa (arXiv 2507.16116) used 3,860 for a 14B model.
 
-Cost: {clips} clips in {config.steps} steps. Memory {memory:.0f} GiB, and about 2 for allocator and libraries;
+Cost: {clips} clips in {config.steps} steps. Memory: {memory:.0f} GiB, and about 2 GiB for allocator and libraries;
   at least {operations / H100_PEAK / 3600:.0f} hours of one H100, if all of its {H100_PEAK / 1e12:.0f} TFLOP/s were used, which no run does.
-  Both are computed. This was never run."""
+  Both are computed. This training was never run."""
     comments = "".join(f"# {line}".rstrip() + "\n" for line in head.splitlines())
     return comments + "\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items())
 
 
 def training_values(recipe: Recipe) -> dict[str, Any]:
-    """Keys of the config: the base's sizes and rates, and the recipe's own."""
+    """Returns the keys of the config: sizes and frame rate of the base, and the recipe's own values."""
     facts, name = recipe.facts, recipe.facts.name.lower()
     sizes = [(size.height, size.width) for size in facts.sizes]
     return {
@@ -210,14 +211,14 @@ def training_values(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-# What runs without them, too: attention backends and kernels, bits of weights, training's extras.
+# `fvg doctor` lists these. The second line is optional: attention backends, quantization, video reading and training.
 PACKAGES: tuple[str, ...]
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "huggingface_hub", "safetensors", "triton")
 PACKAGES += ("flash_attn", "sageattention", "bitsandbytes", "torchao", "gguf", "cv2", "tensorboard", "datasets")
 
 
 def doctor_text() -> str:
-    """Versions, devices, attention backends, kernels, and what of the recipes would run here."""
+    """Returns versions, devices, attention backends, kernels, and which recipes would run on this machine."""
     import platform
     from importlib import metadata
 

@@ -1,4 +1,4 @@
-"""What `fvg plan` prints: what a call would take, of a pipeline without weights."""
+"""Output of `fvg plan`: what a call would need, computed from a pipeline without weights."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def plan_text(
     parts: dict[str, Any],
     variant: str | None = None,
 ) -> str:
-    """Model, licences, video, forwards, memory and downloads of a call; 80 columns.
+    """Returns model, licences, video, forward passes, memory and downloads of a call; 80 columns.
 
     Args:
-        source ([`ModelSource`]): of the model.
+        source ([`ModelSource`]): source of the model.
         outline ([`FactorizedStages`]): the pipeline without weights.
-        request ([`VideoRequest`]): of the call, completed.
-        stages (sequence of [`Stage`]): what each part needs.
-        memory ([`MemoryPlan`], *optional*): how it would be placed; left out, cards of several sizes are told.
-        parts (`dict`): composer, rewriter and LoRA that were named in place of the model's.
-        variant (`str`, *optional*): of the weights.
+        request ([`VideoRequest`]): arguments of the call, with defaults filled in.
+        stages (sequence of [`Stage`]): memory that each part needs.
+        memory ([`MemoryPlan`], *optional*): plan for one GPU; when left out, GPUs of several sizes are listed.
+        parts (`dict`): composer, rewriter and LoRA that the user chose instead of the model's.
+        variant (`str`, *optional*): variant of the weight files, such as `"fp16"`.
     """
     lines = [f"model      {_title(source)}: {type(outline).__name__}"]
     lines += [f"licence    {part}: {name}" for part, name in _licenses(source, outline).items()]
@@ -116,7 +116,7 @@ def _animator_steps(outline: FactorizedStages, request: VideoRequest) -> list[st
     own = outline.animator.num_inference_steps if sampling is None else sampling.num_inference_steps
     name = "the model's own scheduler" if sampling is None else sampling.name
     steps = f"sampling   {name}: {request.num_inference_steps or own} steps"
-    return [steps, f"family     {family}: working room of its models is an allowance"]
+    return [steps, f"family     {family}: activation memory is an allowance, not computed"]
 
 
 def _memory(stages: Sequence[Stage], memory: MemoryPlan | None) -> list[str]:
@@ -132,7 +132,7 @@ def _memory(stages: Sequence[Stage], memory: MemoryPlan | None) -> list[str]:
     else:
         lines.append(f"  {memory.profile:8} {_way(memory)}, peak {memory.peak / GIB:.1f}")
     host = sum(stage.weights for stage in stages) / GIB
-    lines.append(f"  stages and layers keep the other weights in the host's memory: {host:.1f} in all")
+    lines.append(f"  with stages or layers, all weights are also in CPU memory: {host:.1f}")
     width = max(16, *(len(stage.name) for stage in stages))
     lines.append(f"  {'part':{width}} {'weights':>8} {'works in':>9}")
     for stage in stages:
@@ -168,14 +168,14 @@ def _downloads(source: ModelSource, parts: dict[str, Any], variant: str | None) 
 
 
 def _repositories(source: ModelSource, parts: dict[str, Any]) -> dict[tuple[str, str | None], set[str]]:
-    """Repositories with weights, at their revisions, to the folders that are used of them; all where it is empty."""
+    """Maps each (repository, revision) with weights to the folders used from it; an empty set means all folders."""
     found: dict[tuple[str, str | None], set[str]] = {}
     named = {part: value for part, value in parts.items() if value is not None}
     if source.recipe is not None:
         own = {part: name for part, name in source.recipe.repositories.items() if part not in named}
         found = {(name, None): set() for name in own.values()}
     elif source.repository is not None:
-        # Of what is referred to nothing is in its folder.
+        # The folder of a component that is loaded from another repository holds no weights.
         kept = {name for name, entry in source.index.items() if isinstance(entry, list) and entry[1] is not None}
         found[source.repository, source.commit] = kept - named.keys()
     for part in source.index:

@@ -1,4 +1,4 @@
-# For one release: this is `pipelines.profiles` now.
+# Kept for one release: this module is now `pipelines.profiles`.
 from .pipelines.profiles import (  # noqa: F401
     CARDS,
     GIB,

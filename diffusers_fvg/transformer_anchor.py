@@ -1,2 +1,2 @@
-# For one release: this is `animate.transformer_anchor` now.
+# Kept for one release: this module is now `animate.transformer_anchor`.
 from .animate.transformer_anchor import AnchorConditionedTransformer3D  # noqa: F401

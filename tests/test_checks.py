@@ -41,12 +41,12 @@ def test_a_size_and_a_length_that_were_not_trained_warn_once(warned):
     for _ in range(2):
         ask("Wan2.2-TI2V-5B", 480, 832, 49)
     assert warned() == [
-        "Wan2.2-TI2V-5B was trained at 704 x 1280, 1280 x 704 (`height` x `width`); expect less of `height=480`, `width=832`.",
-        "Wan2.2-TI2V-5B was trained on videos of 121 frames; expect less of `num_frames=49`.",
+        "Wan2.2-TI2V-5B was trained at 704 x 1280, 1280 x 704 (`height` x `width`); expect lower quality at `height=480`, `width=832`.",
+        "Wan2.2-TI2V-5B was trained on videos of 121 frames; expect lower quality at `num_frames=49`.",
     ]
     ask("CogVideoX1.5-5B", 768, 1360, 89)
     assert warned()[2:] == [
-        "CogVideoX1.5-5B was trained on videos of 81 or 161 frames; expect less of `num_frames=89`."
+        "CogVideoX1.5-5B was trained on videos of 81 or 161 frames; expect lower quality at `num_frames=89`."
     ]
 
 
@@ -54,9 +54,9 @@ def test_a_preset_for_another_resolution_names_the_right_one(warned):
     ask("Wan2.1-T2V-14B", 480, 832, 81)
     ask("Wan2.1-T2V-14B", 720, 1280, 81, "full-50-480p")
     small, large = warned()
-    assert "'anchored-15' has flow shift 5.0, but at 480 x 832 Wan2.1-T2V-14B's is 3.0: use" in small
+    assert "'anchored-15' has flow shift 5.0, but Wan2.1-T2V-14B has 3.0 at 480 x 832: use" in small
     assert "`preset='anchored-15-480p'` or `preset='full-50-480p'`" in small
-    assert "is 5.0: use `preset='anchored-15'` or `preset='full-50'`." in large
+    assert "at 720 x 1280: use `preset='anchored-15'` or `preset='full-50'`." in large
     # Distilled weights have their own.
     ask("Wan2.1-T2V-14B", 480, 832, 81, "lightx2v-4")
     assert len(warned()) == 2
@@ -64,7 +64,7 @@ def test_a_preset_for_another_resolution_names_the_right_one(warned):
     for scheduler in (FlowMatchEulerDiscreteScheduler(shift=7.0), LCMScheduler()):
         ask("Wan2.1-T2V-14B", 720, 1280, 81, None, scheduler)
     assert [message.split(": use")[0] for message in warned()[2:]] == [
-        "The scheduler has flow shift 7.0, but at 720 x 1280 Wan2.1-T2V-14B's is 5.0"
+        "The scheduler has flow shift 7.0, but Wan2.1-T2V-14B has 5.0 at 720 x 1280"
     ]
 
 

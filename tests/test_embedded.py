@@ -136,9 +136,7 @@ def test_a_caption_is_never_made_up(pipe, prompt, word, warned, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pipe.rewriter, "_ask", None)
     for call in (pipe, pipe.rewrite, pipe.storyboard):
-        with pytest.raises(
-            ValueError, match=f"{word}.*: its world is red, .* and magenta circles, squares and triangles"
-        ):
+        with pytest.raises(ValueError, match=f"{word}.*: it knows red, .* and magenta circles, squares and triangles"):
             call(prompt)
     for command in ("generate", "rewrite"):
         assert main([command, prompt, "--quiet"]) == 2
@@ -204,7 +202,7 @@ def test_it_loads_by_the_name_that_records_give_it(tmp_path, monkeypatch):
         ),
         ("tokenizer/tokenizer.json", "{}", "`tokenizer` cannot be loaded from "),
         ("anchor_lora/weights/pytorch_lora_weights.safetensors", "none", "lora_weights.safetensors is no safetensors"),
-        ("schedulers/anchored-15/scheduler_config.json", "[]", "scheduler_config.json must be an object of JSON"),
+        ("schedulers/anchored-15/scheduler_config.json", "[]", "scheduler_config.json must be a JSON object"),
     ],
 )
 def test_a_damaged_file_is_named(file, text, message, tmp_path):

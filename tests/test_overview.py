@@ -138,7 +138,7 @@ def test_the_table_fits_a_terminal_and_says_what_is_not_known(capsys):
     assert [table["wan2.2-5b"][2], table["wan2.2-5b"][8]] == ["layers", "all"]
     # Its VAE has 215,583,907 numbers, and decodes in tiles.
     peak = (2 * (Z_IMAGE + QWEN3_4B) + 2 * 215_583_907) / 2**30 + 2
-    assert table["cogvideox1.5-5b"][5:7] == ["stages", f"{peak:.1f}+"] and "No recipe was ever run" in text
+    assert table["cogvideox1.5-5b"][5:7] == ["stages", f"{peak:.1f}+"] and "has never run a recipe" in text
     # The composer's weights, the text encoder's behind them or the VAE's, and the rooms to work in.
     sana = table["sana-video-2b"]
     peak = (2 * (Z_IMAGE + QWEN3_4B) + 2 * 126_892_531) / 2**30 + 2
@@ -184,7 +184,7 @@ def test_it_prints_the_config_of_the_examples(recipe, capsys, tmp_path):
     (tmp_path / "run.toml").write_text(text)
     assert TrainConfig.load(tmp_path / "run.toml") == TrainConfig.load(example)
     (total,) = re.findall(r"sum +([\d.]+) GiB", example.read_text())
-    assert f"Memory {float(total):.0f} GiB" in text and "never run" in text
+    assert f"Memory: {float(total):.0f} GiB" in text and "never run" in text
     assert f"fvg train {recipe.name}.toml" in text and f"--model {recipe.name} --lora " in text
 
 

@@ -232,10 +232,10 @@ def test_the_command_line_runs_every_class(tmp_path, capsys, monkeypatch):
     assert main(["generate", PROMPT, *options, "--steps", "1", "--output", "video.mp4", "--memory", "16GB"]) == 0
     assert read_video("video.mp4")[0].shape[0] == 16
     for wrong, message in (
-        (["--mode", "storyboard"], '`mode="storyboard"` is not for it'),
+        (["--mode", "storyboard"], 'does not support `mode="storyboard"`'),
         (["--anchor-decode", "match"], "--anchor-decode match is not for a FactorizedDreamerPipeline"),
         (["--lora", "org/lora"], "takes no anchor LoRA"),
-        (["--output", "video.mp4"], "is there already"),
+        (["--output", "video.mp4"], "already exists"),
     ):
         assert main(["generate", PROMPT, *options, *wrong]) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
@@ -375,7 +375,7 @@ def test_an_image_to_video_pipeline_becomes_the_animator(family, hub, repositori
         assert read_video(f"{model[:3]}.mp4")[0].shape[0] == 9
     assert main(["plan", "--model", "light", *options[:6], "--memory", "24GB", "--dtype", "float32"]) == 0
     printed = capsys.readouterr().out
-    assert f"{pipe.animator.family.name}: working room of its models is an allowance" in printed
+    assert f"{pipe.animator.family.name}: activation memory is an allowance" in printed
     # Nothing large is fetched for what cannot be.
     before = len(hub.downloads)
     assert main([*arguments[:3], "org/i2v", *arguments[4:], "--num-frames", "6", "--output", "no.mp4"]) == 2

@@ -1,13 +1,13 @@
-"""From the pictures of a call to anchors in their places: what lies between stage 2 and stage 3. What the video model sees of
-them is in [`animate.conditioning`].
+"""Anchors: images and their positions in the video, checked, resized and encoded between stage 2 and stage 3.
+[`animate.conditioning`] makes the input of the video model from them.
 
-Shapes: B batch, C latent channels, F/H/W pixel frames/height/width, f/h/w latent ones. Wan's causal VAE turns frame 0 into
-latent 0 and every further four frames into one latent, so f = 1 + (F - 1) / 4.
+Shapes: B batch, C latent channels, F/H/W frames, height and width in pixels, f/h/w in latents. Wan's causal VAE encodes frame
+0 as latent frame 0 and every further four frames as one latent frame, so f = 1 + (F - 1) / 4.
 
-A picture becomes an anchor in one of two forms, that of the anchor LoRA's training. `"slot"`: it takes the latent frame that
-it falls into, and stands still over the four frames of that (Factorized Video Generation). `"appended"`: it is a latent frame
-of its own behind the clip's, one frame long and at its exact place in time (LTX-2). Frame 0 and runs of whole latent frames
-are exact in the clip itself, and stay there in both.
+An image becomes an anchor in one of two forms, which the training of the anchor LoRA determines. `"slot"`: the image replaces
+the latent frame that contains its frame, held still over the four frames of that latent frame (Factorized Video Generation).
+`"appended"`: the image is an additional latent frame after those of the video, one frame long and with its exact position in
+time (LTX-2). Frame 0 and runs of whole latent frames are exact in the video's own latent frames, and use them in both forms.
 """
 
 from __future__ import annotations
@@ -44,25 +44,30 @@ FORMS = ("slot", "appended")
 
 Picture: TypeAlias = PIL.Image.Image | np.ndarray | torch.Tensor
 
-# Pixels of a picture: where Pillow warns of a decompression bomb. As numbers they are 1 GiB.
+# Largest number of pixels of an image: where Pillow warns of a decompression bomb. As float32 RGB they take 1 GiB.
 MAX_PICTURE = 1024 * 1024 * 1024 // 4 // 3
-# A crop is told of from this share of the picture on: a thing at the edge may be gone with it.
+# A crop of more than this fraction of the image logs a warning: it may remove an object at the edge.
 CROP_TOLD = 0.1
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """A frame that is given, or a short run of frames.
+    """An image, or a short run of frames, at a given position in the video.
 
     Args:
-        image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): the picture; `uint8` (H, W, 3), float (H, W, 3) or tensor
-            (3, H, W) in [0, 1], read by [`picture_tensor`]. Another size is scaled and centre-cropped, never
-            stretched. A list of pictures, an array (F, H, W, 3) or a tensor (F, 3, H, W) is a run of frames, with which an
-            existing clip is continued. A run covers whole latent frames: 4k + 1 frames from frame 0 on, or 4k frames from a
-            frame 4j + 1 on.
-        frame_index (`int`, *optional*): pixel frame of the picture, or of the run's first; negative from the end.
-        strength (`float`, *optional*): in (0, 1]. At 1 the frame is a fixed constraint with time 0. Below 1 the model
-            sees it with `1 - strength` of the clip's noise and of its time, so that the frames around may move away from it.
+        image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`): the image: PIL, a `uint8` array (H, W, 3), a float array
+            (H, W, 3) or tensor (3, H, W) in [0, 1]; read by [`picture_tensor`]. An image of another size than the video is
+            scaled and centre-cropped, never stretched. A list of images, an array (F, H, W, 3) or a tensor (F, 3, H, W) is a
+            run of frames, to continue an existing video. A run must cover whole latent frames: 4k + 1 frames starting at
+            frame 0, or 4k frames starting at a frame 4j + 1.
+        frame_index (`int`, *optional*): frame of the image, or of the first image of a run. 0 is the first frame of the
+            decoded video, -1 the last.
+        strength (`float`, *optional*): in (0, 1]. At 1 the frame is fixed: it is clean, with timestep 0. Below 1 it gets
+            `1 - strength` of the video's noise level and timestep, so that the video may deviate from it.
+
+    Raises:
+        `ValueError`: `frame_index` is not a whole number, or `strength` is not a finite number. Whether they fit the video is
+            checked by the call.
     """
 
     image: Picture | Sequence[Picture]
@@ -79,27 +84,26 @@ class Anchor:
 
 
 def pictures_of(image: Picture | Sequence[Picture]) -> list[Picture]:
-    """The pictures of an anchor in time order: one, or those of a run."""
+    """Returns the images of an anchor in time order: one, or those of a run."""
     several = isinstance(image, (list, tuple)) or (isinstance(image, (np.ndarray, torch.Tensor)) and image.ndim == 4)
     pictures: Any = image
     return list(pictures) if several else [pictures]
 
 
 def pair_anchors(anchors, num_prompts: int, num_videos_per_prompt: int) -> list[list[Anchor]]:
-    """One list of anchors for each video, from an anchor or a list for all, or lists per prompt or per video.
+    """Returns one list of anchors for each video, from an anchor or a list for all, or from lists per prompt or per video.
 
-    A list may be empty where others are not: that video has no anchor.
+    A list may be empty if another one is not: that video has no anchor.
 
     Raises:
-        `ValueError`: no anchor at all, another number of lists, or something else than anchors.
+        `ValueError`: there is no anchor at all, the number of lists does not fit, or an item is not an [`Anchor`].
     """
     if not isinstance(anchors, (Anchor, Iterable)):
         raise ValueError(f"`anchors` must be an `Anchor` or a list of them, but is a {type(anchors).__name__}.")
     anchors = [anchors] if isinstance(anchors, Anchor) else list(anchors)
     if not any(isinstance(item, Anchor) or item for item in anchors):
         raise ValueError(
-            f"`anchors={anchors!r}` holds no anchor; leave it out for anchors that are drawn or, without any, for plain "
-            "text-to-video."
+            f"`anchors={anchors!r}` holds no anchor; leave it out to have the composer draw one, or for plain text-to-video."
         )
     for item in anchors:
         members = item if isinstance(item, (list, tuple)) else [item]
@@ -122,7 +126,7 @@ def pair_anchors(anchors, num_prompts: int, num_videos_per_prompt: int) -> list[
 
 
 def decoded_anchors(anchors: list[list[Anchor]]) -> list[list[Anchor]]:
-    """The anchors of each video with tensors for pictures; those that share a picture share its tensor.
+    """Returns the anchors of each video with images as tensors; anchors that share an image share its tensor.
 
     Raises:
         `ValueError`: as in [`picture_tensor`].
@@ -135,17 +139,17 @@ def decoded_anchors(anchors: list[list[Anchor]]) -> list[list[Anchor]]:
     return [[replace(anchor, image=decoded[id(anchor.image)]) for anchor in video] for video in anchors]
 
 
-# -- pictures as people have them, to tensors of the size of a clip ---------------------------------------------------
+# -- images of any format and size to tensors of the video's size -----------------------------------------------------
 
 
 def picture_tensor(image: Picture) -> torch.Tensor:
-    """A picture as `(3, H, W)`, float32 in [0, 1].
+    """Returns an image as a tensor `(3, H, W)`, float32 in [0, 1].
 
-    PIL pictures are turned upright by their EXIF orientation; greys of 16 bits keep them; what is transparent becomes white,
-    with a warning.
+    PIL images are rotated by their EXIF orientation, and 16-bit grey images keep their precision. Transparent pixels are
+    blended with white, with a warning.
 
     Raises:
-        `ValueError`: a picture that cannot be decoded, is animated, is of another layout, or has values outside its range.
+        `ValueError`: the image cannot be decoded, is animated, has another layout, or has values outside its range.
     """
     _check_picture_size(image)
     if isinstance(image, PIL.Image.Image):
@@ -173,10 +177,12 @@ def picture_tensor(image: Picture) -> torch.Tensor:
 
 
 def _check_picture_size(image: Any) -> None:
-    """Before anything is decoded or copied."""
+    """Refuses an image that is too large, before it is decoded or copied."""
     sides = image.size if isinstance(image, PIL.Image.Image) else getattr(image, "shape", ())
     if isinstance(image, torch.Tensor) and (image.is_meta or image.layout != torch.strided):
-        raise ValueError(f"An anchor tensor must hold its values, but is on {image.device} and {image.layout}.")
+        raise ValueError(
+            f"An anchor tensor must be dense and hold values, but is on {image.device} with layout {image.layout}."
+        )
     if math.prod(sides) > (MAX_PICTURE if isinstance(image, PIL.Image.Image) else 3 * MAX_PICTURE):
         raise ValueError(
             f"The anchor image has {' x '.join(map(str, sides))} values, more than {MAX_PICTURE:,} pixels: scale it down, as with "
@@ -185,14 +191,14 @@ def _check_picture_size(image: Any) -> None:
 
 
 def picture_image(image: Picture) -> PIL.Image.Image:
-    """[`picture_tensor`] as an RGB picture of 8 bits."""
+    """Returns an image, read by [`picture_tensor`], as an 8-bit RGB PIL image."""
     return PIL.Image.fromarray((picture_tensor(image) * 255).round().byte().permute(1, 2, 0).numpy(force=True))
 
 
 def fit_picture(image: Picture, height: int, width: int) -> torch.Tensor:
-    """Scales a picture until it covers `height` x `width`, crops the centre, and returns `(3, H, W)` in [0, 1].
+    """Scales an image until it covers `height` x `width`, crops the centre, and returns `(3, H, W)` in [0, 1].
 
-    A crop of more than a tenth of the picture logs a warning, once for each pair of sizes.
+    A crop of more than a tenth of the image logs a warning, once for each pair of sizes.
 
     Raises:
         `ValueError`: as in `picture_tensor`.
@@ -203,28 +209,28 @@ def fit_picture(image: Picture, height: int, width: int) -> torch.Tensor:
 
 
 def cover(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """`(3, H, W)` in [0, 1] to `height` x `width`: bicubic with antialiasing, of the largest box of that shape about the centre."""
+    """Resizes the largest centred crop of `(3, H, W)` in [0, 1] to `height` x `width`: bicubic, with antialiasing."""
     if image.shape[1:] == (height, width):
         return image
-    # Planes of floats: their box has fractions of a pixel, and nothing is rounded between the two directions.
+    # Single float channels: the crop may have fractional pixels, and nothing is rounded between the two directions.
     fitted = (PIL.ImageOps.fit(PIL.Image.fromarray(plane), (width, height)) for plane in image.numpy(force=True))
     planes = [np.asarray(plane) for plane in fitted]
     return torch.from_numpy(np.stack(planes)).clamp(0, 1).to(image.device)
 
 
 def crop_and_resize(image: Picture, height: int, width: int) -> torch.Tensor:
-    """[`fit_picture`] as models take it: `(3, H, W)` in [-1, 1]."""
+    """Returns [`fit_picture`] scaled for models: `(3, H, W)` in [-1, 1]."""
     return 2 * fit_picture(image, height, width) - 1
 
 
 def _pixels(image: PIL.Image.Image) -> np.ndarray:
-    """Decodes a picture, upright and opaque, to `(H, W, 3)`."""
+    """Decodes an image, upright and opaque, to an array `(H, W, 3)`."""
     try:
-        # What phones add to a JPEG as further pictures (MPO) is a preview or a depth map.
+        # The further images that phones add to a JPEG (MPO) are previews or depth maps.
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         if frames == 1:
             if image.format == "TIFF" and isinstance(image, PIL.ImageFile.ImageFile):
-                # By its name Pillow maps an uncompressed one into memory, with the sides of a turned one exchanged.
+                # With a file name, Pillow maps uncompressed TIFFs into memory, with wrong sides for rotated ones.
                 name, image.filename = image.filename, ""
                 image.load()
                 image.filename = name
@@ -232,16 +238,16 @@ def _pixels(image: PIL.Image.Image) -> np.ndarray:
             image = PIL.ImageOps.exif_transpose(image)
     except MemoryError:
         raise
-    except Exception as error:  # A decoder says in many ways that a file is damaged.
+    except Exception as error:  # Decoders raise many classes of errors for damaged files.
         raise ValueError(f"The anchor image cannot be decoded ({error}); save it again as PNG or JPEG.") from error
     if frames > 1:
         raise ValueError(
             f"The anchor image is animated or has several pages, {frames} in all: choose one, with `image.seek(index)` and "
-            "`image.copy()`, or give several as the list of a run."
+            "`image.copy()`, or pass several as a list, which is a run of frames."
         )
     if image.mode in ("I", "LAB", "La") or (image.mode.startswith("I;16") and image.has_transparency_data):
         raise ValueError(
-            f"The anchor image of mode {image.mode} has no certain range or transparency; convert it to RGB or RGBA."
+            f"The anchor image has mode {image.mode}, whose value range or transparency is ambiguous; convert it to RGB or RGBA."
         )
     if image.mode == "F" or image.mode.startswith("I;16"):
         return np.repeat(np.asarray(image)[..., None], 3, axis=2)
@@ -254,19 +260,19 @@ def _opaque(image: PIL.Image.Image) -> PIL.Image.Image:
     image = image.convert("RGBA")
     transparent = 1 - np.asarray(image.getchannel("A")).mean() / 255
     if transparent:
-        logger.warning(f"The anchor image is transparent ({transparent:.1%} of it) and is laid on white.")
+        logger.warning(f"The anchor image is transparent ({transparent:.1%} of it) and is blended with white.")
     return PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
 
 
 def _floats(pixels: np.ndarray) -> np.ndarray:
-    """Values of an array in [0, 1]; floats as they are."""
+    """Scales integer values of an array to [0, 1]; floats are not changed."""
     if pixels.dtype == np.uint8:
         return pixels / np.float32(255)
     if pixels.dtype.kind == "u" and pixels.dtype.itemsize == 2:
         if pixels.size and pixels.max() <= 255:
             raise ValueError(
-                f"An anchor of 16 bits has values up to 65535, and this one up to {pixels.max()}, which would be black; give it "
-                "as uint8 if those are 8 bits."
+                f"A 16-bit anchor has values up to 65535, but this one only up to {pixels.max()}, which would be black; if its "
+                "values are 8-bit, convert it to uint8."
             )
         return pixels.astype(np.float32) / 65535
     if pixels.dtype.kind != "f":
@@ -278,35 +284,35 @@ def _floats(pixels: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _tell_of_crop(source: tuple[int, int], target: tuple[int, int]) -> None:
-    """Once for each pair: a clip has many frames of one size."""
+    """Warns of a large crop, once for each pair of sizes, as a run has many frames of one size."""
     across = (target[1] * source[0]) / (target[0] * source[1])
     lost = 1 - min(across, 1 / across)
     if lost > CROP_TOLD:
         where = "top and bottom" if across > 1 else "left and right"
         logger.warning(
-            f"A picture of {source[0]} x {source[1]} (height x width) is cropped to the shape of {target[0]} x {target[1]}: "
+            f"A picture of {source[0]} x {source[1]} (height x width) is cropped to the aspect ratio of {target[0]} x {target[1]}: "
             f"{lost:.0%} of it is lost at {where}."
         )
 
 
 def anchor_pixels(anchor: Anchor, height: int, width: int) -> torch.Tensor:
-    """The pictures of an anchor as a clip `(3, F, H, W)` in [-1, 1]."""
+    """Returns the images of an anchor as a tensor `(3, F, H, W)` in [-1, 1]."""
     return torch.stack([crop_and_resize(image, height, width) for image in pictures_of(anchor.image)], dim=1)
 
 
-# -- places in a clip -------------------------------------------------------------------------------------------------
+# -- positions in a video ---------------------------------------------------------------------------------------------
 
 
 def is_appended(anchor: Anchor, num_frames: int) -> bool:
-    """Whether the form `"appended"` puts an anchor behind the clip: one picture, not of frame 0."""
+    """Returns whether the form `"appended"` appends this anchor: it is a single image and not at frame 0."""
     return anchor.frame_index % num_frames != 0 and len(pictures_of(anchor.image)) == 1
 
 
 def covered_latents(anchor: Anchor, num_frames: int, temporal: int = 4) -> range:
-    """Latents that an anchor of a clip of `num_frames` frames stands for.
+    """Returns the latent frames that an anchor covers in a video of `num_frames` frames.
 
     Raises:
-        `ValueError`: outside the clip, or a run that covers a part of a latent frame.
+        `ValueError`: the anchor lies outside the video, or is a run that covers a latent frame only partly.
     """
     if not -num_frames <= anchor.frame_index < num_frames:
         raise ValueError(
@@ -321,10 +327,10 @@ def covered_latents(anchor: Anchor, num_frames: int, temporal: int = 4) -> range
     alone = int(frame == 0)
     if not alone and (frame - 1) % temporal:
         starts = [1 + (first - 1) * temporal, 1 + first * temporal]
-        # Counted as the caller did.
+        # Negative if the caller's index is negative.
         starts = [start + anchor.frame_index - frame for start in starts if start < num_frames]
         raise ValueError(
-            f"{run} begins within a latent frame, which stands for {temporal} frames; nearest `frame_index`: "
+            f"{run} begins within a latent frame, which covers {temporal} frames; nearest `frame_index`: "
             f"{' and '.join(map(str, starts))}."
         )
     longest = num_frames - frame
@@ -341,17 +347,17 @@ def covered_latents(anchor: Anchor, num_frames: int, temporal: int = 4) -> range
 def resolve_anchors(
     anchors: Sequence[Anchor], num_frames: int, temporal: int = 4, form: str = "slot"
 ) -> list[tuple[range, Anchor]]:
-    """Checks the anchors of one clip and returns `(latents, anchor)` pairs in time order.
+    """Checks the anchors of one video and returns pairs of covered latent frames and anchor, in time order.
 
     Args:
-        anchors (`Sequence[Anchor]`): of the clip.
-        num_frames (`int`): of the clip.
-        temporal (`int`, *optional*): frames of a latent frame.
-        form (`str`, *optional*): `"slot"` or `"appended"`; see the head of this file.
+        anchors (`Sequence[Anchor]`): anchors of the video.
+        num_frames (`int`): frames of the video.
+        temporal (`int`, *optional*): frames per latent frame.
+        form (`str`, *optional*): `"slot"` or `"appended"`; see the docstring of this module.
 
     Raises:
-        `ValueError`: as in `covered_latents`; a strength outside (0, 1], or two anchors on one latent frame, or on one frame
-            where they are appended.
+        `ValueError`: as in [`covered_latents`]; a strength is outside (0, 1]; or two anchors share a latent frame (`"slot"`)
+            or a frame (`"appended"`).
     """
     placed: dict[int, Anchor] = {}
     pairs = []
@@ -371,10 +377,10 @@ def resolve_anchors(
 
 def _refuse_shared(place: int, frames: list[int], temporal: int, form: str) -> None:
     if form == "appended":
-        raise ValueError(f"Anchors at frames {frames[0]} and {frames[1]} both give frame {place}; keep one of them.")
+        raise ValueError(f"Anchors at frames {frames[0]} and {frames[1]} both set frame {place}; keep one of them.")
     raise ValueError(
         f"Anchors at frames {frames[0]} and {frames[1]} fall on the same latent frame {place}; keep one of them or move one "
-        f"away. Frame 0 is a latent frame of its own, then each stands for {temporal} frames."
+        f"away. The first latent frame is frame 0, each further one covers {temporal} frames."
     )
 
 
@@ -397,14 +403,14 @@ def encode_anchors(
         vae (`AutoencoderKLWan`): a causal video VAE.
         anchors (`list[list[Anchor]]`): one list per video.
         latents (`torch.Tensor` of shape `(B, C, f, h, w)`): gives shape, device and dtype.
-        height, width, num_frames (`int`): of the video, in pixels and frames.
-        generator (*optional*): draws the noise of anchors whose strength is below 1.
-        form (`str`, *optional*): `"slot"` or `"appended"`; see the head of this file.
+        height, width, num_frames (`int`): size of the video in pixels, and its frames.
+        generator (*optional*): generator for the noise of anchors with a strength below 1.
+        form (`str`, *optional*): `"slot"` or `"appended"`; see the docstring of this module.
 
     Raises:
         `ValueError`: as in [`resolve_anchors`].
     """
-    # Videos of one prompt share their picture: each is encoded once for each position.
+    # Videos of one prompt share their image, so each image is encoded once per position.
     encoded: dict[tuple[int, int], torch.Tensor] = {}
 
     def encode(anchor: Anchor, index: int) -> torch.Tensor:
@@ -426,7 +432,7 @@ def encode_anchors(
             strength[video, covered.start : covered.stop] = anchor.strength
     noise, appended = anchor_noise(clean, strength, generator), None
     if any(behind):
-        # A picture alone is what the VAE makes of a first frame.
+        # An appended image is encoded as a first frame, alone.
         appended = appended_anchors(
             [
                 [

@@ -1,8 +1,8 @@
-"""Anchors for CogVideoX: pure functions between stage 2 and stage 3, and the model input of training and sampling.
+"""Anchors for CogVideoX: pure functions that check and encode them, and make the model input of training and sampling.
 
-Shapes as in [`animate.anchor`]: B batch, C latent channels, f/h/w latent frames, height and width. The causal VAE has the phase of
-Wan's: frame 0 is latent 0 and every further four frames are one. CogVideoX 1.5 takes two latents in one patch, in a video
-padded at the front; the patch rule is in [`animate.transformer_anchor_cogvideox`].
+Shapes as in [`animate.anchor`]: B batch, C latent channels, f/h/w latent frames, height and width. The causal VAE groups
+frames as Wan's: frame 0 is latent frame 0, and every further four frames are one latent frame. CogVideoX 1.5 puts two latent
+frames into one patch and pads the video at the front; [`animate.transformer_anchor_cogvideox`] explains the rule for patches.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from .conditioning import AnchorLatents
 
 
 def num_padding_frames(num_latent_frames: int, patch_size_t: int) -> int:
-    """Latent frames that stand before the first so that patches come out even."""
+    """Returns how many latent frames are added before the first so that patches divide the video."""
     return -num_latent_frames % patch_size_t
 
 
 def pad_to_patches(latents: torch.Tensor, patch_size_t: int) -> torch.Tensor:
-    """Clean latents `(B, C, f, h, w)` as the model is trained on them: padded at the front with copies of the first frame.
+    """Pads clean latents `(B, C, f, h, w)` at the front with copies of the first frame, as in the model's training.
 
     Source: THUDM/CogVideo, finetune/models/cogvideox_t2v/lora_trainer.py.
     """
@@ -31,7 +31,7 @@ def pad_to_patches(latents: torch.Tensor, patch_size_t: int) -> torch.Tensor:
 
 
 def patch_frames(index: int, num_latent_frames: int, patch_size_t: int) -> range:
-    """Padded latent frames of the patch that holds latent `index` of an unpadded video."""
+    """Returns the latent frames, in the padded video, of the patch with latent frame `index` of the unpadded video."""
     start = (index + num_padding_frames(num_latent_frames, patch_size_t)) // patch_size_t * patch_size_t
     return range(start, start + patch_size_t)
 
@@ -39,17 +39,17 @@ def patch_frames(index: int, num_latent_frames: int, patch_size_t: int) -> range
 def resolve_patch_anchors(
     anchors: Sequence[Anchor], num_frames: int, patch_size_t: int, temporal: int = 4
 ) -> list[tuple[range, Anchor]]:
-    """Checks the anchors of one clip and returns `(latents, anchor)` pairs in time order, latents of the unpadded video.
+    """Checks the anchors of one video and returns pairs of covered latent frames (unpadded) and anchor, in time order.
 
     Raises:
-        `ValueError`: as in [`resolve_anchors`], or anchors that fill a part of a patch or differ in strength within one.
+        `ValueError`: as in [`resolve_anchors`], or anchors fill a patch only partly or differ in strength within a patch.
     """
     pairs = resolve_anchors(anchors, num_frames, temporal)
     placed = {index: anchor for latents, anchor in pairs for index in latents}
     num_latent_frames = 1 + (num_frames - 1) // temporal
     padding = num_padding_frames(num_latent_frames, patch_size_t)
     for index, anchor in placed.items():
-        # Padding is a copy of frame 0 and anchored with it.
+        # Padding copies frame 0, and is anchored with it.
         others = [max(0, padded - padding) for padded in patch_frames(index, num_latent_frames, patch_size_t)]
         for other in others:
             if other not in placed:
@@ -57,9 +57,9 @@ def resolve_patch_anchors(
                 count = temporal * patch_size_t
                 raise ValueError(
                     f"The anchor at frame {anchor.frame_index} shares a patch of the model with frames {first} to {last}, "
-                    f"which are not anchored, and a patch has one time; add an anchor at frame {last}, if need be with the "
-                    f"same picture. A run of frames fills its patches with {count}k + 1 frames from frame 0 on, or {count}k "
-                    f"from a frame {count}j + 1 on."
+                    f"which are not anchored, and a patch has one timestep; add an anchor at frame {last}, if need be with "
+                    f"the same picture. A run of frames fills its patches with {count}k + 1 frames starting at frame 0, or "
+                    f"{count}k starting at a frame {count}j + 1."
                 )
             if placed[other].strength != anchor.strength:
                 raise ValueError(
@@ -70,29 +70,29 @@ def resolve_patch_anchors(
 
 
 def encode_anchor(vae, pixels: torch.Tensor, index: int = 0, device: torch.device | None = None) -> torch.Tensor:
-    """Encodes a picture, or a run of them, for the latent positions from `index` on.
+    """Encodes an image, or a run of images, for the latent frames starting at `index`.
 
-    CogVideoX's VAE continues a video into the past by repeating its first frame, so a picture held still has the same latent
-    at every position, the one of the picture alone. (Wan's continues it with zeros: see [`animate.conditioning.encode_anchor`].) Before a
-    run its first picture is held still.
+    CogVideoX's VAE pads a video in time by repeating its first frame, so a still image has the same latent at every
+    position, which is the latent of the image alone. (Wan's VAE pads with zeros: see [`animate.conditioning.encode_anchor`].)
+    The first image of a run is held still before the run.
 
     Args:
         vae (`AutoencoderKLCogVideoX`): a causal video VAE.
         pixels (`torch.Tensor` of shape `(B, 3, H, W)` or `(B, 3, F, H, W)`): in [-1, 1]; a run has 4k + 1 frames at position
             0 and 4k frames at a later one.
-        index (`int`, *optional*): latent position of the first, from `latent_index`.
-        device (`torch.device`, *optional*): where the VAE runs.
+        index (`int`, *optional*): latent frame of the first image, from `latent_index`.
+        device (`torch.device`, *optional*): device on which the VAE runs.
 
     Returns:
-        `torch.Tensor` of shape `(B, C, k, h, w)`, float32, scaled as the video's latents are; the mode of the posterior, not
-        a sample. (The image channels of CogVideoX1.5-5B-I2V are scaled the other way, `invert_scale_latents`; an anchor is
-        a frame of the video instead.)
+        `torch.Tensor` of shape `(B, C, k, h, w)`, float32, scaled as the video's latents; the mode of the posterior, not a
+        sample. (The image channels of CogVideoX1.5-5B-I2V have the inverse scale, `invert_scale_latents`; an anchor is a
+        frame of the video instead.)
     """
     clip = pixels if pixels.ndim == 5 else pixels[:, :, None]
     before = 0
     if index > 0 and clip.shape[2] > 1:
-        # The VAE works in chunks of two latents, the first of them three, and normalises over a chunk: a run gets chunks of
-        # its own, as at its place in the video.
+        # The VAE encodes chunks of two latent frames (the first chunk may have three) and normalises over each chunk. A run
+        # gets its own chunks, as at its position in the video.
         before = min(index, 3 + (index - 1) % 2)
         held_frames = 1 + (before - 1) * int(vae.config.temporal_compression_ratio)
         held = clip[:, :, :1].expand(-1, -1, held_frames, -1, -1)
@@ -104,7 +104,7 @@ def encode_anchor(vae, pixels: torch.Tensor, index: int = 0, device: torch.devic
 def impose(anchors: AnchorLatents, latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     """Puts the anchors into `latents` `(B, C, f, h, w)` at noise level `sigma`, a number or `(B,)`, float64.
 
-    A frame of strength `s` has `1 - s` of the clip's noise level.
+    A frame with strength `s` has `1 - s` of the video's noise level.
     """
     anchored = (anchors.strength > 0)[:, None, :, None, None]
     noisy = add_noise(anchors.latents, anchors.noise, _frame_sigmas(anchors, sigma)[:, None, :, None, None])
@@ -118,17 +118,17 @@ def anchored_model_input(
     anchors: AnchorLatents | None,
     sigmas: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `(hidden_states, timestep)` of one forward, for the trainer and the pipeline alike.
+    """Returns `hidden_states` and `timestep` of one forward, in training and in sampling.
 
-    A fixed anchor is clean and has time 0, the other frames share the clip's time. Below strength 1 a frame has its own
-    noise level and the time that belongs to it in the model's table.
+    A fixed anchor is clean and has timestep 0; the other frames share the video's timestep. With a strength below 1, a frame
+    has its own noise level, and the timestep of that level in the model's table.
 
     Args:
-        latents (`torch.Tensor` of shape `(B, C, f, h, w)`): noisy latents of the clip, padded to patches.
+        latents (`torch.Tensor` of shape `(B, C, f, h, w)`): noisy latents of the video, padded to patches.
         sigma (`torch.Tensor` of shape `()` or `(B,)`, float64): noise level in (0, 1].
-        timestep (`torch.Tensor` of shape `(B,)`): the clip's time, `times_of(sigma, sigmas)`.
+        timestep (`torch.Tensor` of shape `(B,)`): the video's timestep, `times_of(sigma, sigmas)`.
         anchors (`AnchorLatents`, *optional*): `None` for plain text-to-video.
-        sigmas (`torch.Tensor` of shape `(T,)`): from [`training_sigmas`].
+        sigmas (`torch.Tensor` of shape `(T,)`): noise level of each timestep, from [`training_sigmas`].
 
     Returns:
         `hidden_states` of shape `(B, C, f, h, w)`, and `timestep` of shape `(B, f)`, or `(B,)` without anchors.
@@ -144,14 +144,15 @@ def _frame_sigmas(anchors: AnchorLatents, sigma: torch.Tensor) -> torch.Tensor:
 
 
 def channels_first(model: Callable, rotary_embedding: Callable) -> Callable:
-    """A CogVideoX transformer with the call of Wan's: latents `(B, C, f, h, w)` in and out, rotary embedding filled in.
+    """Wraps a CogVideoX transformer in the call of Wan's: latents are `(B, C, f, h, w)`, the rotary embedding is added.
 
     Args:
-        model (`Callable`): [`AnchorConditionedCogVideoXTransformer3D`], wrapped or not.
-        rotary_embedding (`Callable`): that model's method.
+        model (`Callable`): [`AnchorConditionedCogVideoXTransformer3D`], or a wrapper of it.
+        rotary_embedding (`Callable`): the method `rotary_embedding` of that model.
 
     Returns:
-        `Callable`: `call(hidden_states=, timestep=, encoder_hidden_states=, return_dict=False)`, a tuple of the velocity.
+        `Callable`: `call(hidden_states=, timestep=, encoder_hidden_states=, return_dict=False)`, which returns a tuple with
+        the velocity.
     """
 
     def call(hidden_states, timestep, encoder_hidden_states, return_dict):

@@ -1,4 +1,4 @@
-"""Stage 3 by any image-to-video pipeline of diffusers: it animates the anchor image."""
+"""Stage 3 with any image-to-video pipeline of diffusers, which animates the anchor image."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from .stock_call import finite_decoding, seeded_steps
 logger = logging.get_logger(__name__)
 
 CONFIG_NAME = "animator_config.json"
-# Steps of the reduced preset: Factorized Video Generation, arXiv 2512.16371.
+# Steps of the preset with fewer steps: Factorized Video Generation, arXiv 2512.16371.
 REDUCED_STEPS = 15
 
 
 class Stopped(Exception):
-    """Ends the call of a pipeline that cannot be interrupted."""
+    """Raised to stop a pipeline that has no `interrupt`."""
 
 
 @dataclass(frozen=True)
 class Animation:
-    """What the pipeline made.
+    """The videos of one call.
 
     Args:
-        frames (`list`): of each video, in the form of the output type; fewer than were asked for if stopped.
-        audio (`list[torch.Tensor]`): the sound track of each, where the family makes one.
+        frames (`list`): frames of each video, in the format of the output type; fewer videos than prompts if stopped.
+        audio (`list[torch.Tensor]`): sound track `(channels, samples)` of each video, if the family generates one.
     """
 
     frames: list[Any]
@@ -50,26 +50,27 @@ class Animation:
 
 
 class AnchorAnimator(PipelineComponent):
-    """Any diffusers image-to-video pipeline as one component of another pipeline.
+    """Any diffusers image-to-video pipeline as the component for stage 3, which animates the anchor image.
 
-    How its family is called says the table of [`~animate.families`]. Videos are made one at a time: most families take one
-    picture a call, and a large model is not faster with more. Each then is what the pipeline itself makes of the picture with
-    its generator.
+    The table in [`~animate.families`] says how pipelines of each family are called. Videos are generated one at a time: most
+    families take one image per call, and a large model is not faster with more. So each video equals that of the pipeline
+    called alone with the same image and generator.
 
     Args:
-        pipeline (`DiffusionPipeline`): makes `frames` of a picture. Its own progress bar is switched off. A text-to-video
-            pipeline whose weights take a first frame too, such as `LTX2Pipeline`, becomes the image-to-video one of them.
-        call_defaults (`dict`, *optional*): arguments of each of its calls, by the names that it has for them, such as
+        pipeline (`DiffusionPipeline`): returns `frames` for an image. Its progress bar is switched off. A text-to-video
+            pipeline whose weights also accept a first frame, such as `LTX2Pipeline`, is converted to the image-to-video
+            pipeline of these weights.
+        call_defaults (`dict`, *optional*): arguments of each call of the pipeline, under the pipeline's own names, such as
             `motion_bucket_id` or `decode_timestep`.
-        reference (`dict`, *optional*): where the pipeline came from: the Hub `repository` and its `revision`. With it,
-            `save_pretrained` writes the reference and no weights; set it to `None` to bundle them.
+        reference (`dict`, *optional*): the Hub `repository` of the pipeline and its `revision`. With it, `save_pretrained`
+            writes the reference and no weights; set it to `None` to save the weights.
 
     Raises:
-        `ValueError`: no image-to-video pipeline, or defaults that it does not take.
+        `ValueError`: `pipeline` is not an image-to-video pipeline, or it does not have an argument in `call_defaults`.
     """
 
     config_name = CONFIG_NAME
-    # What each call says.
+    # Arguments that each call sets.
     own_arguments = frozenset(
         "self image last_image video conditions prompt generator output_type return_dict callback_on_step_end latents "
         "callback_on_step_end_tensor_inputs num_videos_per_prompt prompt_embeds negative_prompt_embeds height width "
@@ -89,23 +90,22 @@ class AnchorAnimator(PipelineComponent):
 
     @property
     def presets(self) -> SchedulerPresets:
-        """Fewer steps, and as many as the pipeline takes by itself: at the shift of its own scheduler, in explicit sigmas. Then
-        those of distilled weights of the family.
+        """Presets with 15 steps and with the pipeline's default number of steps, then those of the family's distilled weights.
 
-        There are none of the first for schedulers whose shift depends on the video's size, and none at all for pipelines with
-        noise levels of their own.
+        The first two have explicit sigmas at the flow shift of the pipeline's scheduler. They are missing for schedulers
+        whose shift depends on the video's size, and for pipelines that set their own noise levels.
         """
         return SchedulerPresets.of(*_presets(self), *DISTILLED_ANIMATOR_PRESETS.get(self.family.name, ()))
 
     @property
     def num_inference_steps(self) -> int:
-        """Steps of a call that does not say."""
+        """Default number of steps of a call."""
         default = call_arguments(self.pipeline)["num_inference_steps"].default
         return self.call_defaults.get("num_inference_steps", default)
 
     @property
     def guidance_scale(self) -> float | None:
-        """Guidance of a call that does not say; `None` where nothing guides."""
+        """Default guidance scale of a call; `None` for a pipeline without guidance."""
         argument = guidance_argument(self.pipeline)
         if argument == "guider":
             return float(self.pipeline.guider.guidance_scale)
@@ -115,20 +115,20 @@ class AnchorAnimator(PipelineComponent):
 
     @property
     def audio_sampling_rate(self) -> int | None:
-        """Samples per second of the sound track; `None` for a family without."""
+        """Sampling rate of the sound track in samples per second; `None` for a family without sound."""
         vocoder = getattr(self.pipeline, "vocoder", None)
         rate = None if vocoder is None else vocoder.config.get("output_sampling_rate")
         return getattr(self.pipeline, "audio_sample_rate", None) if rate is None else rate
 
     def text_to_video(self) -> DiffusionPipeline:
-        """A pipeline of the same components that takes no picture.
+        """Returns a text-to-video pipeline with the same components.
 
         Raises:
-            `ValueError`: the family has none.
+            `ValueError`: the family has no such pipeline.
         """
         if self.family.direct is None:
             raise ValueError(
-                f"{self.family.name} makes no video without a first frame: text-to-video of its kind has other weights. Use "
+                f"{self.family.name} makes no video without a first frame: its text-to-video models have other weights. Use "
                 '`mode="factorized"`, or give `image`.'
             )
         return sibling_of(self.pipeline, self.family.direct)
@@ -142,16 +142,16 @@ class AnchorAnimator(PipelineComponent):
         preset: SchedulerPreset | None = None,
         direct: bool = False,
     ) -> None:
-        """Checks what [`animate`] would be called with, without running a model.
+        """Checks the arguments of a call of [`animate`] without running a model.
 
         Args:
             arguments (`dict`): as in [`animate`], and `negative_prompt`.
-            num_frames (`int`): of the videos.
+            num_frames (`int`): frames of the videos.
             preset (*optional*): as in [`animate`].
-            direct (`bool`): no video has an anchor.
+            direct (`bool`): whether the videos have no anchors.
 
         Raises:
-            `ValueError`: an argument that the family does not have, or a preset that it cannot sample with.
+            `ValueError`: the pipeline does not have an argument, or cannot sample with the preset.
         """
         pipeline = self.text_to_video() if direct else copy.copy(self.pipeline)
         self.family.check_call(self._call_of(pipeline, arguments), num_frames)
@@ -159,19 +159,19 @@ class AnchorAnimator(PipelineComponent):
             terminal = getattr(pipeline.scheduler, "config", {}).get("shift_terminal")
             if terminal and arguments.get("num_inference_steps") == 1:
                 raise ValueError(
-                    f"`num_inference_steps=1`: the scheduler of {self.family.name} ends at `shift_terminal={terminal}`, which takes "
-                    "2 steps or more."
+                    f"`num_inference_steps=1`: the scheduler of {self.family.name} ends at `shift_terminal={terminal}`, which "
+                    "needs at least 2 steps."
                 )
             return
         if self.family.own_schedule:
             raise ValueError(
-                f"`preset={preset.name!r}`: {self.family.name} sets noise levels of its own; leave it out and give "
+                f"`preset={preset.name!r}`: {self.family.name} sets its own noise levels; leave it out and give "
                 "`num_inference_steps`."
             )
         if preset.guidance_interval != (0.0, 1.0) or preset.anchor_window is not None:
             raise ValueError(
-                f"`preset={preset.name!r}` has a guidance interval or an anchor window, which {self.family.name} does not; use "
-                "another preset."
+                f"`preset={preset.name!r}` has a guidance interval or an anchor window, which {self.family.name} does not "
+                "support; use another preset."
             )
 
     def animate(
@@ -191,25 +191,30 @@ class AnchorAnimator(PipelineComponent):
         on_progress: Callable[[int, int], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> Animation:
-        """Makes one video per prompt.
+        """Generates one video per prompt.
 
         Args:
-            prompts (`list[str]`): what should happen.
-            anchors (`list[list[Anchor]]`): of each video, checked by the family. A video without any is made of text alone.
-            height, width, num_frames (`int`): of the videos.
+            prompts (`list[str]`): descriptions of the videos.
+            anchors (`list[list[Anchor]]`): anchors of each video, already checked by the family. A video without anchors is
+                generated from text alone.
+            height, width, num_frames (`int`): size of the videos in pixels, and their frames.
             generator (`torch.Generator` or one per prompt, *optional*): for reproducible videos.
             negative_prompt (`list[str]`, *optional*): one per prompt.
-            preset (`SchedulerPreset`, *optional*): in place of the pipeline's own scheduler.
+            preset (`SchedulerPreset`, *optional*): used instead of the pipeline's own scheduler.
             output_type (`str`): `"np"`, `"uint8"`, `"pt"`, `"pil"` or `"latent"`.
-            arguments (`dict`, *optional*): of the call: `num_inference_steps`, `guidance_scale`, `guidance_scale_2`, `fps`,
-                `max_sequence_length`, `attention_kwargs`, and any other by the name that the pipeline has for it. What is
-                `None` is left out, and then `call_defaults` or the pipeline's own.
-            callback_on_step_end, callback_on_step_end_tensor_inputs (*optional*): of the pipeline's call.
-            on_progress (`Callable`, *optional*): `on_progress(step, steps)`, counted over all videos, after each step.
-            should_stop (`Callable`, *optional*): asked at the same times. Once it returns `True`, the rest is left out.
+            arguments (`dict`, *optional*): arguments of the call: `num_inference_steps`, `guidance_scale`,
+                `guidance_scale_2`, `fps`, `max_sequence_length`, `attention_kwargs`, and others under the pipeline's own
+                names. For arguments that are `None`, `call_defaults` apply, then the pipeline's defaults.
+            callback_on_step_end, callback_on_step_end_tensor_inputs (*optional*): as in the pipeline's call.
+            on_progress (`Callable`, *optional*): `on_progress(step, steps)`, counted over all videos; called after each step.
+            should_stop (`Callable`, *optional*): called at the same times. Once it returns `True`, generation stops.
+
+        Returns:
+            [`Animation`]: the videos, fewer than prompts if stopped.
 
         Raises:
-            `FloatingPointError`: a step, or the decoder, made values that are not finite.
+            `ValueError`: the pipeline does not have an argument.
+            `FloatingPointError`: a step or the decoder gave values that are not finite.
         """
         should_stop = should_stop or (lambda: False)
         frames, audio = [], []
@@ -235,8 +240,8 @@ class AnchorAnimator(PipelineComponent):
             frames.append(_first(output.frames, output_type))
             if output_type != "latent" and len(frames[-1]) != num_frames:
                 logger.warning(
-                    f"{self.family.name} made {len(frames[-1])} frames of `num_frames={num_frames}`: its lengths follow a rule that "
-                    "is not known here."
+                    f"{self.family.name} made {len(frames[-1])} frames instead of `num_frames={num_frames}`: this package does not "
+                    "know which lengths it supports."
                 )
             if getattr(output, "audio", None) is not None:
                 audio.append(_as_sound(output.audio[0]))
@@ -244,11 +249,11 @@ class AnchorAnimator(PipelineComponent):
 
     @torch.no_grad()
     def forward(self, pipeline: DiffusionPipeline, **arguments) -> Any:
-        """Calls a pipeline. Offloading moves a component when its `forward` is called, so all use of its models is in here.
+        """Calls a pipeline. Offloading moves a component when its `forward` is called, so its models run only in here.
 
         Args:
-            pipeline (`DiffusionPipeline`): the animator's own or another of the same models.
-            arguments: of the pipeline's call.
+            pipeline (`DiffusionPipeline`): the animator's pipeline, or another one with the same models.
+            arguments: arguments of the pipeline's call.
         """
         self._show_offload_hooks()
         parts = lockable(pipeline.components.values())
@@ -264,7 +269,7 @@ class AnchorAnimator(PipelineComponent):
     def _sampling(
         self, pipeline: DiffusionPipeline, arguments: dict[str, Any], preset: SchedulerPreset | None
     ) -> dict[str, Any]:
-        """Arguments of a call with a preset's guidance and steps; gives the pipeline the preset's scheduler."""
+        """Sets the preset's scheduler in the pipeline, and returns the arguments with the preset's guidance and steps."""
         if preset is None:
             return arguments
         pipeline.scheduler = pinned_scheduler(preset, arguments.get("num_inference_steps"))
@@ -279,15 +284,15 @@ class AnchorAnimator(PipelineComponent):
         return named | given
 
     def _call_of(self, pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of the pipeline's call, by its own names: those given, `call_defaults` and the family's.
+        """Returns the arguments of the pipeline's call under its own names, with `call_defaults` and the family's arguments.
 
         Raises:
-            `ValueError`: one that the pipeline does not have.
+            `ValueError`: the pipeline does not have an argument, or this call sets it itself.
         """
         given = {name: value for name, value in arguments.items() if value is not None}
         taken = sorted(given.keys() & self.own_arguments)
         if taken:
-            raise ValueError(f"`animator_kwargs` holds {taken}, which are arguments of this call.")
+            raise ValueError(f"`animator_kwargs` holds {taken}; pass them as arguments of the call instead.")
         if "guidance_scale" in given and guidance_argument(pipeline) is None:
             raise ValueError(
                 f"`guidance_scale={given['guidance_scale']}`: {self.family.name} has no guidance; leave it out."
@@ -298,14 +303,14 @@ class AnchorAnimator(PipelineComponent):
             pipeline.guider = pipeline.guider.new(guidance_scale=scale)
         self._check_known(pipeline, renamed)
         declared = call_arguments(pipeline)
-        # A text-to-video pipeline has no use for some of the settings.
+        # A text-to-video pipeline does not have all of the arguments.
         defaults = {
             name: value for name, value in {**self.family.fixed, **self.call_defaults}.items() if name in declared
         }
         return defaults | renamed
 
     def _named(self, pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Arguments by the pipeline's own names. Of what every call says it gets what it takes."""
+        """Renames arguments to the pipeline's own names. Prompt, size and length are omitted if the pipeline has none."""
         names, declared = argument_names(pipeline), call_arguments(pipeline)
         renamed = {names.get(name, name): value for name, value in arguments.items() if value is not None}
         always = ("prompt", "height", "width", "num_frames")
@@ -320,7 +325,7 @@ class AnchorAnimator(PipelineComponent):
 
 
 class _Steps:
-    """What happens after each step of one video: checks, the user's callback, progress, and the end of a stopped run."""
+    """Called after each step of one video: checks the latents, calls the user's callback, reports progress, and stops."""
 
     def __init__(
         self,
@@ -335,12 +340,12 @@ class _Steps:
         self.video, self.num_videos, self.done = video, num_videos, 0
 
     def listen(self, call: dict[str, Any], tensor_inputs: Sequence[str]) -> None:
-        """Adds what reports steps to the arguments of a call, or to the progress bar of a pipeline without a callback."""
+        """Adds itself to a call as the callback, or as the progress bar of a pipeline that has no callback."""
         if "callback_on_step_end" in call_arguments(self.pipeline):
             call["callback_on_step_end"] = self
             call["callback_on_step_end_tensor_inputs"] = list(tensor_inputs)
         else:
-            # Within the object that is called alone: it is a copy.
+            # This pipeline object is a copy, so the original keeps its progress bar.
             self.pipeline.progress_bar = functools.partial(_Bar, self)
 
     def __call__(
@@ -355,7 +360,7 @@ class _Steps:
         if self.on_progress is not None:
             self.on_progress(self.video * steps + self.done, self.num_videos * steps)
         if self.should_stop():
-            # The pipeline skips its other steps, and decodes what it has.
+            # The pipeline skips the remaining steps and decodes the current latents.
             pipeline._interrupt = True
             if not hasattr(type(pipeline), "interrupt") and self.done < steps:
                 raise Stopped
@@ -363,7 +368,7 @@ class _Steps:
 
 
 class _Bar:
-    """A progress bar that shows nothing."""
+    """A progress bar that shows nothing and reports each update as a step."""
 
     def __init__(self, steps: _Steps, iterable: Any = None, total: int | None = None):
         self.steps = steps
@@ -379,20 +384,20 @@ class _Bar:
 
 
 def _as_pictures(anchor: Anchor, height: int, width: int, num_frames: int) -> Anchor:
-    """An anchor with PIL images of the video's size, its frame counted from 0. Pictures of 8 bits keep their values."""
+    """Converts an anchor to PIL images of the video's size and a `frame_index` from 0. 8-bit images keep their values."""
     pictures = [picture_image(fit_picture(picture, height, width)) for picture in pictures_of(anchor.image)]
     image = pictures[0] if len(pictures) == 1 else pictures
     return replace(anchor, image=image, frame_index=anchor.frame_index % num_frames)
 
 
 def _as_sound(samples: torch.Tensor | np.ndarray) -> torch.Tensor:
-    """A sound track `(channels, samples)`; some pipelines give that of one channel without it."""
+    """Returns a sound track as `(channels, samples)`; some pipelines return mono without the channel axis."""
     sound = torch.as_tensor(samples)
     return sound[None] if sound.ndim == 1 else sound
 
 
 def _first(frames: Any, output_type: str) -> Any:
-    """The only video of an output: `(F, H, W, 3)`, `(F, 3, H, W)` or a list of pictures; latents keep their batch."""
+    """Returns the only video of an output: `(F, H, W, 3)`, `(F, 3, H, W)` or a list of images; latents keep their batch."""
     if output_type == "latent":
         return frames
     video = frames[0]
@@ -402,7 +407,7 @@ def _first(frames: Any, output_type: str) -> Any:
 
 
 def joined(videos: list[Any], output_type: str) -> Any:
-    """Videos of [`Animation.frames`] as pipelines of diffusers give them."""
+    """Joins the videos of [`Animation.frames`] to the output format of diffusers' pipelines."""
     if output_type == "pil" or not videos:
         return videos
     if output_type == "latent":

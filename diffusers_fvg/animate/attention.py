@@ -1,8 +1,8 @@
-"""`set_attention_backend("auto")`: which backend of diffusers' attention dispatcher suits a model where it is.
+"""`set_attention_backend("auto")`: chooses a backend of diffusers' attention dispatcher for a model on its device.
 
-What a device can do is known from its compute capability, but not whether an installed package works: SageAttention
-returned noise on some Hopper GPUs (huggingface/diffusers#12783). So a backend is used after it agreed with plain arithmetic
-on a small input in this process, and what does not agree is named in a warning.
+The compute capability says what a device supports, but not whether an installed package works: SageAttention returned noise
+on some Hopper GPUs (huggingface/diffusers#12783). So a backend is used only after its results agree with float64 arithmetic on
+a small input in this process. A warning names each backend that does not agree.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from torch.nn.attention import SDPBackend
 logger = logging.get_logger(__name__)
 
 NATIVE = "native"
-# Relative RMS error. An exact backend rounds where the native one does, in another order. SageAttention's 8-bit products
-# keep a cosine of 0.999 and more (arXiv 2411.10958, table 9), which is an error of up to 0.045.
+# Limits of the relative RMS error. Exact backends round like the native one, in another order. SageAttention's 8-bit products
+# keep a cosine similarity of at least 0.999 (arXiv 2411.10958, table 9), which is an error of up to 0.045.
 _EXACT_FACTOR, _SAGE_ERROR = 3.0, 0.05
-# Query and key lengths of the check: self-attention and cross-attention, no multiples of a block.
+# Query and key lengths of the check, for self-attention and cross-attention; they are not multiples of a block.
 _LENGTHS = ((333, 333), (333, 77))
 
 
 def installed_backends() -> frozenset[str]:
-    """Backends of [`rank_backends`] whose packages can be imported. `kernels` from the Hub are not among them: choosing one
-    would download code."""
+    """Returns the backends of [`rank_backends`] whose packages can be imported. `kernels` from the Hub are left out, as
+    choosing one would download code."""
     found = {
         "_flash_3": attention_dispatch._CAN_USE_FLASH_ATTN_3,
         "flash": attention_dispatch._CAN_USE_FLASH_ATTN,
@@ -47,21 +47,25 @@ def rank_backends(
     installed: Collection[str],
     torch_takes_cudnn: bool = False,
 ) -> tuple[str, ...]:
-    """Backends that fit, fastest first; the last is always diffusers' native one.
+    """Returns the backends that support these inputs, fastest first; the last is always diffusers' native one.
 
-    FlashAttention-3 on Hopper, cuDNN on Hopper and data-centre Blackwell (torch's native attention where that takes cuDNN by
-    itself: diffusers' cuDNN backend copies the tensors to another layout first, 8 % of a step of Wan2.2-5B on an H200), SageAttention where there is neither and 8-bit
-    products are twice as fast (consumer GPUs; 8-bit, so not exact, and without a backward pass), FlashAttention-2 from
-    Ampere on. FlexAttention is no faster than these without a mask; window attention uses it by itself. The length of the
-    clip does not change the order: where it is short, attention takes no time worth choosing for.
+    * FlashAttention-3: on Hopper.
+    * cuDNN: on Hopper and data-centre Blackwell. If torch's native attention chooses cuDNN itself, the native backend is used
+      instead: diffusers' cuDNN backend copies the tensors to another layout first, which is 8 % of a step of Wan2.2-5B on an
+      H200.
+    * SageAttention: on consumer GPUs, where 8-bit products are twice as fast. It is not exact and has no backward pass.
+    * FlashAttention-2: from Ampere on.
+
+    FlexAttention is not faster than these without a mask; window attention uses it without this choice. The order does not
+    depend on the length of the video: for a short one, attention takes little time.
 
     Args:
         capability (`tuple[int, int]`, *optional*): compute capability of an NVIDIA GPU, `None` for any other device.
         head_dim (`int`): channels of a head.
-        dtype (`torch.dtype`): of query, key and value.
-        training (`bool`): gradients are needed: FlashAttention-3 has none in diffusers, SageAttention none at all.
+        dtype (`torch.dtype`): dtype of query, key and value.
+        training (`bool`): whether gradients are needed. FlashAttention-3 has none in diffusers, SageAttention none at all.
         installed (`Collection[str]`): names to choose from.
-        torch_takes_cudnn (`bool`): torch's own attention chooses cuDNN here.
+        torch_takes_cudnn (`bool`): whether torch's native attention chooses cuDNN.
     """
     if capability is None or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8:
         return (NATIVE,)
@@ -85,15 +89,15 @@ def choose_backend(
     context_parallel: bool = False,
     ranked: Sequence[str] | None = None,
 ) -> str:
-    """The first backend of `ranked` that passes its check on `device`, each checked once per process.
+    """Returns the first backend of `ranked` that passes its check on `device`. Each is checked once per process.
 
     Args:
-        device (`torch.device`): where the model runs.
-        dtype (`torch.dtype`): of its tokens.
+        device (`torch.device`): device that the model runs on.
+        dtype (`torch.dtype`): dtype of the tokens.
         head_dim (`int`): channels of a head.
-        training (`bool`): gradients are needed, and checked too.
-        context_parallel (`bool`): only backends that diffusers can run on parts of a clip.
-        ranked (`Sequence[str]`, *optional*): names to try before the native one; [`rank_backends`] of the device without.
+        training (`bool`): whether gradients are needed; they are then checked, too.
+        context_parallel (`bool`): whether to choose only among backends that support context parallelism in diffusers.
+        ranked (`Sequence[str]`, *optional*): names to try before the native one; from [`rank_backends`] when left out.
     """
     if ranked is None:
         is_nvidia = device.type == "cuda" and torch.version.hip is None
@@ -113,14 +117,14 @@ def choose_backend(
 
 @functools.cache
 def _torch_takes_cudnn(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """What `scaled_dot_product_attention` chooses by itself, which differs from version to version."""
+    """Returns whether `scaled_dot_product_attention` chooses cuDNN itself, which depends on the version of torch."""
     query = torch.zeros(1, 2, _LENGTHS[0][0], head_dim, device=device, dtype=dtype)
     return torch._fused_sdp_choice(query, query, query) == SDPBackend.CUDNN_ATTENTION.value
 
 
 @functools.cache
 def backend_problem(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, training: bool) -> str | None:
-    """What is wrong with a backend, or `None` if its outputs (and gradients, in training) are right on random input."""
+    """Returns what is wrong with a backend, or `None` if its outputs (and gradients in training) pass on random input."""
     for lengths in _LENGTHS:
         generator = torch.Generator().manual_seed(0)
         inputs = [
@@ -133,17 +137,17 @@ def backend_problem(name: str, device: torch.device, dtype: torch.dtype, head_di
             native, own = (
                 _errors(_results(_through_dispatcher(n), inputs, grad, training), exact) for n in (NATIVE, name)
             )
-        except Exception as error:  # packages raise what they like where a device or build does not fit
+        except Exception as error:  # Packages raise any class of error for an unsupported device or build.
             return f"it fails with {type(error).__name__}: {error}"
         for found, reached in zip(own, native, strict=True):
             limit = _SAGE_ERROR if name == "sage" else _EXACT_FACTOR * reached
             if not found <= limit:
-                return f"its error is {found:.1e} of the RMS, that of the native backend {reached:.1e}"
+                return f"its relative RMS error is {found:.1e}, and the native backend's is {reached:.1e}"
     return None
 
 
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Softmax attention written out, `(B, L, heads, head_dim)`."""
+    """Computes softmax attention in plain operations, on tensors `(B, L, heads, head_dim)`."""
     scores = torch.einsum("bqnh,bknh->bnqk", query, key) * query.shape[3] ** -0.5
     return torch.einsum("bnqk,bknh->bqnh", scores.softmax(dim=-1), value)
 

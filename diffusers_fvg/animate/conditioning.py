@@ -1,8 +1,8 @@
-"""What the video model sees of anchors: clean latents among noisy ones, at places in time. Pure functions of tensors, the same for
-training and sampling.
+"""Makes the model input from anchors: clean latents among noisy ones, with their positions in time. Pure functions of tensors,
+used in training and in sampling.
 
-Shapes: B batch, C latent channels, H/W pixel height and width, f/h/w latent frames, height and width. Wan's causal VAE turns
-frame 0 into latent 0 and every further four frames into one latent.
+Shapes: B batch, C latent channels, H/W pixel height and width, f/h/w latent frames, height and width. Wan's causal VAE
+encodes frame 0 as latent frame 0 and every further four frames as one latent frame.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from ..locks import exclusive
 from ..schedules.flow import add_noise
 
 
-# A causal VAE's latent depends on frames before it. A still picture held over this many latents has all but reached the
-# steady state of a resting scene: with the embedded VAE 1.3 % (rms) is left after 5, and half of it after each further one.
+# A causal VAE's latent depends on earlier frames. An image held still over this many latent frames nearly reaches the latent
+# of a still scene: with the embedded VAE, the error is 1.3 % (rms) after 5 latent frames, and halves with each further one.
 STILL_LATENTS = 5
 
 
-# -- places in time ---------------------------------------------------------------------------------------------------
+# -- positions in time ------------------------------------------------------------------------------------------------
 
 
 def latent_index(frame_index: int, temporal: int = 4) -> int:
-    """Latent that holds a pixel frame: 0 for frame 0, then one for every `temporal` frames."""
+    """Returns the latent frame that contains a frame: 0 for frame 0, then one for every `temporal` frames."""
     return 0 if frame_index == 0 else 1 + (frame_index - 1) // temporal
 
 
 def frame_position(frame_index: int, temporal: int = 4) -> float:
-    """Where a pixel frame lies among the latent frames in time: 0 for frame 0, which is latent 0.
+    """Returns the position of a frame in time, in latent frames: 0 for frame 0, which is latent frame 0.
 
-    Latent k > 0 holds `temporal` frames, the last of them frame `temporal * k`, and is at k in the rotary embedding: their
-    middle. Frames are `1 / temporal` apart, so those of latent 1 are at 0.625, 0.875, 1.125 and 1.375. (LTX's positions are
-    middles as well.)
+    Latent frame k > 0 contains `temporal` frames, of which frame `temporal * k` is the last. Its position in the rotary
+    embedding, k, is their centre. Frames are `1 / temporal` apart, so with `temporal=4` those of latent frame 1 are at 0.625,
+    0.875, 1.125 and 1.375. (LTX also uses centres as positions.)
     """
     return 0.0 if frame_index == 0 else (frame_index + (temporal - 1) / 2) / temporal
 
@@ -44,14 +44,14 @@ def frame_position(frame_index: int, temporal: int = 4) -> float:
 
 @dataclass(frozen=True)
 class AppendedAnchors:
-    """Anchors that are latent frames of their own behind those of the clip, each of one picture.
+    """Anchors that are additional latent frames after those of the video, each of one image.
 
     Args:
-        latents (`torch.Tensor` of shape `(B, C, A, h, w)`): normalised clean latents of single pictures.
-        strength (`torch.Tensor` of shape `(B, A)`): in (0, 1]; 0 where a clip has fewer anchors than others.
-        noise (`torch.Tensor` of shape `(B, C, A, h, w)`): what anchors of a strength below 1 are mixed with.
-        positions (`torch.Tensor` of shape `(B, A)`): from [`frame_position`]; below 0 where the strength is 0. They stay on the
-            host, where the model reads them.
+        latents (`torch.Tensor` of shape `(B, C, A, h, w)`): normalised clean latents of the images.
+        strength (`torch.Tensor` of shape `(B, A)`): in (0, 1]; 0 for padding, if a video has fewer anchors than others.
+        noise (`torch.Tensor` of shape `(B, C, A, h, w)`): noise that is mixed into anchors with a strength below 1.
+        positions (`torch.Tensor` of shape `(B, A)`): from [`frame_position`]; below 0 for padding. They stay on the CPU,
+            where the model reads them.
     """
 
     latents: torch.Tensor
@@ -62,13 +62,13 @@ class AppendedAnchors:
 
 @dataclass(frozen=True)
 class AnchorLatents:
-    """Anchors in latent form, the same for training and sampling.
+    """Anchors as latents, for training and sampling.
 
     Args:
-        latents (`torch.Tensor` of shape `(B, C, f, h, w)`): normalised clean latents, zero where nothing is anchored.
-        strength (`torch.Tensor` of shape `(B, f)`): in [0, 1]; 0 where nothing is anchored.
-        noise (`torch.Tensor` of shape `(B, C, f, h, w)`): what anchors of a strength below 1 are mixed with.
-        appended (`AppendedAnchors`, *optional*): those behind the clip.
+        latents (`torch.Tensor` of shape `(B, C, f, h, w)`): normalised clean latents; zero in frames without anchor.
+        strength (`torch.Tensor` of shape `(B, f)`): in [0, 1]; 0 for frames without anchor.
+        noise (`torch.Tensor` of shape `(B, C, f, h, w)`): noise that is mixed into anchors with a strength below 1.
+        appended (`AppendedAnchors`, *optional*): anchors after the latent frames of the video.
     """
 
     latents: torch.Tensor
@@ -90,16 +90,16 @@ class AnchorLatents:
         return torch.where(anchored, _noised(self, sigma).to(latents.dtype), latents)
 
     def hold(self, velocity: torch.Tensor, latents: torch.Tensor, sigma: float) -> torch.Tensor:
-        """Replaces the predicted velocity of anchored frames by the one whose clean estimate is the anchor itself.
+        """Replaces the predicted velocity of anchored frames by the velocity that leads to the anchor.
 
-        `clean = noisy - sigma * velocity`, so what a multistep solver keeps of such a frame is the anchor, not a guess.
+        As `clean = noisy - sigma * velocity`, a multistep solver then stores the anchor as the clean estimate of the frame.
         """
         anchored = (self.strength > 0)[:, None, :, None, None]
         return torch.where(anchored, ((latents - self.latents) / sigma).to(velocity.dtype), velocity)
 
 
 def _noised(anchors: AnchorLatents | AppendedAnchors, sigma: torch.Tensor | float) -> torch.Tensor:
-    """The latents with the noise that is left to each at the clip's noise level, a number or of shape `(B,)`."""
+    """Adds noise to the anchors' latents by their strengths, at the video's noise level `sigma` (a number or `(B,)`)."""
     sigma = torch.as_tensor(sigma, dtype=anchors.strength.dtype, device=anchors.strength.device)
     frame_sigma = ((1 - anchors.strength) * sigma.reshape(-1, 1))[:, None, :, None, None]
     return add_noise(anchors.latents, anchors.noise, frame_sigma)
@@ -108,21 +108,21 @@ def _noised(anchors: AnchorLatents | AppendedAnchors, sigma: torch.Tensor | floa
 def anchored_model_input(
     latents: torch.Tensor, sigma: torch.Tensor | float, timestep: torch.Tensor, anchors: AnchorLatents | None
 ) -> dict[str, torch.Tensor]:
-    """What the transformer is called with in one forward, beside the text, for the trainer and the pipeline alike.
+    """Returns the transformer's arguments for one forward, except the text, in training and in sampling.
 
-    A fixed anchor is clean and has time 0, the other frames share the clip's time (Factorized Video Generation, arXiv
-    2512.16371, Figure 2; the per-frame time is that of Wan2.2-TI2V-5B). Appended anchors follow the clip, as the keyframes of
-    diffusers' `LTX2ConditionPipeline`.
+    A fixed anchor is clean and has timestep 0; the other frames share the video's timestep (Factorized Video Generation,
+    arXiv 2512.16371, Figure 2; Wan2.2-TI2V-5B introduced timesteps per frame). Appended anchors follow the latent frames of
+    the video, as the keyframes of diffusers' `LTX2ConditionPipeline` do.
 
     Args:
-        latents (`torch.Tensor` of shape `(B, C, f, h, w)`): noisy latents of the clip.
+        latents (`torch.Tensor` of shape `(B, C, f, h, w)`): noisy latents of the video.
         sigma (`float` or `torch.Tensor` of shape `(B,)`): noise level in [0, 1].
-        timestep (`torch.Tensor` of shape `(B,)`): model time, `sigma * num_train_timesteps`.
+        timestep (`torch.Tensor` of shape `(B,)`): timestep of the video, `sigma * num_train_timesteps`.
         anchors (`AnchorLatents`, *optional*): `None` for plain text-to-video.
 
     Returns:
         `dict`: `hidden_states` of shape `(B, C, f, h, w)`, and `timestep` of shape `(B, f)`, or `(B,)` without anchors. With
-        appended ones both have `f + A` frames, and there is `anchor_positions` of shape `(B, A)`.
+        appended anchors, both have `f + A` frames, and there is `anchor_positions` of shape `(B, A)`.
     """
     if anchors is None:
         return {"hidden_states": latents, "timestep": timestep}
@@ -144,12 +144,13 @@ def appended_anchors(
     like: torch.Tensor,
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> AppendedAnchors:
-    """Anchors behind each video, side by side.
+    """Batches the appended anchors of each video.
 
     Args:
-        rows (`list[list[tuple]]`): latents of shape `(C, 1, h, w)`, strength and [`frame_position`] of each anchor of each video.
+        rows (`list[list[tuple]]`): latents of shape `(C, 1, h, w)`, strength and [`frame_position`] of each anchor of each
+            video.
         like (`torch.Tensor` of shape `(B, C, f, h, w)`): gives shape, device and dtype.
-        generator (*optional*): of [`anchor_noise`].
+        generator (*optional*): generator for [`anchor_noise`].
     """
     count = max(map(len, rows))
     batch_size, channels, _, *size = like.shape
@@ -165,7 +166,7 @@ def appended_anchors(
 def anchor_noise(
     clean: torch.Tensor, strength: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
 ) -> torch.Tensor:
-    """Noise for latents `(B, C, n, h, w)`, drawn only if one of their strengths `(B, n)` is below 1."""
+    """Returns noise for latents `(B, C, n, h, w)`, or zeros unless one of the strengths `(B, n)` lies between 0 and 1."""
     if not ((strength > 0) & (strength < 1)).any():
         return torch.zeros_like(clean)
     return randn_tensor(clean.shape, generator=generator, device=clean.device, dtype=clean.dtype)
@@ -180,31 +181,31 @@ def _statistics(vae, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def normalize_latents(latents: torch.Tensor, vae) -> torch.Tensor:
-    """`(latents - latents_mean) / latents_std`, per channel, as the video model wants them."""
+    """Returns `(latents - latents_mean) / latents_std`, per channel: the input of the video model."""
     mean, std = _statistics(vae, latents)
-    # Multiplied by the inverse, not divided: bit-equal to the stock pipelines.
+    # Multiplying by the inverse, rather than dividing, gives the same bits as the stock pipelines.
     return (latents - mean) * (1.0 / std)
 
 
 def denormalize_latents(latents: torch.Tensor, vae) -> torch.Tensor:
-    """Inverse of `normalize_latents`, as the VAE wants them."""
+    """Inverse of [`normalize_latents`]: the input of the VAE's decoder."""
     mean, std = _statistics(vae, latents)
     return latents / (1.0 / std) + mean
 
 
 def encode_anchor(vae, pixels: torch.Tensor, index: int, device: torch.device | None = None) -> torch.Tensor:
-    """Encodes a picture, or a run of them, for the latent positions from `index` on.
+    """Encodes an image, or a run of images, for the latent frames starting at `index`.
 
-    A latent at position 0 is a single frame. A later one stands for four frames and was made with the frames before them in
-    view, so a single-image latent pasted there is out of phase: a single picture stands still for its four frames, and the
-    first picture is held still before them, over `min(index, STILL_LATENTS)` latents.
+    Latent frame 0 contains one frame. A later latent frame contains four frames and also depends on the frames before them, so
+    the latent of a single image does not fit there. A single image is therefore held still for its four frames, and the first
+    image is held still before them, over `min(index, STILL_LATENTS)` latent frames.
 
     Args:
         vae (`AutoencoderKLWan`): a causal video VAE.
         pixels (`torch.Tensor` of shape `(B, 3, H, W)` or `(B, 3, F, H, W)`): in [-1, 1]; a run has 4k + 1 frames at position
             0 and 4k frames at a later one.
-        index (`int`): latent position of the first, from `latent_index`.
-        device (`torch.device`, *optional*): where the VAE runs.
+        index (`int`): latent frame of the first image, from [`latent_index`].
+        device (`torch.device`, *optional*): device on which the VAE runs.
 
     Returns:
         `torch.Tensor` of shape `(B, C, k, h, w)`, float32, normalised; the mode of the posterior, not a sample.
@@ -216,7 +217,7 @@ def encode_anchor(vae, pixels: torch.Tensor, index: int, device: torch.device | 
         held = clip[:, :, :1].expand(-1, -1, 1 + (before - 1) * temporal, -1, -1)
         own = clip.expand(-1, -1, temporal, -1, -1) if clip.shape[2] == 1 else clip
         clip = torch.cat([held, own], dim=2)
-    # It keeps what its convolutions need of earlier frames in attributes of the VAE.
+    # The VAE caches features of earlier frames in its attributes while it encodes.
     with exclusive(vae):
         latents = vae.encode(clip.to(device=device, dtype=vae.dtype)).latent_dist.mode()[:, :, before:]
     return normalize_latents(latents.float(), vae)

@@ -1,7 +1,7 @@
-"""Latents to frames, a latent frame at a time: the float video is never held.
+"""Decodes latents one latent frame at a time, so that the whole float video is never in memory.
 
-Wan's VAE is causal and keeps what its convolutions need of earlier frames, so that decoding frame by frame is what the whole
-decode does inside as well; here each piece leaves as soon as it is final. In tiles the memory is that of one tile.
+Wan's VAE is causal and caches the features that its convolutions need of earlier frames; its own `decode` also works frame by
+frame inside. Here each chunk of frames is converted as soon as it is final. With tiling, the memory is that of one tile.
 
 Shape legend: B videos, C latent channels, f latent frames, h and w latent rows and columns; F, H, W the same in pixels.
 """
@@ -32,30 +32,32 @@ from ..kernels import fuses_norm, rms_norm_silu
 from .conditioning import denormalize_latents
 
 
-# Final pixels `(B, 3, n, H, W)` in [-1, 1] to what is kept of them, same shape.
+# Converts final pixels `(B, 3, n, H, W)` in [-1, 1] to a tensor of the same shape, which is kept.
 Convert = Callable[[torch.Tensor], torch.Tensor]
 
 
 @torch.no_grad()
 def decode_frames(vae: AutoencoderKLWan, latents: torch.Tensor) -> Iterator[np.ndarray]:
-    """Frames of one video, each as soon as it is decoded: for [`~media.write_video`].
+    """Yields the frames of one video, each as soon as it is decoded, for example to [`~media.write_video`].
 
-    Equal to rounding the frames of the whole decode. In tiles (`vae.enable_tiling()`) all frames come after the last tile,
-    held as uint8 until then. A VAE that is offloaded stays where it ran: `pipe.maybe_free_model_hooks()` takes it back.
+    The frames equal those of a whole decode, rounded to uint8. With tiling (`vae.enable_tiling()`), all frames come after the
+    last tile and are held as uint8 until then. An offloaded VAE stays on the device: `pipe.maybe_free_model_hooks()` offloads
+    it again.
 
     Args:
-        vae (`AutoencoderKLWan`): of the pipeline.
-        latents (`torch.Tensor` of shape `(1, C, f, h, w)`): as the pipeline gives them with `output_type="latent"`.
+        vae (`AutoencoderKLWan`): VAE of the pipeline.
+        latents (`torch.Tensor` of shape `(1, C, f, h, w)`): latents that the pipeline returns with `output_type="latent"`.
 
     Yields:
-        `np.ndarray` of shape `(H, W, 3)`, uint8: 4 (f - 1) + 1 of them.
+        `np.ndarray` of shape `(H, W, 3)`, uint8: 4 (f - 1) + 1 frames.
 
     Raises:
-        `ValueError`: latents of another number of videos.
+        `ValueError`: `latents` are not those of exactly one video.
+        `FloatingPointError`: the decoder gave values that are not finite.
     """
     if latents.ndim != 5 or latents.shape[0] != 1:
         raise ValueError(
-            f"`latents` has the shape {tuple(latents.shape)}, but one video is (1, C, f, h, w): pass `latents[i : i + 1]`."
+            f"`latents` has shape {tuple(latents.shape)}, but one video has (1, C, f, h, w): pass `latents[i : i + 1]`."
         )
     latents = denormalize_latents(latents.to(get_module_execution_device(vae), dtype=vae.dtype), vae)
     for chunk in decode_chunks(vae, latents, to_uint8):
@@ -63,7 +65,8 @@ def decode_frames(vae: AutoencoderKLWan, latents: torch.Tensor) -> Iterator[np.n
 
 
 def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
-    """[-1, 1] to uint8 on the CPU, by the arithmetic of diffusers' video processor and of [`~media.frames_to_uint8`]."""
+    """Converts [-1, 1] to uint8 on the CPU, with the same rounding as diffusers' video processor and
+    [`~media.frames_to_uint8`]."""
     return (pixels * 0.5 + 0.5).clamp(0, 1).float().mul(255).round().to("cpu", torch.uint8)
 
 
@@ -75,15 +78,16 @@ def check_output_type(output_type: str) -> None:
 def decode_video(
     vae: AutoencoderKLWan | AutoencoderKLCogVideoX, latents: torch.Tensor, output_type: str, tile: bool = False
 ) -> np.ndarray | torch.Tensor | list[list[PIL.Image.Image]]:
-    """`vae.decode(latents)` as frames, with at most one chunk of the float video on the VAE's device, but for `"pt"`.
+    """Decodes latents to frames, with at most one chunk of the float video on the VAE's device, except for `"pt"`.
 
     Args:
-        vae, latents, tile: of [`decode_chunks`].
+        vae, latents, tile: as in [`decode_chunks`].
         output_type (`str`): `"np"` float32 in [0, 1] and `"uint8"`, both `np.ndarray` of shape `(B, F, H, W, 3)`; `"pt"`
             `torch.Tensor` of shape `(B, F, 3, H, W)` on the VAE's device and in its dtype; `"pil"` a list for each video.
 
     Raises:
-        `ValueError`: another output type.
+        `ValueError`: `output_type` is another one.
+        `FloatingPointError`: the decoder gave values that are not finite.
     """
     check_output_type(output_type)
     if output_type == "pt":
@@ -105,22 +109,22 @@ def decode_video(
 def decode_chunks(
     vae: AutoencoderKLWan | AutoencoderKLCogVideoX, latents: torch.Tensor, convert: Convert, tile: bool = False
 ) -> Iterator[torch.Tensor]:
-    """`vae.decode(latents)`, in pieces of consecutive frames.
+    """Yields the frames of `vae.decode(latents)` in chunks of consecutive frames.
 
     Args:
-        vae (`AutoencoderKLWan` or `AutoencoderKLCogVideoX`): slicing and tiling as they are set.
-        latents (`torch.Tensor` of shape `(B, C, f, h, w)`): as the VAE takes them, on its device and in its dtype.
-        convert (`Callable`): called with final pixels, frame after frame or tile after tile; what it returns is kept.
-        tile (`bool`): in tiles, though `vae.use_tiling` is not set. The VAE is not changed.
+        vae (`AutoencoderKLWan` or `AutoencoderKLCogVideoX`): the VAE; its settings of slicing and tiling apply.
+        latents (`torch.Tensor` of shape `(B, C, f, h, w)`): input of `vae.decode`, on its device and in its dtype.
+        convert (`Callable`): converts final pixels, of each chunk or tile; only its result is kept.
+        tile (`bool`): whether to decode in tiles even if `vae.use_tiling` is `False`. The VAE is not changed.
 
     Yields:
-        `torch.Tensor` of shape `(B, 3, n, H, W)`: what `convert` made, in the order of the frames.
+        `torch.Tensor` of shape `(B, 3, n, H, W)`: results of `convert`, in the order of the frames.
 
     Raises:
-        `FloatingPointError`: the decoder made values that are not finite.
+        `FloatingPointError`: the decoder gave values that are not finite.
     """
     if hasattr(vae, "_hf_hook"):
-        # Offloading brings a model when it is called, or as here is about to be used past its `forward`.
+        # Offloading moves a model when its `forward` is called. Here only its decoder is, so the hook is called directly.
         vae._hf_hook.pre_forward(vae)
     if vae.use_slicing and latents.shape[0] > 1:
         videos = [list(decode_chunks(vae, video, convert, tile)) for video in latents.split(1)]
@@ -139,7 +143,7 @@ def decode_chunks(
 
 
 def _decoded(vae: AutoencoderKLWan, features: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The decoder's output for each latent frame in turn: one frame for the first, then four."""
+    """Yields the decoder's output for each latent frame: one frame for the first, then four."""
     cache = [None] * sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
     for index in range(features.shape[2]):
         frame = features[:, :, index : index + 1]
@@ -150,8 +154,8 @@ def _decoded(vae: AutoencoderKLWan, features: torch.Tensor) -> Iterator[torch.Te
 
 @contextmanager
 def _fused_norms(decoder: WanDecoder3d, features: torch.Tensor) -> Iterator[None]:
-    """Within it a norm of the decoder and the SiLU behind it are one pass, where that kernel is on; the decoder has its own back
-    afterwards. One that is compiled, hooked or built otherwise stays as it is."""
+    """Fuses each norm of the decoder with the SiLU after it within the block, if the Triton kernel is active. A decoder that
+    is compiled, hooked or has other layers is not changed."""
     if not fuses_norm(features):
         yield
         return
@@ -191,12 +195,12 @@ def _pixels(vae: AutoencoderKLWan, decoded: torch.Tensor) -> torch.Tensor:
 
 
 def _tiled_chunks(vae: AutoencoderKLWan, latents: torch.Tensor, convert: Convert) -> Iterator[torch.Tensor]:
-    """`vae.tiled_decode`, which keeps every tile's float video to the end; here only the edges that neighbours blend with."""
+    """Decodes as `vae.tiled_decode`, but keeps only the edges of tiles that are blended, not their float videos."""
     _, _, num_latents, height, width = latents.shape
     ratio, patch = vae.spatial_compression_ratio, vae.config.patch_size or 1
     tile_height, tile_width = vae.tile_sample_min_height // ratio, vae.tile_sample_min_width // ratio
     step_height, step_width = vae.tile_sample_stride_height // ratio, vae.tile_sample_stride_width // ratio
-    # Blending comes before patches are unfolded, so what follows counts the decoder's pixels.
+    # Tiles are blended before patches are unfolded, so these sizes are in pixels of the decoder's output.
     kept_height, kept_width = vae.tile_sample_stride_height // patch, vae.tile_sample_stride_width // patch
     blend_height = vae.tile_sample_min_height // patch - kept_height
     blend_width = vae.tile_sample_min_width // patch - kept_width
@@ -207,7 +211,7 @@ def _tiled_chunks(vae: AutoencoderKLWan, latents: torch.Tensor, convert: Convert
         edges, left = [], None
         for column, begin in enumerate(range(0, width, step_width)):
             tile = latents[..., top : top + tile_height, begin : begin + tile_width]
-            # Frame by frame, as stock does it: one convolution over all frames may round differently.
+            # Frame by frame, as in diffusers: one convolution over all frames may round differently.
             features = torch.cat([vae.post_quant_conv(frame) for frame in tile.split(1, dim=2)], dim=2)
             tile = torch.cat(list(_decoded(vae, features)), dim=2)
             if row > 0:
@@ -227,7 +231,7 @@ def _tiled_chunks(vae: AutoencoderKLWan, latents: torch.Tensor, convert: Convert
 
 
 def _cogvideox_chunks(vae: AutoencoderKLCogVideoX, latents: torch.Tensor, convert: Convert) -> Iterator[torch.Tensor]:
-    """The same for CogVideoX: its VAE decodes two latents at a time, three at first where their number is odd."""
+    """Decodes CogVideoX latents in chunks: two latent frames at a time, the first three if their number is odd."""
     height, width = latents.shape[3:]
     if vae.use_tiling and (height > vae.tile_latent_min_height or width > vae.tile_latent_min_width):
         decoded = vae.tiled_decode(latents, return_dict=False)[0]

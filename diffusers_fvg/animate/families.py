@@ -1,10 +1,10 @@
-"""Families of image-to-video pipelines of diffusers: how each takes anchors, and the rules of its sizes, lengths and guidance.
+"""Families of image-to-video pipelines of diffusers: how each accepts anchors, and its rules for sizes, lengths and guidance.
 
-What the signature of a pipeline's call and the configs of its models say is read there: names of arguments, sizes and
-lengths when left out, strides of the VAE. The table `FAMILIES` holds what they do not say. A pipeline that is not in it is
-taken by its signature alone, as one that takes a first frame.
+Names of arguments, default sizes and lengths, and strides of the VAE are read from the signature of a pipeline's call and the
+configs of its models. The table `FAMILIES` holds the other rules. A pipeline that is not in the table is handled by its
+signature alone, as a pipeline that accepts a first frame.
 
-Source of all rows: the classes' code in huggingface/diffusers 0.42.1, and what is named beside a value.
+Source of all rows: the classes' code in huggingface/diffusers 0.42.1, and the sources named beside values.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .conditioning import latent_index
 from .family import AnimatorFamily, anchors_at, sibling_of, temporal_stride
 
 
-# -- anchors of a video to arguments of its call: see `family.AnchorArguments` -----------------------------------------
+# -- functions from the anchors of a video to arguments of the call: see `family.AnchorArguments` ------------------------
 
 
 def first_and_last_frame(pipeline: DiffusionPipeline, anchors: Sequence[Anchor], num_frames: int) -> dict[str, Any]:
@@ -41,27 +41,29 @@ def ltx_conditions(pipeline: DiffusionPipeline, anchors: Sequence[Anchor], num_f
 
 
 def ltx2_conditions(pipeline: DiffusionPipeline, anchors: Sequence[Anchor], num_frames: int) -> dict[str, Any]:
-    """Their index counts latents."""
+    """Returns `conditions`, whose index counts latent frames."""
     condition, stride = _beside(pipeline, "LTX2VideoCondition"), temporal_stride(pipeline)
     made = [condition(anchor.image, latent_index(anchor.frame_index, stride), anchor.strength) for anchor in anchors]
     return {"conditions": made}
 
 
 def beginning(pipeline: DiffusionPipeline, anchors: Sequence[Anchor], num_frames: int) -> dict[str, Any]:
-    """A first frame as `image`, a run as `video`."""
+    """Returns a first frame as `image`, or a run as `video`."""
     return {"video" if isinstance(anchor.image, list) else "image": anchor.image for anchor in anchors}
 
 
 def beginning_of_cosmos25(pipeline: DiffusionPipeline, anchors: Sequence[Anchor], num_frames: int) -> dict[str, Any]:
-    """As `video` in any case: for `image` the pipeline needs torchvision, and makes the same of it."""
+    """Returns first frames always as `video`: the pipeline converts `image` to the same, but needs torchvision for it."""
     pictures = [picture for anchor in anchors for picture in pictures_of(anchor.image)]
     if len(pictures) not in (1, 5):
-        raise ValueError(f"Cosmos-Predict2.5 begins with 1 or 5 frames, and the anchor is a run of {len(pictures)}.")
+        raise ValueError(
+            f"Cosmos-Predict2.5 starts with 1 or 5 frames, but the anchor is a run of {len(pictures)}; give 1 or 5."
+        )
     return {"video": pictures, "num_latent_conditional_frames": latent_index(len(pictures) - 1) + 1}
 
 
 def clip_and_mask(pipeline: DiffusionPipeline, anchors: Sequence[Anchor], num_frames: int) -> dict[str, Any]:
-    """A clip that is grey, and a mask that is white, where nothing is given."""
+    """Returns a video with grey frames and a mask with white frames where there is no anchor."""
     size: Any = pictures_of(anchors[0].image)[0].size
     clip: list[Any] = [PIL.Image.new("RGB", size, "#808080")] * num_frames
     mask = [PIL.Image.new("RGB", size, "white")] * num_frames
@@ -72,7 +74,7 @@ def clip_and_mask(pipeline: DiffusionPipeline, anchors: Sequence[Anchor], num_fr
 
 
 def _beside(pipeline: DiffusionPipeline, name: str) -> Any:
-    """A class that the pipeline's module has."""
+    """Returns a class from the module of a pipeline."""
     found = next(base for base in type(pipeline).__mro__ if base.__module__.startswith("diffusers."))
     return getattr(importlib.import_module(found.__module__), name)
 
@@ -80,7 +82,7 @@ def _beside(pipeline: DiffusionPipeline, name: str) -> Any:
 # -- the table --------------------------------------------------------------------------------------------------------
 
 
-# The defaults of LTX-2's calls guide sound, layers and the two modalities as well.
+# By default, LTX-2's calls also apply guidance to the sound, to skipped layers and between the two modalities.
 _LTX2_UNGUIDED = {"stg_scale": 0.0, "modality_scale": 1.0, "guidance_rescale": 0.0}
 _LTX2_UNGUIDED |= {"audio_guidance_scale": 1.0} | {f"audio_{name}": value for name, value in _LTX2_UNGUIDED.items()}
 
@@ -91,7 +93,7 @@ def _transformer(pipeline: DiffusionPipeline) -> FrozenDict:
 
 FAMILIES: tuple[AnimatorFamily, ...] = (
     AnimatorFamily(
-        # `last_image` would be dropped without a word.
+        # The pipeline would ignore `last_image` silently.
         "Wan2.2-TI2V",
         ("WanImageToVideoPipeline",),
         when=lambda pipeline: pipeline.config.expand_timesteps,
@@ -101,7 +103,7 @@ FAMILIES: tuple[AnimatorFamily, ...] = (
         direct="WanPipeline",
     ),
     AnimatorFamily(
-        # The image encoder's tokens of two pictures have places of their own.
+        # The image encoder's tokens of two images have position embeddings.
         "Wan2.1-FLF2V",
         ("WanImageToVideoPipeline",),
         when=lambda pipeline: _transformer(pipeline).pos_embed_seq_len is not None,
@@ -126,11 +128,11 @@ FAMILIES: tuple[AnimatorFamily, ...] = (
         call_defaults={"frame_rate": 16},
     ),
     AnimatorFamily(
-        # The VAE decodes two latents at a time, and an even number of them to more frames than were asked for.
+        # The VAE decodes two latent frames at a time, so an even number of them gives more frames than requested.
         "CogVideoX-I2V",
         ("CogVideoXImageToVideoPipeline",),
         frame_step=lambda pipeline: 2 * pipeline.vae_scale_factor_temporal,
-        # zai-org/CogVideo a342972: the size and frame rate of 1.0.
+        # zai-org/CogVideo a342972: size and frame rate of CogVideoX 1.0.
         call_defaults={"height": 480, "width": 720, "frame_rate": 8},
     ),
     AnimatorFamily(
@@ -185,7 +187,7 @@ FAMILIES: tuple[AnimatorFamily, ...] = (
         "Kandinsky 5 I2V",
         ("Kandinsky5I2VPipeline",),
         size_multiple=16,
-        # The colours of the first four latents are set by those after them; with none after them all is NaN.
+        # The pipeline adjusts the colours of the first four latent frames to later ones; without later ones it gives NaN.
         shortest=17,
         call_defaults={"frame_rate": 24},
     ),
@@ -195,7 +197,7 @@ FAMILIES: tuple[AnimatorFamily, ...] = (
         direct="Kandinsky6TI2VAPipeline",
     ),
     AnimatorFamily(
-        # A video of one frame would be made without the picture.
+        # The pipeline would ignore the image for a video of one frame.
         "Motif-Video I2V",
         ("MotifVideoImage2VideoPipeline",),
         shortest=5,
@@ -203,7 +205,7 @@ FAMILIES: tuple[AnimatorFamily, ...] = (
         direct="MotifVideoPipeline",
     ),
     AnimatorFamily(
-        # The size that is asked for, and not the nearest of a list.
+        # Without this argument, the pipeline would use the nearest size of a list instead of the requested one.
         "SANA-Video",
         ("SanaImageToVideoPipeline",),
         size_multiple=32,
@@ -267,18 +269,18 @@ FAMILIES: tuple[AnimatorFamily, ...] = (
         size_multiple=8,
         call_defaults={"num_frames": 14},
         own_schedule=True,
-        note="takes no prompt: the prompt writes the first frame, and the motion is the model's own",
+        note="takes no prompt: the prompt describes the first frame only, and the model chooses the motion",
     ),
 )
 
 
 def is_image_to_video(class_name: str, config: Mapping[str, Any] | None = None) -> bool:
-    """Whether a class of diffusers, by its name, is taken by [`family_of`], as far as its call tells.
+    """Returns whether [`family_of`] accepts a pipeline class of diffusers, as far as its signature tells.
 
     Args:
-        class_name (`str`): of a pipeline.
-        config (`Mapping`, *optional*): its `model_index.json`. With it a text-to-video pipeline is one only where its weights
-            take pictures.
+        class_name (`str`): name of the class.
+        config (`Mapping`, *optional*): the pipeline's `model_index.json`. With it, a text-to-video class is accepted only if
+            its weights support a first frame.
     """
     kind = getattr(diffusers, class_name, None)
     if not isinstance(kind, type) or not issubclass(kind, DiffusionPipeline):
@@ -295,7 +297,7 @@ def is_image_to_video(class_name: str, config: Mapping[str, Any] | None = None) 
 
 
 def with_pictures(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """Of a text-to-video pipeline whose weights are those of an image-to-video pipeline, the latter; another as it is."""
+    """Converts a text-to-video pipeline to image-to-video if its weights support both; returns others unchanged."""
     name = type(pipeline).__name__
     for family in FAMILIES:
         if family.direct == name and name not in family.pipelines and family.when(pipeline):
@@ -304,10 +306,10 @@ def with_pictures(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 
 
 def family_of(pipeline: DiffusionPipeline) -> AnimatorFamily:
-    """How a pipeline is called: the table's row, or what its signature says.
+    """Returns the family of a pipeline: a row of the table, or one made from its signature.
 
     Raises:
-        `ValueError`: it takes no picture, or not in a way that a signature tells.
+        `ValueError`: the pipeline accepts no `image`, or its signature does not say how to call it.
     """
     names = [base.__name__ for base in type(pipeline).__mro__]
     for family in FAMILIES:

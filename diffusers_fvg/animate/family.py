@@ -1,4 +1,4 @@
-"""A family of image-to-video pipelines of diffusers: its rules, and what one of its pipelines says of itself."""
+"""The rules of a family of image-to-video pipelines of diffusers, and what is read from a pipeline itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from ..loading.pipeline_component import call_arguments
 from .anchor import Anchor, pictures_of, resolve_anchors
 
 
-# Anchors of one video to arguments of its call. Their pictures are PIL images of the video's size, their frames counted from 0.
+# `(pipeline, anchors, num_frames)` -> arguments of the call for one video. The anchors have PIL images of the video's size and
+# a `frame_index` of at least 0.
 AnchorArguments = Callable[[DiffusionPipeline, Sequence[Anchor], int], dict[str, Any]]
 
 
@@ -26,36 +27,37 @@ def first_frame(pipeline: DiffusionPipeline, anchors: Sequence[Anchor], num_fram
 
 
 def anchors_at(anchors: Sequence[Anchor], names: Mapping[int, str]) -> dict[str, Any]:
-    """Pictures by the names of the arguments for their frames."""
+    """Returns the images under the names of the arguments for their frames; `names` maps frame to argument."""
     return {names[anchor.frame_index]: anchor.image for anchor in anchors}
 
 
 @dataclass(frozen=True)
 class AnimatorFamily:
-    """How image-to-video pipelines of one kind are called.
+    """How to call the image-to-video pipelines of one family.
 
     Args:
-        name (`str`): for messages.
-        pipelines (`tuple[str, ...]`): classes of diffusers.
-        when (`Callable`): which checkpoints of these classes, told by the pipeline that holds one.
-        frames (`str`): which frames may be anchored: `"first"`, `"first or last"` (a last one beside the first),
-            `"first and last"` (both, always) or `"any"`.
-        arguments (`Callable`): anchors of a video to arguments of its call.
-        strength (`bool`): anchors may have a strength below 1.
-        runs (`bool`): the video may begin with a run of frames.
-        frame_step (`Callable`, *optional*): of a pipeline: lengths are this times k, plus 1. Left out: the VAE's temporal
-            stride.
-        size_multiple (`int`): height and width are multiples of it, as of the VAE's stride times the patch.
-        shortest (`int`): frames that a video has at the least.
-        problem (`Callable`, *optional*): of the arguments of a call, by the pipeline's names: what the pipeline would refuse or
-            get wrong, as text.
-        requires (`tuple[str, ...]`): packages that the pipeline imports and diffusers does without.
+        name (`str`): name for messages.
+        pipelines (`tuple[str, ...]`): pipeline classes of diffusers.
+        when (`Callable`): `when(pipeline)` says whether a pipeline of these classes has a checkpoint of this family.
+        frames (`str`): frames that may be anchored: `"first"`, `"first or last"` (the first, and optionally the last),
+            `"first and last"` (always both) or `"any"`.
+        arguments (`Callable`): converts the anchors of a video to arguments of the call.
+        strength (`bool`): whether anchors may have a strength below 1.
+        runs (`bool`): whether the video may start with a run of frames.
+        frame_step (`Callable`, *optional*): `frame_step(pipeline)` returns the step of lengths, which are `step * k + 1`. The
+            VAE's temporal stride when left out.
+        size_multiple (`int`): height and width must be multiples of this, and of the VAE's stride times the patch size.
+        shortest (`int`): smallest number of frames of a video.
+        problem (`Callable`, *optional*): `problem(call)` returns, as text, what is wrong with the arguments of a call under
+            the pipeline's names, or `None`.
+        requires (`tuple[str, ...]`): packages that the pipeline needs in addition to those that diffusers needs.
         fixed (`Mapping`): arguments of every call.
-        call_defaults (`Mapping`): of this package's arguments, where the signature has none.
-        direct (`str`, *optional*): the class that makes video of text alone with the same weights.
-        own_schedule (`bool`): the pipeline sets noise levels of its own, which a preset would not fit.
-        unguided (`Mapping`): arguments that switch off what guides beside `guidance_scale`, for a preset of distilled weights.
-        note (`str`): what a user should know, said once.
+        call_defaults (`Mapping`): defaults of this package's arguments that the signature does not give.
+        direct (`str`, *optional*): the text-to-video class for the same weights.
+        own_schedule (`bool`): whether the pipeline sets its own noise levels, so that presets cannot be used.
+        unguided (`Mapping`): arguments that switch off guidance other than `guidance_scale`, for presets of distilled
+            weights.
+        note (`str`): a note for users, logged once.
     """
 
     name: str
@@ -80,27 +82,27 @@ class AnimatorFamily:
     # -- rules --------------------------------------------------------------------------------------------------------
 
     def resolve(self, anchors: Sequence[Anchor], num_frames: int, temporal: int) -> list[tuple[range, Anchor]]:
-        """Checks the anchors of one video and says which latents each stands for.
+        """Checks the anchors of one video and returns the latent frames that each covers.
 
         Raises:
-            `ValueError`: what the family does not take, or as in [`resolve_anchors`].
+            `ValueError`: the family does not support an anchor or needs another one, or as in [`resolve_anchors`].
         """
         pairs = resolve_anchors(anchors, num_frames, temporal)
         for _, anchor in pairs:
             frame = anchor.frame_index % num_frames
             if frame not in self.frames_of(num_frames):
                 raise ValueError(
-                    f"{self.name} takes {self._taken}, and no anchor at `frame_index={anchor.frame_index}` of {num_frames} frames; "
-                    "leave it out, or use a family that takes anchors at any frame."
+                    f"{self.name} takes {self._taken}, and no anchor at `frame_index={anchor.frame_index}` of {num_frames} "
+                    "frames; leave it out, or use a family that takes anchors at any frame."
                 )
             if anchor.strength != 1 and not self.strength:
                 raise ValueError(
-                    f"{self.name} keeps its anchors as they are and takes no `strength={anchor.strength}`; leave it out."
+                    f"{self.name} always keeps anchors fixed and takes no `strength={anchor.strength}`; leave it out."
                 )
             count = len(pictures_of(anchor.image))
             if count > 1 and (frame or not self.runs):
                 raise ValueError(
-                    f"{self.name} takes {'runs at frame 0 alone' if self.runs else 'single pictures'}, and the anchor at frame "
+                    f"{self.name} takes {'runs only at frame 0' if self.runs else 'single pictures'}, but the anchor at frame "
                     f"{frame} is a run of {count}; give one picture there."
                 )
         given = {anchor.frame_index % num_frames for _, anchor in pairs}
@@ -108,16 +110,16 @@ class AnimatorFamily:
         needed = {0, num_frames - 1} if self.frames == "first and last" else needed
         if pairs and not needed <= given:
             raise ValueError(
-                f"{self.name} needs {self._taken}, but of {num_frames} frames {sorted(given)} are given; add an "
+                f"{self.name} needs {self._taken}, but the anchors are at frames {sorted(given)} of {num_frames}; add an "
                 f"`Anchor(image, frame_index={min(needed - given)})`."
             )
         return pairs
 
     def check_call(self, call: Mapping[str, Any], num_frames: int) -> None:
-        """Checks what the signature of the call does not say.
+        """Checks the rules of the family that the signature of the call does not show.
 
         Raises:
-            `ValueError`: too few frames, a problem of the family's own, or a package that is not there.
+            `ValueError`: too few frames, a problem that `problem` returns, or a missing package.
         """
         if num_frames < self.shortest:
             raise ValueError(
@@ -131,16 +133,16 @@ class AnimatorFamily:
             raise ValueError(f"{self.name} needs {', '.join(absent)}: `pip install {' '.join(absent)}`.")
 
     def frames_of(self, num_frames: int) -> Sequence[int]:
-        """Frames of a video that may be anchored."""
+        """Returns the frames of a video that may be anchored."""
         return {"first": (0,), "any": range(num_frames)}.get(self.frames, (0, num_frames - 1))
 
     @property
     def _taken(self) -> str:
         return {
             "first": "a first frame",
-            "first or last": "a first frame and a last one beside it",
+            "first or last": "a first frame, and optionally a last frame",
             "first and last": "a first and a last frame",
-            "any": "frames at any place",
+            "any": "anchors at any frame",
         }[self.frames]
 
 
@@ -148,25 +150,25 @@ def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-# -- what a pipeline itself says --------------------------------------------------------------------------------------
+# -- read from a pipeline ---------------------------------------------------------------------------------------------
 
 
 def frame_step(pipeline: DiffusionPipeline, family: AnimatorFamily) -> int:
-    """Lengths of a video are this times k, plus 1."""
+    """Returns the step of lengths: videos have `step * k + 1` frames."""
     return temporal_stride(pipeline) if family.frame_step is None else family.frame_step(pipeline)
 
 
 def temporal_stride(pipeline: DiffusionPipeline) -> int:
-    """Frames of a latent.
+    """Returns the number of frames per latent frame.
 
     Raises:
-        `ValueError`: the pipeline does not say.
+        `ValueError`: the pipeline has no attribute for it.
     """
     return _stride(pipeline, "vae_scale_factor_temporal", "vae_temporal_compression_ratio")
 
 
 def size_multiple(pipeline: DiffusionPipeline, family: AnimatorFamily) -> int:
-    """Height and width of a video are multiples of this."""
+    """Returns the number that height and width of a video must be multiples of."""
     stride = _stride(pipeline, "vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_scale_factor")
     config = getattr(getattr(pipeline, "transformer", None), "config", {})
     patch = config.get("patch_size") or 1
@@ -177,12 +179,14 @@ def _stride(pipeline: DiffusionPipeline, *names: str) -> int:
     found = (getattr(pipeline, name, None) for name in names)
     stride = next((value for value in found if value is not None), None)
     if stride is None:
-        raise ValueError(f"{type(pipeline).__name__} has none of {names}, which say the strides of its VAE.")
+        raise ValueError(
+            f"{type(pipeline).__name__} has none of the attributes {names}, which give the stride of its VAE."
+        )
     return int(stride)
 
 
 def guidance_argument(pipeline: DiffusionPipeline) -> str | None:
-    """What `guidance_scale` becomes: an argument of the call, or `"guider"`, a component; `None` where nothing guides."""
+    """Returns the argument that sets the guidance, or `"guider"` for the component; `None` without guidance."""
     declared = call_arguments(pipeline)
     transformer = getattr(pipeline, "transformer", None)
     embeds = transformer is not None and transformer.config.get("guidance_embeds")
@@ -193,7 +197,7 @@ def guidance_argument(pipeline: DiffusionPipeline) -> str | None:
 
 
 def argument_names(pipeline: DiffusionPipeline) -> dict[str, str]:
-    """Argument of this package -> that of the pipeline's call, where the names differ."""
+    """Maps this package's names of arguments to those of the pipeline's call, where they differ."""
     declared, names = call_arguments(pipeline), {"guidance_scale": guidance_argument(pipeline) or "guidance_scale"}
     for ours, theirs in (("num_frames", "frames"), ("fps", "frame_rate")):
         if ours not in declared and theirs in declared:
@@ -202,14 +206,14 @@ def argument_names(pipeline: DiffusionPipeline) -> dict[str, str]:
 
 
 def fitting_size(pipeline: DiffusionPipeline, height: int, width: int) -> tuple[int, int]:
-    """The size of a video that is asked for as `height` x `width`: another where the picture's shape alone decides."""
+    """Returns the size of the video for a requested size: another one if the pipeline derives it from the aspect ratio."""
     if "height" in call_arguments(pipeline):
         return height, width
     return pipeline.video_processor.calculate_default_height_width(height, width, pipeline.target_size)
 
 
 def signature_defaults(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """Height, width, length and frame rate of a call that does not say."""
+    """Returns the pipeline's defaults of height, width, number of frames and frame rate."""
     declared, found = call_arguments(pipeline), {}
     for ours, theirs in (("height", ()), ("width", ()), ("num_frames", ("frames",)), ("frame_rate", ("fps",))):
         for name in (ours, *theirs):
@@ -222,7 +226,7 @@ def signature_defaults(pipeline: DiffusionPipeline) -> dict[str, Any]:
 
 
 def sibling_of(pipeline: DiffusionPipeline, class_name: str) -> DiffusionPipeline:
-    """A pipeline of another class of diffusers and of the same components."""
+    """Returns a pipeline of another class of diffusers with the same components."""
     if type(pipeline).__name__ == class_name:
         return copy.copy(pipeline)
     kind, parts = getattr(diffusers, class_name), {**pipeline.config, **pipeline.components}

@@ -1,7 +1,8 @@
-"""How well a decoded video keeps its anchors: colour difference, low-frequency drift, and what corrects them.
+"""Measures how well a decoded video keeps its anchors (colour difference, low-frequency drift), and corrects its colours.
 
-A video VAE does not give a picture back as it was: frame 0 may come out with a cast of its own, or the frames after it may.
-`anchor_decode="match"` gives the frames the colours of the anchor, `"replace"` puts its pixels in their place as well.
+A video VAE does not reconstruct an image exactly: frame 0, or the frames after it, may have a colour cast.
+`anchor_decode="match"` corrects the frames to the colours of the anchor; `"replace"` also replaces anchored frames by the
+anchor images.
 
 Frames are sRGB, `(F, H, W, 3)`, in [0, 1] or uint8: F frames, H and W height and width.
 """
@@ -19,11 +20,11 @@ from .anchor import Anchor, fit_picture, pictures_of
 
 
 ANCHOR_DECODES = ("raw", "match", "replace")
-# Cells along the shorter side of what is called low-frequency here: no cell sees texture, or the blur of a VAE.
+# Low-frequency means averages over cells, this many along the shorter side. They hide texture and the blur of a VAE.
 CELLS = 16
-# Contrasts below two of 255 levels say nothing of a cast's gain.
+# Contrasts below two of 255 levels do not determine the gain of a colour cast.
 FLAT = 2 / 255
-# A frame shows the anchor's picture, moved on by a frame or two, when their low frequencies correlate at least this well.
+# A frame still shows the anchor's scene, after a frame or two of motion, if their low frequencies correlate better than this.
 SAME_PICTURE = 0.9
 
 Frames: TypeAlias = np.ndarray | torch.Tensor
@@ -36,7 +37,7 @@ _TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193,
 
 
 def srgb_to_lab(pixels: np.ndarray) -> np.ndarray:
-    """CIELAB (D65) of sRGB pixels `(..., 3)` in [0, 1]; white is exactly (100, 0, 0)."""
+    """Converts sRGB pixels `(..., 3)` in [0, 1] to CIELAB (D65); white is exactly (100, 0, 0)."""
     pixels = np.asarray(pixels, dtype=np.float64)
     linear = np.where(pixels <= 0.04045, pixels / 12.92, ((pixels + 0.055) / 1.055) ** 2.4)
     ratio = linear @ (_TO_XYZ / _TO_XYZ.sum(axis=1, keepdims=True)).T
@@ -45,7 +46,7 @@ def srgb_to_lab(pixels: np.ndarray) -> np.ndarray:
 
 
 def delta_e_2000(lab_1: np.ndarray, lab_2: np.ndarray) -> np.ndarray:
-    """CIEDE2000 colour difference with weights of 1; 1 is about the least that is seen.
+    """Returns the CIEDE2000 colour difference with all weights 1; a difference of 1 is just noticeable.
 
     Source: Sharma, Wu, Dalal: The CIEDE2000 color-difference formula, Color Research and Application 30(1), 2005,
     equations 2 to 22.
@@ -67,13 +68,13 @@ def delta_e_2000(lab_1: np.ndarray, lab_2: np.ndarray) -> np.ndarray:
     c_1, c_2 = np.hypot(stretch * a_1, b_1), np.hypot(stretch * a_2, b_2)
     h_1, h_2 = (np.degrees(np.arctan2(b, stretch * a)) % 360 for a, b in ((a_1, b_1), (a_2, b_2)))
 
-    # Grey has no hue, 0 here: the mean is the other colour's.
+    # Grey has no hue (0 here), so the mean is the hue of the other colour.
     grey = c_1 * c_2 == 0
     turn, total = h_2 - h_1, h_1 + h_2
     apart = np.abs(turn) > 180
     turn = turn - np.where(apart, 360 * np.sign(turn), 0)
     hue = np.where(grey, total, (total + np.where(apart, np.where(total < 360, 360, -360), 0)) / 2)
-    # Of a grey the chroma is 0, and with it `d_h`.
+    # Grey has chroma 0, so `d_h` is 0.
     d_l, d_c, d_h = l_2 - l_1, c_2 - c_1, 2 * np.sqrt(c_1 * c_2) * np.sin(np.radians(turn / 2))
     light, chroma = (l_1 + l_2) / 2, (c_1 + c_2) / 2
 
@@ -92,13 +93,13 @@ def delta_e_2000(lab_1: np.ndarray, lab_2: np.ndarray) -> np.ndarray:
 
 
 def colour_shift(frames: Frames, picture: Frames) -> np.ndarray:
-    """Mean CIEDE2000 difference of each frame and the anchor's picture `(H, W, 3)`: `(F,)`."""
+    """Returns the mean CIEDE2000 difference of each frame from the anchor image `(H, W, 3)`: shape `(F,)`."""
     wanted = srgb_to_lab(_tensor(picture).cpu().numpy())
     return np.array([delta_e_2000(srgb_to_lab(_tensor(frame).cpu().numpy()), wanted).mean() for frame in frames])
 
 
 def low_frequency_drift(frames: Frames, picture: Frames) -> np.ndarray:
-    """Root mean square difference of each frame and the anchor's picture, both averaged over large cells: `(F,)`, in [0, 1]."""
+    """Returns the RMS difference of each frame from the anchor image, both averaged over cells: shape `(F,)`, in [0, 1]."""
     wanted = _cells(_tensor(picture))
     return np.array([float((_cells(_tensor(frame)) - wanted).square().mean().sqrt()) for frame in frames])
 
@@ -107,16 +108,16 @@ def low_frequency_drift(frames: Frames, picture: Frames) -> np.ndarray:
 
 
 def colour_corrections(frames: Frames, anchored: Mapping[int, Frames]) -> torch.Tensor:
-    """Gain and offset of each frame and channel that give the frames around anchors the anchors' colours.
+    """Returns gain and offset, for each frame and channel, that correct the video to the colours of its anchors.
 
-    An anchored frame gets mean and contrast of its picture, per channel. The free frames take theirs from the free frame
-    beside the anchor, as a cast may be the anchored frame's alone or begin after it, and if that no longer shows the picture,
-    from the anchored frame. Between two anchors one correction fades into the other; before the first and after the
-    last it stays.
+    An anchored frame gets the mean and contrast of its anchor image, per channel. The correction of the other frames is
+    measured on the frame next to the anchor, because a cast may affect only the anchored frame or only the frames after it.
+    If that frame no longer shows the anchor's scene, the correction of the anchored frame is used. Between two anchors, the
+    correction changes linearly; before the first and after the last anchor it is constant.
 
     Args:
         frames (`np.ndarray` or `torch.Tensor` of shape `(F, H, W, 3)`): in [0, 1].
-        anchored (`Mapping[int, Frames]`): frame index -> picture `(H, W, 3)` in [0, 1]; at least one.
+        anchored (`Mapping[int, Frames]`): frame index -> anchor image `(H, W, 3)` in [0, 1]; at least one.
 
     Returns:
         `torch.Tensor` of shape `(F, 2, 3)`, float32.
@@ -140,13 +141,13 @@ def colour_corrections(frames: Frames, anchored: Mapping[int, Frames]) -> torch.
 
 
 def correct_frames(frames: Frames, anchored: Mapping[int, Frames], anchor_decode: str) -> None:
-    """Changes decoded frames in place, one at a time, towards their anchors.
+    """Corrects decoded frames towards their anchors in place, one at a time.
 
     Args:
-        frames (`np.ndarray` or `torch.Tensor` of shape `(F, H, W, 3)`): floating in [0, 1], or uint8.
-        anchored (`Mapping[int, Frames]`): frame index -> picture `(H, W, 3)` in [0, 1]; at least one.
-        anchor_decode (`str`): `"match"` corrects colours as [`colour_corrections`] says; `"replace"` does, and puts the
-            pictures in the place of the anchored frames: without the first a cast would jump there.
+        frames (`np.ndarray` or `torch.Tensor` of shape `(F, H, W, 3)`): float in [0, 1], or uint8.
+        anchored (`Mapping[int, Frames]`): frame index -> anchor image `(H, W, 3)` in [0, 1]; at least one.
+        anchor_decode (`str`): `"match"` corrects colours by [`colour_corrections`]. `"replace"` also replaces the anchored
+            frames by the anchor images; without the correction, colours would jump there.
     """
     frames = torch.from_numpy(frames) if isinstance(frames, np.ndarray) else frames
     for index, (gain, offset) in enumerate(colour_corrections(frames, anchored).to(frames.device)):
@@ -158,21 +159,21 @@ def correct_frames(frames: Frames, anchored: Mapping[int, Frames], anchor_decode
 
 
 def check_anchor_decode(anchor_decode: str, output_type: str) -> None:
-    """Raises `ValueError` for an unknown `anchor_decode`, or one that the output would not show."""
+    """Raises `ValueError` for an unknown `anchor_decode`, or one that has no effect on the output type."""
     if anchor_decode not in ANCHOR_DECODES:
         raise ValueError(f"Unknown `anchor_decode={anchor_decode!r}`; use one of {ANCHOR_DECODES}.")
     if anchor_decode != "raw" and output_type == "latent":
         raise ValueError(
-            f'`anchor_decode={anchor_decode!r}` corrects decoded frames, and `output_type="latent"` decodes none; use '
+            f'`anchor_decode={anchor_decode!r}` corrects decoded frames, but `output_type="latent"` decodes none; use '
             '`anchor_decode="raw"`.'
         )
 
 
 def check_has_anchors(anchor_decode: str, is_anchored: bool) -> None:
-    """Raises `ValueError` where there is nothing to correct frames towards."""
+    """Raises `ValueError` for a correction without anchors."""
     if anchor_decode != "raw" and not is_anchored:
         raise ValueError(
-            f"`anchor_decode={anchor_decode!r}` corrects frames towards their anchors, and there is no anchor; give one or use "
+            f"`anchor_decode={anchor_decode!r}` corrects frames towards their anchors, but there is no anchor; give one or use "
             '`anchor_decode="raw"`.'
         )
 
@@ -183,13 +184,13 @@ def decode_anchored(
     anchor_decode: str,
     output_type: str,
 ) -> Frames | list:
-    """What a pipeline gives back: decoded frames, corrected as `anchor_decode` says.
+    """Decodes videos and corrects them as `anchor_decode` says: the frames that a pipeline returns.
 
     Args:
-        decode (`Callable`): `decode(output_type)` gives the frames of all videos.
-        anchors (`list[list[Anchor]]`): those of each video, already checked.
-        anchor_decode (`str`): of `ANCHOR_DECODES`.
-        output_type (`str`): what `decode` takes, `"uint8"` among it.
+        decode (`Callable`): `decode(output_type)` returns the frames of all videos.
+        anchors (`list[list[Anchor]]`): anchors of each video, already checked.
+        anchor_decode (`str`): one of `ANCHOR_DECODES`.
+        output_type (`str`): an output type that `decode` supports; it must also support `"uint8"`.
     """
     if anchor_decode == "raw" or anchors is None:
         return decode(output_type)
@@ -202,7 +203,7 @@ def decode_anchored(
 
 
 def anchored_pictures(anchors: Sequence[Anchor], num_frames: int, height: int, width: int) -> dict[int, torch.Tensor]:
-    """Frame index -> picture `(H, W, 3)` in [0, 1], scaled and cropped as it was encoded."""
+    """Maps frame index to anchor image `(H, W, 3)` in [0, 1], scaled and cropped as it was for encoding."""
     return {
         anchor.frame_index % num_frames + offset: fit_picture(image, height, width).permute(1, 2, 0)
         for anchor in anchors
@@ -211,7 +212,7 @@ def anchored_pictures(anchors: Sequence[Anchor], num_frames: int, height: int, w
 
 
 def _match(frame: Frames, picture: Frames) -> tuple[torch.Tensor, float]:
-    """Gain and offset `(2, 3)` that give a frame mean and contrast of a picture, and how well the two correlate."""
+    """Returns gain and offset `(2, 3)` that give a frame the mean and contrast of an image, and their correlation."""
     seen, wanted = (_cells(_tensor(image)).flatten(1).cpu() for image in (frame, picture))
     seen_mean, wanted_mean = seen.mean(1), wanted.mean(1)
     contrasts = [values.var(1, correction=0) + FLAT**2 for values in (seen, wanted)]
@@ -222,13 +223,13 @@ def _match(frame: Frames, picture: Frames) -> tuple[torch.Tensor, float]:
 
 
 def _cells(frame: torch.Tensor) -> torch.Tensor:
-    """`(H, W, 3)` averaged over about `CELLS` by `CELLS` cells: `(3, h, w)`."""
+    """Averages `(H, W, 3)` over about `CELLS` by `CELLS` cells, to `(3, h, w)`."""
     height, width = frame.shape[:2]
     cell = max(1, min(height, width) // CELLS)
     return torch.nn.functional.adaptive_avg_pool2d(frame.permute(2, 0, 1), (height // cell, width // cell))
 
 
 def _tensor(frame: Frames) -> torch.Tensor:
-    """In [0, 1]: as it is, or of 255 levels."""
+    """Returns a frame as floats in [0, 1]; integers are divided by 255."""
     frame = torch.as_tensor(frame)
     return frame.float() if frame.is_floating_point() else frame.float() / 255

@@ -1,6 +1,6 @@
-"""From a file to frames: videos, animations and single pictures, upright, with square pixels, chosen evenly in time.
+"""Reads frames from files of videos, animations and images: upright, with square pixels, evenly spaced in time.
 
-Training, validation and whoever makes an anchor of a file read it here.
+Training, validation and anchors from files use this module.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from ..media import Video
 from .anchor import picture_image
 
 
-# Formats of Pillow whose further pictures follow in time; those of others are pages, previews or depth maps.
+# Formats of Pillow with several images that are frames in time; those of other formats are pages, previews or depth maps.
 ANIMATED = {"GIF", "WEBP", "PNG", "AVIF"}
-# Browsers show what is given less than two hundredths of a second for a tenth, as FFmpeg's GIF demuxer does by default.
+# Frames with a delay below 0.02 s are shown for 0.1 s, as in browsers and, by default, in FFmpeg's GIF demuxer.
 SHORTEST_DELAY, DEFAULT_DELAY = 0.02, 0.1
-# Videos slower than this share of the frame rate would be padded with copies, which teach stuttering.
+# Videos below this fraction of the frame rate are refused: they would need repeated frames, which teach a model to stutter.
 SLOWEST = 0.9
 
 
 class Pictures:
-    """A picture file, one frame, or an animated one, with the attributes and methods of [`~media.reading.Video`]."""
+    """An image file with one frame, or an animated one, with the attributes and methods of [`~media.reading.Video`]."""
 
     def __init__(self, path: Path):
         self.path, delays = path, []
         with PIL.Image.open(path) as image:
             first = picture_image(self._single(image, 0))
             for index in range(self._count(image)):
-                # Only a loaded frame knows how long it is shown.
+                # Pillow sets the duration of a frame when it is loaded.
                 image.seek(index)
                 image.load()
                 delays.append(float(image.info.get("duration") or 0) / 1000)
@@ -41,10 +41,10 @@ class Pictures:
         self.frame_rate = (len(delays) - 1) / float(self.times[-1]) if len(delays) > 1 else 0.0
 
     def frames(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
-        """Frames `(H, W, 3)`, uint8; `indices` do not descend.
+        """Yields frames `(H, W, 3)`, uint8; `indices` must not decrease.
 
         Raises:
-            `ValueError`: a picture that cannot be decoded.
+            `ValueError`: an image cannot be decoded.
         """
         with PIL.Image.open(self.path) as image:
             for index in indices:
@@ -62,18 +62,18 @@ class Pictures:
 
 
 def open_frames(path: str | Path) -> Video | Pictures:
-    """The frames of a file, of whatever kind it is.
+    """Opens a file with frames: a video, an animation or an image.
 
     Args:
-        path (`str` or `Path`): of a video, an animated GIF, WebP, PNG or AVIF, or a single picture.
+        path (`str` or `Path`): file of a video, an animated GIF, WebP, PNG or AVIF, or a single image.
 
     Returns:
-        `Video` or `Pictures`: with `height`, `width`, `times` in seconds, `frame_rate` and `frames(indices)`.
+        `Video` or `Pictures`: has `height`, `width`, `times` in seconds, `frame_rate` and `frames(indices)`.
 
     Raises:
-        `ValueError`: a file that is none of these, is damaged, or of high dynamic range. The message goes on after the
+        `ValueError`: the file is of another kind, is damaged, or has high dynamic range. The message is meant to follow the
             file's name.
-        `OSError`: no such file.
+        `OSError`: the file does not exist.
     """
     path = Path(path)
     try:
@@ -92,15 +92,17 @@ def open_frames(path: str | Path) -> Video | Pictures:
 
 
 def first_frame(path: str | Path) -> PIL.Image.Image:
-    """The picture in a file, or the first frame of the video in it, RGB: an anchor.
+    """Returns the image in a file, or the first frame of a video, as RGB, for use as an anchor.
 
     Raises:
-        `ValueError`, `OSError`: as in [`open_frames`]; an animated picture, as in [`~animate.anchor.picture_tensor`].
+        `ValueError`, `OSError`: as in [`open_frames`]; an animated image also raises `ValueError`.
     """
     try:
         source = open_frames(path)
         if isinstance(source, Pictures) and len(source.times) > 1:
-            raise ValueError(f"is animated, {len(source.times)} frames in all: save the one that is meant")
+            raise ValueError(
+                f"is animated, {len(source.times)} frames in all: save the one that you want as its own file"
+            )
         (frame,) = source.frames([0])
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error
@@ -108,14 +110,15 @@ def first_frame(path: str | Path) -> PIL.Image.Image:
 
 
 def spacing(times: np.ndarray, frame_rate: float) -> float:
-    """Seconds between the chosen frames of a file: those of `frame_rate`, or its own where it is up to a tenth slower.
+    """Returns the seconds between frames to choose from a file: by `frame_rate`, or the file's own if it is at most 10 %
+    slower.
 
     Args:
-        times (`np.ndarray` of shape `(F,)`): seconds of its frames.
-        frame_rate (`float`): frames per second that are wanted.
+        times (`np.ndarray` of shape `(F,)`): times of the file's frames, in seconds.
+        frame_rate (`float`): requested frames per second.
 
     Raises:
-        `ValueError`: a slower file.
+        `ValueError`: the file is slower.
     """
     if len(times) < 2:
         return 1 / frame_rate
@@ -126,20 +129,20 @@ def spacing(times: np.ndarray, frame_rate: float) -> float:
 
 
 def nearest_frames(times: np.ndarray, start: float, length: int, step: float) -> list[int]:
-    """For each of the times `start + k * step` the frame that is nearest to it, as far as the file reaches.
+    """Returns the index of the frame that is nearest to each of the times `start + k * step`, up to the end of the file.
 
     Args:
-        times (`np.ndarray` of shape `(F,)`): seconds of its frames.
-        start, step (`float`): seconds.
-        length (`int`): times, at most.
+        times (`np.ndarray` of shape `(F,)`): times of the file's frames, in seconds.
+        start, step (`float`): in seconds.
+        length (`int`): largest number of indices.
     """
     wanted = start + step * np.arange(length)
     numbers = np.interp(wanted[wanted < end_of(times, step)], times, np.arange(len(times)))
-    # Halves are rounded from the first frame on: the pattern of a thinned out clip does not depend on where it begins.
+    # Rounded relative to the first frame, so that the pattern of a clip with skipped frames does not depend on its start.
     first = round(numbers[0])
     return [first + int(number) for number in np.round(numbers - first, 6).round()]
 
 
 def end_of(times: np.ndarray, step: float) -> float:
-    """Seconds up to which the last frame is nearer than one that would follow it at the last distance; `step` for a single."""
+    """Returns the end of a file in seconds: half a frame's distance after the last frame (half of `step` for one frame)."""
     return times[-1] + (0.5 - 1e-6) * (times[-1] - times[-2] if len(times) > 1 else step)

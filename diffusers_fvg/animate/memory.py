@@ -1,4 +1,4 @@
-"""What decoding needs and what there is: decides whether the VAE works in tiles."""
+"""Estimates the memory that decoding needs and the memory that is free, to decide whether the VAE decodes in tiles."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 import torch
 
 
-# Live copies of the decoder's activation at its full resolution, at the peak of a chunk of four frames: what counting the
-# live tensors of Wan 2.1's and of Wan 2.2's decoder (residual blocks) on shapes gives, 13.2 and 21.1, rounded up. The features
-# that the causal convolutions keep are among them.
+# Copies of the decoder's full-resolution activation that are in memory at the peak of a chunk of four frames. Counting the
+# tensors of Wan 2.1's and Wan 2.2's decoder (residual blocks) by their shapes gives 13.2 and 21.1, rounded up here. This
+# includes the cached features of the causal convolutions.
 _ACTIVATION_COPIES, _CHUNK_FRAMES = {False: 14, True: 22}, 4
-# The same of CogVideoX's, whose first chunk may be of nine frames: 19.9.
+# The same for CogVideoX's decoder, whose first chunk may have nine frames: 19.9.
 _COGVIDEOX_COPIES, _COGVIDEOX_CHUNK_FRAMES = 20, 9
 
 
 def decode_bytes(
     config: Any, latents_shape: tuple[int, ...], element_size: int, tile_pixels: int | None = None
 ) -> int:
-    """Peak of decoding latents `(B, C, f, h, w)` in chunks, above the weights of the VAE: an estimate on the safe side.
+    """Estimates, on the safe side, the peak memory in bytes of decoding latents in chunks, without the VAE's weights.
 
     Args:
-        config: of an [`AutoencoderKLWan`] or an [`AutoencoderKLCogVideoX`].
-        latents_shape (`tuple`): of the latents.
-        element_size (`int`): bytes of a number.
-        tile_pixels (`int`, *optional*): pixels of a tile, where the VAE works in tiles. A column of tiles' edges and a tile
-            are then held for all frames, less than the float video; CogVideoX's holds all tiles and joins them.
+        config: config of an [`AutoencoderKLWan`] or an [`AutoencoderKLCogVideoX`].
+        latents_shape (`tuple`): shape of the latents, `(B, C, f, h, w)`.
+        element_size (`int`): bytes of one value.
+        tile_pixels (`int`, *optional*): pixels of a tile, if the VAE decodes in tiles. The edges of a row of tiles and one
+            tile are then held for all frames, which is less than the float video; CogVideoX's VAE holds all tiles.
     """
     batch_size, _, num_latent_frames, height, width = latents_shape
     if "temporal_compression_ratio" in config:
@@ -49,15 +49,15 @@ def decode_bytes(
 
 
 def decoder_bytes(vae, latents: torch.Tensor) -> int:
-    """[`decode_bytes`] of whole frames of latents `(B, C, f, h, w)`."""
+    """Returns [`decode_bytes`] of latents `(B, C, f, h, w)` without tiling."""
     return decode_bytes(vae.config, tuple(latents.shape), latents.element_size())
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on a device."""
+    """Returns the free memory of a device in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    # Not known on this platform: decode whole, as stock pipelines do.
+    # Unknown on this platform: decode without tiles, as stock pipelines do.
     return 1 << 62

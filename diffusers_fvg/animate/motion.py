@@ -1,4 +1,4 @@
-"""Whether anything happens in a video: the most reported fault of models that are given a frame is that all stands still."""
+"""Measures the motion in a video: the most reported fault of image-to-video models is a video that stands still."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ import PIL.Image
 import torch
 
 
-# Cells along the shorter side. What a decoder changes from frame to frame, grain above all, is averaged away in a cell.
+# Cells along the shorter side. Averaging over a cell removes the decoder's changes from frame to frame, mostly grain.
 CELLS = 16
-# A cell has changed where a channel is this far, in [0, 1], from what it was. Of clips of the shapes world noise of 3 levels
-# of 255, a drift of 6 levels and a still clip through the VAE stay below 0.03, the least that moves reaches 0.15 (synthetic).
+# A cell has changed if a channel differs by more than this, in [0, 1]. In clips of the shapes world, noise of 3 of 255 levels, a
+# drift of 6 levels and a still clip through the VAE stay below 0.03; the smallest motion reaches 0.15 (synthetic).
 CHANGED = 0.06
 
 
 def motion_amounts(frames: np.ndarray | torch.Tensor | list[list[PIL.Image.Image]]) -> list[float] | None:
-    """The share of each video's picture that at some time is unlike what it was in the first frame.
+    """Returns the fraction of each video's area that differs from the first frame at some time.
 
-    A change of the whole picture's colour is not counted: decoders drift. Optical flow was tried and left: where nothing
-    moves it follows noise, and a change of colour, which is a video's whole action at times, it does not see.
+    A change of the whole frame's colour is not counted, because decoders drift. Optical flow was tried and rejected: it
+    follows noise where nothing moves, and misses changes of colour, which are the only action of some videos.
 
     Args:
-        frames (`np.ndarray`, `torch.Tensor` or `list[list[PIL.Image.Image]]`): what a pipeline gives for any `output_type` but
-            `"latent"`: `(B, F, H, W, 3)` in [0, 1] or uint8, tensors `(B, F, 3, H, W)`, or lists of pictures.
+        frames (`np.ndarray`, `torch.Tensor` or `list[list[PIL.Image.Image]]`): frames that a pipeline returns for any
+            `output_type` except `"latent"`: arrays `(B, F, H, W, 3)` in [0, 1] or uint8, tensors `(B, F, 3, H, W)`, or lists
+            of images.
 
     Returns:
-        `list[float]`: one number in [0, 1] for each video; `None` for videos of one frame.
+        `list[float]`: one value in [0, 1] for each video; `None` for videos of one frame.
     """
     if len(frames) == 0 or len(frames[0]) < 2:
         return None
@@ -40,7 +41,7 @@ def _changed_share(video: np.ndarray | torch.Tensor | list[PIL.Image.Image]) -> 
 
 
 def _cells(frame: np.ndarray | torch.Tensor | PIL.Image.Image) -> torch.Tensor:
-    """A frame averaged over about `CELLS` by `CELLS` cells: `(3, h, w)` in [0, 1]."""
+    """Averages a frame over about `CELLS` by `CELLS` cells, to `(3, h, w)` in [0, 1]."""
     if not isinstance(frame, torch.Tensor):
         frame = torch.from_numpy(np.array(frame)).permute(2, 0, 1)
     scale = 1.0 if frame.is_floating_point() else 255.0

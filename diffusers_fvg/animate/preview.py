@@ -1,4 +1,4 @@
-"""Latents to small pictures without the VAE's decoder: by one convolution, fitted to what the VAE's encoder makes of clips.
+"""Previews of latents as small images without the VAE's decoder: one convolution, fitted to the VAE's encoder.
 
 Shape legend: B videos, C latent channels, f latent frames, h and w latent rows and columns; F, H, W the same in pixels.
 """
@@ -13,24 +13,24 @@ from ..devices import get_module_execution_device
 from .anchor import encode_anchor
 
 
-# Latents that a picture's pixels are computed from, in a square; pixels of a latent, in a square.
+# Side of the square of latents that each pixel is computed from; side of the square of pixels for each latent.
 KERNEL, SCALE = 3, 4
-# Of the squares of the weights, for each position: fewer clips than channels settle would give weights that cancel out.
+# Ridge regularization, per position: the clips do not determine all channels, which would give large weights that cancel out.
 RIDGE = 1e-3
-# Clips of moving rectangles, their side in latents, and the rectangles of each.
+# Number of clips of moving rectangles, their side in latents, and the rectangles in each.
 NUM_CLIPS, SIDE, NUM_RECTANGLES = 4, 16, 24
 
 
 class LatentPreview:
-    """What latents show, `SCALE` x `SCALE` pixels for each latent position.
+    """Converts latents to preview images with `SCALE` x `SCALE` pixels for each latent position.
 
-    The convolution is fitted by least squares, so that no table of factors is needed and it is that of the VAE at hand. Fitting
-    calls the encoder once; after it a preview costs less than a thousandth of a decode.
+    The convolution is fitted by least squares to the given VAE, so no table of factors per model is needed. Fitting calls the
+    encoder once; afterwards a preview takes less than a thousandth of the time of decoding.
 
     Args:
-        vae (`AutoencoderKLWan`): of the pipeline.
-        clips (`torch.Tensor` of shape `(B, 3, F, H, W)`, *optional*): in [0, 1], with 4k + 1 frames, such as the VAE was trained
-            on; [`moving_rectangles`] when left out.
+        vae (`AutoencoderKLWan`): VAE of the pipeline.
+        clips (`torch.Tensor` of shape `(B, 3, F, H, W)`, *optional*): clips to fit to, in [0, 1], with 4k + 1 frames, similar
+            to the VAE's training data; [`moving_rectangles`] when left out.
     """
 
     def __init__(self, vae, clips: torch.Tensor | None = None):
@@ -38,7 +38,7 @@ class LatentPreview:
         clips = moving_rectangles(spatial, temporal) if clips is None else clips
         with torch.no_grad():
             latents = encode_anchor(vae, clips * 2 - 1, 0, get_module_execution_device(vae))
-        # What a latent stands for: the first frame, then the mean of four.
+        # The target for each latent frame: the first frame, then the mean of four frames.
         seen = [clips[:, :, 0], *(part.mean(dim=2) for part in clips[:, :, 1:].split(temporal, dim=2))]
         small = functional.avg_pool2d(torch.stack(seen, dim=1).flatten(0, 1), spatial // SCALE)
         frames = _padded(latents.cpu().double())
@@ -51,7 +51,7 @@ class LatentPreview:
         self.bias = solution[-1]
 
     def __call__(self, latents: torch.Tensor) -> np.ndarray:
-        """The frames of one video, one for each latent frame.
+        """Returns the preview of one video, one image for each latent frame.
 
         Args:
             latents (`torch.Tensor` of shape `(1, C, f, h, w)`): normalised, without noise.
@@ -66,15 +66,15 @@ class LatentPreview:
 
 
 def _padded(latents: torch.Tensor) -> torch.Tensor:
-    """Latent frames `(B, C, f, h, w)` as pictures, with a margin for the convolution."""
+    """Returns latent frames `(B, C, f, h, w)` as a batch of images, padded for the convolution."""
     return functional.pad(latents.transpose(1, 2).flatten(0, 1), [KERNEL // 2] * 4, mode="replicate")
 
 
 def moving_rectangles(spatial: int, temporal: int) -> torch.Tensor:
-    """Clips of rectangles of many sizes and colours that hide each other, as things in a photograph do.
+    """Returns clips of moving rectangles of many sizes and colours that hide each other, like objects in a photograph.
 
     Args:
-        spatial, temporal (`int`): pixels and frames of a latent.
+        spatial, temporal (`int`): pixels (per side) and frames per latent.
 
     Returns:
         `torch.Tensor` of shape `(B, 3, 1 + temporal, H, W)`, in [0, 1].

@@ -1,4 +1,4 @@
-"""Matrix products of a video model's blocks in 8 bits, by torchao."""
+"""8-bit matrix products in the blocks of video models, by torchao."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import torch
 if TYPE_CHECKING:
     from diffusers import TorchAoConfig
 
-# Linear layers outside of attention and feed-forward, in Wan, SkyReels-V2 and CogVideoX: embeddings of texts, times and latents,
-# modulation, and the last projection. They take no time worth saving, and what they make is in every block. What a class keeps in
-# float32, diffusers leaves out by itself.
+# Linear layers outside of attention and feed-forward in Wan, SkyReels-V2 and CogVideoX: embeddings of text, time and latents,
+# modulation, and the output projection. They take little time, and every block uses their results, so they are not quantized.
+# diffusers itself excludes the layers that a class keeps in float32.
 WIDE_LAYERS = ("condition_embedder", "fps_projection", "patch_embed", "time_embedding", "ofs_embedding")
 WIDE_LAYERS += ("norm1", "norm2", "norm_out", "proj_out")
-# Of NVIDIA GPUs, from which on they multiply float8 (torchao 0.18, float8/inference.py).
+# Lowest compute capability of NVIDIA GPUs with float8 products (torchao 0.18, float8/inference.py).
 CAPABILITY = (8, 9)
 
 
 def fp8_dynamic() -> TorchAoConfig:
-    """Weights and inputs of the blocks' linear layers in float8_e4m3fn, with a scale for each row; of inputs in each forward anew.
+    """Returns a config that quantizes weights and inputs of the blocks' linear layers to float8_e4m3fn.
 
-    For weights loaded in bfloat16, on a GPU that multiplies float8: see [`fp8_problem`]. Compile the blocks, or rounding the inputs
-    takes what the products save. LoRAs are layers of their own beside it, in the model's dtype. Needs the package torchao.
+    Each row has its own scale; inputs are quantized in each forward. The weights must be loaded in bfloat16, and the GPU must
+    support float8 products: see [`fp8_problem`]. Compile the blocks; otherwise quantizing the inputs takes the time that the
+    products save. LoRA layers stay in the model's dtype. Requires the package torchao.
 
     Returns:
         [`~diffusers.TorchAoConfig`]: `quantization_config` of a video model's `from_pretrained`, or of its name in a
@@ -37,10 +38,10 @@ def fp8_dynamic() -> TorchAoConfig:
 
 
 def fp8_problem(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a model on `device` with weights of `dtype` cannot run with [`fp8_dynamic`]; `None` where it can."""
+    """Returns why a model on `device` with weights of `dtype` cannot use [`fp8_dynamic`]; `None` if it can."""
     is_nvidia = device.type == "cuda" and torch.version.hip is None
     if not is_nvidia or torch.cuda.get_device_capability(device) < CAPABILITY:
-        return f"{device} is no NVIDIA GPU of compute capability {'.'.join(map(str, CAPABILITY))} or higher"
+        return f"{device} is not an NVIDIA GPU of compute capability {'.'.join(map(str, CAPABILITY))} or higher"
     if dtype != torch.bfloat16:
-        return f"a scale for each row needs weights in bfloat16, not {str(dtype).removeprefix('torch.')}"
+        return f"scales per row need weights in bfloat16, not {str(dtype).removeprefix('torch.')}"
     return None

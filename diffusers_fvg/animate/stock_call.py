@@ -1,4 +1,4 @@
-"""What a call of a stock pipeline, the composer's or the animator's, runs within."""
+"""Context managers for the calls of stock pipelines in composer and animator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..checks import stop_unless_finite
 def seeded_steps(
     pipeline: DiffusionPipeline, generator: torch.Generator | list[torch.Generator] | None
 ) -> Iterator[None]:
-    """Within it, a scheduler that draws noise at its steps takes it from `generator`; pipelines of flow models pass none on."""
+    """Makes a scheduler that draws noise in `step` use `generator`, which pipelines of flow models do not pass to it."""
     scheduler = getattr(pipeline, "scheduler", None)
     if scheduler is None or "generator" not in inspect.signature(scheduler.step).parameters:
         yield
@@ -32,14 +32,14 @@ def seeded_steps(
 
 @contextlib.contextmanager
 def finite_decoding(pipeline: DiffusionPipeline, stage: str) -> Iterator[None]:
-    """Within it, a VAE's decoder that makes infinity stops the stage: what comes after clamps it to white."""
+    """Raises `FloatingPointError` if the VAE's decoder gives values that are not finite, before they are clamped to white."""
     decoder = getattr(getattr(pipeline, "vae", None), "decoder", None)
     if not isinstance(decoder, torch.nn.Module):
         yield
         return
 
     def check(module: torch.nn.Module, inputs: Any, made: Any) -> None:
-        # Some give what a later frame needs beside the picture.
+        # Some decoders return a tuple: the frames, and a cache for later frames.
         stop_unless_finite(stage, made[0] if isinstance(made, tuple) else made)
 
     handle = decoder.register_forward_hook(check)

@@ -1,4 +1,5 @@
-"""Weights of a stock diffusers class under one of ours: shared when converted, and saved so that the stock class loads them."""
+"""Base class of models with the weights of a stock diffusers class: they share the weights when converted, and save them so
+that the stock class loads them."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from ..model_facts import MODELS
 
 
 if TYPE_CHECKING:
-    # Of which class it is, the stock class behind this one says.
+    # At runtime, the base class is the stock class that follows this one among the bases.
     from diffusers import ModelMixin as StockModel
 else:
     StockModel = object
@@ -34,9 +35,7 @@ logger = logging.get_logger(__name__)
 
 
 def configured_as(stock_class: type[ModelMixin]) -> Callable[[Init], Init]:
-    """Decorates an `__init__`: the configuration is read from its signature, which is the stock one, whatever the version of
-    diffusers.
-    """
+    """Decorates an `__init__` so that diffusers reads the config from the signature of the stock class, in every version."""
 
     def decorated(init: Init) -> Init:
         functools.update_wrapper(init, stock_class.__init__)
@@ -46,29 +45,29 @@ def configured_as(stock_class: type[ModelMixin]) -> Callable[[Init], Init]:
 
 
 class StockWeights(StockModel):
-    """Loading and saving of a model whose configuration and state dict are those of `stock_class`.
+    """Loading, converting and saving of a model whose config and state dict are those of `stock_class`.
 
-    Stands before the stock class among the bases.
+    List it before the stock class among the bases.
     """
 
     stock_class: type[ModelMixin]
-    # Setting of the stock class -> what a model that has it is fed beside noisy latents and a text.
+    # Config key of the stock class -> the further input of a model that sets it, in addition to noisy latents and text.
     further_inputs: dict[str, str] = {}
 
     @classmethod
     def check_text_to_video(
         cls, config: Mapping[str, Any], name: str, latent_channels: int | None = None, text_width: int | None = None
     ) -> None:
-        """Checks that a model takes noisy latents and a text, and nothing else.
+        """Checks that a model has only noisy latents and text as inputs.
 
         Args:
-            config (`Mapping`): its configuration, which may leave out what is the stock class's default.
-            name (`str`): what errors call the model.
-            latent_channels (`int`, *optional*): of the VAE beside it.
-            text_width (`int`, *optional*): numbers for each token of the text encoder beside it.
+            config (`Mapping`): config of the model; defaults of the stock class may be missing.
+            name (`str`): name of the model in messages.
+            latent_channels (`int`, *optional*): latent channels of the pipeline's VAE.
+            text_width (`int`, *optional*): width of the embeddings of the pipeline's text encoder.
 
         Raises:
-            `ValueError`: an image-to-video or control model, or one of other latents or texts.
+            `ValueError`: the model is an image-to-video or control model, or does not fit the VAE or the text encoder.
         """
         declared = inspect.signature(cls.stock_class.__init__).parameters
         settings = {key: config.get(key, value.default) for key, value in declared.items()}
@@ -78,52 +77,53 @@ class StockWeights(StockModel):
         if channels != made or further:
             known = [facts.repository for facts in MODELS.values() if facts.anchored_class == cls.__name__]
             raise ValueError(
-                f"{name} takes {' and '.join([f'{channels} channels', *further])}, and latents have {made}: it is an "
-                "image-to-video or control model, whose first frame comes through inputs of its own. Use a text-to-video model, "
-                f"to which anchors are frames of the video, such as {', '.join(known)}."
+                f"{name} takes {' and '.join([f'{channels} channels', *further])}, but latents have {made}: it is an "
+                "image-to-video or control model, whose first frame is a separate input. Use a text-to-video model, in which "
+                f"anchors are frames of the video, such as {', '.join(known)}."
             )
         if latent_channels not in (None, channels):
             raise ValueError(
-                f"{name} takes {channels} channels, and the VAE's latents have {latent_channels}: they are of different models."
+                f"{name} takes {channels} channels, but the VAE's latents have {latent_channels}: they belong to different "
+                "models."
             )
-        # Wan's name of it, and CogVideoX's.
+        # The key of Wan, or of CogVideoX.
         width = settings.get("text_dim", settings.get("text_embed_dim"))
         if text_width not in (None, width):
             raise ValueError(
-                f"{name} takes texts of width {width}, and the text encoder's have {text_width}: they are of different models."
+                f"{name} takes text embeddings of width {width}, but the text encoder's have {text_width}: they belong to "
+                "different models."
             )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
-        """Loads the model; arguments are those of [`~diffusers.ModelMixin.from_pretrained`].
+        """Loads the model with the arguments of [`~diffusers.ModelMixin.from_pretrained`].
 
         Raises:
-            `ValueError`: a pipeline's folder: diffusers passes it on where the component's own folder is missing.
+            `ValueError`: the path is a pipeline's folder, which diffusers passes if the component's folder is missing.
         """
         if "subfolder" not in kwargs and os.path.isfile(
             os.path.join(pretrained_model_name_or_path, "model_index.json")
         ):
             raise ValueError(
                 f"{pretrained_model_name_or_path} is a pipeline whose `transformer` folder is missing; download or copy it "
-                "again, or name the model's own folder."
+                "again, or pass the model's own folder."
             )
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_stock(cls, transformer: ModelMixin, name: str = "transformer") -> Self:
-        """The same model as this class. One of this class is returned as it is.
+        """Converts a stock model to this class. A model of this class is returned unchanged.
 
-        Layers are taken over as they are, quantized, cast or offloaded, with their weights and adapters: nothing is copied. What
-        holds them is new, so that neither model sees an adapter, a strength, a processor or a window that the other gets. Both
-        see what changes the weights themselves: fusing or hot-swapping an adapter, a cast, training.
+        The layers with weights and adapters are shared, also if they are quantized, cast or offloaded: no weights are copied.
+        The modules that contain them are copied, so that new adapters, adapter strengths, processors or windows of one model
+        do not affect the other. Changes of the weights affect both: fusing or hotswapping an adapter, a cast, training.
 
         Args:
-            transformer (`ModelMixin`): a `stock_class`.
-            name (`str`): what errors call it.
+            transformer (`ModelMixin`): a model of `stock_class`.
+            name (`str`): name of the model in messages.
 
         Raises:
-            `ValueError`: anything but a `stock_class`, one with fused adapters, or one with attention processors of somebody's
-                own.
+            `ValueError`: the model is of another class, or has fused adapters or custom attention processors.
         """
         inner = getattr(transformer, "_orig_mod", transformer)
         if isinstance(inner, cls):
@@ -134,7 +134,7 @@ class StockWeights(StockModel):
             raise ValueError(f"`{name}` must be a {cls.stock_class.__name__}, but is {what}.")
         if inner is not transformer or any(module._compiled_call_impl is not None for module in inner.modules()):
             logger.warning(
-                f"The compiled {type(inner).__name__} is taken over as it was before; compile the pipeline's own."
+                f"The {type(inner).__name__} is taken over without its compilation; compile the pipeline's transformer instead."
             )
         transformer = inner
         if not isinstance(transformer, cls.stock_class):
@@ -142,8 +142,8 @@ class StockWeights(StockModel):
         fused = {name for layer in _adapter_layers(transformer) for name in layer.merged_adapters}
         if fused:
             raise ValueError(
-                f"The {cls.stock_class.__name__} has the fused adapters {sorted(fused)}, which either model could take out of the "
-                "weights of both: call `unload_lora_weights()` to keep them there for good, or `unfuse_lora()`."
+                f"The {cls.stock_class.__name__} has the fused adapters {sorted(fused)}, which unfusing in one model would remove "
+                "from both: call `unload_lora_weights()` to keep them permanently, or `unfuse_lora()`."
             )
         holders = _copied_holders(transformer)
         model = holders[transformer]
@@ -154,29 +154,29 @@ class StockWeights(StockModel):
         return model
 
     def _convert(self) -> None:
-        """Gives the parts of a stock model the classes that this one has. Defined by the model."""
+        """Changes the classes of a stock model's modules to those of this model. Subclasses define it."""
         raise NotImplementedError
 
     def fuse_qkv_projections(self) -> None:
-        """As in diffusers.
+        """Fuses the query, key and value projections, as in diffusers.
 
         Raises:
-            `ValueError`: adapters, which the fused projections would run without.
+            `ValueError`: the model has adapters, which fused projections would ignore.
         """
         if any(not layer.merged for layer in _adapter_layers(self)):
             raise ValueError(
-                f"Fused projections would leave out the adapters {sorted(self.peft_config)}: `fuse_lora()` and "
-                "`unload_lora_weights()` first put them into the weights."
+                f"Fused projections would ignore the adapters {sorted(self.peft_config)}: call `fuse_lora()` and "
+                "`unload_lora_weights()` first, which merge them into the weights."
             )
         super().fuse_qkv_projections()
 
     def fuse_lora(
         self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None
     ) -> None:
-        """As in diffusers: the active adapters, or those named, become part of the weights.
+        """Merges the active or the named adapters into the weights, as in diffusers.
 
         Raises:
-            `ValueError`: weights that are away or kept in fewer bits; nothing is fused then.
+            `ValueError`: weights are on the meta device (sequential offload) or quantized; nothing is fused then.
         """
         for layer in _adapter_layers(self):
             weight = getattr(getattr(layer, "base_layer", None), "weight", None)
@@ -190,25 +190,25 @@ class StockWeights(StockModel):
         adapter_names: list[str] | str,
         weights: float | dict | list[float] | list[dict] | list[None] | None = None,
     ) -> None:
-        """As in diffusers.
+        """Sets active adapters and their strengths, as in diffusers.
 
         Raises:
-            `ValueError`: adapters are fused, whose strengths are in the weights.
+            `ValueError`: adapters are fused, so that strengths would have no effect.
         """
         fused = sorted({name for layer in _adapter_layers(self) for name in layer.merged_adapters})
         if fused:
             raise ValueError(
-                f"The adapters {fused} are fused with the strengths that they had, and others have no effect beside them: call "
-                "`unfuse_lora()` before `set_adapters`."
+                f"The adapters {fused} are fused, so new strengths and other adapters would have no effect: call `unfuse_lora()` "
+                "before `set_adapters`."
             )
         super().set_adapters(adapter_names, weights)
 
-    # A pipeline asks by the signature what it may pass on: without its own it would save no variant.
+    # `wraps` keeps the signature, by which a pipeline decides what it passes; otherwise no `variant` would be saved.
     @functools.wraps(ModelMixin.save_pretrained)
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """Saves the base weights in the stock format, with adapters that are fused. Others are left out: they are files of their own.
+        """Saves the weights in the stock format, including fused adapters. Other adapters are saved as separate files.
 
-        Arguments are those of [`~diffusers.ModelMixin.save_pretrained`].
+        The arguments are those of [`~diffusers.ModelMixin.save_pretrained`].
         """
         if not getattr(self, "peft_config", None):
             super().save_pretrained(save_directory, *args, **kwargs)
@@ -218,7 +218,7 @@ class StockWeights(StockModel):
             for name, tensor in self.state_dict().items()
             if ".lora_" not in name
         }
-        # Deltas of norms and modulation tables act on the weights themselves, and those that are fused stay there.
+        # Deltas of norms and modulation tables change the weights; unless they are fused, the original values are saved.
         if hasattr(self, "parameter_deltas") and not self.parameter_deltas.merged:
             base |= self.parameter_deltas.originals
         with init_empty_weights(include_buffers=False):
@@ -232,39 +232,39 @@ def _adapter_layers(model: nn.Module) -> list[BaseTunerLayer]:
 
 
 def _fusing_problem(weight: torch.Tensor) -> str | None:
-    """Why a difference cannot be added to a layer's weight; `None` where it can."""
+    """Returns why an adapter cannot be merged into a weight; `None` if it can."""
     if weight.is_meta:
         return (
-            "sequential offload has moved its weights away; fuse before `enable_sequential_cpu_offload()`, or use "
+            "sequential offload keeps its weights off the device; fuse before `enable_sequential_cpu_offload()`, or use "
             "`enable_model_cpu_offload()`"
         )
-    # Packages that quantize have classes of their own, of which some name the dtype that they stand for.
+    # Quantized weights have other classes, some of which report the dtype that they were quantized from.
     if type(weight) is not nn.Parameter or weight.dtype.itemsize < 2:
         kind = weight.dtype if type(weight) is nn.Parameter else type(weight).__name__
-        return f"its weights are kept in fewer bits ({kind}), to which nothing is added without rounding them again; fuse first"
+        return f"its weights are quantized ({kind}), and fusing would round them again; fuse before quantizing"
     return None
 
 
-# What hooks and `compile` put on an instance, bound to it. Hooks are made anew on a copy.
+# Attributes that hooks and `compile` set on an instance and that are bound to it. A copy gets new hooks instead.
 _BOUND = ("forward", "_old_forward", "_hf_hook", "_diffusers_hook", "_compiled_call_impl")
 
 
 def _copied_holders(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Copies of the modules that hold others, which hold copies in turn and the layers at the ends as they are.
+    """Copies the modules that contain other modules; the layers without submodules are shared.
 
     Returns:
-        `dict`: module -> copy, the model itself last. Parameters and buffers are the same objects.
+        `dict`: module -> copy, with the model itself last. Parameters and buffers are the same objects.
     """
     holders: dict[nn.Module, nn.Module] = {}
 
     def copied(module: nn.Module) -> nn.Module:
-        # A container without modules may get some, of adapters.
+        # An empty container is copied, too: adapters may be added to it.
         if not module._modules and not isinstance(module, (nn.ModuleDict, nn.ParameterDict)):
             return module
         if module not in holders:
             other = module.__class__.__new__(module.__class__)
             state = {name: value for name, value in vars(module).items() if name not in _BOUND}
-            # Plain dictionaries only: a configuration is one too, and cannot be changed.
+            # Only exact types are copied: the config is a dict subclass that cannot be changed.
             state = {
                 name: copy.copy(value) if type(value) in (dict, OrderedDict, set, list) else value
                 for name, value in state.items()
@@ -279,12 +279,12 @@ def _copied_holders(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
 
 def _copy_hooks(module: nn.Module, copied: nn.Module, holders: dict[nn.Module, nn.Module]) -> None:
-    """Hooks of diffusers (group offload, casting) and of accelerate (sequential and model offload) for the copy of a module."""
+    """Adds copies of a module's hooks to its copy: of diffusers (group offload, casting) and accelerate (other offload)."""
     registry: Any = getattr(module, "_diffusers_hook", None)
     for name in [] if registry is None else registry._hook_order:
         hook = copy.copy(registry.hooks[name])
         if hasattr(hook, "group"):
-            # A group's weights come and go with the modules that lead it.
+            # The leaders are the modules whose calls load and offload the group's weights.
             hook.group = copy.copy(hook.group)
             for leader in ("onload_leader", "offload_leader"):
                 led = getattr(hook.group, leader)
@@ -292,7 +292,7 @@ def _copy_hooks(module: nn.Module, copied: nn.Module, holders: dict[nn.Module, n
         HookRegistry.check_if_exists_or_initialize(copied).register_hook(hook, name)
     hook = getattr(module, "_hf_hook", None)
     if isinstance(hook, (AlignDevicesHook, CpuOffload, SequentialHook)):
-        # Its weights are where it has put them already.
+        # The weights are already placed, so the hook need not initialize them again.
         hook = copy.copy(hook)
         hook.init_hook = lambda module: module
         add_hook_to_module(copied, hook)

@@ -1,8 +1,8 @@
-"""The anchored video transformer: diffusers' Wan transformer, told a time for every latent frame.
+"""The anchor-conditioned video transformer: diffusers' Wan transformer with one timestep per latent frame.
 
-An anchor is a clean frame (time 0) among noisy ones, so the frames of one sample have different times. A time acts on a
-Wan block through six modulation vectors. They are the same for all tokens of a frame, so they are kept as one row per
-frame: (B, frames, 6, D) is 2 MB at the width of Wan2.2-5B and 31 latent frames, one row per token is 2 GB.
+An anchor is a clean frame (timestep 0) among noisy ones, so the frames of one sample have different timesteps. A timestep acts
+on a Wan block through six modulation vectors. They are the same for all tokens of a frame, so they are stored as one row per
+frame: (B, frames, 6, D) takes 2 MB at the width of Wan2.2-5B and 31 latent frames; one row per token would take 2 GB.
 """
 
 import inspect
@@ -35,12 +35,11 @@ from .stock_weights import StockWeights, configured_as
 
 
 class AnchorConditionedAttnProcessor(WanAttnProcessor):
-    """Wan self-attention with the norm and the rotary embedding of query and key in one pass over them, and with a table
-    of the frames that see each other, if there is one.
+    """Wan self-attention with a fused norm and rotary embedding of query and key, and with an optional mask between frames.
 
-    Weights and arithmetic are those of the stock processor; in a narrow dtype the normed query and key are not rounded
-    before they turn. Projections go through their modules (adapters, fused projections), attention without a table through
-    diffusers' dispatcher (backends, context parallelism).
+    Weights and arithmetic are those of the stock processor, except that in 16-bit dtypes the normed query and key are not
+    rounded before the rotation. Projections call their modules (for adapters and fused projections); attention without a mask
+    calls diffusers' dispatcher (for backends and context parallelism).
     """
 
     def __call__(
@@ -54,12 +53,13 @@ class AnchorConditionedAttnProcessor(WanAttnProcessor):
     ) -> torch.Tensor:
         """
         Args:
-            attn (`WanAttention`): the module that this computes.
+            attn (`WanAttention`): the attention module that this processor runs.
             hidden_states (`torch.Tensor` of shape `(B, L, D)`): video tokens.
             encoder_hidden_states (`torch.Tensor`, *optional*): text tokens, in cross-attention.
-            attention_mask (`torch.Tensor`, *optional*): as the attention backend takes it.
+            attention_mask (`torch.Tensor`, *optional*): mask for the attention backend.
             rotary_emb (`tuple` of two `torch.Tensor` of shape `(1 or B, L, 1, head_dim)`, *optional*): cosines and sines.
-            seen (`torch.Tensor` of shape `(B, F, F)`, *optional*): frames that each frame sees, in self-attention.
+            seen (`torch.Tensor` of shape `(B, F, F)`, *optional*): frames that each frame attends to, in self-attention; see
+                [`kernels.attention`].
 
         Returns:
             `torch.Tensor` of shape `(B, L, D)`.
@@ -68,8 +68,8 @@ class AnchorConditionedAttnProcessor(WanAttnProcessor):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
 
         query, key, value = _get_qkv_projections(attn, hidden_states, None)
-        # The fused pass reads the norms' weights past their modules. Hooks on those need the call: offloading fetches the
-        # weights when a module is called.
+        # The fused kernel reads the weights of the norms without calling these modules. If they have hooks, they must be
+        # called: offloading loads the weights when a module is called.
         if _is_hooked(attn.norm_q) or _is_hooked(attn.norm_k):
             query, key = (
                 _turn(norm(x).unflatten(2, (attn.heads, -1)), *rotary_emb)
@@ -98,19 +98,19 @@ class AnchorConditionedAttnProcessor(WanAttnProcessor):
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The rotary embedding alone, of `x` `(B, L, heads, head_dim)`."""
+    """Applies the rotary embedding to `x` of shape `(B, L, heads, head_dim)`."""
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[..., 0::2], sin[..., 1::2]
     return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2).type_as(x)
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    # accelerate and diffusers hook a module by giving the instance a forward of its own.
+    # accelerate and diffusers hook a module by setting `forward` on the instance.
     return "forward" in module.__dict__ or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class AnchorConditionedTransformerBlock(WanTransformerBlock):
-    """A Wan block whose modulation comes in rows. Weights and arithmetic are those of the stock block."""
+    """A Wan block with one row of modulation per timestep. Weights and arithmetic are those of the stock block."""
 
     def forward(
         self,
@@ -123,12 +123,13 @@ class AnchorConditionedTransformerBlock(WanTransformerBlock):
     ) -> torch.Tensor:
         """
         Args:
-            hidden_states (`torch.Tensor` of shape `(B, L, D)`): video tokens, frame by frame.
-            encoder_hidden_states (`torch.Tensor` of shape `(B, S, D)`): text tokens, image tokens before them.
-            temb (`torch.Tensor` of shape `(B, R, 6, D)`, float32): modulation rows, `R` as in [`kernels.reference`].
+            hidden_states (`torch.Tensor` of shape `(B, L, D)`): video tokens, ordered by frame.
+            encoder_hidden_states (`torch.Tensor` of shape `(B, S, D)`): text tokens, after image tokens if there are any.
+            temb (`torch.Tensor` of shape `(B, R, 6, D)`, float32): modulation rows, with `R` as in [`kernels.reference`].
             rotary_emb (`tuple` of two `torch.Tensor` of shape `(1 or B, L, 1, head_dim)`): cosines and sines.
-            row_index (`torch.Tensor` of shape `(L,)`, *optional*): row of each token, if not in equal runs.
-            seen (`torch.Tensor` of shape `(B, F, F)`, *optional*): frames that each frame sees; all without it.
+            row_index (`torch.Tensor` of shape `(L,)`, *optional*): row of each token, if the tokens of a row are not equal
+                consecutive runs.
+            seen (`torch.Tensor` of shape `(B, F, F)`, *optional*): frames that each frame attends to; all when left out.
 
         Returns:
             `torch.Tensor` of shape `(B, L, D)`.
@@ -141,7 +142,7 @@ class AnchorConditionedTransformerBlock(WanTransformerBlock):
         attended = self.attn1(normed, None, None, rotary_emb, seen=seen)
         hidden_states = gated_residual(hidden_states, attended, gate_attn, row_index)
 
-        # Without `cross_attn_norm` it is no norm at all; hooks need the call.
+        # Without `cross_attn_norm` it is an `nn.Identity`; a hooked module must be called.
         is_plain = type(self.norm2) is FP32LayerNorm and not _is_hooked(self.norm2)
         normed = layer_norm(hidden_states, self.norm2) if is_plain else self.norm2(hidden_states)
         hidden_states = hidden_states + self.attn2(normed, encoder_hidden_states, None, None)
@@ -150,7 +151,7 @@ class AnchorConditionedTransformerBlock(WanTransformerBlock):
         return gated_residual(hidden_states, self.ffn(normed), gate_ffn, row_index)
 
 
-# Step caches (first-block cache and its like) look a block up by its exact class.
+# Step caches (such as the first-block cache) look up a block by its exact class.
 TransformerBlockRegistry.register(
     model_class=AnchorConditionedTransformerBlock,
     metadata=TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
@@ -158,16 +159,16 @@ TransformerBlockRegistry.register(
 
 
 class RowIndex(nn.Module):
-    """Modulation row of every token: `(L,)`. A module of its own so that context parallelism can shard its output."""
+    """Returns the modulation row of every token, `(L,)`. It is a module so that context parallelism can shard its output."""
 
     def forward(self, num_rows: int, num_tokens: int, device: torch.device) -> torch.Tensor:
         return torch.arange(num_rows, device=device).repeat_interleave(num_tokens // num_rows)
 
 
 class AppendedRotaryEmbedding(nn.Module):
-    """Angles of the clip's tokens and, behind them, of appended frames at places of their own in time.
+    """Rotary embedding of the video's tokens, followed by those of appended frames at their own positions in time.
 
-    A module of its own so that context parallelism can shard its output.
+    It is a module so that context parallelism can shard its output.
     """
 
     def forward(
@@ -175,9 +176,9 @@ class AppendedRotaryEmbedding(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
-            cos, sin (`torch.Tensor` of shape `(1, L, 1, head_dim)`): of the clip.
-            num_frames (`int`): of the clip.
-            positions (`torch.Tensor` of shape `(B, A)`, *optional*): of the appended frames.
+            cos, sin (`torch.Tensor` of shape `(1, L, 1, head_dim)`): cosines and sines for the video's tokens.
+            num_frames (`int`): latent frames of the video.
+            positions (`torch.Tensor` of shape `(B, A)`, *optional*): positions of the appended frames, in latent frames.
 
         Returns:
             `tuple` of two `torch.Tensor` of shape `(B, L / num_frames * (num_frames + A), 1, head_dim)`; without appended
@@ -187,9 +188,9 @@ class AppendedRotaryEmbedding(nn.Module):
             return cos, sin
         batch_size, num_appended = positions.shape
         num_tokens = cos.shape[1] // num_frames
-        # Height and width have the first 2 * (head_dim // 6) channels from the end each, time the others.
+        # The last channels are those of height and width, 2 * (head_dim // 6) each; the others are those of time.
         time_dim = cos.shape[3] - 4 * (cos.shape[3] // 6)
-        # As the stock table is made, at real numbers.
+        # Computed like diffusers' table, but at fractional positions.
         turns = get_1d_rotary_pos_embed(
             time_dim, positions.detach().cpu().double().flatten(), use_real=True, freqs_dtype=torch.float64
         )
@@ -203,21 +204,21 @@ class AppendedRotaryEmbedding(nn.Module):
 
 
 class TimesPerFrame(StockWeights):
-    """The forward of Wan's network with one time per latent frame. Stands before a class of that network among the bases."""
+    """The forward of Wan's network with one timestep per latent frame. List it before a class of that network as a base."""
 
     stock_processor: type[WanAttnProcessor] = WanAttnProcessor
     _no_split_modules = ["AnchorConditionedTransformerBlock"]
     _repeated_blocks = ["AnchorConditionedTransformerBlock"]
 
     def _convert(self) -> None:
-        # Building the blocks a second time would double the memory and time of construction, for the same weights.
+        # The blocks change their class: building new ones would double the memory and time of construction.
         for block in self.blocks:
             block.__class__ = AnchorConditionedTransformerBlock
             before, processor = block.attn1.processor, AnchorConditionedAttnProcessor()
             if type(before) is not self.stock_processor:
                 raise ValueError(
-                    f"The transformer's self-attention runs by a {type(before).__name__}, and only "
-                    f"{self.stock_processor.__name__} can be taken over: set that first."
+                    f"The transformer's self-attention uses a {type(before).__name__}, but only a "
+                    f"{self.stock_processor.__name__} can be converted: set that first."
                 )
             processor._attention_backend, processor._parallel_config = (
                 before._attention_backend,
@@ -229,26 +230,28 @@ class TimesPerFrame(StockWeights):
         self.anchor_window: int | None = None
 
     def set_anchor_window(self, window: int | None) -> None:
-        """Let each latent frame attend to the anchors and to the frames at most `window` away alone: less work, and a
-        changed model, which an anchor LoRA trained with the same window takes up.
+        """Restricts self-attention: each latent frame attends only to the anchors and to frames at most `window` away.
 
-        Anchors are the frames whose time is below that of their clip. A clip without them, and any call with one time per
-        sample, attends to all of itself through the usual attention backend.
+        This is faster, but changes the model's output; use it with an anchor LoRA that was trained with the same window.
+        Anchors are the frames with a timestep below that of their video. In a video without anchors, and in any call with one
+        timestep per sample, all frames attend to all frames with the usual attention backend.
 
         Args:
-            window (`int`, *optional*): in latent frames; `None` for all frames, as it is at first.
+            window (`int`, *optional*): distance in latent frames; `None`, the initial value, for all frames.
 
         Raises:
-            `ValueError`: a negative window.
+            `ValueError`: `window` is negative.
         """
         if window is not None and window < 0:
-            raise ValueError(f"window is {window}; pass a number of latent frames from 0, or None for all frames.")
+            raise ValueError(f"`window={window}` must be at least 0, in latent frames, or None for all frames.")
         self.anchor_window = window
 
     def set_attention_backend(self, backend: str) -> None:
-        """As in diffusers, with one more name: `"auto"` is the fastest backend that is installed, fits the device, the
-        dtype and the heads, and agrees with the native one; see [`animate.attention.choose_backend`]. It is chosen for this model
-        as it is now, so set it after the model is on its device, and again after a change between `eval()` and `train()`.
+        """Sets the attention backend as in diffusers; `"auto"` also chooses the fastest one that works on this device.
+
+        `"auto"` considers the installed backends that support the device, the dtype and the heads, and agree with the native
+        backend; see [`animate.attention.choose_backend`]. Call it after the model is on its device, and again after a change
+        between `eval()` and `train()`.
         """
         if backend != "auto":
             super().set_attention_backend(backend)
@@ -261,12 +264,12 @@ class TimesPerFrame(StockWeights):
             self.training,
             any(attention.processor._parallel_config is not None for attention in attentions),
         )
-        # Only here: the active backend of the process, which the base class sets as well, is also that of other models.
+        # Set only on this model: the base class would also change the process-wide backend, which other models use.
         for attention in attentions:
             attention.set_attention_backend(backend)
 
     def cache_context(self, name: str, **step: Any) -> AbstractContextManager:
-        """As in diffusers. One without `SeaCacheConfig` takes the name alone: none of its caches asks for the step."""
+        """Sets the cache context as in diffusers. Versions without `SeaCacheConfig` accept only the name, so `step` is dropped."""
         cache_context = super().cache_context
         return cache_context(name, **(step if len(inspect.signature(cache_context).parameters) > 1 else {}))
 
@@ -282,38 +285,38 @@ class TimesPerFrame(StockWeights):
         anchor_window: int | None = None,
         anchor_positions: torch.Tensor | None = None,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """Predict `noise - clean` for every latent.
+        """Predicts the velocity `noise - clean` for every latent.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(B, C, F, H, W)`):
-                Noisy latents, with anchors in place. `F`, `H`, `W` are multiples of the patch size. With `anchor_positions`
-                the last `A` of the `F` frames are anchors behind the clip, each a latent frame of one picture.
+                Noisy latents, with anchors in place. `F`, `H`, `W` are multiples of the patch size. With `anchor_positions`,
+                the last `A` of the `F` frames are appended anchors, each a latent frame of one image.
             timestep (`torch.Tensor` of shape `(B,)`, `(B, F)` or `(B, seq_len)`):
-                Times from 0 (clean) to 1000 (noise): one per sample, one per latent frame, or one per token (the stock
-                form: right, but with modulation the size of the tokens). With a temporal patch size above 1, none in
-                any Wan model, `F` here counts patches.
+                Timesteps from 0 (clean) to 1000 (noise): one per sample, one per latent frame, or one per token (as in the
+                stock model, with modulation of the size of the tokens). With a temporal patch size above 1, which no Wan
+                model has, `F` here counts patches.
             encoder_hidden_states (`torch.Tensor` of shape `(B, S, text_dim)`):
                 Text embeddings.
             encoder_hidden_states_image (`torch.Tensor`, *optional*):
                 Image embeddings of Wan2.1 image-to-video models.
             return_dict (`bool`, defaults to `True`):
-                Return a [`Transformer2DModelOutput`] instead of a tuple.
+                Whether to return a [`Transformer2DModelOutput`] instead of a tuple.
             attention_kwargs (`dict`, *optional*):
-                `{"scale": s}` weighs LoRA adapters by `s`.
+                `{"scale": s}` multiplies LoRA adapters by `s`.
             anchor_window (`int`, *optional*):
-                As in [`set_anchor_window`], for this forward; the model's own when left out.
+                Window of this forward, as in [`set_anchor_window`]; the model's window when left out.
             anchor_positions (`torch.Tensor` of shape `(B, A)`, *optional*):
-                Places in time of the last `A` frames of `hidden_states`, in latent frames and fractions of them, from
-                [`~animate.conditioning.frame_position`]; below 0 for a frame that stands in where a clip has fewer anchors than
-                others of the batch, and which no frame sees. They are read on the host.
+                Positions in time of the last `A` frames of `hidden_states`, in (fractional) latent frames, from
+                [`~animate.conditioning.frame_position`]. Values below 0 mark padding, which no frame attends to, for videos
+                with fewer anchors than others in the batch. Read on the CPU.
 
         Returns:
-            [`Transformer2DModelOutput`] or `tuple`: `sample` of shape `(B, out_channels, F, H, W)`, without the frames of
-            `anchor_positions`.
+            [`Transformer2DModelOutput`] or `tuple`: `sample` of shape `(B, out_channels, F, H, W)`, without the appended
+            frames.
 
         Raises:
-            `ValueError`: if the latents do not divide into patches, the timestep has none of the three shapes, or the
-                positions do not fit the latents.
+            `ValueError`: the latents do not divide into patches, `timestep` has none of the three shapes, the positions do
+                not fit the latents, or a window or padding is used with context parallelism.
         """
         grid = self._patch_grid(hidden_states)
         num_tokens = grid[0] * grid[1] * grid[2]
@@ -321,7 +324,7 @@ class TimesPerFrame(StockWeights):
         num_frames = grid[0] - self._count_appended(anchor_positions, hidden_states)
         window = self.anchor_window if anchor_window is None else anchor_window
         seen = self._seen_frames(timestep, num_frames, window, anchor_positions)
-        # Rows cost next to nothing, and a compiled block with one row is not the one with a row for each frame.
+        # Rows take little memory. Always using one row per frame avoids that a compiled block is compiled again for one row.
         if timestep.shape[1] == 1:
             timestep = timestep.expand(-1, grid[0])
 
@@ -329,8 +332,8 @@ class TimesPerFrame(StockWeights):
         rotary_emb = self.appended_rotary(*rotary_emb, num_frames, anchor_positions)
         hidden_states = self.patch_embedding(hidden_states).flatten(2).transpose(1, 2).contiguous()
 
-        # All tokens' rows, or under context parallelism those of this rank's tokens. An index is needed only where the
-        # tokens are not equal runs of the rows: in a shard.
+        # The rows of all tokens, or under context parallelism those of this rank's tokens. An index is needed only if the
+        # tokens of a row are not equal consecutive runs, which is the case in a shard.
         row_index = self.row_index(timestep.shape[1], num_tokens, hidden_states.device)
         if timestep.shape[1] == num_tokens:
             timestep, row_index = timestep[:, row_index], None
@@ -352,7 +355,7 @@ class TimesPerFrame(StockWeights):
                 hidden_states = block(hidden_states, encoder_hidden_states, modulation, rotary_emb, row_index, seen)
 
         shift, scale = (self.scale_shift_table.to(temb.device).unsqueeze(1) + temb.unsqueeze(2)).unbind(dim=2)
-        # With a device map the last block may sit on another device than the times.
+        # With a device map, the last block may be on another device than the time embedding.
         shift, scale = shift.to(hidden_states.device), scale.to(hidden_states.device)
         hidden_states = modulated_layer_norm(hidden_states, scale, shift, self.norm_out.eps, row_index)
         hidden_states = self.proj_out(hidden_states)
@@ -370,8 +373,8 @@ class TimesPerFrame(StockWeights):
         for name, size, cells in zip(("height", "width"), (height, width), patch):
             if size // cells > self.config.rope_max_seq_len:
                 raise ValueError(
-                    f"The {name} is {size // cells} patches, and this model's rotary embedding has {self.config.rope_max_seq_len} "
-                    "positions; make it smaller."
+                    f"The {name} is {size // cells} patches, but this model's rotary embedding has "
+                    f"{self.config.rope_max_seq_len} positions; use a smaller {name}."
                 )
 
     def _patch_grid(self, hidden_states: torch.Tensor) -> tuple[int, int, int]:
@@ -384,7 +387,7 @@ class TimesPerFrame(StockWeights):
 
     @staticmethod
     def _check_timestep(timestep: torch.Tensor, batch_size: int, grid: tuple[int, int, int]) -> torch.Tensor:
-        """Times in rows, `(B, R)`."""
+        """Checks the timesteps and returns them as `(B, R)`."""
         num_frames, num_tokens = grid[0], grid[0] * grid[1] * grid[2]
         accepted = ((batch_size,), (batch_size, num_frames), (batch_size, num_tokens))
         if timestep.shape not in accepted:
@@ -401,8 +404,8 @@ class TimesPerFrame(StockWeights):
         shape = tuple(anchor_positions.shape)
         if len(shape) != 2 or shape[0] != batch_size or not 0 < shape[1] < frames:
             raise ValueError(
-                f"anchor_positions has shape {shape}; pass ({batch_size}, A), with A below the {frames} frames of "
-                "hidden_states, whose last A they place."
+                f"anchor_positions has shape {shape}; pass ({batch_size}, A), the positions of the last A of the {frames} "
+                "frames of hidden_states, with A at least 1 and below that number."
             )
         if self.config.patch_size[0] > 1:
             raise ValueError(
@@ -414,12 +417,12 @@ class TimesPerFrame(StockWeights):
     def _seen_frames(
         self, timestep: torch.Tensor, num_frames: int, window: int | None, anchor_positions: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Which frames see which, `(B, F + A, F + A)`, from times per frame or per token; `None` where all see all."""
+        """Returns the mask of frames that attend to each other, `(B, F + A, F + A)`, or `None` if all attend to all."""
         places, absent = None, None
         if anchor_positions is not None:
             anchor_positions = anchor_positions.to(timestep.device)
             clip = torch.arange(num_frames, device=timestep.device).expand(len(timestep), -1)
-            # An anchor has the neighbours of the latent frame that it falls into.
+            # An appended anchor has the neighbours of the latent frame that contains its frame.
             places = torch.cat([clip, anchor_positions.round()], dim=1)
             absent = places < 0 if (anchor_positions < 0).any() else None
         if window is not None and timestep.shape[1] > 1:
@@ -433,16 +436,16 @@ class TimesPerFrame(StockWeights):
             raise ValueError(
                 "Window attention needs all tokens on one device; call set_anchor_window(None) for context parallelism."
                 if absent is None
-                else "Clips with fewer appended anchors than others need all tokens on one device; make them in a call of their "
-                "own, or without context parallelism."
+                else "Videos with fewer appended anchors than others in the batch need all tokens on one device; generate them "
+                "in a separate call, or without context parallelism."
             )
         return seen if absent is None else seen & ~absent[:, None, :]
 
     def _time_rows(self, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Times `(B, R)` to embeddings `(B, R, D)` and block modulation `(B, R, 6, D)`, float32 or wider.
+        """Returns embeddings `(B, R, D)` and block modulation `(B, R, 6, D)` of timesteps `(B, R)`, float32 or wider.
 
-        The stock model casts the embedding to the dtype of the tokens before it projects it, and autocast would do the
-        same: at bfloat16 that leaves 8 bits for a scale that multiplies every token. With few rows float32 is free.
+        The stock model and autocast cast the embedding to the dtype of the tokens before the projection. In bfloat16, this
+        leaves 8 bits for a scale that multiplies every token. For few rows, float32 costs nothing.
         """
         embedder = self.condition_embedder
         with torch.autocast(timestep.device.type, enabled=False):
@@ -454,21 +457,23 @@ class TimesPerFrame(StockWeights):
 
 
 class AnchorConditionedTransformer3D(TimesPerFrame, WanTransformer3DModel):
-    """Wan video transformer with one time per latent frame.
+    """Wan video transformer with one timestep per latent frame.
 
-    Configuration and state dict are those of [`WanTransformer3DModel`], so Wan checkpoints and Wan LoRAs load into it and
-    its own load into the stock class. On the same weights and times its output is the stock one; with per-frame times
-    it needs no table the size of the tokens, and the modulation stays in float32 in a bfloat16 model
-    (load with `from_pretrained(..., dtype=torch.bfloat16)`; `.to(torch.bfloat16)` casts those weights too).
+    Config and state dict are those of [`WanTransformer3DModel`], so Wan checkpoints and LoRAs load into this class, and its
+    checkpoints load into the stock class. With the same weights and timesteps, its output equals that of the stock class.
+    With timesteps per frame, it needs no modulation table of the size of the tokens, and the modulation stays in float32 in a
+    bfloat16 model (load with `from_pretrained(..., dtype=torch.bfloat16)`; `.to(torch.bfloat16)` also casts those weights).
+
+    Arguments of the constructor are those of [`WanTransformer3DModel`].
     """
 
     stock_class = WanTransformer3DModel
     further_inputs = {"image_dim": "image embeddings"}
-    # time_proj is added to the stock list: its output is the modulation.
+    # `time_proj` is added to the stock list, because its output is the modulation.
     _keep_in_fp32_modules = [*WanTransformer3DModel._keep_in_fp32_modules, "time_proj"]
-    # The stock plan shards a 2-D timestep as if it were per token. Here the times stay whole on every rank, and the row
-    # of each token is sharded with the tokens: a shard may begin in the middle of a frame. Angles are sharded once those of
-    # appended frames are among them.
+    # The stock plan shards a 2-D timestep as if it were per token. Here every rank has all timesteps, and the row index is
+    # sharded with the tokens, because a shard may begin in the middle of a frame. The rotary embedding is sharded after that
+    # of appended frames has been added.
     _cp_plan = {
         **{name: plan for name, plan in WanTransformer3DModel._cp_plan.items() if name not in ("", "rope")},
         "appended_rotary": WanTransformer3DModel._cp_plan["rope"],

@@ -1,13 +1,15 @@
-"""CogVideoX's transformer, told a time for every latent frame.
+"""The anchor-conditioned video transformer of CogVideoX: one timestep per latent frame.
 
-As in [`animate.transformer_anchor`], an anchor is a clean frame (time 0) among noisy ones, and a time acts through modulation
-vectors that are the same for all tokens of a frame: one row per frame, never one per token. Two things are CogVideoX's own.
+As in [`animate.transformer_anchor`], an anchor is a clean frame (timestep 0) among noisy ones, and a timestep acts through
+modulation vectors that are the same for all tokens of a frame: one row per frame, not per token. CogVideoX differs in two
+points:
 
-* Text tokens pass through the same blocks and norms, with vectors of their own. They belong to no frame and take the time
-  of the clip, that of its noisiest frame: what is still to be made, and what they take in text-to-video.
-* CogVideoX 1.5 puts two latent frames into one patch, and a patch has one time. The frames of a patch are therefore anchored
+* Text tokens pass through the same blocks and norms, with their own modulation vectors. They belong to no frame and take the
+  largest timestep of their video, which is also their timestep in text-to-video.
+* CogVideoX 1.5 puts two latent frames into one patch, and a patch has one timestep. So the frames of a patch must be anchored
   together or not at all. An odd number of latent frames is padded at the front with a copy of the first (THUDM/CogVideo,
-  finetune/models/cogvideox_t2v/lora_trainer.py), so an anchored first frame fills its patch: the copy is anchored with it.
+  finetune/models/cogvideox_t2v/lora_trainer.py). An anchored first frame therefore fills its patch, as the copy is anchored
+  with it.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ from .stock_weights import StockWeights, configured_as
 
 
 def _modulated(normed: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """`normed * (1 + scale) + shift` of tokens `(B, L, D)` and rows `(B, R, D)`, each for an equal run of tokens.
+    """Returns `normed * (1 + scale) + shift` for tokens `(B, L, D)` and rows `(B, R, D)`, each for an equal run of tokens.
 
-    In float32 or wider: one row is next to nothing, and in bfloat16 `1 + scale` keeps 8 bits for every token of it.
+    The rows are float32 or wider: they are small, and in bfloat16 `1 + scale` would keep only 8 bits.
     """
     dtype = torch.promote_types(normed.dtype, torch.float32)
     scale, shift = (rows.to(dtype).unsqueeze(2) for rows in (scale, shift))
@@ -40,20 +42,20 @@ def _modulated(normed: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -
 
 
 class AnchorConditionedLayerNormZero(CogVideoXLayerNormZero):
-    """The norm of a block, its modulation in rows. Weights and arithmetic are those of the stock norm."""
+    """The norm of a block with one row of modulation per timestep. Weights and arithmetic are those of the stock norm."""
 
     def forward(
         self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, temb: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
-            hidden_states (`torch.Tensor` of shape `(B, L, D)`): video tokens, frame by frame.
+            hidden_states (`torch.Tensor` of shape `(B, L, D)`): video tokens, ordered by frame.
             encoder_hidden_states (`torch.Tensor` of shape `(B, S, D)`): text tokens.
-            temb (`torch.Tensor` of shape `(B, 1 + R, T)`): embedded times: the text's, then one for each of `R` equal runs
-                of video tokens.
+            temb (`torch.Tensor` of shape `(B, 1 + R, T)`): time embeddings: first that of the text, then one for each of `R`
+                equal runs of video tokens.
 
         Returns:
-            `tuple`: normed video and text tokens, and the gates of their residuals, `(B, R, D)` and `(B, 1, D)`.
+            `tuple`: normed video and text tokens, and the gates of their residuals, of shapes `(B, R, D)` and `(B, 1, D)`.
         """
         rows = self.linear(self.silu(temb)).chunk(6, dim=2)
         shift, scale, gate = (row[:, 1:] for row in rows[:3])
@@ -64,16 +66,16 @@ class AnchorConditionedLayerNormZero(CogVideoXLayerNormZero):
 
 
 class AnchorConditionedAdaLayerNorm(AdaLayerNorm):
-    """The norm before the output, its modulation in rows. Weights and arithmetic are those of the stock norm."""
+    """The output norm with one row of modulation per timestep. Weights and arithmetic are those of the stock norm."""
 
     def forward(self, x: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        """Norms video tokens `x` `(B, L, D)` with times `temb` `(B, R, T)`, one for each of `R` equal runs of tokens."""
+        """Normalizes video tokens `x` `(B, L, D)` with time embeddings `temb` `(B, R, T)`, one per equal run of tokens."""
         shift, scale = self.linear(self.silu(temb)).chunk(2, dim=2)
         return _modulated(self.norm(x), scale, shift)
 
 
 class AnchorConditionedCogVideoXBlock(CogVideoXBlock):
-    """A CogVideoX block whose modulation comes in rows. Weights and arithmetic are those of the stock block."""
+    """A CogVideoX block with one row of modulation per timestep. Weights and arithmetic are those of the stock block."""
 
     def forward(
         self,
@@ -87,7 +89,7 @@ class AnchorConditionedCogVideoXBlock(CogVideoXBlock):
         Args:
             hidden_states, encoder_hidden_states, temb (`torch.Tensor`): as in [`AnchorConditionedLayerNormZero`].
             image_rotary_emb (`tuple` of two `torch.Tensor` of shape `(L, head_dim)`, *optional*): cosines and sines.
-            attention_kwargs (`dict`, *optional*): passed on to the attention processor.
+            attention_kwargs (`dict`, *optional*): arguments for the attention processor.
 
         Returns:
             `tuple` of two `torch.Tensor`: video tokens `(B, L, D)` and text tokens `(B, S, D)`.
@@ -109,7 +111,7 @@ class AnchorConditionedCogVideoXBlock(CogVideoXBlock):
         return hidden_states, gated_residual(encoder_hidden_states, text_fed, text_gate)
 
 
-# Step caches (first-block cache and its like) look a block up by its exact class.
+# Step caches (such as the first-block cache) look up a block by its exact class.
 TransformerBlockRegistry.register(
     model_class=AnchorConditionedCogVideoXBlock,
     metadata=TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=1),
@@ -117,11 +119,13 @@ TransformerBlockRegistry.register(
 
 
 class AnchorConditionedCogVideoXTransformer3D(StockWeights, CogVideoXTransformer3DModel):
-    """CogVideoX video transformer with one time per latent frame.
+    """CogVideoX video transformer with one timestep per latent frame.
 
-    Configuration and state dict are those of [`CogVideoXTransformer3DModel`], of CogVideoX 1.0 as well as 1.5, so CogVideoX
-    checkpoints and LoRAs load into it and its own load into the stock class. On the same weights and times its output is
-    the stock one.
+    Config and state dict are those of [`CogVideoXTransformer3DModel`], for CogVideoX 1.0 and 1.5. So CogVideoX checkpoints
+    and LoRAs load into this class, and its checkpoints load into the stock class. With the same weights and timesteps, its
+    output equals that of the stock class.
+
+    Arguments of the constructor are those of [`CogVideoXTransformer3DModel`].
     """
 
     stock_class = CogVideoXTransformer3DModel
@@ -135,7 +139,7 @@ class AnchorConditionedCogVideoXTransformer3D(StockWeights, CogVideoXTransformer
         self._convert()
 
     def _convert(self) -> None:
-        # Building the blocks a second time would double the memory and time of construction, for the same weights.
+        # The blocks change their class: building new ones would double the memory and time of construction.
         for block in self.transformer_blocks:
             block.__class__ = AnchorConditionedCogVideoXBlock
             block.norm1.__class__ = block.norm2.__class__ = AnchorConditionedLayerNormZero
@@ -147,7 +151,7 @@ class AnchorConditionedCogVideoXTransformer3D(StockWeights, CogVideoXTransformer
         return self.config.patch_size_t or 1
 
     def check_size(self, height: int, width: int) -> None:
-        """Raises `ValueError` for latents larger than the grid that CogVideoX 1.5 cuts its rotary embedding out of."""
+        """Raises `ValueError` for latents that are larger than the rotary embedding of CogVideoX 1.5."""
         config = self.config
         too_large = height > config.sample_height or width > config.sample_width
         if config.use_rotary_positional_embeddings and config.patch_size_t is not None and too_large:
@@ -159,11 +163,11 @@ class AnchorConditionedCogVideoXTransformer3D(StockWeights, CogVideoXTransformer
     def rotary_embedding(
         self, num_latent_frames: int, height: int, width: int, device: torch.device | str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Cosines and sines of the rotary embedding for `image_rotary_emb`, as the stock pipelines make them.
+        """Returns cosines and sines of the rotary embedding for `image_rotary_emb`, as the stock pipelines compute them.
 
         Args:
-            num_latent_frames, height, width (`int`): of the latents, padding included.
-            device (`torch.device`, *optional*): where to put them.
+            num_latent_frames, height, width (`int`): size of the latents, including padding.
+            device (`torch.device`, *optional*): device of the result.
 
         Returns:
             `tuple` of two `torch.Tensor` of shape `(L, head_dim)`, or `None` for a model without rotary embedding.
@@ -205,7 +209,7 @@ class AnchorConditionedCogVideoXTransformer3D(StockWeights, CogVideoXTransformer
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
-        """Predict the velocity `alpha * noise - sigma * clean` of every latent ([`schedules.cogvideox`]).
+        """Predicts the velocity `alpha * noise - sigma * clean` of every latent ([`schedules.cogvideox`]).
 
         Args:
             hidden_states (`torch.Tensor` of shape `(B, F, C, H, W)`):
@@ -213,25 +217,25 @@ class AnchorConditionedCogVideoXTransformer3D(StockWeights, CogVideoXTransformer
             encoder_hidden_states (`torch.Tensor` of shape `(B, S, text_dim)`):
                 Text embeddings.
             timestep (`torch.Tensor` of shape `(B,)` or `(B, F)`):
-                Times from 0 (clean) to 999 (noise), one per sample or one per latent frame, the same for all frames of a
-                patch. Text takes the largest time of its sample.
+                Timesteps from 0 (clean) to 999 (noise), one per sample or one per latent frame, equal for all frames of a
+                patch. Text tokens use the largest timestep of their sample.
             timestep_cond (`torch.Tensor`, *optional*):
-                Passed on to the time embedding as in the stock class; no CogVideoX has the weights for it.
+                Passed to the time embedding as in the stock class; no CogVideoX model has weights for it.
             ofs (`torch.Tensor` of shape `(1,)` or `(B,)`, *optional*):
                 Offset of the models with `ofs_embed_dim`; 2 in CogVideoX1.5-5B-I2V.
             image_rotary_emb (`tuple` of two `torch.Tensor` of shape `(L, head_dim)`, *optional*):
                 From [`rotary_embedding`].
             attention_kwargs (`dict`, *optional*):
-                `{"scale": s}` weighs LoRA adapters by `s`; the rest goes to the attention processors.
+                `{"scale": s}` multiplies LoRA adapters by `s`; the other entries are passed to the attention processors.
             return_dict (`bool`, defaults to `True`):
-                Return a [`Transformer2DModelOutput`] instead of a tuple.
+                Whether to return a [`Transformer2DModelOutput`] instead of a tuple.
 
         Returns:
             [`Transformer2DModelOutput`] or `tuple`: `sample` of shape `(B, F, out_channels, H, W)`.
 
         Raises:
-            `ValueError`: latents that do not divide into patches, a timestep of another shape or with different times
-                within a patch, a missing `ofs`.
+            `ValueError`: the latents do not divide into patches, `timestep` has another shape or differs within a patch, or
+                `ofs` is missing.
         """
         grid = self._patch_grid(hidden_states)
         times = self._time_rows(timestep, hidden_states.shape[0], hidden_states.shape[1])
@@ -244,7 +248,7 @@ class AnchorConditionedCogVideoXTransformer3D(StockWeights, CogVideoXTransformer
 
         num_text_tokens = encoder_hidden_states.shape[1]
         tokens = self.embedding_dropout(self.patch_embed(encoder_hidden_states, hidden_states))
-        # Contiguous: the first block's inputs then look like every other's, and compiled blocks share one graph.
+        # Contiguous, as the inputs of the other blocks are, so that compiled blocks share one graph.
         encoder_hidden_states = tokens[:, :num_text_tokens].contiguous()
         hidden_states = tokens[:, num_text_tokens:].contiguous()
 
@@ -278,7 +282,7 @@ class AnchorConditionedCogVideoXTransformer3D(StockWeights, CogVideoXTransformer
         return tuple(n // p for n, p in zip(size, patch))
 
     def _time_rows(self, timestep: torch.Tensor, batch_size: int, num_frames: int) -> torch.Tensor:
-        """Times `(B, 1 + R)`: the text's, then one for the whole video or one for each of its patched frames."""
+        """Returns timesteps `(B, 1 + R)`: that of the text, then one for the whole video or one for each frame of patches."""
         accepted = ((batch_size,), (batch_size, num_frames))
         if timestep.shape not in accepted:
             raise ValueError(
@@ -292,7 +296,7 @@ class AnchorConditionedCogVideoXTransformer3D(StockWeights, CogVideoXTransformer
         if split.any():
             sample, index = split.nonzero()[0].tolist()
             raise ValueError(
-                f"The {self.patch_size_t} latent frames of patch {index} of sample {sample} have times "
-                f"{patches[sample, index].tolist()}; a patch has one time: anchor all of its frames or none."
+                f"The {self.patch_size_t} latent frames of patch {index} of sample {sample} have the timesteps "
+                f"{patches[sample, index].tolist()}, but a patch has one timestep: anchor all of its frames or none."
             )
         return torch.cat([timestep.amax(dim=1, keepdim=True), patches[..., 0]], dim=1)

@@ -1,4 +1,4 @@
-"""The anchored video transformer of SkyReels-V2 diffusion forcing: Wan's network, which was trained with a time for every frame.
+"""The anchor-conditioned transformer of SkyReels-V2 diffusion forcing: Wan's network, trained with timesteps per frame.
 
 Sources: arXiv 2504.13074; huggingface/diffusers 0.42.1, models/transformers/transformer_skyreels_v2.py.
 """
@@ -13,17 +13,22 @@ from .stock_weights import configured_as
 from .transformer_anchor import AnchorConditionedTransformer3D, TimesPerFrame
 
 
-# Row of the embedding of the frame rate: 0 is 16 frames per second, 1 any other (diffusers, pipelines/skyreels_v2). The
-# published models of diffusion forcing make 24.
+# Index of the frame-rate embedding: 0 is 16 frames per second, 1 is any other rate (diffusers, pipelines/skyreels_v2). The
+# published diffusion-forcing models generate 24.
 FRAME_RATE = 1
 
 
 class AnchorConditionedSkyReelsV2Transformer3D(TimesPerFrame, SkyReelsV2Transformer3DModel):
-    """SkyReels-V2's video transformer with one time per latent frame.
+    """SkyReels-V2 video transformer with one timestep per latent frame.
 
-    Configuration and state dict are those of [`SkyReelsV2Transformer3DModel`]. On the same weights and times its output is the
-    one that the stock class gives with `enable_diffusion_forcing=True`, at 24 frames per second. All frames attend to all:
-    asynchronous sampling in causal blocks (`num_frame_per_block`) is the stock pipeline's.
+    Config and state dict are those of [`SkyReelsV2Transformer3DModel`]. With the same weights and timesteps, its output
+    equals that of the stock class with `enable_diffusion_forcing=True`, at 24 frames per second. All frames attend to all
+    frames; use the stock pipeline for asynchronous sampling in causal blocks (`num_frame_per_block`).
+
+    Arguments of the constructor are those of [`SkyReelsV2Transformer3DModel`].
+
+    Raises:
+        `ValueError`: `num_frame_per_block` is not 1.
     """
 
     stock_class = SkyReelsV2Transformer3DModel
@@ -39,8 +44,8 @@ class AnchorConditionedSkyReelsV2Transformer3D(TimesPerFrame, SkyReelsV2Transfor
     def _convert(self) -> None:
         if self.config.num_frame_per_block != 1:
             raise ValueError(
-                f"The transformer has `num_frame_per_block={self.config.num_frame_per_block}`, and anchors need frames that attend "
-                "to all others: set it to 1."
+                f"The transformer has `num_frame_per_block={self.config.num_frame_per_block}`, but anchors need frames that "
+                "attend to all others: set it to 1."
             )
         super()._convert()
 
@@ -52,7 +57,7 @@ class AnchorConditionedSkyReelsV2Transformer3D(TimesPerFrame, SkyReelsV2Transfor
         return temb, modulation
 
 
-# What a pipeline of Wan's network takes as its video model, and keeps.
+# Classes that pipelines with Wan's network accept as their video model.
 WanNetwork: TypeAlias = (
     AnchorConditionedTransformer3D
     | AnchorConditionedSkyReelsV2Transformer3D
@@ -64,7 +69,7 @@ WanNetwork: TypeAlias = (
 def as_anchored(
     transformer: WanNetwork, name: str = "transformer"
 ) -> AnchorConditionedTransformer3D | AnchorConditionedSkyReelsV2Transformer3D:
-    """A stock transformer of Wan's network as the anchored class of its weights; see [`StockWeights.from_stock`]."""
+    """Converts a stock transformer of Wan's network to the anchor-conditioned class; see [`StockWeights.from_stock`]."""
     inner = getattr(transformer, "_orig_mod", transformer)
     is_skyreels = isinstance(inner, SkyReelsV2Transformer3DModel)
     kind = AnchorConditionedSkyReelsV2Transformer3D if is_skyreels else AnchorConditionedTransformer3D

@@ -1,4 +1,4 @@
-"""The choice among pictures: candidates are drawn until the judge finds one good enough, and the best is kept."""
+"""Draws anchor candidates until the judge accepts one, and keeps the best."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from .judge import Judge
 
 @dataclass(frozen=True)
 class AnchorCandidate:
-    """A picture that was drawn for a caption.
+    """An image that was drawn for a caption, with its score.
 
     Args:
-        image (`PIL.Image.Image`): the picture.
-        seed (`int`): draws it again: `compose(caption, generator=torch.Generator().manual_seed(seed), num_candidates=1)`.
-        score (`float`): of the judge, the higher the better.
-        answers (`dict[str, float]` or `None`): question -> probability of a yes, of a judge that asks.
+        image (`PIL.Image.Image`): the image.
+        seed (`int`): reproduces the image:
+            `compose(caption, generator=torch.Generator().manual_seed(seed), num_candidates=1)`.
+        score (`float`): score of the judge; higher is better.
+        answers (`dict[str, float]` or `None`): question -> probability of "yes", if the judge asks questions.
     """
 
     image: PIL.Image.Image
@@ -31,13 +32,13 @@ class AnchorCandidate:
 
 
 def candidate_seeds(seed: int, count: int) -> list[int]:
-    """Seeds of the candidates of one picture: its own seed, and others that follow from it."""
+    """Returns the seeds of `count` candidates: `seed` itself, and others that are derived from it."""
     generator = torch.Generator().manual_seed(seed)
     return [seed, *torch.randint(2**31, (count - 1,), generator=generator).tolist()]
 
 
 def best_candidate(candidates: Sequence[AnchorCandidate]) -> AnchorCandidate:
-    """The one with the highest score, the first of equals."""
+    """Returns the candidate with the highest score; the first one if several have it."""
     return max(candidates, key=lambda candidate: candidate.score)
 
 
@@ -50,22 +51,24 @@ def draw_candidates(
     num_candidates: int,
     judging: Callable[[Callable[[], list]], list] = lambda work: work(),
 ) -> list[list[AnchorCandidate]]:
-    """Draws and judges pictures of each caption until one is good enough.
+    """Draws and judges images of each caption until one reaches the judge's threshold.
 
-    A round draws, for each caption that has no such picture yet, as many as it has by then: at the most as many in vain as
-    there were before, and composer and judge take few turns on the device. A judge without a threshold sees all in one round.
+    Each round doubles the number of candidates of the captions without such an image (1, 2, 4, ...). So at most as many
+    images are drawn in vain as were needed, and composer and judge alternate on the device only a few times. For a judge
+    without a threshold, all candidates are drawn in one round.
 
     Args:
-        draw (`Callable`): `draw(numbers, seeds)` gives a picture of each of the captions with these numbers; fewer when stopped.
-        judge ([`Judge`]): scores them.
-        captions (`Sequence[str]`): what is drawn.
-        plans (`Sequence`, *optional*): of stage 1, one for each caption.
-        seeds (`Sequence[int]`): of the first candidate of each caption.
-        num_candidates (`int`): the most for each caption.
-        judging (`Callable`, *optional*): runs the judge's work.
+        draw (`Callable`): `draw(numbers, seeds)` returns one image for each of these caption numbers; fewer when stopped.
+        judge ([`Judge`]): scores the images.
+        captions (`Sequence[str]`): captions to draw.
+        plans (`Sequence`, *optional*): plan of stage 1 for each caption.
+        seeds (`Sequence[int]`): seed of the first candidate of each caption.
+        num_candidates (`int`): largest number of candidates for each caption.
+        judging (`Callable`, *optional*): `judging(work)` calls `work()`, which runs the judge, and returns its result.
 
     Returns:
-        `list[list[AnchorCandidate]]`: of each caption in the order of drawing; none of those that were not drawn when stopped.
+        `list[list[AnchorCandidate]]`: candidates of each caption in the order of drawing; empty for captions that were not
+            drawn because of a stop.
     """
     all_seeds = [candidate_seeds(seed, num_candidates) for seed in seeds]
     found: list[list[AnchorCandidate]] = [[] for _ in captions]

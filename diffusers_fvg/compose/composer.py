@@ -33,33 +33,36 @@ from .guidance import check_negative_prompt, guided_call, with_negative_prompt
 
 
 CONFIG_NAME = "composer_config.json"
-# Noise that a derived picture starts from. Less keeps more of the first one, and at 0.85 objects no longer reach their new
-# places: of moved objects of the shapes world 100 % did at 0.95, 83 % at 0.85, 75 % at 0.75 (synthetic).
+# Image-to-image strength of a derived image. A lower value keeps more of the source image, but fewer objects reach their new
+# places: 100 % of the moved objects of the shapes world at 0.95, 83 % at 0.85, 75 % at 0.75 (synthetic).
 DERIVE_STRENGTH = 0.95
 
 
 class AnchorComposer(PipelineComponent):
-    """Any diffusers text-to-image pipeline as one component of another pipeline.
+    """Any diffusers text-to-image pipeline as the component for stage 2, which draws the anchor image.
 
-    diffusers treats as components what is an `nn.Module`: those get the asked dtype, move with `.to()` and are offloaded. So
-    the inner pipeline's models are children of this module, and run within its `forward` only. A video pipeline draws
-    pictures as well, with `call_defaults={"num_frames": 1}`.
+    Only a component that is an `nn.Module` gets the requested dtype, moves with `.to()` and can be offloaded. So the models
+    of the inner pipeline are children of this module, and run only within its `forward`. A text-to-video pipeline draws
+    images with `call_defaults={"num_frames": 1}`.
 
     Args:
-        pipeline (`DiffusionPipeline`): makes `images` or `frames` of a `prompt`. Its own progress bar is switched off.
-        call_defaults (`dict`, *optional*): arguments of each of its calls, such as `num_inference_steps`, `guidance_scale` or
-            `max_sequence_length`. `height` and `width` are those that it draws best; the picture is then scaled and cropped to
-            what is asked for.
-        batch_size (`int`, *optional*): pictures drawn at once. A large model is not faster with more, and needs more memory.
-        reference (`dict`, *optional*): where the pipeline came from: the Hub `repository` and its `revision`. With it,
-            `save_pretrained` writes the reference and no weights; set it to `None` to bundle them.
-        derive_strength (`float`, *optional*): in (0, 1], how far [`derive`] may go from the picture it is given, where the
-            pipeline's family has an image-to-image form. `None` derives by shared noise in any case.
+        pipeline (`DiffusionPipeline`): returns `images` or `frames` for a `prompt`. Its progress bar is switched off.
+        call_defaults (`dict`, *optional*): arguments of each call of the pipeline, such as `num_inference_steps`,
+            `guidance_scale` or `max_sequence_length`. With `height` and `width`, the pipeline draws at this size, and the
+            image is then scaled and cropped to the requested size.
+        batch_size (`int`, *optional*): images drawn at once. More need more memory, and are not faster with a large model.
+        reference (`dict`, *optional*): the Hub `repository` of the pipeline and its `revision`. With it, `save_pretrained`
+            writes the reference and no weights; set it to `None` to save the weights.
+        derive_strength (`float`, *optional*): `strength`, in (0, 1], of the image-to-image pipeline in [`derive`]. `None`
+            always derives by shared noise.
+
+    Raises:
+        `ValueError`: `pipeline` is not a text-to-image pipeline, or an argument or call default is not valid for it.
     """
 
     config_name = CONFIG_NAME
     settings = ("call_defaults", "batch_size", "derive_strength")
-    # What `compose` itself passes to the pipeline.
+    # Arguments that `compose` itself passes to the pipeline.
     own_arguments = frozenset(
         (
             "self",
@@ -104,26 +107,27 @@ class AnchorComposer(PipelineComponent):
         on_progress: Callable[[int, int], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[PIL.Image.Image]:
-        """Draws one picture per prompt.
+        """Draws one image per prompt.
 
         Args:
             prompts (`list[str]`): captions of first frames.
-            height, width (`int`): pixels of the pictures. Where `call_defaults` hold no size they are the pipeline's as well,
-                and must be what it accepts.
-            num_inference_steps, guidance_scale, negative_prompt (*optional*): of the pipeline. Left out: `call_defaults`, and
-                what they leave open is the pipeline's own. `guidance_scale` goes to what guides the family
-                ([`~compose.guidance`]).
-            generator (`torch.Generator`, its seed, or a list with one per prompt, *optional*): for reproducible pictures.
-            on_progress (`Callable`, *optional*): `on_progress(step, steps)`, counted over all prompts, after each step, or
-                after each picture where the pipeline has no `callback_on_step_end`.
-            should_stop (`Callable`, *optional*): asked at the same times. Once it returns `True`, the rest is left out.
+            height, width (`int`): size of the images in pixels. Unless `call_defaults` set a size, the pipeline draws at this
+                size and must support it.
+            num_inference_steps, guidance_scale, negative_prompt (*optional*): arguments of the pipeline. When left out,
+                `call_defaults` apply, then the pipeline's defaults. `guidance_scale` is passed under the name that the
+                pipeline uses for guidance ([`~compose.guidance`]).
+            generator (`torch.Generator`, its seed, or a list with one per prompt, *optional*): for reproducible images.
+            on_progress (`Callable`, *optional*): `on_progress(step, steps)`, counted over all prompts; called after each
+                step, or after each image if the pipeline has no `callback_on_step_end`.
+            should_stop (`Callable`, *optional*): called at the same times. Once it returns `True`, drawing stops.
 
         Returns:
-            `list[PIL.Image.Image]`: RGB pictures of `height` x `width`, fewer than prompts if stopped.
+            `list[PIL.Image.Image]`: RGB images of `height` x `width`, fewer than prompts if stopped.
 
         Raises:
-            `ValueError`: an argument that the pipeline does not have or that would change no picture, or a value that its own
-                checks refuse.
+            `ValueError`: the pipeline does not have an argument, an argument would have no effect, or the pipeline refuses
+                its value.
+            `FloatingPointError`: latents or images are not finite.
         """
         generator = as_generators(generator)
         arguments = self._call_of(
@@ -147,28 +151,28 @@ class AnchorComposer(PipelineComponent):
         on_progress: Callable[[int, int], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[PIL.Image.Image]:
-        """Draws one picture per prompt that shows the same scene as a picture that is there: a later moment of it.
+        """Draws one image per prompt that shows a later moment of the scene in an existing image.
 
-        Where diffusers has an image-to-image or editing pipeline of the composer's family (`AutoPipelineForImage2Image`), it
-        is made of the same models, without a copy of their weights, and draws from `images` with `derive_strength`, one
-        picture at a time. Other families, video models among them, draw from the caption alone, and the scene is held
-        together by **shared noise**: that needs generators seeded as those that drew `images`.
+        If diffusers has an image-to-image or editing pipeline of the composer's family (`AutoPipelineForImage2Image`), that
+        pipeline shares the composer's models and draws from `images` with `derive_strength`, one image at a time. Other
+        families, including video models, draw from the caption alone. **Shared noise** then keeps the scene similar, which
+        requires generators with the seeds that drew `images`.
 
         Args:
-            images (`list[PIL.Image.Image]`): one per prompt.
-            prompts (`list[str]`): captions of what is to be seen now.
+            images (`list[PIL.Image.Image]`): one source image per prompt.
+            prompts (`list[str]`): captions of the later moments.
             height, width, num_inference_steps, guidance_scale, negative_prompt, on_progress, should_stop: as in [`compose`].
-                Image-to-image pipelines take `derive_strength` of the steps.
+                Image-to-image pipelines run only the fraction `derive_strength` of the steps.
             generator (`torch.Generator`, its seed, or a list with one per prompt, *optional*): seeded as for `images`.
 
         Returns:
-            `list[PIL.Image.Image]`: RGB pictures of `height` x `width`, fewer than prompts if stopped.
+            `list[PIL.Image.Image]`: RGB images of `height` x `width`, fewer than prompts if stopped.
 
         Raises:
-            `ValueError`: as in [`compose`], or another number of images than of prompts.
+            `ValueError`: as in [`compose`], or `images` and `prompts` differ in number.
         """
         if len(images) != len(prompts):
-            raise ValueError(f"`images` has {len(images)} pictures for {len(prompts)} prompts; give one for each.")
+            raise ValueError(f"`images` has {len(images)} images for {len(prompts)} prompts; give one for each.")
         generator = as_generators(generator)
         options = (num_inference_steps, guidance_scale, generator, negative_prompt)
         if self.image_to_image_class is None:
@@ -179,13 +183,13 @@ class AnchorComposer(PipelineComponent):
         sources = [_fit(picture_image(image), *size) for image in images]
         if "strength" in call_arguments(pipeline):
             arguments["strength"] = self.derive_strength
-        # One at a time: to some pipelines several images are several sources of one picture.
+        # One at a time: some pipelines take several images as several sources of one image.
         pictures = self._draw(pipeline, prompts, sources, arguments, 1, generator, on_progress, should_stop)
         return [_fit(picture, height, width) for picture in pictures]
 
     @property
     def image_to_image_class(self) -> type[DiffusionPipeline] | None:
-        """What [`derive`] draws with: diffusers' image-to-image pipeline of the same family; `None` for shared noise."""
+        """The image-to-image pipeline of diffusers that [`derive`] uses; `None` if it uses shared noise."""
         tables, name = _auto_pipelines(), type(self.pipeline).__name__
         drawing = tables.AUTO_TEXT2IMAGE_PIPELINES_MAPPING
         families = (family for family, made in drawing.items() if made.__name__ == name)
@@ -200,15 +204,15 @@ class AnchorComposer(PipelineComponent):
         negative_prompt: str | list[str] | None = None,
         derive: bool = False,
     ) -> None:
-        """Checks what [`compose`] would be called with, without running a model.
+        """Checks the arguments of a call of [`compose`] without running a model.
 
         Args:
-            num_prompts (`int`): pictures to draw.
+            num_prompts (`int`): number of images to draw.
             num_inference_steps, guidance_scale, negative_prompt (*optional*): as in [`compose`].
-            derive (`bool`): later moments are to be drawn by [`derive`] as well.
+            derive (`bool`): whether to check them for [`derive`] as well.
 
         Raises:
-            `ValueError`: an argument that the pipeline does not have, or that would change no picture.
+            `ValueError`: the pipeline does not have an argument, or an argument would have no effect.
         """
         pipelines = [self.pipeline]
         if derive and self.image_to_image_class is not None:
@@ -217,7 +221,7 @@ class AnchorComposer(PipelineComponent):
             self._arguments_of(pipeline, num_prompts, num_inference_steps, guidance_scale, negative_prompt)
 
     def _image_to_image(self) -> DiffusionPipeline:
-        """Made anew each time: it then has the components and the settings that the pipeline has now."""
+        """Returns a new image-to-image pipeline with the current components and settings of the text-to-image pipeline."""
         pipeline = _auto_pipelines().AutoPipelineForImage2Image.from_pipe(self.pipeline)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -233,12 +237,12 @@ class AnchorComposer(PipelineComponent):
         generator: torch.Generator | list[torch.Generator] | None,
         negative_prompt: str | list[str] | None,
     ) -> dict[str, Any]:
-        """Checks what a stage is called with and returns the arguments of the pipeline's call that all prompts share."""
+        """Checks the arguments and returns those of the pipeline's call that all prompts share."""
         check_texts("prompts", prompts)
         check_generators(generator, len(prompts), "prompts")
         size = {"height": height, "width": width}
         if pipeline is not self.pipeline:
-            # An image-to-image pipeline may take its size from the picture.
+            # An image-to-image pipeline may take its size from the image.
             size = {name: value for name, value in size.items() if name in call_arguments(pipeline)}
         return size | self._arguments_of(pipeline, len(prompts), num_inference_steps, guidance_scale, negative_prompt)
 
@@ -250,7 +254,7 @@ class AnchorComposer(PipelineComponent):
         guidance_scale: float | None = None,
         negative_prompt: str | list[str] | None = None,
     ) -> dict[str, Any]:
-        """Arguments of a pipeline's call: those given, checked, and `call_defaults`."""
+        """Returns the checked arguments of a pipeline's call, with `call_defaults` for those that are `None`."""
         check_at_least_one("num_inference_steps", num_inference_steps, MAX_STEPS)
         check_negative_texts("negative_prompt", negative_prompt, num_prompts)
         asked = {
@@ -261,13 +265,13 @@ class AnchorComposer(PipelineComponent):
         asked = guided_call(pipeline, {name: value for name, value in asked.items() if value is not None})
         defaults = guided_call(pipeline, self.call_defaults)
         if pipeline is not self.pipeline:
-            # An image-to-image pipeline has no use for some of the settings.
+            # An image-to-image pipeline does not have all arguments of the text-to-image pipeline.
             defaults = {name: value for name, value in defaults.items() if name in call_arguments(pipeline)}
         unknown = sorted((asked.keys() | defaults.keys()) - call_arguments(pipeline).keys())
         if unknown:
             raise ValueError(f"{type(pipeline).__name__} has no argument {', '.join(unknown)}; leave it out.")
         arguments = defaults | asked
-        # A call may switch off the guidance that a negative prompt of the defaults is for.
+        # A call may switch guidance off even if `call_defaults` have a negative prompt.
         if not asked or "negative_prompt" in asked:
             check_negative_prompt(pipeline, arguments)
         return with_negative_prompt(pipeline, arguments)
@@ -283,7 +287,7 @@ class AnchorComposer(PipelineComponent):
         on_progress: Callable[[int, int], None] | None,
         should_stop: Callable[[], bool] | None,
     ) -> list[PIL.Image.Image]:
-        """Calls a pipeline batch by batch; lists have one item per prompt."""
+        """Calls a pipeline batch by batch; `images` and lists of generators or negative prompts have one item per prompt."""
         should_stop = should_stop or (lambda: False)
         has_callback = "callback_on_step_end" in call_arguments(pipeline)
         batches = range(0, len(prompts), batch_size)
@@ -311,7 +315,7 @@ class AnchorComposer(PipelineComponent):
                 if on_progress is not None:
                     on_progress(done * pipeline.num_timesteps + step + 1, len(batches) * pipeline.num_timesteps)
                 if should_stop():
-                    # The pipeline skips its other steps; a picture at its last step is finished.
+                    # The pipeline skips the remaining steps. An image whose last step is done is kept.
                     pipeline._interrupt = True
                     stopped = step + 1 < pipeline.num_timesteps
                 return tensors
@@ -328,23 +332,23 @@ class AnchorComposer(PipelineComponent):
 
     @torch.no_grad()
     def forward(self, pipeline: DiffusionPipeline, **arguments) -> list[PIL.Image.Image]:
-        """Calls a pipeline. Offloading moves a component when its `forward` is called, so all use of its models is in here.
+        """Calls a pipeline. Offloading moves a component when its `forward` is called, so its models run only in here.
 
         Args:
-            pipeline (`DiffusionPipeline`): the composer's own or another of the same models.
-            arguments: of the pipeline's call.
+            pipeline (`DiffusionPipeline`): the composer's pipeline, or another one with the same models.
+            arguments: arguments of the pipeline's call.
 
         Returns:
-            `list[PIL.Image.Image]`: the first frame of each result.
+            `list[PIL.Image.Image]`: each image, or the first frame of each video.
 
         Raises:
-            `FloatingPointError`: a result that is not finite.
+            `FloatingPointError`: a result is not finite.
         """
         self._show_offload_hooks()
         generator = arguments.get("generator")
         parts = lockable(pipeline.components.values())
         with exclusive(*parts), seeded_steps(pipeline, generator), finite_decoding(pipeline, "compose"):
-            # Numbers, not pictures: what is not finite would be black or white in a picture.
+            # Arrays show values that are not finite, which would be black or white in a PIL image.
             output = pipeline(**arguments, output_type="np")
         frames = output.images if hasattr(output, "images") else [frames[0] for frames in output.frames]
         for picture in frames:
@@ -353,8 +357,8 @@ class AnchorComposer(PipelineComponent):
 
 
 def _auto_pipelines() -> ModuleType:
-    """diffusers' tables of pipelines by purpose. Imports those of all families, which takes seconds."""
-    # Of families that are not used here transformers would warn that their image processors lack torchvision.
+    """Returns diffusers' module of auto pipelines. Importing it imports the pipelines of all families, which takes seconds."""
+    # Silences warnings of transformers that image processors of families that are not used here lack torchvision.
     logger = logging.getLogger("transformers.utils.import_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -365,19 +369,19 @@ def _auto_pipelines() -> ModuleType:
 
 
 def _check_draws_from_text(pipeline: DiffusionPipeline) -> None:
-    """Raises `ValueError` for a pipeline that takes no prompt, or more than one."""
+    """Raises `ValueError` for a pipeline that takes no prompt, or that also needs an image."""
     declared, kind = call_arguments(pipeline), type(pipeline)
     if "prompt" not in declared:
         raise ValueError(f"{kind.__name__} takes no `prompt`: choose a text-to-image pipeline.")
-    # All image-to-image and inpainting pipelines of diffusers have a strength; in other libraries that is nobody's word.
+    # Image-to-image and inpainting pipelines of diffusers have `strength`; in other libraries the name may mean anything.
     starts_from_a_picture = "strength" in declared and kind.__module__.startswith("diffusers.pipelines.")
     if starts_from_a_picture or ("image" in declared and declared["image"].default is declared["image"].empty):
         raise ValueError(
-            f"{kind.__name__} draws from a picture, and a composer has a text alone: choose the text-to-image pipeline of its "
-            "family, as by `AutoPipelineForText2Image.from_pipe(pipeline)`."
+            f"{kind.__name__} draws from an image, but a composer has only a text: choose the text-to-image pipeline of its "
+            "family, such as `AutoPipelineForText2Image.from_pipe(pipeline)`."
         )
 
 
 def _fit(picture: PIL.Image.Image, height: int, width: int) -> PIL.Image.Image:
-    """Scales a picture until it covers `height` x `width` and crops the centre."""
+    """Scales an image until it covers `height` x `width`, and crops the centre."""
     return PIL.ImageOps.fit(picture.convert("RGB"), (width, height))

@@ -1,6 +1,6 @@
-"""Which argument of a text-to-image pipeline guides it, and when a negative prompt has an effect.
+"""Decides which argument of a text-to-image pipeline sets its guidance, and when a negative prompt has an effect.
 
-Decided by the signature of the pipeline's call and the configs of its models; the families are those of diffusers 0.42.1:
+Both follow from the signature of the pipeline's call and the configs of its models. For the families of diffusers 0.42.1:
 
 | family                    | `guidance_scale` becomes          | a negative prompt has an effect                       |
 |---------------------------|-----------------------------------|-------------------------------------------------------|
@@ -26,15 +26,15 @@ from ..checks import check_guidance
 from ..loading.pipeline_component import call_arguments
 
 
-# What Qwen-Image's documentation gives for guidance without a negative prompt: without one it does not guide.
+# Qwen-Image applies no guidance without a negative prompt; its documentation recommends this one.
 NO_NEGATIVE_PROMPT = " "
 
 
 def guided_call(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a pipeline's call in which `guidance_scale` has become what guides this family.
+    """Renames `guidance_scale` in the arguments of a call to the argument that sets the guidance of this pipeline.
 
     Raises:
-        `ValueError`: guidance, a scale above 1, that has no effect; a scale that is no finite number.
+        `ValueError`: a scale above 1 has no effect, a scale is not a finite number from 0 to 1000, or two scales are given.
     """
     for argument in ("guidance_scale", "true_cfg_scale"):
         check_guidance(argument, arguments.get(argument))
@@ -44,28 +44,28 @@ def guided_call(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> dict[
     if _true_cfg_guides(pipeline):
         if "true_cfg_scale" in arguments:
             raise ValueError(
-                f"`guidance_scale={scale}` and `true_cfg_scale={arguments['true_cfg_scale']}` are one and the same to {name}; "
+                f"`guidance_scale={scale}` and `true_cfg_scale={arguments['true_cfg_scale']}` are the same setting in {name}; "
                 "leave one of them out."
             )
         others = {key: value for key, value in arguments.items() if key != "guidance_scale"}
         return others | {"true_cfg_scale": scale}
     if scale > 1 and "guidance_scale" in call_arguments(pipeline) and not _takes_guidance(pipeline):
         raise ValueError(
-            f"The composer's `guidance_scale={scale}` has no effect: {name} has models that were distilled to do without. "
+            f"The composer's `guidance_scale={scale}` has no effect: the models of {name} are distilled to work without guidance. "
             "Leave it out."
         )
     return arguments
 
 
 def with_negative_prompt(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Adds the empty negative prompt without which `true_cfg_scale` does nothing, where that is what guides."""
+    """Adds an empty negative prompt if `true_cfg_scale` sets the guidance, which has no effect without one."""
     if _true_cfg_guides(pipeline) and arguments.get("true_cfg_scale", 1) > 1:
         return {"negative_prompt": NO_NEGATIVE_PROMPT} | arguments
     return arguments
 
 
 def check_negative_prompt(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> None:
-    """A negative prompt among arguments that [`guided_call`] made has an effect.
+    """Checks that a negative prompt in the arguments, which [`guided_call`] returned, has an effect.
 
     Raises:
         `ValueError`: guidance is off.
@@ -89,7 +89,7 @@ def check_negative_prompt(pipeline: DiffusionPipeline, arguments: dict[str, Any]
 
 
 def _true_cfg_guides(pipeline: DiffusionPipeline) -> bool:
-    """Whether `true_cfg_scale` is the family's guidance: it has no other, or keeps the other for distilled models."""
+    """Returns whether `true_cfg_scale` sets the guidance: no `guidance_scale` exists, or only for distilled models."""
     declared = call_arguments(pipeline)
     if "true_cfg_scale" not in declared or _embeds_guidance(pipeline):
         return False
@@ -97,7 +97,7 @@ def _true_cfg_guides(pipeline: DiffusionPipeline) -> bool:
 
 
 def _embeds_guidance(pipeline: DiffusionPipeline) -> bool:
-    """Whether the scale is an input of the model, which was distilled from guided ones (arXiv 2210.03142)."""
+    """Returns whether the scale is an input of the model, which is then guidance-distilled (arXiv 2210.03142)."""
     transformer, unet = getattr(pipeline, "transformer", None), getattr(pipeline, "unet", None)
     if transformer is not None and transformer.config.get("guidance_embeds"):
         return True
@@ -105,21 +105,21 @@ def _embeds_guidance(pipeline: DiffusionPipeline) -> bool:
 
 
 def _takes_guidance(pipeline: DiffusionPipeline) -> bool:
-    """Whether any `guidance_scale` changes pictures."""
+    """Returns whether any `guidance_scale` changes images."""
     if "true_cfg_scale" in call_arguments(pipeline):
         return _embeds_guidance(pipeline)
     return _embeds_guidance(pipeline) or _computes_negative(pipeline, float("inf"))
 
 
 def _computes_negative(pipeline: DiffusionPipeline, scale: float | None) -> bool:
-    """Whether a call with this `guidance_scale` computes the negative prompt: what the pipeline itself says, if it does."""
+    """Returns whether a call with this `guidance_scale` uses the negative prompt, by the pipeline's own property if any."""
     if scale is None or not hasattr(type(pipeline), "do_classifier_free_guidance"):
         return scale is None or scale > 1
-    # Calls write the scale to the attribute that the property reads.
+    # `__call__` writes the scale to `_guidance_scale`, which the property reads.
     called = copy.copy(pipeline)
     called._guidance_scale = scale
     try:
         return called.do_classifier_free_guidance
     except AttributeError:
-        # It reads more of its call.
+        # The property also reads other attributes that only `__call__` sets.
         return scale > 1

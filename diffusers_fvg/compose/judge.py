@@ -1,4 +1,4 @@
-"""Stage 2's second half: a judge says how well each of several pictures shows what its caption says."""
+"""Judges for stage 2: a judge scores how well an image shows what its caption says."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ JudgeFunction = Callable[[list[PIL.Image.Image], str, Any], Sequence[float]]
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a judge says of one picture.
+    """The result of a judge for one image.
 
     Args:
-        score (`float`): the higher the better; what it means is the judge's own.
-        answers (`dict[str, float]` or `None`): question -> probability of a yes, of a judge that asks.
+        score (`float`): higher is better; the scale depends on the judge.
+        answers (`dict[str, float]` or `None`): question -> probability of "yes", if the judge asks questions.
     """
 
     score: float
@@ -56,10 +56,9 @@ class Judgement:
 
 @runtime_checkable
 class Judge(Protocol):
-    """What stage 2 asks of a judge, [`AnchorJudge`] or another component.
+    """The interface of a judge, which [`AnchorJudge`] and other components implement.
 
-    `threshold` is the score from which on a picture is good enough, or `None`: then all candidates are drawn and the best is
-    kept.
+    `threshold` is the lowest score at which drawing stops, or `None`: then all candidates are drawn and the best is kept.
     """
 
     threshold: float | None
@@ -67,31 +66,37 @@ class Judge(Protocol):
     def judge(
         self, images: list[PIL.Image.Image], captions: list[str], plans: list[Any] | None = None
     ) -> list[Judgement]:
-        """One judgement for each picture, of the caption and the plan beside it."""
+        """Returns one judgement for each image, with the caption and the plan at the same index."""
         ...
 
 
 class AnchorJudge(torch.nn.Module):
-    """Scores pictures against captions, in one of four ways.
+    """Scores images against captions, in one of four ways.
 
-    * A model of transformers that embeds images and texts (CLIP, SigLIP): the cosine similarity of picture and caption.
-    * A vision-language chat model of transformers: the probability that it answers a question with yes and not with no, the
-      product of all where stage 1's plan gives several (VQAScore, arXiv 2404.01291, without a plan).
-    * A [`ChatEndpoint`] with such a model, asked the same questions. Pictures are sent to it.
+    * A transformers model that embeds images and texts (CLIP, SigLIP): the score is the cosine similarity of image and
+      caption, in [-1, 1].
+    * A vision-language chat model of transformers: the score is the probability, in [0, 1], that it answers a question with
+      "yes" rather than "no" (VQAScore, arXiv 2404.01291). If stage 1 made a plan, the model is asked several questions, and
+      the score is the product of their probabilities.
+    * A [`ChatEndpoint`] with such a model, which is asked the same questions. Images are sent to it.
     * A function `(images, caption, plan) -> scores`.
 
-    As a component of a pipeline it gets the pipeline's dtype, moves with it, is offloaded, and is saved with its weights or
-    as the name of a repository. An endpoint and a function are the caller's alone: no file names one, and none is saved.
+    In a pipeline, the judge gets the pipeline's dtype, moves with it, is offloaded, and is saved with its weights or as the
+    name of a repository. Endpoints and functions are never saved, and are only used if the caller passes them.
 
     Args:
-        model (`PreTrainedModel`, *optional*): of one of the two kinds.
-        processor (*optional*): of the model.
-        endpoint (`ChatEndpoint`, *optional*): in place of a model.
-        function (`Callable`, *optional*): in place of a model; called once for all pictures of a caption.
-        reference (`dict`, *optional*): where `model` came from: the Hub repository `model` and its `revision`. With it,
-            `save_pretrained` writes the reference and no weights; set it to `None` to bundle them.
-        threshold (`float`, *optional*): the score from which on a picture is good enough. Left out: 0.5 for questions; none
-            for the others, whose scale is not known, so that all candidates are drawn.
+        model (`PreTrainedModel`, *optional*): a model of one of the two kinds.
+        processor (*optional*): processor of the model.
+        endpoint (`ChatEndpoint`, *optional*): used instead of a model.
+        function (`Callable`, *optional*): used instead of a model; called once for all images of a caption.
+        reference (`dict`, *optional*): the Hub repository of `model`, as `model`, and its `revision`. With it,
+            `save_pretrained` writes the reference and no weights; set it to `None` to save the weights.
+        threshold (`float`, *optional*): the lowest score at which drawing stops. When left out, 0.5 for judges that ask
+            questions; the scores of other judges have no known scale, so they have no threshold and all candidates are drawn.
+
+    Raises:
+        `ValueError`: not exactly one of `model`, `endpoint` and `function` is given, `processor` is missing, `threshold` is
+            not a finite number, or the model is of another kind.
     """
 
     def __init__(
@@ -106,7 +111,7 @@ class AnchorJudge(torch.nn.Module):
     ):
         super().__init__()
         if sum(way is not None for way in (model, endpoint, function)) != 1 or (model is None) != (processor is None):
-            raise ValueError("A judge needs `model` and `processor`, or `endpoint`, or `function`.")
+            raise ValueError("A judge needs exactly one of: `model` with `processor`, `endpoint`, or `function`.")
         check_number("threshold", threshold)
         kind = getattr(getattr(model, "config", None), "model_type", None)
         self.asks = endpoint is not None or kind in ASKED
@@ -121,7 +126,7 @@ class AnchorJudge(torch.nn.Module):
         self.reference = reference
         self.threshold = 0.5 if threshold is None and self.asks else threshold
         if model is None:
-            # Offloading asks every component for the device of its first parameter.
+            # Offloading reads the device of every component from its first parameter.
             self.placement = torch.nn.Parameter(torch.empty(0), requires_grad=False)
 
     # -- loading and saving -------------------------------------------------------------------------------------------
@@ -140,22 +145,23 @@ class AnchorJudge(torch.nn.Module):
         local_files_only: bool = False,
         quantization_config=None,
     ) -> AnchorJudge:
-        """Loads a judge from its folder, or makes one of a model's repository on the Hub.
+        """Loads a judge from its folder, or from a model's folder or Hub repository.
 
         Args:
-            path (`str` or `os.PathLike`): a folder with a `judge_config.json`, which either names a Hub repository, or has the
-                weights beside it in `model/` and `processor/`; or a model of transformers: a folder, or a Hub repository.
-            torch_dtype, dtype (`torch.dtype`, *optional*): of the weights; both names mean the same, since diffusers passes
-                the first. Left out: as stored.
-            revision (`str`, *optional*): of the Hub repository that `path` is; a folder names its own.
-            threshold (`float`, *optional*): in place of the folder's.
-            token, cache_dir, local_files_only (*optional*): for the Hub, whether `path` or the folder names the repository.
-            quantization_config (*optional*): of transformers.
+            path (`str` or `os.PathLike`): a folder with `judge_config.json`, which either names a Hub repository or stands
+                beside the weights in `model/` and `processor/`; or the folder or Hub repository of a transformers model.
+            torch_dtype, dtype (`torch.dtype`, *optional*): dtype of the weights; the stored dtype when left out. The two
+                names are equivalent; diffusers passes the first.
+            revision (`str`, *optional*): revision of the Hub repository `path`; not for a folder, whose config names it.
+            threshold (`float`, *optional*): replaces the threshold in `judge_config.json`.
+            token, cache_dir, local_files_only (*optional*): Hub arguments, for `path` and for the repository that a folder
+                names.
+            quantization_config (*optional*): quantization config of transformers.
 
         Raises:
-            `ValueError`: a folder without a valid `judge_config.json`, or with one that names an endpoint; weights that are a
-                pickle, or a model with code of its own.
-            `OSError`: the model is not where it should be.
+            `ValueError`: the folder has no valid `judge_config.json` or one that names an endpoint, the weights are a
+                pickle, the model needs remote code, the two dtypes differ, or `revision` is given for a folder.
+            `OSError`: the model does not exist or cannot be loaded.
         """
         if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
             raise ValueError(f"`torch_dtype={torch_dtype}` and `dtype={dtype}` differ; give one of them.")
@@ -181,7 +187,7 @@ class AnchorJudge(torch.nn.Module):
         options = {"dtype": dtype or torch_dtype or "auto", "quantization_config": quantization_config}
         try:
             with safetensors_only(model_path):
-                # Without a value transformers would ask at the terminal.
+                # Without a value, transformers would ask in the terminal.
                 made = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
                 model = model_class(made).from_pretrained(
                     model_path,
@@ -197,17 +203,17 @@ class AnchorJudge(torch.nn.Module):
         return cls(model, processor, reference=reference or None, **settings)
 
     def save_pretrained(self, path: str | os.PathLike, safe_serialization: bool = True) -> None:
-        """Writes the folder that `from_pretrained` reads: settings, and the weights if the judge has its own.
+        """Saves the config file, and the weights unless the judge has a `reference`, for `from_pretrained`.
 
         Args:
-            path (`str` or `os.PathLike`): the folder, made if it is not there.
-            safe_serialization (`bool`, *optional*): as in diffusers; weights are safetensors files in any case.
+            path (`str` or `os.PathLike`): the folder, created if it is missing.
+            safe_serialization (`bool`, *optional*): accepted as in diffusers; weights are always safetensors files.
 
         Raises:
-            `ValueError`: the judge has an endpoint or a function, which no file may name.
+            `ValueError`: the judge has an endpoint or a function, which are not saved.
         """
         if self.model is None:
-            raise ValueError("A judge with an endpoint or a function is not saved: make it anew and pass it.")
+            raise ValueError("A judge with an endpoint or a function is not saved: create it again and pass it.")
         config = dict(self.reference or {}) | {"threshold": self.threshold}
         with replacing_entries(path, CONFIG_NAME) as draft, naming(path):
             (draft / CONFIG_NAME).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -230,24 +236,24 @@ class AnchorJudge(torch.nn.Module):
     def judge(
         self, images: list[PIL.Image.Image], captions: list[str], plans: list[Any] | None = None
     ) -> list[Judgement]:
-        """Judges each picture by the caption beside it, and by the plan if there is one.
+        """Judges each image by its caption, and by its plan if there is one.
 
         Args:
-            images (`list[PIL.Image.Image]`): RGB pictures.
-            captions (`list[str]`): as many; pictures of one caption stand together.
-            plans (`list`, *optional*): what stage 1 planned for each caption; `None` among them for none.
+            images (`list[PIL.Image.Image]`): RGB images.
+            captions (`list[str]`): one for each image; images of the same caption must be consecutive.
+            plans (`list`, *optional*): plan of stage 1 for each image, or `None`.
 
         Returns:
-            `list[Judgement]`: one for each picture.
+            `list[Judgement]`: one for each image.
 
         Raises:
-            `ValueError`: another number of captions or of plans, or a function that gives something else than a finite score
-                for each picture.
+            `ValueError`: the lists differ in length, or the function does not return a finite score for each image.
+            `FloatingPointError`: the output of the model is not finite.
         """
         plans = [None] * len(images) if plans is None else plans
         if not len(images) == len(captions) == len(plans):
             raise ValueError(
-                f"{len(images)} pictures, {len(captions)} captions and {len(plans)} plans; give one for each."
+                f"There are {len(images)} images, {len(captions)} captions and {len(plans)} plans; give one for each image."
             )
         if self.function is not None:
             return self._call_function(self.function, images, captions, plans)
@@ -272,8 +278,8 @@ class AnchorJudge(torch.nn.Module):
                 scores = []
             if len(scores) != end - begin or not all(map(math.isfinite, scores)):
                 raise ValueError(
-                    f"The judge's function gave {given!r:.200} for {end - begin} pictures of {caption!r}; it must give a finite "
-                    "score for each."
+                    f"The judge's function returned {given!r:.200} for {end - begin} images of {caption!r}; it must return a "
+                    "finite score for each."
                 )
             made += [Judgement(score) for score in scores]
             begin = end
@@ -281,14 +287,14 @@ class AnchorJudge(torch.nn.Module):
 
     @torch.no_grad()
     def forward(self, work: Callable, *arguments: Any) -> Any:
-        """Runs what needs the model. Offloading moves a component when its `forward` is called, so all use of it is in here."""
+        """Calls `work`. Offloading moves a component when its `forward` is called, so the model runs only in here."""
         with exclusive(self.model):
             return work(*arguments)
 
     def _similarity(self, image: PIL.Image.Image, caption: str) -> Judgement:
-        """Cosine of the embeddings, in [-1, 1]. Words past the model's last position are not read."""
+        """Returns the cosine similarity of the embeddings, in [-1, 1]. Captions are truncated to the model's positions."""
         positions = self.model.config.text_config.max_position_embeddings
-        # SigLIP learnt with texts that are padded to the end; CLIP does not see what comes after a text.
+        # SigLIP was trained with texts padded to full length; CLIP ignores padding.
         inputs = self.processor(
             images=image,
             text=[caption],
@@ -310,7 +316,7 @@ class AnchorJudge(torch.nn.Module):
         }
 
     def _ask_all(self, image: PIL.Image.Image, caption: str, plan: Any) -> Judgement:
-        """All questions about a picture; the score is the product of their answers."""
+        """Asks all questions about an image; the score is the product of the answers' probabilities."""
         asked = self._ask_endpoint
         if self.model is not None:
             asked = partial(self.__call__, self._ask)
@@ -332,7 +338,7 @@ class AnchorJudge(torch.nn.Module):
         return float(torch.sigmoid(yes - no))
 
     def _tokens_of(self, word: str) -> list[int]:
-        """The tokens that an answer of one word may begin with."""
+        """Returns the tokens that a one-word answer may begin with."""
         tokenizer = self.processor.tokenizer
         forms = (word, word.capitalize(), f" {word}", f" {word.capitalize()}")
         first = [tokenizer(form, add_special_tokens=False).input_ids[:1] for form in forms]
@@ -347,25 +353,25 @@ class AnchorJudge(torch.nn.Module):
 
 
 def model_class(config: PreTrainedConfig) -> type[AutoModel] | type[AutoModelForImageTextToText]:
-    """What makes a judge's model of its configuration: one that answers where transformers has such, else one that embeds."""
+    """Returns the auto class for a judge's model: image-text-to-text if transformers has it for this config, else embedding."""
     return AutoModelForImageTextToText if config.model_type in ASKED else AutoModel
 
 
 def read_judge_config(path: Path) -> dict[str, Any]:
-    """Reads a `judge_config.json` and refuses what this version does not know, and an endpoint.
+    """Reads a `judge_config.json` and refuses unknown keys and endpoints.
 
     Raises:
         `ValueError`: as in [`~loading.component_config.read_config`], or the file names an endpoint.
     """
     if not path.is_file():
-        raise ValueError(f"{str(path.parent)!r} is no judge: it has no {CONFIG_NAME}.")
+        raise ValueError(f"{str(path.parent)!r} is not a judge: it has no {CONFIG_NAME}.")
     of_endpoint = {"endpoint", "api_key_env"}
     config = read_config(path, {"model", "revision", "threshold", *of_endpoint}, "model", {"revision"})
     if config.keys() & of_endpoint:
-        # The file's author would get every picture, and the value of any variable of this machine.
+        # The author of the file would receive every image, and the value of any environment variable.
         raise ValueError(
-            f"{str(path)!r} names an endpoint at {host_of(config.get('endpoint'))!r}, to which pictures would be sent. Only you can "
-            "name one: pass `anchor_judge=AnchorJudge(endpoint=ChatEndpoint(url, model, api_key_env=...))`. "
-            "`anchor_judge=None` loads without a judge."
+            f"{str(path)!r} names an endpoint at {host_of(config.get('endpoint'))!r}, to which images would be sent. A file "
+            "must not name one: pass `anchor_judge=AnchorJudge(endpoint=ChatEndpoint(url, model, api_key_env=...))`. "
+            "`anchor_judge=None` loads the pipeline without a judge."
         )
     return config

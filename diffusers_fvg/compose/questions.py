@@ -1,22 +1,22 @@
-"""What a vision-language model is asked about a picture, with answers of one word."""
+"""The yes-or-no questions that a vision-language model is asked about an image."""
 
 from __future__ import annotations
 
 from typing import Any
 
 
-# The question of VQAScore (arXiv 2404.01291), and how it asks for the answer.
+# The question of VQAScore (arXiv 2404.01291), and its request for a one-word answer.
 WHOLE_CAPTION = 'Does this figure show "{caption}"?'
 YES_OR_NO = "{question} Please answer yes or no."
 
 
 def questions_about(caption: str, plan: Any = None) -> list[str]:
-    """One question for each requirement of stage 1's plan; of the whole caption where there is none.
+    """Returns one question for each requirement of stage 1's plan, or one about the whole caption without a plan.
 
     Args:
-        caption (`str`): of the picture.
+        caption (`str`): caption of the image.
         plan (*optional*): has `subjects`, each with `name`, `count`, `attributes`, `state` and `place`; `relations`, as short
-            texts; and a `setting`. What is empty is not asked for.
+            texts; and a `setting`. Empty entries give no question.
     """
     asked = []
     for subject in plan.subjects if plan is not None else ():

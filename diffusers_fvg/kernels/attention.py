@@ -1,10 +1,10 @@
-"""Attention in which every frame sees the frames that a table names, in plain torch: definition and two faster forms.
+"""Attention between pairs of frames that a mask allows, in plain torch: the definition and two faster implementations.
 
-B batch, L tokens, N heads, H channels of a head, F frames of T = L / F tokens each. `seen`, a boolean `(B, F, F)`, says
-in row q which frames the queries of frame q see; all tokens of a frame are seen or none. Every frame must see one.
+B batch, L tokens, N heads, H channels of a head, F frames of T = L / F tokens each. The mask `seen`, a boolean `(B, F, F)`,
+is set at `[:, q, k]` if the tokens of frame q attend to ("see") the tokens of frame k. Every frame must see at least one.
 
-The table of a clip with anchors is [`anchor_window`]: once the anchor is learned, a frame needs it, its neighbours in
-time, and little else. With a window of 3 at 31 frames that is a quarter of all pairs.
+[`anchor_window`] makes the mask of a clip with anchors: a model that has learned to use the anchor needs only the anchor and
+the neighbouring frames for each frame. With a window of 3 at 31 frames, this is a quarter of all pairs.
 """
 
 from collections.abc import Callable
@@ -21,11 +21,11 @@ _Found = TypeVar("_Found")
 
 
 def once_for_tensor(function: Callable[[torch.Tensor], _Found]) -> Callable[[torch.Tensor], _Found]:
-    """`function`, which then looks at a tensor once as long as it lives unchanged: every layer has the same table."""
+    """Caches the result of `function` for each tensor until the tensor changes or is deleted; all layers share one mask."""
     known = WeakTensorKeyDictionary()
 
     def look(tensor: torch.Tensor) -> _Found:
-        # A tensor of inference mode has no count of its changes.
+        # A tensor made in inference mode has no version counter.
         version = None if tensor.is_inference() else tensor._version
         if tensor not in known or known[tensor][0] != version:
             known[tensor] = version, function(tensor)
@@ -35,16 +35,16 @@ def once_for_tensor(function: Callable[[torch.Tensor], _Found]) -> Callable[[tor
 
 
 def anchor_window(timestep: torch.Tensor, window: int, places: torch.Tensor | None = None) -> torch.Tensor:
-    """Each frame sees the anchors of its clip and the frames at most `window` away from it.
+    """Returns the mask with which each frame sees the anchors of its clip and the frames at most `window` away from it.
 
-    A frame whose time is below the clip's own, the largest, is an anchor. A clip without anchors sees all of itself:
-    nothing would tie its far ends together.
+    A frame whose timestep is below the largest timestep of its clip is an anchor. In a clip without anchors every frame sees
+    all frames, as distant frames would share no information otherwise.
 
     Args:
-        timestep (`torch.Tensor` of shape `(B, F)`): time of each latent frame.
-        window (`int`): in latent frames, 0 for the frame itself and the anchors.
-        places (`torch.Tensor` of shape `(B, F)`, *optional*): of the frames in time, in latent frames; one after the other
-            when left out.
+        timestep (`torch.Tensor` of shape `(B, F)`): timestep of each latent frame.
+        window (`int`): distance in latent frames; with 0 a frame sees itself and the anchors.
+        places (`torch.Tensor` of shape `(B, F)`, *optional*): positions of the frames in time, in latent frames;
+            consecutive when left out.
 
     Returns:
         `torch.Tensor` of shape `(B, F, F)`, `bool`.
@@ -57,10 +57,10 @@ def anchor_window(timestep: torch.Tensor, window: int, places: torch.Tensor | No
 
 
 def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """Softmax attention over all tokens, those of unseen frames masked: the definition.
+    """Computes softmax attention over all tokens with those of unseen frames masked: the definition.
 
     Args:
-        query, key, value (`torch.Tensor` of shape `(B, L, N, H)`): tokens, frame by frame.
+        query, key, value (`torch.Tensor` of shape `(B, L, N, H)`): tokens, ordered by frame.
         seen (`torch.Tensor` of shape `(B, F, F)`, `bool`): key frames (columns) that each query frame (rows) sees.
 
     Returns:
@@ -75,9 +75,10 @@ def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
 def gathered_frame_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor
 ) -> torch.Tensor:
-    """[`frame_attention`] without a mask: frames that see the same attend together, those that see as many in one batch.
+    """Computes [`frame_attention`] without a mask: gathers the tokens that each group of frames sees.
 
-    `seen` is read on the host, once for all calls with the same tensor, which a graph of torch.compile cannot hold.
+    Frames that see the same frames form a group; groups of equal sizes form a batch. `seen` is read on the CPU, once for all
+    calls with the same tensor, which torch.compile cannot trace.
     """
     batches = _batches(seen)
     if all(len(others) == seen.shape[1] for groups in batches for _, others in groups):
@@ -85,14 +86,14 @@ def gathered_frame_attention(
         return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
     def gathered(frames: tuple[torch.Tensor, ...], wanted: list[list[int]]) -> torch.Tensor:
-        """Those frames of every group, `(groups, heads, tokens, head_dim)`."""
+        """Returns the wanted frames of every group, of shape `(groups, heads, tokens, head_dim)`."""
         together = torch.stack([frames[frame] for group in wanted for frame in group])
         return together.unflatten(0, (len(wanted), -1)).flatten(1, 2).transpose(1, 2)
 
     num_frames = seen.shape[1]
     queries, keys, values = (
         x.unflatten(1, (num_frames, -1)).flatten(0, 1).unbind() for x in (query, key, value)
-    )  # of all samples, (T, N, H) each
+    )  # frames of all samples, (T, N, H) each
     outs: dict[int, torch.Tensor] = {}
     for groups in batches:
         frames, others = ([list(group[k]) for group in groups] for k in (0, 1))
@@ -104,13 +105,13 @@ def gathered_frame_attention(
     return torch.stack([outs[frame] for frame in range(len(outs))]).unflatten(0, (-1, num_frames)).flatten(1, 2)
 
 
-# A group: the query frames and the key frames that each of them sees. Frames are counted through all samples.
+# A group is its query frames and the key frames that each of them sees. Frame numbers go on from one sample to the next.
 _Group = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @once_for_tensor
 def _batches(seen: torch.Tensor) -> list[list[_Group]]:
-    """The groups of a table, those of as many query and key frames in one list."""
+    """Returns the groups of a mask, with those of equal numbers of query and key frames in one list."""
     num_frames = seen.shape[1]
     batches: dict[tuple[int, int], list[_Group]] = {}
     for sample, table in enumerate(seen.tolist()):
@@ -126,14 +127,14 @@ def _batches(seen: torch.Tensor) -> list[list[_Group]]:
 def flex_frame_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor
 ) -> torch.Tensor:
-    """[`frame_attention`] as FlexAttention, which skips unseen blocks inside a graph of torch.compile on a GPU."""
+    """Computes [`frame_attention`] with FlexAttention, which skips unseen blocks under torch.compile on a GPU."""
     mask = _block_mask(seen, query.shape[1])
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return flex_attention(query, key, value, block_mask=mask).transpose(1, 2)
 
 
 def _block_mask(seen: torch.Tensor, num_tokens: int) -> BlockMask:
-    """Which blocks of tokens see which, from the table alone: a mask of all pairs of tokens is never built."""
+    """Returns the block mask of FlexAttention, computed from `seen` without a mask of all pairs of tokens."""
     num_frames = seen.shape[1]
     tokens = num_tokens // num_frames
     start = torch.arange(0, num_tokens, _FLEX_BLOCK, device=seen.device)[:, None]
@@ -151,6 +152,6 @@ def _block_mask(seen: torch.Tensor, num_tokens: int) -> BlockMask:
 
 
 def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many are set in each row, and their columns, in order and before all others."""
+    """Returns the number of set entries of each row, and the columns with those of set entries first, in order."""
     columns = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(dim=-1, dtype=torch.int32), columns.to(torch.int32)

@@ -1,13 +1,13 @@
-"""The functions that models call. They check the shapes once and choose the implementation.
+"""The fused operations that models call: each checks the shapes and chooses the implementation.
 
-`FVG_KERNELS`, read when the package is first used, or [`use_kernels`] says which:
+The environment variable `FVG_KERNELS`, read when the package is first used, or [`use_kernels`] sets the choice:
 
-* `auto`, the default: Triton on NVIDIA GPUs of a compute capability in `tested_gpus.json`, for the dtypes and widths the
-  tests cover; the definition everywhere else. `examples/benchmarks/gpu_run.py` enters a capability there when the tests
-  marked `gpu` passed on it, with the digests of the files that they tested: kernels of a file that is new or has changed
-  since then are the definition, too.
+* `auto`, the default: Triton for the dtypes and widths that the tests cover, on NVIDIA GPUs whose compute capability
+  `tested_gpus.json` lists; plain torch everywhere else. `examples/benchmarks/gpu_run.py` adds a capability when the tests
+  marked `gpu` pass on it, with the digests of the tested kernel files. Kernels of a file that has changed since then, or is
+  new, run in plain torch, too.
 * `reference`: always the definition in plain torch.
-* `triton`: always Triton. Where it cannot run, an error says why.
+* `triton`: always Triton; raises an error that names the reason if Triton cannot run.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ import torch
 from . import attention, reference
 
 
-# Files of kernels.
+# Files with Triton kernels.
 SOURCES = ("triton_attention", "triton_modulation", "triton_norm", "triton_rope")
 TESTED_GPUS = Path(__file__).parent / "tested_gpus.json"
 _CHOICES = ("auto", "reference", "triton")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# A program holds a whole token in registers. Wan models have 1536, 3072 or 5120 channels.
+# A Triton program holds a whole token in registers. Wan models have 1536, 3072 or 5120 channels.
 _MAX_DIM = 8192
-# Query, key and value blocks of a wider head do not fit beside each other.
+# Query, key and value blocks of a wider head do not fit into shared memory together.
 _MAX_HEAD_DIM = 128
 
 
@@ -46,13 +46,13 @@ _kernels = _check_choice(os.environ.get("FVG_KERNELS", "auto"), "The environment
 
 @contextlib.contextmanager
 def use_kernels(kernels: str) -> Iterator[None]:
-    """Choose the implementation inside a `with` block, for the whole process.
+    """Chooses the implementation inside a `with` block, for the whole process.
 
     Args:
         kernels (`str`): `"auto"`, `"reference"` or `"triton"`, as in the environment variable `FVG_KERNELS`.
 
     Raises:
-        `ValueError`: any other name.
+        `ValueError`: `kernels` is another name.
     """
     global _kernels
     before, _kernels = _kernels, _check_choice(kernels, "kernels")
@@ -69,10 +69,10 @@ def modulated_layer_norm(
     eps: float,
     row_index: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """LayerNorm without weights, then scale and shift by rows; see [`reference.modulated_layer_norm`].
+    """Applies LayerNorm without weights, then scale and shift by rows; see [`reference.modulated_layer_norm`].
 
     Raises:
-        `ValueError`: if the rows do not fit the tokens.
+        `ValueError`: the rows do not fit the tokens.
     """
     _check_rows(hidden_states, row_index, scale=scale, shift=shift)
     if _takes_triton("triton_modulation", hidden_states, scale, shift):
@@ -83,11 +83,11 @@ def modulated_layer_norm(
 
 
 def layer_norm(hidden_states: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.Tensor:
-    """`norm(hidden_states)`, which computes in float32; with Triton in one pass, by the kernel of the modulated norm.
+    """Computes `norm(hidden_states)` in float32; with Triton in one pass, by the kernel of the modulated norm.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(B, L, D)`): tokens.
-        norm (`torch.nn.LayerNorm`): with a weight and a bias, over the last dimension (Wan's `norm2`).
+        norm (`torch.nn.LayerNorm`): norm over the last dimension with a weight and a bias (Wan's `norm2`).
 
     Returns:
         `torch.Tensor` of shape `(B, L, D)`.
@@ -96,7 +96,7 @@ def layer_norm(hidden_states: torch.Tensor, norm: torch.nn.LayerNorm) -> torch.T
         return norm(hidden_states)
     from . import triton_modulation
 
-    # One row for all tokens: `1 + scale` is the weight.
+    # One row serves all tokens: `1 + scale` is the weight.
     scale, shift = (row.expand(hidden_states.shape[0], 1, -1) for row in (norm.weight.float() - 1, norm.bias.float()))
     return triton_modulation.modulated_layer_norm(hidden_states, scale, shift, norm.eps, None)
 
@@ -107,10 +107,10 @@ def gated_residual(
     gate: torch.Tensor,
     row_index: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Residual branch times rows of a gate, added; see [`reference.gated_residual`].
+    """Adds a residual branch multiplied by rows of a gate; see [`reference.gated_residual`].
 
     Raises:
-        `ValueError`: if the rows do not fit the tokens.
+        `ValueError`: the rows or the residual do not fit the tokens.
     """
     _check_rows(hidden_states, row_index, gate=gate)
     if residual.shape != hidden_states.shape:
@@ -131,10 +131,10 @@ def rms_norm_rope(
     sin: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """RMS norm over all heads, then rotary embedding, of query and key; see [`reference.rms_norm_rope`].
+    """Applies RMS norm over all heads, then rotary embedding, to query and key; see [`reference.rms_norm_rope`].
 
     Raises:
-        `ValueError`: if the weights or angles do not fit the tokens.
+        `ValueError`: key, weights or angles do not fit the query, or an angle requires a gradient.
     """
     batch_size, num_tokens, dim = query.shape
     if key.shape != query.shape:
@@ -160,15 +160,15 @@ def rms_norm_rope(
 
 
 def rms_norm_silu(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """RMS norm over the channels of features, then SiLU; see [`reference.rms_norm_silu`]. Triton has no gradient of it.
+    """Applies RMS norm over the channels, then SiLU; see [`reference.rms_norm_silu`]. The Triton kernel has no gradient.
 
     Raises:
-        `ValueError`: if the weight does not fit the channels.
+        `ValueError`: the weight does not fit the channels.
     """
     channels = hidden_states.shape[1]
     if weight.shape != (channels,):
         raise ValueError(f"weight has shape {tuple(weight.shape)}; pass ({channels},).")
-    # Their last dimension is the one that a program holds.
+    # The check of the width reads the last dimension, so channels are moved there.
     if not torch.is_grad_enabled() and _takes_triton("triton_norm", hidden_states.movedim(1, -1), weight):
         from . import triton_norm
 
@@ -177,18 +177,18 @@ def rms_norm_silu(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Te
 
 
 def fuses_norm(hidden_states: torch.Tensor) -> bool:
-    """Whether [`rms_norm_silu`] of these features is one pass of Triton, and not several of torch."""
+    """Returns whether [`rms_norm_silu`] runs as one Triton kernel on these features, rather than several of torch."""
     return not torch.is_grad_enabled() and _takes_triton("triton_norm", hidden_states.movedim(1, -1), hidden_states)
 
 
 def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """Attention between the frames that a table names; see [`animate.attention.frame_attention`].
+    """Computes attention between the pairs of frames in `seen`; see [`attention.frame_attention`].
 
-    Without Triton, frames attend one after the other to the keys they see. A graph of torch.compile cannot read the table
-    on the host: there it is FlexAttention on a GPU and the masked definition elsewhere.
+    Without Triton, groups of frames attend to the keys that they see. torch.compile cannot read `seen` on the CPU, so
+    compiled models use FlexAttention on a GPU and the masked definition elsewhere.
 
     Raises:
-        `ValueError`: if the table does not fit the tokens.
+        `ValueError`: query, key, value and `seen` do not fit each other.
     """
     batch_size, num_tokens, _, head_dim = query.shape
     if key.shape != query.shape or value.shape != query.shape:
@@ -214,7 +214,7 @@ def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
 
 
 def kernel_report(device: torch.device) -> str:
-    """What computes the package's kernels on a device, and why."""
+    """Returns which implementation runs the package's kernels on a device, and why."""
     problem, without = _device_problem(device), []
     if problem is None and _kernels == "auto":
         problems = {source: _untested(device, source) for source in SOURCES}
@@ -226,15 +226,15 @@ def kernel_report(device: torch.device) -> str:
 
 
 def source_digest(source: str) -> str:
-    """Of a file of kernels: what was tested is known by it."""
+    """Returns the digest of a kernel file, which identifies the version that was tested."""
     return hashlib.sha256((Path(__file__).parent / f"{source}.py").read_bytes()).hexdigest()[:16]
 
 
 def _takes_triton(source: str, *tensors: torch.Tensor, max_dim: int = _MAX_DIM) -> bool:
-    """Whether Triton computes this call, by a kernel of the file `source`.
+    """Returns whether this call uses a Triton kernel of the file `source`.
 
     Raises:
-        `ValueError`: if Triton is asked for and cannot.
+        `ValueError`: `FVG_KERNELS=triton` is set, and Triton cannot run this call.
     """
     if _kernels == "reference" or (_kernels == "auto" and _untested(tensors[0].device, source) is not None):
         return False
@@ -246,7 +246,7 @@ def _takes_triton(source: str, *tensors: torch.Tensor, max_dim: int = _MAX_DIM) 
 
 @torch.compiler.assume_constant_result
 def _device_problem(device: torch.device) -> str | None:
-    # torch.compile takes the answer as it is. It would trace through the cache of the function below.
+    # torch.compile takes the result as a constant. Without the decorator it would trace into `_probe` despite its cache.
     return _probe(device)
 
 
@@ -264,7 +264,7 @@ def _tested_probe(device: torch.device, source: str) -> str | None:
     if tested.get(capability, {}).get("sources", {}).get(source) != source_digest(source):
         is_known = source in tested.get(capability, {}).get("sources", {})
         what = "they have changed since their tests ran" if is_known else "their tests have not run"
-        return f"{what} on compute capability {capability} (FVG_KERNELS=triton takes them all the same)"
+        return f"{what} on compute capability {capability} (FVG_KERNELS=triton uses them anyway)"
     return None
 
 

@@ -1,13 +1,13 @@
-"""What every kernel of this package computes, in plain torch. A faster implementation is right when it agrees with this.
+"""The definition of each fused operation in plain torch, which every faster implementation must agree with.
 
-B batch, L tokens, D width, R rows, N heads, H channels of a head. Of features: C channels, F/H/W frames, height, width.
+B batch, L tokens, D width, R rows, N heads, H channels of a head. VAE features: C channels, F/H/W frames, height, width.
 
-`modulated_layer_norm` and `gated_residual` read their modulation from *rows*, a `(B, R, D)` table with one row per distinct time. `R` divides the
-number of tokens `L` into equal consecutive runs: `R = 1` is one time per sample, `R = frames` one per latent frame,
-`R = L` one per token. `row_index`, an integer `(L,)`, names the row of every token instead, for sequences that do not
-begin or end on a frame (a shard of a context-parallel run). A table the size of the tokens is built only then.
+`modulated_layer_norm` and `gated_residual` read their modulation from *rows*, a `(B, R, D)` table with one row per distinct
+timestep. `R` divides the `L` tokens into equal consecutive runs: `R = 1` is one timestep per sample, `R = frames` one per
+latent frame, `R = L` one per token. If a sequence does not begin or end on a frame (a shard of a context-parallel run),
+`row_index`, an integer `(L,)`, gives the row of every token instead. Only then a table of the size of the tokens is built.
 
-Arithmetic is in float32, or in float64 when the tokens are; the result has the dtype of the tokens.
+Arithmetic is in float32, or in float64 for float64 tokens; the result has the dtype of the tokens.
 """
 
 import torch
@@ -21,11 +21,11 @@ def modulated_layer_norm(
     eps: float,
     row_index: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`layer_norm(hidden_states) * (1 + scale) + shift`, normalized over the last dimension without affine weights.
+    """Returns `layer_norm(hidden_states) * (1 + scale) + shift`, normalized over the last dimension without affine weights.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(B, L, D)`): tokens.
-        scale (`torch.Tensor` of shape `(B, R, D)`): rows of the factor, zero where the norm is left as it is.
+        scale (`torch.Tensor` of shape `(B, R, D)`): rows of the factor minus 1.
         shift (`torch.Tensor` of shape `(B, R, D)`): rows of the offset.
         eps (`float`): added to the variance.
         row_index (`torch.Tensor` of shape `(L,)`, *optional*): row of each token.
@@ -45,11 +45,11 @@ def gated_residual(
     gate: torch.Tensor,
     row_index: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`hidden_states + residual * gate`.
+    """Returns `hidden_states + residual * gate`.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(B, L, D)`): tokens.
-        residual (`torch.Tensor` of shape `(B, L, D)`): what the branch (attention, feed-forward) adds.
+        residual (`torch.Tensor` of shape `(B, L, D)`): output of the residual branch (attention, feed-forward).
         gate (`torch.Tensor` of shape `(B, R, D)`): rows of the factor on the branch.
         row_index (`torch.Tensor` of shape `(L,)`, *optional*): row of each token.
 
@@ -57,7 +57,7 @@ def gated_residual(
         `torch.Tensor` of shape `(B, L, D)`.
     """
     gate = _rows(gate, row_index, _compute_dtype(hidden_states))
-    # addcmul promotes the tokens to the gate's dtype by itself: on a GPU that leaves no widened copy of them.
+    # addcmul promotes the tokens to the gate's dtype by itself, which avoids a wider copy of them on a GPU.
     out = torch.addcmul(_runs(hidden_states, gate), _runs(residual, gate), gate)
     return out.flatten(1, 2).to(hidden_states.dtype)
 
@@ -71,19 +71,19 @@ def rms_norm_rope(
     sin: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """RMS norm of each token over the channels of all heads, then a turn of every pair of neighbouring channels.
+    """Applies RMS norm over the channels of all heads, then rotates every pair of neighbouring channels.
 
-    `n = x / sqrt(mean_d(x * x) + eps) * weight`, then per pair `(n0 * cos - n1 * sin, n0 * sin + n1 * cos)`, for query
-    and key alike: what Wan's self-attention does to them. The three axes of a video share out the pairs of a head; which
-    angle belongs to which is in `cos` and `sin`.
+    `n = x / sqrt(mean_d(x * x) + eps) * weight`, then per pair `(n0 * cos - n1 * sin, n0 * sin + n1 * cos)`, for both query
+    and key, as in Wan's self-attention. Each pair of a head belongs to one of the three axes of a video; `cos` and `sin`
+    hold the angle of each pair.
 
     Args:
         query (`torch.Tensor` of shape `(B, L, N * H)`): projected tokens.
-        key (`torch.Tensor` of shape `(B, L, N * H)`): likewise.
+        key (`torch.Tensor` of shape `(B, L, N * H)`): projected tokens.
         query_weight (`torch.Tensor` of shape `(N * H,)`): factor of the query's norm.
         key_weight (`torch.Tensor` of shape `(N * H,)`): factor of the key's norm.
-        cos (`torch.Tensor` of shape `(1, L, 1, H)` or `(B, L, 1, H)`): cosines of the angles, every one twice in a row.
-        sin (`torch.Tensor` of the shape of `cos`): sines, likewise.
+        cos (`torch.Tensor` of shape `(1, L, 1, H)` or `(B, L, 1, H)`): cosines of the angles, each repeated for both channels of a pair.
+        sin (`torch.Tensor` of the shape of `cos`): sines of the angles, repeated likewise.
         eps (`float`): added to the mean square.
 
     Returns:
@@ -94,7 +94,7 @@ def rms_norm_rope(
 
 
 def rms_norm_silu(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`silu(x / |x| * sqrt(C) * weight)`, with `|x|` over the channels of a pixel: what comes before a convolution of Wan's VAE.
+    """Returns `silu(x / |x| * sqrt(C) * weight)`, with `|x|` over the channels of a pixel, as in Wan's VAE.
 
     Args:
         hidden_states (`torch.Tensor` of shape `(B, C, F, H, W)`): features.
@@ -116,7 +116,7 @@ def _norm_and_turn(
     normed = F.rms_norm(tokens.to(dtype), tokens.shape[-1:], weight.to(dtype), eps)
     first, second = normed.unflatten(2, (-1, cos.shape[3], 2)).unbind(-1)
     turned = torch.empty(*first.shape, 2, dtype=tokens.dtype, device=tokens.device)
-    # Written half by half: a stack of the two would be one more pass over the tokens.
+    # Each half is written in place: `torch.stack` would be one more pass over the tokens.
     turned[..., 0] = torch.addcmul(first * cos, second, sin, value=-1)
     turned[..., 1] = torch.addcmul(first * sin, second, cos)
     return turned.flatten(3)
@@ -127,7 +127,7 @@ def _compute_dtype(tokens: torch.Tensor) -> torch.dtype:
 
 
 def _rows(rows: torch.Tensor, row_index: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """(B, R, D) -> (B, R, 1, D): one row against every token of its run."""
+    """(B, R, D) -> (B, R, 1, D), which broadcasts a row over the tokens of its run."""
     if row_index is not None:
         rows = rows[:, row_index]
     return rows.to(dtype).unsqueeze(2)

@@ -1,7 +1,7 @@
-"""What `DiffusionPipeline.from_pretrained` was called with, for the components that it loads.
+"""Gives components access to the arguments of the running `DiffusionPipeline.from_pretrained`.
 
-diffusers hands a component its dtype and its share of the quantization config, and keeps the rest to itself. A component that
-fetches from another repository needs the rest too. `loading/patches.py` keeps it while the call runs.
+diffusers passes a component only its dtype and its part of the quantization config. A component that is fetched from another
+repository also needs the other arguments. `loading/patches.py` stores them while the call runs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _call: ContextVar[dict[str, Any] | None] = ContextVar("from_pretrained", default
 
 @contextmanager
 def remember(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Within it, `arguments` are those of the running call. Yields what is kept of them, and what is found out with it."""
+    """Stores the arguments of `from_pretrained` for the block. Yields the stored ones, to which [`find_out`] adds."""
     call = {name: arguments[name] for name in _PASSED_ON if arguments.get(name) is not None}
     reset = _call.set(call)
     try:
@@ -29,27 +29,31 @@ def remember(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def find_out(name: str, value: Any) -> None:
-    """Adds something to what `remember` of the running call yields."""
+    """Adds a value to the dictionary that [`remember`] yields for the running call."""
     call = _call.get()
     if call is not None:
         call[name] = value
 
 
 def call_argument(name: str) -> Any:
-    """`variant`, `quantization_config`, `device_map` or `trust_remote_code` of the running call, or `None`."""
+    """Returns `variant`, `quantization_config`, `device_map` or `trust_remote_code` of the running call, or `None`."""
     return (_call.get() or {}).get(name)
 
 
 def hub_arguments(**own: Any) -> dict[str, Any]:
-    """`cache_dir`, `token`, `local_files_only`, `force_download`: `own` where given, else those of the running call."""
+    """Returns `cache_dir`, `token`, `local_files_only`, `force_download` of `own`, or else of the running call."""
     call = {name: value for name, value in (_call.get() or {}).items() if name in HUB_ARGUMENTS}
     return call | {name: value for name, value in own.items() if value is not None}
 
 
 def nested_quantization(name: str) -> Any:
-    """What the running call's `PipelineQuantizationConfig` says of a pipeline that is its component `name`.
+    """Returns the quantization config for the component `name`, which is a pipeline itself.
 
-    Its parts are named with a dot, as in `"composer.transformer"`. A backend for all components is one for its parts too.
+    The `PipelineQuantizationConfig` of the running call names models of the inner pipeline with a dot, as in
+    `"composer.transformer"`. A backend for all components applies to these models, too.
+
+    Raises:
+        `ValueError`: the config names the inner pipeline as a whole.
     """
     from diffusers import PipelineQuantizationConfig
 
@@ -58,7 +62,7 @@ def nested_quantization(name: str) -> Any:
         return None
     if name in (config.quant_mapping or config.components_to_quantize or ()):
         raise ValueError(
-            f"`{name}` is a pipeline: name its parts in the quantization config, as {prefix + 'transformer'!r}."
+            f"`{name}` is a pipeline: name its models in the quantization config, such as {prefix + 'transformer'!r}."
         )
     if config.quant_mapping is not None:
         mapping = {

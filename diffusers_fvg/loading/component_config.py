@@ -1,4 +1,4 @@
-"""JSON files of settings in the folders of our components."""
+"""Reads the JSON config files of this package's components."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from .reading import read_json
 
 
 def read_config(path: Path, known: Set[str], repository: str, of_repository: Set[str]) -> dict[str, Any]:
-    """Reads a component's settings and refuses what this version does not know.
+    """Reads a component's config file and refuses unknown keys.
 
     Args:
         path (`Path`): the file.
-        known (`Set[str]`): all keys that it may have.
+        known (`Set[str]`): all keys that the file may have.
         repository (`str`): the key that names a repository.
-        of_repository (`Set[str]`): keys that say more about the repository, and mean nothing without it.
+        of_repository (`Set[str]`): keys that are valid only together with `repository`, such as the revision.
 
     Raises:
-        `ValueError`: no JSON object, an unknown key, or one of a repository that is not named.
+        `ValueError`: the file is not a JSON object, has an unknown key, or has a key of `of_repository` without `repository`.
     """
     config = read_json(path)
     if not config.keys() <= known:

@@ -1,4 +1,4 @@
-"""Files of repositories on the Hub: which a component needs, and fetching them."""
+"""Selects and fetches the files of Hub repositories that a component needs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .safety import PICKLES, safetensors_only
 logger = logging.get_logger(__name__)
 
 COMMIT = re.compile("[0-9a-f]{40}")
-# The file names that diffusers and transformers load: "model.fp16-00001-of-00002.safetensors" and the index of the shards.
+# Names of weight files in diffusers and transformers: "model.fp16-00001-of-00002.safetensors" and the index of the shards.
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|model)(?:\.(?P<a>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index(?:\.(?P<b>\w+))?\.json)?"
 )
@@ -38,7 +38,7 @@ def _variant(name: str) -> str | None:
 
 
 def available_variant(names: Iterable[str], variant: str | None, place: str) -> str | None:
-    """The variant if `names` hold it; else `None`, with a warning: as in diffusers, parts without it come as they are."""
+    """Returns `variant` if `names` has files of it; otherwise warns and returns `None`, the standard files, as diffusers."""
     if variant is None or any(_variant(name) == variant for name in names):
         return variant
     logger.warning(f"{place} has no files of the variant {variant!r}; its standard files are used.")
@@ -48,16 +48,17 @@ def available_variant(names: Iterable[str], variant: str | None, place: str) -> 
 def component_files(
     names: Iterable[str], subfolder: str = "", variant: str | None = None, weights: bool = True
 ) -> list[str]:
-    """Of a repository's files those that one component needs.
+    """Returns the files of a repository that one component needs.
 
     Args:
         names (`Iterable[str]`): paths in the repository.
-        subfolder (`str`): of the component; files deeper down are not its own.
-        variant (`str`, *optional*): of the weights.
-        weights (`bool`): a model: its safetensors files and configuration. Otherwise all configuration and vocabulary.
+        subfolder (`str`): folder of the component; files in deeper folders are ignored.
+        variant (`str`, *optional*): variant of the weights.
+        weights (`bool`): `True` for a model, which needs its safetensors files and configs; `False` for a scheduler or
+            tokenizer, which needs all configs and vocabularies.
 
     Raises:
-        `ValueError`: a model without safetensors files of that variant.
+        `ValueError`: `weights` is `True`, and there are no safetensors files of that variant.
     """
     inside = [name for name in names if str(PurePosixPath(name).parent) == (subfolder or ".")]
     if not weights:
@@ -77,15 +78,17 @@ def component_files(
 
 
 def repository_files(repository: str, revision: str | None = None, **hub: Any) -> tuple[str | None, dict[str, dict]]:
-    """The commit of a revision, and its files: `{"size": bytes, "sha256": of its content if it is a large file}`.
+    """Returns the commit of a revision, and its files: path -> `{"size": bytes, "sha256": hash or None}`.
+
+    The Hub gives a SHA-256 hash only for large files.
 
     Args:
-        repository (`str`): on the Hub.
-        revision (`str`, *optional*): a commit, whose listing is kept in the cache, or a branch or tag.
-        hub: as [`hub_arguments`] gives them.
+        repository (`str`): Hub repository.
+        revision (`str`, *optional*): a commit, whose file list is cached, or a branch or tag.
+        hub: arguments that [`hub_arguments`] returns.
 
     Raises:
-        `OSError`: the repository or the revision is not there, or the Hub does not answer.
+        `OSError`: the repository or the revision does not exist, or the Hub does not answer.
     """
     validate_repo_id(repository)
     if revision is not None:
@@ -97,7 +100,7 @@ def repository_files(repository: str, revision: str | None = None, **hub: Any) -
         except CachedRepoTreeNotFoundError as error:
             if offline:
                 raise LocalEntryNotFoundError(
-                    f"it is not in the cache, and the Hub may not be asked ({error})"
+                    f"it is not in the cache, and Hub access is switched off ({error})"
                 ) from error
         else:
             return revision, {file.path: _file(file.size, file.lfs) for file in tree}
@@ -106,7 +109,7 @@ def repository_files(repository: str, revision: str | None = None, **hub: Any) -
     except Exception as error:
         if not is_of_connection(error):
             raise
-        raise OSError(f"the Hub does not answer ({error}); HF_HUB_OFFLINE=1 uses what was fetched before") from error
+        raise OSError(f"the Hub does not answer ({error}); HF_HUB_OFFLINE=1 uses cached files only") from error
     return info.sha, {file.rfilename: _file(file.size, file.lfs) for file in info.siblings}
 
 
@@ -117,20 +120,20 @@ def _file(size: int, lfs: Any) -> dict[str, Any]:
 def fetch(
     repository: str, revision: str | None, select: Callable[[list[str]], list[str]], place: str, **hub: Any
 ) -> tuple[Path, list[str]]:
-    """Fetches chosen files of a repository into the Hub's cache.
+    """Fetches selected files of a repository into the Hub's cache.
 
     Args:
-        repository, revision (`str`): on the Hub.
-        select (`Callable`): chooses among the repository's files; its `ValueError` says what is not there.
-        place (`str`): what names the repository, for messages.
-        hub: as [`hub_arguments`] gives them.
+        repository, revision (`str`): Hub repository and its revision.
+        select (`Callable`): returns the files to fetch from a list of all files; raises `ValueError` if one is missing.
+        place (`str`): the component or file that names the repository; used in messages.
+        hub: arguments that [`hub_arguments`] returns.
 
     Returns:
-        `tuple[Path, list[str]]`: the folder of the snapshot, and the chosen files in it.
+        `tuple[Path, list[str]]`: the folder of the snapshot, and the selected files in it.
 
     Raises:
-        `OSError`: the repository, the revision or a file is not there, or a file is not what the Hub says that it is. The
-            Hub's own error is the cause.
+        `OSError`: the repository, the revision or a file does not exist, or a file differs from the Hub's size or hash. The
+            Hub's error is the `__cause__`.
     """
     title = _title(repository, revision)
     try:
@@ -151,27 +154,28 @@ def fetch(
         if path.stat().st_size != expected["size"]:
             damage = f"{path.stat().st_size} bytes, not {expected['size']}"
         elif name not in cached and expected["sha256"] not in (None, _sha256(path)):
-            damage = f"another content than sha256 {expected['sha256']}"
+            damage = f"content that differs from sha256 {expected['sha256']}"
         if damage is not None:
             for part in (path.resolve(), path):
                 part.unlink(missing_ok=True)
             raise OSError(
-                f"{place} names {title} on the Hub, whose file {name} came with {damage}. It has been deleted: try again."
+                f"{place} names {title} on the Hub, whose file {name} arrived with {damage}. The file has been deleted: try again."
             )
     return folder, names
 
 
 def load_pipeline(source: str | Path, revision: str | None, place: str, **arguments: Any) -> DiffusionPipeline:
-    """Loads the pipeline that another one holds: from a folder, or the repository that its folder names.
+    """Loads a pipeline that is a component of another one.
 
     Args:
-        source (`str` or `Path`): a repository on the Hub, or a folder as a `Path`.
-        revision (`str`, *optional*): of the repository.
-        place (`str`): what names the repository, for messages.
-        arguments: of `DiffusionPipeline.from_pretrained`; those of the running call are added.
+        source (`str` or `Path`): a Hub repository as a `str`, or a folder as a `Path`.
+        revision (`str`, *optional*): revision of the repository.
+        place (`str`): the component that names the repository; used in messages.
+        arguments: arguments of `DiffusionPipeline.from_pretrained`; Hub arguments and the variant of the running call are
+            added.
 
     Raises:
-        `OSError`: the repository or a file is not there. The Hub's own error is the cause.
+        `OSError`: the repository or a file does not exist. The Hub's error is the `__cause__`.
     """
     own = {name: arguments.pop(name, None) for name in HUB_ARGUMENTS}
     hub = hub_arguments(**own)
@@ -184,7 +188,7 @@ def load_pipeline(source: str | Path, revision: str | None, place: str, **argume
         with safetensors_only(source):
             arguments |= {"variant": variant, "use_safetensors": True, **hub}
             if not isinstance(source, Path):
-                # By its name a folder of this machine would be taken in its place.
+                # Given its name, `from_pretrained` would prefer a local folder of the same name.
                 source = DiffusionPipeline.download(source, revision=revision, **arguments)
             return DiffusionPipeline.from_pretrained(source, **arguments)
     except Exception as error:
@@ -195,14 +199,14 @@ def load_pipeline(source: str | Path, revision: str | None, place: str, **argume
 
 @contextlib.contextmanager
 def naming_repository(repository: str, revision: str | None, place: str) -> Iterator[None]:
-    """What the Hub's client says within it, which may name no repository, is told with its name.
+    """Adds the repository to errors of the Hub client in the block, whose messages may not name it.
 
     Args:
-        repository, revision (`str`): on the Hub.
-        place (`str`): what names the repository, for messages.
+        repository, revision (`str`): Hub repository and its revision.
+        place (`str`): the component or argument that names the repository; used in messages.
 
     Raises:
-        `OSError`: of what the client raised, which is the cause.
+        `OSError`: the client raised an error, which is the `__cause__`.
     """
     try:
         yield
@@ -215,7 +219,7 @@ def naming_repository(repository: str, revision: str | None, place: str) -> Iter
 
 
 def is_of_connection(error: Exception) -> bool:
-    """Whether a connection failed, which is told by the HTTP library of whichever client is installed, in no class of Python's."""
+    """Returns whether an error comes from the HTTP library of the Hub client; these share no base class in Python."""
     return type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 
 

@@ -1,9 +1,9 @@
-"""Every change that importing this package makes to diffusers, and to what it is confined.
+"""Every change that importing this package makes to diffusers.
 
-`DiffusionPipeline.from_pretrained` is called on the base class, so nothing that a class of ours overrides is asked before
-its components are loaded. Each function here says what diffusers does (versions 0.40 to 0.42.1, if no other is named) and
-acts only for a pipeline class of this package or a repository that names a class of this package;
-`tests/loading/test_stock_pipelines.py` compares what stock pipelines read, write, fetch and say with and without it.
+`DiffusionPipeline.from_pretrained` is called on the base class, so a pipeline class cannot change how its components are
+loaded. Each docstring here says what diffusers does (versions 0.40 to 0.42.1 unless another is named). The changes act only
+for pipeline classes of this package and repositories that name a class of this package.
+`tests/loading/test_stock_pipelines.py` compares what stock pipelines read, write, fetch and print with and without them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .safety import PICKLES, is_guarded, load_guarded
 
 
 PACKAGE = "diffusers_fvg"
-# What a `model_index.json` may name: as a component that is neither a `ModelMixin` nor a pipeline, and otherwise.
+# Classes that `model_index.json` may name: `COMPONENTS` are neither `ModelMixin`s nor pipelines; `CLASSES` are all of them.
 COMPONENTS = (
     "AnchorAnimator",
     "AnchorComposer",
@@ -59,11 +59,11 @@ class _ByName(type):
 
 
 class FactorizedVideoComponent(metaclass=_ByName):
-    """The base of the classes in `COMPONENTS`, known by name: without importing the modules that define them."""
+    """Virtual base class of the classes in `COMPONENTS`. It compares names, so that no module has to be imported."""
 
 
 class NotOnnx:
-    """False, and no other False: `_is_onnx` is all of a pipeline's class that `_get_ignore_patterns` is told."""
+    """A distinct false value. `_is_onnx` is the only attribute of a pipeline class that `_get_ignore_patterns` receives."""
 
     def __bool__(self) -> bool:
         return False
@@ -74,7 +74,7 @@ NOT_ONNX = NotOnnx()
 
 @functools.cache
 def patch() -> None:
-    """Makes all changes, once."""
+    """Applies all changes, once per process."""
     from diffusers import DiffusionPipeline
     from diffusers.pipelines import pipeline_loading_utils, pipeline_utils
 
@@ -97,7 +97,7 @@ def _wrap(name: str, wrapper: Callable, *modules: Any) -> None:
 
 
 def names_ours(index: dict[str, Any]) -> bool:
-    """Whether a `model_index.json` names a class of this package."""
+    """Returns whether a `model_index.json` names a class of this package."""
     parts = (tuple(value) for value in index.values() if isinstance(value, list | tuple))
     return index.get("_class_name") in CLASSES or any(part in _OWN_PARTS for part in parts)
 
@@ -109,12 +109,12 @@ _OWN_PARTS = {("diffusers", name) for name in CLASSES}
 
 
 def add_names() -> None:
-    """Makes our classes attributes of `diffusers`, looked up when asked for.
+    """Makes this package's classes attributes of `diffusers`, which are imported on first use.
 
-    diffusers looks the class of a pipeline, and of a component of the library "diffusers", up in its own module (since
-    0.1). The classes of another library must come along as code in a repository on the Hub (since 0.22, pull request 5472;
-    issue 6563 is open, pull request 5728 was declined), and that library is no longer imported (since 0.42.1, no thread
-    found). This is Python's own hook for attributes that a module lacks, and knows no name but ours.
+    diffusers looks up the class of a pipeline, and of a component of the library "diffusers", in its own module (since
+    0.1). Classes of another library must be code in the Hub repository (since 0.22, pull request 5472; issue 6563 is open,
+    pull request 5728 was declined), and diffusers no longer imports that library (since 0.42.1, no thread found). A module's
+    `__getattr__` is Python's hook for missing attributes; this one knows only the names in `CLASSES`.
     """
     import diffusers
 
@@ -126,7 +126,7 @@ def add_names() -> None:
         if name not in CLASSES:
             raise AttributeError(f"module 'diffusers' has no attribute {name}")
         if name == "FactorizedVideoPipeline" and "diffusers.pipelines.auto_pipeline" in sys.modules:
-            # `ModularPipeline.from_pretrained` looks it up in tables, which this module has entered: see `add_modular`.
+            # `ModularPipeline.from_pretrained` looks the class up in tables; importing this module adds it (`add_modular`).
             importlib.import_module(f"{PACKAGE}.pipelines.modular")
         return getattr(ours, name)
 
@@ -134,19 +134,20 @@ def add_names() -> None:
 
 
 def add_saving(loadable: dict[str, dict[str, list[str]]]) -> None:
-    """Lets `save_pretrained`, of pipelines and of modular pipelines, save our components.
+    """Lets `save_pretrained` of pipelines and of modular pipelines save this package's components.
 
-    It looks for a base class of each component in this table (since 0.1; no thread found on adding to it), and leaves a
-    component without one out. The last entry for diffusers: of a stock class it is asked after diffusers' own, and says no.
+    `save_pretrained` looks for a base class of each component in this table (since 0.1; no thread found on adding to it), and
+    omits a component without one. The new entry is the last one for diffusers, so stock classes match diffusers' entries
+    first, and they do not match this one.
     """
     loadable["diffusers"][FactorizedVideoComponent.__name__] = SAVE_AND_LOAD
 
 
 def add_modular(model_name: str, pipeline_class: type, modular_class: type) -> None:
-    """Lets `ModularPipeline.from_pretrained` open the repositories of a pipeline of ours.
+    """Lets `ModularPipeline.from_pretrained` load repositories of one of this package's pipelines.
 
-    It goes from the class in `model_index.json` to a model's name and on to a modular pipeline, through these two tables
-    (no thread found on adding to them). Our class is an entry of its own in both.
+    Two tables of diffusers map the class in `model_index.json` to a model name, and that name to a modular pipeline (no
+    thread found on adding to them). This adds one entry to each.
     """
     from diffusers.modular_pipelines.modular_pipeline import MODULAR_PIPELINE_MAPPING
     from diffusers.pipelines.auto_pipeline import AUTO_TEXT2VIDEO_PIPELINES_MAPPING
@@ -159,13 +160,14 @@ def add_modular(model_name: str, pipeline_class: type, modular_class: type) -> N
 
 
 def keep_arguments(load: Callable) -> Callable:
-    """Keeps what `DiffusionPipeline.from_pretrained` was called with while it runs; see `loading/arguments.py`.
+    """Stores the arguments of `DiffusionPipeline.from_pretrained` while it runs; see `loading/arguments.py`.
 
-    diffusers hands a component its dtype and its quantization and keeps the rest to itself: token, cache and the variant
-    of what is behind a reference would be lost (since 0.1; no thread found). What is kept only our components read.
+    diffusers passes a component only its dtype and its quantization config (since 0.1; no thread found): a referenced
+    component would not get the token, the cache folder and the variant. Only this package's components read the stored
+    arguments.
 
-    And a light repository has no files of a variant, those that it names have: diffusers refuses to load it (since 0.31,
-    pull request 9253; it warned since 0.19, pull request 4011), so it is loaded again without.
+    A light repository has no files of a variant itself; the repositories that it refers to do. diffusers refuses to load it
+    with `variant` (since 0.31, pull request 9253; it warned since 0.19, pull request 4011), so it is loaded again without.
     """
 
     @functools.wraps(load)
@@ -190,7 +192,7 @@ def keep_arguments(load: Callable) -> Callable:
 
 
 def _index_problem(cls: type[Any], name: str | os.PathLike, kwargs: dict[str, Any]) -> str | None:
-    """What is wrong with a `model_index.json` on which diffusers fails; `None` where that is not the cause."""
+    """Returns what is wrong with the `model_index.json` on which diffusers failed; `None` if it is valid."""
     own = Path(name, cls.config_name)
     path: Path | None = own
     if not own.is_file():
@@ -203,11 +205,11 @@ def _index_problem(cls: type[Any], name: str | os.PathLike, kwargs: dict[str, An
         index = read_json(path)
     except ValueError as error:
         return str(error)
-    return None if index.get("_class_name") else f"{str(path)!r} names no pipeline's class in `_class_name`."
+    return None if index.get("_class_name") else f"{str(path)!r} names no pipeline class in `_class_name`."
 
 
 def note_references(components: Callable) -> Callable:
-    """Finds out whether a repository on the Hub is a light one, while the loader chooses its files; changes nothing."""
+    """Notes whether a Hub repository is light (has references) while diffusers selects its files; changes nothing."""
 
     def _get_custom_components_and_folders(pretrained_model_name, config_dict, *args, **kwargs):
         find_out("has_references", _has_references(config_dict))
@@ -223,12 +225,12 @@ def _has_references(index: dict[str, Any]) -> bool:
 
 
 def choose_files(ignored: Callable) -> Callable:
-    """Fetches, of a repository of our pipelines, safetensors files and no pickles, and nothing of what is passed.
+    """Excludes pickles, and components that the caller passes, from the download of this package's pipelines.
 
-    diffusers fetches pickles in place of all safetensors files where one folder of a component has none of a model's name,
-    or no component has a folder with weights, as in a light repository (since 0.31, pull requests 8991 and 9741). Of a
-    component that is passed it leaves the files in its folder behind, but fetches those in folders within it, which are a
-    composer's models (since 0.15, pull request 2980; no thread found on this).
+    diffusers fetches pickles instead of all safetensors files if a component's folder has no safetensors file with a model's
+    name, or if no component has weights, as in a light repository (since 0.31, pull requests 8991 and 9741). For a component
+    that the caller passes, it skips the files in its folder but fetches those in subfolders, such as a composer's models
+    (since 0.15, pull request 2980; no thread found on this).
     """
     signature = inspect.signature(ignored)
 
@@ -243,10 +245,10 @@ def choose_files(ignored: Callable) -> Callable:
 
 
 def find_variants(identify: Callable) -> Callable:
-    """Which components of a repository that names a class of ours have files of a variant.
+    """Finds the components that have files of a variant, for repositories that name a class of this package.
 
-    diffusers takes every name in a component's folder for that of a file with an ending, and fails on a folder in it
-    (`IndexError`, since 0.13, pull request 2305; no thread found): a composer's and a rewriter's folder hold folders.
+    diffusers takes every entry of a component's folder for a file with a suffix, and fails on a subfolder (`IndexError`,
+    since 0.13, pull request 2305; no thread found). The folders of composer and rewriter have subfolders.
     """
 
     def _identify_model_variants(folder: str | os.PathLike, variant: str | None, config: dict) -> dict[str, str]:
@@ -266,10 +268,11 @@ def find_variants(identify: Callable) -> Callable:
 
 
 def refuse_code(find_class: Callable) -> Callable:
-    """Refuses a pipeline class that is code, where a pipeline of ours or one within it is loaded without trusting code.
+    """Refuses a pipeline class from remote code, in this package's pipelines and their inner pipelines.
 
-    diffusers takes `_class_name` in `model_index.json` for the repository's own code, or else for one of its community
-    pipelines, which it fetches and runs (since 0.4, pull request 552; no thread found on the latter being named by a file).
+    `trust_remote_code=True` allows it. diffusers looks for `_class_name` of `model_index.json` in the code of the repository,
+    or else among the community pipelines, which it fetches and runs (since 0.4, pull request 552; no thread found on files
+    that name a community pipeline).
     """
 
     def _get_pipeline_class(class_obj, *args, class_name=None, **kwargs):
@@ -284,16 +287,16 @@ def refuse_code(find_class: Callable) -> Callable:
 
 
 def refuse_connected(connect: Callable) -> Callable:
-    """Refuses a pipeline within one of ours that has others fetched.
+    """Refuses an inner pipeline whose repository makes diffusers fetch further pipelines.
 
     diffusers fetches the pipelines that a repository's `README.md` names as connected, for `load_connected_pipeline=True` and
-    for pipeline classes that ask for it (since 0.20, pull request 4305).
+    for pipeline classes with `_load_connected_pipes` (since 0.20, pull request 4305).
     """
 
     def _update_init_kwargs_with_connected_pipeline(*args, folder, **kwargs):
         if is_guarded():
             raise ValueError(
-                f"{folder} is a pipeline whose README.md names others to fetch; save it with all its parts."
+                f"{folder} is a pipeline whose README.md names other pipelines to fetch; save it with all its components."
             )
         return connect(*args, folder=folder, **kwargs)
 
@@ -301,12 +304,12 @@ def refuse_connected(connect: Callable) -> Callable:
 
 
 def load_component(load: Callable) -> Callable:
-    """Loads a component of ours, and checks each component of a pipeline whose class has `safetensors_only = True`.
+    """Loads this package's components, and checks each component of pipelines with `safetensors_only = True`.
 
-    diffusers calls nothing of a pipeline's class before it loads components, and most of ours are stock classes: what
-    loads one component is the only place that knows pipeline class, component and folder. It reads pickles where there are
-    no safetensors files, unless told not to (which it hears since 0.31, issue 9576), and follows any file name in an index
-    of shards (no thread found).
+    diffusers calls no method of a pipeline class before it loads components, and most components are stock classes, so
+    `load_sub_model` is the only function that knows pipeline class, component and folder. It reads pickles if there are no
+    safetensors files, unless `use_safetensors=True` is passed (respected since 0.31, issue 9576), and follows any file name
+    in an index of shards (no thread found).
     """
 
     def load_sub_model(**arguments: Any):
@@ -320,11 +323,11 @@ def load_component(load: Callable) -> Callable:
 
 
 def check_passed(check: Callable) -> Callable:
-    """Checks a component that is passed in place of one of ours against that very class.
+    """Checks a component that the caller passes against the class of this package that `model_index.json` names.
 
-    diffusers compares with the last class of a table that the component in `model_index.json` is of (since 0.2, pull
-    request 188; no thread found on adding to it): an entry of ours there would be asked about the components of all
-    pipelines. A `HubReference` says itself what may be passed in its place.
+    diffusers compares it with the last base class in a table that matches the class in `model_index.json` (since 0.2, pull
+    request 188; no thread found on adding to it). An entry of this package in that table would affect all pipelines. For a
+    `HubReference`, its `__subclasshook__` decides what may be passed.
     """
     signature = inspect.signature(check)
 
@@ -339,8 +342,8 @@ def check_passed(check: Callable) -> Callable:
     return maybe_raise_or_warn
 
 
-# What our pipelines make of a pipeline, of a model and its tokenizer, of an endpoint, of a function, or of a name; one judge
-# stands for another.
+# Components that this package's pipelines can also make from a pipeline, a model and its tokenizer, an endpoint, a function
+# or a repository name. Judges may replace each other.
 _MADE_OF_OTHERS = {
     ("diffusers", name)
     for name in ("AnchorAnimator", "AnchorComposer", "AnchorJudge", "FirstFrameRewriter", "ShapesJudge")
@@ -360,13 +363,13 @@ def _makes_one(component: Any) -> bool:
 
 
 def _importable(classes: dict[str, list[str]], library: str, class_name: str) -> dict[str, list[str]]:
-    """The loader's table of base classes for one component: for one of ours its own class alone."""
+    """Returns the table of base classes for loading one component: for this package's components only their own class."""
     from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
     if library in LOADABLE_CLASSES:
         return {class_name: SAVE_AND_LOAD} if library == "diffusers" and class_name in COMPONENTS else classes
     component_class = getattr(sys.modules.get(library), class_name, None)
     if isinstance(component_class, type) and issubclass(component_class, FactorizedVideoComponent):
-        # Somebody's subclass of one. The loader looks for its base in the module that has it.
+        # A user's subclass of one of `COMPONENTS`. diffusers looks for the base class in the module of the subclass.
         return dict.fromkeys(COMPONENTS, SAVE_AND_LOAD)
     return classes

@@ -1,4 +1,4 @@
-"""A whole diffusers pipeline as one component of another: what stage 2's and stage 3's have in common."""
+"""A diffusers pipeline as a component of another pipeline: the base class of composer and animator."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from .safety import texts_in
 
 
 def call_arguments(pipeline: DiffusionPipeline) -> Mapping[str, inspect.Parameter]:
-    """Arguments of a pipeline's call, as its class declares them."""
+    """Returns the parameters of a pipeline's `__call__`."""
     return MappingProxyType(inspect.signature(type(pipeline).__call__).parameters)
 
 
 class PipelineComponent(torch.nn.Module):
-    """A diffusers pipeline as a component.
+    """A diffusers pipeline as a component of another pipeline.
 
-    diffusers treats as components what is an `nn.Module`: those get the asked dtype, move with `.to()` and are offloaded. So
-    the inner pipeline's models are children of this module, and run within its `forward` only. A class of this kind says what
-    its folder is called by (`config_name`, a JSON file), which attributes it keeps there (`settings`) and which arguments of
-    the inner call are its own (`own_arguments`).
+    Only a component that is an `nn.Module` gets the requested dtype, moves with `.to()` and can be offloaded. So the models
+    of the inner pipeline are children of this module, and run only within its `forward`. A subclass sets the name of its JSON
+    config file (`config_name`), the attributes that are saved there (`settings`), and the arguments of the inner call that
+    it passes itself (`own_arguments`).
 
     Args:
-        pipeline (`DiffusionPipeline`): the inner one. Its own progress bar is switched off.
-        call_defaults (`dict`, *optional*): arguments of each of its calls.
-        reference (`dict`, *optional*): where the pipeline came from: the Hub `repository` and its `revision`. With it,
-            `save_pretrained` writes the reference and no weights; set it to `None` to bundle them.
+        pipeline (`DiffusionPipeline`): the inner pipeline. Its progress bar is switched off.
+        call_defaults (`dict`, *optional*): arguments of each call of the inner pipeline.
+        reference (`dict`, *optional*): the Hub `repository` of the pipeline and its `revision`. With it, `save_pretrained`
+            writes the reference and no weights; set it to `None` to save the weights.
 
     Raises:
-        `ValueError`: something else than a pipeline, or defaults that hold what is set for each call.
+        `ValueError`: `pipeline` is not a pipeline, or `call_defaults` holds arguments of `own_arguments`.
     """
 
     config_name: ClassVar[str]
@@ -67,7 +67,7 @@ class PipelineComponent(torch.nn.Module):
         self.reference = reference
         taken = sorted(self.call_defaults.keys() & self.own_arguments)
         if taken:
-            raise ValueError(f"`call_defaults` holds {taken}, which are set for each call.")
+            raise ValueError(f"`call_defaults` holds {taken}, which each call sets itself; remove them.")
         settings = getattr(pipeline, "_progress_bar_config", {})
         pipeline.set_progress_bar_config(**settings | {"disable": True})
 
@@ -82,18 +82,21 @@ class PipelineComponent(torch.nn.Module):
         revision: str | None = None,
         **kwargs,
     ) -> Self:
-        """Loads the component from its folder, or makes one of a pipeline's repository on the Hub.
+        """Loads the component from its folder or from a pipeline's Hub repository.
 
         Args:
-            path (`str` or `os.PathLike`): a folder with a pipeline (`model_index.json`), with a config file of this class
-                that names a Hub repository, or with both, the latter then holding the settings only; or a Hub repository.
-            torch_dtype, dtype (`torch.dtype`, *optional*): of the weights; both names mean the same, since diffusers passes
-                the first. Left out: float32.
-            revision (`str`, *optional*): of the Hub repository that `path` is; a folder names its own.
-            kwargs (*optional*): for `DiffusionPipeline.from_pretrained`, such as `token`, `cache_dir`, `local_files_only`.
+            path (`str` or `os.PathLike`): a Hub repository of a pipeline; or a folder with a pipeline (`model_index.json`),
+                with a config file of this class that names a Hub repository, or with a pipeline and a config file of
+                settings.
+            torch_dtype, dtype (`torch.dtype`, *optional*): dtype of the weights, float32 when left out. The two names are
+                equivalent; diffusers passes the first.
+            revision (`str`, *optional*): revision of the Hub repository `path`; not for a folder, whose config names it.
+            kwargs (*optional*): arguments of `DiffusionPipeline.from_pretrained`, such as `token`, `cache_dir` and
+                `local_files_only`.
 
         Raises:
-            `ValueError`: a folder with neither file, or with a config file that is not valid.
+            `ValueError`: `path` is a folder with neither file or with an invalid config file, the two dtypes differ, or
+                `revision` is given for a folder.
         """
         if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
             raise ValueError(f"`torch_dtype={torch_dtype}` and `dtype={dtype}` differ; give one of them.")
@@ -122,11 +125,11 @@ class PipelineComponent(torch.nn.Module):
     def save_pretrained(
         self, path: str | os.PathLike, safe_serialization: bool = True, max_shard_size: int | str | None = None
     ) -> None:
-        """Writes the folder that `from_pretrained` reads: settings, and the pipeline if the component has its own.
+        """Saves the config file, and the inner pipeline unless it has a `reference`, for `from_pretrained`.
 
         Args:
-            path (`str` or `os.PathLike`): the folder, made if it is not there.
-            safe_serialization, max_shard_size (*optional*): of `DiffusionPipeline.save_pretrained`.
+            path (`str` or `os.PathLike`): the folder, created if it is missing.
+            safe_serialization, max_shard_size (*optional*): arguments of `DiffusionPipeline.save_pretrained`.
         """
         config = dict(self.reference or {}) | {name: getattr(self, name) for name in self.settings}
         options = {"safe_serialization": safe_serialization, "max_shard_size": max_shard_size}
@@ -138,16 +141,16 @@ class PipelineComponent(torch.nn.Module):
 
     @classmethod
     def _read_config(cls, path: Path) -> dict[str, Any]:
-        """Reads a config file of this class and refuses what this version does not know.
+        """Reads a config file of this class and refuses unknown keys.
 
         Raises:
-            `ValueError`: as in [`~loading.component_config.read_config`], or arguments that name a file or an address.
+            `ValueError`: as in [`~loading.component_config.read_config`], or `call_defaults` name a file or a URL.
         """
         config = read_config(path, {"repository", "revision", *cls.settings}, "repository", {"revision"})
         for name, value in (config.get("call_defaults") or {}).items():
-            # Some pipelines open pictures that they are given by name.
+            # Some pipelines open images whose path or URL they are given.
             if any(os.path.isfile(text) or "://" in text for text in texts_in(value)):
-                raise ValueError(f"{str(path)!r} sets `{name}` to {value!r}, a file of this machine or an address.")
+                raise ValueError(f"{str(path)!r} sets `{name}` to {value!r}, a local file or a URL; remove it.")
         return config
 
     # -- placement ----------------------------------------------------------------------------------------------------
@@ -161,10 +164,11 @@ class PipelineComponent(torch.nn.Module):
         return self.pipeline.device
 
     def _show_offload_hooks(self) -> None:
-        """Lets the inner pipeline see that its models are offloaded layer by layer.
+        """Marks the models of the inner pipeline as offloaded when sequential offload is active.
 
-        Sequential offload hooks the layers and the component, which is this module. A pipeline asks its own components for
-        their hook before it looks for the device of execution, and would else take that of their weights, which is meta.
+        Sequential offload puts hooks on the layers and on the component, which is this module. A pipeline finds its
+        execution device by the hooks of its own components; without one it would use the device of the weights, which is
+        meta.
         """
         if any(hasattr(module, "_hf_hook") for module in self.models.modules()):
             for model in self.models.values():

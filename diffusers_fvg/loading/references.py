@@ -1,9 +1,9 @@
-"""Light repositories: parts that stay in Hub repositories of their own.
+"""References to components that stay in their own Hub repositories, which keep a pipeline's repository small.
 
-In place of a component's weights a folder holds `reference.json`: a Hub repository, the commit, the subfolder and the class.
-`DiffusionPipeline.from_pretrained` fetches what it names, and nothing else: the safetensors files of one variant and the
-component's own configuration. Composer and rewriter name their repositories in their own configurations, and fetch with
-the same functions, those of [`loading.files`].
+The folder of such a component holds `reference.json` instead of weights: a Hub repository, the commit, the subfolder and the
+class. `DiffusionPipeline.from_pretrained` fetches only the safetensors files of one variant and the configs of that
+component. A repository with references is called light. Composer and rewriter name their repositories in their own configs,
+and also fetch with [`loading.files`].
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from .safety import check_folder
 
 
 REFERENCE_NAME = "reference.json"
-# What a reference may stand for, and where its class is looked up.
+# Libraries and base classes of the components that a reference may name.
 LIBRARIES = ("diffusers", "transformers")
 REFERABLE = (ModelMixin, SchedulerMixin, PreTrainedModel, PreTrainedTokenizerBase)
 
 
 class HubReference(torch.nn.Module, metaclass=ABCMeta):
-    """Stands in `model_index.json` for a component that stays in a Hub repository of its own.
+    """Stands in `model_index.json` for a component that stays in its own Hub repository.
 
-    [`from_pretrained`] reads the folder's `reference.json` and returns the component itself. It is an `nn.Module` because
-    diffusers tells only those the asked dtype.
+    [`from_pretrained`] reads the folder's `reference.json` and returns the component itself. The class is an `nn.Module`
+    because diffusers passes the requested dtype only to those.
 
     Args:
-        repository (`str`): on the Hub.
-        library, class_name (`str`): what the component is: a model, scheduler or tokenizer of diffusers, of transformers or
-            of this package (as `"diffusers"`).
-        revision (`str`, *optional*): a commit, or a branch or tag, which are looked up at each loading.
-        subfolder (`str`): of the component in the repository.
-        variant (`str`, *optional*): of the weights, when the call names none.
+        repository (`str`): Hub repository.
+        library, class_name (`str`): library and class of the component: a model, scheduler or tokenizer of `"diffusers"`
+            (also for classes of this package) or `"transformers"`.
+        revision (`str`, *optional*): a commit, or a branch or tag, which is resolved at each loading.
+        subfolder (`str`): folder of the component in the repository.
+        variant (`str`, *optional*): variant of the weights if `from_pretrained` is called without one.
 
     Raises:
-        `ValueError`: a class that is none of these, or a repository or folder that is no name.
+        `ValueError`: the class is of another kind, or `repository` or `subfolder` is not a valid name.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class HubReference(torch.nn.Module, metaclass=ABCMeta):
         super().__init__()
         validate_repo_id(repository)
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*|", subfolder) or ".." in subfolder.split("/"):
-            raise ValueError(f"The subfolder {subfolder!r} of {repository} is no path within a repository.")
+            raise ValueError(f"The subfolder {subfolder!r} of {repository} is not a path within a repository.")
         self.values: dict[str, Any] = {"repository": repository, "revision": revision, "subfolder": subfolder}
         self.values |= {"library": library, "class": class_name, "variant": variant}
         self.component_class = _component_class(library, class_name)
@@ -77,16 +77,16 @@ class HubReference(torch.nn.Module, metaclass=ABCMeta):
     def from_pretrained(
         cls, path: str | os.PathLike, torch_dtype: torch.dtype | None = None, quantization_config=None
     ):
-        """Fetches the component that a folder names, with the arguments of the running `DiffusionPipeline.from_pretrained`.
+        """Loads the component that a folder refers to, with the Hub arguments of the running `from_pretrained`.
 
         Args:
-            path (`str` or `os.PathLike`): a folder with `reference.json`. Its name is the component's.
-            torch_dtype (`torch.dtype`, *optional*): of the weights.
-            quantization_config (*optional*): of diffusers or transformers, for a model.
+            path (`str` or `os.PathLike`): a folder with `reference.json`. Its name is the name of the component.
+            torch_dtype (`torch.dtype`, *optional*): dtype of the weights.
+            quantization_config (*optional*): quantization config of diffusers or transformers, for a model.
 
         Raises:
-            `ValueError`: a `reference.json` that is not valid.
-            `OSError`: what it names is not there; the message says which reference it was and what was looked for.
+            `ValueError`: `reference.json` is not valid.
+            `OSError`: the repository or a file does not exist; the message names the reference and the files.
         """
         file = Path(path) / REFERENCE_NAME
         try:
@@ -100,7 +100,7 @@ class HubReference(torch.nn.Module, metaclass=ABCMeta):
         return reference.load(Path(path).name, torch_dtype, quantization_config)
 
     def load(self, name: str, torch_dtype: torch.dtype | None = None, quantization_config=None):
-        """The component itself, which remembers its reference. `name` is that of the component in the pipeline."""
+        """Loads the component and stores the reference in its `hub_reference`. `name` is its name in the pipeline."""
         values, component_class = self.values, self.component_class
         is_model, place = issubclass(component_class, torch.nn.Module), f"`{name}/{REFERENCE_NAME}`"
         variant: str | None = None
@@ -143,13 +143,13 @@ class HubReference(torch.nn.Module, metaclass=ABCMeta):
 
 
 def _component_class(library: str, class_name: str) -> type[Any]:
-    """The class that a reference names. Only what `DiffusionPipeline` itself would load by that name, and no code."""
+    """Returns the class of a reference, which must be one that `DiffusionPipeline` loads without running remote code."""
     if library not in LIBRARIES:
-        raise ValueError(f"The library {library!r} is none of {LIBRARIES}.")
+        raise ValueError(f"The library {library!r} must be one of {LIBRARIES}.")
     try:
         component_class = simple_get_class_obj(library, class_name)
     except AttributeError as error:
         raise ValueError(f"{library} has no class {class_name!r}.") from error
     if not isinstance(component_class, type) or not issubclass(component_class, REFERABLE):
-        raise ValueError(f"{library}'s {class_name} is no model, scheduler or tokenizer.")
+        raise ValueError(f"{library}'s {class_name} is not a model, scheduler or tokenizer.")
     return component_class

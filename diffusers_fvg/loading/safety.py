@@ -1,9 +1,9 @@
-"""What a repository may not do: bring its weights as a pickle, or name files and repositories outside of itself.
+"""Refuses repositories with weights in pickles, and with names of files or repositories outside of themselves.
 
 diffusers and transformers look for a pickle when a folder has no safetensors weights, unless `use_safetensors=True` is
-passed, follow any file name in an index of shards, and fetch what some settings name. [`load_guarded`] closes this for
-pipelines of this package, on whatever class `from_pretrained` is called; `loading/patches.py` has the loader call it.
-`SECURITY.md` lists the settings and what holds them.
+passed. They follow any file name in an index of shards, and fetch files that some settings name. [`load_guarded`] prevents
+this for pipelines of this package, also if `from_pretrained` is called on another class; `loading/patches.py` makes diffusers
+call it. `SECURITY.md` lists the settings and the checks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .reading import check_link, read_json
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Settings of transformers whose value may be a repository with code to run.
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
-# Settings of transformers that are names of files beside the configuration.
+# Settings of transformers whose values are names of files in the folder of the config.
 _FILES = ("transformers_weights", "configuration_files", "fast_tokenizer_files", "extra_files")
 # Settings of a model for which some class of transformers or diffusers fetches another model or a tokenizer.
 _REPOSITORIES = ("backbone", "tokenizer")
@@ -49,19 +49,23 @@ def refuse_pickles(names: Iterable[str]) -> None:
 
 
 def check_folder(folder: str | Path) -> None:
-    """Checks what a component's folder holds, before it is loaded.
+    """Checks the files in a component's folder before it is loaded.
 
     Raises:
-        `ValueError`: a link that leaves the repository (that of the Hub's cache may point at the cache's own files), what is
-            neither file nor folder, an index of shards that names anything but safetensors files beside it, weights without
-            a tensor, an adapter of PEFT, which transformers would load from wherever it says, a setting that names a file or
-            a repository elsewhere, or JSON that is nested too deep.
+        `ValueError`: the folder holds one of these:
+            - a link that leaves the repository (links within the Hub's cache are allowed);
+            - an entry that is neither a file nor a folder;
+            - an index of shards that names other files than safetensors files in the same folder;
+            - a safetensors file without a tensor;
+            - the config of a PEFT adapter, whose base model transformers would fetch;
+            - a setting that names a file or a repository elsewhere;
+            - JSON that is not an object or is nested too deeply.
     """
     root = _repository(Path(folder))
     for path in Path(folder).rglob("*"):
         check_link(path, root)
         if path.exists() and not (path.is_file() or path.is_dir()):
-            raise ValueError(f"{path} is a pipe or a device, and no file: delete it.")
+            raise ValueError(f"{path} is a pipe or a device, not a file: delete it.")
         if path.name.lower() == "adapter_config.json":
             raise ValueError(f"{path} makes the model a PEFT adapter; load that with `load_lora_weights`.")
         if ".safetensors.index." in path.name:
@@ -71,18 +75,18 @@ def check_folder(folder: str | Path) -> None:
             for shard in set(shards.values()):
                 refuse_pickles([check_name(shard, f"A shard in {path}")])
         if path.suffix == ".safetensors" and _is_empty(path):
-            # diffusers and transformers would go on with weights drawn at random.
+            # diffusers and transformers would continue with random weights.
             raise ValueError(f"{path} holds no tensor: its weights are missing.")
         if path.is_file() and re.fullmatch(r".*config.*\.json|special_tokens_map\.json", path.name, re.IGNORECASE):
             values = _read_json(path)
             if values is not None and not isinstance(values, dict):
-                raise ValueError(f"{path} must be an object of JSON, but is a {type(values).__name__}.")
+                raise ValueError(f"{path} must be a JSON object, but is a {type(values).__name__}.")
             for name, value in _settings(values):
                 _check_setting(path, name, value)
 
 
 def _is_empty(path: Path) -> bool:
-    """Whether a safetensors file has no tensor; what is none is told of by who loads it."""
+    """Returns whether a safetensors file has no tensor. Damaged files are left to the component's loader to report."""
     try:
         with safe_open(path, framework="np") as file:
             return not file.keys()
@@ -94,13 +98,13 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError as error:
-        raise ValueError(f"{path} is nested too deep to be read.") from error
+        raise ValueError(f"{path} is nested too deeply to be read.") from error
     except ValueError:
-        return None  # The component's own loader says so.
+        return None  # The component's own loader reports this.
 
 
 def texts_in(value: Any) -> list[str]:
-    """The strings in a value, at any depth."""
+    """Returns the strings in a value, at any depth."""
     found, left = [], [value]
     while left:
         value = left.pop()
@@ -112,7 +116,7 @@ def texts_in(value: Any) -> list[str]:
 
 
 def _settings(values: Any) -> Iterator[tuple[str, Any]]:
-    """Names and values in a configuration, at any depth."""
+    """Yields the names and values in a config, at any depth."""
     left = [values]
     while left:
         values = left.pop()
@@ -120,38 +124,38 @@ def _settings(values: Any) -> Iterator[tuple[str, Any]]:
             left += values
         elif isinstance(values, dict):
             yield from values.items()
-            # It names what a model was quantized with, and is not followed.
+            # `quantization_config` may hold names, such as the calibration tokenizer, that are not fetched at loading.
             left += [value for name, value in values.items() if name != "quantization_config"]
 
 
 def _check_setting(path: Path, name: str, value: Any) -> None:
-    """Refuses a setting for which transformers or diffusers would open a file, or fetch a repository, that it names."""
+    """Refuses a setting that would make transformers or diffusers open another file or fetch another repository."""
     texts, problem = texts_in(value), None
     if name in _KERNELS:
         from transformers.utils import import_utils
 
-        # Where `kernels` is installed, transformers takes flash attention from the Hub as well.
+        # If `kernels` is installed, transformers also fetches flash attention from the Hub.
         fetched = ("/", "flash") if import_utils.is_kernels_available() else ("/",)
         if any(word in text for text in texts for word in fetched):
             problem = "would run code from another repository"
     elif name in _FILES:
         refuse_pickles([check_name(text, f"A file of `{name}` in {path}") for text in texts])
     elif path.name.lower() == "config.json" and isinstance(value, str):
-        # `architecture` is timm's name of a network, or "hf-hub:org/name".
+        # `architecture` is the name of a timm model, or "hf-hub:org/name".
         if name in _REPOSITORIES or name == "architecture" and re.search("[:/]", value):
             problem = "would be fetched from elsewhere"
     elif path.name.lower() in ("tokenizer_config.json", "special_tokens_map.json"):
         if name in ("gguf_file", "init_inputs") and value:
             problem = "would have the tokenizer open another file"
         elif name == "tokenizer_class" and str(value).startswith("Auto"):
-            # It would look for itself without an end.
-            problem = "is no tokenizer's class"
-        # What older programs wrote is often a path on their own machine, and does nothing on this one.
+            # An `AutoTokenizer` that names itself would recurse without end.
+            problem = "is not a tokenizer class"
+        # Older programs often wrote a path of their own machine, which has no effect if it does not exist here.
         elif name.endswith(("_file", "_path", "_dir")) and any(_is_elsewhere(text, path.parent) for text in texts):
-            problem = "is a file of this machine"
+            problem = "is a local file outside of the folder"
     if problem is not None:
         raise ValueError(
-            f"`{name}` in {path} is {value!r}, which {problem}: take it out, or pass the component itself to "
+            f"`{name}` in {path} is {value!r}, which {problem}: remove it, or pass the component itself to "
             "`from_pretrained`."
         )
 
@@ -161,7 +165,7 @@ def _is_elsewhere(name: str, folder: Path) -> bool:
 
 
 def _repository(folder: Path) -> Path:
-    """Where files of a component may be: its pipeline's folder, or all that the Hub's cache has of the repository."""
+    """Returns the folder that a component's files must be in: its pipeline's, or the repository's in the Hub's cache."""
     place = folder.absolute()
     while (place.parent / "model_index.json").is_file():
         place = place.parent
@@ -170,13 +174,13 @@ def _repository(folder: Path) -> Path:
 
 
 def _snapshot(folder: Path) -> Path | None:
-    """The commit's folder in the Hub's cache that `folder` is in: `models--org--name/snapshots/commit`."""
+    """Returns the snapshot folder in the Hub's cache that `folder` is in: `models--org--name/snapshots/commit`."""
     places = (place for place in (folder, *folder.parents) if place.parent.name == "snapshots")
     return next((place for place in places if (place.parents[1] / "blobs").is_dir()), None)
 
 
 def _pickles(folder: Path) -> list[str]:
-    """Pickles in a folder. In the Hub's cache also those of the repository, which the loader does not fetch."""
+    """Returns the pickles in a folder. In the Hub's cache, includes those of the repository that were not fetched."""
     names = [path.relative_to(folder) for path in folder.rglob("*")]
     snapshot = _snapshot(folder.absolute())
     if snapshot is not None:
@@ -193,10 +197,10 @@ def _pickles(folder: Path) -> list[str]:
 
 @contextmanager
 def safetensors_only(folder: str | Path) -> Iterator[None]:
-    """Within it, pipelines of any class load safetensors only; a missing file is explained by the pickles in `folder`.
+    """Makes pipelines of any class load only safetensors files within the block.
 
     Raises:
-        `ValueError`: weights were not found, and there are pickles.
+        `ValueError`: weights were not found, and `folder` holds pickles, which the message names.
     """
     reset = _guarded.set(True)
     try:
@@ -214,27 +218,27 @@ def safetensors_only(folder: str | Path) -> Iterator[None]:
 
 
 def is_guarded() -> bool:
-    """Whether this runs within [`safetensors_only`]."""
+    """Returns whether the caller runs within [`safetensors_only`]."""
     return _guarded.get()
 
 
 def load_guarded(load: Callable, arguments: dict[str, Any]) -> Any:
-    """Loads a component by `load(**arguments)`, which is diffusers' `load_sub_model`, after checking its folder.
+    """Checks a component's folder, then loads the component by `load(**arguments)`, diffusers' `load_sub_model`.
 
     Raises:
-        `ValueError`: `use_safetensors=False`, what [`check_folder`] and [`safetensors_only`] refuse, files that are damaged
-            or of another kind, or weights that are missing.
+        `ValueError`: `use_safetensors=False`, [`check_folder`] or [`safetensors_only`] refuses the folder, a file is damaged
+            or of another format, or weights are missing.
     """
     if not call_argument("trust_remote_code"):
         _check_class(arguments)
     if arguments["use_safetensors"] is False:
         raise ValueError(
-            "`use_safetensors=False` asks for pickles, which can run code; weights are read from safetensors only."
+            "`use_safetensors=False` would read pickles, which can run code; leave it out: only safetensors are read."
         )
     repository = Path(arguments["cached_folder"])
     check_link(repository / "model_index.json", _repository(repository))
     component = repository / arguments["name"]
-    # A component without a folder of its own is looked for in the pipeline's.
+    # diffusers looks for a component without its own folder in the pipeline's folder.
     check_folder(component if component.is_dir() else repository)
     with safetensors_only(repository):
         try:
@@ -251,7 +255,7 @@ def load_guarded(load: Callable, arguments: dict[str, Any]) -> Any:
 
 
 def _is_damage(error: Exception) -> bool:
-    """Whether it is of the library that reads the files, which names none; `tokenizers` raises no class of its own."""
+    """Returns whether an error comes from a library that reads files and does not name the file in its message."""
     if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError, RecursionError)):
         return True
     if isinstance(error, RuntimeError):
@@ -262,10 +266,10 @@ def _is_damage(error: Exception) -> bool:
 def _check_weights(model: Any, folder: Path) -> None:
     """Refuses a model whose files lack weights.
 
-    diffusers leaves them on the meta device. transformers draws them at random, and of some classes that is meant, such as
-    of a head that nothing here uses: there it is refused if the files hold less than half of the values.
+    diffusers leaves missing weights on the meta device. transformers initializes them at random, which can be intended, such
+    as for a head that is not used. So a transformers model is refused if its files hold less than half of its values.
     """
-    # Not above: the import of diffusers ends with that of this file.
+    # Imported here because this module is imported while diffusers is.
     from diffusers import ModelMixin
     from transformers import PreTrainedModel
 
@@ -283,7 +287,7 @@ def _check_weights(model: Any, folder: Path) -> None:
 
 
 def _num_values(folder: Path) -> int | None:
-    """How many numbers the safetensors files of a folder hold, by their headers; `None` where there is no such file."""
+    """Returns how many values the safetensors files of a folder hold, from their headers; `None` without such a file."""
     count, files = 0, list(folder.glob("*.safetensors"))
     for path in files:
         with safe_open(path, framework="np") as file:
@@ -292,17 +296,17 @@ def _num_values(folder: Path) -> int | None:
 
 
 def _check_class(arguments: dict[str, Any]) -> None:
-    """Checks that a component is of a kind that diffusers saves: its loader takes any class with a `from_pretrained`.
+    """Checks that a component is of a class that diffusers saves; its loader accepts any class with `from_pretrained`.
 
     Raises:
-        `ValueError`: another class, or one whose files are not safetensors and JSON.
+        `ValueError`: the class is of another kind or of a library that is not imported, or names remote code in `auto_map`.
     """
     import diffusers
     import transformers
     from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES, get_class_obj_and_candidates
 
     library = arguments["library_name"]
-    # diffusers imports what is named here (until 0.42.0), which runs it.
+    # Until 0.42.0, diffusers imports the library that is named here, which runs its code.
     if not (arguments["is_pipeline_module"] or library in LOADABLE_CLASSES or library in sys.modules):
         raise ValueError(
             f"model_index.json says that `{arguments['name']}` is of the library {library!r}, which has not been imported: "
@@ -319,10 +323,10 @@ def _check_class(arguments: dict[str, Any]) -> None:
     if not isinstance(found, type) or not issubclass(found, tuple(kind for kind in kinds if kind is not None)):
         raise ValueError(
             f"model_index.json says that `{arguments['name']}` is {arguments['library_name']}'s {arguments['class_name']}, which is "
-            "no model, scheduler, tokenizer or processor."
+            "not a model, scheduler, tokenizer or processor."
         )
     files = Path(arguments["cached_folder"], arguments["name"]).glob("*.json")
-    # A processor asks at the terminal whether to run code of its parts; all others are told not to.
+    # A processor asks in the terminal whether to run remote code of its parts; the others get `trust_remote_code=False`.
     if issubclass(found, transformers.ProcessorMixin) and any(
         "auto_map" in dict(_settings(_read_json(file))) for file in files
     ):

@@ -1,4 +1,4 @@
-"""The anchor LoRA as a component: it has a folder of its own and is put into the transformers by the pipeline."""
+"""The anchor LoRA as a pipeline component with its own folder; the pipeline loads it into its transformers."""
 
 from __future__ import annotations
 
@@ -13,21 +13,25 @@ from .files import read_safetensors
 from .loader import EXPERTS, load_lora
 
 
-# The adapter's name in `pipe.set_adapters("anchor", 1.3)` and in `get_active_adapters`.
+# Name of the adapter, as in `pipe.set_adapters("anchor", 1.3)` and `get_active_adapters`.
 ADAPTER_NAME = "anchor"
-# One folder deeper than the component: a Hub download takes a component's folder that holds a safetensors file of no
-# standard name for a sign that the repository has no safetensors weights at all.
+# In a subfolder of the component: if a component's folder holds a safetensors file without a standard name, diffusers
+# concludes that the repository has no safetensors weights at all.
 WEIGHT_NAME = "weights/pytorch_lora_weights.safetensors"
 
 
 class AnchorLora:
-    """LoRA weights in diffusers' key format (`transformer.*`, `transformer_2.*`), with the file's metadata.
+    """LoRA weights in diffusers' key format, with the file's metadata.
 
-    A component of its own because a component's folder on the Hub is downloaded by the names of known weight files: a LoRA
-    beside a transformer's weights would be left behind.
+    This is a separate component because diffusers downloads only known names of weight files from a component's folder, and
+    would leave out a LoRA in a transformer's folder.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`): tensors, with keys `transformer.*` and `transformer_2.*`.
+        metadata (`dict[str, str]`, *optional*): header of the safetensors file.
     """
 
-    # Where it came from on the Hub, if it did.
+    # Hub repository and revision that the LoRA was loaded from, if any.
     reference: dict[str, str | None]
 
     def __init__(self, state_dict: dict[str, torch.Tensor], metadata: dict[str, str] | None = None):
@@ -36,7 +40,7 @@ class AnchorLora:
 
     @property
     def form(self) -> str:
-        """How anchors were given to the model in training, its metadata's `anchor_form`: `"slot"` or `"appended"`."""
+        """How training passed anchors to the model, `anchor_form` in the metadata: `"slot"` (default) or `"appended"`."""
         return self.metadata.get("anchor_form", "slot")
 
     @classmethod
@@ -56,10 +60,10 @@ class AnchorLora:
     def load_into(self, transformer: torch.nn.Module, prefix: str) -> None:
         """Loads the tensors under `prefix` (`"transformer"` or `"transformer_2"`) as the adapter `"anchor"`.
 
-        Alpha counts, whether it is among the tensors or in the metadata.
+        Alpha is read from the tensors or else from the metadata.
 
         Raises:
-            `ValueError`: no tensor carries the prefix, or one that does fits no layer.
+            `ValueError`: no key has the prefix, or a tensor with the prefix fits no layer.
         """
         own = {key: tensor for key, tensor in self.state_dict.items() if key.startswith(prefix + ".")}
         if not own:

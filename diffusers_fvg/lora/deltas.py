@@ -1,4 +1,4 @@
-"""Adapters of norms, modulation tables and biases, for which PEFT has no layer."""
+"""Adapters for norms, modulation tables and biases, for which PEFT has no layer."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from torch import nn
 
 
 def base_parameter(transformer: nn.Module, name: str) -> nn.Parameter:
-    """A parameter by its name in the model without adapters."""
+    """Returns a parameter by its name in the model without adapters."""
     module, _, leaf = name.rpartition(".")
     module = transformer.get_submodule(module)
     return getattr(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, leaf)
 
 
 class ParameterDeltas(nn.Module, BaseTunerLayer):
-    """Adapters made of plain additions to parameters: `original + sum(strength * delta)`, written into the parameter.
+    """Adapters that add deltas to parameters in place: `original + sum(strength * delta)`.
 
-    To PEFT and diffusers it is one more adapter layer, so that `set_adapters`, `delete_adapters`, `disable_lora`,
-    `fuse_lora` and `unfuse_lora` reach it. Values are brought up to date before each forward of the transformer. It
-    holds no parameters of its own and never runs: the model's state dict and its speed stay as they are. In a saved
-    state dict the parameters are those in use; `originals` has the base values.
+    PEFT and diffusers see one more adapter layer, so that `set_adapters`, `delete_adapters`, `disable_lora`, `fuse_lora` and
+    `unfuse_lora` act on it. The parameters are updated before each forward of the transformer. The layer has no parameters
+    and never runs, so the keys of the model's state dict and its speed do not change. A saved state dict holds the current
+    values of the parameters; `originals` holds the base values.
 
     Args:
-        transformer (`nn.Module`): the model whose parameters are changed; gets this object as `parameter_deltas`.
+        transformer (`nn.Module`): the model whose parameters are changed. The caller stores this object in the model's
+            attribute `parameter_deltas`.
     """
 
     other_param_names = ("deltas", "scaling")
     # `set_lora_device` asks every adapter layer for its low-rank weights.
     lora_A: dict[str, nn.Module] = {}
-    # Of a base layer, which this has none of; the inherited properties would look for it without end.
+    # The inherited properties would look for a base layer, which this layer does not have, and recurse without end.
     weight = bias = None
 
     def __init__(self, transformer: nn.Module):
@@ -42,7 +43,7 @@ class ParameterDeltas(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._fused: dict[str, float] = {}
         self._applied: dict[str, float] | None = {}
-        # In a tuple: as an attribute the transformer would become a child of its own child.
+        # The tuple hides the transformer from `nn.Module`, which would make it a child of its own child.
         self._transformer = (transformer,)
         self._hook = transformer.register_forward_pre_hook(self._before_forward)
 
@@ -50,7 +51,7 @@ class ParameterDeltas(nn.Module, BaseTunerLayer):
         self.refresh()
 
     def add(self, adapter_name: str, deltas: dict[str, torch.Tensor]) -> None:
-        """Adds or replaces an adapter: parameter name -> delta of the parameter's shape. Its strength is 1."""
+        """Adds or replaces an adapter with strength 1; `deltas` maps parameter names to deltas of the same shapes."""
         for name in deltas:
             if name not in self.originals:
                 self._own(name)
@@ -60,12 +61,12 @@ class ParameterDeltas(nn.Module, BaseTunerLayer):
         self._applied = None
 
     def _own(self, name: str) -> None:
-        """Gives the transformer a parameter that no other model has: a stock one that it was made of may share it."""
+        """Copies a parameter, which the transformer may share with the stock model that it was made from."""
         path, _, leaf = name.rpartition(".")
         module = self._transformer[0].get_submodule(path)
         if isinstance(module, BaseTunerLayer):
             path, module = f"{path}.base_layer", module.get_base_layer()
-        # What hooks act on stays as it is: they know the module that they were put on.
+        # Modules with hooks are not replaced: the hooks refer to the module that they were added to.
         if not module._modules and "forward" not in vars(module):
             module = copy.copy(module)
             module._parameters = module._parameters.copy()
@@ -80,7 +81,7 @@ class ParameterDeltas(nn.Module, BaseTunerLayer):
         (transformer,) = self._transformer
         if self.merged:
             return self._fused
-        # `unload_lora` takes PEFT's layers out of the model and this attribute with them.
+        # `unload_lora` removes PEFT's layers from the model, and `peft_config` with them.
         if self.disable_adapters or not getattr(transformer, "peft_config", None):
             return {}
         return {name: self.scaling[name] for name in self.active_adapters if name in self.deltas}
@@ -95,10 +96,10 @@ class ParameterDeltas(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Writes the parameters if strengths have changed.
+        """Updates the parameters if strengths have changed.
 
         Raises:
-            `ValueError`: the parameters are away (sequential offload).
+            `ValueError`: the parameters are on the meta device (sequential offload).
         """
         strengths = self._strengths()
         if strengths == self._applied:
@@ -107,33 +108,33 @@ class ParameterDeltas(nn.Module, BaseTunerLayer):
         for name, parameter in parameters.items():
             if parameter.is_meta:
                 raise ValueError(
-                    f"The LoRA changes `{name}`, which sequential offload has moved away: load LoRAs and set their "
+                    f"The LoRA changes `{name}`, which sequential offload keeps off the device: load LoRAs and set their "
                     "strengths before `enable_sequential_cpu_offload()`, or use `enable_model_cpu_offload()`."
                 )
-        # Not known until all are written: an error in between must not leave a mixture that counts as up to date.
+        # `None` until all are written: after an error in between, the mixture must not count as up to date.
         self._applied = None
         for name, parameter in parameters.items():
             parameter.data.copy_(self._value(name, strengths, parameter.device))
         self._applied = dict(strengths)
 
     def retire(self) -> None:
-        """Leaves the transformer with the parameters as they should be: fused, or the original ones."""
+        """Removes this layer from the transformer, whose parameters stay fused or get their original values."""
         self.refresh()
         self._hook.remove()
         (transformer,) = self._transformer
         del transformer.parameter_deltas
 
-    # What PEFT and diffusers call.
+    # Methods that PEFT and diffusers call.
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        pass  # `refresh` takes the deltas to the parameters' device
+        pass  # `refresh` moves the deltas to the parameters' device.
 
     def set_scale(self, adapter: str, scale: float) -> None:
         if adapter in self.scaling:
             self.scaling[adapter] = scale
 
     def scale_layer(self, scale: float) -> None:
-        # Called within a forward (`attention_kwargs={"scale": s}`), after the values were brought up to date.
+        # Called within a forward (`attention_kwargs={"scale": s}`), after the hook has updated the values.
         for name in self.active_adapters:
             if name in self.scaling:
                 self.scaling[name] *= scale
@@ -143,11 +144,11 @@ class ParameterDeltas(nn.Module, BaseTunerLayer):
         for name in self.active_adapters:
             if name in self.scaling:
                 self.scaling[name] = 1.0 if scale is None else self.scaling[name] / scale
-        # Not compared but written again: offloading may have dropped what was written within the forward.
+        # The next refresh writes without comparing: offloading may have dropped the values written within the forward.
         self._applied = None
 
     def enable_adapters(self, enabled: bool) -> None:
-        # A PEFT layer un-fuses itself when it is disabled.
+        # PEFT layers unfuse themselves when they are disabled.
         if not enabled:
             self.unmerge()
         super().enable_adapters(enabled)
@@ -170,7 +171,7 @@ class ParameterDeltas(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name in self._fused:
-            # As with PEFT's layers, what is fused stays in the weights for good.
+            # As with PEFT's layers, a deleted adapter that is fused stays in the weights permanently.
             strengths = {adapter_name: self._fused.pop(adapter_name)}
             self.merged_adapters.remove(adapter_name)
             for name, original in self.originals.items():

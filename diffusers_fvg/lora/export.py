@@ -1,4 +1,4 @@
-"""A trained LoRA for other programs: in diffusers' keys, in those of Wan's own code, which ComfyUI reads, or merged into a base."""
+"""Exports a trained LoRA with diffusers' keys or with Wan's original keys, which ComfyUI reads, or merges it into a base."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ from .loader import load_lora
 
 FORMATS = ("diffusers", "comfyui")
 _KEY = re.compile(r"(transformer|transformer_2)\.(.+)\.lora_([AB])\.weight")
-# How files of a model of two experts are called where each is loaded into a model of its own.
+# Suffixes of the files of a two-expert model in programs that load each expert as a separate model.
 _NOISE = {"transformer": "high_noise", "transformer_2": "low_noise"}
 
 
 def read_lora(source: str | Path, average: bool = True) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """A LoRA in diffusers' keys (`transformer.*`, `transformer_2.*`) without alpha, and its file's metadata.
+    """Reads a LoRA with diffusers' keys (`transformer.*`, `transformer_2.*`), alpha multiplied in, and its metadata.
 
     Args:
-        source (`str` or `Path`): a finished LoRA: its file, or a folder that holds it, such as a run's `output_dir`; or a
-            run's checkpoint, `checkpoints/<expert>/step_*.safetensors`.
-        average (`bool`, *optional*): of a checkpoint the moving average, which a finished LoRA is, in place of the weights.
+        source (`str` or `Path`): the file of a finished LoRA; a folder that holds one, such as the `output_dir` of a
+            training; or a checkpoint of a training, `checkpoints/<expert>/step_*.safetensors`.
+        average (`bool`, *optional*): whether to read the moving average of a checkpoint instead of its weights. A finished
+            LoRA is the moving average.
 
     Raises:
-        `ValueError`: no such file, one of other keys, or with values that are not finite.
+        `ValueError`: there is no such file, or it has other keys or values that are not finite.
     """
     path = Path(source)
     if path.is_dir():
         found = [path / name for name in (WEIGHT_NAME, Path(WEIGHT_NAME).name) if (path / name).is_file()]
         if not found:
-            raise ValueError(f"{path} holds no {WEIGHT_NAME}: name the file of a finished LoRA, or of a checkpoint.")
+            raise ValueError(f"{path} holds no {WEIGHT_NAME}: pass the file of a finished LoRA, or of a checkpoint.")
         path = found[0]
     if not path.is_file() or path.suffix != ".safetensors":
-        raise ValueError(f"{path} is no safetensors file of a LoRA.")
+        raise ValueError(f"{path} is not a safetensors file of a LoRA.")
     with safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
         metadata = dict(file.metadata() or {})
@@ -50,7 +51,7 @@ def read_lora(source: str | Path, average: bool = True) -> tuple[dict[str, torch
         tensors, metadata = _of_checkpoint(path, tensors, metadata, average)
     other = [key for key in tensors if not _KEY.fullmatch(key)]
     if other or not tensors:
-        raise ValueError(f"{path} is no LoRA of this package's training: its keys are not diffusers' ({other[:1]}).")
+        raise ValueError(f"{path} is not a LoRA that this package trained: its keys are not diffusers' ({other[:1]}).")
     for key, tensor in tensors.items():
         check_finite(f"{path.name}: {key}", tensor)
     return tensors, {name: value for name, value in metadata.items() if name not in ("format", "crc32")}
@@ -61,8 +62,8 @@ def _of_checkpoint(
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     settings, expert = json.loads(metadata["settings"]), path.parent.name
     if expert not in EXPERTS or not {"alpha", "rank"} <= settings.keys():
-        raise ValueError(f"{path} is no checkpoint of a LoRA in its place, `checkpoints/<expert>`.")
-    # Without a moving average a run's result is its weights.
+        raise ValueError(f"{path} is not a checkpoint of a LoRA in its folder `checkpoints/<expert>`.")
+    # Without a moving average, the result of a training is its weights.
     kind = "average" if average and any(key.startswith("average.") for key in tensors) else "weights"
     scale, state = settings["alpha"] / settings["rank"], {}
     for key, tensor in tensors.items():
@@ -80,23 +81,24 @@ def export_lora(
     format: Literal["diffusers", "comfyui"] = "comfyui",
     average: bool = True,
 ) -> list[Path]:
-    """Writes a LoRA for another program.
+    """Writes a LoRA file for another program.
 
-    `"diffusers"` is one file, for `load_lora_weights`. `"comfyui"` has the names of Wan's own code,
-    `diffusion_model.blocks.0.self_attn.q.lora_A.weight`, which ComfyUI maps to every layer that has such a weight
-    (`model_lora_keys_unet` in its `comfy/lora.py`) and other trainers write. A model of two experts is two models there:
-    it becomes two files, `<output>_high_noise` and `<output>_low_noise`.
+    `"diffusers"` writes one file, for `load_lora_weights`. `"comfyui"` writes the names of Wan's original code,
+    `diffusion_model.blocks.0.self_attn.q.lora_A.weight`, which ComfyUI maps to every layer with such a weight
+    (`model_lora_keys_unet` in its `comfy/lora.py`) and which other trainers write. ComfyUI loads a two-expert model as two
+    models, so there are two files: `<output>_high_noise` and `<output>_low_noise`.
 
     Args:
         source, average: see [`read_lora`].
-        output (`str` or `Path`): the file, ending in `.safetensors`.
+        output (`str` or `Path`): the file to write, ending in `.safetensors`.
         format (`str`, *optional*): `"diffusers"` or `"comfyui"`.
 
     Returns:
-        `list[Path]`: the files written.
+        `list[Path]`: the written files.
 
     Raises:
-        `ValueError`: another format or ending, a LoRA of CogVideoX for ComfyUI; see [`read_lora`].
+        `ValueError`: `format` or the suffix of `output` is another one, the LoRA is for CogVideoX and `format="comfyui"`,
+            or [`read_lora`] refuses `source`.
     """
     output = Path(output)
     if format not in FORMATS:
@@ -113,7 +115,7 @@ def export_lora(
         expert, module, half = match.groups()
         if not module.startswith(("blocks.", "condition_embedder.", "patch_embedding", "proj_out")):
             raise ValueError(
-                f"{source} is not of a Wan model ({module}), which alone has names of its own in ComfyUI."
+                f"{source} is not a LoRA of a Wan model ({module}), and ComfyUI reads no other names: use `format='diffusers'`."
             )
         experts.setdefault(expert, {})[f"diffusion_model.{_wan_name(module)}.lora_{half}.weight"] = tensor
     if len(experts) == 1:
@@ -131,31 +133,32 @@ def merge_lora(
     average: bool = True,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes a pipeline whose transformers have the LoRA in their weights, for programs that read no LoRA.
+    """Writes a pipeline with the LoRA merged into its transformers, for programs that do not load LoRAs.
 
     Args:
         source, average: see [`read_lora`].
-        base (`str` or `Path`): pipeline that it was trained on: folder, or repository on the Hub.
+        base (`str` or `Path`): pipeline that the LoRA was trained on: a folder or a Hub repository.
         output (`str` or `Path`): an empty or new folder.
-        dtype (`torch.dtype`, *optional*): in which is added and written. What is added rounds away in a narrow one first.
+        dtype (`torch.dtype`, *optional*): dtype of the sum and of the written weights. Small changes of the LoRA are rounded
+            away in 16-bit dtypes.
 
     Raises:
-        `ValueError`: a folder with something in it, a base that the LoRA does not fit, a LoRA for anchors behind the clip; see
-            [`read_lora`].
+        `ValueError`: `output` is not empty, the LoRA does not fit the base or was trained with `anchor_form="appended"`, or
+            [`read_lora`] refuses `source`.
     """
     from diffusers import DiffusionPipeline
 
     output = Path(output)
     if not is_empty(output):
-        raise ValueError(f"`output={str(output)!r}` has something in it: name a new folder.")
+        raise ValueError(f"`output={str(output)!r}` is not empty: name a new folder.")
     state, metadata = read_lora(source, average)
     if metadata.get("anchor_form", "slot") != "slot":
         raise ValueError(
-            f"{source} was trained with `anchor_form={metadata['anchor_form']!r}`, which weights alone do not tell: use it as a LoRA."
+            f"{source} was trained with `anchor_form={metadata['anchor_form']!r}`, which a merged model cannot record: load it as a LoRA."
         )
     pipe = DiffusionPipeline.from_pretrained(base, dtype=dtype)
     if getattr(pipe, "anchor_lora", None) is not None:
-        # A pipeline of this package may hold one of its own, in whose place this one comes.
+        # The LoRA replaces the anchor LoRA that a pipeline of this package may have.
         pipe.anchor_lora = None
     experts = [getattr(pipe, name, None) for name in EXPERTS]
     load_lora(experts, state, ADAPTER_NAME, strict=True)
@@ -167,7 +170,7 @@ def merge_lora(
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Path:
-    """The file appears whole or not at all."""
+    """Writes a file atomically."""
     with replacing(path) as draft:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, draft, {"format": "pt"} | metadata)
     return path

@@ -1,4 +1,4 @@
-"""What a LoRA's file holds: tensors, and what its header or the file beside it says of them."""
+"""Reads the tensors and the metadata of LoRA files."""
 
 from __future__ import annotations
 
@@ -13,41 +13,45 @@ from safetensors import SafetensorError, safe_open
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a file.
+    """Reads the tensors and the metadata of a safetensors file.
 
     Raises:
-        `ValueError`: it is of another format, or damaged.
+        `ValueError`: the file has another format or is damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file, or a damaged one ({error}).") from error
+        raise ValueError(f"{path} is not a safetensors file, or is damaged ({error}).") from error
 
 
 def adapter_config(metadata: dict[str, str], label: str) -> dict[str, Any]:
-    """The `LoraConfig` in the metadata of a file; empty without one.
+    """Returns the entries of PEFT's `LoraConfig` in the metadata of a file; an empty dictionary if there are none.
 
     Raises:
-        `ValueError`: it is no JSON object.
+        `ValueError`: the config is not a JSON object.
     """
     try:
         config = json.loads(metadata.get(LORA_ADAPTER_METADATA_KEY, "{}"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"The metadata of {label} hold no JSON: {str(error)[:120]}.") from error
+        raise ValueError(
+            f"The `LoraConfig` in the metadata of {label} is not valid JSON: {str(error)[:120]}."
+        ) from error
     if not isinstance(config, dict):
-        raise ValueError(f"The metadata of {label} must hold an object, but hold a {type(config).__name__}.")
+        raise ValueError(
+            f"The `LoraConfig` in the metadata of {label} must be a JSON object, but is a {type(config).__name__}."
+        )
     return config
 
 
 def check_weights(weights: Any) -> None:
-    """A LoRA is a file, a folder, a repository's name, or a state dict, which has texts for keys and tensors for values.
+    """Checks that a LoRA is given as a file, a folder, a Hub repository, or a state dict (strings to tensors).
 
     Raises:
-        `ValueError`: naming what is something else.
+        `ValueError`: `weights`, or an entry of the state dict, has another type.
     """
     if not isinstance(weights, (str, os.PathLike, dict)):
-        raise ValueError(f"`weights={weights!r:.60}` must be a file, a folder, a repository's name or a state dict.")
+        raise ValueError(f"`weights={weights!r:.60}` must be a file, a folder, a Hub repository or a state dict.")
     for key, value in weights.items() if isinstance(weights, dict) else ():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise ValueError(f"A state dict of a LoRA holds tensors, but {key!r:.80} is a {type(value).__name__}.")

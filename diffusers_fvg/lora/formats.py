@@ -1,8 +1,8 @@
-"""LoRA keys of every known format, and what their tensors are for a transformer. Pure functions; `loader.py` loads.
+"""Maps LoRA keys of every known format to the modules of a transformer. Pure functions; `loader.py` loads the result.
 
-A key is read as prefixes, a module, and a kind of tensor. Module names of three vocabularies lead to a module of the
-transformer at hand; they are derived from the model itself, so that there is one path for all formats and none of them
-can leave a layer out:
+A key consists of prefixes, a module, and a kind of tensor. Modules are called by diffusers' names, by Wan's original names,
+or by either with underscores for dots. The tables of names are derived from the transformer itself, so that one code path
+covers all formats and every layer:
 
     diffusers     transformer.blocks.0.attn1.to_q.lora_A.weight, transformer_2.blocks...
     PEFT          base_model.model.blocks.0.attn1.to_q.lora_A.default.weight, with adapter_config.json
@@ -13,10 +13,10 @@ can leave a layer out:
                   others: lora_transformer_)
     LightX2V      diffusion_model.blocks.0.self_attn.q.lora_down.weight, and deltas `.diff`, `.diff_b`, `.diff_m`
 
-The stock converters are not used: musubi's fails on a file without every layer of every block, ComfyUI's drops norm
-and modulation deltas, and there is none for DiffSynth's, PEFT's and un-prefixed keys. For CogVideoX there is none at all, and
-its trainers (finetrainers, cogvideox-factory, VideoX-Fun) write diffusers' names. DiffSynth's own names for CogVideoX are not
-read: `blocks.0.attn1.to_q` is also a layer of Wan2.2-5B in diffusers' names, of the same width.
+diffusers' converters are not used: the one for musubi fails on a file that lacks a layer of a block, the one for ComfyUI drops
+norm and modulation deltas, and there is none for DiffSynth, PEFT and keys without a prefix. There is none for CogVideoX, whose
+trainers (finetrainers, cogvideox-factory, VideoX-Fun) write diffusers' names. DiffSynth's names for CogVideoX are not
+supported: `blocks.0.attn1.to_q` is also diffusers' name of a layer of Wan2.2-5B of the same width.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ FORMATS = (
     "LightX2V (lora_down, diff, diff_b, diff_m)"
 )
 
-# Leading segments of a key that say nothing, and those that name an expert (high noise first).
+# Leading segments of a key without meaning, and those that name an expert (high noise first).
 _NEUTRAL_SEGMENTS = {"base_model", "model", "diffusion_model", "unet", "pipe", "dit", "module", "transformer"}
 _EXPERT_SEGMENTS = {
     **dict.fromkeys(("transformer_1", "high_noise", "high_noise_model"), EXPERTS[0]),
     **dict.fromkeys(("transformer_2", "dit2", "low_noise", "low_noise_model"), EXPERTS[1]),
 }
 _KOHYA = re.compile(r"lora_(?:unet|transformer)_+(?:(high_noise|low_noise)(?:_model)?_)?(.+)")
-# Module, kind, adapter name (PEFT and DiffSynth keep it in the key), and the leaf, which some trainers leave out.
+# Module, kind, adapter name (only in keys of PEFT and DiffSynth), and "weight" or "bias", which some trainers omit.
 _KEY = re.compile(
     r"(.+?)\.(?:lora_(A|B|down|up)(?:\.(?!(?:weight|bias)$)[^.]+)?(?:\.(weight|bias))?|(alpha|diff_b|diff_m|diff))"
 )
 _KINDS = {"A": "down", "down": "down", "B": "up", "up": "up"}
-# CogVideoX's own training code (SAT) saves all of a checkpoint as a pickle; its alpha is in another file.
+# CogVideoX's original training code (SAT) saves a whole checkpoint as a pickle, with alpha in another file.
 _SAT_KEY = re.compile(r"\.matrix_[AB]\.\d+$")
-# Parts of other methods. What is left of a file without them would be another model.
+# Tensors of other methods. Ignoring them would give another model.
 _OTHER_METHODS = re.compile(r"\.(dora_scale|lora_magnitude_vector|lora_mid|hada_\w+|lokr_\w+|oft_\w+)\b")
 
-# diffusers' name of a module -> its name in Wan's own code, in which most trainers write.
+# diffusers' name of a module -> its name in Wan's original code, which most trainers use.
 _WAN_NAMES: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
     (r"\.attn1\.", ".self_attn."),
     (r"\.attn2\.", ".cross_attn."),
@@ -78,13 +78,13 @@ _WAN_NAMES: tuple[tuple[str, str | Callable[[re.Match], str]], ...] = (
     (r"^condition_embedder\.image_embedder\.ff\.net\.2$", "img_emb.proj.3"),
     (r"^condition_embedder\.image_embedder\.norm2$", "img_emb.proj.4"),
     (r"^proj_out$", "head.head"),
-    # The last modulation is the root's own parameter.
+    # The modulation of the output layer is a parameter of the transformer itself.
     (r"^$", "head"),
 )
 
 
 def split_key(key: str) -> tuple[str | None, str, str] | None:
-    """Expert (if the key names one), module path and kind of a key; `None` for one of no known form.
+    """Splits a key into expert (`None` if the key names none), module path and kind; returns `None` for an unknown form.
 
     >>> split_key("diffusion_model.transformer_2.blocks.0.self_attn.q.lora_A.weight")
     ('transformer_2', 'blocks.0.self_attn.q', 'down')
@@ -107,7 +107,7 @@ def split_key(key: str) -> tuple[str | None, str, str] | None:
 
 
 def refuse_other_methods(label: str, keys: Iterable[str]) -> None:
-    """Raises `ValueError` for a key of a method that is no plain LoRA, or of a file without its alpha."""
+    """Raises `ValueError` for keys of methods other than plain LoRA, and for files of CogVideoX's original code."""
     for key in keys:
         if _OTHER_METHODS.search(key):
             raise ValueError(
@@ -122,7 +122,7 @@ def refuse_other_methods(label: str, keys: Iterable[str]) -> None:
 
 
 def module_names(transformer: nn.Module) -> dict[str, str]:
-    """Every name by which a LoRA may call a module -> its name in the transformer (`""` is the transformer itself)."""
+    """Maps every name of a module in LoRA files to its name in the transformer (`""` is the transformer itself)."""
     names = [
         name
         for name, _ in transformer.named_modules()
@@ -130,7 +130,7 @@ def module_names(transformer: nn.Module) -> dict[str, str]:
     ]
     wan = {_wan_name(name): name for name in names}
     own = {name: name for name in names if name}
-    # Wan's names last: the two vocabularies share `norm2` and `norm3`, and only files of Wan's own names have norms.
+    # Wan's names take precedence: both have `norm2` and `norm3`, and only files with Wan's names have norms.
     return {
         **own,
         **{name.replace(".", "_"): target for name, target in own.items()},
@@ -147,13 +147,13 @@ def _wan_name(name: str) -> str:
 
 @dataclass
 class LoraFit:
-    """What a file has for one transformer.
+    """The tensors of a LoRA file for one transformer.
 
     Args:
-        pairs (`dict[str, tuple]`): module -> low-rank factors `(down, up)`, alpha multiplied into `up`.
-        deltas (`dict[str, torch.Tensor]`): parameter -> what is added to it.
+        pairs (`dict[str, tuple]`): module -> low-rank factors `(down, up)`, with `alpha / rank` multiplied into `up`.
+        deltas (`dict[str, torch.Tensor]`): parameter -> tensor that is added to it.
         matched (`dict[str, str]`): key -> module.
-        unmatched (`dict[str, str]`): key -> why it is not used.
+        unmatched (`dict[str, str]`): key -> reason why it is not used.
     """
 
     pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
@@ -162,7 +162,7 @@ class LoraFit:
     unmatched: dict[str, str] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The pairs in diffusers' key format, without prefix."""
+        """Returns the pairs in diffusers' key format, without prefix."""
         tensors: dict[str, torch.Tensor] = {}
         for name, (down, up) in self.pairs.items():
             dtype = torch.promote_types(down.dtype, up.dtype)
@@ -170,7 +170,7 @@ class LoraFit:
         return tensors
 
     def peft_config(self) -> dict[str, Any]:
-        """`LoraConfig` of the pairs with scale 1 in every layer, whatever its rank."""
+        """Returns the entries of a `LoraConfig` with scale 1 in every layer, whatever its rank."""
         ranks = {name: down.shape[0] for name, (down, _) in self.pairs.items()}
         ((rank, _),) = Counter(ranks.values()).most_common(1)
         pattern = {f"^{re.escape(name)}": value for name, value in ranks.items() if value != rank}
@@ -184,20 +184,21 @@ def fit_tensors(
     tensors: dict[str, torch.Tensor],
     config: dict[str, Any],
 ) -> LoraFit:
-    """Finds the modules of a transformer that the tensors of a file are for, and checks their shapes.
+    """Matches the tensors of a file to the modules of a transformer, and checks their shapes.
 
-    * low rank: a pair. `alpha / rank` is multiplied into it, so that a layer's own scale is always 1: PEFT forgets the
-      alpha of a hot-swapped adapter as soon as its strength is changed.
-    * `diff` of a linear layer or convolution: the same, exactly (`diff` times an identity).
-    * `diff` of a norm, `diff_m` (modulation), and all biases: deltas of a parameter.
+    * Low-rank factors become a pair. `alpha / rank` is multiplied in, so that the scale of the PEFT layer is always 1: PEFT
+      loses the alpha of a hotswapped adapter when its strength is changed.
+    * `diff` (a full delta) of a linear layer or convolution also becomes a pair, exactly: `diff` times an identity matrix.
+    * `diff` of a norm, `diff_m` (modulation) and all biases become deltas of parameters.
 
     Args:
-        modules (`dict`): path -> kind -> key, as [`split_key`] gives them.
+        transformer (`nn.Module`): the model; its weights are not read.
+        modules (`dict`): module path -> kind -> key, from [`split_key`].
         tensors (`dict`): key -> tensor.
         config (`dict`): entries of PEFT's `LoraConfig`, for an alpha that is not among the tensors.
 
     Raises:
-        `ValueError`: alpha 0, which switches a layer off.
+        `ValueError`: alpha is 0, which switches a layer off, or not finite.
     """
     names, fit = module_names(transformer), LoraFit()
     for path, keys in modules.items():
@@ -230,7 +231,7 @@ def _fit_layer(
     refused: dict[str, str],
     alpha_of: Callable[[int], float],
 ) -> None:
-    """Low-rank factors of a linear layer or convolution, for low-rank and full deltas alike. Leaves biases in `given`."""
+    """Adds the low-rank factors of a linear layer or convolution, also for full deltas. Leaves biases in `given`."""
     ones: tuple[int, ...]
     if isinstance(module, nn.Linear):
         inputs, outputs, ones = (module.in_features,), module.out_features, ()
@@ -243,7 +244,7 @@ def _fit_layer(
     if down is None or up is None:
         reason = "the other half of the low-rank pair is missing"
     elif not down.is_floating_point() or not up.is_floating_point():
-        reason = f"they are of {down.dtype} and {up.dtype}, and not of floating-point numbers"
+        reason = f"their dtypes {down.dtype} and {up.dtype} are not floating-point"
     elif not len(down):
         reason = "their rank is 0"
     elif tuple(down.shape[1:]) != inputs or tuple(up.shape) != (outputs, rank := down.shape[0], *ones):
@@ -255,7 +256,7 @@ def _fit_layer(
     else:
         alpha = alpha_of(rank) if alpha is None else alpha.item() if alpha.numel() == 1 else alpha.tolist()
         if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-            raise ValueError(f"The LoRA's alpha of {name} is {alpha!r:.60}, which is no finite number.")
+            raise ValueError(f"The LoRA's alpha of {name} is {alpha!r:.60}, which is not a finite number.")
         if alpha == 0:
             raise ValueError("The LoRA has alpha 0, which switches the layer off; leave the layer out of the file.")
         fit.pairs[name] = _scaled_pair(down, up, alpha / rank)
@@ -280,7 +281,7 @@ def _fit_layer(
 def _fit_parameters(
     fit: LoraFit, name: str, module: nn.Module, given: dict[str, torch.Tensor], refused: dict[str, str]
 ) -> None:
-    """Deltas of the parameters of a norm, of a modulation table, and of biases."""
+    """Adds deltas of the parameters of a norm, of a modulation table, and of biases."""
     parameters = {"diff": "weight", "diff_b": "bias", "up_bias": "bias", "diff_m": "scale_shift_table"}
     for kind, tensor in given.items():
         parameter = getattr(module, parameters[kind], None) if kind in parameters else None
@@ -296,10 +297,10 @@ def _fit_parameters(
 
 
 def _scaled_pair(down: torch.Tensor, up: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pair with `scale` in `up`, in a wider type where that of the file would round the product."""
+    """Multiplies `scale` into `up`; returns float32 (or float64) if the file's dtype would round the product."""
     if scale == 1:
         return down, up
-    # Numbers of one byte are promoted to nothing.
+    # `promote_types` does not support 8-bit floats.
     wide = torch.float32 if up.dtype.itemsize == 1 else torch.promote_types(up.dtype, torch.float32)
     scaled = up.to(wide) * scale
     narrow = scaled.to(up.dtype)
@@ -307,9 +308,9 @@ def _scaled_pair(down: torch.Tensor, up: torch.Tensor, scale: float) -> tuple[to
 
 
 def _alpha(config: dict[str, Any], path: str, name: str, rank: int) -> float:
-    """alpha of a module according to the file's `LoraConfig`; its rank, that is scale 1, when there is none."""
+    """Returns alpha of a module from the file's `LoraConfig`; the rank (scale 1) if there is none."""
     patterns = config.get("alpha_pattern") or {}
     key = next((key for call in (path, name) if (key := get_pattern_key(patterns, call)) in patterns), "")
     alpha = patterns.get(key, config.get("lora_alpha", rank))
-    # alpha / sqrt(rank) instead of alpha / rank.
+    # rsLoRA scales by alpha / sqrt(rank) instead of alpha / rank.
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha

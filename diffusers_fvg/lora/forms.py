@@ -1,4 +1,4 @@
-"""The form in which an anchor LoRA was given its anchors in training, and a pipeline that gives them in another: see `animate/placing.py`."""
+"""Checks that a pipeline passes anchors to the model in the form (`"slot"` or `"appended"`) that a LoRA was trained with."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from safetensors import safe_open
 
 
 def check_form(pipe: Any, labels: Sequence[str], metadata: Mapping[str, str] | None = None) -> None:
-    """Refuses a LoRA that was trained with its anchors in another form than the pipeline gives them.
+    """Refuses a LoRA whose `anchor_form` differs from the pipeline's.
 
     Args:
-        pipe: a pipeline, or `None` where a LoRA is for transformers alone.
+        pipe: a pipeline, or `None` if the LoRA is loaded into transformers without a pipeline.
         labels (`Sequence[str]`): paths of the LoRA's files.
-        metadata (mapping, *optional*): of a state dict's file.
+        metadata (mapping, *optional*): metadata of the file that a state dict was read from.
 
     Raises:
-        `ValueError`: naming the forms and the way.
+        `ValueError`: the forms differ; the message names both and the fix.
     """
     own, told = getattr(pipe, "anchor_form", None), [metadata or {}]
     if own is None:
@@ -30,7 +30,7 @@ def check_form(pipe: Any, labels: Sequence[str], metadata: Mapping[str, str] | N
     other = next((values["anchor_form"] for values in told if values.get("anchor_form", own) != own), None)
     if other is not None:
         raise ValueError(
-            f"The LoRA was trained with `anchor_form={other!r}`, and this pipeline gives its model anchors in the form {own!r}, "
-            "that of its `anchor_lora`: assign `pipe.anchor_lora = AnchorLora(tensors, metadata)`, or load the pipeline with it, "
+            f"The LoRA was trained with `anchor_form={other!r}`, but this pipeline uses `anchor_form={own!r}`, "
+            "the form of its `anchor_lora`: assign `pipe.anchor_lora = AnchorLora(tensors, metadata)`, or load the pipeline with it, "
             "`diffusers_fvg.load(name, lora=file)`."
         )

@@ -1,7 +1,7 @@
-"""LoRA files of every known key format, loaded into the video transformers with nothing lost in silence.
+"""Loads LoRA files of every known key format into the video transformers, and reports every key that is not used.
 
-`formats.py` says what the keys of a file are for. Low-rank pairs become layers of PEFT, deltas of norms, modulation
-tables and biases a [`~lora.deltas.ParameterDeltas`].
+`formats.py` maps the keys of a file to modules. Low-rank pairs become PEFT layers; deltas of norms, modulation tables and
+biases become a [`~lora.deltas.ParameterDeltas`].
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ Weights = str | os.PathLike | dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class LoraReport:
-    """What became of the keys of a LoRA.
+    """Result of loading a LoRA: the keys that were used and those that were not.
 
     Args:
-        matched (`dict[str, str]`): key -> the module it went to, `"transformer.blocks.0.attn1.to_q"`. For a pair of
-            files the keys begin with their expert, `"transformer_2: "`.
-        unmatched (`dict[str, str]`): key -> why it was left out.
-        adapters (`dict[str, str]`): expert (`"transformer"`, `"transformer_2"`) -> name of the adapter loaded into it.
+        matched (`dict[str, str]`): key -> module that it was loaded into, such as `"transformer.blocks.0.attn1.to_q"`. For a
+            pair of files the keys begin with the expert, as in `"transformer_2: "`.
+        unmatched (`dict[str, str]`): key -> reason why it was not used.
+        adapters (`dict[str, str]`): expert (`"transformer"`, `"transformer_2"`) -> name of its new adapter.
     """
 
     matched: dict[str, str]
@@ -60,7 +60,7 @@ class LoraReport:
 class _Source:
     label: str
     tensors: dict[str, torch.Tensor]
-    # Entries of a PEFT LoraConfig, with "transformer." before the names where diffusers wrote it.
+    # Entries of a PEFT LoraConfig. If diffusers wrote the file, the names begin with "transformer.".
     metadata: dict[str, Any]
 
     def config(self, prefixes: Sequence[str]) -> dict[str, Any]:
@@ -90,13 +90,13 @@ def _sources(
     """Reads one file, or the two of an expert pair (high noise first)."""
     if use_safetensors is False:
         raise ValueError(
-            "`use_safetensors=False` asks for a pickle, which can run code; LoRAs are read from safetensors."
+            "`use_safetensors=False` would read a pickle, which can run code; leave it out: only safetensors are read."
         )
     check_weights(weights)
     if isinstance(weights, dict):
         return [_Source("the state dict", weights, adapter_config(metadata or {}, "the state dict"))]
     if metadata is not None:
-        raise ValueError("`metadata` is read from the file itself; pass it only with a state dict.")
+        raise ValueError("`metadata` is for a state dict only; leave it out, as the file's own metadata is read.")
     names = [weight_name] if isinstance(weight_name, str) else weight_name
     for name in (*(names or []), *([subfolder] if subfolder else [])):
         check_name(name, "A LoRA", folders=True)
@@ -131,14 +131,14 @@ def _read(path: Path) -> _Source:
         config = path.with_name(_PEFT_CONFIG_NAME)
         if not config.is_file():
             raise ValueError(
-                f"{path} is PEFT's, but there is no {_PEFT_CONFIG_NAME} beside it, which holds its alpha."
+                f"{path} is a PEFT file, but {_PEFT_CONFIG_NAME}, which holds its alpha, is not in its folder."
             )
         metadata = read_json(config)
     return _Source(str(path), tensors, metadata)
 
 
 def _choose(names: Sequence[str], place: str) -> list[str]:
-    """The LoRA among the files of a folder: one file, or one for each expert."""
+    """Returns the LoRA files among the files of a folder: one file, or one for each expert."""
     found = sorted(name for name in names if name.endswith(".safetensors"))
     for standard in (LORA_WEIGHT_NAME_SAFE, _PEFT_WEIGHT_NAME):
         if standard in found:
@@ -151,7 +151,9 @@ def _choose(names: Sequence[str], place: str) -> list[str]:
     if not found:
         refuse_pickles(names)
         raise ValueError(f"There is no .safetensors file in {place}.")
-    raise ValueError(f"{place} has several LoRAs: {found}. Pass `weight_name`, or two of them for the two experts.")
+    raise ValueError(
+        f"{place} has several LoRAs: {found}. Pass one as `weight_name`, or a list of two for the two experts."
+    )
 
 
 # -- loading ----------------------------------------------------------------------------------------------------------
@@ -159,13 +161,13 @@ def _choose(names: Sequence[str], place: str) -> list[str]:
 
 @dataclass
 class LoraFiles:
-    """What the files of a LoRA have for the experts of a model.
+    """The contents of LoRA files, sorted by the experts of a model.
 
     Args:
-        fits (`dict[str, LoraFit]`): expert -> its part.
+        fits (`dict[str, LoraFit]`): expert -> tensors for it.
         matched, unmatched (`dict[str, str]`): as in [`LoraReport`].
         labels (`list[str]`): paths of the files.
-        undecided (`bool`): one file, whose keys were left to name the expert.
+        undecided (`bool`): whether the caller passed a single file, so that only its keys can name the expert.
     """
 
     fits: dict[str, LoraFit] = field(default_factory=dict)
@@ -178,14 +180,14 @@ class LoraFiles:
 def read_lora(
     weights: Weights | Sequence[Weights | None], transformers: dict[str, nn.Module], **file_arguments: Any
 ) -> LoraFiles:
-    """Reads a LoRA of any known format for the transformers, which may be on the meta device, and leaves those as they are.
+    """Reads a LoRA of any known format without changing the transformers, which may be on the meta device.
 
     Args:
         weights, file_arguments: as in [`load_lora`].
         transformers (`dict[str, nn.Module]`): `"transformer"`, `"transformer_2"` or both.
 
     Raises:
-        `ValueError`: no key of a file fits, a pickle, or an unsupported method (DoRA, LoHa, LoKr).
+        `ValueError`: no key of a file fits, or the file is a pickle or of an unsupported method (DoRA, LoHa, LoKr).
     """
     sources = _placed_sources(weights, file_arguments)
     files = LoraFiles(labels=[source.label for source, _ in sources], undecided=sources[0][1] is None)
@@ -206,36 +208,37 @@ def load_lora(
     low_cpu_mem_usage: bool = True,
     **file_arguments: Any,
 ) -> LoraReport:
-    r"""Loads a LoRA of any known format as an adapter, beside those that are there and with them active.
+    r"""Loads a LoRA of any known format as an adapter. Adapters that were active before stay active.
 
-    Strengths, order and state are then those of the stock functions: `pipe.set_adapters`, `delete_adapters`,
-    `fuse_lora`, `unfuse_lora`, `disable_lora`, `unload_lora_weights`.
+    The stock methods manage the adapter afterwards: `pipe.set_adapters`, `delete_adapters`, `fuse_lora`, `unfuse_lora`,
+    `disable_lora`, `unload_lora_weights`.
 
-    With model and group offload on it works, given the pipeline. So it does with sequential offload, unless the file
-    has deltas of norms, biases or modulation. A compiled model compiles again; `hotswap` avoids that.
+    Model, group and sequential offload may be enabled if the pipeline is passed; sequential offload only if the file has no
+    deltas of norms, biases or modulation. A compiled model is compiled again; `hotswap` avoids that.
 
     Args:
         pipe_or_transformers: a pipeline with a `transformer` and perhaps a `transformer_2`, a transformer, or a list
             of the high-noise and the low-noise expert.
         weights (path, Hub repository, state dict, or a pair of them):
-            Keys that name an expert go to it. Others go to `transformer`. A pair is one for each expert (high noise,
-            low noise), `None` leaves an expert out; `(file, file)` loads one file into both. A folder or repository
-            with two files named "high" and "low" is such a pair.
+            Keys that name an expert are loaded into it, other keys into `transformer`. A pair has one entry for each expert
+            (high noise, low noise); `None` skips an expert, and `(file, file)` loads one file into both. A folder or
+            repository with two files with "high" and "low" in their names is such a pair.
         adapter_name (`str`, *optional*): the first free `"default_<n>"` when left out.
-        strength (`float`): factor on the adapter.
-        strength_2 (`float`, *optional*): the same for `transformer_2`; `strength` when left out.
-        strict (`bool`): raise when any key is left over, instead of a warning.
+        strength (`float`): factor on the adapter, from -100 to 100; 1 is the LoRA as it was trained.
+        strength_2 (`float`, *optional*): the factor in `transformer_2`; `strength` when left out.
+        strict (`bool`): whether to raise an error instead of a warning if any key is not used.
         hotswap (`bool`): replace the weights of the adapter `adapter_name` in place.
-        low_cpu_mem_usage (`bool`): as in diffusers.
+        low_cpu_mem_usage (`bool`): as in diffusers' `load_lora_adapter`.
         file_arguments: `weight_name` (one, or two for the experts), `subfolder`, `revision`, `token`, `cache_dir`,
-            `local_files_only`, `force_download`; with a state dict `metadata`, the safetensors header of its file.
+            `local_files_only`, `force_download`; for a state dict, `metadata`: the safetensors header of its file.
 
     Returns:
         [`LoraReport`]
 
     Raises:
-        `ValueError`: no key fits, some do not and `strict` is set, a pickle, values that are not finite, an unsupported
-            method (DoRA, LoHa, LoKr), an adapter name in use, or other adapters are fused. The model is then as it was.
+        `ValueError`: no key fits, a key does not fit and `strict` is set, the file is a pickle, has values that are not
+            finite, is of an unsupported method (DoRA, LoHa, LoKr) or was trained with another `anchor_form`, the adapter
+            name is in use, or other adapters are fused. The model is not changed then.
     """
     check_scale("strength", strength)
     if strength_2 is not None:
@@ -254,15 +257,15 @@ def load_lora(
         _check_ready(transformers[expert], files.fits[expert], adapter_name, hotswap, pipe is not None)
     if files.unmatched:
         count = len(files.unmatched) + len(files.matched)
-        text = f"{len(files.unmatched)} of {count} LoRA keys are left over: {_sample(files.unmatched)}."
+        text = f"{len(files.unmatched)} of {count} LoRA keys were not used: {_sample(files.unmatched)}."
         if strict:
             raise ValueError(text)
         logger.warning(text)
     if files.undecided and loaded != list(transformers):
         missing = [expert for expert in transformers if expert not in loaded]
         logger.warning(
-            f"The LoRA was loaded into `{loaded[0]}` only: no key names `{missing[0]}`. For both experts pass "
-            "`(weights, weights)`, for two files `(high, low)`."
+            f"The LoRA was loaded into `{loaded[0]}` only: no key names `{missing[0]}`. Pass `(weights, weights)` to load it "
+            "into both experts, or `(high, low)` for two files."
         )
 
     if adapter_name is None:
@@ -293,16 +296,18 @@ def _transformers(pipe_or_transformers: Any) -> tuple[dict[str, nn.Module], Any]
     else:
         pipe = pipe_or_transformers
         experts = [getattr(pipe, name, None) for name in EXPERTS]
-    # `torch.compile(model)` is a wrapper; adapters are those of the model inside.
+    # `torch.compile(model)` is a wrapper; adapters belong to the model inside.
     found = {name: getattr(expert, "_orig_mod", expert) for name, expert in zip(EXPERTS, experts)}
     return {name: expert for name, expert in found.items() if expert is not None}, pipe
 
 
 def _placed_sources(weights: Any, file_arguments: dict[str, Any]) -> list[tuple[_Source, str | None]]:
-    """The files with the expert each is meant for; `None` where the keys decide."""
+    """Returns each file with the expert that it is for; `None` if its keys decide."""
     if isinstance(weights, (list, tuple)):
         if len(weights) != len(EXPERTS) or all(part is None for part in weights):
-            raise ValueError("`weights` is a pair: one for the high-noise and one for the low-noise expert, or None.")
+            raise ValueError(
+                "As a list, `weights` must be a pair: for the high-noise and the low-noise expert, or None."
+            )
         places = [(part, expert) for part, expert in zip(weights, EXPERTS) if part is not None]
         placed = [(_sources(part, **file_arguments), expert) for part, expert in places]
         if any(len(sources) > 1 for sources, _ in placed):
@@ -315,7 +320,7 @@ def _placed_sources(weights: Any, file_arguments: dict[str, Any]) -> list[tuple[
 
 
 def _collect(source: _Source, expert: str | None, transformers: dict[str, nn.Module], files: LoraFiles) -> None:
-    """Sorts the keys of one file by expert and module, fits them, and adds them to `files`."""
+    """Sorts the keys of one file by expert and module, matches them to modules, and adds them to `files`."""
     refuse_other_methods(source.label, source.tensors)
     for key, tensor in source.tensors.items():
         check_finite(f"{source.label}: {key}", tensor)
@@ -324,16 +329,16 @@ def _collect(source: _Source, expert: str | None, transformers: dict[str, nn.Mod
     for key in source.tensors:
         parts = split_key(key)
         if parts is None:
-            left[key] = "no known form of a LoRA key"
+            left[key] = "not a known form of a LoRA key"
             continue
         own, path, kind = parts
         if None not in (own, expert) and own != expert:
-            raise ValueError(f"{source.label} is meant for `{expert}`, but its key {key} names `{own}`.")
+            raise ValueError(f"{source.label} was passed for `{expert}`, but its key {key} names `{own}`.")
         kinds = groups[own or expert or EXPERTS[0]][path]
         if kind in kinds:
             raise ValueError(
-                f"{source.label} has two tensors for one place, {kinds[kind]} and {key}: it holds several "
-                "adapters. Split it."
+                f"{source.label} has two tensors for the same weight, {kinds[kind]} and {key}: it holds several "
+                "adapters. Split it into one file for each."
             )
         kinds[kind] = key
 
@@ -354,10 +359,10 @@ def _collect(source: _Source, expert: str | None, transformers: dict[str, nn.Mod
             files.fits[name] = fit
     if not found:
         raise ValueError(
-            f"No key of {source.label} fits: {_sample(left)}. Known formats: {FORMATS}. Is the LoRA made for this "
+            f"No key of {source.label} fits: {_sample(left)}. Known formats: {FORMATS}. Was the LoRA trained for this "
             "model?"
         )
-    # Two files of a pair have the same keys.
+    # The two files of a pair may have the same keys.
     mark = f"{expert}: " if expert is not None else ""
     files.matched |= {mark + key: module for key, module in found.items()}
     files.unmatched |= {mark + key: reason for key, reason in left.items()}
@@ -374,23 +379,23 @@ def _check_ready(
     fused = sorted({name for layer in layers for name in layer.merged_adapters})
     if fused:
         raise ValueError(
-            f"Adapters {fused} are fused, which keeps others from having any effect: call `unfuse_lora()` first, or "
-            "`unload_lora_weights()` to keep them in the weights for good."
+            f"Adapters {fused} are fused, and new adapters would have no effect: call `unfuse_lora()` first, or "
+            "`unload_lora_weights()` to keep them in the weights permanently."
         )
     changed = {*fit.pairs, *(name.rpartition(".")[0] for name in fit.deltas)}
     holders = (transformer.get_submodule(name.rpartition(".")[0]) for name in changed)
     if any(getattr(holder, "fused_projections", False) for holder in holders):
-        raise ValueError("Fused projections run without adapters of theirs: call `unfuse_qkv_projections()` first.")
+        raise ValueError("Fused projections ignore adapters: call `unfuse_qkv_projections()` first.")
     if adapter_name is not None and "." in adapter_name:
         raise ValueError(f"The adapter name {adapter_name!r} has a dot, which PyTorch does not allow in names.")
     if hotswap and adapter_name not in names:
-        raise ValueError(f"`hotswap` replaces an adapter, but there is no {adapter_name!r} among {sorted(names)}.")
+        raise ValueError(f"`hotswap` replaces an adapter, but there is no {adapter_name!r} in {sorted(names)}.")
     if not hotswap and adapter_name in names:
         raise ValueError(
             f"The adapter name {adapter_name!r} is in use; choose another, or `hotswap=True` to replace it."
         )
     if hotswap:
-        # PEFT finds the adapter's tensors by a substring and blanks what the new file has no values for.
+        # PEFT finds the adapter's tensors by a substring and zeroes those that the new file has no values for.
         others = [
             key
             for key in transformer.state_dict()
@@ -398,14 +403,14 @@ def _check_ready(
         ]
         if others:
             raise ValueError(
-                f"The adapter name {adapter_name!r} is part of {others[0]}, which hot-swapping would blank; choose "
-                "a name that is part of no other."
+                f"The adapter name {adapter_name!r} is part of {others[0]}, which hotswapping would zero; choose a name "
+                "that is not part of another one."
             )
     if not has_pipe and any(parameter.is_meta for parameter in transformer.parameters()):
-        raise ValueError("The transformer's weights are away (sequential offload): pass the pipeline instead of it.")
+        raise ValueError("The transformer is under sequential offload: pass the pipeline instead of the transformer.")
     if any(base_parameter(transformer, name).is_meta for name in fit.deltas):
         raise ValueError(
-            "The LoRA changes norms, biases or modulation, and sequential offload has moved them away: load it before "
+            "The LoRA changes norms, biases or modulation, which sequential offload does not allow: load it before "
             "`enable_sequential_cpu_offload()`, or use `enable_model_cpu_offload()`."
         )
 
@@ -414,7 +419,7 @@ def _load_into(
     transformer: nn.Module, fit: LoraFit, adapter_name: str, strength: float, options: dict[str, Any]
 ) -> None:
     if not fit.pairs:
-        # PEFT knows an adapter by its layers: one of zeros stands for an adapter of deltas alone.
+        # PEFT identifies an adapter by its layers, so an adapter with deltas only gets one layer of zeros.
         layers = ((name, module) for name, module in transformer.named_modules() if isinstance(module, nn.Linear))
         name, layer = next(layers)
         zeros = next(iter(fit.deltas.values())).new_zeros
@@ -432,7 +437,7 @@ def _load_into(
     for module in transformer.modules():
         if isinstance(module, BaseTunerLayer):
             module.set_adapter(active if options["hotswap"] else [*active, adapter_name])
-            # As a number only where it is needed: a compiled model guards on it.
+            # Set only if needed: a compiled model has a guard on the scale.
             if strength != 1:
                 module.set_scale(adapter_name, strength)
     if deltas is not None:
@@ -445,9 +450,9 @@ def _sample(reasons: dict[str, str], limit: int = 8) -> str:
 
 
 class FactorizedVideoLoraLoaderMixin(LoraBaseMixin):
-    """LoRA methods of a video pipeline that load every known format and leave no expert out unasked.
+    """LoRA methods of a video pipeline, for every known format and by default for both experts.
 
-    Stands before the stock pipeline class among the bases; everything else is that class's own loader mixin.
+    List it before the stock pipeline class among the bases, whose loader mixin provides the other methods.
     """
 
     def load_lora_weights(
@@ -458,13 +463,13 @@ class FactorizedVideoLoraLoaderMixin(LoraBaseMixin):
         load_into_transformer_2: bool = False,
         **kwargs: Any,
     ) -> LoraReport:
-        """[`load_lora`] with the names of diffusers.
+        """Calls [`load_lora`]; the arguments have the names that diffusers uses.
 
         Args:
             pretrained_model_name_or_path_or_dict: see `weights` of [`load_lora`].
-            adapter_name (`str`, *optional*): as there.
-            hotswap (`bool`): as there.
-            load_into_transformer_2 (`bool`): the same as `(None, weights)`.
+            adapter_name (`str`, *optional*): see [`load_lora`].
+            hotswap (`bool`): see [`load_lora`].
+            load_into_transformer_2 (`bool`): whether to load into `transformer_2` only, as `(None, weights)` does.
             kwargs: `strength`, `strength_2`, `strict`, `low_cpu_mem_usage` and the file arguments of [`load_lora`].
 
         Returns:
@@ -476,15 +481,15 @@ class FactorizedVideoLoraLoaderMixin(LoraBaseMixin):
         return load_lora(self, weights, adapter_name, hotswap=hotswap, **kwargs)
 
     def fuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
-        """As in diffusers; both experts unless `components` names one."""
+        """Fuses adapters as diffusers does; in both experts unless `components` names one."""
         super().fuse_lora(components=components or self._lora_components(), **kwargs)
 
     def unfuse_lora(self, components: list[str] | None = None, **kwargs: Any) -> None:
-        """As in diffusers; both experts unless `components` names one."""
+        """Unfuses adapters as diffusers does; in both experts unless `components` names one."""
         super().unfuse_lora(components=components or self._lora_components(), **kwargs)
 
     def unload_lora_weights(self) -> None:
-        """As in diffusers: takes all adapters out; what is fused stays."""
+        """Removes all adapters as diffusers does; fused ones stay in the weights."""
         super().unload_lora_weights()
         for name in self._lora_components():
             deltas = getattr(getattr(self, name), "parameter_deltas", None)

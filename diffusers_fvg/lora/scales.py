@@ -1,4 +1,4 @@
-"""Strengths of adapters for the length of one forward."""
+"""Changes the strengths of adapters for single forwards."""
 
 from __future__ import annotations
 
@@ -14,40 +14,41 @@ from ..locks import exclusive
 from .deltas import ParameterDeltas
 
 
-# Of layers whose strengths are changed at the moment.
+# The unchanged strengths of layers whose strengths are changed at the moment.
 _true_strengths: weakref.WeakKeyDictionary[BaseTunerLayer, dict[str, float]] = weakref.WeakKeyDictionary()
 
 
 class AdapterScales:
-    """Strengths that a model's adapters have in one call's forwards and nowhere else.
+    """Adapter strengths that hold only for the forwards of one pipeline call.
 
-    A strength stands in the adapter's layers, which other pipelines and threads may run. So it is changed for one forward at a
-    time, in which the model is this thread's alone, and what stood there is put back whatever happens.
+    Strengths are stored in the adapter layers, which other pipelines and threads may use. So they are changed for one forward
+    at a time, during which this thread holds the model's lock, and are always restored.
 
     Args:
-        model (`nn.Module`): with or without adapters.
-        scale (`float`): factor on all of them.
+        model (`nn.Module`): the model, with or without adapters.
+        scale (`float`): factor on all strengths.
         off (`Collection[str]`): names of adapters that are switched off.
 
     Raises:
-        `ValueError`: an adapter of `off` is fused into the weights, or one that is fused keeps `scale` or another adapter from
-            having an effect.
+        `ValueError`: an adapter of `off` is fused, or a fused adapter would make `scale` or another adapter ineffective.
     """
 
     def __init__(self, model: nn.Module, scale: float = 1.0, off: Collection[str] = ()):
         layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
         fused = sorted({name for layer in layers for name in layer.merged_adapters if name in off})
         if fused:
-            raise ValueError(f"The {fused[0]} LoRA is fused, and in this call it is off: call `unfuse_lora()` first.")
+            raise ValueError(
+                f"The {fused[0]} LoRA is fused, but this call runs without it: call `unfuse_lora()` first."
+            )
         _check_effect(layers, scale, off)
         self.model, self.scale, self.off = model, scale, off
         self.layers = [layer for layer in layers if scale != 1 or layer.scaling.keys() & set(off)]
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """For one forward."""
+        """Applies the strengths within the block, which should be one forward."""
         with exclusive(self.model):
-            # An interrupt may have kept the last one from putting them back.
+            # An interrupt may have kept the previous forward from restoring the strengths.
             before = [_true_strengths.get(layer) or dict(layer.scaling) for layer in self.layers]
             try:
                 for layer, strengths in zip(self.layers, before):
@@ -66,22 +67,22 @@ class AdapterScales:
 
 
 def _check_effect(layers: list[BaseTunerLayer], scale: float, off: Collection[str]) -> None:
-    """Refuses what a layer with fused adapters would not do: it runs with its weights alone."""
+    """Refuses settings that have no effect on layers with fused adapters, which run with their weights alone."""
     layers = [layer for layer in layers if layer.merged]
     fused = sorted({name for layer in layers for name in layer.merged_adapters})
     if fused and scale != 1:
         raise ValueError(
-            f"`attention_kwargs` has `scale={scale:g}`, and the LoRAs {fused} are fused with the strengths that they had: call "
-            "`unfuse_lora()` first."
+            f"`scale={scale:g}` in `attention_kwargs` has no effect, because the LoRAs {fused} are fused: call `unfuse_lora()` "
+            "first."
         )
     active = {name for layer in layers for name in layer.active_adapters if layer.scaling.get(name)}
     if hidden := sorted(active - set(fused) - set(off)):
         raise ValueError(
-            f"The LoRAs {hidden} have no effect beside {fused}, which are fused: fuse all that the call is to use, or call "
+            f"The LoRAs {hidden} have no effect, because {fused} are fused: fuse all that the call should use, or call "
             "`unfuse_lora()`."
         )
 
 
 def without_scale(attention_kwargs: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What of `attention_kwargs` is for the processors: [`AdapterScales`] has taken care of `"scale"`."""
+    """Returns `attention_kwargs` without `"scale"`, which [`AdapterScales`] applies."""
     return attention_kwargs and {name: value for name, value in attention_kwargs.items() if name != "scale"}

@@ -1,4 +1,4 @@
-"""Stage 2 of a pipeline that has a judge: composer and judge take turns."""
+"""Stage 2 of a pipeline with a judge, in which composer and judge alternate on the device."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ NO_COMPOSER = (
     "This pipeline has no `composer`, which draws the anchor: pass `image=` or `anchors=`, use "
     '`mode="direct"`, or load a composer.'
 )
-NO_JUDGE = "`{name}={value}` needs an `anchor_judge` to choose among the pictures: load or pass one, or leave the argument out."
+NO_JUDGE = (
+    "`{name}={value}` needs an `anchor_judge` to choose among the images: load or pass one, or leave the argument out."
+)
 
 
 def candidate_count(pipe: FactorizedStages, asked: int | None, name: str = "num_candidates") -> int:
-    """How many pictures may be drawn for each caption: what is asked for, or the pipeline's own number with its judge, or 1.
+    """Returns the largest number of images to draw per caption: the requested or the pipeline's; 1 without a judge.
 
     Raises:
-        `ValueError`: no whole number from 1 to `MAX_COUNT`, or several without a judge.
+        `ValueError`: the number is not a whole number from 1 to `MAX_COUNT`, or is above 1 without a judge.
     """
     check_at_least_one(name, asked, MAX_COUNT)
     if pipe.anchor_judge is None:
@@ -50,7 +52,7 @@ def compose_candidates(
     guidance_scale: float | None,
     negative_prompt: str | list[str] | None,
 ) -> list[list[AnchorCandidate]]:
-    """[`~compose.candidates.draw_candidates`] by the pipeline's composer and judge, each on the device while it works."""
+    """Runs [`~compose.candidates.draw_candidates`] with the pipeline's composer and judge, only one of them on the device."""
 
     def draw(numbers: list[int], seeds: list[int]) -> list:
         leave_device(pipe, "anchor_judge")
@@ -71,8 +73,8 @@ def compose_candidates(
 
 
 def leave_device(pipe: FactorizedStages, name: str) -> None:
-    """Takes a component off the device where whole components are offloaded: the next one's hook frees the one before it in
-    the order of stages alone, and these two take turns.
+    """Offloads a component under model offload. A hook only offloads the component before it in the order of stages, but
+    composer and judge alternate.
     """
     for hook in getattr(pipe, "_all_hooks", ()):
         if hook.model is getattr(pipe, name):
@@ -80,18 +82,21 @@ def leave_device(pipe: FactorizedStages, name: str) -> None:
 
 
 class ChosenPictures:
-    """Stage 2 of a [`VideoRequest`]."""
+    """Stage 2 of a [`VideoRequest`], which inherits from this class."""
 
     def draw_pictures(
         self: VideoRequest, pipe: FactorizedStages, moments: list[list[Moment]], seeds: list[dict[str, int]]
     ) -> tuple[list[list[PIL.Image.Image]], list[list[AnchorCandidate]] | None]:
-        """Stage 2 of each video: the picture of its first moment, then those that are derived from it, by the same seed.
+        """Draws the images of each video: that of its first moment, then those derived from it with the same seed.
 
         Args:
-            seeds (`list[dict]`): with each video's `"anchor"`, which becomes that of the candidate that is kept.
+            pipe ([`FactorizedStages`]): the pipeline.
+            moments (`list[list[Moment]]`): moments of each video.
+            seeds (`list[dict]`): seeds of each video; `"anchor"` is set to the seed of the best candidate.
 
         Returns:
-            the pictures of each video's moments, and the candidates for the first, where there was a choice.
+            `tuple`: the images of each video's moments, and the candidates for the first moment, or `None` if there is only
+            one.
         """
         names = ("num_inference_steps", "guidance_scale", "negative_prompt")
         options = {name: getattr(self, f"composer_{name}") for name in names}

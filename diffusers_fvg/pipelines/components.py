@@ -1,4 +1,4 @@
-"""The parts of a pipeline of any base model: how they come in, are recorded and are saved."""
+"""Components of a pipeline with any base model: converting, registering and saving them."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from .saving import as_saved, forget_origins
 
 
 if TYPE_CHECKING:
-    # The stock class of the base model, which stands behind this one among the bases.
+    # At runtime, the stock class of the base model follows this one among the bases.
     from diffusers import DiffusionPipeline as StockPipeline
 else:
     StockPipeline = object
 
 
 class FactorizedParts(StockPipeline):
-    """Parts as people have them become those of the stages; what is saved loads without an import of this package."""
+    """Converts components to the classes of the stages, and saves pipelines that load without importing this package."""
 
-    # What `loading/patches.py` asks a pipeline's class, and tells our classes by.
+    # `loading/patches.py` reads these two: they mark the pipeline classes of this package.
     safetensors_only = True
     _is_onnx = NOT_ONNX
-    # Component -> the class that is expected, and settings that tell it from others: one of somebody's own may have them.
+    # Component -> the name of the expected class, and the config keys that identify it (a custom class may have them, too).
     component_kinds: dict[str, tuple[str, tuple[str, ...]]] = {}
-    # Of what may be absent in some modes, and freed, the video model is not.
+    # Other components may be `None` if the mode does not need them; the video model is always needed.
     required_components: tuple[str, ...] = ("transformer", "unet")
-    # Ways to give the model an anchor, of which the anchor LoRA was trained for one: see `animate/anchor.py`.
+    # Forms of anchors that the model supports; an anchor LoRA is trained for one of them: see `animate/anchor.py`.
     anchor_forms: tuple[str, ...] = ("slot",)
-    # Of `attention_kwargs`, where the model reads some keys alone.
+    # The allowed keys of `attention_kwargs`; empty if all are allowed.
     attention_keys: tuple[str, ...] = ()
-    # The file that makes a saved repository load without an import of this package: see `save_pretrained`.
+    # Content of `pipeline.py` in a saved repository, which imports this package: see `save_pretrained`.
     pipeline_shim: str
 
     def _add_stages(self, parts: dict[str, Any], call_defaults: dict[str, Any] | None) -> None:
-        """Registers the components that come with the stages, `None` for those that are not there."""
+        """Registers the components of the stages (`None` if absent) and loads the anchor LoRA into the video model."""
         self.register_modules(**parts)
         check_defaults(call_defaults)
         self.register_to_config(call_defaults=call_defaults)
@@ -60,7 +60,7 @@ class FactorizedParts(StockPipeline):
 
     @property
     def anchor_form(self) -> str:
-        """How anchors are given to the model: as the anchor LoRA was trained, `"slot"` without one."""
+        """Form in which anchors are passed to the model: that of the anchor LoRA's training, or `"slot"` without one."""
         anchor_lora = getattr(self, "anchor_lora", None)
         return "slot" if anchor_lora is None else anchor_lora.form
 
@@ -70,28 +70,30 @@ class FactorizedParts(StockPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> Self:
-        """Makes a pipeline of the components of another, such as the stock pipeline of the same base, without a copy.
+        """Makes a pipeline from the components of another one, such as the stock pipeline of the same base, without copying.
 
-        The other pipeline keeps its own transformer and gives what it gave: see [`StockWeights.from_stock`]. Weights are shared:
-        what changes them, as `fuse_lora`, a cast by `to` or training does, both pipelines see.
+        The other pipeline keeps its transformer object and gives the same results as before: see [`StockWeights.from_stock`].
+        The weights are shared, so changes of them (`fuse_lora`, a cast by `to`, training) affect both pipelines.
 
         Args:
-            pipeline (`DiffusionPipeline`): has the video model; what else it has that this class takes is used too.
-            kwargs: components and settings of this class, in place of the other's or beside them.
+            pipeline (`DiffusionPipeline`): has the video model; its other components are used if this class has them.
+            kwargs: components and settings of this class, which replace or complete those of `pipeline`.
 
         Raises:
-            `ValueError`: a component that this class needs is in neither, or does not fit.
+            `ValueError`: a required component is missing, or a component does not fit.
         """
         if not isinstance(pipeline, DiffusionPipeline):
-            raise ValueError(f"`from_pipe` takes a pipeline, not {pipeline!r}; for a name there is `from_pretrained`.")
+            raise ValueError(
+                f"`from_pipe` takes a pipeline, not {pipeline!r}; use `from_pretrained` for a folder or repository."
+            )
         names = set(inspect.signature(cls.__init__).parameters) - {"self"}
         found = {**pipeline.config, **pipeline.components}
         parts = {name: value for name, value in found.items() if name in names} | kwargs
         shared = found.get("anchor_lora")
         if shared is not None and parts["anchor_lora"] is not shared and parts["transformer"] is found["transformer"]:
             raise ValueError(
-                "`anchor_lora` is another than the one in the video model, which both pipelines would share: assign it to the "
-                "pipeline that there is, `pipe.anchor_lora = lora`, or load another pipeline."
+                "`anchor_lora` differs from the one in the video model, which both pipelines would share: assign it to the "
+                "existing pipeline, `pipe.anchor_lora = lora`, or load another pipeline."
             )
         missing = sorted(cls._get_signature_keys(cls)[0] - parts.keys() - set(cls._optional_components))
         if missing:
@@ -105,7 +107,7 @@ class FactorizedParts(StockPipeline):
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of a pipeline that runs does not run.
+        # A copy of a running pipeline is not running.
         return {name: value for name, value in self.__dict__.items() if name != "_progress"}
 
     def register_modules(self, **kwargs) -> None:
@@ -114,7 +116,7 @@ class FactorizedParts(StockPipeline):
         self._record_own_classes(kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # What is saved as a reference is none of the component itself.
+        # A `HubReference` is only set for saving; it is not the component itself.
         if name in getattr(self, "_internal_dict", {}) and type(value) is not HubReference:
             value = self._taken_over(name, value)
             self._keep_anchor_lora(name, value)
@@ -123,19 +125,19 @@ class FactorizedParts(StockPipeline):
             self._record_own_classes({name: value})
 
     def _keep_anchor_lora(self, name: str, value: Any) -> None:
-        """Before a component takes the place of another: the anchor LoRA is in the video model.
+        """Keeps the anchor LoRA loaded in the video model when a component is replaced; called before the replacement.
 
         Raises:
-            `ValueError`: one that does not fit, or one in the place of a fused one.
+            `ValueError`: the anchor LoRA does not fit, or would replace a fused one.
         """
         own = self.__dict__.get("anchor_lora")
         if "_interrupt" not in self.__dict__:
-            # It is being made.
+            # The pipeline is still in its `__init__`.
             return
         is_other = name in EXPERTS and value is not None and not _is_same_model(value, getattr(self, name))
         if own is not None and is_other and ADAPTER_NAME not in getattr(value, "peft_config", {}):
             own.load_into(value, prefix=name)
-        # A copy that is saved has the same weights; one without any tells of those that are in the model.
+        # A copy for saving has the same weights. An `AnchorLora` without weights only describes those in the model.
         weights = getattr(value, "state_dict", None)
         if name != "anchor_lora" or weights == {} or weights is getattr(own, "state_dict", None):
             return
@@ -144,7 +146,7 @@ class FactorizedParts(StockPipeline):
             layer for expert in experts.values() for layer in expert.modules() if isinstance(layer, BaseTunerLayer)
         ]
         if any(ADAPTER_NAME in layer.merged_adapters for layer in layers):
-            raise ValueError("The anchor LoRA is fused: call `unfuse_lora()` before another takes its place.")
+            raise ValueError("The anchor LoRA is fused: call `unfuse_lora()` before you replace it.")
         try:
             _exchange_adapters(experts, value)
         except ValueError:
@@ -152,22 +154,22 @@ class FactorizedParts(StockPipeline):
             raise
 
     def _taken_over(self, name: str, component: Any) -> Any:
-        """A component in the form that the stages take, of one in the form that people have.
+        """Converts a component to the class that the stages use.
 
         Raises:
-            `ValueError`: one that does not fit.
+            `ValueError`: the component does not fit.
         """
         if component is None:
             if name in self.required_components:
                 raise ValueError(
-                    f"`{name}` is None: without its video model a pipeline has no mode; delete the pipeline."
+                    f"`{name}` is None, but every mode needs the video model; to free memory, delete the pipeline."
                 )
             return None
         self._check_kind(name, component)
         if name == "anchor_lora" and component.form not in self.anchor_forms:
             raise ValueError(
-                f"`anchor_lora` was trained with `anchor_form={component.form!r}`, and a {type(self).__name__} takes "
-                f"{' or '.join(map(repr, self.anchor_forms))} alone: use one that was trained so."
+                f"`anchor_lora` was trained with `anchor_form={component.form!r}`, but a {type(self).__name__} supports only "
+                f"{' or '.join(map(repr, self.anchor_forms))}: use a LoRA that was trained with it."
             )
         if name == "rewriter":
             return as_rewriter(component)
@@ -176,11 +178,11 @@ class FactorizedParts(StockPipeline):
         return as_judge(component) if name == "anchor_judge" else component
 
     def _setting(self, component: str, name: str) -> Any:
-        """A setting of a component; `None` where that is not there, or has no such setting."""
+        """Returns a config value of a component; `None` if the component or the value does not exist."""
         return getattr(getattr(getattr(self, component, None), "config", None), name, None)
 
     def _check_kind(self, name: str, component: Any) -> None:
-        """Refuses what is clearly something else; how a model is quantized, compiled, hooked or derived makes no difference."""
+        """Refuses a component that is clearly of another kind; quantized, compiled, hooked and derived models are accepted."""
         expected, settings = self.component_kinds.get(name, ("", ()))
         parts = {"scheduler": ("set_timesteps", "step", "config"), "vae": ("encode", "decode", "config")}.get(name, ())
         if name.startswith("tokenizer"):
@@ -201,30 +203,33 @@ class FactorizedParts(StockPipeline):
             raise ValueError(f"`{name}` must be of the kind {expected}, but is {what}.")
 
     def _record_own_classes(self, components: dict[str, Any]) -> None:
-        # diffusers would record our module path, which a Hub download refuses: our classes are attributes of diffusers.
+        # diffusers would record this package's module path, which it refuses at loading; these classes are attributes of
+        # diffusers instead.
         for name, component in components.items():
             if type(component).__module__.split(".")[0] == "diffusers_fvg":
                 self.register_to_config(**{name: ("diffusers", type(component).__name__)})
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, bundle: bool = False, **kwargs) -> None:
-        """Writes a repository: components with their weights, and a `pipeline.py` of one import.
+        """Saves the pipeline as a repository: components with their weights, and a `pipeline.py` that imports this package.
 
-        What is there already is replaced when all is written, component by component: a kill leaves the old repository or the
-        new one. Other files stay.
-
-        With that file `DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)` works in a
+        With that file, `DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)` works in a
         process that has not imported this package.
 
+        Existing components are replaced only after everything is written, so that a killed process leaves the old or the new
+        repository. Other files in the folder stay.
+
         Args:
-            save_directory (`str` or `os.PathLike`): the folder, made if it is not there.
-            bundle (`bool`): write the weights of components that came from a light repository. Otherwise they are
-                references again: bundle after changing weights of such a component.
-            args, kwargs: of [`~diffusers.DiffusionPipeline.save_pretrained`], but for its `push_to_hub`: use [`push_to_hub`].
+            save_directory (`str` or `os.PathLike`): the folder, created if it is missing.
+            bundle (`bool`): whether to write the weights of components that were loaded by reference. Otherwise references
+                are written again, without changes of these weights.
+            args, kwargs: arguments of [`~diffusers.DiffusionPipeline.save_pretrained`] except `push_to_hub`; use the method
+                [`push_to_hub`].
+
+        Raises:
+            `ValueError`: `push_to_hub=True` is passed, or LoRAs are fused into a component that is saved as a reference.
         """
         if kwargs.pop("push_to_hub", False):
-            raise ValueError(
-                "`push_to_hub=True` is not for `save_pretrained` here; call `pipe.push_to_hub(repository)`."
-            )
+            raise ValueError("`push_to_hub=True` is not supported; call `pipe.push_to_hub(repository)` instead.")
         saved = as_saved(self, bundle)
         with replacing_entries(save_directory, self.config_name) as draft, naming(save_directory):
             (draft / "pipeline.py").write_text(self.pipeline_shim)
@@ -241,15 +246,15 @@ class FactorizedParts(StockPipeline):
         variant: str | None = None,
         bundle: bool = False,
     ) -> str:
-        """Saves the pipeline as [`save_pretrained`] does and uploads it with a card; see [`~diffusers_fvg.push`].
+        """Saves the pipeline as [`save_pretrained`] does and uploads it with a model card; see [`~diffusers_fvg.push`].
 
         Args:
-            repo_id (`str`): repository on the Hub, made if it is not there.
-            commit_message, private, token, create_pr (*optional*): of [`~diffusers_fvg.push`].
-            variant, bundle (*optional*): of [`save_pretrained`].
+            repo_id (`str`): Hub repository, created if it is missing.
+            commit_message, private, token, create_pr (*optional*): as in [`~diffusers_fvg.push`].
+            variant, bundle (*optional*): as in [`save_pretrained`].
 
         Returns:
-            `str`: address of the commit, or of the pull request.
+            `str`: URL of the commit, or of the pull request.
         """
         with temporary_folder() as folder:
             self.save_pretrained(folder, variant=variant, bundle=bundle)
@@ -257,12 +262,12 @@ class FactorizedParts(StockPipeline):
 
 
 def _is_same_model(model: torch.nn.Module, other: torch.nn.Module | None) -> bool:
-    """One that was compiled is the one inside."""
+    """Returns whether two models are the same, apart from the wrapper of `torch.compile`."""
     return getattr(model, "_orig_mod", model) is getattr(other, "_orig_mod", other)
 
 
 def _exchange_adapters(experts: dict[str, torch.nn.Module], anchor_lora: AnchorLora | None) -> None:
-    """Takes the anchor LoRA out of the experts, and puts another in."""
+    """Removes the anchor LoRA from the experts, and loads another one if it is not `None`."""
     for name, expert in experts.items():
         if ADAPTER_NAME in getattr(expert, "peft_config", {}):
             expert.delete_adapters(ADAPTER_NAME)

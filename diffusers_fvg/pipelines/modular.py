@@ -1,8 +1,8 @@
-"""Factorized Video Generation as Modular Diffusers blocks: the stages one by one, to leave out, replace and insert between.
+"""Factorized Video Generation as Modular Diffusers blocks: one block per stage, which can be removed, replaced or added to.
 
-`ModularPipeline.from_pretrained(repository)` finds them for every repository of a [`FactorizedVideoPipeline`]. The blocks
-only move values between the state and the stage functions: `FirstFrameRewriter.rewrite_outcomes`, `AnchorComposer.compose`,
-[`~compose.candidates.draw_candidates`] where there is a judge, and `animate` and `decode` of [`FactorizedVideoPipeline`].
+`ModularPipeline.from_pretrained(repository)` loads these blocks for every repository of a [`FactorizedVideoPipeline`]. The
+blocks only move values between the state and the stage functions: `FirstFrameRewriter.rewrite_outcomes`,
+`AnchorComposer.compose` or with a judge [`~compose.candidates.draw_candidates`], and `animate` and `decode` of the pipeline.
 
 ```py
 import torch, diffusers_fvg
@@ -53,9 +53,9 @@ from .seeds import anchor_seeds
 
 
 MODEL_NAME = "factorized-video"
-# Of the plain pipeline's modes those that these blocks have.
+# The modes of `FactorizedVideoPipeline` that these blocks support.
 MODES = ("factorized", "direct")
-# Latents are those of the workflow without its last block.
+# For latents, remove the last block from the workflow.
 OUTPUT_TYPES = ("np", "uint8", "pt", "pil")
 # Components and settings of the pipeline, from its `__init__`.
 COMPONENTS, SETTINGS = FactorizedVideoPipeline._get_signature_keys(FactorizedVideoPipeline)
@@ -63,36 +63,36 @@ COMPONENTS, SETTINGS = FactorizedVideoPipeline._get_signature_keys(FactorizedVid
 INPUTS = {
     param.name: param
     for param in (
-        InputParam("prompt", str | list[str], description="What should happen in the videos."),
+        InputParam("prompt", str | list[str], description="Descriptions of the videos."),
         InputParam("mode", str, "factorized", description='"factorized", or "direct" for plain text-to-video.'),
         InputParam("first_frame_prompt", str | list[str], description="Captions of the first frames: skips stage 1."),
-        InputParam("image", PIL.Image.Image | list, description="Pictures of the first frames: skips stages 1 and 2."),
+        InputParam("image", PIL.Image.Image | list, description="Images of the first frames: skips stages 1 and 2."),
         InputParam("anchors", Anchor | list, description="Anchors at any frames: skips stages 1 and 2."),
-        InputParam("negative_prompt", str | list[str], description="For the video model; its own when left out."),
-        InputParam("height", int, description="Pixels of the video; the model's own when left out."),
-        InputParam("width", int, description="Pixels of the video; the model's own when left out."),
-        InputParam("num_frames", int, description="4k + 1; the model's own when left out."),
+        InputParam("negative_prompt", str | list[str], description="For the video model; its default when left out."),
+        InputParam("height", int, description="Height in pixels; the model's default when left out."),
+        InputParam("width", int, description="Width in pixels; the model's default when left out."),
+        InputParam("num_frames", int, description="4k + 1; the model's default when left out."),
         InputParam("num_inference_steps", int, description="Steps of the video model; the preset's when left out."),
-        InputParam("guidance_scale", float, description="Of the video model, 1 is off; the preset's when left out."),
-        InputParam("guidance_scale_2", float, description="Of the low-noise expert."),
-        InputParam("num_videos_per_prompt", int, 1, description="Each video gets a picture of its own."),
-        InputParam("generator", torch.Generator | list | int, description="One, its seed, or one per video."),
+        InputParam("guidance_scale", float, description="Guidance scale; 1 is off; the preset's when left out."),
+        InputParam("guidance_scale_2", float, description="Guidance scale of the low-noise expert."),
+        InputParam("num_videos_per_prompt", int, 1, description="Videos per prompt, each with its own anchor."),
+        InputParam("generator", torch.Generator | list | int, description="A generator, a seed, or one per video."),
         InputParam("latents", torch.Tensor, description="Unit Gaussian start of the videos, (B, C, f, h, w)."),
-        InputParam("prompt_embeds", torch.Tensor, description="(B, L, D), in place of the prompt."),
-        InputParam("negative_prompt_embeds", torch.Tensor, description="(B, L, D), in place of the negative prompt."),
-        InputParam("attention_kwargs", dict, description="Passed on to the transformer."),
+        InputParam("prompt_embeds", torch.Tensor, description="(B, L, D), instead of the prompt."),
+        InputParam("negative_prompt_embeds", torch.Tensor, description="(B, L, D), instead of the negative prompt."),
+        InputParam("attention_kwargs", dict, description="Arguments for the transformer's attention."),
         InputParam("max_sequence_length", int, description="Text tokens of the video model."),
         InputParam("preset", str, description="Name of a scheduler preset."),
-        InputParam("rewriter_max_new_tokens", int, description="Limit of stage 1's answer."),
+        InputParam("rewriter_max_new_tokens", int, description="Largest number of tokens of stage 1's answer."),
         InputParam("composer_num_inference_steps", int, description="Steps of stage 2."),
         InputParam("composer_guidance_scale", float, description="Guidance of stage 2."),
         InputParam("composer_negative_prompt", str | list[str], description="Negative prompt of stage 2."),
-        InputParam("composer_num_candidates", int, description="The most pictures that the judge chooses from."),
-        InputParam("rewrites", list, description="How stage 1 came to the captions, with its plans."),
+        InputParam("composer_num_candidates", int, description="Largest number of images for the judge."),
+        InputParam("rewrites", list, description="Outcomes of stage 1 for the captions, with its plans."),
         InputParam("output_type", str, "np", description='"np", "uint8", "pt" or "pil".'),
     )
 }
-# What `FactorizedVideoPipeline.animate` takes, beside the prompts, the anchors and the form of its result.
+# Arguments of `FactorizedVideoPipeline.animate` except prompts, anchors and output type.
 VIDEO_INPUTS = (
     "negative_prompt",
     "height",
@@ -110,17 +110,17 @@ VIDEO_INPUTS = (
     "max_sequence_length",
     "preset",
 )
-# Of `AnchorComposer.check_call`, in its order.
+# Arguments of `AnchorComposer.check_call`, in its order.
 COMPOSER_INPUTS = ("composer_num_inference_steps", "composer_guidance_scale", "composer_negative_prompt")
-# What says which stages run, and what those before the third take.
+# Arguments that decide which stages run, and arguments of stages 1 and 2.
 CALL_INPUTS: tuple[str, ...]
 CALL_INPUTS = ("prompt", "mode", "first_frame_prompt", "image", "anchors", "rewriter_max_new_tokens", *COMPOSER_INPUTS)
 CALL_INPUTS += ("composer_num_candidates",)
-CALL_DEFAULTS = ConfigSpec("call_defaults", None, "The model's own values of a call, used where a call gives none.")
+CALL_DEFAULTS = ConfigSpec("call_defaults", None, "Defaults of the model for arguments that a call leaves out.")
 
 
 def _inputs(*names: str, required: tuple[str, ...] = ()) -> list[InputParam]:
-    """New ones each time: the blocks that combine them change them."""
+    """Returns new `InputParam`s, because blocks that combine others change theirs."""
     return [replace(INPUTS[name], required=name in required) for name in (*required, *names)]
 
 
@@ -133,7 +133,7 @@ def _as_list(texts: str | list[str] | None) -> list[str] | None:
 
 
 def _as_anchors(image: Any) -> list[Anchor] | list[list[Anchor]]:
-    """One picture for all videos, or a list with one for each prompt or each video."""
+    """Makes anchors from one image for all videos, or from a list with one for each prompt or each video."""
     return [[Anchor(picture)] for picture in image] if isinstance(image, (list, tuple)) else [Anchor(image)]
 
 
@@ -169,17 +169,17 @@ class _VideoStep(_Step):
     @property
     def expected_configs(self) -> list[ConfigSpec]:
         return [
-            ConfigSpec("boundary_ratio", None, "Share of the times below which `transformer_2` takes over."),
-            ConfigSpec("expand_timesteps", False, "The base has a native first-frame mode."),
+            ConfigSpec("boundary_ratio", None, "Noise level in [0, 1] below which `transformer_2` is used."),
+            ConfigSpec("expand_timesteps", False, "Whether the base was trained on clean first frames."),
             CALL_DEFAULTS,
         ]
 
 
 class InputStep(_VideoStep):
-    """Checks everything before a model runs, and settles size and seeds."""
+    """Checks all inputs before a model runs, and sets size and generator."""
 
     description = (
-        "Checks all inputs before a model runs, fills in the model's size and draws seeds where none are given."
+        "Checks all inputs before a model runs, and sets the default size and the generator if they are not given."
     )
 
     @property
@@ -189,9 +189,9 @@ class InputStep(_VideoStep):
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
         return [
-            OutputParam("height", int, "Pixels of the video."),
-            OutputParam("width", int, "Pixels of the video."),
-            OutputParam("generator", torch.Generator, "What draws all noise; its `initial_seed()` repeats the run."),
+            OutputParam("height", int, "Height of the video in pixels."),
+            OutputParam("width", int, "Width of the video in pixels."),
+            OutputParam("generator", torch.Generator, "Draws all noise; its `initial_seed()` repeats the run."),
         ]
 
     def run(self, components: FactorizedVideoModularPipeline, block_state) -> None:
@@ -202,7 +202,7 @@ class InputStep(_VideoStep):
         arguments = {name: block_state[name] for name in (*CALL_INPUTS, *VIDEO_INPUTS)} | {"output_type": "latent"}
         given = [name for name in ("first_frame_prompt", "image", "anchors") if block_state[name] is not None]
         if block_state.mode == "factorized" and not given:
-            # Whether a picture will be there is for the blocks to say that a workflow consists of.
+            # The blocks of the workflow decide how the first frame is made.
             del arguments["mode"]
         pipeline = components.pipeline
         request = pipeline._request(arguments)
@@ -215,7 +215,7 @@ class InputStep(_VideoStep):
 
 
 class RewriteStep(_Step):
-    """Stage 1, [`FirstFrameRewriter.rewrite_outcomes`]. Runs by itself: it needs no other component."""
+    """Stage 1, [`FirstFrameRewriter.rewrite_outcomes`]. It can run alone, without the other components."""
 
     description = "Stage 1: a language model writes a caption of the first frame for each prompt."
 
@@ -231,7 +231,7 @@ class RewriteStep(_Step):
     def intermediate_outputs(self) -> list[OutputParam]:
         return [
             OutputParam("first_frame_prompt", list[str], "One caption per prompt."),
-            OutputParam("rewrites", list, "How stage 1 came to each caption, with its plan."),
+            OutputParam("rewrites", list, "Outcome of stage 1 for each caption, with its plan."),
         ]
 
     def run(self, components: FactorizedVideoModularPipeline, block_state) -> None:
@@ -246,10 +246,10 @@ class RewriteStep(_Step):
 
 
 class ComposeStep(_Step):
-    """Stage 2, [`AnchorComposer.compose`], and the choice of a judge. Runs by itself: it needs no other component."""
+    """Stage 2, [`AnchorComposer.compose`], and the choice by a judge. It can run alone, without the other components."""
 
     description = (
-        "Stage 2: a text-to-image pipeline draws the first frame of each video, the best of several with a judge."
+        "Stage 2: a text-to-image pipeline draws the first frame of each video, or with a judge the best of several."
     )
 
     @property
@@ -275,8 +275,8 @@ class ComposeStep(_Step):
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
         return [
-            OutputParam("image", list[PIL.Image.Image], "One picture of `height` x `width` per video."),
-            OutputParam("candidates", list, "Of each video the pictures among which the judge chose, or `None`."),
+            OutputParam("image", list[PIL.Image.Image], "One image of `height` x `width` per video."),
+            OutputParam("candidates", list, "Images that the judge chose from, per video, or `None`."),
         ]
 
     def run(self, components: FactorizedVideoModularPipeline, block_state) -> None:
@@ -311,9 +311,9 @@ class ComposeStep(_Step):
 
 
 class AnchorStep(_Step):
-    """From pictures to [`Anchor`]s."""
+    """Makes [`Anchor`]s from images."""
 
-    description = "Makes the pictures anchors: frames of the video that are given."
+    description = "Makes anchors (given frames of the video) from the images."
 
     @property
     def inputs(self) -> list[InputParam]:
@@ -325,15 +325,15 @@ class AnchorStep(_Step):
 
     def run(self, components: FactorizedVideoModularPipeline, block_state) -> None:
         if block_state.image is None and block_state.anchors is None:
-            raise ValueError("There is no first frame: pass `image` or `anchors`, or let the stages before make it.")
+            raise ValueError("There is no first frame: pass `image` or `anchors`, or add blocks of stages 1 and 2.")
         if block_state.image is not None:
             block_state.anchors = _as_anchors(block_state.image)
 
 
 class DenoiseStep(_VideoStep):
-    """Stage 3, [`FactorizedVideoPipeline.animate`] up to its latents."""
+    """Stage 3, [`FactorizedVideoPipeline.animate`], without decoding."""
 
-    description = "Stage 3: the video model animates the anchors; plain text-to-video without any."
+    description = "Stage 3: the video model animates the anchors; without anchors, plain text-to-video."
 
     @property
     def inputs(self) -> list[InputParam]:
@@ -351,7 +351,7 @@ class DenoiseStep(_VideoStep):
 
 
 class DecodeStep(_VideoStep):
-    """[`FactorizedVideoPipeline.decode`]."""
+    """Decodes latents with [`FactorizedVideoPipeline.decode`]."""
 
     description = "Decodes the latents to frames."
 
@@ -362,7 +362,7 @@ class DecodeStep(_VideoStep):
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
         return [
-            OutputParam("videos", list, 'Frames, in the form of `output_type`: (B, F, H, W, 3) in [0, 1] for "np".')
+            OutputParam("videos", list, 'Frames in the format of `output_type`: (B, F, H, W, 3) in [0, 1] for "np".')
         ]
 
     def run(self, components: FactorizedVideoModularPipeline, block_state) -> None:
@@ -370,7 +370,7 @@ class DecodeStep(_VideoStep):
 
 
 class _Skippable(ConditionalPipelineBlocks):
-    """Runs its one block unless the call is direct or brings what the block would make."""
+    """Runs its one block unless the mode is direct or the caller passes the block's result."""
 
     def select_block(self, mode: str | None = None, **given: Any) -> str | None:
         brought = any(value is not None for value in given.values())
@@ -392,12 +392,12 @@ class AutoComposeStep(_Skippable):
 class AutoAnchorStep(_Skippable):
     block_classes, block_names = [AnchorStep], ["anchor"]
     block_trigger_inputs = ["mode"]
-    description = "Pictures to anchors, skipped in the direct mode."
+    description = "Makes anchors from images, skipped in the direct mode."
 
 
 class FactorizedVideoBlocks(SequentialPipelineBlocks):
-    """All stages. `ModularPipeline.from_pretrained(repository, workflow=...)` leaves out those that a workflow skips, and
-    their models.
+    """The blocks of all stages. `ModularPipeline.from_pretrained(repository, workflow=...)` leaves out the stages that the
+    workflow skips, and their models.
     """
 
     model_name = MODEL_NAME
@@ -423,7 +423,7 @@ class FactorizedVideoBlocks(SequentialPipelineBlocks):
 
 
 class _Components(FactorizedVideoPipeline):
-    """Loads components as the pipeline does (from the Hub, by reference, each in its dtype), but any of them alone."""
+    """Loads any subset of components as the pipeline does: from the Hub, by reference, each in its dtype."""
 
     _optional_components = sorted(COMPONENTS)
     required_components = ()
@@ -436,26 +436,26 @@ class _Components(FactorizedVideoPipeline):
 
 
 class FactorizedVideoModularPipeline(ModularPipeline):
-    """What `ModularPipeline.from_pretrained` makes of a [`FactorizedVideoPipeline`]'s repository."""
+    """The modular pipeline that `ModularPipeline.from_pretrained` loads for a [`FactorizedVideoPipeline`]'s repository."""
 
     default_blocks_name = "FactorizedVideoBlocks"
-    # As on the plain pipeline: shown each anchor before its video is computed.
+    # Called with each anchor before its video is generated, as on `FactorizedVideoPipeline`.
     safety_checker: Callable[[PIL.Image.Image], bool | str | None] | None = FactorizedVideoPipeline.safety_checker
     _progress_bar_config: dict[str, Any] = {}
 
     @property
     def call_defaults(self) -> dict[str, Any]:
-        """Those that the repository names."""
+        """The `call_defaults` of the repository."""
         return self.config.get("call_defaults") or {}
 
     @property
     def pipeline(self) -> FactorizedVideoPipeline:
-        """The same components as a [`FactorizedVideoPipeline`], for its stage methods, LoRA loading and offloading."""
+        """A [`FactorizedVideoPipeline`] with the same components, for its stage methods, LoRA loading and offloading."""
         pipeline = FactorizedVideoPipeline(
             **{name: getattr(self, name, None) for name in COMPONENTS},
             **{name: self.config[name] for name in SETTINGS if name in self.config},
         )
-        # A stock video model is taken over once, not each time.
+        # A stock video model is converted only once.
         self.transformer = pipeline.transformer
         if pipeline.transformer_2 is not None:
             self.transformer_2 = pipeline.transformer_2
@@ -467,13 +467,12 @@ class FactorizedVideoModularPipeline(ModularPipeline):
         """Loads components as `DiffusionPipeline.from_pretrained` does.
 
         Args:
-            names (`str` or `list[str]`, *optional*): of components; all that the blocks use and that are not there yet.
-            workflow (`str`, *optional*): in place of `names`, what the blocks of a workflow use.
-            kwargs (*optional*): of `DiffusionPipeline.from_pretrained`, such as `dtype`, `token`, `cache_dir` or
-                `revision`.
+            names (`str` or `list[str]`, *optional*): components; all that are not yet loaded when left out.
+            workflow (`str`, *optional*): loads the components of this workflow; used instead of `names`.
+            kwargs (*optional*): arguments of `DiffusionPipeline.from_pretrained`, such as `dtype`, `token` or `revision`.
 
         Raises:
-            `ValueError`: a name that is no component of these blocks, or both `names` and `workflow`.
+            `ValueError`: a name is not a component of these blocks, or both `names` and `workflow` are given.
         """
         if names is not None and workflow is not None:
             raise ValueError(f"Pass `names={names!r}` or `workflow={workflow!r}`, not both.")
@@ -482,13 +481,15 @@ class FactorizedVideoModularPipeline(ModularPipeline):
         names = self.null_component_names if names is None else _as_list(names)
         unknown = sorted(set(names) - set(self.component_names))
         if unknown:
-            raise ValueError(f"{unknown} are no components of these blocks, which use {sorted(self.component_names)}.")
+            raise ValueError(
+                f"{unknown} are not among the components of these blocks: {sorted(self.component_names)}."
+            )
         left_out = {name: None for name in COMPONENTS if name not in names}
         loaded = _Components.from_pretrained(self._pretrained_model_name_or_path, **left_out, **kwargs)
         self.register_components(**{name: getattr(loaded, name) for name in names})
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """Writes the one kind of repository that both pipelines read; see [`FactorizedVideoPipeline.save_pretrained`]."""
+        """Saves a repository that both pipelines can load; see [`FactorizedVideoPipeline.save_pretrained`]."""
         self.pipeline.save_pretrained(save_directory, **kwargs)
 
     def set_progress_bar_config(self, **kwargs) -> None:

@@ -1,4 +1,4 @@
-"""Stage 3 of a call, looked at: videos in which nothing moves are told of, and made again where the call says so."""
+"""Detects videos without motion after stage 3, warns of them, and generates them again if the call asks for it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ logger = logging.get_logger(__name__)
 
 
 class MotionOfVideos:
-    """Stage 3 of a [`VideoRequest`]."""
+    """Stage 3 of a [`VideoRequest`], which inherits from this class."""
 
     def _check_motion(self: VideoRequest) -> None:
-        """Raises `ValueError` where the video's text is there twice, or videos cannot be looked at or drawn from other noise."""
+        """Checks `motion_prompt` and `motion_retries`: raises `ValueError` for a second text, or retries without effect."""
         others = {"prompt_embeds": self.prompt_embeds is not None, "rewriter_motion": self.rewriter_motion}
         for name in (name for name, is_given in others.items() if is_given and self.motion_prompt is not None):
-            raise ValueError(f"Only one of `motion_prompt` and `{name}` can be used: both give the video's text.")
+            raise ValueError(
+                f"Only one of `motion_prompt` and `{name}` can be used, as both set the text of the video model."
+            )
         if self.motion_retries is False or self.motion_retries != 0:
             check_at_least_one("motion_retries", self.motion_retries, MAX_COUNT)
         if not self.motion_retries:
@@ -35,22 +37,25 @@ class MotionOfVideos:
         given = "`latents`, which are given" if self.latents is not None else '`output_type="latent"`'
         if self.latents is not None or self.output_type == "latent":
             raise ValueError(
-                f"`motion_retries={self.motion_retries}` has no effect with {given}: it draws new noise for decoded videos that "
-                "stand still. Leave one of them out."
+                f"`motion_retries={self.motion_retries}` has no effect with {given}: it draws new noise for decoded videos "
+                "without motion. Leave one of them out."
             )
 
     def animate_moving(
         self: VideoRequest, pipe: FactorizedStages, seeds: list[dict[str, Any]], audio: list[Any] | None = None
     ) -> tuple[Any, list[float] | None]:
-        """Makes the videos of a call. One that moves less than the preset's `min_motion` is made again, up to `motion_retries`
-        times, from the same anchors with another seed, and the one that moves most is kept.
+        """Generates the videos of a call.
+
+        A video with less motion than the preset's `min_motion` is generated again, up to `motion_retries` times, from the same
+        anchors with another seed. The video with the most motion is kept.
 
         Args:
-            seeds (`list[dict]`): with each video's `"video"`, which becomes that of the one that is kept.
-            audio (`list`, *optional*): gets the sound tracks of the videos that are kept.
+            pipe ([`FactorizedStages`]): the pipeline.
+            seeds (`list[dict]`): seeds of each video; `"video"` is set to the seed of the kept video.
+            audio (`list`, *optional*): the sound tracks of the kept videos are appended to it.
 
         Returns:
-            frames in the form of `output_type`, and [`~animate.motion.motion_amounts`] of them.
+            `tuple`: frames in the format of `output_type`, and their [`~animate.motion.motion_amounts`].
         """
         frames, tracks = pipe._animate(self)
         motion = None if self.output_type == "latent" else motion_amounts(frames)
@@ -71,13 +76,13 @@ class MotionOfVideos:
         tracks: list[Any],
         seeds: list[dict[str, Any]],
     ) -> None:
-        """Replaces videos that stand still by those that move more, in place, and tells of those that are left."""
+        """Generates videos without motion again, replaces them in place if the new one moves more, and warns of the rest."""
         for _ in range(self.motion_retries):
             still = [video for video, amount in enumerate(motion) if amount < floor]
             if not still or pipe.interrupt:
                 break
             generator = self.generator
-            # Drawn from what is left of a video's generator: the same call has the same seeds.
+            # Drawn from the video's generator, so that the same call has the same seeds.
             drawn = [draw_seed(generator[video] if isinstance(generator, list) else generator) for video in still]
             generators = [torch.Generator().manual_seed(seed) for seed in drawn]
             again, sounds = pipe._animate(self._of_videos(still, generators))
@@ -92,12 +97,12 @@ class MotionOfVideos:
             if amount < floor:
                 prompt = "" if self.prompt is None else f" of {self.prompt[video // self.num_videos_per_prompt]!r}"
                 logger.warning(
-                    f"Video {video}{prompt} hardly moves: {amount:.1%} of the picture changes, less than {floor:.1%}. If something should "
-                    "move, try another seed (`motion_retries` does so), a prompt that says more of it, or a lower LoRA strength."
+                    f"Video {video}{prompt} hardly moves: {amount:.1%} of the picture changes, less than {floor:.1%}. If something "
+                    "should move, try another seed (`motion_retries` does so), a prompt with more motion, or a lower LoRA strength."
                 )
 
     def _of_videos(self: VideoRequest, videos: list[int], generators: list[torch.Generator]) -> VideoRequest:
-        """The request of stage 3 for some of the videos alone, each with a generator of its own."""
+        """Returns the request for stage 3 of some of the videos, each with its own generator."""
         prompts = [video // self.num_videos_per_prompt for video in videos]
         per_prompt: dict[str, Any] = {
             name: [value[index] for index in prompts]

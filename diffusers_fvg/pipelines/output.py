@@ -15,29 +15,29 @@ from ..rewrite.storyboard import Moment
 
 @dataclass
 class FactorizedVideoPipelineOutput(BaseOutput):
-    """What every stage made.
+    """Output of a pipeline: the videos, and the results of every stage.
 
     Args:
-        frames (`torch.Tensor`, `np.ndarray` or `list[list[PIL.Image.Image]]`): the videos, one per prompt and
-            `num_videos_per_prompt`, in the form of `output_type` (`(B, F, H, W, 3)` in [0, 1] for `"np"`). Empty when the
-            run was interrupted before the video stage.
-        first_frame_prompts (`list[str]` or `None`): stage 1's captions, one per prompt; `None` when stages 1 and 2 were
+        frames (`torch.Tensor`, `np.ndarray` or `list[list[PIL.Image.Image]]`): the videos, `num_videos_per_prompt` for each
+            prompt, in the format of `output_type` (`(B, F, H, W, 3)` in [0, 1] for `"np"`). Empty if the call was interrupted
+            before stage 3.
+        first_frame_prompts (`list[str]` or `None`): captions of stage 1, one per prompt; `None` if stages 1 and 2 were
             skipped.
-        anchor_images (`list[PIL.Image.Image]`, `list[list[PIL.Image.Image]]` or `None`): stage 2's pictures, one per video,
-            or with `mode="storyboard"` a list per video with one of each moment.
-        seeds (`list[dict[str, int | dict]]`): per video, `{"anchor": ..., "video": ...}` for the stages that drew random numbers.
-            A dictionary stands for a generator that was used before, is not on the CPU, or was shared by several videos.
+        anchor_images (`list[PIL.Image.Image]`, `list[list[PIL.Image.Image]]` or `None`): images of stage 2, one per video,
+            or with `mode="storyboard"` a list per video with one for each moment.
+        seeds (`list[dict[str, int | dict]]`): per video, `{"anchor": ..., "video": ...}` for the stages that drew random
+            numbers. A dictionary describes a generator that was used before, is not on the CPU, or was shared by videos.
         timings (`dict[str, float]`): seconds per stage.
         storyboards (`list[list[Moment]]` or `None`): the moments of each prompt, with `mode="storyboard"`.
-        records (`list[dict]`): per video, what [`replay`] makes it again from. JSON holds it, and so does a video's file:
-            `write_video(..., metadata=out.records[0])`.
-        rewrites (`list[RewriteOutcome | None]` or `None`): how stage 1 came to each caption: accepted, repaired or a fallback,
-            with reasons; `None` for one that the caller gave, or when stages 1 and 2 were skipped.
-        motion (`list[float]` or `None`): of each video, what share of the picture changes ([`~animate.motion`]); `None` for
-            latents, and for videos of one frame.
-        candidates (`list[list[AnchorCandidate]]` or `None`): of each video the pictures among which `anchor_judge` chose its
-            first frame, in the order of drawing, with their scores, answers and seeds; `None` where there was no choice.
-        motion_prompts (`list[str]` or `None`): what the video model read in place of the prompts, one for each.
+        records (`list[dict]`): per video, the record from which [`replay`] generates it again. It can be saved as JSON, or in
+            the video's file: `write_video(..., metadata=out.records[0])`.
+        rewrites (`list[RewriteOutcome | None]` or `None`): how stage 1 made each caption: accepted, repaired or a fallback,
+            with reasons; `None` for a caption of the caller, or if stages 1 and 2 were skipped.
+        motion (`list[float]` or `None`): per video, the fraction of the picture that changes, in [0, 1]
+            ([`~animate.motion`]); `None` for latents and for videos of one frame.
+        candidates (`list[list[AnchorCandidate]]` or `None`): per video, the images from which `anchor_judge` chose the first
+            frame, in the order of drawing, with scores, answers and seeds; `None` if only one image was drawn.
+        motion_prompts (`list[str]` or `None`): the texts that the video model read instead of the prompts, one per prompt.
     """
 
     frames: torch.Tensor | np.ndarray | list[list[PIL.Image.Image]]
@@ -55,24 +55,24 @@ class FactorizedVideoPipelineOutput(BaseOutput):
 
 @dataclass
 class FactorizedDreamerPipelineOutput(FactorizedVideoPipelineOutput):
-    """What every stage made.
+    """Output of a pipeline: the videos, and the results of every stage.
 
     Args:
-        frames, first_frame_prompts, anchor_images, seeds, timings, storyboards, records, rewrites, motion, candidates: of
+        frames, first_frame_prompts, anchor_images, seeds, timings, storyboards, records, rewrites, motion, candidates: as in
             [`FactorizedVideoPipelineOutput`].
-        motion_prompts (`list[str]` or `None`): what the video model read, one per prompt; `None` for embeddings.
+        motion_prompts (`list[str]` or `None`): the texts that the video model read, one per prompt; `None` for embeddings.
     """
 
 
 @dataclass
 class FactorizedImageToVideoPipelineOutput(FactorizedVideoPipelineOutput):
-    """What every stage made.
+    """Output of a pipeline: the videos, and the results of every stage.
 
     Args:
         frames, first_frame_prompts, anchor_images, seeds, timings, storyboards, records, rewrites, motion, candidates,
-            motion_prompts: of [`FactorizedVideoPipelineOutput`].
-        audio (`list[torch.Tensor]` or `None`): the sound track of each video, `(channels, samples)`, where the animator makes
-            one: for [`~media.write_video`].
+            motion_prompts: as in [`FactorizedVideoPipelineOutput`].
+        audio (`list[torch.Tensor]` or `None`): sound track `(channels, samples)` of each video, for [`~media.write_video`];
+            `None` if the animator generates none.
         audio_sampling_rate (`int` or `None`): samples per second.
     """
 

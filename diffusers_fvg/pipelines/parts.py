@@ -1,4 +1,4 @@
-"""Components as people have them: a pipeline for a composer, a model and its tokenizer for a rewriter, names of both."""
+"""Converts what users pass to components: a pipeline to a composer, a model and its tokenizer to a rewriter, names to both."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..rewrite.rewriter import FirstFrameRewriter
 
 
 def check_boundary(transformer_2: torch.nn.Module | None, boundary_ratio: float | None) -> None:
-    """Raises `ValueError` for a second expert that no time belongs to."""
+    """Raises `ValueError` for a second expert without `boundary_ratio`."""
     if transformer_2 is not None and boundary_ratio is None:
         raise ValueError(
             "`transformer_2` is never used without `boundary_ratio`, which is 0.875 in Wan2.2-T2V-A14B: pass it, or let "
@@ -28,12 +28,12 @@ def check_boundary(transformer_2: torch.nn.Module | None, boundary_ratio: float 
 
 
 def as_composer(composer: AnchorComposer | DiffusionPipeline | str) -> AnchorComposer:
-    """A composer of a text-to-image pipeline, or of the name of one: a folder or a repository on the Hub.
+    """Makes a composer from a text-to-image pipeline, or from the name of one: a folder or a Hub repository.
 
-    A text-to-video pipeline draws one frame, unless the composer's `call_defaults` have another number.
+    A text-to-video pipeline draws one frame, unless the composer's `call_defaults` set another `num_frames`.
 
     Raises:
-        `ValueError`: something else.
+        `ValueError`: `composer` is of another type.
     """
     if isinstance(composer, DiffusionPipeline):
         composer = AnchorComposer(composer)
@@ -43,7 +43,7 @@ def as_composer(composer: AnchorComposer | DiffusionPipeline | str) -> AnchorCom
         raise ValueError(
             f"`composer` must be an AnchorComposer, a text-to-image pipeline or its name, but is a {type(composer).__name__}."
         )
-    # One without its models has no pipeline. A text-to-video pipeline, such as Wan's, would draw a video for each picture.
+    # A composer without models has no pipeline. A text-to-video pipeline, such as Wan's, would draw a video for each image.
     pipeline = getattr(composer, "pipeline", None)
     if pipeline is not None and "num_frames" in inspect.signature(pipeline.__call__).parameters:
         composer.call_defaults = {"num_frames": 1} | composer.call_defaults
@@ -51,10 +51,10 @@ def as_composer(composer: AnchorComposer | DiffusionPipeline | str) -> AnchorCom
 
 
 def as_animator(animator: AnchorAnimator | DiffusionPipeline | str) -> AnchorAnimator:
-    """An animator of an image-to-video pipeline, or of the name of one: a folder or a repository on the Hub.
+    """Makes an animator from an image-to-video pipeline, or from the name of one: a folder or a Hub repository.
 
     Raises:
-        `ValueError`: something else.
+        `ValueError`: `animator` is of another type.
     """
     if isinstance(animator, DiffusionPipeline):
         return AnchorAnimator(animator)
@@ -68,10 +68,10 @@ def as_animator(animator: AnchorAnimator | DiffusionPipeline | str) -> AnchorAni
 
 
 def as_judge(judge: Judge | JudgeFunction | ChatEndpoint | Sequence[Any] | str) -> Judge:
-    """A judge of `(model, processor)`, of an endpoint, of a function, or of the name of a model: a folder or one on the Hub.
+    """Makes a judge from `(model, processor)`, an endpoint, a function, or the name of a model: a folder or Hub repository.
 
     Raises:
-        `ValueError`: something else.
+        `ValueError`: `judge` is of another type.
     """
     if isinstance(judge, ChatEndpoint):
         return AnchorJudge(endpoint=judge)
@@ -85,17 +85,17 @@ def as_judge(judge: Judge | JudgeFunction | ChatEndpoint | Sequence[Any] | str) 
         return other
     if not callable(judge) or isinstance(judge, torch.nn.Module):
         raise ValueError(
-            "`anchor_judge` must be an AnchorJudge, `(model, processor)`, a ChatEndpoint, a function of pictures, caption and "
+            "`anchor_judge` must be an AnchorJudge, `(model, processor)`, a ChatEndpoint, a function of images, caption and "
             f"plan, or the name of a model, but is a {type(judge).__name__}."
         )
     return AnchorJudge(function=judge)
 
 
 def as_rewriter(rewriter: FirstFrameRewriter | ChatEndpoint | Sequence[Any] | str) -> FirstFrameRewriter:
-    """A rewriter of `(model, tokenizer)`, of an endpoint, or of the name of a chat model: a folder or one on the Hub.
+    """Makes a rewriter from `(model, tokenizer)`, an endpoint, or the name of a chat model: a folder or Hub repository.
 
     Raises:
-        `ValueError`: something else.
+        `ValueError`: `rewriter` is of another type.
     """
     if isinstance(rewriter, ChatEndpoint):
         return FirstFrameRewriter(endpoint=rewriter)
@@ -107,7 +107,7 @@ def as_rewriter(rewriter: FirstFrameRewriter | ChatEndpoint | Sequence[Any] | st
         kinds = " and ".join(type(part).__name__ for part in rewriter)
         if not hasattr(model, "generate") and not hasattr(tokenizer, "generate"):
             raise ValueError(
-                f"`rewriter` must be `(model, tokenizer)` of a model that writes, but is a pair of {kinds}."
+                f"`rewriter` must be `(model, tokenizer)` of a model that generates text, but is a pair of {kinds}."
             )
         if hasattr(tokenizer, "generate"):
             raise ValueError(f"`rewriter` must be `(model, tokenizer)`, in this order, but is a pair of {kinds}.")
@@ -126,10 +126,10 @@ def _refuse_address(name: str, component: Any) -> None:
 
 
 def with_optional_components(init: Callable) -> Callable:
-    """Lets an `__init__` be called with the components that one has; others in `_optional_components` are `None`.
+    """Decorates an `__init__` so that components in `_optional_components` may be left out; they are then `None`.
 
-    Its signature has no defaults for them: with one, `from_pretrained(..., rewriter=None)` would load the component all the
-    same.
+    The signature has no defaults for them, because with a default `from_pretrained(..., rewriter=None)` would still load the
+    component.
     """
 
     @functools.wraps(init)

@@ -1,6 +1,4 @@
-"""Factorized Video Generation (arXiv 2512.16371) on CogVideoX: the three stages of [`FactorizedVideoPipeline`], with
-CogVideoX's text encoder, VAE, transformer and schedulers in the third.
-"""
+"""Factorized Video Generation (arXiv 2512.16371) with CogVideoX as the video model of stage 3."""
 
 from __future__ import annotations
 
@@ -55,25 +53,29 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
     r"""Text to video in three stages on CogVideoX: an LLM describes the first frame, a text-to-image model draws it, CogVideoX
     animates it. Each stage is a public method that returns plain data: [`rewrite`], [`compose`], [`animate`].
 
-    Text encoding and the no-anchor path are those of [`~diffusers.CogVideoXPipeline`]. `load_lora_weights` is [`load_lora`]:
-    every format of a LoRA or an error, where the stock class skips keys without the prefix `transformer.`.
+    Text encoding and generation without anchors are those of [`~diffusers.CogVideoXPipeline`]. `load_lora_weights` calls
+    [`load_lora`], which loads every known LoRA format or raises an error; the stock method skips keys without the prefix
+    `transformer.`.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): of the text encoder.
+        tokenizer (`PreTrainedTokenizerBase`): tokenizer of the text encoder.
         text_encoder (`T5EncoderModel`): the video model's text encoder.
         vae (`AutoencoderKLCogVideoX`): causal video VAE.
         transformer (`AnchorConditionedCogVideoXTransformer3D`): text-to-video model, CogVideoX 1.5 or 1.0.
-        scheduler (`CogVideoXDDIMScheduler` or `CogVideoXDPMScheduler`): used when no preset is asked for.
+        scheduler (`CogVideoXDDIMScheduler` or `CogVideoXDPMScheduler`): used when a call has no preset.
         rewriter (`FirstFrameRewriter`, *optional*): stage 1; not needed when `first_frame_prompt` or `image` is given.
         composer (`AnchorComposer`, *optional*): stage 2; not needed when `image` or `anchors` is given.
-        anchor_judge (`AnchorJudge`, *optional*): chooses among several pictures of stage 2.
-        anchor_lora (`AnchorLora`, *optional*): loaded into the transformer as adapter `"anchor"`. It is switched off while
-            there is no anchor, so that `mode="direct"` is the base model.
-        schedulers (`SchedulerPresets`, *optional*): what `preset=` selects from; `COGVIDEOX_PRESETS` when absent.
-        call_defaults (`dict`, *optional*): `height`, `width`, `num_frames`, `frame_rate`, `max_sequence_length` and
-            `negative_prompt` of the model, used where a call leaves them out.
+        anchor_judge (`AnchorJudge`, *optional*): chooses among several images of stage 2.
+        anchor_lora (`AnchorLora`, *optional*): loaded into the transformer as adapter `"anchor"`. It is switched off in calls
+            without anchors, so that `mode="direct"` uses the base model.
+        schedulers (`SchedulerPresets`, *optional*): presets for `preset=`; `COGVIDEOX_PRESETS` when left out.
+        call_defaults (`dict`, *optional*): defaults of `height`, `width`, `num_frames`, `frame_rate`, `max_sequence_length`
+            and `negative_prompt` in calls; the model's own when left out.
 
-    Components may come as people have them, see [`FactorizedVideoPipeline`].
+    Components may also be given in other forms, see [`FactorizedVideoPipeline`].
+
+    Raises:
+        `ValueError`: a component does not fit.
     """
 
     model_cpu_offload_seq = "rewriter->anchor_judge->composer->text_encoder->transformer->vae"
@@ -84,7 +86,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
     }
     default_presets = COGVIDEOX_PRESETS
     own_guidance_scale = 6.0
-    # CogVideoX1.5-5B's own (zai-org/CogVideo, README.md).
+    # Defaults of CogVideoX1.5-5B (zai-org/CogVideo, README.md).
     default_call = {"height": 768, "width": 1360, "num_frames": 81, "frame_rate": 16, "max_sequence_length": 224}
     pipeline_shim = "from diffusers_fvg import FactorizedCogVideoXPipeline  # noqa: F401\n"
 
@@ -105,7 +107,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
     ):
         if transformer is None:
             raise ValueError("`transformer` is None: the repository has no video model, which every mode needs.")
-        # `register_modules` asks them which latents and texts a transformer must take.
+        # `register_modules` checks the transformer against these two.
         self.vae, self.text_encoder = vae, text_encoder
         super().__init__(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
@@ -113,7 +115,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
         parts = {"rewriter": rewriter, "composer": composer, "anchor_judge": anchor_judge, "schedulers": schedulers}
         self._add_stages(parts | {"anchor_lora": anchor_lora}, call_defaults)
 
-    # -- what FactorizedStages asks of a model ------------------------------------------------------------------------
+    # -- methods that FactorizedStages requires -----------------------------------------------------------------------
 
     def _taken_over(self, name: str, component: Any) -> Any:
         if name != "transformer" or component is None:
@@ -124,7 +126,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
         return transformer
 
     def _frame_step(self) -> int:
-        # Its VAE decodes an even number of latents as if none was a first frame: 13 frames would come back as 16.
+        # The VAE decodes an even number of latent frames without a single first frame: 13 frames would become 16.
         return 2 * self.vae_scale_factor_temporal
 
     def _check_size(self, height: int, width: int) -> None:
@@ -172,16 +174,16 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
         Args:
             anchors (`list[list[Anchor]]`): one list per video.
             latents (`torch.Tensor` of shape `(B, f, C, h, w)`): padded to patches; gives shape, device and dtype.
-            height, width, num_frames (`int`): of the video, in pixels and frames.
-            generator (*optional*): draws the noise of anchors whose strength is below 1.
+            height, width, num_frames (`int`): size of the video in pixels, and its frames.
+            generator (*optional*): generator for the noise of anchors with a strength below 1.
 
         Returns:
-            [`AnchorLatents`], of shape `(B, C, f, h, w)` with the padding.
+            [`AnchorLatents`], of shape `(B, C, f, h, w)` including padding.
         """
         clean = torch.zeros_like(latents)
         strength = latents.new_zeros(latents.shape[:2])
         padding = latents.shape[1] - ((num_frames - 1) // self.vae_scale_factor_temporal + 1)
-        # Videos of one prompt share their picture: each is encoded once for each position.
+        # Videos of one prompt share their image, so each image is encoded once per position.
         encoded: dict[tuple[int, int], torch.Tensor] = {}
         resolve = self._anchor_resolver()
         for video, video_anchors in enumerate(anchors):
@@ -194,7 +196,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
                 place = slice(padding + covered.start, padding + covered.stop)
                 clean[video, place] = encoded[key].to(latents)
                 strength[video, place] = anchor.strength
-        # Padding is a copy of frame 0 and anchored with it.
+        # Padding copies frame 0, and is anchored with it.
         clean[:, :padding] = clean[:, padding : padding + 1]
         strength[:, :padding] = strength[:, padding : padding + 1]
         noise = torch.zeros_like(latents)
@@ -227,17 +229,17 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
         preset: str | None = None,
         anchor_decode: str = "raw",
     ):
-        """Stage 3: makes a video of each prompt that passes through its anchors; plain text-to-video without any.
+        """Stage 3: generates a video of each prompt that contains its anchors; without anchors, plain text-to-video.
 
         Args:
-            prompts (`str` or `list[str]`, *optional*): what should happen; or give `prompt_embeds`.
+            prompts (`str` or `list[str]`, *optional*): descriptions of the videos; or give `prompt_embeds`.
             anchors (`Anchor`, `list[Anchor]` or `list[list[Anchor]]`, *optional*): one list for all videos, one per
-                prompt, or one per video, which may be empty beside others that are not: plain text-to-video with the anchor
-                LoRA on. In CogVideoX 1.5 two latent frames are a patch, anchored together: frame 0 has one to itself, any other
-                anchor needs a second one among the 8 frames of its patch, and a run of frames fills its patches with 8k + 1
-                frames from frame 0 on or 8k from a frame 8j + 1 on.
+                prompt, or one per video. A list may be empty if another one is not: that video is plain text-to-video, but
+                with the anchor LoRA on. In CogVideoX 1.5, the two latent frames of a patch must be anchored together: frame 0
+                fills its patch alone; any other anchor needs a second one among the 8 frames of its patch. A run of frames
+                fills its patches with 8k + 1 frames starting at frame 0, or 8k starting at a frame 8j + 1.
 
-        The other arguments are those of `__call__`. Returns the frames alone.
+        The other arguments are those of `__call__`. Returns only the frames.
         """
         request = self._request(locals())
         with self._running():
@@ -249,7 +251,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
             self._guidance_scale, _ = request.guidance(self)
             self._attention_kwargs = request.attention_kwargs
             self._current_timestep = None
-            # A seed means the same clip with and without anchors: noise is drawn before they are encoded.
+            # Noise is drawn before anchors are encoded, so that a seed gives the same noise with and without anchors.
             with progress.stage("encode"):
                 prompt_embeds, negative_prompt_embeds = self._encode_texts(request)
                 latents, device = request.latents, self._execution_device
@@ -270,9 +272,9 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
                 return decode_anchored(decode, request.anchors, request.anchor_decode, request.output_type), []
 
     def _encode_texts(self, request: VideoRequest) -> list[torch.Tensor | None]:
-        """Embeddings of prompts and negative prompts, one for each video; the latter are `None` without guidance."""
+        """Returns embeddings of prompts and negative prompts for each video; the latter are `None` without guidance."""
         device, dtype = self._execution_device, self.transformer.dtype
-        # A fast tokenizer keeps padding and truncation of its last call.
+        # A fast tokenizer stores padding and truncation of its last call, so only one thread may use it.
         with exclusive(self.tokenizer):
             embeds = self.encode_prompt(
                 request.motion_prompt or request.prompt,
@@ -295,12 +297,12 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
         negative_prompt_embeds: torch.Tensor | None,
         anchors: AnchorLatents | None,
     ) -> torch.Tensor:
-        """The sampling loop, from noise to clean latents `(B, f, C, h, w)`, padding included."""
+        """Runs the sampling loop from noise to clean latents `(B, f, C, h, w)`, including padding."""
         dtype, guidance_scale = self.transformer.dtype, self._guidance_scale
         scheduler = request.make_scheduler(self, latents.device)
         timesteps, training = scheduler.timesteps, training_sigmas(scheduler).to(latents.device)
         check_finite("scheduler.alphas_cumprod", training)
-        # Noise levels of the steps and the final one.
+        # Noise levels of the steps, and the final level 0.
         sigmas = torch.cat([training[timesteps], training.new_zeros(1)])
         self._num_timesteps = len(timesteps)
         step = self._stepper(scheduler, request.generator)
@@ -336,7 +338,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
     def _predictor(
         self, request: VideoRequest, latents: torch.Tensor, anchored: bool
     ) -> Callable[[str, torch.Tensor, dict[str, Any]], torch.Tensor]:
-        """`predict(branch, embeds, inputs)`: the velocity."""
+        """Returns `predict(branch, embeds, inputs)`, which computes the velocity."""
         adapters = self._adapter_scales(request.attention_kwargs, anchored)["transformer"]
         options = {
             "image_rotary_emb": self.transformer.rotary_embedding(
@@ -356,7 +358,7 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
     def _stepper(
         scheduler: CogVideoXDDIMScheduler | CogVideoXDPMScheduler, generator: Any
     ) -> Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]:
-        """`step(prediction, index, latents)`: the next latents. The second-order scheduler also takes its estimate before."""
+        """Returns `step(prediction, index, latents)`, which computes the next latents with either scheduler."""
         timesteps, clean = scheduler.timesteps, None
 
         def step(prediction: torch.Tensor, index: int, latents: torch.Tensor) -> torch.Tensor:
@@ -375,12 +377,12 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, output_type: str = "np"):
-        """Latents `(B, f, C, h, w)`, padding included, to frames, two latent frames at a time.
+        """Decodes latents `(B, f, C, h, w)`, including padding, to frames, two latent frames at a time.
 
-        `output_type="uint8"` gives a `np.ndarray` of shape `(B, F, H, W, 3)`.
+        `output_type="uint8"` returns a `np.ndarray` of shape `(B, F, H, W, 3)`.
         """
         check_latents(latents, (None, None, self.vae.config.latent_channels, None, None))
-        # A video has an odd number of latents, a first one and pairs: as much padding as that first one alone.
+        # A video has an odd number of latent frames: one and pairs. So its padding is that of one latent frame.
         latents = latents[:, num_padding_frames(1, self.transformer.patch_size_t) :]
         latents = latents.to(get_module_execution_device(self.vae), dtype=self.vae.dtype)
         latents = 1 / self.vae_scaling_factor_image * latents.permute(0, 2, 1, 3, 4)
@@ -432,18 +434,19 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
         r"""Generates videos. Arguments are those of [`FactorizedVideoPipeline.__call__`], except for these:
 
         Args:
-            num_frames (`int`, *optional*): 8k + 1. CogVideoX 1.5 is trained on 16k + 1.
-            use_dynamic_cfg (`bool`, *optional*): lets guidance change from step to step, see [`dynamic_guidance`].
-            latents (`torch.Tensor` of shape `(B, f, C, h, w)`, *optional*): unit Gaussian start, padding included.
-            output_type (`str`, *optional*): `"latent"` gives `(B, f, C, h, w)`, padding included.
-            preset (`str`, *optional*): a name in `pipe.presets`. Left out: the preset that `pipe.scheduler` belongs to; a
-                scheduler of your own runs as it is, with 50 steps and guidance 6 unless given.
+            num_frames (`int`, *optional*): 8k + 1. CogVideoX 1.5 was trained on 16k + 1.
+            use_dynamic_cfg (`bool`, *optional*): whether guidance changes from step to step, see [`dynamic_guidance`].
+            latents (`torch.Tensor` of shape `(B, f, C, h, w)`, *optional*): initial unit Gaussian noise, including padding.
+            output_type (`str`, *optional*): `"latent"` returns `(B, f, C, h, w)`, including padding.
+            preset (`str`, *optional*): a name in `pipe.presets`. When left out, the preset that matches `pipe.scheduler`; a
+                scheduler that matches none is used as it is, with 50 steps and guidance 6 unless given.
 
         Returns:
             [`FactorizedVideoPipelineOutput`] or `tuple`.
 
         Raises:
-            `ValueError`: bad input, before any model runs.
+            `ValueError`: an argument is not valid; raised before any model runs.
+            `FloatingPointError`: a stage gave values that are not finite.
         """
         request = self._request(locals())
         moments = images = candidates = None
@@ -462,10 +465,10 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
 
 
 def dynamic_guidance(guidance_scale: float, timestep: float, num_inference_steps: int) -> float:
-    """CogVideoX's dynamic guidance, `1 + scale * (1 - cos(pi * ((n - t) / n)^5)) / 2`, as its own code and diffusers have it.
+    """Returns CogVideoX's dynamic guidance, `1 + scale * (1 - cos(pi * ((n - t) / n)^5)) / 2`, as its code and diffusers do.
 
-    `t` is a time up to 999 and `n` the number of steps, so that guidance jumps between 1 and `1 + scale` until the last
-    steps. Its authors kept the wave for what it does to exposure (zai-org/CogVideo issue 267).
+    `t` is a timestep up to 999 and `n` the number of steps, so guidance jumps between 1 and `1 + scale` until the last steps.
+    The authors of CogVideoX kept this for its effect on exposure (zai-org/CogVideo issue 267).
     """
     progress = (num_inference_steps - timestep) / num_inference_steps
     return 1 + guidance_scale * (1 - math.cos(math.pi * progress**5.0)) / 2

@@ -1,7 +1,7 @@
 """Factorized-Dreamer (arXiv 2408.10119): prompt -> first-frame and motion captions -> first frame -> video.
 
-The second system: an image UNet with temporal layers ([`dreamer.unet`]) animates the first frame after a text of its own, the
-motion caption. Stages 1 and 2 are those of [`FactorizedVideoPipeline`].
+In stage 3, an image UNet with temporal layers ([`dreamer.unet`]) animates the first frame from a separate text, the motion
+caption. Stages 1 and 2 are those of [`FactorizedVideoPipeline`].
 """
 
 from __future__ import annotations
@@ -56,22 +56,22 @@ class FactorizedDreamerPipeline(
     Text encoding and LoRA loading are those of [`~diffusers.StableDiffusionPipeline`].
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): of `text_encoder`.
-        text_encoder (`CLIPTextModel`): the image UNet's.
+        tokenizer (`PreTrainedTokenizerBase`): tokenizer of `text_encoder`.
+        text_encoder (`CLIPTextModel`): text encoder of the image UNet.
         unet (`FactorizedDreamerUNet`): the video model.
-        vae (`AutoencoderKL`): the image UNet's.
-        scheduler (`SchedulerMixin`): used when no preset is asked for.
-        tokenizer_2, text_encoder_2 (*optional*): T5 of the motion's text; needed where the UNet has `motion_embed_dim`.
-        image_encoder (`CLIPVisionModelWithProjection`, *optional*): needed where the UNet has a `t2i_adapter`.
+        vae (`AutoencoderKL`): VAE of the image UNet.
+        scheduler (`SchedulerMixin`): used when a call has no preset.
+        tokenizer_2, text_encoder_2 (*optional*): T5 for the motion caption; needed if the UNet has `motion_embed_dim`.
+        image_encoder (`CLIPVisionModelWithProjection`, *optional*): needed if the UNet has a `t2i_adapter`.
         rewriter (`FirstFrameRewriter`, *optional*): stage 1; not needed when `first_frame_prompt` or `image` is given.
         composer (`AnchorComposer`, *optional*): stage 2; not needed when `image` or `anchors` is given.
-        anchor_judge (`AnchorJudge`, *optional*): chooses among several pictures of stage 2.
-        schedulers (`SchedulerPresets`, *optional*): what `preset=` selects from; `DREAMER_PRESETS` when absent.
-        call_defaults (`dict`, *optional*): `height`, `width`, `num_frames`, `frame_rate`, `max_sequence_length` and
-            `negative_prompt` of the model, used where a call leaves them out.
+        anchor_judge (`AnchorJudge`, *optional*): chooses among several images of stage 2.
+        schedulers (`SchedulerPresets`, *optional*): presets for `preset=`; `DREAMER_PRESETS` when left out.
+        call_defaults (`dict`, *optional*): defaults of `height`, `width`, `num_frames`, `frame_rate`, `max_sequence_length`
+            and `negative_prompt` in calls.
 
     Raises:
-        `ValueError`: a component that is missing or does not fit the UNet.
+        `ValueError`: a component is missing or does not fit the UNet.
     """
 
     model_cpu_offload_seq = "rewriter->anchor_judge->composer->text_encoder->text_encoder_2->image_encoder->unet->vae"
@@ -84,9 +84,9 @@ class FactorizedDreamerPipeline(
     }
     default_presets = DREAMER_PRESETS
     own_guidance_scale = 7.5
-    # 512 pixels and 16 frames are the paper's, 8 frames per second those of Emu Video's, arXiv 2311.10709.
+    # 512 pixels and 16 frames are from the paper, 8 frames per second from Emu Video, arXiv 2311.10709.
     default_call = {"height": 512, "width": 512, "num_frames": 16, "frame_rate": 8, "max_sequence_length": 77}
-    # A frame is a latent.
+    # The VAE encodes each frame as one latent frame.
     vae_scale_factor_temporal = 1
     pipeline_shim = "from diffusers_fvg import FactorizedDreamerPipeline  # noqa: F401\n"
 
@@ -128,7 +128,7 @@ class FactorizedDreamerPipeline(
 
     @property
     def transformer(self) -> FactorizedDreamerUNet:
-        """The video model, as the shared stages call it."""
+        """The video model, under the name that the shared stages use."""
         return self.unet
 
     @property
@@ -143,7 +143,7 @@ class FactorizedDreamerPipeline(
     def num_timesteps(self) -> int:
         return self._num_timesteps
 
-    # -- what FactorizedStages asks of a model ------------------------------------------------------------------------
+    # -- methods that FactorizedStages requires -----------------------------------------------------------------------
 
     def _frame_step(self) -> int:
         return 1
@@ -154,7 +154,7 @@ class FactorizedDreamerPipeline(
 
     def _check_own(self, request: VideoRequest) -> None:
         if request.mode == "storyboard":
-            raise ValueError('This model takes a first frame only: `mode="storyboard"` is not for it.')
+            raise ValueError('This model takes a first frame only and does not support `mode="storyboard"`.')
         config = self.unet.config
         for name in ("prompt_embeds", "negative_prompt_embeds"):
             pair = getattr(request, name), getattr(request, f"{name}_2")
@@ -164,13 +164,13 @@ class FactorizedDreamerPipeline(
         sampling = request.sampling(self)
         scheduler = type(self.scheduler).__name__ if sampling is None else sampling.scheduler_class
         if scheduler == "CogVideoXDPMScheduler":
-            raise ValueError(f"{scheduler} steps in a way of its own; use CogVideoXDDIMScheduler or DDIMScheduler.")
+            raise ValueError(f"{scheduler} has a different `step`; use CogVideoXDDIMScheduler or DDIMScheduler.")
 
     def _anchor_resolver(self) -> AnchorResolver:
         return partial(resolve_first_frame, unet_config=self.unet.config)
 
     def _windows(self, num_frames: int) -> tuple[int, int]:
-        """Number of windows and frames of each. Every window after the first repeats the last frame of the one before."""
+        """Returns the number of windows and the frames of each. Later windows repeat the last frame of the previous one."""
         length = self.unet.config.num_frames
         return (1, num_frames) if num_frames <= length else (math.ceil((num_frames - 1) / (length - 1)), length)
 
@@ -186,12 +186,12 @@ class FactorizedDreamerPipeline(
     # -- stage 3 ------------------------------------------------------------------------------------------------------
 
     def encode_anchors(self, anchors: list[list[Anchor]], height: int, width: int) -> dict[str, torch.Tensor]:
-        """What the UNet is told of the first frame of each video, given one list of at most one anchor for each.
+        """Returns the UNet's inputs for the first frames, from one list with at most one anchor for each video.
 
         Returns:
-            `dict`: arguments of the UNet: `image_mask`, and those that its designs take of `image_latents` and `image_embeds`.
+            `dict`: arguments of the UNet: `image_mask`, and `image_latents` and `image_embeds` if its config uses them.
         """
-        # Videos of one prompt share their picture: each is encoded once.
+        # Videos of one prompt share their image, so each image is encoded once.
         pictures = {id(anchor.image): anchor.image for video in anchors for anchor in video}
         pixels = torch.stack([crop_and_resize(image, height, width) for image in pictures.values()])
         device = self._execution_device
@@ -202,14 +202,14 @@ class FactorizedDreamerPipeline(
         return conditions | {"image_mask": torch.tensor([float(bool(video)) for video in anchors], device=device)}
 
     def _next_anchor(self, latents: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The last frame as the anchor of the next window. Its latents are not decoded and encoded again, which would blur."""
+        """Makes the last frame the anchor of the next window. Its latents are reused: encoding it again would blur it."""
         last = latents[:, :, -1]
         pixels = decode_latents(self.vae, last.to(get_module_execution_device(self.vae)))
         conditions = image_conditions(self.unet.config, self.vae, self.image_encoder, pixels, last)
         return {name: value.to(last.device) for name, value in conditions.items()}
 
     def encode_motion(self, texts: list[str], max_sequence_length: int) -> torch.Tensor | None:
-        """T5 tokens of the motion's text, `(B, max_sequence_length, motion_embed_dim)`, or `None` for a UNet without."""
+        """Returns T5 embeddings of motion captions, `(B, max_sequence_length, motion_embed_dim)`; `None` if not used."""
         if self.unet.config.motion_embed_dim is None:
             return None
         device = self._execution_device
@@ -243,14 +243,14 @@ class FactorizedDreamerPipeline(
         preset: str | None = None,
         fps: float | None = None,
     ):
-        """Stage 3: makes a video of each prompt that begins with its anchor; plain text-to-video without any.
+        """Stage 3: generates a video of each prompt that starts with its anchor; without anchors, plain text-to-video.
 
         Args:
-            prompts (`str` or `list[str]`, *optional*): captions of the motion; or give `prompt_embeds`.
+            prompts (`str` or `list[str]`, *optional*): motion captions; or give `prompt_embeds`.
             anchors (`Anchor`, `list[Anchor]` or `list[list[Anchor]]`, *optional*): one list for all videos, one per prompt,
-                or one per video, with one anchor at frame 0 in each.
+                or one per video, each with one anchor at frame 0.
 
-        The other arguments are those of `__call__`. Returns the frames alone.
+        The other arguments are those of `__call__`. Returns only the frames.
         """
         request = self._request(locals())
         with self._running():
@@ -263,7 +263,7 @@ class FactorizedDreamerPipeline(
         with self._running() as progress:
             request.check_safety(self.safety_checker)
             self._guidance_scale, _ = request.guidance(self)
-            # A seed means the same noise with and without anchors: it is drawn before they are encoded.
+            # Noise is drawn before anchors are encoded, so that a seed gives the same noise with and without anchors.
             with progress.stage("encode"):
                 device, latents = self._execution_device, request.latents
                 texts = self._encode_texts(request, device)
@@ -283,7 +283,7 @@ class FactorizedDreamerPipeline(
                 return self.decode(latents, request.output_type), []
 
     def _encode_texts(self, request: VideoRequest, device: torch.device) -> dict[str, torch.Tensor | None]:
-        """What the UNet reads, one for each video: CLIP's `prompt_embeds` and T5's `prompt_embeds_2`, and both negative."""
+        """Returns the embeddings for each video: CLIP's `prompt_embeds`, T5's `prompt_embeds_2`, and both negative ones."""
         texts = request.motion_prompt or request.prompt
         guided, length = self._guidance_scale > 1, request.max_sequence_length
         motion, unguided = request.prompt_embeds_2, request.negative_prompt_embeds_2
@@ -292,7 +292,7 @@ class FactorizedDreamerPipeline(
         if unguided is None and guided:
             unguided = self.encode_motion(request.negative_prompt or [""] * request.num_prompts, length)
         adapters = AdapterScales(self.text_encoder, (request.attention_kwargs or {}).get("scale", 1.0))
-        # A fast tokenizer keeps padding and truncation of its last call.
+        # A fast tokenizer stores padding and truncation of its last call, so only one thread may use it.
         with exclusive(self.tokenizer, self.text_encoder), adapters.applied():
             embeds = self.encode_prompt(
                 texts,
@@ -318,7 +318,7 @@ class FactorizedDreamerPipeline(
         texts: dict[str, torch.Tensor | None],
         conditions: dict[str, torch.Tensor],
     ) -> torch.Tensor:
-        """The sampling loop, window after window, from noise to clean latents `(B, C, F, h, w)`."""
+        """Runs the sampling loop of one window after the other, from noise to clean latents `(B, C, F, h, w)`."""
         num_windows, window_length = self._windows(request.num_frames)
         noise, made = latents.split(window_length, dim=2), []
         steps = request.steps(self)
@@ -340,7 +340,7 @@ class FactorizedDreamerPipeline(
                     )
                     stop_unless_finite("denoise", latents, self.unet.dtype, f"step {i + 1} of {self._num_timesteps}")
                     report(i + 1, self._num_timesteps)
-                # Its first frame is the last one of the window before.
+                # The first frame of a later window is the last frame of the previous one.
                 made.append(latents if window == 0 else latents[:, :, 1:])
                 if self.interrupt:
                     break
@@ -351,12 +351,12 @@ class FactorizedDreamerPipeline(
     def _predictor(
         self, request: VideoRequest, num_videos: int, conditions: dict[str, torch.Tensor]
     ) -> Callable[..., torch.Tensor]:
-        """`predict(sample, t, texts)` in one window: the guided prediction. Guidance is to text alone: the image stays."""
+        """Returns `predict(sample, t, texts)` for one window: the prediction with guidance by the text (not the image)."""
         fps = request.fps
         if self.unet.config.fps_conditioning:
             fps = self.call_defaults["frame_rate"] if fps is None else fps
             fps = torch.full((num_videos,), float(fps), device=self._execution_device)
-        # What image and text are to the layers stays the same from step to step.
+        # The layers' projections of image and text do not change between steps, so they are cached.
         options = {"fps": fps, "image_cache": {}, "return_dict": False, **conditions}
         options["cross_attention_kwargs"] = without_scale(request.attention_kwargs)
         caches: dict[str, dict] = {"": {}, "negative_": {}}
@@ -385,7 +385,7 @@ class FactorizedDreamerPipeline(
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, output_type: str = "np"):
-        """Latents `(B, C, F, h, w)` to frames."""
+        """Decodes latents `(B, C, F, h, w)` to frames."""
         check_output_type(output_type)
         check_latents(latents, (None, self.vae.config.latent_channels, None, None, None))
         frames = latents.transpose(1, 2).flatten(0, 1).to(get_module_execution_device(self.vae))
@@ -440,29 +440,31 @@ class FactorizedDreamerPipeline(
         r"""Generates videos. Arguments are those of [`FactorizedVideoPipeline.__call__`], except for these:
 
         Args:
-            num_frames (`int`, *optional*): any number. More than the UNet's `num_frames` are made in windows, each anchored at
-                the last frame of the one before; what the last window makes past the end is left out.
-            guidance_rescale (`float`): how far the guided prediction is brought back to the spread of the unguided one
-                (arXiv 2305.08891, section 3.4). Guidance is to text alone: the image stays in both branches.
-            latents (`torch.Tensor` of shape `(B, C, F, h, w)`, *optional*): unit Gaussian start; all windows' one after the
-                other, each with all of its frames.
-            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): CLIP's.
-            prompt_embeds_2, negative_prompt_embeds_2 (`torch.Tensor`, *optional*): T5's, zero where padded.
-            output_type (`str`, *optional*): `"latent"` gives `(B, C, F, h, w)`.
-            preset (`str`, *optional*): a name in `pipe.presets`. Left out: the preset that `pipe.scheduler` belongs to; a
-                scheduler of your own runs as it is, with 50 steps and guidance 7.5 unless given.
-            mode (`str`): `"direct"` makes a video without a first frame, which the UNet knows from dropped images.
-            motion_prompt (`str` or `list[str]`, *optional*): captions of the motion, which the video model follows. Left out:
-                the rewriter's when it also writes the first frame's, else `prompt` itself.
-            anchors (*optional*): one at frame 0 for each video, of strength 1.
-            fps (`float`, *optional*): frames per second that the motion is made for, where the UNet has `fps_conditioning`;
-                `frame_rate` of the call defaults when left out.
+            num_frames (`int`, *optional*): any number. More frames than the UNet's `num_frames` are generated in windows, each
+                anchored at the last frame of the previous one; surplus frames of the last window are dropped.
+            guidance_rescale (`float`): in [0, 1], how far the standard deviation of the guided prediction is rescaled to that
+                of the conditional one (arXiv 2305.08891, section 3.4). Guidance is by the text only: both predictions get the
+                image.
+            latents (`torch.Tensor` of shape `(B, C, F, h, w)`, *optional*): initial unit Gaussian noise; the noise of all
+                windows one after the other, each with all of its frames.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor`, *optional*): CLIP embeddings.
+            prompt_embeds_2, negative_prompt_embeds_2 (`torch.Tensor`, *optional*): T5 embeddings, zero at padding.
+            output_type (`str`, *optional*): `"latent"` returns `(B, C, F, h, w)`.
+            preset (`str`, *optional*): a name in `pipe.presets`. When left out, the preset that matches `pipe.scheduler`; a
+                scheduler that matches none is used as it is, with 50 steps and guidance 7.5 unless given.
+            mode (`str`): `"direct"` generates a video without a first frame; the UNet was trained with dropped images.
+            motion_prompt (`str` or `list[str]`, *optional*): motion captions, which the video model follows. When left out,
+                the rewriter writes them if it also writes the first-frame captions; otherwise `prompt` is used.
+            anchors (*optional*): one anchor at frame 0 for each video, with strength 1.
+            fps (`float`, *optional*): frame rate of the motion, for a UNet with `fps_conditioning`; `frame_rate` of the call
+                defaults when left out.
 
         Returns:
             [`FactorizedDreamerPipelineOutput`] or `tuple`.
 
         Raises:
-            `ValueError`: bad input, before any model runs.
+            `ValueError`: an argument is not valid; raised before any model runs.
+            `FloatingPointError`: a stage gave values that are not finite.
         """
         request = self._request(locals())
         moments = images = candidates = None

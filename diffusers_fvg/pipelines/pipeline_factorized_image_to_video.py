@@ -41,27 +41,27 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
     pipeline of diffusers animates it. Each stage is a public method that returns plain data: [`rewrite`], [`compose`],
     [`animate`].
 
-    With `image=` each video is what the animator's own pipeline makes of that picture. What its family takes beside a first
-    frame, and its rules of sizes, lengths and guidance, are in the table of [`~animate.families`]; what it does not take is
-    refused before a model runs.
+    With `image=`, each video equals that of the image-to-video pipeline called alone with the image. The table in
+    [`~animate.families`] lists which anchors other than a first frame each family supports, and its rules for sizes, lengths
+    and guidance; unsupported arguments are refused before a model runs.
 
     Args:
-        animator (`AnchorAnimator`): stage 3. An image-to-video pipeline, or the name of one, will do.
+        animator (`AnchorAnimator`): stage 3; may also be an image-to-video pipeline or its name.
         rewriter (`FirstFrameRewriter`, *optional*): stage 1; not needed when `first_frame_prompt` or `image` is given.
         composer (`AnchorComposer`, *optional*): stage 2; not needed when `image` or `anchors` is given.
-        anchor_judge (`AnchorJudge`, *optional*): chooses among several pictures of stage 2.
-        schedulers (`SchedulerPresets`, *optional*): what `preset=` selects from; [`AnchorAnimator.presets`] when absent.
-        call_defaults (`dict`, *optional*): `height`, `width`, `num_frames`, `frame_rate`, `max_sequence_length` and
-            `negative_prompt`, used where a call leaves them out; the animator's own when absent.
+        anchor_judge (`AnchorJudge`, *optional*): chooses among several images of stage 2.
+        schedulers (`SchedulerPresets`, *optional*): presets for `preset=`; [`AnchorAnimator.presets`] when left out.
+        call_defaults (`dict`, *optional*): defaults of `height`, `width`, `num_frames`, `frame_rate`, `max_sequence_length`
+            and `negative_prompt` in calls; the animator's own when left out.
 
     Raises:
-        `ValueError`: a component that does not fit.
+        `ValueError`: a component does not fit.
     """
 
     model_cpu_offload_seq = "rewriter->anchor_judge->composer->animator"
     _optional_components = ["rewriter", "composer", "anchor_judge", "schedulers"]
     pipeline_shim = "from diffusers_fvg import FactorizedImageToVideoPipeline  # noqa: F401\n"
-    # No model in the table of `models.py` is animated by this pipeline, and what the animator does by itself is its own call.
+    # This pipeline uses no model of the table in `models.py`; without a preset, the animator uses its own scheduler.
     facts, matches_presets, own_min_motion = None, False, MIN_MOTION
 
     @with_optional_components
@@ -80,11 +80,12 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
-        """Loads a repository of this class, or makes a pipeline around a stock image-to-video pipeline's repository.
+        """Loads a repository of this class, or of a stock image-to-video pipeline, which becomes the animator.
 
         Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a repository on the Hub.
-            kwargs: of [`~diffusers.DiffusionPipeline.from_pretrained`]; components and settings of this class among them.
+            pretrained_model_name_or_path (`str` or `os.PathLike`): a folder or a Hub repository.
+            kwargs: arguments of [`~diffusers.DiffusionPipeline.from_pretrained`], including components and settings of this
+                class.
         """
         hub = {name: kwargs[name] for name in (*HUB_ARGUMENTS, "revision") if name in kwargs}
         if "animator" in kwargs or "animator" in cls.load_config(pretrained_model_name_or_path, **hub):
@@ -94,10 +95,12 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> Self:
-        """Makes a pipeline around an image-to-video pipeline, or of the components of another of this class, without a copy.
+        """Makes a pipeline from an image-to-video pipeline, or from the components of another pipeline of this class.
+
+        Nothing is copied.
 
         Args:
-            pipeline (`DiffusionPipeline`): becomes the animator. It keeps working, with its progress bar switched off.
+            pipeline (`DiffusionPipeline`): becomes the animator. It can still be used, but its progress bar is switched off.
             kwargs: components and settings of this class.
         """
         if isinstance(pipeline, FactorizedStages):
@@ -113,20 +116,20 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
 
     @property
     def scheduler(self) -> SchedulerMixin:
-        """The animator's."""
+        """Scheduler of the animator."""
         return self.animator.pipeline.scheduler
 
     @property
     def vae(self) -> torch.nn.Module | None:
-        """The animator's."""
+        """VAE of the animator."""
         return getattr(self.animator.pipeline, "vae", None)
 
     @property
-    def own_guidance_scale(self) -> float | None:  # type: ignore[override]  # Nobody sets it; `None` where nothing guides.
+    def own_guidance_scale(self) -> float | None:  # type: ignore[override]  # Never set; `None` without guidance.
         return self.animator.guidance_scale
 
     @property
-    def own_num_inference_steps(self) -> int:  # type: ignore[override]  # Nobody sets it.
+    def own_num_inference_steps(self) -> int:  # type: ignore[override]  # Never set.
         return self.animator.num_inference_steps
 
     def _experts(self) -> dict[str, torch.nn.Module]:
@@ -137,7 +140,7 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
         return getattr(self.animator.pipeline, "_callback_tensor_inputs", ["latents"])
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
-        """Brings each model to the device when it runs: the animator's one after the other, as in its own pipeline."""
+        """Moves each model to the device when it runs, including each model of the animator, as in its own pipeline."""
         animator = self.animator
         self.__dict__["animator"] = None
         try:
@@ -146,7 +149,7 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
             self.__dict__["animator"] = animator
         animator.pipeline.enable_model_cpu_offload(device=self._offload_device)
 
-    # -- what FactorizedStages asks of a model ------------------------------------------------------------------------
+    # -- methods that FactorizedStages requires -----------------------------------------------------------------------
 
     @property
     def presets(self) -> SchedulerPresets:
@@ -154,7 +157,7 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
 
     @property
     def call_defaults(self) -> dict[str, Any]:
-        # The frame rate is that of files, for a family that names none.
+        # 24 is the frame rate of files for a family without its own.
         return {
             "frame_rate": 24,
             **signature_defaults(self.animator.pipeline),
@@ -172,12 +175,12 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
         fitting = fitting_size(pipeline, height, width)
         if fitting != (height, width):
             raise ValueError(
-                f"`height={height}`, `width={width}`: {family.name} takes its size from the picture's shape; for this shape use "
-                f"`height={fitting[0]}`, `width={fitting[1]}`."
+                f"`height={height}`, `width={width}`: {family.name} derives its size from the image's aspect ratio; for this "
+                f"ratio use `height={fitting[0]}`, `width={fitting[1]}`."
             )
 
     def _latents_shape(self, num_videos: int, num_frames: int, height: int, width: int) -> tuple[int, ...]:
-        # Families have forms of their own, and no call takes `latents`.
+        # The shape depends on the family, and the call has no `latents`.
         return ()
 
     def _anchor_resolver(self) -> AnchorResolver:
@@ -188,12 +191,12 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
         first, others = request.generator, request.num_videos - 1
         if not isinstance(first, torch.Generator) or not others:
             return request
-        # Videos are made one after the other, and a record gives each its own: those after the first get seeds of its.
+        # Videos are generated one at a time, and each record has its own seed: later videos get seeds derived from the first.
         seeds = anchor_seeds(first, others)
         return replace(request, generator=[first, *(torch.Generator().manual_seed(seed) for seed in seeds)])
 
     def _warn_unguided(self, request: VideoRequest) -> None:
-        # What guides beside the scale may read it.
+        # Guidance other than `guidance_scale` may use the negative prompt.
         if not self.animator.family.unguided or (request.preset and self.presets[request.preset].weights):
             super()._warn_unguided(request)
 
@@ -206,7 +209,9 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
                 f'{family.name} needs a first and a last frame: use `mode="storyboard"`, which draws both, or give `anchors`.'
             )
         if request.callback_on_step_end is not None and "callback_on_step_end" not in call_arguments(pipeline):
-            raise ValueError(f"`callback_on_step_end`: {family.name} calls none; use `callback_on_stage_step`.")
+            raise ValueError(
+                f"`callback_on_step_end`: {family.name} does not support it; use `callback_on_stage_step`."
+            )
         direct = request.anchors is None and request.image is None and not request.draws_anchors
         arguments = self._arguments(request, request.negative_prompt)
         self.animator.check_call(arguments, request.num_frames, request.sampling(self), direct)
@@ -214,7 +219,7 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
     def _check_storyboard(self, request: VideoRequest) -> None:
         family = self.animator.family
         if family.frames == "first":
-            raise ValueError(f'{family.name} takes a first frame only: `mode="storyboard"` is not for it.')
+            raise ValueError(f'{family.name} takes a first frame only and does not support `mode="storyboard"`.')
         if family.frames == "any":
             return
         if request.storyboard is None and request.num_moments > 2:
@@ -267,14 +272,14 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
         preset: str | None = None,
         anchor_decode: str = "raw",
     ):
-        """Stage 3: makes a video of each prompt that passes through its anchors.
+        """Stage 3: generates a video of each prompt that contains its anchors.
 
         Args:
-            prompts (`str` or `list[str]`): what should happen.
+            prompts (`str` or `list[str]`): descriptions of the videos.
             anchors (`Anchor`, `list[Anchor]` or `list[list[Anchor]]`, *optional*): one list for all videos, one per
                 prompt, or one per video.
 
-        The other arguments are those of `__call__`. Returns the frames alone.
+        The other arguments are those of `__call__`. Returns only the frames.
         """
         request = self._request(locals())
         with self._running():
@@ -314,7 +319,7 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
             return frames, audio
 
     def _arguments(self, request: VideoRequest, negative_prompt: list[str] | None = None) -> dict[str, Any]:
-        """Arguments of the animator's calls that the request holds for all videos."""
+        """Returns the arguments of the animator's calls that are the same for all videos of the request."""
         names = (
             "num_inference_steps",
             "guidance_scale",
@@ -328,7 +333,9 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
             name for name in given.keys() & (request.animator_kwargs or {}).keys() if given[name] is not None
         )
         if both:
-            raise ValueError(f"`animator_kwargs` holds {both}, which the call has as well; give it once.")
+            raise ValueError(
+                f"`animator_kwargs` holds {both}, which are also given as arguments of the call; give them once."
+            )
         return given | (request.animator_kwargs or {})
 
     # -- all of it ----------------------------------------------------------------------------------------------------
@@ -375,52 +382,56 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
         r"""Generates videos.
 
         Args:
-            prompt (`str` or `list[str]`): what should happen.
+            prompt (`str` or `list[str]`): descriptions of the videos.
             negative_prompt (`str` or `list[str]`, *optional*): for the video model.
-            height, width (`int`, *optional*): pixels, multiples that the family's table names; the animator's own when left out.
-            num_frames (`int`, *optional*): of the family's rule, mostly 4k + 1 or 8k + 1; the animator's own when left out.
-            fps (`float`, *optional*): frame rate that the video model is told, where it takes one.
-            num_inference_steps (`int`, *optional*): steps of the video model; the animator's or the preset's when left out.
-            guidance_scale (`float`, *optional*): goes to what guides the family: `guidance_scale`, `true_cfg_scale`,
-                `max_guidance_scale` or its guider.
-            guidance_scale_2 (`float`, *optional*): of the low-noise expert.
-            num_videos_per_prompt (`int`, *optional*): each video gets an anchor of its own.
-            generator (`torch.Generator`, its seed, or a list with one per video, *optional*): the anchor's seed is derived from its state
-                without using it up. Of a single one the first video is made, and the others of seeds that are derived from it.
-            output_type (`str`, *optional*): `"np"`, `"uint8"`, `"pt"`, `"pil"` or `"latent"`, whose form is the family's.
-            return_dict (`bool`, *optional*): `False` gives a tuple in the order of the output's fields.
-            attention_kwargs (`dict`, *optional*): passed on to the transformer.
-            animator_kwargs (`dict`, *optional*): other arguments of the call of the animator's pipeline, by its names for them.
-            callback_on_step_end (`Callable`, *optional*): as in every diffusers pipeline, after each video step, with the
-                animator's pipeline as its first argument.
-            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): what the animator's pipeline has.
-            max_sequence_length (`int`, *optional*): text tokens of the video model.
-            preset (`str`, *optional*): a name in `pipe.presets`. Left out: the animator's own scheduler.
-            mode (`str`, *optional*): `"factorized"`; `"direct"` for text-to-video, where the family makes it with the same
-                weights; `"storyboard"` to write and draw several moments and anchor all, where it takes more than a first frame.
-            first_frame_prompt (`str` or `list[str]`, *optional*): skips stage 1.
-            motion_prompt (`str` or `list[str]`, *optional*): what the video model reads in place of `prompt`.
-            image (PIL image, array or tensor, or a list with one per prompt, *optional*): skips stages 1 and 2; the same
-                as `anchors=[Anchor(image)]`.
-            anchors (`Anchor` or lists of them, *optional*): skips stages 1 and 2; see [`animate`].
+            height, width (`int`, *optional*): in pixels, multiples of the family's number; the animator's when left out.
+            num_frames (`int`, *optional*): mostly 4k + 1 or 8k + 1, by the family's rule; the animator's when left out.
+            fps (`float`, *optional*): frame rate that is passed to the video model, if it has such an input.
+            num_inference_steps (`int`, *optional*): steps of the video model; the preset's or animator's when left out.
+            guidance_scale (`float`, *optional*): passed under the name that the family uses for guidance: `guidance_scale`,
+                `true_cfg_scale`, `max_guidance_scale` or its guider.
+            guidance_scale_2 (`float`, *optional*): guidance of the low-noise expert.
+            num_videos_per_prompt (`int`, *optional*): each video gets its own anchor.
+            generator (`torch.Generator`, its seed, or a list with one per video, *optional*): the anchor's seed is drawn from
+                a copy of its state. A single generator is used for the first video; the others get seeds derived from it.
+            output_type (`str`, *optional*): `"np"`, `"uint8"`, `"pt"`, `"pil"` or `"latent"` (whose shape depends on the
+                family).
+            return_dict (`bool`, *optional*): `False` returns a tuple in the order of the output's fields.
+            attention_kwargs (`dict`, *optional*): arguments for the transformer's attention.
+            animator_kwargs (`dict`, *optional*): other arguments of the animator's pipeline, under its own names.
+            callback_on_step_end (`Callable`, *optional*): called after each video step, as in every diffusers pipeline, with
+                the animator's pipeline as its first argument.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): names that the animator's pipeline supports.
+            max_sequence_length (`int`, *optional*): largest number of text tokens of the video model.
+            preset (`str`, *optional*): a name in `pipe.presets`; the animator's own scheduler when left out.
+            mode (`str`, *optional*): `"factorized"`; `"direct"` for text-to-video, if the family supports it with the same
+                weights; `"storyboard"` to write, draw and anchor several moments, if it supports more than a first frame.
+            first_frame_prompt (`str` or `list[str]`, *optional*): captions of the first frames; skips stage 1.
+            motion_prompt (`str` or `list[str]`, *optional*): texts for the video model instead of `prompt`.
+            image (PIL image, array or tensor, or a list with one per prompt, *optional*): first frames; skips stages 1 and 2;
+                the same as `anchors=[Anchor(image)]`.
+            anchors (`Anchor` or lists of them, *optional*): given frames; skips stages 1 and 2; see [`animate`].
             anchor_decode (`str`, *optional*): `"raw"`, `"match"` or `"replace"`; see [`FactorizedVideoPipeline`].
             storyboard (`list[Moment]` or one list per prompt, *optional*): with `mode="storyboard"`, skips stage 1.
-            num_moments (`int`, *optional*): with `mode="storyboard"`, the most that stage 1 writes.
-            rewriter_max_new_tokens (`int`, *optional*): stage 1.
-            rewriter_motion (`bool`): stage 1 also writes `motion_prompt`: what happens, by the names of the first frame.
-            composer_num_inference_steps, composer_guidance_scale, composer_negative_prompt (*optional*): stage 2.
-            composer_num_candidates (`int`, *optional*): the most pictures drawn for a video, of which `anchor_judge` chooses.
-            motion_retries (`int`): how often a video that moves less than the preset's `min_motion`, or than 2 % without a preset,
-                is made again by another seed.
+            num_moments (`int`, *optional*): with `mode="storyboard"`, the largest number of moments that stage 1 writes.
+            rewriter_max_new_tokens (`int`, *optional*): token limit of stage 1's answer.
+            rewriter_motion (`bool`): whether stage 1 also writes `motion_prompt`, a caption of the motion that uses the names
+                in the first-frame caption.
+            composer_num_inference_steps, composer_guidance_scale, composer_negative_prompt (*optional*): arguments of stage 2.
+            composer_num_candidates (`int`, *optional*): largest number of images drawn for a video, from which
+                `anchor_judge` chooses.
+            motion_retries (`int`): how often a video with less motion than the preset's `min_motion`, or than 2 % without a
+                preset, is generated again with another seed.
             callback_on_stage_step (`Callable`, *optional*): `callback(pipe, stage, step, steps)` after each step of each
-                stage. Setting `pipe._interrupt = True` in it, or in the other callback, stops the run: the video under way is
-                decoded as it is, where its pipeline can be interrupted, and those after it are left out.
+                stage. Setting `pipe._interrupt = True` in either callback stops the call: the current video is decoded as it
+                is, if its pipeline can be interrupted, and later videos are left out.
 
         Returns:
             [`FactorizedImageToVideoPipelineOutput`] or `tuple`.
 
         Raises:
-            `ValueError`: bad input, or what the animator's family cannot do, before any model runs.
+            `ValueError`: an argument is not valid, or the animator's family does not support it; raised before any model runs.
+            `FloatingPointError`: a stage gave values that are not finite.
         """
         request = self._request(locals())
         moments = images = candidates = None

@@ -39,7 +39,7 @@ from .stages import FactorizedStages
 
 logger = logging.get_logger(__name__)
 
-# Used where neither the call nor the repository says: Wan2.2-TI2V-5B's own size and length.
+# Used if neither the call nor the repository sets them: size and length of Wan2.2-TI2V-5B.
 WAN_CALL_DEFAULTS = {"height": 704, "width": 1280, "num_frames": 121, "frame_rate": 24, "max_sequence_length": 512}
 
 
@@ -47,33 +47,35 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
     r"""Text to video in three stages: an LLM describes the first frame, a text-to-image model draws it, a video model
     animates it. Each stage is a public method that returns plain data: [`rewrite`], [`compose`], [`animate`].
 
-    Text encoding, LoRA loading and the no-anchor path are those of [`~diffusers.WanPipeline`].
+    Text encoding and generation without anchors are those of [`~diffusers.WanPipeline`]; `load_lora_weights` calls
+    [`load_lora`].
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): of the video model's text encoder.
+        tokenizer (`PreTrainedTokenizerBase`): tokenizer of the video model's text encoder.
         text_encoder (`UMT5EncoderModel`): the video model's text encoder.
         vae (`AutoencoderKLWan`): causal video VAE.
-        scheduler (`SchedulerMixin`): flow-matching scheduler used when no preset is asked for.
-        transformer (`AnchorConditionedTransformer3D`): video model, or its high-noise expert; or one of SkyReels-V2 diffusion forcing.
+        scheduler (`SchedulerMixin`): flow-matching scheduler, used when a call has no preset.
+        transformer (`AnchorConditionedTransformer3D`): video model, or its high-noise expert; also
+            `AnchorConditionedSkyReelsV2Transformer3D` (SkyReels-V2 diffusion forcing).
         transformer_2 (`AnchorConditionedTransformer3D`, *optional*): low-noise expert (Wan2.2-A14B).
         rewriter (`FirstFrameRewriter`, *optional*): stage 1; not needed when `first_frame_prompt` or `image` is given.
         composer (`AnchorComposer`, *optional*): stage 2; not needed when `image` or `anchors` is given.
-        anchor_judge (`AnchorJudge`, *optional*): chooses among several pictures of stage 2.
-        anchor_lora (`AnchorLora`, *optional*): loaded into the transformers as adapter `"anchor"`. It is switched off
-            while there is no anchor, so that `mode="direct"` is the base model. Its metadata `anchor_form` says how anchors
-            are given to the model, see [`animate.anchor`].
-        schedulers (`SchedulerPresets`, *optional*): what `preset=` selects from; those of Wan when absent.
-        boundary_ratio (`float`, *optional*): share of the time range below which `transformer_2` takes over; needed with it.
-        expand_timesteps (`bool`, *optional*): the base has a native first-frame mode (Wan2.2-TI2V-5B). Kept in the config
-            for stock pipelines; per-frame times are used here whenever there is an anchor.
-        call_defaults (`dict`, *optional*): `height`, `width`, `num_frames`, `frame_rate`, `max_sequence_length` and
-            `negative_prompt` of the model, used where a call leaves them out.
+        anchor_judge (`AnchorJudge`, *optional*): chooses among several images of stage 2.
+        anchor_lora (`AnchorLora`, *optional*): loaded into the transformers as adapter `"anchor"`. It is switched off in
+            calls without anchors, so that `mode="direct"` uses the base model. `anchor_form` in its metadata says how anchors
+            are passed to the model, see [`animate.anchor`].
+        schedulers (`SchedulerPresets`, *optional*): presets for `preset=`; those of the model when left out.
+        boundary_ratio (`float`, *optional*): noise level in [0, 1] below which `transformer_2` is used; required with it.
+        expand_timesteps (`bool`, *optional*): whether the base was trained on clean first frames (Wan2.2-TI2V-5B). Saved in
+            the config for stock pipelines; this pipeline always uses timesteps per frame in calls with anchors.
+        call_defaults (`dict`, *optional*): defaults of `height`, `width`, `num_frames`, `frame_rate`, `max_sequence_length`
+            and `negative_prompt` in calls; the model's own when left out.
 
-    Components may come as people have them: a stock transformer, a text-to-image pipeline or the name of one as `composer`,
-    `(model, tokenizer)`, a [`ChatEndpoint`] or the name of a chat model as `rewriter`. Optional ones may be left out.
+    Components may also be given in other forms: a stock transformer; a text-to-image pipeline or its name as `composer`;
+    `(model, tokenizer)`, a [`ChatEndpoint`] or the name of a chat model as `rewriter`. A name is a folder or a Hub repository.
 
     Raises:
-        `ValueError`: a component that does not fit.
+        `ValueError`: a component does not fit.
     """
 
     model_cpu_offload_seq = "rewriter->anchor_judge->composer->text_encoder->transformer->transformer_2->vae"
@@ -108,7 +110,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
             raise ValueError("`transformer` is None: the repository has no video model, which every mode needs.")
         check_number("boundary_ratio", boundary_ratio)
         check_boundary(transformer_2, boundary_ratio)
-        # `register_modules` asks them which latents and texts a transformer must take.
+        # `register_modules` checks the transformers against these two.
         self.vae, self.text_encoder = vae, text_encoder
         super().__init__(
             tokenizer=tokenizer,
@@ -123,13 +125,13 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         parts = {"rewriter": rewriter, "composer": composer, "anchor_judge": anchor_judge, "schedulers": schedulers}
         self._add_stages(parts | {"anchor_lora": anchor_lora}, call_defaults)
 
-    # -- what FactorizedStages asks of a model ------------------------------------------------------------------------
+    # -- methods that FactorizedStages requires -----------------------------------------------------------------------
 
     def _taken_over(self, name: str, component: Any) -> Any:
         if name not in ("transformer", "transformer_2") or component is None:
             return super()._taken_over(name, component)
         transformer = as_anchored(component, name)
-        # A modular pipeline's components come one by one.
+        # In a modular pipeline, the other components may not be set yet.
         beside = self._setting("vae", "z_dim"), self._setting("text_encoder", "d_model")
         transformer.check_text_to_video(transformer.config, f"`{name}`", *beside)
         if name == "transformer_2" and hasattr(self, "_interrupt"):
@@ -140,20 +142,20 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         config = self.scheduler.config
         if config.get("use_dynamic_shifting"):
             raise ValueError(
-                "`scheduler` has `use_dynamic_shifting=True`, whose shift the pipeline would have to compute for each size: set it "
-                "to False, and `shift` or `flow_shift` to the model's."
+                "`scheduler` has `use_dynamic_shifting=True`, for which the pipeline does not compute a shift: set it to False, "
+                "and set `shift` or `flow_shift` to the model's value."
             )
         if config.get("prediction_type", "flow_prediction") != "flow_prediction":
             logger.warning(
-                f"The scheduler, a {type(self.scheduler).__name__}, is for `prediction_type={config.prediction_type!r}`, and the "
-                "model predicts a flow: make it with `prediction_type='flow_prediction', use_flow_sigmas=True`, if it has those."
+                f"The scheduler, a {type(self.scheduler).__name__}, has `prediction_type={config.prediction_type!r}`, but the "
+                "model predicts a flow: set `prediction_type='flow_prediction', use_flow_sigmas=True` if it supports them."
             )
 
     def _check_size(self, height: int, width: int) -> None:
         config = self.transformer.config
         for name, value, cells in zip(("height", "width"), (height, width), config.patch_size[1:]):
             multiple = self.vae_scale_factor_spatial * cells
-            # A patch has a place in the rotary embedding.
+            # The rotary embedding limits the number of patches.
             check_size(name, value, multiple, multiple * config.rope_max_seq_len)
 
     def _frame_step(self) -> int:
@@ -186,7 +188,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         num_frames: int,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> AnchorLatents:
-        """[`animate.anchor.encode_anchors`] in the form that the anchor LoRA was trained in, which has the arguments."""
+        """Calls [`animate.anchor.encode_anchors`] with the form that the anchor LoRA was trained in; see its arguments."""
         size = height, width, num_frames
         return encode_anchors(self.vae, anchors, latents, *size, generator, self.anchor_form)
 
@@ -215,15 +217,15 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         preset: str | None = None,
         anchor_decode: str = "raw",
     ):
-        """Stage 3: makes a video of each prompt that passes through its anchors; plain text-to-video without any.
+        """Stage 3: generates a video of each prompt that contains its anchors; without anchors, plain text-to-video.
 
         Args:
-            prompts (`str` or `list[str]`, *optional*): what should happen; or give `prompt_embeds`.
+            prompts (`str` or `list[str]`, *optional*): descriptions of the videos; or give `prompt_embeds`.
             anchors (`Anchor`, `list[Anchor]` or `list[list[Anchor]]`, *optional*): one list for all videos, one per
-                prompt, or one per video, which may be empty beside others that are not: plain text-to-video with the anchor
-                LoRA on.
+                prompt, or one per video. A list may be empty if another one is not: that video is plain text-to-video, but
+                with the anchor LoRA on.
 
-        The other arguments are those of `__call__`. Returns the frames alone.
+        The other arguments are those of `__call__`. Returns only the frames.
         """
         request = self._request(locals())
         with self._running():
@@ -233,7 +235,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         with self._running() as progress:
             request.check_safety(self.safety_checker)
             self._settle_guidance(request)
-            # A seed means the same clip with and without anchors: noise is drawn before they are encoded.
+            # Noise is drawn before anchors are encoded, so that a seed gives the same noise with and without anchors.
             with progress.stage("encode"):
                 prompt_embeds, negative_prompt_embeds = self._encode_texts(request)
                 latents = self.prepare_latents(
@@ -260,15 +262,15 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
                 return decode_anchored(decode, request.anchors, request.anchor_decode, request.output_type), []
 
     def _settle_guidance(self, request: VideoRequest) -> None:
-        """Sets what the stock pipeline's properties tell of a run."""
+        """Sets the attributes that the stock pipeline's properties read."""
         self._guidance_scale, self._guidance_scale_2 = request.guidance(self)
         self._attention_kwargs = request.attention_kwargs
         self._current_timestep = None
 
     def _encode_texts(self, request: VideoRequest) -> list[torch.Tensor | None]:
-        """Embeddings of prompts and negative prompts, one for each video; the latter are `None` without guidance."""
+        """Returns embeddings of prompts and negative prompts for each video; the latter are `None` without guidance."""
         device, dtype = self._execution_device, self.transformer.dtype
-        # A fast tokenizer keeps padding and truncation of its last call.
+        # A fast tokenizer stores padding and truncation of its last call, so only one thread may use it.
         with exclusive(self.tokenizer):
             embeds = self.encode_prompt(
                 request.motion_prompt or request.prompt,
@@ -291,7 +293,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         negative_prompt_embeds: torch.Tensor | None,
         anchors: AnchorLatents | None,
     ) -> torch.Tensor:
-        """The sampling loop, from noise to clean latents `(B, C, f, h, w)`."""
+        """Runs the sampling loop from noise to clean latents `(B, C, f, h, w)`."""
         dtype, sampling = self.transformer.dtype, request.sampling(self)
         scheduler = request.make_scheduler(self, latents.device)
         timesteps, sigmas = scheduler.timesteps, noise_levels(scheduler)
@@ -299,7 +301,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         self._num_timesteps = len(timesteps)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
-        # Some (LCM) draw noise in every step.
+        # Some schedulers (LCM) draw noise in every step.
         draws = {"generator": request.generator} if "generator" in signature(scheduler.step).parameters else {}
         low, high = (0.0, 1.0) if sampling is None else sampling.guidance_interval
         boundary = (self.config.boundary_ratio or 0.0) * scheduler.config.num_train_timesteps
@@ -320,7 +322,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
                     noise_uncond, _ = predict("uncond", t, negative_prompt_embeds, inputs, place)
                     noise_pred = noise_uncond + scale * (noise_pred - noise_uncond)
                 if anchors is not None:
-                    # What a multistep solver remembers of an anchored frame is then the anchor itself.
+                    # A multistep solver then stores the anchor as its estimate of an anchored frame.
                     noise_pred = anchors.hold(noise_pred, latents, sigmas[i])
                 latents = scheduler.step(noise_pred, t, latents, return_dict=False, **draws)[0]
                 if anchors is not None:
@@ -337,7 +339,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
     def _predictor(
         self, request: VideoRequest, boundary: float, anchored: bool
     ) -> Callable[..., tuple[torch.Tensor, float]]:
-        """`predict(branch, t, embeds, inputs, place)`: the velocity by the expert of time `t`, and its guidance scale."""
+        """Returns `predict(branch, t, embeds, inputs, place)`: velocity and guidance scale of the expert for timestep `t`."""
         adapters = self._adapter_scales(request.attention_kwargs, anchored)
         sampling = request.sampling(self)
         options = {
@@ -357,9 +359,9 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, output_type: str = "np"):
-        """Normalised latents `(B, C, f, h, w)` to frames, a latent frame at a time, in tiles when it would not fit otherwise.
+        """Decodes normalised latents `(B, C, f, h, w)` to frames, one latent frame at a time; in tiles if memory is short.
 
-        `output_type="uint8"` gives a `np.ndarray` of shape `(B, F, H, W, 3)`, a quarter of the memory of `"np"`.
+        `output_type="uint8"` returns a `np.ndarray` of shape `(B, F, H, W, 3)`, a quarter of the memory of `"np"`.
         """
         check_latents(latents, (None, self.vae.config.z_dim, None, None, None))
         latents = denormalize_latents(
@@ -414,51 +416,58 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         r"""Generates videos.
 
         Args:
-            prompt (`str` or `list[str]`, *optional*): what should happen. May be left out with `prompt_embeds`.
-            negative_prompt (`str` or `list[str]`, *optional*): for the video model; the model's own when left out.
-            height, width (`int`, *optional*): pixels, multiples of VAE stride times patch size.
+            prompt (`str` or `list[str]`, *optional*): descriptions of the videos. May be left out with `prompt_embeds`.
+            negative_prompt (`str` or `list[str]`, *optional*): for the video model; the model's default when left out.
+            height, width (`int`, *optional*): in pixels, multiples of the VAE's stride times the patch size.
             num_frames (`int`, *optional*): 4k + 1.
             num_inference_steps (`int`, *optional*): steps of the video model; the preset's when left out.
-            guidance_scale, guidance_scale_2 (`float`, *optional*): 1 is off; the preset's when left out. 2: the low-noise expert's.
-            num_videos_per_prompt (`int`, *optional*): each video gets an anchor of its own.
-            generator (`torch.Generator`, its seed, or a list with one per video, *optional*): the anchor's seed is derived from its state
-                without using it up, so that a seed draws the same video noise in every mode.
-            latents (`torch.Tensor` of shape `(B, C, f, h, w)`, *optional*): unit Gaussian start of the video.
-            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(B, L, D)`, *optional*): instead of texts.
+            guidance_scale, guidance_scale_2 (`float`, *optional*): guidance of the video model, and of its low-noise expert; 1
+                is off; the preset's when left out.
+            num_videos_per_prompt (`int`, *optional*): each video gets its own anchor.
+            generator (`torch.Generator`, its seed, or a list with one per video, *optional*): the anchor's seed is drawn from
+                a copy of its state, so that a seed gives the same video noise in every mode.
+            latents (`torch.Tensor` of shape `(B, C, f, h, w)`, *optional*): initial unit Gaussian noise.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(B, L, D)`, *optional*): used instead of texts.
             output_type (`str`, *optional*): `"np"`, `"uint8"`, `"pt"`, `"pil"` or `"latent"`; see [`decode`].
-            return_dict (`bool`, *optional*): `False` gives a tuple in the order of the output's fields.
-            attention_kwargs (`dict`, *optional*): passed on to the transformer.
-            callback_on_step_end (`Callable`, *optional*): as in every diffusers pipeline, after each video step.
-            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): of `latents`, `prompt_embeds`, `negative_prompt_embeds`.
-            max_sequence_length (`int`, *optional*): text tokens of the video model.
-            preset (`str`, *optional*): a name in `pipe.presets`. Left out: the preset that `pipe.scheduler` belongs to;
-                a scheduler of your own runs as it is, with 50 steps and guidance 5 unless given.
-            mode (`str`, *optional*): `"factorized"`; `"direct"` for plain text-to-video by the base model; `"storyboard"`
-                to write and draw the first frame and later moments ([`rewrite.storyboard`], [`compose`], [`derive`]) and anchor all.
-            first_frame_prompt (`str` or `list[str]`, *optional*): skips stage 1.
-            motion_prompt (`str` or `list[str]`, *optional*): what the video model reads in place of `prompt`.
-            image (PIL image, array or tensor, or a list with one per prompt, *optional*): skips stages 1 and 2; the same
-                as `anchors=[Anchor(image)]`.
-            anchors (`Anchor` or lists of them, *optional*): skips stages 1 and 2; see [`animate`].
-            anchor_decode (`str`, *optional*): what is done where the VAE gives an anchor's colours back changed. `"raw"`:
-                nothing. `"match"`: the frames get the colours of their anchors, from one anchor to the next.
-                `"replace"`: so they do, and the anchored frames become the pictures themselves, pixel by pixel.
+            return_dict (`bool`, *optional*): `False` returns a tuple in the order of the output's fields.
+            attention_kwargs (`dict`, *optional*): `{"scale": s}` multiplies LoRA adapters by `s`.
+            callback_on_step_end (`Callable`, *optional*): called after each video step, as in every diffusers pipeline.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*): names among `latents`, `prompt_embeds` and
+                `negative_prompt_embeds`.
+            max_sequence_length (`int`, *optional*): largest number of text tokens of the video model.
+            preset (`str`, *optional*): a name in `pipe.presets`. When left out, the preset that matches `pipe.scheduler`; a
+                scheduler that matches none is used as it is, with 50 steps and guidance 5 unless given.
+            mode (`str`, *optional*): `"factorized"`; `"direct"` for plain text-to-video with the base model; `"storyboard"`
+                to write, draw and anchor the first frame and later moments ([`storyboard`], [`compose`], [`derive`]).
+            first_frame_prompt (`str` or `list[str]`, *optional*): captions of the first frames; skips stage 1.
+            motion_prompt (`str` or `list[str]`, *optional*): texts for the video model instead of `prompt`.
+            image (PIL image, array or tensor, or a list with one per prompt, *optional*): first frames; skips stages 1 and 2;
+                the same as `anchors=[Anchor(image)]`.
+            anchors (`Anchor` or lists of them, *optional*): given frames; skips stages 1 and 2; see [`animate`].
+            anchor_decode (`str`, *optional*): how to correct colours that the VAE changes. `"raw"`: no correction. `"match"`:
+                frames are corrected to the colours of their anchors. `"replace"`: also replaces the anchored frames by the
+                anchor images.
             storyboard (`list[Moment]` or one list per prompt, *optional*): with `mode="storyboard"`, skips stage 1. A moment
-                becomes the frame nearest to its time; no two may share a latent frame.
-            num_moments (`int`, *optional*): with `mode="storyboard"`, the most that stage 1 writes.
-            rewriter_max_new_tokens (`int`, *optional*): stage 1; an error where that does not run.
-            rewriter_motion (`bool`): stage 1 also writes `motion_prompt`: what happens, by the names of the first frame.
-            composer_num_inference_steps, composer_guidance_scale, composer_negative_prompt (*optional*): stage 2; likewise.
-            composer_num_candidates (`int`, *optional*): the most pictures drawn for a video, of which `anchor_judge` chooses.
-            motion_retries (`int`): how often a video that moves less than the preset's `min_motion` is made again by another seed.
+                becomes the frame nearest to its time; two moments must not share a latent frame.
+            num_moments (`int`, *optional*): with `mode="storyboard"`, the largest number of moments that stage 1 writes.
+            rewriter_max_new_tokens (`int`, *optional*): token limit of stage 1's answer; an error if stage 1 is skipped.
+            rewriter_motion (`bool`): whether stage 1 also writes `motion_prompt`, a caption of the motion that uses the names
+                in the first-frame caption.
+            composer_num_inference_steps, composer_guidance_scale, composer_negative_prompt (*optional*): arguments of stage
+                2; an error if stage 2 is skipped.
+            composer_num_candidates (`int`, *optional*): largest number of images drawn for a video, from which
+                `anchor_judge` chooses.
+            motion_retries (`int`): how often a video with less motion than the preset's `min_motion` is generated again with
+                another seed.
             callback_on_stage_step (`Callable`, *optional*): `callback(pipe, stage, step, steps)` after each step of each
-                stage. Setting `pipe._interrupt = True` in it, or in the other callback, stops the run.
+                stage. Setting `pipe._interrupt = True` in either callback stops the call.
 
         Returns:
             [`FactorizedVideoPipelineOutput`] or `tuple`.
 
         Raises:
-            `ValueError`: bad input, before any model runs.
+            `ValueError`: an argument is not valid; raised before any model runs.
+            `FloatingPointError`: a stage gave values that are not finite.
         """
         request = self._request(locals())
         moments = images = candidates = None

@@ -1,19 +1,19 @@
-"""Memory profiles: how much of a pipeline is on the device at once, planned by arithmetic before anything is moved.
+"""Memory profiles: choose an offload for a pipeline by computing its memory before anything is moved.
 
-A pipeline works stage by stage, and a stage needs its weights and room to work in. Three ways to place them, the first that
-fits the profile's budget is taken:
+A stage (one model) needs memory for its weights and for its activations while it runs. The first of these offloads whose
+peak fits the budget of the profile is used:
 
-* `"none"`: everything stays on the device. Peak: all weights, and the largest room.
-* `"model"`: a stage comes when it starts and goes when the next one does. Peak: the largest stage, and the VAE, which
-  encodes anchors while the text encoder is still there and stays until the video is decoded.
-* `"group"`: a stage's layers come one after the other, the next while one works. Peak: the largest layers and room. The VAE,
-  the smallest model and used once for each latent frame, stays. Weights cross the bus in every forward, which the work on a
-  long clip hides and that on a short one does not.
+* `"none"`: everything stays on the device. Peak: all weights, and the largest activations.
+* `"model"`: one model at a time is on the device. Peak: the largest model with its activations. The VAE is counted with the
+  others, because it encodes anchors while the text encoder is still on the device, and stays until the video is decoded.
+* `"group"`: one layer at a time is on the device, while the next one is loaded. Peak: the largest layers and activations. The
+  VAE stays on the device: it is the smallest model and runs once for each latent frame. Weights are copied in every forward;
+  the computation hides this for a long video, but not for a short one.
 
-No way changes a result. The VAE's tiles do, a little, so whole frames in any way come before tiles. With the last two ways all
-weights are in the host's memory. A pipeline loaded in fewer bits, with `from_pretrained(..., quantization_config=...)`, is planned with
-the bytes that it then has; layers of other packages' numbers do not come one after the other. A pipeline whose models are on the meta device,
-without weights, is planned as any other. All figures are computed, none is measured.
+Offloading does not change results. VAE tiling changes them a little, so it is tried last. With `"model"` and `"group"`, all
+weights are also in CPU memory. A quantized pipeline (`from_pretrained(..., quantization_config=...)`) is planned with its
+quantized bytes; a video model quantized by transformers' or diffusers' quantizers cannot be offloaded by layer. A pipeline on
+the meta device, without weights, is planned like any other. All numbers are computed, not measured.
 """
 
 from __future__ import annotations
@@ -35,51 +35,51 @@ if TYPE_CHECKING:
     from .stages import FactorizedStages
 
 GIB = 2**30
-# Cards that tables show; any other size is planned as well.
+# GPU sizes that tables show; any other size can be planned, too.
 CARDS = ("12GB", "24GB", "48GB", "80GB")
-# The rest is for the driver's context, for libraries and for memory that the allocator cannot use in pieces.
+# Usable fraction of the memory. The rest is for the driver's context, libraries and fragmentation.
 USABLE = 0.9
-# Room that text models, the LLM and the composer's pipeline get to work in: an allowance, not computed.
+# Activation memory of text encoders, the LLM and the composer: an allowance, not computed.
 ALLOWANCE = 2 * GIB
-# The same for denoiser and VAE of an animator: families differ too much to count.
+# The same for the video model and VAE of an animator: families differ too much to compute it.
 ANIMATOR_ALLOWANCE = 8 * GIB
-# Numbers per token at the peak of a block, of feed-forward and of model width. Counting live tensors on shapes gives
-# 2 and 4.2 at Wan2.2-TI2V-5B, 2 and 6.8 at A14B; the third of feed-forward width is for a LoRA's sum.
+# Values per token at the peak of a block, in units of the feed-forward width and of the model width. Counting tensors by their
+# shapes gives 2 and 4.2 for Wan2.2-TI2V-5B, 2 and 6.8 for A14B; the third of feed-forward width is for the output of a LoRA.
 FFN_COPIES, WIDTH_COPIES = 3, 7
-# The same of CogVideoX, of its width alone: 13, and 4 for a LoRA's sum in the feed-forward.
+# The same for CogVideoX, in units of the model width: 13, and 4 for the output of a LoRA in the feed-forward.
 COGVIDEOX_COPIES = 17
-# Numbers per latent and channel of the first level in Factorized-Dreamer's UNet: 30 to 36 by size, and a LoRA's sum. Its image
-# VAE decodes four frames at once, with 6 numbers per pixel and channel.
+# Values per latent and channel of the first level in Factorized-Dreamer's UNet: 30 to 36 by size, and the output of a LoRA. Its
+# image VAE decodes four frames at once, with 6 values per pixel and channel.
 UNET_COPIES, IMAGE_VAE_COPIES, IMAGE_VAE_FRAMES = 40, 7, 4
-# One video is in the works.
+# Videos that are generated at a time.
 BATCH = 1
-# Of the video model, `"transformer"` to those who ask for it by this name.
+# Names of components that are video models.
 VIDEO_MODELS = ("transformer", "transformer_2", "unet")
 
 
 def memory_bytes(profile: str) -> int:
-    """Bytes of a card, of its size: `"16GB"`, `"11.5 GB"`, `"8192MB"`.
+    """Returns the bytes of a size such as `"16GB"`, `"11.5 GB"` or `"8192MB"`; GB and MB mean GiB and MiB.
 
     Raises:
-        `ValueError`: no size, or none above zero.
+        `ValueError`: `profile` is not a size, or is not above zero.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([gm])(?:i?b)?\s*", profile, re.IGNORECASE)
     if match is None or not 0 < float(match[1]) < 1e6:
-        raise ValueError(f'The memory {profile!r} is no size: use one such as "16GB", "auto" or "cpu".')
+        raise ValueError(f'The memory {profile!r} is not a size: use one such as "16GB", "auto" or "cpu".')
     return int(float(match[1]) * (GIB if match[2].lower() == "g" else 2**20))
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one component needs, in bytes.
+    """Memory that one component needs, in bytes.
 
     Args:
-        name (`str`): of the component.
-        weights (`int`): all of it.
-        layers (`int`): the most of it that is there at once when it comes layer by layer, the next one ahead.
-        working (`int`): beside the weights while it runs.
-        tiled (`int`, *optional*): the same in tiles, for the VAE.
-        whole (`bool`): it cannot come layer by layer.
+        name (`str`): name of the component.
+        weights (`int`): all weights.
+        layers (`int`): the most weights on the device at once when it is offloaded by layer, including the next layer.
+        working (`int`): activations while it runs.
+        tiled (`int`, *optional*): activations with tiling, for the VAE.
+        whole (`bool`): whether it cannot be offloaded by layer.
     """
 
     name: str
@@ -92,14 +92,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a pipeline is placed, and what that needs by computation.
+    """The offload of a pipeline, and the memory that it needs (computed).
 
     Args:
-        profile (`str`): its name.
-        budget (`int`): bytes it may take.
+        profile (`str`): name of the profile.
+        budget (`int`): bytes that the pipeline may use.
         offload (`str`): `"none"`, `"model"` or `"group"`.
-        tile (`bool`): whether the VAE works in tiles.
-        stages (`tuple[Stage, ...]`): in the order of running.
+        tile (`bool`): whether the VAE decodes in tiles.
+        stages (`tuple[Stage, ...]`): memory of each component, in the order in which they run.
     """
 
     profile: str
@@ -109,7 +109,7 @@ class MemoryPlan:
     stages: tuple[Stage, ...]
 
     def stage_bytes(self, stage: Stage) -> int:
-        """What is on the device while a stage runs."""
+        """Returns the bytes on the device while a stage runs."""
         working = stage.tiled if self.tile and stage.tiled is not None else stage.working
         weights = {other.name: other.weights for other in self.stages}
         if self.offload == "none":
@@ -127,7 +127,7 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """Bytes on the device at the most, computed."""
+        """Peak of bytes on the device (computed)."""
         return self.stage_bytes(self.largest)
 
     def __str__(self) -> str:
@@ -138,15 +138,16 @@ class MemoryPlan:
 
 
 def plan_memory(stages: Sequence[Stage], profile: str, budget: int | None = None) -> MemoryPlan:
-    """The first way in which all stages fit, in the order of what a way costs in time.
+    """Returns the fastest plan in which all stages fit.
 
     Args:
-        stages (sequence of [`Stage`]): in the order of running.
-        profile (`str`): the card's memory, as `"16GB"`; or a name for `budget`, such as `"auto"`. `"cpu"` offloads nothing.
-        budget (`int`, *optional*): bytes, instead of the share of the profile that can be used.
+        stages (sequence of [`Stage`]): memory of each component, in the order in which they run.
+        profile (`str`): memory of the GPU, such as `"16GB"`; or a name for `budget`, such as `"auto"`. `"cpu"` does not
+            offload.
+        budget (`int`, *optional*): bytes that may be used; 90 % of the profile's size when left out.
 
     Raises:
-        `ValueError`: a profile that is no size, without a budget, or nothing fits.
+        `ValueError`: `profile` is not a size and there is no budget, or no plan fits.
     """
     if budget is None:
         budget = int(USABLE * memory_bytes(profile))
@@ -173,16 +174,17 @@ def pipeline_stages(
     num_frames: int | None = None,
     num_anchors: int = 1,
 ) -> list[Stage]:
-    """Stages of a pipeline as it is loaded.
+    """Returns the memory of each component of a loaded pipeline.
 
     Args:
-        pipe ([`FactorizedStages`]): on any device, or with models on the meta device.
-        height, width, num_frames (`int`, *optional*): of the videos to come; the pipeline's own when left out.
-        num_anchors (`int`, *optional*): pictures behind the first frame of a video. They are counted where the anchor LoRA
-            appends them to the clip.
+        pipe ([`FactorizedStages`]): the pipeline, on any device, or with models on the meta device.
+        height, width, num_frames (`int`, *optional*): size of the videos in pixels and their frames; the pipeline's defaults
+            when left out.
+        num_anchors (`int`, *optional*): anchors of a video other than its first frame. They are counted only if the anchor
+            LoRA has the form `"appended"`.
     """
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    # The order in which offloading lets them run.
+    # In the order in which they run.
     modules = {name: modules[name] for name in pipe.model_cpu_offload_seq.split("->") if name in modules}
     animator = modules.pop("animator", None)
     if animator is not None:
@@ -198,12 +200,12 @@ def model_stages(
     dtype: torch.dtype = torch.bfloat16,
     make_parts: Callable[[], Mapping[str, torch.nn.Module]] = dict,
 ) -> list[Stage]:
-    """Stages of a model at its own size and length. No weights are made.
+    """Returns the memory of each component of a model at its default size and length, without creating weights.
 
     Args:
-        facts ([`~models.ModelFacts`]): of the model.
-        dtype (`torch.dtype`, *optional*): of all weights.
-        make_parts (`Callable`, *optional*): makes what runs before the base's models: the rewriter and the composer.
+        facts ([`~models.ModelFacts`]): facts of the model.
+        dtype (`torch.dtype`, *optional*): dtype of all weights.
+        make_parts (`Callable`, *optional*): makes the rewriter and the composer, which run before the base's models.
     """
     with empty_weights(dtype):
         modules = {**make_parts(), **base_models(facts)}
@@ -214,7 +216,7 @@ def model_stages(
 
 @contextmanager
 def empty_weights(dtype: torch.dtype) -> Iterator[None]:
-    """Models that are made within it have their shapes and this dtype, and no weights."""
+    """Makes models that are created within the block have this dtype and no weights (meta device)."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -225,7 +227,7 @@ def empty_weights(dtype: torch.dtype) -> Iterator[None]:
 
 
 def base_models(facts: ModelFacts) -> dict[str, torch.nn.Module]:
-    """The models of a base, of published configs: text encoder, experts and VAE, in the order of running."""
+    """Makes the models of a base from published configs: text encoder, experts and VAE, in the order in which they run."""
     from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
     from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
@@ -255,7 +257,8 @@ T5_XXL = {
     "num_heads": 64,
     "feed_forward_proj": "gated-gelu",
 }
-# huggingface/diffusers, scripts/convert_cogvideox_to_diffusers.py: the class's own values but for these, which are those of 1.5.
+# Values of CogVideoX 1.5 that differ from the class's defaults: huggingface/diffusers,
+# scripts/convert_cogvideox_to_diffusers.py.
 COGVIDEOX_VAE = {
     "down_block_types": ("CogVideoXDownBlock3D",) * 4,
     "up_block_types": ("CogVideoXUpBlock3D",) * 4,
@@ -265,8 +268,8 @@ COGVIDEOX_VAE = {
     "scaling_factor": 0.7,
     "invert_scale_latents": True,
 }
-# Latent channels -> arguments of the VAE's class: huggingface/diffusers, scripts/convert_wan_to_diffusers.py. Its statistics
-# are left out: they are no weights.
+# Latent channels -> arguments of the VAE class: huggingface/diffusers, scripts/convert_wan_to_diffusers.py, without the latent
+# statistics, which are not weights.
 WAN_VAES = {
     16: {},
     48: {
@@ -292,23 +295,25 @@ def apply_memory_profile(
     num_frames: int | None = None,
     num_anchors: int = 1,
 ) -> MemoryPlan:
-    """Places a freshly loaded pipeline so that it fits a profile: offload, and tiles of the VAE where whole frames do not fit.
+    """Offloads a loaded pipeline so that it fits a memory profile, and enables VAE tiling if nothing else fits.
 
-    Call it once, after LoRAs are loaded, instead of `pipe.to(...)`.
+    Tried in this order: everything on the GPU; one model at a time; one layer at a time. VAE tiling comes last. Call it once,
+    after LoRAs are loaded, instead of `pipe.to(...)`.
 
     Args:
-        pipe ([`FactorizedStages`]): as loaded, on the CPU.
-        profile (`str`): the card's memory, as `"16GB"`; `"auto"` for what is free on the device; or `"cpu"`: nothing to offload,
-            as the weights are where they run.
-        device (`torch.device` or `str`, *optional*): where models run; the accelerator there is when left out.
-        height, width, num_frames (`int`, *optional*): of the largest videos to come; the pipeline's own when left out.
+        pipe ([`FactorizedStages`]): the loaded pipeline, on the CPU.
+        profile (`str`): memory of the GPU, such as `"16GB"`; `"auto"` for the free memory of the device; or `"cpu"`, which
+            does not offload.
+        device (`torch.device` or `str`, *optional*): device that models run on; the accelerator when left out.
+        height, width, num_frames (`int`, *optional*): size in pixels and frames of the largest video; the pipeline's defaults
+            when left out.
         num_anchors (`int`, *optional*): as in [`pipeline_stages`].
 
     Returns:
-        [`MemoryPlan`]: print it for what each stage needs.
+        [`MemoryPlan`]: the plan; print it to see the memory of each stage.
 
     Raises:
-        `ValueError`: an unknown profile, one for which the pipeline is too large, or no accelerator for it.
+        `ValueError`: the profile is unknown or too small for the pipeline, or there is no accelerator.
     """
     device = find_device(profile, device)
     plan = plan_on(pipeline_stages(pipe, height, width, num_frames, num_anchors), profile, device)
@@ -317,10 +322,10 @@ def apply_memory_profile(
 
 
 def find_device(profile: str, device: torch.device | str | None = None) -> torch.device:
-    """Where models run under a profile: the device that is asked for, else the accelerator there is.
+    """Returns the device that models run on under a profile: the CPU, the given device, or the accelerator.
 
     Raises:
-        `ValueError`: a profile that is no size, or that is for an accelerator where there is none.
+        `ValueError`: the profile is not a size, or needs an accelerator and there is none.
     """
     if profile not in ("auto", "cpu"):
         memory_bytes(profile)
@@ -328,21 +333,21 @@ def find_device(profile: str, device: torch.device | str | None = None) -> torch
         return torch.device("cpu")
     if device is None:
         if not torch.accelerator.is_available():
-            raise ValueError(f'Memory {profile!r} is that of an accelerator, and there is none: use "cpu".')
+            raise ValueError(f'Memory {profile!r} is for an accelerator, but there is none: use "cpu".')
         device = torch.accelerator.current_accelerator()
     return torch.device(device)
 
 
 def plan_on(stages: Sequence[Stage], profile: str, device: torch.device) -> MemoryPlan:
-    """[`plan_memory`] with what a device has, where the profile names no size."""
+    """Calls [`plan_memory`] with the free memory of a device if the profile is `"auto"` or `"cpu"`."""
     if profile == "cpu":
-        # All of them are there already, or come into what is free.
+        # The weights are already in memory, or will be loaded into the free memory.
         return plan_memory(stages, profile, free_bytes(torch.device("cpu")) + sum(stage.weights for stage in stages))
     return plan_memory(stages, profile, int(USABLE * free_bytes(device)) if profile == "auto" else None)
 
 
 def place(pipe: FactorizedStages, plan: MemoryPlan, device: torch.device | str) -> None:
-    """Places a pipeline as planned. Call it once."""
+    """Moves or offloads a pipeline as planned. Call it once."""
     device = torch.device(device)
     if plan.tile:
         pipe.vae.enable_tiling()
@@ -363,30 +368,30 @@ def _offload_groups(pipe: FactorizedStages, device: torch.device) -> None:
 
 
 def offload_layers(module: torch.nn.Module, device: torch.device) -> None:
-    """Lets the layers of a model come to a device one after the other."""
-    # Copying the next layer while one works is for devices with streams.
+    """Offloads a model by layer: each layer is moved to the device when it runs."""
+    # Loading the next layer while one runs needs CUDA streams.
     options = {"onload_device": device, "offload_device": torch.device("cpu"), "use_stream": device.type == "cuda"}
     if _blocks(module):
-        # By block: a block's layers are used past their modules (see `AnchorConditionedAttnProcessor`).
+        # By block, because a block reads weights of its layers without calling them (see `AnchorConditionedAttnProcessor`).
         module.enable_group_offload(offload_type="block_level", num_blocks_per_group=1, **options)
     else:
         apply_group_offloading(module, offload_type="leaf_level", **options)
 
 
 def _blocks(module: torch.nn.Module) -> Sequence[torch.nn.Module]:
-    """Blocks of a video transformer; of another model none."""
+    """Returns the blocks of a video transformer; an empty sequence for other models."""
     if not hasattr(module, "enable_group_offload"):
         return ()
     return getattr(module, "blocks", None) or getattr(module, "transformer_blocks", None) or ()
 
 
 def part_stage(name: str, module: torch.nn.Module) -> Stage:
-    """What a model of stage 1 or 2, or a text encoder, needs."""
+    """Returns the memory of a model of stage 1 or 2, or of a text encoder."""
     weights, blocks = _bytes(module), _blocks(module)
     if blocks:
         sizes = [_bytes(block) for block in blocks]
         return Stage(name, weights, weights - sum(sizes) + 2 * max(sizes), ALLOWANCE)
-    # A tensor that two layers share counts once.
+    # A tensor that two layers share is counted once.
     owned = {tensor: part for part in module.modules() for tensor in part.parameters(recurse=False)}
     own = sorted(_bytes(part, recurse=False) for part in set(owned.values()))
     return Stage(name, weights, sum(own[-2:]), ALLOWANCE)
@@ -398,10 +403,10 @@ def _animator_stages(animator: torch.nn.Module) -> list[Stage]:
 
 
 def animator_stages(models: Mapping[str, torch.nn.Module]) -> list[Stage]:
-    """Stages of an image-to-video pipeline: its weights, and an allowance for what it works in.
+    """Returns the memory of the models of an image-to-video pipeline, with an allowance for activations.
 
     Args:
-        models (`Mapping`): component to its model, in the order of running.
+        models (`Mapping`): component name -> model, in the order in which they run.
     """
     names = {name: f"animator.{name}" if name in VIDEO_MODELS else name for name in models}
     stages = [part_stage(names[name], model) for name, model in models.items()]
@@ -427,7 +432,7 @@ def _stage(
         return stage
     size = next(vae.parameters()).element_size()
     if "temporal_compression_ratio" not in vae.config and "scale_factor_temporal" not in vae.config:
-        # It decodes pictures, and keeps those that it has as float32.
+        # An image VAE decodes frames in batches, and the decoded frames are kept as float32.
         channels, video = vae.config.block_out_channels[0], 2 * 3 * num_frames * height * width * 4
         whole = IMAGE_VAE_COPIES * channels * IMAGE_VAE_FRAMES * height * width * size + video
         tile = min(vae.tile_sample_min_size**2, height * width)
@@ -440,7 +445,7 @@ def _stage(
 
 
 def _latent_grid(vae: torch.nn.Module, height: int, width: int, num_frames: int) -> tuple[int, int, int]:
-    """Latent frames, rows and columns."""
+    """Returns the number of latent frames, rows and columns."""
     config = vae.config
     temporal = config.get("scale_factor_temporal") or config.get("temporal_compression_ratio") or 1
     spatial = config.get("scale_factor_spatial") or 2 ** (len(config.block_out_channels) - 1)
@@ -448,7 +453,7 @@ def _latent_grid(vae: torch.nn.Module, height: int, width: int, num_frames: int)
 
 
 def _video_working(model: torch.nn.Module, grid: tuple[int, int, int], appended: int) -> int:
-    """Of a clip of `grid` and, of Wan, anchors that are latent frames behind it."""
+    """Returns the activation memory of a video model for latents of size `grid`, and for Wan `appended` latent frames."""
     config, element_size = model.config, model.dtype.itemsize
     if "block_out_channels" in config:
         frames = min(grid[0], config.num_frames)

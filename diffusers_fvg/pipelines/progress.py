@@ -8,10 +8,10 @@ from typing import Any
 
 
 class StageProgress:
-    """One display, one callback and one clock for all stages of a run.
+    """Progress bar, callback and timings for all stages of a call.
 
     Args:
-        pipeline: gives the progress bar and is handed to the callback.
+        pipeline: provides the progress bar and is passed to the callback.
         callback (`Callable`, *optional*): `callback(pipeline, stage, step, steps)` after each step of each stage.
     """
 
@@ -23,12 +23,12 @@ class StageProgress:
 
     @property
     def may_continue(self) -> bool:
-        """Whether who asks is the run itself: its own thread, between two stages."""
+        """Whether a nested call may join this run: it comes from the run's thread, between two stages."""
         return self._thread == threading.get_ident() and not self._stage
 
     @contextmanager
     def stage(self, name: str, steps: int = 1) -> Iterator[Callable[[int, int], None]]:
-        """Times a stage. Yields `report(step, steps)`, to be called after each step; the end of the stage reports itself."""
+        """Times a stage. Yields `report(step, steps)`, to be called after each step; the last step is reported at the end."""
         if self.bar is None:
             self.bar = self.pipeline.progress_bar(total=0)
         self.bar.total += steps

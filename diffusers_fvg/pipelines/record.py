@@ -1,6 +1,6 @@
-"""The record of a video: what [`~pipelines.replay`] makes it again from, and a person reads in its file.
+"""The record of a video, from which [`~pipelines.replay`] generates it again and which people can read in its file.
 
-It holds texts, numbers and names alone: no key, no address, no path of this machine, no picture.
+It holds only texts, numbers and names: no keys, URLs, local paths or images.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 MODEL_KINDS = ("embedded", "recipe", "folder", "hub")
-# Arguments of a call that are the same for all of its videos and are recorded as they were given.
+# Arguments that are the same for all videos of a call and are recorded unchanged.
 SETTINGS = (
     "mode",
     "height",
@@ -52,7 +52,7 @@ SETTINGS = (
     "composer_num_inference_steps",
     "composer_guidance_scale",
 )
-# What a file cannot hold, or holds no code of.
+# Arguments that are not recorded: tensors, functions and arbitrary objects. The record lists those that were given.
 NOT_RECORDED = (
     "latents",
     "prompt_embeds",
@@ -68,17 +68,17 @@ _COMMIT = re.compile(r"[\\/]snapshots[\\/]([0-9a-f]{40})(?=[\\/]|$)")
 def make_records(
     pipe: FactorizedStages, request: VideoRequest, moments: list[list[Moment]] | None, seeds: list[dict[str, Seed]]
 ) -> list[dict[str, Any]]:
-    """The record of each video of a call.
+    """Returns the record of each video of a call.
 
     Args:
-        pipe: made the videos.
-        request: as stage 3 got it.
-        moments: what stage 1 wrote for each prompt; `None` where stages 1 and 2 were skipped.
-        seeds: of each video.
+        pipe: the pipeline that generated the videos.
+        request: the request as passed to stage 3.
+        moments: moments of each prompt; `None` if stages 1 and 2 were skipped.
+        seeds: seeds of each video.
     """
     of_call = _settings(pipe, request) | surroundings(pipe)
     if moments is None or request.first_frame_prompt is not None or request.storyboard is not None:
-        # It wrote nothing of this.
+        # The rewriter wrote none of the captions.
         of_call["rewriter"] = None
         of_call["hub_revisions"].pop("rewriter", None)
     hashes: dict[int, list[str]] = {}
@@ -98,7 +98,7 @@ def make_records(
         record |= of_call
         if written is not None:
             record["composer"] = composer_call(pipe, record)
-        # An interrupted call has pictures of some videos alone.
+        # An interrupted call may have anchors for only some of the videos.
         anchors = (request.anchors or [])[video : video + 1]
         record["anchors"] = [_anchor(anchor, hashes) for anchor in anchors[0]] if anchors else []
         record["seeds"] = seeds[video]
@@ -107,7 +107,7 @@ def make_records(
 
 
 def surroundings(pipe: FactorizedStages) -> dict[str, Any]:
-    """What a call runs with, apart from its arguments."""
+    """Returns everything but the arguments that affects the result of a call: model, adapters, dtypes, device and versions."""
     parts = {name: getattr(part, "dtype", None) for name, part in pipe.components.items() if name != "rewriter"}
     experts, origin = pipe._experts(), getattr(pipe, "origin", {})
     told = {
@@ -130,20 +130,20 @@ def surroundings(pipe: FactorizedStages) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that make a video."""
+    """Returns the versions of the packages that affect a video."""
     modules = {"diffusers": diffusers, "torch": torch, "transformers": transformers}
     return {"diffusers-fvg": __version__} | {name: str(module.__version__) for name, module in modules.items()}
 
 
 def model_name(name: str | os.PathLike | None) -> str | None:
-    """A repository on the Hub as it is; of a folder, or what may be a place elsewhere, its last name alone."""
+    """Returns a Hub repository unchanged; for a folder or another path, only its last component."""
     if name is None:
         return None
     return hub_name(str(name)) or re.sub(r"[^\w .()+@-]", "_", Path(name).resolve().name)[:255] or None
 
 
 def _model_kind(pipe: DiffusionPipeline) -> str | None:
-    """What the model's name is: one of `MODEL_KINDS`. A folder may be called as a recipe is."""
+    """Returns the kind of the model's name, one of `MODEL_KINDS`: a folder may have the name of a recipe."""
     origin = getattr(pipe, "origin", {})
     if kind := origin.get("kind"):
         return kind
@@ -152,9 +152,9 @@ def _model_kind(pipe: DiffusionPipeline) -> str | None:
 
 
 def hub_revisions(pipe: DiffusionPipeline) -> dict[str, str]:
-    """Component to `"org/name@commit"`, for those of a pipeline that came from repositories of their own.
+    """Returns the Hub repositories of a pipeline's components: name -> `"org/name@commit"`.
 
-    Those that came with the pipeline's own repository are `"pipeline"`.
+    Components that were loaded from the pipeline's own repository are listed once, as `"pipeline"`.
     """
     found = {}
     for name, component in {"pipeline": pipe, **pipe.components}.items():
@@ -167,7 +167,7 @@ def hub_revisions(pipe: DiffusionPipeline) -> dict[str, str]:
 
 
 def composer_call(pipe: FactorizedStages, record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The text-to-image pipeline's class and the arguments that it is called with, its defaults among them."""
+    """Returns the class of the text-to-image pipeline and the arguments of its call, including defaults."""
     if pipe.composer is None:
         return None
     names = ("composer_num_inference_steps", "composer_guidance_scale", "composer_negative_prompt")
@@ -177,13 +177,13 @@ def composer_call(pipe: FactorizedStages, record: Mapping[str, Any]) -> dict[str
 
 
 def picture_hash(picture: torch.Tensor) -> str:
-    """SHA-256 of a picture `(3, H, W)` in [0, 1]: of its 8-bit values, row by row, red, green and blue of each pixel."""
+    """Returns the SHA-256 of an image `(3, H, W)` in [0, 1], computed from its 8-bit RGB values in row-major order."""
     pixels = (picture * 255).round().byte().permute(1, 2, 0).contiguous()
     return hashlib.sha256(pixels.numpy(force=True).tobytes()).hexdigest()
 
 
 def _settings(pipe: FactorizedStages, request: VideoRequest) -> dict[str, Any]:
-    """Arguments of a call, with the model's own values where it left one out."""
+    """Returns the arguments of a call, with the model's defaults for those that were left out."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     settings = {name: getattr(request, name) for name in SETTINGS if name in parameters}
     sampling, (scale, scale_2) = request.sampling(pipe), request.guidance(pipe)
@@ -200,16 +200,16 @@ def _settings(pipe: FactorizedStages, request: VideoRequest) -> dict[str, Any]:
 
 
 def _anchor(anchor: Anchor, hashes: dict[int, list[str]]) -> dict[str, Any]:
-    """Videos of one prompt share their pictures: each is hashed once."""
+    """Returns the record of an anchor. Videos of one prompt share their images, so each image is hashed once."""
     if id(anchor.image) not in hashes:
-        # Decoded: tensors.
+        # The request has decoded the images to tensors.
         pictures = anchor.image if isinstance(anchor.image, list) else [anchor.image]
         hashes[id(anchor.image)] = [picture_hash(picture) for picture in pictures]
     return {"frame_index": anchor.frame_index, "strength": anchor.strength, "sha256": hashes[id(anchor.image)]}
 
 
 def _adapters(model: torch.nn.Module) -> dict[str, Any]:
-    """Strength of each adapter, 1 where it is as it was trained and 0 where it is off; a list where layers differ."""
+    """Returns the strength of each adapter: 1 as trained, 0 if switched off; a list if layers differ."""
     found: dict[str, set[float]] = {}
     for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
         for name, scaling in layer.scaling.items():
@@ -223,9 +223,9 @@ def _adapters(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def _adapter_hashes(model: torch.nn.Module) -> dict[str, str]:
-    """The first 16 digits of SHA-256 of each adapter's weights as they are loaded: names, alphas and bytes.
+    """Returns the first 16 hex digits of the SHA-256 of each adapter's loaded weights: names, alphas and bytes.
 
-    An adapter whose weights are elsewhere now, as accelerate's sequential offload puts them, has none.
+    Adapters with weights on the meta device (accelerate's sequential offload) are left out.
     """
     hashes: dict[str, Any] = {}
     absent: set[str] = set()
@@ -245,7 +245,7 @@ def _adapter_hashes(model: torch.nn.Module) -> dict[str, str]:
 
 
 def _adapter_tensors(layer: BaseTunerLayer) -> dict[str, dict[str, torch.Tensor]]:
-    """Adapter to its weights in a layer."""
+    """Returns the weights of each adapter in a layer: adapter name -> tensor name -> tensor."""
     if isinstance(layer, ParameterDeltas):
         return layer.deltas
     found: dict[str, dict[str, torch.Tensor]] = {}
@@ -257,7 +257,7 @@ def _adapter_tensors(layer: BaseTunerLayer) -> dict[str, dict[str, torch.Tensor]
 
 
 def _quantization(model: torch.nn.Module) -> str | None:
-    """How weights are kept, where it is not in the dtype that they are computed in."""
+    """Returns the storage format of the weights if it differs from the compute dtype, else `None`."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         config = quantizer.quantization_config
@@ -274,19 +274,19 @@ def _quantization(model: torch.nn.Module) -> str | None:
 
 
 def boundary_ratio(pipe: FactorizedStages) -> float | None:
-    """Share of the time range that the second of two experts has; `None` for a single one. An animator's is its pipeline's."""
+    """Returns `boundary_ratio` of the pipeline or of its animator's pipeline; `None` for a model with one expert."""
     animator = getattr(pipe, "animator", None)
     return (pipe if animator is None else animator.pipeline).config.get("boundary_ratio")
 
 
 def scheduler_config(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's class and configuration."""
+    """Returns a scheduler's class and config."""
     config = {name: _plain(value) for name, value in scheduler.config.items() if not name.startswith("_")}
     return {"class": type(scheduler).__name__, **config}
 
 
 def rewriter_name(rewriter: Any) -> str | None:
-    """The chat model's name on the Hub or of a server, and not where the server is."""
+    """Returns the name of the chat model, on the Hub or on a server, without the server's URL."""
     if rewriter is None:
         return None
     if rewriter.endpoint is not None:
@@ -295,7 +295,7 @@ def rewriter_name(rewriter: Any) -> str | None:
 
 
 def _revision(pipe: DiffusionPipeline) -> str | None:
-    """The commit of the repository that the pipeline came from, which its cache names."""
+    """Returns the commit of the repository that the pipeline was loaded from, read from paths in the Hub's cache."""
     if not hub_name(str(pipe.name_or_path)):
         return None
     for component in pipe.components.values():
@@ -308,7 +308,7 @@ def _revision(pipe: DiffusionPipeline) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON holds of a value; of a path its last name, of other things their class."""
+    """Converts a value to JSON: paths to their last component, objects of other types to the name of their class."""
     if isinstance(value, str):
         return Path(value).name if os.path.isabs(value) else value
     if isinstance(value, (list, tuple)):
@@ -319,5 +319,5 @@ def _plain(value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """A number of numpy's as Python's own."""
+    """Converts a NumPy scalar to a Python number."""
     return value.item()

@@ -1,7 +1,7 @@
-"""A video made again from its record: see [`~pipelines.record`].
+"""Generates a video again from its record: see [`~pipelines.record`].
 
-A record in a file is a stranger's. It is data: it loads no code, opens no file and asks no server. What it says is checked,
-what it does not know is refused, and a call with it is a call with the same arguments typed in.
+A record may come from an untrusted file, so it is only data: it loads no code, opens no file and contacts no server. Its values
+are checked and unknown keys are refused; replaying it is the same as calling the pipeline with these arguments.
 """
 
 from __future__ import annotations
@@ -44,35 +44,36 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# Beyond these a number in a record is a mistake or an attack, not a video.
+# Larger numbers in a record are a mistake or an attack.
 MAX_SIDE, MAX_FRAMES, MAX_PIXELS, MAX_STEPS, MAX_TOKENS, MAX_NUMBER = 8192, 10_000, 2**32, 1000, 8192, 10_000
 MAX_VIDEOS, MAX_ITEMS, MAX_DETAIL_CHARACTERS, MAX_GUIDANCE = 4096, 256, 100_000, 1000
-# And beyond these a model makes it only where its user says so. Models were trained up to 2.3 times the pixels of their default,
-# as Wan2.1-14B at 720p beside 480p; what a small model makes of fewer pixels than OWN_PIXELS fits any memory. No text encoder of
-# the stock pipelines was trained on more tokens than OWN_TOKENS, where the model's default is not more.
+# Larger videos than these are generated only if the user passes the size. Models were trained on up to 2.3 times the pixels of
+# their default (Wan2.1-14B: 720p and 480p). Fewer pixels than OWN_PIXELS fit into any memory with a small model. The text encoders
+# of stock pipelines were not trained on more than OWN_TOKENS tokens, unless the model's default is larger.
 OWN_FACTOR, OWN_PIXELS, OWN_TOKENS = 4, 2**24, 512
 
 _CAPTIONS = ("first_frame_prompt", "storyboard", "motion_prompt")
-# Where one of these changes, the judge's choice is that of another picture.
+# If one of these changes, the recorded choice of the judge does not apply.
 _CHOSEN_FOR = {"prompt", "mode", "first_frame_prompt", "storyboard", "num_moments", "generator"}
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """The record that a video's file holds, checked.
+    """Reads the record in a video's file and checks it.
 
     Args:
-        path (`str` or `Path`): an mp4 that `fvg generate` wrote, or [`~media.write_video`] with `metadata=out.records[0]`.
+        path (`str` or `Path`): an mp4 file that `fvg generate` wrote, or [`~media.write_video`] with
+            `metadata=out.records[0]`.
 
     Returns:
-        `dict`: for [`replay`].
+        `dict`: the record, for [`replay`].
 
     Raises:
-        `ValueError`: no video, a video without a record, or a record that no call has.
-        `OSError`: no file.
+        `ValueError`: the file is not a video, has no record, or the record is not valid.
+        `OSError`: the file does not exist.
     """
     record = read_video_metadata(path)
     if "record_version" not in record:
-        raise ValueError(f"{path} holds no record from which the video can be made again.")
+        raise ValueError(f"{path} holds no record from which the video can be generated again.")
     try:
         check_record(record)
     except ValueError as error:
@@ -86,25 +87,27 @@ def replay(
     images: Image | Sequence[Image] | None = None,
     **changes: Any,
 ) -> FactorizedVideoPipelineOutput:
-    """Makes a video again: bit for bit on the same device with the same packages, where it was the only one of its call.
+    """Generates a video again from its record.
 
-    A video of a batch, made alone, differs by rounding: by 3e-6 of its range with the embedded model on a CPU, by 2e-5 where
-    that of the composer's batch moved a pixel of the anchor by one of its 256 levels. What is known to differ is logged as a
-    warning. Captions are taken from the record, so that no rewriter is needed.
+    The result is bit-identical on the same device with the same packages if the video was the only one of its call. A video of
+    a batch differs by rounding: by 3e-6 of the value range with the embedded model on a CPU, and by 2e-5 if rounding in the
+    composer's batch changed a pixel of the anchor by one of 256 levels. A warning lists known differences. Captions come from
+    the record, so no rewriter is needed.
 
     Args:
-        pipe ([`FactorizedVideoPipeline`] or another of this package): of the record's class.
+        pipe ([`FactorizedVideoPipeline`] or another of this package): a pipeline of the class in the record.
         record (`dict`): from [`read_record`], or one of the output's `records`.
-        images (picture or list of pictures, *optional*): of the anchors that the call was given, in the record's order.
-        changes: arguments of the pipeline's call in place of the recorded ones. A changed `prompt` or `mode` is rewritten
-            anew, as with `rewriter_motion`; a changed `preset` brings its own steps and guidance. `return_dict` is not among them.
+        images (image or list of images, *optional*): images of the anchors that were passed to the call, in the order of the
+            record.
+        changes: arguments of the pipeline's call that replace the recorded ones, except `return_dict`. If `prompt` or `mode`
+            changes, or `rewriter_motion` is passed, stage 1 runs again. A changed `preset` sets its own steps and guidance.
 
     Returns:
         [`FactorizedVideoPipelineOutput`]
 
     Raises:
-        `ValueError`: a record that no call has or that is of another class, one of far more than the pipeline's own pixels or
-            text tokens, a picture that is missing or another one, or as in the pipeline's call.
+        `ValueError`: the record is not valid or of another pipeline class, or asks for far more pixels or text tokens than
+            the pipeline's defaults; an image is missing or differs from the recorded one; or as in the pipeline's call.
     """
     check_record(record)
     changes = {name: value for name, value in changes.items() if value is not None}
@@ -112,7 +115,7 @@ def replay(
         raise ValueError("`return_dict=False`: a replay returns its output as an object; leave it out.")
     if record["pipeline"] != type(pipe).__name__:
         raise ValueError(
-            f"The record is of a {record['pipeline']}, and this is a {type(pipe).__name__}: load the other."
+            f"The record is of a {record['pipeline']}, but `pipe` is a {type(pipe).__name__}: load a pipeline of that class."
         )
     call = recorded_call(record, images, changes)
     check_own_limits(pipe, call, changes)
@@ -131,19 +134,19 @@ def replay(
     if before is not None and "latents" not in changes:
         if not torch.equal(before, draws["generator"].get_state()):
             logger.warning(
-                "The video differs from the recorded one: its generator was shared with other videos and drew more than the "
-                "noise they start from."
+                "The video differs from the recorded one: its generator was shared with other videos and drew more than their "
+                "initial noise."
             )
-        # The latents were drawn by the seed.
+        # The latents came from the recorded seed, which is recorded instead of them.
         output.seeds[0]["video"] = output.records[0]["seeds"]["video"] = record["seeds"]["video"]
         output.records[0]["not_recorded"].remove("latents")
     if not changes and _is_drawn(record) and output.records[0]["anchors"] != record["anchors"]:
-        logger.warning("The composer drew another picture than the recorded one, and so the video differs.")
+        logger.warning("The composer drew another image than the recorded one, so the video differs.")
     return output
 
 
 def _keep_writer(records: list[dict[str, Any]], record: Mapping[str, Any]) -> None:
-    """What wrote the captions is what wrote them at first."""
+    """Copies the rewriter, which wrote the captions in the record, to the new records."""
     writer = (record.get("hub_revisions") or {}).get("rewriter")
     for made in records:
         made["rewriter"] = record.get("rewriter")
@@ -152,7 +155,7 @@ def _keep_writer(records: list[dict[str, Any]], record: Mapping[str, Any]) -> No
 
 
 def differences(pipe: FactorizedStages, record: Mapping[str, Any]) -> list[str]:
-    """What a record was made with and a pipeline does not have, one line each."""
+    """Returns the differences between a record and a pipeline (model, adapters, versions and so on), one line each."""
     there, here = dict(record), surroundings(pipe)
     there["scheduler"] = record.get("scheduler") or {}
     here["scheduler"] = scheduler_config(pipe.scheduler) if there["scheduler"] else {}
@@ -173,7 +176,7 @@ def differences(pipe: FactorizedStages, record: Mapping[str, Any]) -> list[str]:
         "composer",
     ):
         recorded, own = there.get(key) or {}, here[key]
-        # Captions and the choice of a picture come from the record, and pictures where they were given.
+        # Rewriter and judge do not run, as the record has their results; nor does the composer if anchors were given.
         skipped = {"rewriter", "anchor_judge"} | (set() if _is_drawn(record) else {"composer"})
         for name in sorted((recorded.keys() | own.keys()) - skipped):
             if recorded.get(name) != own.get(name):
@@ -182,56 +185,58 @@ def differences(pipe: FactorizedStages, record: Mapping[str, Any]) -> list[str]:
 
 
 def needs_images(record: Mapping[str, Any]) -> bool:
-    """Whether the call was given its pictures, which a record does not hold."""
+    """Returns whether anchors were passed to the recorded call, whose images a record does not hold."""
     return bool(record.get("anchors")) and not _is_drawn(record)
 
 
 def given_anchors(record: Mapping[str, Any], images: Any) -> list[Anchor]:
-    """The anchors of a record whose pictures were given, with the pictures.
+    """Returns the anchors of a record with the given images.
 
     Raises:
-        `ValueError`: a picture is missing, or another one than the record's.
+        `ValueError`: an image is missing, or differs from the recorded one.
     """
     entries = record["anchors"]
     if images is None:
         raise ValueError(
-            f"The video was made from {len(entries)} given picture(s), which a record does not hold: pass `images`, or to "
-            "`fvg` --image."
+            f"The video was made from {len(entries)} given picture(s), which a record does not hold: pass `images`, or "
+            "`--image` to `fvg`."
         )
     images = list(images) if isinstance(images, (list, tuple)) else [images]
     if len(images) != len(entries):
-        raise ValueError(f"`images` holds {len(images)} for a record of {len(entries)} anchors; give one for each.")
+        raise ValueError(
+            f"`images` has {len(images)} entries for a record of {len(entries)} anchors; give one for each."
+        )
     anchors = []
     for number, (entry, image) in enumerate(zip(entries, images), start=1):
         hashes = [picture_hash(picture_tensor(picture)) for picture in pictures_of(image)]
         if hashes != entry["sha256"]:
             raise ValueError(
-                f"Picture {number} is another one than the record's: its sha256 is {hashes[0]}, not {entry['sha256'][0]}. To "
-                "make the video of another picture pass it as `image` or in `anchors`."
+                f"Picture {number} is another one than the recorded picture: its sha256 is {hashes[0]}, not "
+                f"{entry['sha256'][0]}. To use another picture, pass it as `image` or in `anchors`."
             )
         anchors.append(Anchor(image, entry["frame_index"], entry["strength"]))
     return anchors
 
 
 def check_own_limits(pipe: FactorizedStages, call: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
-    """What a record asks for is of the pipeline's own order. Changes are the user's word, and are not looked at.
+    """Checks that a record does not ask for far more than the pipeline's defaults; `changes` by the user are not checked.
 
     Raises:
-        `ValueError`: naming the arguments and the way out.
+        `ValueError`: names the arguments and the fix.
     """
     own, sides = pipe.call_defaults, ("height", "width", "num_frames")
     pixels, limit = math.prod(call[name] for name in sides), OWN_FACTOR * math.prod(own[name] for name in sides)
     if not changes.keys() & {*sides} and pixels > max(limit, OWN_PIXELS):
         asked = ", ".join(f"`{name}={call[name]}`" for name in sides)
         raise ValueError(
-            f"The record asks for {asked}, {pixels} pixels in all, and of this model not more than {max(limit, OWN_PIXELS)} are "
-            "taken from a record: give one of the three yourself if you mean it."
+            f"The record asks for {asked}, {pixels} pixels in all, but at most {max(limit, OWN_PIXELS)} are accepted from a "
+            "record for this model: pass one of the three yourself to allow it."
         )
     tokens, limit = call.get("max_sequence_length", 1), max(own.get("max_sequence_length") or 0, OWN_TOKENS)
     if "max_sequence_length" not in changes and tokens > limit:
         raise ValueError(
-            f"The record asks for `max_sequence_length={tokens}`, and of this model not more than {limit} are taken from a "
-            "record: pass it yourself if you mean it."
+            f"The record asks for `max_sequence_length={tokens}`, but at most {limit} are accepted from a record for this "
+            "model: pass it yourself to allow it."
         )
 
 
@@ -240,7 +245,7 @@ def _is_drawn(record: Mapping[str, Any]) -> bool:
 
 
 def recorded_call(record: Mapping[str, Any], images: Any, changes: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the call that [`replay`] makes, without its generator; raises `ValueError` as [`replay`] does."""
+    """Returns the arguments of the call in [`replay`], without the generator; raises `ValueError` as [`replay`] does."""
     names = ["prompt", "motion_prompt", "negative_prompt", "first_frame_prompt", *SETTINGS, "composer_negative_prompt"]
     names += ["preset", "num_inference_steps", "guidance_scale", "guidance_scale_2"]
     call = {name: record[name] for name in names if record.get(name) is not None}
@@ -271,8 +276,8 @@ def recorded_call(record: Mapping[str, Any], images: Any, changes: dict[str, Any
     if needs_images(record) and not changed & others:
         call["anchors"] = given_anchors(record, images)
     elif images is not None:
-        raise ValueError("`images` are for a record of pictures that were given; replace drawn ones by `image`.")
-    # A new text stands in for embeddings, and what a callback did is not known.
+        raise ValueError("`images` are for a record of pictures that were given; replace drawn pictures by `image`.")
+    # A new text replaces recorded embeddings. A callback is not required again: its effect is not known.
     kinds = (
         "latents",
         "attention_kwargs",
@@ -286,7 +291,7 @@ def recorded_call(record: Mapping[str, Any], images: Any, changes: dict[str, Any
     call |= changes
     draws = call["mode"] != "direct" and not call.keys() & {"image", "anchors"}
     if draws and _is_drawn(record) and not changed & _CHOSEN_FOR:
-        # The recorded seed is that of the picture that was chosen.
+        # The recorded seed is that of the image that the judge chose.
         call.setdefault("composer_num_candidates", 1)
     return call
 
@@ -295,19 +300,19 @@ def recorded_call(record: Mapping[str, Any], images: Any, changes: dict[str, Any
 
 
 def check_record(record: Any) -> None:
-    """A record is one that a call can have.
+    """Checks that a record is valid.
 
     Raises:
-        `ValueError`: naming the key and its value.
+        `ValueError`: names the key and its value.
     """
     if not isinstance(record, Mapping) or "record_version" not in record:
         raise ValueError(
-            f"Pass one record, from `read_record` or of an output's `records`, and not a {type(record).__name__} without one."
+            f"`record` must be a dictionary from `read_record` or an output's `records`, but is a {type(record).__name__}."
         )
     if record["record_version"] != VERSION:
         version = record["record_version"]
         raise ValueError(
-            f"its record is of version {version!r:.40}, and this program reads {VERSION}: update one of them."
+            f"its record has version {version!r:.40}, but this program reads version {VERSION}: update one of them."
         )
     unknown = sorted(record.keys() - _CHECKS.keys())
     if unknown:
@@ -319,7 +324,7 @@ def check_record(record: Any) -> None:
         if value is None and name not in _REQUIRED:
             continue
         if not is_valid(value):
-            raise ValueError(f"its record has `{name}={value!r:.80}`, which no call has: it was damaged or changed.")
+            raise ValueError(f"its record has `{name}={value!r:.80}`, which is not valid: it was damaged or changed.")
     seed = record["seeds"]["video"]
     sizes = [
         record["height"],
@@ -369,12 +374,12 @@ def _named(is_valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def _detail(value: Any) -> bool:
-    """Compared and shown, and nothing else."""
+    """Checks an object that is only compared and printed."""
     return isinstance(value, dict) and _text(MAX_DETAIL_CHARACTERS)(json.dumps(value))
 
 
 def _model(value: Any) -> bool:
-    """A repository on the Hub, or a plain name."""
+    """Checks a Hub repository or a plain name."""
     if not _text(255)(value) or "\n" in value or "\r" in value:
         return False
     try:
@@ -385,7 +390,7 @@ def _model(value: Any) -> bool:
 
 
 def _repository(value: Any) -> bool:
-    """A repository on the Hub with its commit."""
+    """Checks a Hub repository with its commit."""
     if not _text(255)(value):
         return False
     name, _, revision = value.partition("@")

@@ -1,4 +1,4 @@
-"""What one call asks for: its arguments, completed and checked once, by the rows of [`request_checks`] and nowhere else."""
+"""The request of one call: its arguments, with defaults filled in and checked once by [`request_checks`]."""
 
 from __future__ import annotations
 
@@ -31,19 +31,20 @@ if TYPE_CHECKING:
 
 Image: TypeAlias = PIL.Image.Image | np.ndarray | torch.Tensor
 StepCallback: TypeAlias = Callable | PipelineCallback | MultiPipelineCallbacks
-LEFT_OUT: Any = None  # [`VideoRequest.completed`] fills in the model's own.
+LEFT_OUT: Any = None  # [`VideoRequest.completed`] fills in the model's default.
 AnchorResolver = Callable[[Sequence[Anchor], int], list[tuple[range, Anchor]]]
 
 
 @dataclass(frozen=True)
 class VideoRequest(RequestChecks, ChosenPictures, MotionOfVideos):
-    """Arguments of a call of any of the pipelines, under their own names; their `__call__` says what each is.
+    """Arguments of a call of any pipeline, under the names in `__call__`, which documents them.
 
-    [`completed`] gives the request that the stages work on: texts in lists, one for each prompt; a list of anchors for each
-    video, their pictures decoded; the model's own values where the call left one out; all checked. Field types are its own.
+    [`completed`] returns the request that the stages use: with lists of texts, one for each prompt; a list of anchors with
+    decoded images for each video; and the model's defaults for arguments that were left out. All values are checked. The field
+    types are those of a completed request.
     """
 
-    # All stages. Without a mode it is a call of stage 3 alone.
+    # All stages. Without `mode`, the call runs only stage 3 (`animate`).
     prompt: list[str] | None = None
     mode: str | None = None
     num_videos_per_prompt: int = 1
@@ -101,12 +102,12 @@ class VideoRequest(RequestChecks, ChosenPictures, MotionOfVideos):
 
     @property
     def draws_anchors(self) -> bool:
-        """Whether stages 1 and 2 make the first frames."""
+        """Whether stages 1 and 2 run to make the first frames."""
         return self.mode in ("factorized", "storyboard") and self.image is None and self.anchors is None
 
     @property
     def _written(self) -> list[str] | list[list[Moment]] | None:
-        """What the caller wrote in place of stage 1."""
+        """Captions that the caller passed, so that stage 1 is skipped."""
         return self.first_frame_prompt if self.storyboard is None else self.storyboard
 
     @property
@@ -114,20 +115,20 @@ class VideoRequest(RequestChecks, ChosenPictures, MotionOfVideos):
         return self.anchors is not None and any(self.anchors)
 
     def sampling(self, pipe: FactorizedStages) -> SchedulerPreset | None:
-        """The preset of the call; `None` when `pipe.scheduler` is the user's own."""
+        """Returns the preset of the call; `None` if `pipe.scheduler` matches no preset."""
         if self.preset is not None:
             return pipe.presets[self.preset]
         return pipe.presets.matching(pipe.scheduler) if pipe.matches_presets else None
 
     def steps(self, pipe: FactorizedStages) -> int:
-        """Steps of the video model."""
+        """Returns the number of steps of the video model."""
         sampling = self.sampling(pipe)
         return self.num_inference_steps or (
             pipe.own_num_inference_steps if sampling is None else sampling.num_inference_steps
         )
 
     def guidance(self, pipe: FactorizedStages) -> tuple[float, float]:
-        """Guidance of the video model, and of its low-noise expert."""
+        """Returns the guidance scale of the video model, and that of its low-noise expert."""
         sampling, scale, scale_2 = self.sampling(pipe), self.guidance_scale, self.guidance_scale_2
         if scale is None:
             scale = pipe.own_guidance_scale if sampling is None else sampling.guidance_scale
@@ -135,10 +136,10 @@ class VideoRequest(RequestChecks, ChosenPictures, MotionOfVideos):
                 scale_2 = sampling.guidance_scale_2
         return scale, scale if scale_2 is None else scale_2
 
-    # -- what the stages ask of it ------------------------------------------------------------------------------------
+    # -- used by the stages -------------------------------------------------------------------------------------------
 
     def make_scheduler(self, pipe: FactorizedStages, device: torch.device) -> SchedulerMixin:
-        """The scheduler of the call, its timesteps set: it keeps the state of a run, and the pipeline's may be shared."""
+        """Returns a new scheduler with timesteps set: schedulers keep state, and the pipeline's may be shared."""
         sampling = self.sampling(pipe)
         if sampling is not None:
             return sampling.make_scheduler(self.num_inference_steps, device)
@@ -149,7 +150,7 @@ class VideoRequest(RequestChecks, ChosenPictures, MotionOfVideos):
     def embeds_of_videos(
         self, embeds: Sequence[torch.Tensor | None], device: torch.device, dtype: torch.dtype
     ) -> list[torch.Tensor | None]:
-        """Embeddings of prompts and negative prompts as the loop takes them; those that were given are not yet one a video."""
+        """Returns the embeddings for each video; embeddings that the caller passed are repeated for each video."""
         given, made = (self.prompt_embeds is not None, self.negative_prompt_embeds is not None), []
         for tensor, is_given in zip(embeds, given):
             if tensor is not None:
@@ -163,7 +164,7 @@ class VideoRequest(RequestChecks, ChosenPictures, MotionOfVideos):
     def after_step(
         self, pipe: FactorizedStages, step: int, timestep: torch.Tensor, **tensors: torch.Tensor | None
     ) -> list[torch.Tensor | None]:
-        """Calls the user's callback after a step of stage 3. Returns the tensors, with what it changed of them."""
+        """Calls the user's callback after a step of stage 3, and returns the tensors with its changes."""
         if self.callback_on_step_end is not None:
             given = {name: tensors[name] for name in self.callback_on_step_end_tensor_inputs or ()}
             changed = self.callback_on_step_end(pipe, step, timestep, given) or {}
@@ -171,7 +172,7 @@ class VideoRequest(RequestChecks, ChosenPictures, MotionOfVideos):
         return list(tensors.values())
 
     def with_generator(self) -> tuple[VideoRequest, list[dict[str, Seed]]]:
-        """The request with a generator, and the seed of each video's noise: to be asked before anything is drawn."""
+        """Returns the request with a generator, and the seed of each video. Call it before anything is drawn."""
         request = self
         if self.generator is None:
             request = replace(
@@ -190,7 +191,7 @@ class VideoRequest(RequestChecks, ChosenPictures, MotionOfVideos):
         output_class: type[FactorizedVideoPipelineOutput] = FactorizedVideoPipelineOutput,
         **more: Any,
     ) -> FactorizedVideoPipelineOutput | tuple:
-        """What the call gives back, of what the stages made."""
+        """Returns the output of the call, made from the results of the stages."""
         is_storyboard = self.mode == "storyboard"
         shown: Any = pictures if pictures is None or is_storyboard else [first for (first,) in pictures]
         output = output_class(
@@ -204,12 +205,12 @@ class VideoRequest(RequestChecks, ChosenPictures, MotionOfVideos):
             rewrites=None if moments is None else [first.rewrite for first, *_ in moments],
             **{"motion_prompts": self.motion_prompt} | more,
         )
-        # Last in every class, of which one adds fields of its own.
+        # In the tuple, the fields that a subclass adds come after those of the base class, and `records` last.
         names = sorted(output.__dataclass_fields__, key="records".__eq__)
         return output if self.return_dict else tuple(getattr(output, name) for name in names)
 
     def check_safety(self, safety_checker: Callable[[PIL.Image.Image], bool | str | None] | None) -> None:
-        """Shows each picture to the checker once and raises `ValueError` for the first that it refuses."""
+        """Calls the checker once for each anchor image, and raises `ValueError` for the first that it refuses."""
         if safety_checker is None:
             return
         shown = set()
@@ -223,16 +224,16 @@ class VideoRequest(RequestChecks, ChosenPictures, MotionOfVideos):
                         reason = f" ({refusal})" if isinstance(refusal, str) else ""
                         raise ValueError(
                             f"`safety_checker` refused the anchor of prompt {video // self.num_videos_per_prompt}{reason}; "
-                            "no video was computed. Change the prompt or the image."
+                            "no video was generated. Change the prompt or the image."
                         )
 
     # -- completion ---------------------------------------------------------------------------------------------------
 
     def completed(self, pipe: FactorizedStages) -> VideoRequest:
-        """The request with the pipeline's values filled in, checked before a model runs.
+        """Returns the request with the pipeline's defaults, checked before any model runs.
 
         Raises:
-            `ValueError`: naming the argument, its value and the fix.
+            `ValueError`: names the argument, its value and the fix.
         """
         self._check_kinds()
         self._check_mode()

@@ -1,4 +1,4 @@
-"""Checks of a call's arguments, before a model runs: the rows of [`VideoRequest.completed`]."""
+"""Checks of a call's arguments before any model runs; [`VideoRequest.completed`] calls them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 MODES = ("factorized", "direct", "storyboard")
 EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "prompt_embeds_2", "negative_prompt_embeds_2")
 OUTPUT_TYPES = ("np", "uint8", "pt", "pil", "latent")
-# Of all videos of a call: as numbers of 32 bits, 240 GiB. A minute of 1080 x 1920 at 24 frames per second is 3e9.
+# Largest number of pixels of all videos of a call, about 240 GB in float32 RGB. A minute of 1080 x 1920 at 24 fps has 3e9.
 MAX_PIXELS = 2 * 10**10
 
 NO_REWRITER = (
@@ -50,10 +50,10 @@ NO_REWRITER = (
 
 
 class RequestChecks:
-    """Checks of a [`VideoRequest`]: each raises `ValueError` naming the argument, its value and the fix."""
+    """Checks of a [`VideoRequest`]: each raises `ValueError`, which names the argument, its value and the fix."""
 
     def _check_kinds(self: VideoRequest) -> None:
-        """Values are of the kinds that the other checks read."""
+        """Checks the types of arguments, which the other checks rely on."""
         for name in ("prompt", "first_frame_prompt", "motion_prompt", "negative_prompt"):
             self._check_kind(name, (str, list, tuple), "a text or a list of texts")
         for name in ("latents", *EMBEDS):
@@ -90,10 +90,10 @@ class RequestChecks:
         if self.mode is not None and self.mode not in MODES:
             raise ValueError(f"Unknown mode {self.mode!r}; use one of {MODES}.")
         if self.prompt is None and self.prompt_embeds is None:
-            raise ValueError("Provide `prompt` or `prompt_embeds`: the video model follows it in every mode.")
+            raise ValueError("Pass `prompt` or `prompt_embeds`: the video model needs a text in every mode.")
         given = [name for name in ("first_frame_prompt", "image", "anchors") if getattr(self, name) is not None]
         if self.mode in ("direct", "storyboard") and given:
-            does = "uses no first frame" if self.mode == "direct" else "makes its own pictures of `storyboard`"
+            does = "uses no first frame" if self.mode == "direct" else "draws its own pictures of `storyboard`"
             raise ValueError(f'`mode="{self.mode}"` {does}, but `{given[0]}` was given; leave one of them out.')
         if self.mode != "storyboard" and self.storyboard is not None:
             raise ValueError(f'`storyboard` is for `mode="storyboard"`, not for {self.mode!r}; change one of them.')
@@ -110,7 +110,7 @@ class RequestChecks:
             "num_videos_per_prompt": MAX_COUNT,
             "max_sequence_length": pipe._most_tokens(),
             "num_moments": MAX_COUNT,
-            # What there is room for the rewriter says.
+            # The rewriter checks its own limit.
             "rewriter_max_new_tokens": None,
         }
         for name, highest in most.items():
@@ -124,14 +124,14 @@ class RequestChecks:
             raise ValueError(f"`fps={self.fps}` must be above 0 and at most {MAX_COUNT} frames per second.")
         if self.guidance_scale_2 is not None and boundary_ratio(pipe) is None:
             raise ValueError(
-                f"`guidance_scale_2={self.guidance_scale_2}` is for a model of two experts, and this one has no "
+                f"`guidance_scale_2={self.guidance_scale_2}` is for a model with two experts, but this one has no "
                 "`boundary_ratio`; leave it out."
             )
         known = pipe.attention_keys
         unknown = sorted((self.attention_kwargs or {}).keys() - known) if known else []
         if unknown:
             raise ValueError(
-                f"`attention_kwargs` has the key {unknown[0]!r}; this model reads {', '.join(known)} alone."
+                f"`attention_kwargs` has the key {unknown[0]!r}, but this model supports only {', '.join(known)}; remove it."
             )
         if self.attention_kwargs and "scale" in self.attention_kwargs:
             check_scale("attention_kwargs['scale']", self.attention_kwargs["scale"])
@@ -146,7 +146,7 @@ class RequestChecks:
             is_written_of = name == "prompt" and self.draws_anchors and self._written is None
             pipe._check_known(texts, writes=is_written_of)
             if len(texts) != num_prompts:
-                raise ValueError(f"`{name}` has {len(texts)} texts for {num_prompts} prompts.")
+                raise ValueError(f"`{name}` has {len(texts)} texts for {num_prompts} prompts; give one for each.")
         check_negative_texts("negative_prompt", self.negative_prompt, num_prompts)
         check_negative_texts("composer_negative_prompt", self.composer_negative_prompt, self.num_videos)
 
@@ -183,11 +183,11 @@ class RequestChecks:
         if pixels > MAX_PIXELS:
             raise ValueError(
                 f"`num_frames={self.num_frames}` of `height={self.height}` and `width={self.width}` for {self.num_videos} videos "
-                f"are {pixels:.1e} pixels, and one call makes at most {MAX_PIXELS:.1e}: make fewer, or smaller ones."
+                f"are {pixels:.1e} pixels, but one call supports at most {MAX_PIXELS:.1e}: use fewer or smaller videos."
             )
 
     def _check_stages(self: VideoRequest, pipe: FactorizedStages) -> None:
-        """Stages 1 and 2 can run: their models are there, and so is what they start from. Of one that does not, nothing is set."""
+        """Checks that stages 1 and 2 have their models and inputs, and that a skipped stage has no arguments."""
         self._check_skipped()
         if not self.draws_anchors:
             return
@@ -206,7 +206,7 @@ class RequestChecks:
         )
 
     def _check_skipped(self: VideoRequest) -> None:
-        """No argument is given of a stage that does not run."""
+        """Checks that no argument of a skipped stage is given."""
         if self.mode not in (None, "storyboard") and self.num_moments != type(self).num_moments:
             raise ValueError(f'`num_moments={self.num_moments}` is for `mode="storyboard"`, not for {self.mode!r}.')
         draws = self.draws_anchors or self.mode is None
@@ -228,7 +228,7 @@ class RequestChecks:
         if preset is None:
             pipe._check_scheduler()
         check_steps(self.num_inference_steps, preset)
-        # Another pipeline that samples, stage 3's animator, sets its own scheduler up.
+        # The animator's pipeline prepares its own scheduler.
         if preset is not None or self.num_inference_steps is not None and "animator" not in pipe.components:
             self._check_makes_scheduler(pipe, preset)
         if pipe.facts is not None:
@@ -239,11 +239,11 @@ class RequestChecks:
         unknown = [name for name in names if name not in pipe._callback_tensor_inputs]
         if unknown:
             raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has to be in {pipe._callback_tensor_inputs}, but found {unknown}."
+                f"`callback_on_step_end_tensor_inputs` must be among {pipe._callback_tensor_inputs}, but has {unknown}."
             )
 
     def _check_makes_scheduler(self: VideoRequest, pipe: FactorizedStages, preset: SchedulerPreset | None) -> None:
-        """The scheduler of the call can be made and take so many steps: what it would refuse, it refuses now."""
+        """Checks that the scheduler of the call can be made and supports the number of steps."""
         try:
             self.make_scheduler(pipe, torch.device("cpu"))
         except (TypeError, ValueError, KeyError, RuntimeError) as error:
@@ -268,7 +268,7 @@ class RequestChecks:
         elif self.num_moments > 1 + (self.num_frames - 1) // pipe._frame_step():
             check_at_least_one("num_moments", self.num_moments, 1 + (self.num_frames - 1) // pipe._frame_step())
         else:
-            # The closest that as many moments are without fail: evenly spread.
+            # Evenly spaced moments have the largest distances, so any moments fit if these do.
             times = [[number / (self.num_moments - 1) for number in range(self.num_moments)]]
         for video in times:
             moment_frames(video, self.num_frames, pipe._frame_step())

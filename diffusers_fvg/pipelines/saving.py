@@ -1,4 +1,4 @@
-"""What a pipeline writes: references again for what came by reference, and nothing of this machine."""
+"""Prepares a pipeline for saving: writes references for components loaded by reference, and removes local paths."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ logger = logging.get_logger(__name__)
 
 
 def as_saved(pipe: DiffusionPipeline, bundle: bool) -> DiffusionPipeline:
-    """A shallow copy of a pipeline as `save_pretrained` should write it.
+    """Returns a shallow copy of a pipeline with the components that `save_pretrained` should write.
 
-    What came by reference is a reference again, or with `bundle` has its weights written. A rewriter or a judge that asks an
-    endpoint, or calls a function, is left out, with a warning: who loads the repository names one.
+    Components that were loaded by reference become references again, or with `bundle` keep their weights. A rewriter or judge
+    with an endpoint or a function is left out, with a warning: users of the repository pass their own.
 
     Raises:
-        `ValueError`: a component that came by reference has LoRAs fused into its weights, which the reference would lose, or the
-            anchor LoRA is fused, which the repository would have twice.
+        `ValueError`: a component that becomes a reference has LoRAs fused into its weights, which would be lost; or the anchor
+            LoRA is fused, so that the repository would contain it twice.
     """
     saved = copy.copy(pipe)
     has_lora = getattr(pipe, "anchor_lora", None) is not None
@@ -36,8 +36,8 @@ def as_saved(pipe: DiffusionPipeline, bundle: bool) -> DiffusionPipeline:
         fused = {adapter for layer in _adapter_layers(component) for adapter in layer.merged_adapters}
         if has_lora and ADAPTER_NAME in fused:
             raise ValueError(
-                f"The anchor LoRA is fused into `{name}`, and the repository has it beside the weights: loaded, it would act twice. "
-                "Call `unfuse_lora()` first; or, to keep it in the weights for good, `unload_lora_weights()`, and set "
+                f"The anchor LoRA is fused into `{name}` and would also be saved as `anchor_lora`, so that it would act twice. Call "
+                "`unfuse_lora()` first; or, to keep it in the weights permanently, call `unload_lora_weights()` and set "
                 "`anchor_lora` to None."
             )
         reference = getattr(component, "hub_reference", None)
@@ -68,7 +68,7 @@ def _adapter_layers(component: Any) -> list[BaseTunerLayer]:
 
 
 def forget_origins(folder: str | os.PathLike) -> None:
-    """Takes `_name_or_path`, which may be a path on this machine, out of the configurations of a saved pipeline."""
+    """Removes `_name_or_path`, which may be a local path, from the configs of a saved pipeline."""
     index = Path(folder) / DiffusionPipeline.config_name
     components = json.loads(index.read_text(encoding="utf-8"))
     for file in [index, *(file for name in components for file in Path(folder, name).rglob("*.json"))]:

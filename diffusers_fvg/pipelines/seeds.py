@@ -1,4 +1,4 @@
-"""Seeds of a call: what gives the noise of each video again, and one for its anchor that is derived from it."""
+"""Seeds of a call: for each video the seed that reproduces its noise, and a seed derived from it for the anchor."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 
-# An integer for a fresh generator on the CPU. Otherwise a dictionary: `device`; `seed`, or `state` of a generator that was
-# used before; and where videos share a generator `index` and `of` (drawn together) or `after` (one after the other).
+# An integer for a new generator on the CPU. Otherwise a dictionary: `device`; `seed`, or `state` of a generator that was used
+# before; and if videos share a generator, `index` and `of` (drawn together) or `after` (drawn one after the other).
 Seed = int | dict[str, Any]
 
-# Of a generator's state: 5056 bytes on the CPU, 16 on CUDA.
+# Largest size of a generator's state, which has 5056 bytes on the CPU and 16 on CUDA.
 MAX_STATE_BYTES = 8192
-# Of the CPU's generator, a Mersenne Twister of 624 words: after the seed in 8 bytes come how many are left before the next
-# round, whether it was seeded, and which is next.
+# State of the CPU generator, a Mersenne Twister with 624 words: after 8 bytes of seed come the number of words that are left,
+# whether it was seeded, and the index of the next word.
 _TWISTER, _WORDS = struct.Struct("<8xiiQ"), 624
 
 
@@ -29,12 +29,12 @@ _GIVEN: ContextVar[int | None] = ContextVar("anchor_seed", default=None)
 
 
 def draw_seed(generator: torch.Generator | None = None) -> int:
-    """A seed from the generator, or from torch's own."""
+    """Draws a seed from the generator, or from torch's default generator."""
     return int(torch.randint(2**31, (1,), generator=generator, device=generator.device if generator else None))
 
 
 def anchor_seeds(generator: torch.Generator | list[torch.Generator], num_videos: int) -> list[int]:
-    """Seeds for the anchors from copies of the generators, whose own state stays for the video's noise."""
+    """Returns seeds for the anchors, drawn from copies of the generators, whose states are kept for the video's noise."""
     if (given := _GIVEN.get()) is not None:
         return [given] * num_videos
     if isinstance(generator, list):
@@ -45,7 +45,7 @@ def anchor_seeds(generator: torch.Generator | list[torch.Generator], num_videos:
 
 @contextmanager
 def anchor_seed(seed: int | None) -> Iterator[None]:
-    """In a call within, anchors are drawn by this seed: a judge's choice, or a video made anew, has another than the derived one."""
+    """Makes calls within the block use this seed for anchors, such as that of a judge's choice, instead of a derived one."""
     token = _GIVEN.set(seed)
     try:
         yield
@@ -54,14 +54,14 @@ def anchor_seed(seed: int | None) -> Iterator[None]:
 
 
 def caption_seeds(generator: torch.Generator | list[torch.Generator] | None, num_captions: int) -> list[int]:
-    """A seed for each caption: that of its generator, or one that is drawn from the generator of all."""
+    """Returns a seed for each caption: that of its own generator, or one drawn from the common generator."""
     if isinstance(generator, list):
         return [item.initial_seed() for item in generator]
     return [draw_seed(generator) for _ in range(num_captions)]
 
 
 def video_seeds(generator: torch.Generator | list[torch.Generator], num_videos: int) -> list[Seed]:
-    """What [`restored_draws`] gives each video's draws again from; to be asked before anything is drawn."""
+    """Returns the seed of each video, for [`restored_draws`]. Call it before anything is drawn."""
     if not isinstance(generator, list):
         if num_videos == 1:
             return [_seed_of(generator)]
@@ -75,19 +75,19 @@ def video_seeds(generator: torch.Generator | list[torch.Generator], num_videos: 
 
 
 def restored_draws(seed: Seed, shape: tuple[int, ...], device: torch.device) -> dict[str, Any]:
-    """Arguments of a call for one video that draw what a video of another call drew.
+    """Returns arguments for a call with one video that reproduce the noise of a video of an earlier call.
 
     Args:
         seed (`int` or `dict`): from [`video_seeds`].
-        shape (`tuple[int, ...]`): of one video's latents, the first side 1.
-        device (`torch.device`): where the pipeline runs.
+        shape (`tuple[int, ...]`): shape of the latents of one video, with batch size 1.
+        device (`torch.device`): device that the pipeline runs on.
 
     Returns:
-        `dict`: `generator`; and `latents` where videos shared one, of which one video's noise is a part. What else was drawn of
-        a shared generator, by a scheduler in its steps or for anchors of a strength below 1, does not come again.
+        `dict`: `generator`; and `latents` if the video shared its generator with others. Other noise from a shared generator
+        (of a scheduler's steps, or of anchors with a strength below 1) is not reproduced.
 
     Raises:
-        `ValueError`: a state that is none, or of a device that is not here.
+        `ValueError`: the state is not valid, or its device does not exist here.
     """
     generator = _generator_of(seed)
     if isinstance(seed, int) or not _is_shared(seed):
@@ -95,7 +95,7 @@ def restored_draws(seed: Seed, shape: tuple[int, ...], device: torch.device) -> 
     noise = generator.clone_state()
     if "of" in seed:
         latents = randn_tensor((seed["of"], *shape[1:]), noise, device, torch.float32)[seed["index"], None]
-        # The anchor's seed is drawn after those of the videos before.
+        # The anchor's seed was drawn after those of the previous videos.
         for _ in range(seed["index"]):
             draw_seed(generator)
     else:
@@ -105,7 +105,7 @@ def restored_draws(seed: Seed, shape: tuple[int, ...], device: torch.device) -> 
 
 
 def _is_shared(seed: Seed) -> bool:
-    """Whether the generator drew other videos' noise as well."""
+    """Returns whether the generator also drew the noise of other videos."""
     return isinstance(seed, dict) and ("of" in seed or "after" in seed)
 
 
@@ -132,9 +132,9 @@ def _generator_of(seed: Seed) -> torch.Generator:
         data = unpacker.decompress(base64.b85decode(values["state"]), MAX_STATE_BYTES)
         if device == "cpu":
             left, seeded, following = _TWISTER.unpack_from(data)
-            # torch itself takes a state from which it would read beyond its table.
+            # torch does not check this, and would read beyond the state's table.
             if seeded != 1 or not 1 <= left <= _WORDS or left + following > _WORDS + 1:
-                raise ValueError("its place in the table is none")
+                raise ValueError("its index is outside of the table")
         return generator.set_state(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     except (RuntimeError, ValueError, TypeError, struct.error, zlib.error) as error:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""The stages of one video's call, run one by one: in processes of their own, each with the models of its stage alone.
+"""Runs the stages of a call for one video separately, for example in processes that each load the models of one stage.
 
-[`write`], [`draw`] and [`animate`] one after the other give what the pipeline's call gives, pixels and record alike.
+[`write`], [`draw`] and [`animate`] in sequence give the same pixels and record as one call of the pipeline.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .request import VideoRequest
 from .stages import FactorizedStages
 
 
-# Components of a pipeline that stage 2 is made of.
+# Components of stage 2.
 DRAWS = ("composer", "anchor_judge")
-# Arguments of a call that stages 1 and 2 alone read, as its record tells them.
+# Arguments that only stages 1 and 2 read and that are recorded.
 _RECORDED = ("num_moments", "rewriter_max_new_tokens", "composer_num_inference_steps", "composer_guidance_scale")
 _WRITTEN = (
     "first_frame_prompt",
@@ -37,12 +37,12 @@ _WRITTEN = (
 
 @dataclass(frozen=True)
 class Writing:
-    """What stage 1 made of a prompt.
+    """Result of stage 1 for a prompt.
 
     Args:
-        moments (`list[Moment]`): captions, of a video that is no storyboard one.
-        motion_prompt (`str`, *optional*): of Factorized-Dreamer.
-        record (`dict`): what a record tells of the rewriter.
+        moments (`list[Moment]`): captions; only one without a storyboard.
+        motion_prompt (`str`, *optional*): motion caption.
+        record (`dict`): entries of the record about the rewriter.
     """
 
     moments: list[Moment]
@@ -50,10 +50,10 @@ class Writing:
     record: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Values of JSON; [`from_json`] reads them."""
+        """Returns the result as JSON values, for [`from_json`]."""
         moments = [{"caption": moment.caption, "time": moment.time} for moment in self.moments]
         outcome = self.moments[0].rewrite
-        # What was made is the caption.
+        # `made` is the caption, which `moments` already has.
         rewrite = None if outcome is None else asdict(replace(outcome, made=None))
         return {
             "moments": moments,
@@ -74,13 +74,13 @@ class Writing:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What stage 2 made for a video.
+    """Result of stage 2 for a video.
 
     Args:
-        pictures (`list[PIL.Image.Image]`): of the video's moments.
-        seed (`int`): of the pictures.
-        candidates (`list[AnchorCandidate]`, *optional*): among which a judge chose the first picture.
-        record (`dict`): what a record tells of the composer.
+        pictures (`list[PIL.Image.Image]`): images of the video's moments.
+        seed (`int`): seed of the images.
+        candidates (`list[AnchorCandidate]`, *optional*): images from which a judge chose the first one.
+        record (`dict`): entries of the record about the composer.
     """
 
     pictures: list[PIL.Image.Image]
@@ -91,16 +91,16 @@ class Drawing:
 
 @torch.no_grad()
 def write(pipe: FactorizedStages, call: Mapping[str, Any]) -> Writing:
-    """Stage 1.
+    """Runs stage 1.
 
     Args:
-        pipe ([`FactorizedStages`]): with its rewriter; its other models may be without weights.
+        pipe ([`FactorizedStages`]): a pipeline with its rewriter; the other models may have no weights.
         call (mapping): arguments of the pipeline's call for one prompt and one video, without a generator.
 
     Raises:
         `ValueError`: as in the pipeline's call.
     """
-    # The judge need not be here.
+    # The judge, which this argument needs, may not be loaded.
     request = _request(pipe, {name: value for name, value in call.items() if name != "composer_num_candidates"})
     with pipe._running():
         moments = pipe._write_moments(request)
@@ -113,13 +113,13 @@ def write(pipe: FactorizedStages, call: Mapping[str, Any]) -> Writing:
 
 @torch.no_grad()
 def draw(pipe: FactorizedStages, call: Mapping[str, Any], seed: int, writing: Writing | None) -> Drawing:
-    """Stage 2.
+    """Runs stage 2.
 
     Args:
-        pipe ([`FactorizedStages`]): with its composer, and its judge where there is one; its other models may be without weights.
-        call (mapping): as for [`write`].
-        seed (`int`): of the video.
-        writing ([`Writing`], *optional*): of [`write`]; `None` where the call has captions of its own.
+        pipe ([`FactorizedStages`]): a pipeline with its composer and, if any, its judge; the other models may have no weights.
+        call (mapping): as in [`write`].
+        seed (`int`): seed of the video.
+        writing ([`Writing`], *optional*): result of [`write`]; `None` if the call has its own captions.
 
     Raises:
         `ValueError`: as in the pipeline's call.
@@ -149,17 +149,17 @@ def animate(
     writing: Writing | None = None,
     drawing: Drawing | None = None,
 ) -> FactorizedVideoPipelineOutput:
-    """Stage 3.
+    """Runs stage 3.
 
     Args:
-        pipe ([`FactorizedStages`]): with the video model; rewriter and composer may be missing.
-        call (mapping): as for [`write`].
-        seed (`int`): of the video.
-        writing ([`Writing`], *optional*): of [`write`], where that ran.
-        drawing ([`Drawing`], *optional*): of [`draw`], where that ran.
+        pipe ([`FactorizedStages`]): a pipeline with the video model; rewriter and composer may be missing.
+        call (mapping): as in [`write`].
+        seed (`int`): seed of the video.
+        writing ([`Writing`], *optional*): result of [`write`], if stage 1 ran.
+        drawing ([`Drawing`], *optional*): result of [`draw`], if stage 2 ran.
 
     Returns:
-        what the pipeline's call gives; of `records` those of the whole call.
+        [`FactorizedVideoPipelineOutput`]: output of the pipeline, whose `records` describe all stages.
 
     Raises:
         `ValueError`: as in the pipeline's call.
@@ -189,7 +189,7 @@ def _revisions(pipe: FactorizedStages, names: Sequence[str]) -> dict[str, str]:
 
 
 def _moments(call: Mapping[str, Any]) -> list[Moment]:
-    """Those that the caller wrote."""
+    """Returns the moments that the caller passed."""
     return call.get("storyboard") or [Moment(call["first_frame_prompt"], 0.0)]
 
 
@@ -200,7 +200,7 @@ def _complete(
     writing: Writing | None,
     drawing: Drawing,
 ) -> None:
-    """The record of stage 3 becomes that of all stages."""
+    """Adds stages 1 and 2 to the record of stage 3."""
     mode = call.get("mode", "factorized")
     record |= {"mode": mode, "first_frame_prompt": moments[0].caption}
     record |= {name: call[name] for name in _RECORDED if call.get(name) is not None}
@@ -211,5 +211,5 @@ def _complete(
         for name, value in told.items():
             record[name] = record[name] | value if isinstance(value, dict) and record.get(name) else value
     record["hub_revisions"] = dict(sorted(record["hub_revisions"].items()))
-    # In a record of one call these are the last.
+    # In the record of a single call, these keys come last.
     record |= {name: record.pop(name) for name in ("anchors", "seeds")}

@@ -1,6 +1,6 @@
-"""What the pipelines of every base model share: stages 1 and 2, presets, the frame of a call.
+"""Code that the pipelines of all base models share: stages 1 and 2, presets, and the start and end of a call.
 
-Stage 3 is the model's own. A pipeline has `FactorizedStages` before its stock class among the bases, defines its abstract
+Each pipeline defines its own stage 3. It lists `FactorizedStages` before its stock class among the bases, defines the abstract
 methods and attributes, and calls [`FactorizedParts._add_stages`] at the end of its `__init__`.
 """
 
@@ -39,34 +39,34 @@ logger = logging.get_logger(__name__)
 
 
 class FactorizedStages(FactorizedParts, ABC):
-    """Stages 1 and 2 and the frame of a call, for a pipeline whose stage 3 is [`_animate`].
+    """Base class of the pipelines: stages 1 and 2 and the start and end of a call. Subclasses define stage 3, [`_animate`].
 
-    `safety_checker` may be set to a function that is shown each anchor (an RGB PIL image) before its video is computed and
-    returns `True`, or what is wrong with it as text, for one that must not be animated. So may `prompt_check`, of a text and
-    whether stage 1 is to write of it, for a small model: it warns of what that does not know, or raises `ValueError`. They are
-    no components and not saved.
+    `safety_checker` may be set to a function that is called with each anchor (an RGB PIL image) before its video is generated.
+    It returns `True`, or the reason as text, for an image that must not be animated. `prompt_check(text, writes)` may be set
+    for a small model with a limited vocabulary: it warns of unknown words, or raises `ValueError`; `writes` says whether stage
+    1 will write a caption from the text. Neither is a component, and neither is saved.
     """
 
     safety_checker: Callable[[PIL.Image.Image], bool | str | None] | None = None
     prompt_check: Callable[[str, bool], None] | None = None
     default_presets: SchedulerPresets
-    # With the user's own scheduler; one that is a preset's is that preset.
+    # Used with a scheduler that matches no preset.
     own_guidance_scale: float
     own_num_inference_steps = 50
     own_min_motion: float | None = None
     matches_presets = True
     default_call: dict[str, Any]
 
-    # -- what a call runs with ----------------------------------------------------------------------------------------
+    # -- setup of a call ----------------------------------------------------------------------------------------------
 
     @property
     def facts(self) -> ModelFacts | None:
-        """What is published of the model that the pipeline holds; `None` for one that is not in `models.MODELS`."""
+        """Published facts of the pipeline's model; `None` if `models.MODELS` does not list it."""
         return match_model(self.transformer.config, self.config.get("boundary_ratio"))
 
     @property
     def presets(self) -> SchedulerPresets:
-        """Presets of this pipeline, the default first: the repository's, else the model's."""
+        """Presets of this pipeline, the default first: those of its repository, or else of its model."""
         if self.schedulers is not None:
             return self.schedulers
         return self.default_presets if self.facts is None else model_presets(self.facts)
@@ -78,19 +78,19 @@ class FactorizedStages(FactorizedParts, ABC):
 
     @contextmanager
     def _running(self, callback: Callable | None = None) -> Iterator[StageProgress]:
-        """Starts a run, or continues the one under way: `__call__` and a stage called by hand share their code.
+        """Starts a run, or joins the current one, so that `__call__` can use the public methods of the stages.
 
         Raises:
-            `RuntimeError`: the pipeline runs already, in another thread or in a stage whose callback this is.
+            `RuntimeError`: the pipeline is already running, in another thread or in a stage whose callback calls it again.
         """
         progress = StageProgress(self, callback)
-        # One look and change: of two threads that get here at once, one finds the other's.
+        # `setdefault` is atomic: if two threads start at once, one finds the run of the other.
         running = self.__dict__.setdefault("_progress", progress)
         if running is not progress:
             if not running.may_continue:
                 raise RuntimeError(
-                    f"This {type(self).__name__} is already running, and a pipeline makes one call at a time. Wait for it, or "
-                    "make another pipeline of the same components, which shares their weights."
+                    f"This {type(self).__name__} is already running, and a pipeline runs one call at a time. Wait for it, or "
+                    "make another pipeline from the same components, which shares their weights."
                 )
             yield running
             return
@@ -106,10 +106,12 @@ class FactorizedStages(FactorizedParts, ABC):
             progress.close()
 
     def _parts_of_a_run(self) -> list[Any]:
-        """What other pipelines leave alone during a run: all, where hooks keep state from one forward to the next (offload,
-        layerwise casting, step caches); otherwise each part is taken only while it works.
+        """Returns the components to lock for a whole run.
+
+        These are all of them if hooks keep state between forwards (offload, layerwise casting, step caches). Otherwise the list
+        is empty, and each component is locked only while it works.
         """
-        # A part without weights, of a process for another stage, has none.
+        # A component without weights, in a process that runs another stage, has no pipeline.
         within = [
             part.pipeline
             for part in self.components.values()
@@ -117,28 +119,28 @@ class FactorizedStages(FactorizedParts, ABC):
         ]
         parts = [part for pipeline in (self, *within) for part in pipeline.components.values()]
         parts += [] if self.rewriter is None else [self.rewriter.model, self.rewriter.tokenizer]
-        # The stages take none but these: two threads that take more while they hold some could wait for each other.
+        # The list must be complete: threads that lock more components while they hold some could deadlock.
         parts = lockable(parts)
         modules = (module for part in parts if isinstance(part, torch.nn.Module) for module in part.modules())
         return parts if any(map(_is_hooked, modules)) else []
 
     def _adapter_scales(self, attention_kwargs: dict[str, Any] | None, anchored: bool) -> dict[str, AdapterScales]:
-        """Strengths of the experts' adapters in a call: without an anchor the base model is what is asked for."""
+        """Returns the adapter strengths of each expert in a call. Without anchors, the anchor LoRA is off."""
         scale, off = (attention_kwargs or {}).get("scale", 1.0), () if anchored else (ADAPTER_NAME,)
         experts = {name: getattr(expert, "_orig_mod", expert) for name, expert in self._experts().items()}
         return {name: AdapterScales(expert, scale, off) for name, expert in experts.items()}
 
     def _check_known(self, texts: Sequence[str], writes: bool = False) -> None:
-        """A model of few words knows those of the texts; `writes`: stage 1 is to write of them."""
+        """Calls `prompt_check`, if set, for each text; `writes` says whether stage 1 will write captions from them."""
         if self.prompt_check is not None:
             for text in texts:
                 self.prompt_check(text, writes)
 
     def _request(self, arguments: dict[str, Any]) -> VideoRequest:
-        """The request of a call, from the `locals()` of `__call__` or [`animate`]; raises `ValueError` for bad input."""
+        """Makes the request of a call from the `locals()` of `__call__` or [`animate`]; raises `ValueError` for bad input."""
         arguments = {"prompt": arguments.get("prompts")} | arguments
         if "mode" in arguments and arguments["mode"] is None:
-            raise ValueError(f"`mode=None`; use one of {MODES}, or `animate` for stage 3 alone.")
+            raise ValueError(f"`mode=None` is not valid; use one of {MODES}, or call `animate` to run only stage 3.")
         names = {field.name for field in fields(VideoRequest)}
         given = VideoRequest(**{name: value for name, value in arguments.items() if name in names})
         request = given.completed(self)
@@ -147,60 +149,60 @@ class FactorizedStages(FactorizedParts, ABC):
         return request
 
     def _warn_unguided(self, request: VideoRequest) -> None:
-        """Tells of a negative prompt that nothing reads, as guidance is off."""
+        """Warns of a negative prompt that has no effect because guidance is off."""
         scales = [scale for scale in request.guidance(self) if scale is not None]
         if scales and max(scales) <= 1:
             logger.warning(
-                f"`negative_prompt` has no effect: with `guidance_scale={scales[0]:g}` the video model is not guided away from it. "
-                "Set `guidance_scale` above 1, or leave `negative_prompt` out."
+                f"`negative_prompt` has no effect with `guidance_scale={scales[0]:g}`, which switches guidance off. Set "
+                "`guidance_scale` above 1, or leave `negative_prompt` out."
             )
 
-    # -- what a model defines -----------------------------------------------------------------------------------------
+    # -- defined by each model ----------------------------------------------------------------------------------------
 
     @abstractmethod
     def _frame_step(self) -> int:
-        """Lengths of a video are this times k, plus 1."""
+        """Returns the step of lengths: videos have `step * k + 1` frames."""
 
     @abstractmethod
     def _check_size(self, height: int, width: int) -> None:
-        """Raises `ValueError` for pixels that the model cannot make."""
+        """Raises `ValueError` for a size that the model does not support."""
 
     @abstractmethod
     def _latents_shape(self, num_videos: int, num_frames: int, height: int, width: int) -> tuple[int, ...]:
-        """Shape of `latents` for a call."""
+        """Returns the shape of `latents` for a call."""
 
     @abstractmethod
     def _anchor_resolver(self) -> AnchorResolver:
-        """`resolve(anchors, num_frames)`: checks the anchors of one video and says which latents each stands for."""
+        """Returns `resolve(anchors, num_frames)`, which checks the anchors of a video and returns the latent frames of each."""
 
     def _most_frames(self) -> int | None:
-        """The longest video that the model has places for; `None` where nothing is known of it."""
+        """Returns the largest number of frames that the model supports; `None` if it is not known."""
         return None
 
     def _most_tokens(self) -> int:
-        """The longest text that the video model can be told to read, in tokens."""
+        """Returns the largest allowed `max_sequence_length`, in tokens."""
         tokenizer = getattr(self, "tokenizer_2", None) or getattr(self, "tokenizer", None)
-        # One without a limit of its own says 1e30; a token is a character at the least.
+        # A tokenizer without a limit has 1e30. A token has at least one character.
         limit = min(getattr(tokenizer, "model_max_length", MAX_PROMPT_CHARACTERS), MAX_PROMPT_CHARACTERS)
         return max(self.call_defaults.get("max_sequence_length") or 1, limit)
 
     def _text_width(self) -> int | None:
-        """Width of `prompt_embeds`; `None` where nothing is known of it."""
+        """Returns the width of `prompt_embeds`; `None` if it is not known."""
         config = getattr(getattr(self, "transformer", None), "config", {})
         names = ("text_dim", "text_embed_dim", "cross_attention_dim")
         return next((config[name] for name in names if isinstance(config.get(name), int)), None)
 
     def _check_scheduler(self) -> None:
-        """Raises `ValueError` where the user's own scheduler cannot be this model's."""
+        """Raises `ValueError` if the user's scheduler does not fit the model. The default checks nothing."""
         return
 
     def _check_own(self, request: VideoRequest) -> None:
-        """Raises `ValueError` for what only this model takes; there is nothing by default."""
+        """Raises `ValueError` for arguments that only this model has or refuses. The default checks nothing."""
         return
 
     @abstractmethod
     def _animate(self, request: VideoRequest) -> tuple[Any, list[torch.Tensor]]:
-        """Stage 3: frames in the form of `request.output_type`, and the sound tracks of a model that makes them."""
+        """Runs stage 3 and returns frames in the format of `request.output_type`, and sound tracks if the model makes any."""
 
     # -- stages 1 and 2 -----------------------------------------------------------------------------------------------
 
@@ -209,8 +211,8 @@ class FactorizedStages(FactorizedParts, ABC):
         """Stage 1: writes a caption of the first frame for each prompt.
 
         Args:
-            prompts (`str` or `list[str]`): what should happen in the videos.
-            max_new_tokens (`int`, *optional*): limit of the answer; the rewriter's own when left out.
+            prompts (`str` or `list[str]`): descriptions of the videos.
+            max_new_tokens (`int`, *optional*): token limit of the answer; the rewriter's default when left out.
 
         Returns:
             `list[str]`: one caption per prompt.
@@ -227,9 +229,10 @@ class FactorizedStages(FactorizedParts, ABC):
         """Stage 1, second output: writes a short caption of the motion for each prompt.
 
         Args:
-            prompts (`str` or `list[str]`): what should happen in the videos.
-            max_new_tokens (`int`, *optional*): limit of the answer; the rewriter's own when left out.
-            first_frame_prompts (`str` or `list[str]`, *optional*): captions of their first frames, whose names it uses.
+            prompts (`str` or `list[str]`): descriptions of the videos.
+            max_new_tokens (`int`, *optional*): token limit of the answer; the rewriter's default when left out.
+            first_frame_prompts (`str` or `list[str]`, *optional*): captions of the first frames; the motion captions use
+                their names of objects.
 
         Returns:
             `list[str]`: one caption per prompt.
@@ -260,10 +263,11 @@ class FactorizedStages(FactorizedParts, ABC):
         """Stage 1 of `mode="storyboard"`: writes captions of the first frame and of later moments for each prompt.
 
         Args:
-            prompts (`str` or `list[str]`): what should happen in the videos.
-            num_moments (`int`, *optional*): the most moments, at least 2. There are fewer where the prompt does not settle
-                what is seen later, or where nothing changes that a picture shows.
-            max_new_tokens (`int`, *optional*): limit of the answer; left out, the rewriter's own for each moment.
+            prompts (`str` or `list[str]`): descriptions of the videos.
+            num_moments (`int`, *optional*): largest number of moments, at least 2. There are fewer if the prompt does not
+                say what is seen later, or if nothing visible changes.
+            max_new_tokens (`int`, *optional*): token limit of the answer; the rewriter's default for each moment when left
+                out.
 
         Returns:
             `list[list[Moment]]`: the moments of each prompt in the order of time, the first at time 0.
@@ -287,15 +291,15 @@ class FactorizedStages(FactorizedParts, ABC):
 
         Args:
             first_frame_prompts (`str` or `list[str]`): captions of first frames.
-            height, width (`int`, *optional*): pixels of the video.
-            num_inference_steps, guidance_scale, negative_prompt (*optional*): of the text-to-image pipeline; its own
-                values when left out.
-            generator (`torch.Generator`, its seed, or a list with one per caption, *optional*): for reproducible pictures.
-            num_candidates (`int`, *optional*): pictures drawn for each caption at the most, of which the best by `anchor_judge`
-                is kept; the pipeline's own number when left out, 1 without a judge.
+            height, width (`int`, *optional*): size of the video in pixels; the model's default when left out.
+            num_inference_steps, guidance_scale, negative_prompt (*optional*): arguments of the text-to-image pipeline; the
+                composer's defaults when left out.
+            generator (`torch.Generator`, its seed, or a list with one per caption, *optional*): for reproducible images.
+            num_candidates (`int`, *optional*): largest number of images drawn for each caption, of which the best by
+                `anchor_judge` is kept; the pipeline's default when left out, 1 without a judge.
 
         Returns:
-            `list[PIL.Image.Image]`: one picture of `height` x `width` per caption.
+            `list[PIL.Image.Image]`: one image of `height` x `width` per caption.
         """
         captions = [first_frame_prompts] if isinstance(first_frame_prompts, str) else first_frame_prompts
         check_texts("first_frame_prompts", captions)
@@ -337,20 +341,21 @@ class FactorizedStages(FactorizedParts, ABC):
     ) -> list[PIL.Image.Image]:
         """Stage 2 of `mode="storyboard"`: draws later moments of scenes that [`compose`] has drawn.
 
-        How depends on the composer, see [`AnchorComposer.derive`]: from the picture by an image-to-image pipeline of its
-        family, or by shared noise.
+        The composer draws from the image with an image-to-image pipeline of its family, or by shared noise; see
+        [`AnchorComposer.derive`].
 
         Args:
-            images (`PIL.Image.Image` or a list with one per caption): first moments.
-            captions (`str` or `list[str]`): of the later moments.
-            generator (`torch.Generator`, its seed, or a list with one per caption, *optional*): seeded as those that drew `images`.
+            images (`PIL.Image.Image` or a list with one per caption): images of the first moments.
+            captions (`str` or `list[str]`): captions of the later moments.
+            generator (`torch.Generator`, its seed, or a list with one per caption, *optional*): with the seeds that drew
+                `images`.
 
-        The other arguments are those of [`compose`], and so is what it returns.
+        The other arguments and the return value are those of [`compose`].
         """
         captions = [captions] if isinstance(captions, str) else captions
         check_texts("captions", captions)
         images = list(images) if isinstance(images, (list, tuple)) else [images] * len(captions)
-        # What is no picture is told of before any is drawn.
+        # Invalid images are refused before any image is drawn.
         for image in images:
             picture_tensor(image)
         options = (num_inference_steps, guidance_scale, negative_prompt)
@@ -358,7 +363,7 @@ class FactorizedStages(FactorizedParts, ABC):
         return self._draw(images, list(captions), height, width, *options, as_generators(generator))
 
     def _check_drawing(self, num_captions: int, height: int | None, width: int | None, *options: Any) -> None:
-        """Raises `ValueError` for what stage 2 cannot draw, before it does: `options` are those of the composer's call."""
+        """Raises `ValueError` for arguments that stage 2 does not support; `options` are arguments of the composer's call."""
         if self.composer is None:
             raise ValueError(NO_COMPOSER)
         given = {"height": height, "width": width}
@@ -377,7 +382,7 @@ class FactorizedStages(FactorizedParts, ABC):
         negative_prompt: str | list[str] | None,
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> list[PIL.Image.Image]:
-        """Stage 2, from captions alone or from pictures of the same scenes."""
+        """Runs stage 2, from captions alone or from images of the same scenes."""
         height = self.call_defaults["height"] if height is None else height
         width = self.call_defaults["width"] if width is None else width
         check_generators(generator, len(captions), "captions")
@@ -398,7 +403,7 @@ class FactorizedStages(FactorizedParts, ABC):
     # -- the parts of a call ------------------------------------------------------------------------------------------
 
     def _write_moments(self, request: VideoRequest) -> list[list[Moment]]:
-        """Stage 1: the moments of each prompt. Of a video that is no storyboard the first frame is the only one."""
+        """Runs stage 1 and returns the moments of each prompt: without a storyboard, only the first frame."""
         if request.storyboard is not None:
             return request.storyboard
         if request.mode == "storyboard":
@@ -411,11 +416,11 @@ class FactorizedStages(FactorizedParts, ABC):
         return [[Moment(outcome.made, 0.0, outcome)] for outcome in outcomes]
 
     def _writes_motion(self, request: VideoRequest) -> bool:
-        """Whether stage 1 also writes what the video model reads."""
+        """Returns whether stage 1 also writes the text of the video model."""
         return request.rewriter_motion
 
     def _write_motion(self, request: VideoRequest, moments: list[list[Moment]]) -> VideoRequest:
-        """Stage 1, second output: the request with captions of the motion, where they are asked for."""
+        """Runs the second output of stage 1 if requested, and returns the request with the captions of the motion."""
         if self.interrupt or not self._writes_motion(request):
             return request
         captions = [first.caption for first, *_ in moments]
@@ -425,8 +430,8 @@ class FactorizedStages(FactorizedParts, ABC):
     def _draw_moments(
         self, request: VideoRequest, moments: list[list[Moment]], seeds: list[dict[str, Any]]
     ) -> tuple[list[list[PIL.Image.Image]] | None, list[list[AnchorCandidate]] | None, VideoRequest]:
-        """Stage 2: the pictures of each video's moments, what the first was chosen among, and the request with the pictures as
-        anchors. `seeds` gets the anchors'."""
+        """Runs stage 2. Returns the images of each video's moments, the candidates for the first one, and the request with
+        the images as anchors. Sets `"anchor"` in `seeds`."""
         if self.interrupt:
             return None, None, request
         videos = [chosen for chosen in moments for _ in range(request.num_videos_per_prompt)]
@@ -439,7 +444,7 @@ class FactorizedStages(FactorizedParts, ABC):
         return pictures, candidates, replace(request, anchors=decoded_anchors(anchors))
 
     def _moment_anchor(self, picture: PIL.Image.Image, frame: int) -> Anchor:
-        """The anchor of a moment: where several latents are a patch (CogVideoX 1.5), the picture stands still over it."""
+        """Returns the anchor of a moment. If a patch has several latent frames (CogVideoX 1.5), the image fills the patch."""
         step = self._frame_step()
         if frame == 0 or step == self.vae_scale_factor_temporal:
             return Anchor(picture, frame)

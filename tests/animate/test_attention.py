@@ -112,13 +112,13 @@ def warnings(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "function", "training", "problem"), [
-    ("_flash_3", unscaled, False, "its error is [1-9].*e.* of the RMS, that of the native backend "),
-    ("_flash_3", shortened, False, "its error is "),
-    ("flash", eight_bit, False, "its error is "),
-    ("sage", unscaled, False, "its error is "),
+    ("_flash_3", unscaled, False, "its relative RMS error is [1-9].*e.*, and the native backend's is "),
+    ("_flash_3", shortened, False, "its relative RMS error is "),
+    ("flash", eight_bit, False, "its relative RMS error is "),
+    ("sage", unscaled, False, "its relative RMS error is "),
     ("flash", failing, False, "it fails with RuntimeError: no kernel image"),
     ("flash", without_gradient, True, "it fails with RuntimeError: .*does not require grad"),
-    ("flash", wrong_gradient, True, "its error is "),
+    ("flash", wrong_gradient, True, "its relative RMS error is "),
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_wrong_backend_is_named_and_passed_over(name, function, training, problem, dtype, plant, warnings):

@@ -112,7 +112,7 @@ def test_transparency_is_laid_on_white_and_told(kind, saved, tmp_path, warnings)
     seen = picture_tensor(image)
     assert torch.equal(seen[:, :, :4], torch.tensor([1.0, 0, 0]).view(3, 1, 1).expand(3, 4, 4))
     assert torch.equal(seen[:, :, 4:], torch.ones(3, 4, 4))
-    assert warnings() == ["The anchor image is transparent (50.0% of it) and is laid on white."]
+    assert warnings() == ["The anchor image is transparent (50.0% of it) and is blended with white."]
 
 
 def test_half_transparent_pixels_are_half_white():
@@ -192,10 +192,10 @@ BYTES = np.full((4, 6, 3), 200, np.uint8)
         (BYTES / 255 - 1, "range from -0.216"),
         (BYTES > 100, "but are bool"),
         (BYTES.astype(np.int64), "but are int64"),
-        (BYTES.astype(np.uint16), "up to 200, which would be black"),
-        (PIL.Image.fromarray(BYTES[..., 0].astype(np.uint16)), "up to 200, which would be black"),
-        (PIL.Image.fromarray(BYTES[..., 0]).convert("I"), "mode I has no certain range"),
-        (PIL.Image.new("LAB", (4, 6)), "mode LAB has no certain range"),
+        (BYTES.astype(np.uint16), "only up to 200, which would be black"),
+        (PIL.Image.fromarray(BYTES[..., 0].astype(np.uint16)), "only up to 200, which would be black"),
+        (PIL.Image.fromarray(BYTES[..., 0]).convert("I"), "mode I, whose value range"),
+        (PIL.Image.new("LAB", (4, 6)), "mode LAB, whose value range"),
         (PIL.Image.fromarray(BYTES[..., 0]).convert("F"), r"lie in \[0, 1\], but range from 200 to 200"),
         (np.full((4, 6, 3), np.nan), "must be finite"),
         (BYTES[..., 0], r"\(H, W, 3\).*\(4, 6\)"),
@@ -221,11 +221,11 @@ def test_a_crop_of_more_than_a_tenth_is_told_once(warnings):
         anchor_pixels(Anchor([PIL.Image.new("RGB", (100, 50))] * 5), 32, 48)
     # Of 100 columns of the 50 rows 75 have the shape 3 to 2.
     assert warnings() == [
-        "A picture of 50 x 100 (height x width) is cropped to the shape of 32 x 48: 25% of it is lost at left and right."
+        "A picture of 50 x 100 (height x width) is cropped to the aspect ratio of 32 x 48: 25% of it is lost at left and right."
     ]
     fit_picture(PIL.Image.new("RGB", (30, 60)), 32, 32)
     assert warnings()[1:] == [
-        "A picture of 60 x 30 (height x width) is cropped to the shape of 32 x 32: 50% of it is lost at top and bottom."
+        "A picture of 60 x 30 (height x width) is cropped to the aspect ratio of 32 x 32: 50% of it is lost at top and bottom."
     ]
 
 

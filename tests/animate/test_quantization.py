@@ -82,9 +82,9 @@ def test_the_error_is_that_of_eight_bits_and_a_lora_goes_beside_them(float8, tmp
 
 
 def test_where_it_cannot_run(monkeypatch):
-    assert "cpu is no NVIDIA GPU of compute capability 8.9" in fp8_problem(torch.device("cpu"), torch.bfloat16)
+    assert "cpu is not an NVIDIA GPU of compute capability 8.9" in fp8_problem(torch.device("cpu"), torch.bfloat16)
     for capability, dtype, problem in (
-        ((8, 6), torch.bfloat16, "no NVIDIA GPU"),
+        ((8, 6), torch.bfloat16, "not an NVIDIA GPU"),
         ((8, 9), torch.float32, "not float32"),
         ((9, 0), torch.bfloat16, None),
     ):

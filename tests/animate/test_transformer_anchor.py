@@ -532,7 +532,7 @@ def test_anchor_window_in_one_graph():
 
 def test_anchor_window_that_cannot_be():
     ours = make_model(AnchorConditionedTransformer3D)
-    with pytest.raises(ValueError, match="window is -1; pass a number of latent frames from 0"):
+    with pytest.raises(ValueError, match="`window=-1` must be at least 0, in latent frames"):
         ours.set_anchor_window(-1)
     ours.set_anchor_window(1)
     ours.blocks[0].attn1.processor._parallel_config = ParallelConfig()

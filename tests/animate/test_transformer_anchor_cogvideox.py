@@ -409,7 +409,9 @@ def test_frames_of_a_patch_with_different_times():
     _, ours = make_pair()
     timestep = frame_times()
     timestep[1, 4] = 900
-    with pytest.raises(ValueError, match=r"patch 2 of sample 1 have times \[900, 0\].*all of its frames or none"):
+    with pytest.raises(
+        ValueError, match=r"patch 2 of sample 1 have the timesteps \[900, 0\].*all of its frames or none"
+    ):
         run(ours, make_inputs(ours), timestep)
 
 

@@ -101,7 +101,7 @@ def test_a_published_model_on_the_meta_device_is_no_wan_model():
 
 
 def test_causal_blocks_are_refused():
-    with pytest.raises(ValueError, match="`num_frame_per_block=5`, and anchors need frames that attend to all others"):
+    with pytest.raises(ValueError, match="`num_frame_per_block=5`, but anchors need frames that attend to all others"):
         AnchorConditionedSkyReelsV2Transformer3D(**TRANSFORMER_CONFIG, num_frame_per_block=5)
 
 

@@ -237,12 +237,15 @@ def test_one_graph_for_blocks_with_other_places(inputs):
 def test_positions_that_do_not_fit(model, inputs):
     for wrong in (POSITIONS[:1], POSITIONS[0], POSITIONS[:, :0], torch.ones(BATCH, FRAMES + 2)):
         with pytest.raises(
-            ValueError, match=r"anchor_positions has shape .*; pass \(2, A\), with A below the 5 frames"
+            ValueError,
+            match=r"anchor_positions has shape .*; pass \(2, A\), the positions of the last A of the 5 frames",
         ):
             run(model, inputs, anchor_positions=wrong)
     sharded = tiny_transformer(anchored=True)
     sharded.blocks[0].attn1.processor._parallel_config = ParallelConfig()
-    with pytest.raises(ValueError, match="fewer appended anchors than others need all tokens on one device"):
+    with pytest.raises(
+        ValueError, match="fewer appended anchors than others in the batch need all tokens on one device"
+    ):
         run(sharded, inputs)
     with pytest.raises(ValueError, match="patches are one latent frame long, not 2"):
         even = {"hidden_states": inputs["hidden_states"][:, :, :4], "anchor_positions": POSITIONS[:, :1]}

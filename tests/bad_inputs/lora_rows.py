@@ -45,7 +45,7 @@ def nan_pair() -> dict:
     return tensors
 
 
-NO_FILE = ("lora.safetensors is no safetensors file, or a damaged one",)
+NO_FILE = ("lora.safetensors is not a safetensors file, or is damaged",)
 WHOLE = save(pair())
 FILES = [
     ("0 bytes", b"", NO_FILE),
@@ -130,11 +130,11 @@ def weights_in(content: bytes) -> Callable[[Path], Any]:
 ROWS += [
     folder("of nothing", lambda place: None, "No weights/pytorch_lora_weights.safetensors"),
     folder("of a pickle", lambda place: (place / "lora.bin").write_bytes(b"\x80\x04."), "pickles", "convert"),
-    folder("of half a file", weights_in(WHOLE[:100]), "no safetensors file, or a damaged one"),
+    folder("of half a file", weights_in(WHOLE[:100]), "not a safetensors file, or is damaged"),
     folder("of other keys", weights_in(save({"a": torch.zeros(1)})), "no weights for `transformer`", "['a']"),
     Row(
         "lora: of an unknown form",
         lambda shared: setattr(shared.pipe, "anchor_lora", AnchorLora(pair(), {"anchor_form": "sideways"})),
-        ("anchor_form='sideways'", "use one that was trained so"),
+        ("anchor_form='sideways'", "use a LoRA that was trained with it"),
     ),
 ]

@@ -122,7 +122,7 @@ def test_a_video_tells_its_story_or_nothing(video, tmp_path):
             {"model_kind": "recipe", "model": "wan2.2-5b", "hub_revisions": {"anchor_lora": "here/model@" + "0" * 40}},
             "'here/model@0+' of the record is also a place here; say by --lora",
         ),
-        ({"model": "/etc"}, "which no call has"),
+        ({"model": "/etc"}, "which is not valid"),
         ({"custom_pipeline": "x"}, "unknown key 'custom_pipeline'"),
         ({"pipeline": "FactorizedCogVideoXPipeline"}, "The record is of a FactorizedCogVideoXPipeline"),
         ({"preset": "none"}, "Unknown preset 'none'"),

@@ -171,7 +171,7 @@ def test_generate_is_told_how_many_are_made(tmp_path, monkeypatch):
         ),
         (["compose", PROMPT, "--width", "2048"], "`width=2048` must be at most 512"),
         (["generate", PROMPT, "--height", "1024"], "`height=1024` must be at most 512"),
-        (["generate", PROMPT, "--lora", __file__], "test_cli.py is no safetensors file"),
+        (["generate", PROMPT, "--lora", __file__], "test_cli.py is not a safetensors file"),
         (["rewrite", "a", "--rewriter", "HTTP://localhost/v1"], "needs --rewriter-model"),
         (["rewrite", "a", "--rewriter-api-key-env", "KEY"], "name it with --rewriter URL"),
         (
@@ -238,7 +238,7 @@ def test_an_image_without_a_name_is_one_sentence(name, capsys):
         main(["generate", PROMPT, "--image", name])
     assert exit.value.code == 2
     error = capsys.readouterr().err
-    assert "argument --image: the name of the file is empty: give one, or leave the flag out" in error
+    assert "argument --image: the file name is empty: give one, or omit the flag" in error
 
 
 def test_flags_mirror_argument_names():

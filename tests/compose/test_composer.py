@@ -220,7 +220,7 @@ def test_derive_sees_pictures_upright(classical):
 
 
 def test_derive_refuses_bad_input(classical):
-    with pytest.raises(ValueError, match="1 pictures for 2 prompts"):
+    with pytest.raises(ValueError, match="1 images for 2 prompts"):
         classical.derive([PIL.Image.new("RGB", (32, 32))], CAPTIONS, 32, 32)
     with pytest.raises(ValueError, match="derive_strength=0"):
         AnchorComposer(classical.pipeline, derive_strength=0)
@@ -461,7 +461,7 @@ def test_folder_that_names_a_hub_repository(classical, hub, tmp_path):
     [
         (None, "is no composer"),
         ("{}", "is no composer"),
-        ("{", "no valid JSON"),
+        ("{", "not valid JSON"),
         ("[]", "list"),
         ('{"repo": "org/name"}', "repo"),
         ('{"revision": "abc"}', "names no `repository`"),

@@ -215,7 +215,7 @@ def code():
         told = "trust_remote_code" if part == "rewriter" else None
         yield f"auto_map of the tokenizer of {part}", part, both(evil, edit(file, **changes)), told
         for kind in ("os.system", "evil.P", "builtins.eval", "AutoTokenizer"):
-            told = "no tokenizer's class" if kind == "AutoTokenizer" else None
+            told = "not a tokenizer class" if kind == "AutoTokenizer" else None
             yield f"tokenizer_class {kind} of {part}", part, both(evil, edit(file, tokenizer_class=kind)), told
     generate = write("rewriter/model/custom_generate/generate.py", CODE)
     asked = edit("rewriter/model/generation_config.json", custom_generate="@SPRUNG@/..", trust_remote_code=True)
@@ -238,9 +238,9 @@ def code():
 def settings():
     for name in ("vocab_file", "merges_file", "tokenizer_file", "added_tokens_file", "spm_file", "sp_model_path"):
         for part, file in TOKENIZERS.items():
-            yield f"{name} of {part}", part, edit(file, **{name: "@SECRET@"}), "file of this machine"
+            yield f"{name} of {part}", part, edit(file, **{name: "@SECRET@"}), "local file outside"
     spoil = edit("tokenizer/special_tokens_map.json", vocab_file="@SECRET@")
-    yield "special_tokens_map", "tokenizer", spoil, "file of this machine"
+    yield "special_tokens_map", "tokenizer", spoil, "local file outside"
     for name in ("gguf_file", "init_inputs"):
         yield name, "tokenizer", edit(TOKENIZERS["tokenizer"], **{name: ["@SECRET@"]}), "open another file"
     for name in ("backbone", "tokenizer"):
@@ -272,7 +272,7 @@ def names():
         yield f"a component {shown}", "vae", edit(INDEX, **{escape: ["diffusers", "AutoencoderKLWan"]}), None
         yield f"a shard {shown}", "vae", sharded(escape), "does not stay|does not appear to have"
         yield f"a preset {shown}", "schedulers", preset(name=escape), "rename the folder"
-        yield f"a reference's folder {shown}", "vae", reference(subfolder=escape), "no path within"
+        yield f"a reference's folder {shown}", "vae", reference(subfolder=escape), "not a path within"
         yield f"a reference's repository {shown}", "vae", reference(repository=escape), "[Rr]epo id"
         yield f"a composer {shown}", "composer", composer(repository=escape), "[Rr]epo id"
         told = "does not stay|cannot be loaded"
@@ -395,7 +395,7 @@ def environment():
 def addresses():
     yield "a composer", "composer", composer(repository="@ADDRESS@"), "[Rr]epo id"
     picture = edit("composer/composer_config.json", call_defaults={"image": "@ADDRESS@"})
-    yield "a composer's picture", "composer", picture, "an address"
+    yield "a composer's picture", "composer", picture, "a URL"
     yield "a reference", "vae", reference(repository="@ADDRESS@"), "[Rr]epo id"
     yield "a shard", "vae", sharded("@ADDRESS@/x.safetensors"), "does not stay"
     for name in ("vocab_file", "tokenizer_file", "name_or_path"):
@@ -409,7 +409,7 @@ def addresses():
         write("composer/README.md", "---\nprior:\n- @ADDRESS@\n---\n"),
         edit("composer/model_index.json", _class_name="KandinskyV22CombinedPipeline"),
     )
-    yield "a README's other pipelines", "composer", others, "README.md names others"
+    yield "a README's other pipelines", "composer", others, "README.md names other pipelines"
     yield "a .env", "vae", write(".env", "HF_ENDPOINT=@ADDRESS@\n"), None
     yield "a pip.conf", "vae", write("pip.conf", "[global]\nindex-url=@ADDRESS@\n"), None
 

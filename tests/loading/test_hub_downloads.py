@@ -163,7 +163,7 @@ def test_a_size_that_is_a_lie_is_told(org, truth, tmp_path, name, file, size):
     try:
         pipe = load_by_name(name, cache)
     except OSError as error:
-        assert re.search("names org/.* cannot be loaded.*(size|bytes)|names org/.*came with", str(error)), error
+        assert re.search("names org/.* cannot be loaded.*(size|bytes)|names org/.*arrived with", str(error)), error
     else:
         # Of a small file the client takes the answer's own length.
         assert file == CONFIG and name == "org/whole"

@@ -337,18 +337,18 @@ def test_assemble_copies_no_folder_that_a_reference_names(repository, tmp_path, 
     values |= {"library": "diffusers", "class": "AutoencoderKLWan"}
     (repository / "vae" / "reference.json").write_text(json.dumps(values))
     edit_json(repository / "model_index.json", vae=["diffusers", "HubReference"])
-    with pytest.raises((OSError, ValueError), match="[Rr]epo id|may not be asked"):
+    with pytest.raises((OSError, ValueError), match="[Rr]epo id|Hub access is switched off"):
         assemble(tmp_path / "out", str(repository), light=False, cache_dir=tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"subfolder": "../vae"}, "no path within a repository"),
-        ({"subfolder": "/vae"}, "no path within a repository"),
+        ({"subfolder": "../vae"}, "not a path within a repository"),
+        ({"subfolder": "/vae"}, "not a path within a repository"),
         ({"variant": "../fp16"}, "no safetensors weights of the variant"),
-        ({"library": "os", "class": "system"}, "library 'os' is none of"),
-        ({"class": "AutoModel"}, "is no model"),
+        ({"library": "os", "class": "system"}, "library 'os' must be one of"),
+        ({"class": "AutoModel"}, "is not a model"),
         ({"api_key_env": "HF_TOKEN"}, "api_key_env"),
     ],
 )
@@ -378,7 +378,7 @@ def test_a_composer_s_defaults_name_no_picture_and_no_address(repository, tmp_pa
     PIL.Image.new("RGB", (8, 8)).save(tmp_path / "private.png")
     for value in (str(tmp_path / "private.png"), [str(tmp_path / "private.png")], "https://example.org/a.png"):
         edit_json(repository / "composer" / "composer_config.json", call_defaults={"negative_prompt": value})
-        with pytest.raises(ValueError, match="`negative_prompt` .* a file of this machine or an address"):
+        with pytest.raises(ValueError, match="`negative_prompt` .* a local file or a URL"):
             AnchorComposer.from_pretrained(repository / "composer")
 
 
@@ -409,9 +409,13 @@ def quiet_hub(hub):
         ("text_encoder/config.json", {"backbone": "org/backbone"}, "fetched from elsewhere"),
         ("text_encoder/config.json", {"vision_config": {"architecture": "hf-hub:org/name"}}, "fetched from elsewhere"),
         ("vae/config.json", {"tokenizer": "org/tokenizer"}, "fetched from elsewhere"),
-        ("rewriter/tokenizer/tokenizer_config.json", {"vocab_file": __file__}, "a file of this machine"),
-        ("tokenizer/special_tokens_map.json", {"spm_file": __file__}, "a file of this machine"),
-        ("tokenizer/tokenizer_config.json", {"sp_model_kwargs": {"model_file": __file__}}, "a file of this machine"),
+        ("rewriter/tokenizer/tokenizer_config.json", {"vocab_file": __file__}, "a local file outside of the folder"),
+        ("tokenizer/special_tokens_map.json", {"spm_file": __file__}, "a local file outside of the folder"),
+        (
+            "tokenizer/tokenizer_config.json",
+            {"sp_model_kwargs": {"model_file": __file__}},
+            "a local file outside of the folder",
+        ),
         ("tokenizer/tokenizer_config.json", {"gguf_file": "../../x.gguf"}, "open another file"),
         ("tokenizer/tokenizer_config.json", {"init_inputs": ["/etc/passwd"]}, "open another file"),
         ("tokenizer/tokenizer_config.json", {"fast_tokenizer_files": ["../tokenizer.4.0.json"]}, "does not stay"),
@@ -478,7 +482,7 @@ def test_a_component_is_of_a_kind_that_is_data(quiet_hub, repository, library, n
     edit_json(repository / "model_index.json", vae=[library, name])
     edit_json(repository / "composer" / "model_index.json", vae=[library, name])
     for load in (DiffusionPipeline, AnchorComposer):
-        with pytest.raises(ValueError, match="which is no model, scheduler, tokenizer or processor"):
+        with pytest.raises(ValueError, match="which is not a model, scheduler, tokenizer or processor"):
             load.from_pretrained(repository if load is DiffusionPipeline else repository / "composer")
 
 
@@ -507,7 +511,7 @@ def test_a_composer_s_readme_fetches_no_other_pipeline(quiet_hub, repository):
     index = {"_class_name": "KandinskyV22CombinedPipeline", "_diffusers_version": "0.42.1"}
     (repository / "composer" / "model_index.json").write_text(json.dumps(index))
     (repository / "composer" / "README.md").write_text("---\nprior:\n- org/prior\n---\n")
-    with pytest.raises(ValueError, match="README.md names others"):
+    with pytest.raises(ValueError, match="README.md names other pipelines"):
         AnchorComposer.from_pretrained(repository / "composer")
 
 

@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_an_error_or_told():
     inputs = 2 * tensors["transformer.patch_embed.proj.lora_A.weight"].shape[1]
     wide = tensors | {"transformer.patch_embed.proj.lora_A.weight": torch.ones(3, inputs)}
     with pytest.raises(
-        ValueError, match="2 of 32 LoRA keys are left over: .*patch_embed.proj.lora_A.weight .*do not fit"
+        ValueError, match="2 of 32 LoRA keys were not used: .*patch_embed.proj.lora_A.weight .*do not fit"
     ):
         pipe.load_lora_weights(wide, strict=True)
     assert not hasattr(pipe.transformer, "peft_config")

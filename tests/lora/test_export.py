@@ -170,7 +170,7 @@ def test_a_merged_pipeline_is_the_base_with_the_lora(trained, tmp_path):
     assert type(transformer).__name__ == "WanTransformer3DModel" and not getattr(transformer, "peft_config", None)
     with torch.no_grad():
         torch.testing.assert_close(transformer(**inputs())[0], merged_by_hand(output, "average"), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="has something in it: name a new folder"):
+    with pytest.raises(ValueError, match="is not empty: name a new folder"):
         merge_lora(output, config.model, tmp_path / "merged")
 
 
@@ -190,7 +190,7 @@ def test_what_cannot_be_exported_is_refused(trained, tmp_path):
     save_file(
         {"transformer.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.zeros(2, 4)}, tmp_path / "cog.safetensors"
     )
-    with pytest.raises(ValueError, match="is not of a Wan model"):
+    with pytest.raises(ValueError, match="is not a LoRA of a Wan model"):
         export_lora(tmp_path / "cog.safetensors", tmp_path / "a.safetensors")
     save_file({"lora_unet_blocks_0.alpha": torch.zeros(1)}, tmp_path / "kohya.safetensors")
     with pytest.raises(ValueError, match="its keys are not diffusers'"):
@@ -216,7 +216,7 @@ def test_the_form_of_anchors_goes_with_a_checkpoint_s_lora(tmp_path):
     save_file(tensors, folder / "step_1.safetensors", {"step": "1", "settings": json.dumps(settings)})
     (written,) = export_lora(folder / "step_1.safetensors", tmp_path / "anchor.safetensors", "diffusers")
     assert read_lora(written)[1]["anchor_form"] == "appended"
-    with pytest.raises(ValueError, match="trained with `anchor_form='appended'`, which weights alone do not tell"):
+    with pytest.raises(ValueError, match="trained with `anchor_form='appended'`, which a merged model cannot record"):
         merge_lora(written, tmp_path / "base", tmp_path / "merged")
 
 

@@ -99,9 +99,9 @@ def test_in_the_clip_it_is_the_slot_form_to_the_bit(pipe):
 
 
 def test_what_is_refused(pipe):
-    with pytest.raises(ValueError, match="Anchors at frames 5 and 5 both give frame 5; keep one"):
+    with pytest.raises(ValueError, match="Anchors at frames 5 and 5 both set frame 5; keep one"):
         animate(pipe, [[Anchor(picture(1), 5), Anchor(picture(2), -4)]])
-    with pytest.raises(ValueError, match="Anchors at frames 1 and 3 both give frame 3"):
+    with pytest.raises(ValueError, match="Anchors at frames 1 and 3 both set frame 3"):
         animate(pipe, [[ANCHORS[1][0], Anchor(picture(2), 3)]])
     with pytest.raises(ValueError, match="frames 6 and 8 fall on the same latent frame 2"):
         animate(make_pipe("slot"), ANCHORS[:1])
@@ -130,7 +130,7 @@ def test_a_lora_of_another_form_is_not_loaded_beside(pipe, tmp_path):
     file, metadata = tmp_path / WEIGHT_NAME, {"anchor_form": "appended"}
     plain = tiny_pipeline()
     for given, options in ((file, {}), (WEIGHTS, {"metadata": metadata}), ((file, None), {})):
-        with pytest.raises(ValueError, match="with `anchor_form='appended'`, and this pipeline .* form 'slot'"):
+        with pytest.raises(ValueError, match="with `anchor_form='appended'`, but this pipeline uses .*'slot'"):
             plain.load_lora_weights(given, **options)
     assert not getattr(plain.transformer, "peft_config", None)
     make_pipe("appended").load_lora_weights(file, adapter_name="more")

@@ -234,7 +234,7 @@ def callback(column: Column) -> None:
         return {}
 
     if column.family in NO_CALLBACK:
-        column.is_refused("calls none", callback_on_step_end=note)
+        column.is_refused("does not support it", callback_on_step_end=note)
         return
     frames = column.run(callback_on_step_end=note).frames
     assert steps == [(type(stock(column.family)), ["latents"])] * STEPS
@@ -331,7 +331,7 @@ def storyboard(column: Column) -> None:
     pipe.set_progress_bar_config(disable=True)
     column.pipe = pipe
     if column.family not in FIRST_AND_LAST:
-        column.is_refused('`mode="storyboard"` is not for it', mode="storyboard", storyboard=board)
+        column.is_refused('does not support `mode="storyboard"`', mode="storyboard", storyboard=board)
         return
     output = column.run(pipe=pipe, mode="storyboard", storyboard=board)
     first, last = output.anchor_images[0]

@@ -97,7 +97,7 @@ def test_the_stock_class_finds_our_blocks_in_a_fresh_process(run_python):
 
 def test_load_components_names_what_it_does_not_know(folder):
     pipe = ModularPipeline.from_pretrained(str(folder), workflow="image2video")
-    with pytest.raises(ValueError, match="'rewriter'.*no components"):
+    with pytest.raises(ValueError, match="'rewriter'.*not among the components"):
         pipe.load_components("rewriter")
     with pytest.raises(ValueError, match="not both"):
         pipe.load_components("vae", workflow="image2video")
@@ -301,7 +301,7 @@ BAD_INPUT = [
     ({"num_frames": 10}, "num_frames=10.*9 and 13"),
     ({"height": 40}, "height=40"),
     ({"preset": "none-such"}, "Unknown preset 'none-such'"),
-    ({"prompt": None}, "Provide `prompt` or `prompt_embeds`"),
+    ({"prompt": None}, "Pass `prompt` or `prompt_embeds`"),
     ({"composer_negative_prompt": ["low", "quality"]}, "2 texts for 1 prompts"),
     ({"composer_guidance_scale": float("nan")}, "composer_guidance_scale=nan"),
     ({"image": picture(), "composer_guidance_scale": 2.0}, "`composer_guidance_scale=2.0` has no effect: `image`"),

@@ -107,7 +107,7 @@ def test_a_pipeline_keeps_the_dtype_of_what_it_takes_over():
         ({"vae": "x"}, "`vae` must be .* but is a str"),
         (
             {"rewriter": (tiny_wan_components()["text_encoder"], tiny_rewriter().tokenizer)},
-            "a model that writes.*UMT5",
+            "a model that generates text.*UMT5",
         ),
         ({"rewriter": "HTTP://127.0.0.1:9/v1"}, "ChatEndpoint.*HTTP"),
         ({"composer": torch.nn.Linear(1, 1)}, "`composer` must be .* but is a Linear"),
@@ -120,11 +120,11 @@ def test_a_pipeline_keeps_the_dtype_of_what_it_takes_over():
         ),
         (
             {"composer": WanImageToVideoPipeline(**tiny_wan_components(), image_encoder=None, image_processor=None)},
-            "WanImageToVideoPipeline draws from a picture.*AutoPipelineForText2Image",
+            "WanImageToVideoPipeline draws from an image.*AutoPipelineForText2Image",
         ),
         (
             {"composer": StableDiffusionXLImg2ImgPipeline(**tiny_composers.stable_diffusion_xl().components)},
-            "StableDiffusionXLImg2ImgPipeline draws from a picture",
+            "StableDiffusionXLImg2ImgPipeline draws from an image",
         ),
     ],
 )
@@ -196,8 +196,7 @@ def test_a_scheduler_that_is_not_for_a_flow_is_told_of(caplog):
             pipe.scheduler = scheduler
             frames_of(pipe)
         assert (
-            "a UniPCMultistepScheduler, is for `prediction_type='epsilon'`, and the model predicts a flow"
-            in caplog.text
+            "a UniPCMultistepScheduler, has `prediction_type='epsilon'`, but the model predicts a flow" in caplog.text
         )
     finally:
         logger.removeHandler(caplog.handler)
@@ -304,7 +303,7 @@ def test_fused_projections_do_not_drop_adapters():
     pipe.transformer.unfuse_qkv_projections()
     pipe.load_lora_weights(lora(), "style")
     styled = frames_of(pipe)
-    with pytest.raises(ValueError, match=r"leave out the adapters \['style'\]"):
+    with pytest.raises(ValueError, match=r"ignore the adapters \['style'\]"):
         pipe.transformer.fuse_qkv_projections()
     pipe.fuse_lora()
     pipe.unload_lora_weights()

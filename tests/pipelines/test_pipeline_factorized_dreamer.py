@@ -261,7 +261,7 @@ def test_other_schedulers_run_as_they_are():
         assert made[-1].isfinite().all()
     assert (made[0] - made[1]).abs().max() > 1e-2 and (made[1] - made[2]).abs().max() > 1e-3
     pipe.scheduler = CogVideoXDPMScheduler()
-    with pytest.raises(ValueError, match="CogVideoXDPMScheduler steps in a way of its own"):
+    with pytest.raises(ValueError, match="CogVideoXDPMScheduler has a different `step`"):
         pipe(PROMPT, image=picture(), **SIZE)
 
 

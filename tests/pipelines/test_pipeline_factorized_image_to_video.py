@@ -165,9 +165,9 @@ def test_an_animator_s_file_names_repositories_and_no_files(tmp_path):
     for config, message in (
         (
             {"call_defaults": {"negative_prompt": str(tmp_path / "private.png")}},
-            "a file of this machine or an address",
+            "a local file or a URL",
         ),
-        ({"call_defaults": {"negative_prompt": "https://example.org/a.png"}}, "a file of this machine or an address"),
+        ({"call_defaults": {"negative_prompt": "https://example.org/a.png"}}, "a local file or a URL"),
         ({"repository": str(tmp_path)}, "Repo id must"),
         ({"batch_size": 2}, "batch_size"),
         ({}, "is no animator: it has no model_index.json, and no animator_config.json that names a repository"),
@@ -224,15 +224,15 @@ def unrunnable(family: str) -> FactorizedImageToVideoPipeline:
 @pytest.mark.parametrize(
     ("family", "arguments", "message"),
     [
-        ("wan21_i2v", {"guidance_scale_2": 3.0}, "`guidance_scale_2=3.0` is for a model of two experts"),
+        ("wan21_i2v", {"guidance_scale_2": 3.0}, "`guidance_scale_2=3.0` is for a model with two experts"),
         ("wan22_i2v", {"fps": 24}, r"Wan2.2-I2V \(WanImageToVideoPipeline\) has no argument fps"),
         ("wan22_i2v", {"guidance_scale": -1.0}, "`guidance_scale=-1.0` must lie between 0 and 1000"),
         ("wan22_i2v", {"animator_kwargs": {"motion": 1}}, "has no argument motion"),
         ("wan22_i2v", {"animator_kwargs": {"latents": 1}}, r"`animator_kwargs` holds \['latents'\]"),
-        ("wan22_i2v", {"animator_kwargs": {"guidance_scale": 1}, "guidance_scale": 2}, "which the call has as well"),
+        ("wan22_i2v", {"animator_kwargs": {"guidance_scale": 1}, "guidance_scale": 2}, "which are also given as arguments of the call"),
         ("wan22_i2v", {"num_frames": 6}, r"`num_frames=6` must be 4k \+ 1; nearest: 5 and 9"),
         ("cogvideox15_i2v", {"num_frames": 5}, r"`num_frames=5` must be 8k \+ 1; nearest: 1 and 9"),
-        ("ltx2_i2v", {"num_inference_steps": 1, "height": 64, "width": 64}, "`num_inference_steps=1`: the scheduler of LTX-2 .* takes 2 steps"),
+        ("ltx2_i2v", {"num_inference_steps": 1, "height": 64, "width": 64}, "`num_inference_steps=1`: the scheduler of LTX-2 .* needs at least 2 steps"),
         ("ltx_condition", {"num_frames": 5}, r"`num_frames=5` must be 8k \+ 1; nearest: 1 and 9"),
         ("wan22_i2v", {"height": 40}, "`height=40` must be a positive multiple of 16; nearest: 32 and 48"),
         ("ltx_condition", {"width": 48}, "`width=48` must be a positive multiple of 32; nearest: 32 and 64"),
@@ -243,8 +243,8 @@ def unrunnable(family: str) -> FactorizedImageToVideoPipeline:
         ("wan22_i2v", {"animator_kwargs": [1]}, "`animator_kwargs` must be a dictionary"),
         ("wan22_i2v", {"mode": "storyboard", "num_moments": 3, "num_frames": 9}, "`num_moments=3`: .* takes a first and a last frame"),
         ("wan22_i2v", {"anchors": [Anchor([picture()] * 5)]}, "takes single pictures, .* is a run of 5"),
-        ("ltx_condition", {"anchors": [Anchor([picture()] * 8, 1)], "num_frames": 9}, "takes runs at frame 0 alone"),
-        ("wan22_i2v", {"anchors": [Anchor(picture(), -1)]}, r"of 5 frames \[4\] are given; add an `Anchor"),
+        ("ltx_condition", {"anchors": [Anchor([picture()] * 8, 1)], "num_frames": 9}, "takes runs only at frame 0"),
+        ("wan22_i2v", {"anchors": [Anchor(picture(), -1)]}, r"anchors are at frames \[4\] of 5; add an `Anchor"),
     ],
 )  # fmt: skip
 def test_bad_calls_are_refused_before_a_model_runs(family, arguments, message):
@@ -268,7 +268,7 @@ def test_call_defaults_of_the_animator_are_checked_saved_and_used(tmp_path):
     assert DiffusionPipeline.from_pretrained(tmp_path).animator.call_defaults == settings
     with pytest.raises(ValueError, match="has no argument motion_speed; leave it out"):
         AnchorAnimator(animator.pipeline, {"motion_speed": 1})
-    with pytest.raises(ValueError, match=r"`call_defaults` holds \['image'\], which are set for each call"):
+    with pytest.raises(ValueError, match=r"`call_defaults` holds \['image'\], which each call sets itself"):
         AnchorAnimator(animator.pipeline, {"image": None})
 
 
@@ -543,7 +543,7 @@ def test_the_prompt_of_a_family_that_takes_none_is_said_once(caplog, monkeypatch
     for _ in range(2):
         pipe(PROMPT, image=picture(), **CALL)
     assert [record.getMessage() for record in caplog.records if "prompt" in record.getMessage()] == [
-        "Stable Video Diffusion takes no prompt: the prompt writes the first frame, and the motion is the model's own."
+        "Stable Video Diffusion takes no prompt: the prompt describes the first frame only, and the model chooses the motion."
     ]
 
 

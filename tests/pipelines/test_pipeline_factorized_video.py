@@ -563,7 +563,7 @@ BAD_INPUT = [
     ({"anchors": [picture()]}, "Image"),
     ({"anchors": [[Anchor(picture())]] * 3}, "3 lists for 1"),
     ({"image": np.zeros((8, 8))}, r"\(8, 8\)"),
-    ({"generator": [torch.Generator()] * 2}, "list of 2 for 1"),
+    ({"generator": [torch.Generator()] * 2}, "list of 2 generators for 1"),
     ({"negative_prompt": ["a", "b"]}, "2 texts for 1"),
     ({"num_inference_steps": 0}, "num_inference_steps=0"),
     ({"num_videos_per_prompt": 0}, "num_videos_per_prompt=0"),

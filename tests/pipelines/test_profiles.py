@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_refused_with_its_size(real):
     ):
         plan_memory(real["Wan2.2-T2V-A14B"], "12GB")
     for wrong in ("16", "much", "0GB", "-4GB", "nanGB", "1e20GB", "16TB", ""):
-        with pytest.raises(ValueError, match=f'\'{wrong}\' is no size: use one such as "16GB", "auto" or "cpu"'):
+        with pytest.raises(ValueError, match=f'\'{wrong}\' is not a size: use one such as "16GB", "auto" or "cpu"'):
             plan_memory(real["Wan2.2-T2V-A14B"], wrong)
 
 
@@ -324,7 +324,7 @@ def test_anchors_behind_the_clip_are_planned():
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="says what is said where there is none")
 def test_no_accelerator():
-    with pytest.raises(ValueError, match="'80GB' is that of an accelerator.*\"cpu\""):
+    with pytest.raises(ValueError, match="'80GB' is for an accelerator.*\"cpu\""):
         apply_memory_profile(two_experts(), "80GB")
 
 

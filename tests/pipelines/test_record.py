@@ -214,7 +214,7 @@ def test_given_pictures_are_given_again(pipe, told):
     assert torch.equal(replay(pipe, record, [picture(9), run], output_type="pt").frames, out.frames)
     for images, message in (
         (None, "2 given picture.*--image"),
-        (picture(9), "1 for a record of 2"),
+        (picture(9), "1 entries for a record of 2"),
         ([picture(8), run], "Picture 1 is another one"),
         ([picture(9), run[::-1]], "Picture 2 is another one"),
     ):
@@ -263,7 +263,7 @@ def test_what_differs_is_told(pipe, record, told):
         "composer num_inference_steps 9, here 2",
     ):
         assert words in told[0], words
-    assert "org/chat" not in told[0] and "drew another picture" in told[1] and len(told) == 2
+    assert "org/chat" not in told[0] and "drew another image" in told[1] and len(told) == 2
 
 
 def test_another_lora_of_the_same_name_is_told(told):
@@ -293,7 +293,7 @@ def test_a_record_beyond_the_models_own_is_refused(pipe, record, told, change, w
 
 @pytest.mark.parametrize("given", ["a.mp4", None, [{}], {}])
 def test_what_is_no_record_is_said(pipe, given):
-    with pytest.raises(ValueError, match="^Pass one record, from `read_record`"):
+    with pytest.raises(ValueError, match="^`record` must be a dictionary from `read_record`"):
         replay(pipe, given)
 
 
@@ -310,7 +310,9 @@ def test_more_moments_are_written_anew(record):
 
 
 def test_a_record_of_another_class_is_refused(pipes, record):
-    with pytest.raises(ValueError, match="is of a FactorizedVideoPipeline, and this is a FactorizedCogVideoXPipeline"):
+    with pytest.raises(
+        ValueError, match="is of a FactorizedVideoPipeline, but `pipe` is a FactorizedCogVideoXPipeline"
+    ):
         replay(pipes["cogvideox"], record)
 
 

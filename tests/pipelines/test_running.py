@@ -206,7 +206,7 @@ def test_a_user_s_own_scheduler_is_shared_and_not_changed():
 
 def test_a_callback_cannot_call_its_own_pipeline(pipe, expected):
     for call in (CALLS["image"], CALLS["compose"], lambda pipe: pipe.rewrite(PROMPT)):
-        with pytest.raises(RuntimeError, match="already running.*another pipeline of the same components"):
+        with pytest.raises(RuntimeError, match="already running.*another pipeline from the same components"):
             pipe(PROMPT, image=picture(), callback_on_step_end=lambda *_, call=call: call(pipe), **CALL)
         with pytest.raises(RuntimeError, match="already running"):
             pipe(PROMPT, image=picture(), callback_on_stage_step=lambda *_, call=call: call(pipe), **CALL)

@@ -173,7 +173,7 @@ def test_a_base_that_cannot_be_anchored_is_refused_before_its_weights_are_read(
 def test_a_vae_of_another_model_is_refused(tmp_path):
     write_base(tmp_path / "base", "Wan2.2-TI2V-5B")
     (tmp_path / "base" / "vae" / "config.json").write_text('{"z_dim": 16}')
-    with pytest.raises(ValueError, match="takes 48 channels, and the VAE's latents have 16"):
+    with pytest.raises(ValueError, match="takes 48 channels, but the VAE's latents have 16"):
         assemble(tmp_path / "out", str(tmp_path / "base"))
 
 
@@ -185,7 +185,7 @@ def test_a_text_encoder_of_another_model_is_refused(name, tmp_path):
     base = tmp_path / "base"
     write_base(base, name)
     (base / "text_encoder" / "config.json").write_text('{"d_model": 768}')
-    message = "takes texts of width 4096, and the text encoder's have 768: they are of different models"
+    message = "takes text embeddings of width 4096, but the text encoder's have 768: they belong to different models"
     # Empty files stand for the weights: what reads them fails otherwise.
     for refused in (lambda: assemble(tmp_path / "out", str(base)), lambda: load(base, lora=False)):
         with pytest.raises(ValueError, match=message):
@@ -194,7 +194,9 @@ def test_a_text_encoder_of_another_model_is_refused(name, tmp_path):
 
 def test_a_text_encoder_of_another_model_is_refused_as_a_component():
     parts = tiny_wan_family("Wan2.1-T2V-1.3B", text_dim=16)
-    with pytest.raises(ValueError, match="`transformer` takes texts of width 16, and the text encoder's have 32"):
+    with pytest.raises(
+        ValueError, match="`transformer` takes text embeddings of width 16, but the text encoder's have 32"
+    ):
         FactorizedVideoPipeline(**parts, scheduler=None)
 
 

@@ -209,11 +209,11 @@ def test_a_wrong_reference_says_which_and_what_was_looked_for(light, change, mes
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"class": "DiffusionPipeline"}, "DiffusionPipeline is no model"),
-        ({"class": "HubReference"}, "HubReference is no model"),
-        ({"class": "Popen", "library": "subprocess"}, "library 'subprocess' is none of"),
+        ({"class": "DiffusionPipeline"}, "DiffusionPipeline is not a model"),
+        ({"class": "HubReference"}, "HubReference is not a model"),
+        ({"class": "Popen", "library": "subprocess"}, "library 'subprocess' must be one of"),
         ({"class": "NoSuchModel"}, "no class 'NoSuchModel'"),
-        ({"subfolder": "../../secrets"}, "no path within"),
+        ({"subfolder": "../../secrets"}, "not a path within"),
         ({"repository": "/etc"}, "Repo id"),
         ({"trust_remote_code": True}, "unexpected keyword"),
     ],
@@ -312,7 +312,7 @@ def flip(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"), [(flip, "another content than sha256"), (lambda data: data[:-7], "size|bytes")]
+    ("damage", "message"), [(flip, "content that differs from sha256"), (lambda data: data[:-7], "size|bytes")]
 )
 def test_a_corrupted_file_is_detected_and_fetched_again(hub, light, damage, message, tmp_path):
     hub.damage["vae/diffusion_pytorch_model.safetensors"] = damage
@@ -324,7 +324,7 @@ def test_a_corrupted_file_is_detected_and_fetched_again(hub, light, damage, mess
     # Damage in the cache itself, such as a full disk leaves behind.
     blob = next((tmp_path / "cache").rglob("diffusion_pytorch_model.safetensors")).resolve()
     os.truncate(blob, blob.stat().st_size - 7)
-    with pytest.raises(OSError, match="vae/diffusion_pytorch_model.safetensors came with .* bytes"):
+    with pytest.raises(OSError, match="vae/diffusion_pytorch_model.safetensors arrived with .* bytes"):
         DiffusionPipeline.from_pretrained(**load)
     assert_weights(DiffusionPipeline.from_pretrained(**load).vae, tiny_vae())
 

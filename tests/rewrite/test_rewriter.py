@@ -529,7 +529,7 @@ def test_folder_that_names_a_hub_repository(school, hub, tmp_path):
     ("config", "message"),
     [
         (None, "is no rewriter"),
-        ("{", "no valid JSON"),
+        ("{", "not valid JSON"),
         ("[]", "list"),
         ('{"modell": "org/name"}', "modell"),
         ('{"revision": "abc"}', "names no `model`"),

@@ -141,7 +141,7 @@ def test_stage_1_writes_what_is_not_given(pipe):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"image": PIL.Image.new("RGB", (32, 32))}, "makes its own pictures of `storyboard`, but `image`"),
+        ({"image": PIL.Image.new("RGB", (32, 32))}, "draws its own pictures of `storyboard`, but `image`"),
         ({"first_frame_prompt": RED}, "`first_frame_prompt` was given"),
         ({"mode": "factorized"}, "is for `mode=\"storyboard\"`, not for 'factorized'"),
         ({"mode": "direct"}, "not for 'direct'"),
