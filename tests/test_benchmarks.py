@@ -82,6 +82,16 @@ def test_a_block_is_called_as_in_a_forward():
     assert torch.equal(call(), made[0])
 
 
+def test_memory_of_a_training_step_is_counted_as_it_is_used():
+    from benchmark_training_step import Step, counted_memory
+
+    counted = counted_memory(SIZES["tiny"], False)
+    for name, (kept, peak) in counted.items():
+        used = Step(name, SIZES["tiny"], "cpu", False).memory()
+        assert (kept, peak) == pytest.approx(used, rel=0.05)
+    assert counted["ours"][1] < counted["stock"][1]
+
+
 def test_calls_come_in_turn():
     order = []
     seconds = interleaved_seconds({name: lambda name=name: order.append(name) for name in "ab"}, "cpu", 3)
