@@ -82,6 +82,16 @@ def test_a_block_is_called_as_in_a_forward():
     assert torch.equal(call(), made[0])
 
 
+def test_memory_of_a_training_step_is_counted_as_it_is_used():
+    from benchmark_training_step import Step, counted_memory
+
+    counted = counted_memory(SIZES["tiny"], False)
+    for name, (kept, peak) in counted.items():
+        used = Step(name, SIZES["tiny"], "cpu", False).memory()
+        assert (kept, peak) == pytest.approx(used, rel=0.05)
+    assert counted["ours"][1] < counted["stock"][1]
+
+
 def test_calls_come_in_turn():
     order = []
     seconds = interleaved_seconds({name: lambda name=name: order.append(name) for name in "ab"}, "cpu", 3)
@@ -168,7 +178,9 @@ def test_gpu_run_at_tiny_size(tmp_path, monkeypatch, capsys):
         assert all(1e-3 < row["relative difference"] < 1 / 16 for row in quantized[:2])
     # At a size where they mean nothing times close no bar; 50 steps of stock are worked out of two.
     guided, alone, stock = reports["pipeline"]["runs"]
-    assert all(found["met"] is None for name in ("pipeline", "fast_pipeline") for found in reports[name]["bars"])
+    assert all(
+        found["met"] is None for name in ("steps", "pipeline", "fast_pipeline") for found in reports[name]["bars"]
+    )
     fast = reports["fast_pipeline"]["runs"]
     assert "fastwan-3" in fast[2]["video"] and fast[2]["denoise"] < fast[0]["denoise"]
     assert all(run["seconds"] >= run["denoise"] + run["decode"] for run in (guided, alone, stock))

@@ -39,6 +39,7 @@ from harness import (
 from peft import LoraConfig
 from peft.helpers import disable_input_dtype_casting
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 
 from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
 from diffusers_fvg.training.config import WAN_TARGETS
@@ -140,7 +141,7 @@ def counted_memory(size: Size, checkpointing: bool) -> dict[str, tuple[int, int]
             for module in step.model.modules():
                 for own in (module._parameters, module._buffers):
                     own |= {key: _shape_alone(tensor) for key, tensor in own.items() if tensor is not None}
-            step.inputs, step.device = [_shape_alone(tensor) for tensor in step.inputs], "cpu"
+            step.inputs, step.device = tree_map(_shape_alone, step.inputs), "cpu"
             counted[name] = step.memory()
     return counted
 

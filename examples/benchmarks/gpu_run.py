@@ -41,6 +41,7 @@ from harness import (
     count_flops,
     describe,
     peak_bytes,
+    peak_flops,
     synchronize,
     transformer_inputs,
     write_report,
@@ -49,6 +50,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_fvg import kernels
 from diffusers_fvg.animate import decoding
+from diffusers_fvg.animate.attention import NATIVE, choose_backend
 from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
 from diffusers_fvg.kernels import attention, dispatch
 from diffusers_fvg.pipelines.profiles import WAN_VAES
@@ -213,6 +215,7 @@ def attention_forms(run: Run) -> None:
 def steps(run: Run) -> None:
     """One forward: stock, and ours with either kernels, eager and compiled, and with the window."""
     flops, rows, seconds = count_flops(AnchorConditionedTransformer3D, run.size, False), [], {}
+    best: dict[str, float] = {}
 
     def add(name: str, model: torch.nn.Module, inputs: dict[str, torch.Tensor], choice: str) -> None:
         with kernels.use_kernels(choice):
@@ -238,23 +241,38 @@ def steps(run: Run) -> None:
                 run.compile(model)
             if stock:
                 add(f"stock, {compiled}", model, inputs, "reference")
+                backend = choose_backend(torch.device(run.device), run.size.dtype, model.config.attention_head_dim)
+                if backend != NATIVE:
+                    model.set_attention_backend(backend)
+                    add(f"stock, {compiled}, {backend}", model, inputs, "reference")
+                best[compiled] = min(seconds[name] for name in seconds if name.startswith(f"stock, {compiled}"))
                 continue
             add(f"ours, {compiled}, torch", model, inputs, "reference")
             add(f"ours, {compiled}, kernels", model, inputs, run.kernels)
             model.set_anchor_window(run.window)
             add(f"ours, {compiled}, kernels, window {run.window}", model, inputs, run.kernels)
         del model
+    eager, fast = seconds["ours, eager, kernels"], seconds["ours, compiled, kernels"]
+    windowed, gpu = seconds[f"ours, compiled, kernels, window {run.window}"], run.on_gpu or None
+    memory = {row["forward"]: row["MiB above weights"] for row in rows}
+    needs = "a GPU: gpu_run.py --only steps"
     bars = [
-        bar("anchored step, eager: time of stock's", 0.7, seconds["ours, eager, kernels"] / seconds["stock, eager"]),
+        bar("anchored step, eager: time of stock's", 0.7, gpu and eager / seconds["stock, eager"], needs=needs),
+        bar("the same, of stock's with its best backend", 0.9, gpu and eager / best["eager"], needs=needs),
+        bar("compiled, both with the best backend", 0.95, gpu and fast / best["compiled"], needs=needs),
         bar(
-            "anchored step, compiled: time of stock's",
-            0.95,
-            seconds["ours, compiled, kernels"] / seconds["stock, compiled"],
+            "compiled: share of the card's bfloat16 peak",
+            0.6,
+            gpu and flops / fast / peak_flops(run.device, run.size.dtype)[0],
+            at_most=False,
+            needs=needs,
         ),
+        bar(f"window {run.window}, compiled: time of all frames'", 0.7, gpu and windowed / fast, needs=needs),
         bar(
-            f"step with window {run.window}: time of the dense one",
-            0.7,
-            seconds[f"ours, compiled, kernels, window {run.window}"] / seconds["ours, compiled, kernels"],
+            "peak memory above the weights: of stock's",
+            0.6,
+            gpu and memory["ours, eager, kernels"] / memory["stock, eager"],
+            needs=needs,
         ),
     ]
     run.report("steps", "a forward", rows, bars, PFLOP=flops / 1e15)

@@ -140,6 +140,25 @@ def fast_pipeline(run: Run) -> None:
             return ours(**our_call, **options).timings
 
     rows: list[dict[str, Any]] = []
+    window = f"window {run.window}"
+
+    def report() -> None:
+        """After every video, so that a cut leaves what was measured."""
+        titles = {
+            0: ("guided", 0.25),
+            1: ("one forward a step", 0.15),
+            4: (f"one forward a step, {window}, float8", 0.1),
+        }
+        bars = [
+            bar(
+                f"15 steps compiled, {title}: of stock's 50 steps eager, time",
+                limit,
+                rows[place]["of stock's 50 steps"] if run.on_gpu and place < len(rows) else None,
+                needs=f"{NEEDS}fast_pipeline",
+            )
+            for place, (title, limit) in titles.items()
+        ]
+        run.report("fast_pipeline", "a video without stages 1 and 2, compiled", rows, bars)
 
     def add(name: str, **options: Any) -> None:
         # Compiles; the window and the products are the model's own.
@@ -148,8 +167,8 @@ def fast_pipeline(run: Run) -> None:
         whole = sum(timings.values())
         row = {"video": name, "seconds": whole, "denoise": timings["denoise"], "decode": timings["decode"]}
         rows.append(row | {"of stock's 50 steps": whole / (stock_denoise + timings["decode"])})
+        report()
 
-    window = f"window {run.window}"
     add("15 steps, guided")
     add("15 steps, one forward each", guidance_scale=1.0)
     add("3 steps of fastwan-3", preset="fastwan-3")
@@ -159,17 +178,6 @@ def fast_pipeline(run: Run) -> None:
         quantize(ours.transformer)
         torch.compiler.reset()
         add(f"15 steps, one forward each, {window}, float8", guidance_scale=1.0)
-    titles = {0: ("guided", 0.25), 1: ("one forward a step", 0.15), 4: (f"one forward a step, {window}, float8", 0.1)}
-    bars = [
-        bar(
-            f"15 steps compiled, {title}: of stock's 50 steps eager, time",
-            limit,
-            rows[place]["of stock's 50 steps"] if run.on_gpu and place < len(rows) else None,
-            needs=f"{NEEDS}fast_pipeline",
-        )
-        for place, (title, limit) in titles.items()
-    ]
-    run.report("fast_pipeline", "a video without stages 1 and 2, compiled", rows, bars)
 
 
 def _new(presets: SchedulerPresets) -> list[Any]:

@@ -298,3 +298,40 @@ def test_scheduler_of_fastwan_estimates_and_noises_anew():
         expected = (1 - following) * clean + following * torch.randn(latents.shape, generator=draws.clone_state())
         latents = scheduler.step(velocity, time, latents, generator=draws, return_dict=False)[0]
         torch.testing.assert_close(latents, expected, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_three_steps_of_a_dmd_lora_with_an_anchor_are_its_authors_with_a_clean_first_frame():
+    """By the pipeline's loop, two LoRAs beside each other; and written out, on weights that have both."""
+    name = "Wan2.2-TI2V-5B"
+    config = WAN_FAMILIES[name][0]
+    anchor, fast = make_pairs(0, 3, **config), make_pairs(1, 4, **config)
+    pipe = make_pipeline(name, anchor_lora=anchor_lora({"transformer": anchor}))
+    assert pipe.load_lora_weights(fastvideo(fast), "fast").unmatched == {}
+    noise = torch.randn(1, 48, 3, 4, 2, generator=seeded(5))
+    options = {"preset": "fastwan-3", "latents": noise, "generator": seeded()}
+    found = pipe.animate(PROMPT, Anchor(picture()), **SIZE, **options)
+
+    parts = tiny_wan_family(name, anchored=True)
+    model, vae = parts["transformer"], parts["vae"]
+    add(model, anchor)
+    add(model, fast)
+    model.blocks[0].attn1.to_q.bias.add_(0.3)
+    pixels = torch.from_numpy(np.array(picture())).permute(2, 0, 1)[None, :, None] / 127.5 - 1
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    clean = (vae.encode(pixels).latent_dist.mode() - mean) / std
+    texts = pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False, max_sequence_length=16)[0]
+    latents, draws = noise, seeded()
+    for sigma, following in zip((1.0, 0.757, 0.522), (0.757, 0.522, 0.0)):
+        latents = torch.cat([clean, latents[:, :, 1:]], dim=2)
+        velocity = model(latents, torch.tensor([[0.0, 1000 * sigma, 1000 * sigma]]), texts).sample
+        estimate = latents - sigma * velocity
+        latents = (1 - following) * estimate + following * torch.randn(noise.shape, generator=draws)
+    torch.testing.assert_close(found[:, :, :1], clean, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[:, :, 1:], latents[:, :, 1:], rtol=0, atol=1e-4)
+    pipe.set_adapters("anchor")
+    options["generator"] = seeded()
+    alone = pipe.animate(PROMPT, Anchor(picture()), **SIZE, **options)
+    assert (alone - found).abs().max() > 1e-2
