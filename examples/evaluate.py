@@ -1,7 +1,7 @@
-"""The whole way of a benchmark: plan, videos, scores, report. Run it: python examples/evaluate.py
+"""Runs a complete benchmark: plan, videos, scores, report. Run it: python examples/evaluate.py
 
-It compares the video model alone with all three stages, on two prompts of the embedded model's own world; two prompts say nothing, and a
-published benchmark takes hours of a GPU.
+It compares the video model alone with all three stages, on a few prompts of the embedded model's world. So few prompts prove nothing;
+a published benchmark takes hours on a GPU.
 """
 
 import sys
@@ -18,7 +18,7 @@ suite, model = "shapes", []
 
 def fvg(*arguments: str) -> None:
     if main(list(arguments)):
-        raise SystemExit(f"fvg {' '.join(arguments)} failed; what is above says why.")
+        raise SystemExit(f"fvg {' '.join(arguments)} failed; see the messages above.")
 
 
 fvg("shapes", "prompts", prompts, "--per-category", "1")
@@ -28,7 +28,7 @@ fvg("bench", "run", run, *model)
 fvg("bench", "check", run, "--min-frames", "16")
 fvg("bench", "layout", run, layout)
 fvg("bench", "commands", layout, prompts, results)
-# Of a published benchmark `bash results/environment.sh` and `bash results/evaluate.sh` do this by its own program.
+# For a published benchmark, `bash results/environment.sh` and `bash results/evaluate.sh` run its own evaluator instead.
 for arm in sorted(Path(layout).iterdir()):
     fvg("shapes", "score", str(arm / "video"), prompts, str(Path(results) / arm.name))
 fvg("bench", "read", results)

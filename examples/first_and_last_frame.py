@@ -1,6 +1,7 @@
-"""A video between two pictures. Run it: python examples/first_and_last_frame.py
+"""Makes a video between two pictures. Run it: python examples/first_and_last_frame.py
 
-The pictures are drawn here from two captions; yours are `PIL.Image.open("first.jpg")` and `PIL.Image.open("last.jpg")`, of any size.
+This script draws the pictures from two captions. To use your own, of any size, open them with `PIL.Image.open("first.jpg")` and
+`PIL.Image.open("last.jpg")`.
 """
 
 import sys
@@ -19,12 +20,12 @@ pipe.set_progress_bar_config(disable=True)
 prompt = "A red circle moves to the right"
 captions = ["A red circle on the left", "A red circle on the right"]
 
-# Of one seed, so that what they have in common looks alike; the second is derived from the first.
+# Both pictures use the same seed and the second is derived from the first, so that their common parts look alike.
 generator = torch.Generator().manual_seed(0)
 (first,) = pipe.compose(captions[0], generator=generator)
 (last,) = pipe.derive(first, captions[1], generator=torch.Generator().manual_seed(0))
 
-# Frames count from the end where negative. Below strength 1 the video may move away from a picture.
+# 0 is the first frame of the video, -1 the last. Below strength 1 the video may deviate from a picture.
 anchors = [Anchor(first, 0), Anchor(last, -1, strength=1.0)]
 (frames,) = pipe.animate(prompt, anchors, generator=generator)
 

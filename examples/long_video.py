@@ -1,9 +1,9 @@
-"""A video of several clips, each of which goes on from the last frames of the one before. Run it:
+"""Makes a video of several clips, each of which continues from the last frames of the one before. Run it:
 
     python examples/long_video.py
     python examples/long_video.py "A red circle moves to the right" "A red circle moves to the left" --output long.mp4
 
-Each prompt is one clip. The frames that two clips have in common are shown once.
+Each prompt gives one clip. Frames that two clips share appear once.
 """
 
 import argparse
@@ -25,16 +25,16 @@ PROMPTS = [
 ]
 
 parser = argparse.ArgumentParser(description="Chains clips into one video.")
-parser.add_argument("prompts", nargs="*", default=PROMPTS, help="one for each clip")
-parser.add_argument("--model", help="folder or Hub repository; the embedded shapes model when left out")
+parser.add_argument("prompts", nargs="*", default=PROMPTS, help="one prompt per clip")
+parser.add_argument("--model", help="folder or Hub repository (default: the embedded shapes model)")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
 parser.add_argument("--output", type=Path, default=Path("long_video.mp4"), help="mp4 to write, with a PNG beside it")
 parser.add_argument(
     "--overlap",
     type=int,
     default=5,
-    help="last frames that the next clip begins with: 4k + 1, for CogVideoX 1.5 8k + 1. More than one tell how things move; "
-    "1 leaves the next prompt free to turn them round (default: %(default)s)",
+    help="number of last frames with which the next clip begins: 4k + 1, for CogVideoX 1.5 8k + 1. Several frames also pass on "
+    "the motion; with 1 the next prompt can change the direction (default: %(default)s)",
 )
 parser.add_argument("--seed", type=int, default=0)
 arguments = parser.parse_args()
@@ -46,7 +46,7 @@ else:
 pipe.to(arguments.device)
 pipe.set_progress_bar_config(disable=True)
 
-# The first clip comes from all three stages.
+# All three stages make the first clip.
 first, *others = arguments.prompts
 output = pipe(first, generator=torch.Generator().manual_seed(arguments.seed))
 video = output.frames[0]
@@ -57,13 +57,13 @@ for number, prompt in enumerate(others, start=1):
         prompt,
         Anchor(video[-arguments.overlap :]),
         generator=torch.Generator().manual_seed(arguments.seed + number),
-        # Every clip goes through the VAE again: its colours are held to those of the clip before.
+        # The shared frames are encoded and decoded again for every clip: "match" keeps their colours.
         anchor_decode="match",
     )
     video = np.concatenate([video, clip[arguments.overlap :]])
     print(f"to {len(video) - 1}: {prompt}")
 
-# Players show 64 pixels as a stamp.
+# Players would show 64 pixels too small.
 scale = max(1, 384 // video.shape[1])
 write_video(arguments.output, video, frame_rate=pipe.call_defaults["frame_rate"], scale=scale)
 strip = arguments.output.with_suffix(".png")

@@ -1,7 +1,7 @@
-"""Models of your own in the three stages. Run it: python examples/own_models.py
+"""Uses your own models in the three stages. Run it: python examples/own_models.py
 
-Any text-to-image pipeline of diffusers draws the first frame, any chat model of transformers writes of it, and the video model is a pipeline
-that you have already: they keep their weights, dtypes, quantization and offloading.
+Any chat model of transformers describes the first frame, any text-to-image pipeline of diffusers draws it, and the video model comes from
+a pipeline that is already loaded. All keep their weights, dtypes, quantization and offloading.
 """
 
 import sys
@@ -15,11 +15,11 @@ from diffusers_fvg.media import write_strip, write_video
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "own_models")
 embedded = load_embedded()
-# Of real models:
+# With real models:
 #     text_to_video = WanPipeline.from_pretrained("Wan-AI/Wan2.2-TI2V-5B-Diffusers", dtype=torch.bfloat16).to("cuda")
 #     text_to_image = DiffusionPipeline.from_pretrained("black-forest-labs/FLUX.1-schnell", dtype=torch.bfloat16).to("cuda")
 #     chat_model = (AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).to("cuda"), AutoTokenizer.from_pretrained(name))
-# or, in place of the last, an endpoint that speaks OpenAI's protocol: ChatEndpoint("http://localhost:8000/v1", "model").
+# Instead of the last one, an endpoint with OpenAI's protocol: ChatEndpoint("http://localhost:8000/v1", "model").
 text_to_video, text_to_image, chat_model = embedded, embedded.composer.pipeline, embedded.rewriter
 
 pipe = FactorizedVideoPipeline.from_pipe(text_to_video, composer=text_to_image, rewriter=chat_model)

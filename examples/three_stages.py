@@ -1,6 +1,6 @@
-"""The three stages one by one, on the model that ships with the package. Run it: python examples/three_stages.py
+"""Runs the three stages one by one with the model that ships with the package. Run it: python examples/three_stages.py
 
-Each stage returns plain data, so a result can be looked at, changed and given to the next stage.
+Each stage returns plain data, which you can look at, change and pass to the next stage.
 """
 
 import sys
@@ -19,7 +19,7 @@ pipe = load_embedded()
 pipe.set_progress_bar_config(disable=True)
 prompt = "A red circle moves to the right"
 
-# Stage 1, reasoning: what is to be seen before anything moves?
+# Stage 1, reasoning: a language model describes the first frame, before anything moves.
 (caption,) = pipe.rewrite(prompt)
 (folder / "1_caption.txt").write_text(caption + "\n")
 print("1 caption:", caption)
@@ -29,12 +29,12 @@ print("1 caption:", caption)
 image.save(folder / "2_anchor.png")
 print("2 anchor: ", folder / "2_anchor.png")
 
-# Stage 3, temporal synthesis: the video model sets the picture in motion, and leaves the first frame as it is.
+# Stage 3, temporal synthesis: the video model animates the picture and keeps it as the first frame.
 (frames,) = pipe.animate(prompt, Anchor(image), generator=torch.Generator().manual_seed(0))
-# Sixfold: players show 64 pixels as a stamp.
+# Enlarged sixfold, because players would show 64 pixels too small.
 write_video(folder / "3_video.mp4", frames, frame_rate=pipe.call_defaults["frame_rate"], scale=6)
 write_strip(folder / "strip.png", prompt, caption, image, frames)
 print("3 video:  ", folder / "3_video.mp4")
 
-# All of it in one call:
+# All stages in one call:
 #     pipe(prompt, generator=torch.Generator().manual_seed(0)).frames

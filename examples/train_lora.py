@@ -1,6 +1,6 @@
 """Trains an anchor LoRA and makes a video with it. Run it: python examples/train_lora.py
 
-Four steps on six clips show the way and no more: the embedded model has a LoRA of its own, of some thousands of steps.
+Four steps on six clips only show the procedure; the LoRA of the embedded model was trained for 3,000 steps.
 """
 
 import sys
@@ -18,10 +18,10 @@ from diffusers_fvg.shapes.dataset import write_dataset
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "train_lora")
 data, lora = folder / "data", folder / "lora"
 
-# Your videos: a folder with metadata.jsonl, or with a .txt beside each one, which holds its prompt.
+# For your own videos: a folder with metadata.jsonl, or with a .txt file beside each video that contains its prompt.
 write_dataset(data, num_clips=6)
 
-# Of a real model: the config that `fvg train --recipe wan2.2-5b` prints, or one of examples/training.
+# For a real model: the config that `fvg train --recipe wan2.2-5b` prints, or one of examples/training.
 config = f"""
 model = "{EMBEDDED_FOLDER}"
 data = "{data}"
@@ -39,11 +39,11 @@ mixed_precision = "no"
 """
 (folder / "train.toml").write_text(config)
 if main(["train", str(folder / "train.toml")]):
-    raise SystemExit("The training failed; what is above says why.")
+    raise SystemExit("The training failed; see the messages above.")
 
 pipe = load_embedded()
 pipe.set_progress_bar_config(disable=True)
-# It takes the place of the model's own.
+# The new LoRA replaces that of the embedded model.
 pipe.unload_lora_weights()
 print(pipe.load_lora_weights(lora / "weights"))
 output = pipe("A red circle moves to the right", generator=torch.Generator().manual_seed(0))

@@ -104,7 +104,7 @@ def test_bars_and_cells():
         render.verdict(bar("time", 0.9, value, at_most=at_most, needs="a GPU"))
         for value, at_most in ((0.9, True), (0.91, True), (0.95, False), (None, False))
     ]
-    assert verdicts == ["met", "MISSED", "met", "open: needs a GPU"]
+    assert verdicts == ["met", "missed", "met", "not run: needs a GPU"]
     assert [render.cell(value) for value in (None, True, 27280, 0.123456, 5198.2, "x")] == [
         *("-", "yes", "27,280", "0.123", "5,198", "x")
     ]
@@ -176,7 +176,7 @@ def test_gpu_run_at_tiny_size(tmp_path, monkeypatch, capsys):
         plain, window, *quantized = reports["fp8"]["runs"]
         assert plain["relative difference"] is None
         assert all(1e-3 < row["relative difference"] < 1 / 16 for row in quantized[:2])
-    # At a size where they mean nothing times close no bar; 50 steps of stock are worked out of two.
+    # At a size where they mean nothing times close no bar; 50 steps of stock are extrapolated from two.
     guided, alone, stock = reports["pipeline"]["runs"]
     assert all(
         found["met"] is None for name in ("steps", "pipeline", "fast_pipeline") for found in reports[name]["bars"]

@@ -79,7 +79,7 @@ def test_what_cannot_work_names_the_nearest_that_can():
         check_num_frames(0, 4)
     with pytest.raises(ValueError, match="`num_inference_steps=0` must be at least 1"):
         check_steps(0, None)
-    with pytest.raises(ValueError, match="'fastwan-3' has 3 steps of its own"):
+    with pytest.raises(ValueError, match="'fastwan-3' has 3 fixed steps"):
         check_steps(4, model_presets(MODELS["Wan2.2-TI2V-5B"])["fastwan-3"])
 
 

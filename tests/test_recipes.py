@@ -233,7 +233,7 @@ def test_the_command_line_runs_every_class(tmp_path, capsys, monkeypatch):
     assert read_video("video.mp4")[0].shape[0] == 16
     for wrong, message in (
         (["--mode", "storyboard"], 'does not support `mode="storyboard"`'),
-        (["--anchor-decode", "match"], "--anchor-decode match is not for a FactorizedDreamerPipeline"),
+        (["--anchor-decode", "match"], "--anchor-decode match is not an argument of FactorizedDreamerPipeline"),
         (["--lora", "org/lora"], "takes no anchor LoRA"),
         (["--output", "video.mp4"], "already exists"),
     ):
@@ -437,9 +437,9 @@ def test_what_is_no_such_pipeline_is_told_before_weights_are_fetched(
     assert main(["generate", PROMPT, "--model", name, "--quiet", "--output", str(tmp_path / "video.mp4")]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     expected = {
-        COMPOSER: "is a ZImagePipeline, and none of FactorizedVideoPipeline, .* text-to-image pipeline is for `composer`",
-        REWRITER: "is no pipeline: it has no model_index.json",
-        "org/v2v": "is a WanVideoToVideoPipeline, and none of .* or an image-to-video pipeline of diffusers",
+        COMPOSER: "is a ZImagePipeline; use one of FactorizedVideoPipeline, .* text-to-image pipeline as `composer`",
+        REWRITER: "is not a pipeline: it has no model_index.json",
+        "org/v2v": "is a WanVideoToVideoPipeline; use one of .* or an image-to-video pipeline of diffusers",
         "org/none": "The model names org/none on the Hub, which cannot be loaded",
     }.get(name, "Wan2.1-T2V-1.3B-Diffusers@none on the Hub, which cannot be loaded")
     assert re.search(expected, line), line
@@ -482,6 +482,8 @@ def test_a_recipe_cannot_be_changed_for_all_who_load_it(recipe):
 
 
 def test_unknown_names(hub):
-    with pytest.raises(ValueError, match="'wan2.2' is no folder and no recipe; recipes are wan2.2-5b, wan2.1-1.3b, "):
+    with pytest.raises(
+        ValueError, match="'wan2.2' is neither a folder nor a recipe; the recipes are wan2.2-5b, wan2.1-1.3b, "
+    ):
         load("wan2.2")
     assert hub.requests == []

@@ -1,1 +1,1 @@
-"""`fvg app`: the three stages on a page and by HTTP, one after the other and each to be done again."""
+"""`fvg app`: a page in the browser and an HTTP API for the three stages, each of which can be repeated."""

@@ -1,4 +1,4 @@
-"""The HTTP API: submit, progress, cancel, fetch. FastAPI writes its OpenAPI document to `/openapi.json`, and a page of it to `/docs`."""
+"""The HTTP API: submit, progress, cancel, download. FastAPI serves the OpenAPI document at `/openapi.json`, and its page at `/docs`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .worker import Job, QueueFull, State, Worker
 
 
 if TYPE_CHECKING:
-    # The tables say which.
+    # For type checkers; the values come from these tables.
     Stage = str
     Mode = str
     AnchorDecode = str
@@ -40,7 +40,7 @@ def _shown(text: str) -> str:
 
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS), AfterValidator(_shown)]
-# Whole numbers and numbers as JSON has them: "3" and true are none.
+# JSON numbers: "3" and true are rejected.
 Whole = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
@@ -49,16 +49,16 @@ Pixels = Annotated[Whole, Field(ge=8, le=16384)]
 
 
 class AnchorInput(BaseModel):
-    """A picture that the video passes through."""
+    """A picture for one frame of the video."""
 
     model_config = ConfigDict(extra="forbid")
     image: Annotated[str, Field(min_length=1, description="a PNG or JPEG file in base64")]
-    frame_index: Annotated[Whole, Field(ge=-100_000, le=100_000, description="from the end where negative")] = 0
-    strength: Annotated[Number, Field(gt=0, le=1, description="below 1 the video may move away from it")] = 1.0
+    frame_index: Annotated[Whole, Field(ge=-100_000, le=100_000, description="0 is the first frame, -1 the last")] = 0
+    strength: Annotated[Number, Field(gt=0, le=1, description="below 1 the video may deviate from it")] = 1.0
 
 
 class MomentInput(BaseModel):
-    """What is seen at one time of a storyboard."""
+    """The caption of one moment of a storyboard."""
 
     model_config = ConfigDict(extra="forbid")
     caption: Text
@@ -68,17 +68,17 @@ class MomentInput(BaseModel):
 
 
 class JobInput(BaseModel):
-    """What is to be made. What is left out is the model's own, or drawn."""
+    """A job. Arguments that are left out take the model's defaults; seeds are drawn at random."""
 
     model_config = ConfigDict(extra="forbid")
-    prompt: Annotated[Text, Field(description="what should happen")]
+    prompt: Annotated[Text, Field(description="prompt of the video")]
     stage: Annotated[Stage, Field(description="one stage, or `generate` for all")] = "generate"
     mode: Annotated[Mode, Field(description="`direct` is plain text-to-video")] = "factorized"
-    first_frame_prompt: Annotated[Text | None, Field(description="what is seen at first; skips stage 1")] = None
+    first_frame_prompt: Annotated[Text | None, Field(description="caption of the first frame; skips stage 1")] = None
     storyboard: Annotated[list[MomentInput] | None, Field(min_length=1, max_length=100)] = None
     anchors: Annotated[list[AnchorInput] | None, Field(min_length=1, max_length=100)] = None
     num_moments: Annotated[Whole | None, Field(ge=2, le=100)] = None
-    num_candidates: Annotated[Whole, Field(ge=1, le=100, description="pictures to choose among")] = 1
+    num_candidates: Annotated[Whole, Field(ge=1, le=100, description="pictures to choose from")] = 1
     seed: Seed | None = None
     anchor_seed: Seed | None = None
     height: Pixels | None = None
@@ -92,7 +92,7 @@ class JobInput(BaseModel):
     lora_scale: Annotated[Number | None, Field(ge=-10, le=10)] = None
 
     def order(self, worker: Worker) -> Order:
-        """Raises `ValueError` for a picture that is none."""
+        """Returns the order of this job; raises `ValueError` for a file that is not a picture."""
         given = {name: getattr(self, name) for name in type(self).model_fields}
         given["storyboard"] = self.storyboard and [Moment(each.caption, each.time) for each in self.storyboard]
         worker.limits.check_count(self.num_candidates, len(self.anchors or ()))
@@ -110,10 +110,10 @@ class PictureOutput(BaseModel):
 
 
 class JobOutput(BaseModel):
-    """A job: where it is, and once it is done what it made."""
+    """The progress of a job and, once it is done, its results."""
 
     id: str
-    stage: str = Field(description="as it was asked for")
+    stage: str = Field(description="the requested stage")
     state: State
     jobs_before: int
     running_stage: str
@@ -121,16 +121,18 @@ class JobOutput(BaseModel):
     steps: int
     seconds_left: float | None
     error: str | None
-    preview: str | None = Field(None, description="while it is denoised: where an animated WebP of it is")
+    preview: str | None = Field(None, description="URL of an animated WebP while the video is denoised")
     first_frame_prompt: str | None = None
     storyboard: list[dict[str, Any]] = []
     pictures: list[PictureOutput] = []
-    video: str | None = Field(None, description="where the mp4 is")
-    record: dict[str, Any] | None = Field(None, description="from which the video is made again; the mp4 holds it too")
+    video: str | None = Field(None, description="URL of the mp4")
+    record: dict[str, Any] | None = Field(
+        None, description="settings that repeat the video; the mp4 contains them too"
+    )
 
 
 class Problem(BaseModel):
-    """What was wrong, a sentence."""
+    """An error, as a sentence."""
 
     detail: str
 
@@ -139,11 +141,11 @@ PROBLEMS = {status: {"model": Problem} for status in (400, 404, 413, 422, 429)}
 
 
 def make_api(worker: Worker) -> FastAPI:
-    """The application, without a page."""
+    """Returns the application with the HTTP API and without the page."""
     api = FastAPI(
         title="diffusers-fvg",
         version=__version__,
-        description="Prompt, first-frame caption, picture, video: submit a job, ask how far it is, fetch what it made.",
+        description="Makes a caption, a picture and a video from a prompt: submit a job, ask for its progress, download its results.",
         responses={status: PROBLEMS[status] for status in (404, 422)},
     )
     _add_errors(api)
@@ -152,46 +154,48 @@ def make_api(worker: Worker) -> FastAPI:
 
     @api.post("/api/jobs", status_code=202, responses={status: PROBLEMS[status] for status in (400, 413, 429)})
     def submit(job: JobInput, request: Request) -> JobOutput:
-        """Puts a job in the queue."""
+        """Adds a job to the queue."""
         return _told(worker, worker.submit(_owner(request), job.order(worker)))
 
     @api.get("/api/jobs")
     def history(request: Request) -> list[JobOutput]:
-        """Your jobs, the latest first."""
+        """Returns your jobs, the latest first."""
         return [_told(worker, job) for job in worker.history(_owner(request))]
 
     @api.get("/api/jobs/{id}")
     def progress(id: str, request: Request) -> JobOutput:
-        """How far a job is, and what it made."""
+        """Returns the progress and the results of a job."""
         return _told(worker, _job(worker, request, id))
 
     @api.delete("/api/jobs/{id}")
     def cancel(id: str, request: Request) -> JobOutput:
-        """Ends a job; one that runs within the step that it is in. One that has ended stays as it is."""
+        """Cancels a job. A running job stops within its current step; a finished one does not change."""
         return _told(worker, worker.cancel(_owner(request), _job(worker, request, id).id))
 
     @api.get("/api/model")
     def model() -> dict[str, Any]:
-        """The model's own size and length, its presets, and the limits of this server."""
+        """Returns the model's own size and length, its presets, and the limits of this server."""
         return model_facts(worker)
 
     return api
 
 
 def _add_files(api: FastAPI, worker: Worker) -> None:
-    """What a job made, as files."""
+    """Adds the routes that return the files of a job."""
 
     @api.get("/api/jobs/{id}/video", response_class=FileResponse)
     def video(id: str, request: Request, format: Form = "mp4") -> FileResponse:
-        """The mp4, which plays everywhere, with its record inside; or an animation, the frames as PNG, a strip of them."""
+        """Returns the mp4 with its record, an animation (GIF or WebP), the frames as PNG files in a ZIP, or a contact strip."""
         job = _job(worker, request, id)
         if job.result is None or job.result.video is None:
-            raise HTTPException(404, f"The job has no video: it is of stage `{job.order.stage}` and {job.state}.")
+            raise HTTPException(
+                404, f"The job has no video: its stage is `{job.order.stage}` and its state {job.state}."
+            )
         return send_video(job, format)
 
     @api.get("/api/jobs/{id}/preview", response_class=Response)
     def preview(id: str, request: Request) -> Response:
-        """What the video would be by the step so far, small, as an animated WebP."""
+        """Returns a small animated WebP of the video as estimated at the current step."""
         shown = _job(worker, request, id).preview
         if shown is None:
             raise HTTPException(404, "The job has no preview: it is not being denoised, or its model has none.")
@@ -199,25 +203,25 @@ def _add_files(api: FastAPI, worker: Worker) -> None:
 
     @api.get("/api/jobs/{id}/pictures/{number}", response_class=Response)
     def picture(id: str, number: int, request: Request) -> Response:
-        """A picture of stage 2 as PNG, counted from 0."""
+        """Returns a picture of stage 2 as PNG; numbers start at 0."""
         job = _job(worker, request, id)
         pictures = [] if job.result is None else job.result.pictures
         if not 0 <= number < len(pictures):
-            raise HTTPException(404, f"The job has {len(pictures)} pictures, counted from 0, and no picture {number}.")
+            raise HTTPException(404, f"The job has no picture {number}; it has {len(pictures)}, numbered from 0.")
         return Response(pictures[number].file.path.read_bytes(), media_type="image/png")
 
 
 def send_video(job: Job, form: str) -> FileResponse:
-    """A video as a download, in one of `FORMS`."""
+    """Returns a video as a download in one of `FORMS`."""
     name, kind = FORMS[form]
     try:
         return FileResponse(video_file(job, form), media_type=kind, filename=name)
     except OSError as error:
-        raise HTTPException(404, "The video was forgotten meanwhile.") from error
+        raise HTTPException(404, "The video has been deleted meanwhile.") from error
 
 
 def model_facts(worker: Worker) -> dict[str, Any]:
-    """What people need to know of the model to ask it for something."""
+    """Returns the facts about the model that a client needs for a job."""
     pipe, limits = worker.pipe, worker.limits
     facts = {name: pipe.call_defaults[name] for name in ("height", "width", "num_frames", "frame_rate")}
     facts |= {"model": str(pipe.config.get("_name_or_path") or "").split("/")[-1], "pipeline": type(pipe).__name__}
@@ -228,7 +232,7 @@ def model_facts(worker: Worker) -> dict[str, Any]:
 
 
 def require_login(api: FastAPI, auth: tuple[str, str]) -> None:
-    """Asks for a name and a password, of the page and of the API alike (HTTP Basic)."""
+    """Requires a name and a password for the page and for the API (HTTP Basic)."""
     expected = b":".join(part.encode() for part in auth)
 
     @api.middleware("http")
@@ -241,11 +245,11 @@ def require_login(api: FastAPI, auth: tuple[str, str]) -> None:
         if is_known:
             return await call_next(request)
         wanted = {"WWW-Authenticate": 'Basic realm="fvg", charset="UTF-8"'}
-        return JSONResponse({"detail": "Give the name and the password of this server."}, 401, wanted)
+        return JSONResponse({"detail": "This server needs a name and a password."}, 401, wanted)
 
 
 def _owner(request: Request) -> str:
-    """Whose jobs they are: those of one address. An id is known to nobody else either."""
+    """Returns the owner of a request's jobs: the client's address. Other clients do not know the ids of its jobs."""
     return f"api {request.client.host if request.client else ''}"
 
 
@@ -253,7 +257,7 @@ def _job(worker: Worker, request: Request, id: str) -> Job:
     try:
         return worker.job(_owner(request), id)
     except KeyError:
-        raise HTTPException(404, f"You have no job {id!r:.80}: it was forgotten, or is another's.") from None
+        raise HTTPException(404, f"You have no job {id!r:.80}: it was deleted, or belongs to someone else.") from None
 
 
 def _upload(given: AnchorInput, worker: Worker) -> Upload:
@@ -298,13 +302,13 @@ def _told(worker: Worker, job: Job) -> JobOutput:
 
 
 def _add_errors(api: FastAPI) -> None:
-    """What is wrong comes as a sentence in `detail`, never as a traceback."""
+    """Makes every error a sentence in `detail`, and never a traceback."""
 
     @api.exception_handler(RequestValidationError)
     def bad_request(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"][1:]) or "body"
-        return JSONResponse({"detail": f"`{place}` cannot be used: {first['msg'].rstrip('.')}."}, 422)
+        return JSONResponse({"detail": f"`{place}` is not valid: {first['msg'].rstrip('.')}."}, 422)
 
     @api.exception_handler(QueueFull)
     def full(_: Request, error: QueueFull) -> JSONResponse:
@@ -316,7 +320,7 @@ def _add_errors(api: FastAPI) -> None:
 
 
 def _limit_requests(api: FastAPI, limits: Limits) -> None:
-    # In base64 a file is a third longer; beside it come some texts.
+    # Base64 makes a file a third longer; the request also contains some text.
     longest = limits.anchors * limits.upload_bytes * 4 // 3 + 2**20
 
     @api.middleware("http")
@@ -327,5 +331,5 @@ def _limit_requests(api: FastAPI, limits: Limits) -> None:
             and request.url.path == "/api/jobs"
             and not (length.isdigit() and int(length) <= longest)
         ):
-            return JSONResponse({"detail": f"A request says its length, up to {longest} bytes."}, 413)
+            return JSONResponse({"detail": f"A request must state its length, at most {longest} bytes."}, 413)
         return await call_next(request)

@@ -1,4 +1,4 @@
-"""What the page of `fvg app` consists of, and where it stands."""
+"""Layout of the page of `fvg app`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .worker import Worker
 
 
 def make_layout(worker: Worker) -> SimpleNamespace:
-    """The parts of the page by name, within the `gr.Blocks` that is open."""
+    """Creates the components of the page in the open `gr.Blocks`, and returns them by name."""
     parts, pipe = SimpleNamespace(), worker.pipe
     name = str(pipe.config.get("_name_or_path") or type(pipe).__name__).split("/")[-1]
     parts.key = gr.BrowserState("", storage_key="fvg-session")
     gr.HTML(
-        "<h1>Factorized Video Generation</h1><p>Read what stands in the first frame, fix it, pick the picture, then make the "
+        "<h1>Factorized Video Generation</h1><p>Edit the caption of the first frame, choose its picture, then make the "
         f"video. Model: <b>{html.escape(name)}</b></p>",
         elem_id="head",
         padding=False,
@@ -57,21 +57,21 @@ def _title(number: int, name: str, does: str) -> None:
 
 def _caption_panel(parts: SimpleNamespace) -> None:
     with gr.Column(min_width=300, elem_classes="stage-card"):
-        _title(1, "Words", "What is seen before anything moves.")
+        _title(1, "Words", "The caption of the first frame.")
         parts.caption = gr.Textbox(
             label="First frame (edit it)",
             lines=9,
             max_lines=14,
-            placeholder="Written from the prompt, or by you. A storyboard has a line for each moment: 50% A red circle",
+            placeholder="Written from the prompt, or by you. A storyboard has one line per moment: 50% A red circle",
             elem_id="caption",
         )
-        gr.HTML("<p>Nothing is drawn at random here: there is no seed.</p>", elem_classes="note", padding=False)
+        gr.HTML("<p>This stage is deterministic and has no seed.</p>", elem_classes="note", padding=False)
         parts.rewrite = gr.Button("Write it", elem_id="rewrite")
 
 
 def _picture_panel(parts: SimpleNamespace, worker: Worker) -> None:
     with gr.Column(min_width=300, elem_classes="stage-card"):
-        _title(2, "Picture", "Choose the one to animate.")
+        _title(2, "Picture", "Choose the picture to animate.")
         parts.pictures = gr.Gallery(
             show_label=False,
             columns=2,
@@ -87,10 +87,10 @@ def _picture_panel(parts: SimpleNamespace, worker: Worker) -> None:
             parts.anchor_seed = gr.Number(label="Seed", precision=0, minimum=0, min_width=110, elem_id="anchor-seed")
             parts.anchor_dice = gr.Button("New", min_width=64, scale=0, elem_classes="dice")
         parts.num_candidates = gr.Slider(
-            1, worker.limits.pictures, 4, step=1, label="How many to choose from", buttons=[], elem_id="num-candidates"
+            1, worker.limits.pictures, 4, step=1, label="Number of pictures", buttons=[], elem_id="num-candidates"
         )
         parts.compose = gr.Button("Draw it", elem_id="compose")
-        with gr.Accordion("Pictures of your own", open=False, elem_id="own"):
+        with gr.Accordion("Your own pictures", open=False, elem_id="own"):
             with gr.Row():
                 parts.frame = gr.Number(0, label="Frame (−1: last)", precision=0, min_width=110, elem_id="frame")
                 parts.strength = gr.Slider(0.05, 1, 1, step=0.05, label="Strength", min_width=110)
@@ -109,7 +109,7 @@ def _picture_panel(parts: SimpleNamespace, worker: Worker) -> None:
 
 def _video_panel(parts: SimpleNamespace) -> None:
     with gr.Column(min_width=300, elem_classes="stage-card"):
-        _title(3, "Video", "The picture in motion.")
+        _title(3, "Video", "The video that starts with the picture.")
         parts.preview = gr.HTML(elem_id="preview", padding=False)
         parts.video = gr.HTML(elem_id="video", padding=False)
         parts.downloads = gr.HTML(elem_id="downloads", padding=False)
@@ -119,9 +119,7 @@ def _video_panel(parts: SimpleNamespace) -> None:
             parts.dice = gr.Button("New", min_width=64, scale=0, elem_classes="dice", elem_id="dice")
         parts.animate = gr.Button("Animate it", elem_id="animate")
         with gr.Accordion("Recipe of a video", open=False):
-            parts.recipe = gr.File(
-                label="Drop an mp4 that was made here", file_types=[".mp4"], height=136, elem_id="recipe"
-            )
+            parts.recipe = gr.File(label="Drop an mp4 made by fvg", file_types=[".mp4"], height=136, elem_id="recipe")
 
 
 def _settings(parts: SimpleNamespace, worker: Worker) -> None:

@@ -1,4 +1,4 @@
-"""What a server grants, and what it refuses before a model runs."""
+"""Limits of a server, checked before a model runs."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class Limits:
     """Limits of a server.
 
     Args:
-        pixels (`int`, *optional*): of a frame, height times width; four times the model's own when left out.
-        frames (`int`, *optional*): of a video; four times the model's own when left out.
-        steps (`int`): of the video model.
-        pictures (`int`): drawn for a caption to choose among.
-        anchors (`int`): pictures of one video that are uploaded.
-        queue (`int`): jobs that wait.
-        waiting (`int`): of one person's jobs those that wait or run.
-        kept (`int`): of one person's finished jobs those that are kept, with their videos.
-        people (`int`): whose jobs are kept; who has been away longest makes room.
-        upload_bytes (`int`): of a file, or of a request.
-        upload_pixels (`int`): of an uploaded picture.
+        pixels (`int`, *optional*): maximum number of pixels of a frame, height times width; defaults to four times the model's own.
+        frames (`int`, *optional*): maximum number of frames of a video; defaults to four times the model's own.
+        steps (`int`): maximum number of steps of the video model.
+        pictures (`int`): maximum number of pictures drawn for a caption.
+        anchors (`int`): maximum number of uploaded pictures of one video.
+        queue (`int`): maximum number of waiting jobs.
+        waiting (`int`): maximum number of unfinished jobs of one user.
+        kept (`int`): number of finished jobs of one user that are kept with their videos.
+        people (`int`): number of users whose jobs are kept; the user who was inactive for longest is dropped first.
+        upload_bytes (`int`): largest uploaded file, in bytes.
+        upload_pixels (`int`): maximum number of pixels of an uploaded picture.
     """
 
     pixels: int | None = None
@@ -42,54 +42,54 @@ class Limits:
     upload_pixels: int = 50_000_000
 
     def of_model(self, defaults: dict) -> Limits:
-        """With the model's own size in place of what was left out."""
+        """Returns these limits with `pixels` and `frames` filled in from the model's own size."""
         pixels, frames = defaults["height"] * defaults["width"], defaults["num_frames"]
         own = {"pixels": self.pixels or 4 * pixels, "frames": self.frames or 4 * (frames - 1) + 1}
         return Limits(**{**self.__dict__, **own})
 
     def check_size(self, height: int, width: int, num_frames: int, steps: int) -> None:
-        """Raises `ValueError` for a video that is too large, too long or of too many steps for this server."""
+        """Raises `ValueError` for a video with too many pixels, frames or steps for this server."""
         if self.pixels is not None and height * width > self.pixels:
             raise ValueError(
-                f"{height} x {width} pixels are {height * width}, and this server makes videos of up to {self.pixels}: choose a "
-                "smaller height or width."
+                f"`height={height}` and `width={width}` are {height * width} pixels; this server allows at most {self.pixels}. "
+                "Choose a smaller height or width."
             )
         if self.frames is not None and num_frames > self.frames:
-            raise ValueError(f"`num_frames={num_frames}`: this server makes videos of up to {self.frames} frames.")
+            raise ValueError(f"`num_frames={num_frames}` must be at most {self.frames} on this server.")
         if steps > self.steps:
-            raise ValueError(f"`num_inference_steps={steps}`: this server takes up to {self.steps} steps.")
+            raise ValueError(f"`num_inference_steps={steps}` must be at most {self.steps} on this server.")
 
     def check_count(self, num_candidates: int, num_anchors: int) -> None:
-        """Raises `ValueError` for more pictures than are drawn or taken."""
+        """Raises `ValueError` for too many pictures to draw, or too many anchors."""
         if not 1 <= num_candidates <= self.pictures:
             raise ValueError(
-                f"`num_candidates={num_candidates}` must be a number from 1 to {self.pictures}, the most on this server."
+                f"`num_candidates={num_candidates}` must be a number from 1 to {self.pictures} on this server."
             )
         if num_anchors > self.anchors:
             raise ValueError(
-                f"{num_anchors} anchors were given, and this server takes up to {self.anchors} for a video."
+                f"`anchors` has {num_anchors} pictures; this server allows at most {self.anchors} for a video."
             )
 
 
 def open_upload(path: str | Path, limits: Limits) -> PIL.Image.Image:
-    """The picture in an uploaded file, or the first frame of the video in it, upright and opaque, RGB.
+    """Opens an uploaded picture, or the first frame of an uploaded video, as an upright and opaque RGB image.
 
     Raises:
-        `ValueError`: a file that is too large, or that is no picture and no video.
+        `ValueError`: the file is too large, or is neither a picture nor a video.
     """
     path = Path(path)
     try:
         size = path.stat().st_size
         if size > limits.upload_bytes:
-            raise ValueError(f"is of {size / 2**20:.0f} MiB, more than {limits.upload_bytes / 2**20:.0f}")
+            raise ValueError(f"has {size / 2**20:.0f} MiB, more than {limits.upload_bytes / 2**20:.0f}")
         pixels = _pixels(path)
         if pixels > limits.upload_pixels:
             raise ValueError(f"has {pixels / 1e6:.0f} million pixels, more than {limits.upload_pixels / 1e6:.0f}")
         return first_frame(path)
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        # Of a place on the server nobody needs to know more than the name.
+        # Users see the file's name, and not its path on the server.
         reason = str(error).replace(str(path), "it").removeprefix("it ")
-        # Nor of what a library's function said to another.
+        # Nor do they see internal messages of a library.
         reason = reason.partition(": [Errno")[0]
         raise ValueError(
             f"The file {path.name!r:.80} cannot be used ({reason:.300}): give a PNG or JPEG file."
@@ -97,7 +97,7 @@ def open_upload(path: str | Path, limits: Limits) -> PIL.Image.Image:
 
 
 def _pixels(path: Path) -> int:
-    """Of a picture, before any of it is decoded."""
+    """Returns the number of pixels of a picture, or of a video's frame, without decoding it."""
     try:
         with PIL.Image.open(path) as image:
             return image.width * image.height

@@ -1,4 +1,4 @@
-"""What can be asked of a server: one stage, or all of them. Each order is checked before it waits, and run by one worker."""
+"""Orders to a server: one stage, or all of them. Each order is checked before it waits in the queue, and run by the worker."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
 
 STAGES = ("rewrite", "compose", "animate", "generate")
 Report = Callable[[str, int, int], None]
-# From arguments of the pipeline's call to its `callback_on_step_end`.
+# Maps the arguments of the pipeline's call to its `callback_on_step_end`.
 Preview = Callable[[dict[str, Any]], Callable[..., dict] | None]
 Keep = Callable[[PIL.Image.Image], PictureFile]
-# Beside the video: its frames without loss, for other forms of it.
+# Lossless frames beside the mp4, from which its other formats are made.
 FRAMES_FILE = "frames.mp4"
 POSTER_SIDE = 192
 
@@ -45,10 +45,10 @@ class Picture:
     """A picture that stage 2 drew.
 
     Args:
-        file (`PictureFile`): of the video's size.
-        seed (`int`): draws it again.
-        score (`float`, *optional*): of the pipeline's judge.
-        answers (`dict[str, float]`, *optional*): question -> probability of a yes, of a judge that asks.
+        file (`PictureFile`): file of the picture, in the size of the video.
+        seed (`int`): seed that draws the picture again.
+        score (`float`, *optional*): score of the pipeline's judge; higher is better.
+        answers (`dict[str, float]`, *optional*): question -> probability of "yes", from a judge that asks questions.
     """
 
     file: PictureFile
@@ -64,16 +64,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class Result:
-    """What an order made.
+    """Results of an order.
 
     Args:
-        caption (`str`, *optional*): of the first frame.
-        moments (`list[Moment]`): of a storyboard.
-        pictures (`list[Picture]`): drawn for the caption, in the order of drawing.
-        anchors (`list[PictureFile]`): what the video passes through.
-        video (`Path`, *optional*): the mp4.
-        poster (`PictureFile`, *optional*): the video's first frame, small.
-        record (`dict`, *optional*): in the mp4, from which it is made again.
+        caption (`str`, *optional*): caption of the first frame.
+        moments (`list[Moment]`): moments of a storyboard.
+        pictures (`list[Picture]`): pictures drawn for the caption, in the order of drawing.
+        anchors (`list[PictureFile]`): pictures of the video's anchored frames.
+        video (`Path`, *optional*): path of the mp4.
+        poster (`PictureFile`, *optional*): small version of the video's first frame.
+        record (`dict`, *optional*): record in the mp4, from which the video can be repeated.
     """
 
     caption: str | None = None
@@ -86,25 +86,25 @@ class Result:
 
     @property
     def best(self) -> int:
-        """Number of the picture with the highest score; the first where there are none."""
+        """Index of the picture with the highest score; 0 without scores."""
         scores = [picture.score or 0.0 for picture in self.pictures]
         return scores.index(max(scores)) if scores else 0
 
 
 @dataclass(frozen=True)
 class Order:
-    """One stage, or all of them; the arguments are those of the pipeline's call.
+    """An order for one stage or all of them; arguments not listed here are those of the pipeline's call.
 
     Args:
         stage (`str`): `"rewrite"`, `"compose"`, `"animate"`, or `"generate"` for all three.
-        prompt (`str`): what should happen.
+        prompt (`str`): prompt of the video.
         mode (`str`): `"factorized"`, `"direct"` or `"storyboard"`.
-        first_frame_prompt (`str`, *optional*): what is seen at first; in `"generate"` it skips stage 1.
-        storyboard (`list[Moment]`, *optional*): captions of a storyboard's moments; likewise.
-        picture ([`Picture`], *optional*): of `"animate"`, the one that was chosen of those stage 2 drew.
-        anchors (`list[Upload]`, *optional*): pictures of the user's own.
-        num_candidates (`int`): pictures to choose among; in `"generate"` the pipeline's judge chooses.
-        anchor_seed, seed (`int`, *optional*): of stage 2 and of stage 3; drawn when left out.
+        first_frame_prompt (`str`, *optional*): caption of the first frame; with `"generate"` it skips stage 1.
+        storyboard (`list[Moment]`, *optional*): moments with captions; with `"generate"` they skip stage 1.
+        picture ([`Picture`], *optional*): chosen picture of stage 2, for `"animate"`.
+        anchors (`list[Upload]`, *optional*): the user's own pictures.
+        num_candidates (`int`): number of pictures to draw. With `"generate"` the pipeline's judge chooses one.
+        anchor_seed, seed (`int`, *optional*): seeds of stages 2 and 3; drawn at random by default.
         lora_scale (`float`, *optional*): strength of the anchor LoRA.
     """
 
@@ -130,10 +130,10 @@ class Order:
     lora_scale: float | None = None
 
     def checked(self, pipe: FactorizedStages, limits: Limits) -> Order:
-        """The order with its seeds and sizes filled in.
+        """Returns the order with its seeds and sizes filled in.
 
         Raises:
-            `ValueError`: one that the model or the server cannot carry out, in a sentence.
+            `ValueError`: the model or the server cannot run the order.
         """
         if self.stage not in STAGES:
             raise ValueError(f"`stage={self.stage!r}` must be one of {', '.join(STAGES)}.")
@@ -154,50 +154,50 @@ class Order:
         unknown = [name for name in call if name not in known]
         if unknown:
             raise ValueError(
-                f"`{unknown[0]}={call[unknown[0]]!r:.80}` is not for a {type(pipe).__name__}; leave it out."
+                f"`{unknown[0]}={call[unknown[0]]!r:.80}` is not an argument of {type(pipe).__name__}; leave it out."
             )
         request = VideoRequest(**call).completed(pipe)
         limits.check_size(request.height, request.width, request.num_frames, request.steps(pipe))
         return order
 
     def _check_stage(self) -> None:
-        """Raises `ValueError` where the stage does not run, or lacks what it starts from."""
+        """Raises `ValueError` if other arguments skip the stage, or if its input is missing."""
         cause = "`anchors`" if self.anchors else "`mode='direct'`" if self.mode == "direct" else None
         if self.stage in ("rewrite", "compose") and cause:
             raise ValueError(f"{cause} skips stage `{self.stage}`; leave one of them out.")
         if self.stage == "compose" and self.first_frame_prompt is None:
-            raise ValueError("`first_frame_prompt` is missing: stage `compose` draws what it says.")
+            raise ValueError("`first_frame_prompt` is missing: stage `compose` draws a picture of it.")
         size = self.width, self.height
         drawn = None if self.picture is None else self.picture.image.size
         if drawn is not None and drawn != size:
             was = "{} x {}".format(*drawn)
             raise ValueError(
-                f"The picture was drawn for {was} pixels, and the video has {size[0]} x {size[1]}: draw it again."
+                f"The picture has {was} pixels, but the video has {size[0]} x {size[1]}: draw the picture again."
             )
 
     def _check_choice(self, pipe: FactorizedStages) -> None:
-        """Raises `ValueError` for several pictures where none is drawn, or where nobody chooses among them."""
+        """Raises `ValueError` for several pictures if no picture is drawn, or if nothing chooses among them."""
         if self.num_candidates == 1:
             return
         told = f"`num_candidates={self.num_candidates}`"
         if self.stage in ("rewrite", "animate"):
             raise ValueError(
-                f"{told}: stages `compose` and `generate` choose among pictures, and `{self.stage}` does not."
+                f"{told}: stage `{self.stage}` does not choose among pictures; use 1, or stage `compose` or `generate`."
             )
         if self.anchors or self.mode == "direct":
             cause = "`anchors`" if self.anchors else "`mode='direct'`"
             raise ValueError(f"{told}: no picture is drawn with {cause}; leave one of them out.")
         if self.stage == "generate" and pipe.anchor_judge is None:
             raise ValueError(
-                f"{told}: this model has no judge that chooses; ask stage `compose` for them, and choose one."
+                f"{told}: this model has no judge to choose one; draw the pictures in stage `compose` and choose one."
             )
 
     def steps(self, pipe: FactorizedStages) -> int:
-        """Steps of the video model."""
+        """Returns the number of steps of the video model."""
         return VideoRequest(preset=self.preset, num_inference_steps=self.num_inference_steps).steps(pipe)
 
     def _call(self, anchors: list[Anchor]) -> dict[str, Any]:
-        """Arguments of the pipeline's call, without generator."""
+        """Returns the arguments of the pipeline's call, without a generator."""
         call = {name: getattr(self, name) for name in (*SIZES, *SAMPLING) if getattr(self, name) is not None}
         call |= {"prompt": self.prompt, "mode": self.mode}
         if self.stage == "compose":
@@ -216,14 +216,14 @@ class Order:
     def run(
         self, pipe: FactorizedStages, report: Report, video: Path, keep: Keep, preview: Preview | None = None
     ) -> Result:
-        """Carries it out, checked before.
+        """Runs a checked order.
 
         Args:
-            pipe ([`FactorizedStages`]): makes it.
+            pipe ([`FactorizedStages`]): pipeline that makes the video.
             report (`Callable`): called as `report(stage, step, steps)` after each step; may raise to stop.
-            video (`Path`): where an mp4 is written; other files are put beside it.
-            keep (`Callable`): makes files of the pictures.
-            preview (`Callable`, *optional*): of a video while it is denoised.
+            video (`Path`): mp4 to write; other files are written beside it.
+            keep (`Callable`): stores a picture in a file.
+            preview (`Callable`, *optional*): returns the callback that previews a video while it is denoised.
         """
         if self.stage in ("animate", "generate"):
             return self._animate(pipe, report, video, keep, preview)
@@ -240,7 +240,7 @@ class Order:
         return Result(caption)
 
     def _draw(self, pipe: FactorizedStages, keep: Keep) -> list[Picture]:
-        """The pictures one by one: each is then what its seed alone draws, whatever was drawn beside it."""
+        """Draws the pictures one by one, so that each depends only on its own seed."""
         pictures, size = [], {"height": self.height, "width": self.width}
         assert self.anchor_seed is not None  # `checked` fills it in.
         for seed in candidate_seeds(self.anchor_seed, self.num_candidates):
@@ -264,7 +264,7 @@ class Order:
         if self.picture is not None and self.mode != "direct" and not self.anchors:
             drawn = self.picture.seed
             if self.mode == "factorized":
-                # The picture itself: it need not be drawn again.
+                # The picture is passed as an anchor and is not drawn again.
                 del call["first_frame_prompt"]
                 call["anchors"] = [Anchor(self.picture.image)]
         if self.mode != "direct" and "anchors" not in call:
@@ -277,7 +277,7 @@ class Order:
                 **call, generator=generator, output_type="uint8", callback_on_stage_step=lambda _, *at: report(*at)
             )
         record = output.records[0]
-        # One that only looks changes nothing that had to be recorded.
+        # The preview callback does not change the video.
         record["not_recorded"] = [name for name in record["not_recorded"] if name != "callback_on_step_end"]
         if "anchors" in call and not self.anchors:
             self._tell_of_drawing(pipe, record)
@@ -289,12 +289,12 @@ class Order:
         return replace(self._result(output, record, video, keep), poster=keep(poster))
 
     def _tell_of_drawing(self, pipe: FactorizedStages, record: dict[str, Any]) -> None:
-        """The record says of a picture that stage 2 drew what it says where the whole call draws it."""
+        """Records a picture of stage 2 as if the call that made the video had drawn it."""
         assert self.picture is not None
         record["first_frame_prompt"] = self.first_frame_prompt
         record["composer"] = composer_call(pipe, record)
         record["seeds"] = {"video": record["seeds"]["video"], "anchor": self.picture.seed}
-        # In a record of one call these are the last.
+        # The order of the keys is that of a record of one call.
         record |= {name: record.pop(name) for name in ("anchors", "seeds")}
 
     def _result(self, output: Any, record: dict[str, Any], video: Path, keep: Keep) -> Result:
@@ -319,25 +319,27 @@ SAMPLING = ("preset", "num_inference_steps", "guidance_scale", "negative_prompt"
 
 
 def new_seed() -> int:
-    """As `fvg generate` draws one."""
+    """Draws a random seed in the range of `fvg generate`."""
     return secrets.randbelow(2**31)
 
 
 def moments_text(moments: list[Moment]) -> str:
-    """Moments as a person edits them: one line each, the time in per cent of the video and the caption."""
+    """Returns moments as editable text: one line per moment, with the time in per cent of the video and the caption."""
     return "\n".join(f"{moment.time:.0%} {moment.caption}" for moment in moments)
 
 
 def read_moments(text: str) -> list[Moment]:
-    """[`moments_text`] back.
+    """Reads moments from the text of [`moments_text`].
 
     Raises:
-        `ValueError`: a line without a time.
+        `ValueError`: a line does not begin with a time.
     """
     moments = []
     for line in filter(None, map(str.strip, text.splitlines())):
         found = re.fullmatch(r"(\d{1,3}(?:\.\d+)?)\s*%\s*(.+)", line)
         if found is None:
-            raise ValueError(f"The storyboard's line {line!r:.80} must begin with a time, as in `50% A red circle`.")
+            raise ValueError(
+                f"The line {line!r:.80} of the storyboard must begin with a time, as in `50% A red circle`."
+            )
         moments.append(Moment(found[2], float(found[1]) / 100))
     return moments

@@ -1,4 +1,4 @@
-"""A finished video in the forms that people ask for, each made when it is first asked for."""
+"""Converts a finished video to other formats, each when it is first requested."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .orders import FRAMES_FILE
 from .worker import Job
 
 
-# Form -> name of the file and its media type.
+# Format -> name of the file and its media type.
 FORMS = {
     "mp4": ("video.mp4", "video/mp4"),
     "gif": ("video.gif", "image/gif"),
@@ -20,17 +20,17 @@ FORMS = {
 }
 
 if TYPE_CHECKING:
-    # The table says which.
+    # For type checkers; the values come from this table.
     Form = str
 else:
     Form = Literal[tuple(FORMS)]
 
 
 def video_file(job: Job, form: str) -> Path:
-    """The file of a job that has a video: the mp4, an animation, a ZIP of its frames as PNG, or a strip of them.
+    """Returns a file of a job with a video: the mp4, an animation, a ZIP of PNG frames, or a contact strip.
 
     Raises:
-        `OSError`: the job was forgotten meanwhile.
+        `OSError`: the job's files have been deleted meanwhile.
     """
     name, _ = FORMS[form]
     result = job.result

@@ -1,4 +1,4 @@
-"""The page of `fvg app`: a prompt, and a panel for each stage. It shows a [`Session`] and asks for its stages."""
+"""The page of `fvg app`: a prompt and a panel for each stage. It shows a [`Session`] and runs its stages."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ NAMES = {
     "denoise": "animating",
     "decode": "decoding",
 }
-# Seconds between two looks at a job.
+# Seconds between two updates of a job's progress.
 LOOK = 0.3
 SEED_LIMIT = 2**31 - 1
 
 
 def add_page(api: FastAPI, worker: Worker) -> FastAPI:
-    """The application with the page at its root, beside the API."""
+    """Returns the application with the page at its root, beside the API."""
 
     @api.get("/outputs/{id}/{form}", include_in_schema=False)
     def output(id: str, form: Form) -> FileResponse:
-        # A link cannot say whose it is; the id is known to its owner alone.
+        # A link carries no owner, but only the owner knows the job's id.
         job = worker.find(id)
         if job is None or job.result is None or job.result.video is None:
-            raise HTTPException(404, "There is no such video here: it was forgotten.")
+            raise HTTPException(404, "There is no such video: it has been deleted.")
         return send_video(job, form)
 
     blocks = make_page(worker)
@@ -81,8 +81,8 @@ def add_page(api: FastAPI, worker: Worker) -> FastAPI:
 
 
 def make_page(worker: Worker) -> gr.Blocks:
-    """The page alone."""
-    # After each event gradio sums up the last 10,000 of them, unless it is told to do so less often.
+    """Returns the page alone."""
+    # By default, gradio aggregates the last 10,000 events after every event, which is slow.
     os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1000")
     os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", "1000")
     with gr.Blocks(
@@ -100,7 +100,7 @@ def make_page(worker: Worker) -> gr.Blocks:
 
 
 class _Actions:
-    """Events of the page. Each reads the page into the person's session, acts, and shows the session again."""
+    """Events of the page. Each one reads the page into the user's session, acts, and shows the session again."""
 
     def __init__(self, parts: SimpleNamespace, sessions: Sessions):
         self.parts, self.sessions = parts, sessions
@@ -120,7 +120,7 @@ class _Actions:
         on(parts.upload.upload, self._quick(self._upload))
         on(parts.recipe.upload, self._quick(lambda session, data: session.take_recipe(data[parts.recipe])))
         on(parts.clear.click, self._quick(lambda session, data: session.anchors.clear()))
-        # What needs little of the page, and changes little of it.
+        # These events need and change only a few components.
         alone = {"show_progress": "hidden", "api_visibility": "private"}
         parts.cancel.click(self._cancel, parts.key, parts.status, **alone)
         for dice, seed in ((parts.dice, parts.seed), (parts.anchor_dice, parts.anchor_seed)):
@@ -168,7 +168,7 @@ class _Actions:
         session = self._session(key)
         view = await asyncio.to_thread(self._view, session)
         if not session.prompt:
-            # Someone new may be typing already.
+            # A new user may already be typing.
             del view[self.parts.prompt], view[self.parts.caption], view[self.parts.mode]
         yield view | {self.parts.key: key, self.parts.status: ""}
         for job in session.worker.history(session.owner):
@@ -177,7 +177,7 @@ class _Actions:
                     yield update
 
     def _quick(self, act: Callable[[Session, dict], Any]) -> Callable:
-        """What takes no model: acts, and tells what `act` returns if it is a text."""
+        """Returns an event that runs no model: it calls `act`, and shows the text that `act` returns."""
 
         def run(data: dict) -> dict:
             session = self._session(data[self.parts.key])
@@ -201,7 +201,7 @@ class _Actions:
     def _upload(self, session: Session, data: dict) -> str:
         frame, strength = int(data[self.parts.frame] or 0), float(data[self.parts.strength])
         session.upload(data[self.parts.upload], frame, strength)
-        return "The picture stands in for stages 1 and 2: animate it, or add another at another frame."
+        return "The picture replaces stages 1 and 2: animate it, or add another one at another frame."
 
     def _choose(self, key: str, event: gr.SelectData) -> str:
         session = self._session(key)
@@ -226,7 +226,7 @@ class _Actions:
     # -- between page and session -------------------------------------------------------------------------------------
 
     def _session(self, key: str) -> Session:
-        # A page without a key of its own has a session that nobody finds again.
+        # A page without a key gets a new session that no other page can find.
         return self.sessions.of(f"page {key or secrets.token_urlsafe(24)}")
 
     def _videos(self, key: str) -> list[Job]:
@@ -234,7 +234,7 @@ class _Actions:
         return [job for job in jobs if job.result is not None and job.result.video is not None]
 
     def _read(self, session: Session, data: dict) -> None:
-        """The page's values into the session; raises `ValueError`."""
+        """Reads the page's values into the session; raises `ValueError` for a storyboard's line without a time."""
         parts = self.parts
         session.prompt, session.mode = data[parts.prompt] or "", data[parts.mode]
         session.num_candidates = int(data[parts.num_candidates])
@@ -256,7 +256,7 @@ class _Actions:
         session.lora_scale = None if data[parts.lora_scale] == 1 else data[parts.lora_scale]
 
     def _view(self, session: Session) -> dict:
-        """The session as the page shows it."""
+        """Returns the values of the page's components for the session."""
         parts, settings = self.parts, session.settings
         own = session.worker.pipe.call_defaults
         text = moments_text(session.moments) if session.mode == "storyboard" else session.caption
@@ -306,14 +306,14 @@ class _Actions:
 
 
 def _shown(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Small pictures in whole factors, as the video is."""
+    """Enlarges small pictures by a whole factor, as the video is enlarged."""
     scale = max(1, 384 // max(image.size))
     return image.resize([side * scale for side in image.size], PIL.Image.Resampling.NEAREST)
 
 
 def _video(job: Job | None) -> str:
     if job is None:
-        return "<p class='empty'>Your video comes here.</p>"
+        return "<p class='empty'>Your video will appear here.</p>"
     return f"<video src='outputs/{job.id}/mp4' controls autoplay loop muted playsinline></video>"
 
 
@@ -374,7 +374,7 @@ def _bar(share: float, text: str) -> str:
 
 
 def _made(job: Job) -> tuple[Path, PictureFile]:
-    """The video of a job that made one, and its poster."""
+    """Returns the video and the poster of a job with a video."""
     result = job.result
     assert result is not None and result.video is not None and result.poster is not None
     return result.video, result.poster

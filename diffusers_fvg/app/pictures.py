@@ -1,4 +1,4 @@
-"""Pictures as files: a server keeps those of many people, and decoded a photograph takes a hundred MiB."""
+"""Pictures in files: a server keeps the pictures of many users, and a decoded photograph takes about a hundred MiB."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..animate.frames import first_frame
 
 
 class PictureFile:
-    """A picture that is decoded when it is asked for. Its file is deleted once nobody holds the object any more.
+    """A picture in a file, decoded on demand. The file is deleted when the object is garbage-collected.
 
     Args:
-        folder (`Path`): where it is written.
-        content (`bytes`): of a file that [`limits.open_upload`] takes.
+        folder (`Path`): folder of the file.
+        content (`bytes`): contents of a file that [`limits.open_upload`] accepts.
     """
 
     def __init__(self, folder: Path, content: bytes):
@@ -31,17 +31,17 @@ class PictureFile:
 
     @classmethod
     def of(cls, folder: Path, image: PIL.Image.Image) -> PictureFile:
-        """An RGB picture, kept without loss."""
+        """Stores an RGB picture without loss."""
         file = io.BytesIO()
         image.save(file, "PNG")
         return cls(folder, file.getvalue())
 
     def open(self) -> PIL.Image.Image:
-        """The picture, upright and opaque, RGB."""
+        """Decodes the picture, upright and opaque, in RGB."""
         return first_frame(self.path)
 
     def fitted(self, height: int, width: int) -> PictureFile:
-        """The picture as a video of this size has it: scaled until it covers the frame, and cropped about the centre."""
+        """Returns the picture at the size of a video: scaled to cover the frame, and cropped around the centre."""
         if self._fitted is None or self._fitted[0] != (height, width):
             pixels = fit_picture(self.open(), height, width)
             image = PIL.Image.fromarray(pixels.permute(1, 2, 0).mul(255).round().to(torch.uint8).numpy())
@@ -51,10 +51,10 @@ class PictureFile:
 
 @dataclass(frozen=True)
 class Upload:
-    """A picture of a person's own that a video passes through; arguments as of an [`Anchor`].
+    """A user's own picture as an anchor; the arguments are those of [`Anchor`].
 
     Raises:
-        `ValueError`: a strength that is none.
+        `ValueError`: `strength` is not in (0, 1].
     """
 
     file: PictureFile
@@ -63,8 +63,8 @@ class Upload:
 
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
-            raise ValueError(f"`strength={self.strength}` must be above 0, and at the most 1.")
+            raise ValueError(f"`strength={self.strength}` must be above 0 and at most 1.")
 
     def anchor(self, image: PIL.Image.Image | None = None) -> Anchor:
-        """The anchor; another picture may stand in for its own, as where only places are checked."""
+        """Returns the anchor, with another picture if only its frame and strength are checked."""
         return Anchor(self.file.open() if image is None else image, self.frame_index, self.strength)

@@ -1,4 +1,4 @@
-"""A preview of a video while it is denoised: what the step so far would end in, at a bounded share of the time."""
+"""Previews a video while it is denoised: an estimate of the clean video at each step, within a small share of the time."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from ..shapes.world import render
 if TYPE_CHECKING:
     from ..pipelines.stages import FactorizedStages
 
-# Of the time of denoising, that previews may take.
+# Largest share of the denoising time for previews.
 SHARE = 0.03
 
 
 class Previews:
-    """Previews of a pipeline's videos; none of one whose loop is not this package's flow matching over Wan's latents.
+    """Makes previews of a pipeline's videos. Only a `FactorizedVideoPipeline`, with flow matching on Wan's latents, has previews.
 
     Args:
-        pipe ([`FactorizedStages`]): idle. Its VAE's encoder runs once.
+        pipe ([`FactorizedStages`]): an idle pipeline; the constructor runs its VAE's encoder once.
     """
 
     def __init__(self, pipe: FactorizedStages):
@@ -42,20 +42,22 @@ class Previews:
     def callback(
         self, pipe: FactorizedStages, call: dict[str, Any], take: Callable[[bytes], None]
     ) -> Callable[..., dict] | None:
-        """A `callback_on_step_end` that hands over previews, animated WebP; `None` where there are none.
+        """Returns a `callback_on_step_end` that passes previews (animated WebP) to `take`, or `None` if there are none.
 
-        The two ends of a step lie on a line that leads on to the clean video: exactly for an Euler step, nearly for other solvers
-        that draw no noise. The next preview waits until the one before is no more than `SHARE` of the time since.
+        The latents before and after a step lie on a line to the clean video, exactly for an Euler step and nearly for other
+        solvers without noise; the preview extrapolates this line. The next preview is made when the last one is at most `SHARE`
+        of the time since.
 
         Args:
-            pipe ([`FactorizedStages`]): the one that makes the video.
+            pipe ([`FactorizedStages`]): pipeline that makes the video.
             call (`dict`): arguments of its call.
+            take (`Callable`): receives the bytes of each preview.
         """
         if self.show is None:
             return None
         scheduler = VideoRequest(**call).completed(pipe).make_scheduler(pipe, torch.device("cpu"))
         if "LCM" in type(scheduler).__name__:
-            # It draws new noise in every step, and so its steps end on no line.
+            # LCM adds new noise in every step, so that its steps do not lie on a line.
             return None
         sigmas, before, since = noise_levels(scheduler), None, time.monotonic()
         frame_rate = pipe.call_defaults["frame_rate"] / pipe.vae_scale_factor_temporal
@@ -67,7 +69,7 @@ class Previews:
             if known is None or time.monotonic() - since < self.took / SHARE:
                 return {}
             if latents.device.type != "cpu":
-                # What the step itself still computes is not the preview's time.
+                # Waits for the step's own computation, which is not part of the preview's time.
                 torch.accelerator.synchronize(latents.device)
             start = time.monotonic()
             velocity = (latents - known) / (sigmas[step + 1] - sigmas[step])
@@ -80,7 +82,7 @@ class Previews:
 
 
 def _clips(pipe: FactorizedStages) -> torch.Tensor | None:
-    """The embedded model's VAE knows coloured shapes alone."""
+    """Returns clips of the shapes world for the embedded model, whose VAE knows nothing else; `None` for other models."""
     if pipe.prompt_check is not check_world:
         return None
     random, temporal = np.random.default_rng(0), pipe.vae_scale_factor_temporal

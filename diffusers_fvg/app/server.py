@@ -1,4 +1,4 @@
-"""The page and the API as one server."""
+"""Serves the page and the API."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def check_installed(page: bool) -> None:
-    """Raises `ImportError` where what the server is built on is missing: before a model is loaded."""
+    """Raises `ImportError` if a package of the server is missing; called before a model is loaded."""
     needed = ["fastapi", "uvicorn", *(["gradio"] if page else [])]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        way = "" if page is False or missing != ["gradio"] else ", or leave the page out with --no-page"
-        raise ImportError(f"The app needs {' and '.join(missing)}: pip install 'diffusers-fvg[app]'{way}.")
+        way = "" if page is False or missing != ["gradio"] else ", or use --no-page to leave out the page"
+        raise ImportError(f"The app needs {' and '.join(missing)}: run `pip install 'diffusers-fvg[app]'`{way}.")
 
 
 def serve(
@@ -32,12 +32,12 @@ def serve(
     """Serves a pipeline until it is stopped.
 
     Args:
-        pipe ([`FactorizedStages`]): loaded and placed.
-        host (`str`): address to listen on; `"0.0.0.0"` for all of this machine's.
-        port (`int`): to listen on.
-        auth (`tuple[str, str]`, *optional*): name and password that everyone has to give.
-        limits ([`Limits`], *optional*): of sizes, lengths and the queue.
-        page (`bool`): beside the API; needs gradio.
+        pipe ([`FactorizedStages`]): pipeline that is loaded and on its device.
+        host (`str`): address to listen on; `"0.0.0.0"` for all addresses of this machine.
+        port (`int`): port to listen on.
+        auth (`tuple[str, str]`, *optional*): name and password that every user must enter.
+        limits ([`Limits`], *optional*): limits of sizes, lengths and the queue.
+        page (`bool`): whether to serve the page beside the API; needs gradio.
     """
     import uvicorn
 

@@ -1,4 +1,4 @@
-"""One person's video in the making: what each stage made, what the person made of it, and the seeds."""
+"""One user's video in progress: results of each stage, the user's changes, and the seeds."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ SETTINGS = (*SIZES, *SAMPLING, "anchor_decode", "num_moments")
 
 @dataclass
 class Session:
-    """Three stages that are run one by one. Each starts from what stands here: of the stage before, or as it was edited.
+    """State of the three stages, which run one by one. Each stage starts from the result of the one before, or from its edited form.
 
     Args:
-        worker ([`Worker`]): runs them.
-        owner (`str`): whose session it is.
+        worker ([`Worker`]): worker that runs the stages.
+        owner (`str`): owner of the session.
 
     Attributes:
-        prompt, mode: of the video.
-        caption (`str`), moments (`list[Moment]`): what stage 1 wrote; may be edited.
-        pictures (`list[Picture]`), chosen (`int`): what stage 2 drew, and which of them is animated.
-        drawn_for (`str`, *optional*): the caption that they were drawn for.
-        anchors (`list[Upload]`): uploaded pictures, in place of stages 1 and 2.
-        anchor_seed, seed (`int`): of stages 2 and 3; kept until they are changed.
-        num_candidates (`int`): pictures of stage 2.
-        settings (`dict`): arguments of the pipeline's call that are not the model's own.
-        video (`Job`): the latest that has a video.
+        prompt, mode: prompt and mode of the video.
+        caption (`str`), moments (`list[Moment]`): results of stage 1; may be edited.
+        pictures (`list[Picture]`), chosen (`int`): results of stage 2, and the index of the picture to animate.
+        drawn_for (`str`, *optional*): caption for which the pictures were drawn.
+        anchors (`list[Upload]`): uploaded pictures, which replace stages 1 and 2.
+        anchor_seed, seed (`int`): seeds of stages 2 and 3; kept until they are changed.
+        num_candidates (`int`): number of pictures of stage 2.
+        settings (`dict`): arguments of the pipeline's call that differ from the model's defaults.
+        lora_scale (`float`, *optional*): strength of the anchor LoRA.
+        video (`Job`): latest job with a video.
     """
 
     worker: Worker
@@ -61,19 +62,19 @@ class Session:
     # -- the stages ---------------------------------------------------------------------------------------------------
 
     def rewrite(self) -> Job:
-        """Stage 1: the caption of the prompt, or the moments of a storyboard. Nothing is drawn at random in it."""
+        """Runs stage 1, which writes the caption or the moments of a storyboard; it is deterministic."""
         return self._submit("rewrite")
 
     def compose(self) -> Job:
-        """Stage 2: pictures of the caption as it stands, by `anchor_seed`."""
-        # The pictures are of the first moment; the later ones are derived from the one that is chosen.
+        """Runs stage 2, which draws pictures of the current caption with `anchor_seed`."""
+        # The pictures show the first moment; stage 3 derives the later ones from the chosen picture.
         return self._submit("compose", first_frame_prompt=self._first_caption(), num_candidates=self.num_candidates)
 
     def animate(self) -> Job:
-        """Stage 3: the video of the prompt and the chosen picture, by `seed`.
+        """Runs stage 3, which makes the video of the prompt and the chosen picture with `seed`.
 
         Raises:
-            `ValueError`: no picture, or one that another caption was drawn for.
+            `ValueError`: there is no picture, or it was drawn for another caption.
         """
         if self.mode == "direct":
             return self._submit("animate")
@@ -88,7 +89,7 @@ class Session:
         return self._submit("animate", picture=self.pictures[self.chosen], **given)
 
     def generate(self) -> Job:
-        """All stages in one run, from the prompt."""
+        """Runs all stages from the prompt."""
         if self.anchors and self.mode != "direct":
             return self.animate()
         is_choice = self.mode != "direct" and self.worker.pipe.anchor_judge is not None
@@ -120,7 +121,7 @@ class Session:
         return self.caption or None
 
     def take(self, job: Job) -> None:
-        """Takes over what a finished job of this session made."""
+        """Takes over the results of a finished job of this session."""
         result, stage = job.result, job.order.stage
         if job.state != "done" or result is None:
             return
@@ -135,10 +136,10 @@ class Session:
     # -- pictures of the person's own ---------------------------------------------------------------------------------
 
     def upload(self, path: str | Path, frame_index: int = 0, strength: float = 1.0) -> PIL.Image.Image:
-        """Adds a picture as an anchor, in place of one at the same frame, and returns it as the model will see it.
+        """Adds a picture as an anchor, replacing one at the same frame, and returns it as the model will see it.
 
         Raises:
-            `ValueError`: no picture, or a frame or strength that is none.
+            `ValueError`: the file is not a picture, or the frame or the strength is not valid.
         """
         limits = self.worker.limits
         others = [other for other in self.anchors if (other.frame_index - frame_index) % self.num_frames]
@@ -149,7 +150,7 @@ class Session:
         return self.seen(anchor)
 
     def seen(self, anchor: Upload) -> PIL.Image.Image:
-        """An anchor upright and cropped as the model sees it."""
+        """Returns an anchor's picture upright and cropped, as the model sees it."""
         return anchor.file.fitted(self._size("height"), self._size("width")).open()
 
     @property
@@ -162,10 +163,10 @@ class Session:
     # -- recipes ------------------------------------------------------------------------------------------------------
 
     def take_recipe(self, path: str | Path) -> str:
-        """Takes over what an mp4 says of how it was made, and returns what is still to be done, a sentence.
+        """Takes over the settings in an mp4's record, and returns a sentence with the next step for the user.
 
         Raises:
-            `ValueError`: a file without a recipe, or with one of another model's.
+            `ValueError`: the file has no record, or it is of another kind of pipeline.
         """
         pipe, path = self.worker.pipe, Path(path)
         try:
@@ -174,12 +175,12 @@ class Session:
             raise ValueError(str(error).replace(str(path), f"The file {path.name!r}")) from error
         if record["pipeline"] != type(pipe).__name__:
             raise ValueError(
-                f"The video was made by a {record['pipeline']}, and this model is a {type(pipe).__name__}."
+                f"The video was made by a {record['pipeline']}, but this model is a {type(pipe).__name__}."
             )
         seeds, is_own = record["seeds"], needs_images(record)
         if not isinstance(seeds["video"], int):
             raise ValueError(
-                "The video was made by a generator that was used before: `fvg generate --from` makes it again."
+                "The video was made with a generator that had been used before: repeat it with `fvg generate --from`."
             )
         check_own_limits(pipe, recorded_call(record, None, {"mode": "direct"}), {})
         self.prompt = record.get("prompt") or ""
@@ -193,24 +194,24 @@ class Session:
             record.get("model") != (pipe.config.get("_name_or_path") or None)
             and record.get("model_kind") == "embedded"
         ):
-            return "The recipe is there. It was made with the embedded model, so that this one makes another video."
+            return "The recipe is loaded. It comes from the embedded model, so that this model makes another video."
         if is_own:
-            return "The recipe is there, but not its pictures, which a video does not hold: upload them again."
+            return "The recipe is loaded without its pictures, which an mp4 does not contain: upload them again."
         if self.mode == "direct":
-            return "The recipe is there: run stage 3."
-        return "The recipe is there: run stage 2 to draw its picture again, then stage 3."
+            return "The recipe is loaded: run stage 3."
+        return "The recipe is loaded: run stage 2 to draw its picture again, then stage 3."
 
     # -- before a run -------------------------------------------------------------------------------------------------
 
     def memory_text(self) -> str:
-        """What a video of this size takes, told before it is made: memory as it is computed, time as it was here before."""
+        """Returns what a video of this size needs: the computed memory, and the time that such a video took before."""
         pipe, sizes = self.worker.pipe, {name: self._size(name) for name in SIZES}
         fits = self.worker.smallest_card(*sizes.values())
         told = [f"{self.num_frames} frames, {self.num_frames / pipe.call_defaults['frame_rate']:.1f} s"]
         if fits is None:
-            told.append(f"too large for a card of {CARDS[-1]} (computed)")
+            told.append(f"too large for a GPU with {CARDS[-1]} (computed)")
         else:
-            told.append(f"peak memory {fits[1] / GIB:.1f} GiB, fits a card of {fits[0]} (computed)")
+            told.append(f"peak memory {fits[1] / GIB:.1f} GiB, fits a GPU with {fits[0]} (computed)")
         sampling = {name: self.settings.get(name) for name in ("preset", "num_inference_steps")}
         known: dict[str, Any] = sizes | sampling
         seconds = self.worker.seconds_before(Order("animate", self.prompt, **known))
@@ -219,7 +220,7 @@ class Session:
 
 
 class Sessions:
-    """The sessions of all people, by their key; who has been away longest makes room."""
+    """Sessions of all users by their key. Above the limit, the session that was unused for longest is dropped."""
 
     def __init__(self, worker: Worker):
         self.worker = worker

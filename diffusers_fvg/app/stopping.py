@@ -1,4 +1,4 @@
-"""Ends a run in the middle of a step: a step of a large model takes as long as many small ones."""
+"""Stops a run in the middle of a step, because a step of a large model takes long."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 
 class Cancelled(Exception):
-    """Leaves a run that nobody waits for."""
+    """Raised to leave a cancelled run."""
 
 
 def ask_between_blocks(pipe: FactorizedStages, is_unwanted: Callable[[], bool]) -> list[RemovableHandle]:
-    """Raises [`Cancelled`] before each block of each of the pipeline's models, of all stages, once `is_unwanted` says so.
+    """Adds hooks to all models of the pipeline that raise [`Cancelled`] before the next block once `is_unwanted` returns true.
 
-    Blocks are what stands in lists: layers of transformers, levels and residual blocks of UNets and VAEs.
+    Blocks are the modules in an `nn.ModuleList`: layers of transformers, levels and residual blocks of UNets and VAEs.
 
     Returns:
-        handles; `handle.remove()` takes it back.
+        Handles of the hooks; `handle.remove()` removes one.
     """
 
     def ask(*_: Any) -> None:

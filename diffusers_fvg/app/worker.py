@@ -1,4 +1,4 @@
-"""One worker for one device: people's orders wait in a queue, and run one after the other."""
+"""One worker for one device: orders wait in a queue and run one after the other."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 ENDED = ("done", "failed", "cancelled")
-# The stages that an order reports, in their order; which of them come is known before they do.
+# Stages that each kind of order reports, in their order.
 STEPS = {
     "rewrite": ("rewrite",),
     "compose": ("compose", "judge"),
@@ -40,7 +40,7 @@ STEPS = {
 
 
 class QueueFull(ValueError):
-    """No more orders are taken for now."""
+    """Raised when the queue accepts no more orders for now."""
 
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
@@ -48,17 +48,18 @@ State = Literal["waiting", "running", "done", "failed", "cancelled"]
 
 @dataclass
 class Job:
-    """An order on its way.
+    """An order with its progress and its result.
 
     Attributes:
-        id (`str`): which nobody guesses.
-        owner (`str`): whose it is.
+        id (`str`): random id.
+        owner (`str`): owner of the job.
+        order ([`Order`]): the checked order.
         state (`str`): `"waiting"`, `"running"`, `"done"`, `"failed"` or `"cancelled"`.
-        stage, step, steps: where it is.
-        seconds_left (`float`, *optional*): of the run, from this and from earlier runs; `None` where too little is known.
-        preview (`bytes`, *optional*): of a video that is being denoised, an animated WebP.
-        result ([`Result`], *optional*): once it is done.
-        error (`str`, *optional*): what was wrong, a sentence.
+        stage, step, steps: current stage, its current step and its number of steps.
+        seconds_left (`float`, *optional*): estimate from this and earlier runs; `None` if there are too few of them.
+        preview (`bytes`, *optional*): animated WebP of a video that is being denoised.
+        result ([`Result`], *optional*): results, once the job is done.
+        error (`str`, *optional*): error of a failed job, as a sentence.
     """
 
     id: str
@@ -77,11 +78,11 @@ class Job:
 
 
 class Worker:
-    """Runs the orders of all people on one pipeline.
+    """Runs the orders of all users on one pipeline.
 
     Args:
-        pipe ([`FactorizedStages`]): loaded and placed. Nothing else may call it meanwhile.
-        limits ([`Limits`], *optional*): of the server.
+        pipe ([`FactorizedStages`]): pipeline that is loaded and on its device. Nothing else may call it meanwhile.
+        limits ([`Limits`], *optional*): limits of the server.
     """
 
     def __init__(self, pipe: FactorizedStages, limits: Limits | None = None):
@@ -89,16 +90,16 @@ class Worker:
         self.limits = (limits or Limits()).of_model(pipe.call_defaults)
         self.folder = Path(tempfile.mkdtemp(prefix="fvg-app-"))
         self.keep = partial(PictureFile.of, self.folder)
-        # People by who came last, and each one's jobs by when they came.
+        # Users, the most recently active last; each with their jobs in the order of submission.
         self._jobs: OrderedDict[str, dict[str, Job]] = OrderedDict()
         self._waiting: list[Job] = []
         self._running: Job | None = None
         self._change, self._closed = threading.Condition(), False
         self._previews: Previews | None = None
-        # Looks at every parameter of every model.
+        # Cached, because it reads every parameter of every model.
         self.smallest_card = lru_cache(maxsize=256)(partial(_smallest_card, pipe))
         self._handles = ask_between_blocks(pipe, lambda: self._running is not None and self._running.is_unwanted)
-        # Seconds that a step of a stage took, by stage and size.
+        # Seconds per step, by stage and size.
         self._seconds: dict[tuple, float] = {}
         self._thread = threading.Thread(target=self._work, name="fvg-app-worker", daemon=True)
         self._thread.start()
@@ -109,7 +110,8 @@ class Worker:
         """Checks an order and puts it in the queue.
 
         Raises:
-            `ValueError`: an order that cannot be carried out, or [`QueueFull`].
+            `ValueError`: the order cannot be run.
+            `QueueFull`: the user or the server has too many unfinished jobs.
         """
         order = order.checked(self.pipe, self.limits)
         with self._change:
@@ -117,10 +119,10 @@ class Worker:
             mine = [job for job in jobs.values() if job.state not in ENDED]
             if len(mine) >= self.limits.waiting:
                 raise QueueFull(
-                    f"{len(mine)} of your jobs wait or run, the most at a time: cancel one, or wait for it."
+                    f"You have {len(mine)} unfinished jobs, the most at a time: cancel one, or wait for it."
                 )
             if len(self._waiting) >= self.limits.queue:
-                raise QueueFull(f"{len(self._waiting)} jobs wait, the most on this server: try again later.")
+                raise QueueFull(f"{len(self._waiting)} jobs are waiting, the most on this server: try again later.")
             job = Job(secrets.token_urlsafe(16), owner, order)
             jobs[job.id] = job
             self._waiting.append(job)
@@ -129,40 +131,40 @@ class Worker:
         return job
 
     def job(self, owner: str, id: str) -> Job:
-        """One of a person's jobs.
+        """Returns a job of an owner.
 
         Raises:
-            `KeyError`: none of theirs.
+            `KeyError`: the owner has no such job.
         """
         with self._change:
             return self._of(owner)[id]
 
     def find(self, id: str) -> Job | None:
-        """The job of an id, whoever asks."""
+        """Returns the job with an id, whoever its owner is."""
         with self._change:
             return next((jobs[id] for jobs in self._jobs.values() if id in jobs), None)
 
     def history(self, owner: str) -> list[Job]:
-        """A person's jobs, the latest first."""
+        """Returns the jobs of an owner, the latest first."""
         with self._change:
             return list(self._of(owner).values())[::-1]
 
     def position(self, job: Job) -> int:
-        """How many jobs run before it."""
+        """Returns how many jobs run before this one."""
         with self._change:
             if job not in self._waiting:
                 return 0
             return self._waiting.index(job) + (self._running is not None)
 
     def seconds_before(self, order: Order) -> float | None:
-        """What the video stage of such an order took here lately; `None` before the first."""
+        """Estimates the seconds of stage 3 of an order from earlier runs of its size; `None` before the first."""
         size = order.height, order.width, order.num_frames
         if ("denoise", *size) not in self._seconds:
             return None
         return seconds_of(STEPS["animate"], self._seconds, size, order.steps(self.pipe))
 
     def cancel(self, owner: str, id: str) -> Job:
-        """Ends a job: one that waits at once, one that runs before the next block of a model. One that has ended stays as it is."""
+        """Cancels a job: a waiting one at once, a running one before the next block of a model. A finished one does not change."""
         with self._change:
             job = self._of(owner)[id]
             if job in self._waiting:
@@ -170,12 +172,12 @@ class Worker:
                 self._end(job, "cancelled")
             elif job is self._running:
                 job.is_unwanted = True
-                # Stage 1 asks for it before every token.
+                # Stage 1 checks this before every token.
                 self.pipe._interrupt = True
         return job
 
     def close(self) -> None:
-        """Ends all jobs, and deletes what they made."""
+        """Cancels all jobs and deletes their files."""
         with self._change:
             self._closed = True
             for job in [*self._waiting, *([self._running] if self._running else [])]:
@@ -217,7 +219,7 @@ class Worker:
         except Cancelled:
             result = None
         except Exception as error:
-            # Whatever it is, the next one's turn comes.
+            # An error of one job does not stop the worker.
             logger.warning(
                 f"A job failed: {type(error).__name__}: {error}", exc_info=not isinstance(error, ValueError)
             )
@@ -228,7 +230,7 @@ class Worker:
         return "done", result, None
 
     def _preview(self, job: Job, call: dict[str, Any]) -> Callable[..., dict] | None:
-        """The callback that previews a job's video."""
+        """Returns the callback that previews a job's video."""
         self._previews = self._previews or Previews(self.pipe)
         return self._previews.callback(self.pipe, call, partial(setattr, job, "preview"))
 
@@ -254,13 +256,13 @@ class Worker:
 
     def _end(self, job: Job, state: State) -> None:
         job.state, job.seconds_left, job.preview = state, None, None
-        # The result has what the model saw of them.
+        # The result contains the pictures as the model saw them.
         job.order = replace(job.order, anchors=None, picture=None)
         job.ended.set()
 
 
 def _smallest_card(pipe: FactorizedStages, height: int, width: int, num_frames: int) -> tuple[str, int] | None:
-    """The smallest card that a video of this size fits on, with the bytes of its peak, as computed; `None` if it fits on none."""
+    """Returns the smallest GPU memory in `CARDS` for a video of this size and its computed peak bytes; `None` if none is enough."""
     stages = pipeline_stages(pipe, height, width, num_frames)
     for card in CARDS:
         try:
@@ -271,7 +273,7 @@ def _smallest_card(pipe: FactorizedStages, height: int, width: int, num_frames: 
 
 
 class _Clock:
-    """How far a job is, and how long it will take."""
+    """Tracks the progress of a job and estimates the time left."""
 
     def __init__(self, job: Job, seconds: dict[tuple, float], denoise_steps: int):
         self.job, self.seconds, self.denoise_steps = job, seconds, denoise_steps
@@ -284,7 +286,7 @@ class _Clock:
         advanced = step - job.step if stage == job.stage and step > job.step else max(step, 1)
         key = (stage, *self.size)
         took = (now - self.since) / advanced
-        # What one step took lately: the first one of all warms up.
+        # A moving average of the time per step.
         self.seconds[key] = took if key not in self.seconds else 0.8 * self.seconds[key] + 0.2 * took
         self.since, job.stage, job.step, job.steps = now, stage, step, steps
         job.seconds_left = self._left()
@@ -293,7 +295,7 @@ class _Clock:
         job, planned = self.job, STEPS[self.job.order.stage]
         later = planned[planned.index(job.stage) + 1 :] if job.stage in planned else ()
         if "denoise" in later and ("denoise", *self.size) not in self.seconds:
-            # Most of the time, and not known yet.
+            # Denoising takes most of the time, which is not known yet.
             return None
         now = (job.steps - job.step) * self.seconds[job.stage, *self.size]
         return now + seconds_of(later, self.seconds, self.size, self.denoise_steps)
@@ -302,17 +304,17 @@ class _Clock:
 def seconds_of(
     stages: Iterable[str], seconds: dict[tuple, float], size: tuple[int | None, ...], denoise_steps: int
 ) -> float:
-    """What stages take, as far as they ran before at that size."""
+    """Returns the seconds of stages at a size; stages that have not run at it count as 0."""
     steps = {"denoise": denoise_steps}
     return sum(seconds.get((stage, *size), 0.0) * steps.get(stage, 1) for stage in stages)
 
 
 def sentence(error: Exception) -> str:
-    """What went wrong, as a person reads it: no traceback, no place on this machine."""
+    """Returns an error as a sentence for users, without a traceback or a local path."""
     text = " ".join(str(error).split())
     name = type(error).__name__
     if isinstance(error, MemoryError) or name == "OutOfMemoryError" or "DefaultCPUAllocator" in text:
-        return "The memory was not enough: choose fewer pixels or frames."
+        return "The machine ran out of memory: choose fewer pixels or frames."
     if isinstance(error, (ValueError, FloatingPointError)) and text:
         return text if len(text) <= 600 else f"{text[:600]} ..."
-    return f"The job failed with a {name}; the server's log says more. Try again, or change what you asked for."
+    return f"The job failed with {name}; the server's log has the details. Try again, or change the settings."

@@ -1,4 +1,4 @@
-"""The `fvg` command. Each subcommand parses, calls the library and prints; flags mirror argument names."""
+"""The `fvg` command. Each subcommand parses its flags, calls the library and prints; flags mirror argument names."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ from .training import add_train
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line, without anything heavy imported."""
+    """Returns the parser of the command line; imports neither torch nor diffusers."""
     top = Parser(prog="fvg", description="Factorized Video Generation with diffusers.")
-    top.add_argument("--version", action="version", version=f"%(prog)s {__version__}", help="print it and exit")
+    top.add_argument(
+        "--version", action="version", version=f"%(prog)s {__version__}", help="print the version and exit"
+    )
     commands = top.add_subparsers(
-        dest="command", required=True, metavar="COMMAND", help="each has a --help of its own"
+        dest="command", required=True, metavar="COMMAND", help="each command has its own --help"
     )
     adders = (
         add_generate,
@@ -45,18 +47,22 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command. What cannot be done is one line on standard error and exit status 2; Ctrl-C is 130."""
+    """Runs a command and returns its exit status.
+
+    The status is 0 for success, 2 for an expected error, which is printed as one line on standard error, 1 for an unexpected
+    one, and 130 for Ctrl-C.
+    """
     arguments = parser().parse_args(argv)
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:
         print(f"fvg {arguments.command}: stopped", file=sys.stderr)
         return 130
-    # A shape that torch refuses and memory that is not there are `RuntimeError`s.
+    # Torch raises `RuntimeError` for wrong shapes and for a lack of memory.
     except (ValueError, OSError, ArithmeticError, ImportError, MemoryError, RuntimeError) as error:
         print(f"fvg {arguments.command}: {_line(error)}", file=sys.stderr)
         return 2
-    except Exception as error:  # Of a library that was given a damaged file, most likely.
+    except Exception as error:  # Most likely a library's error about a damaged file.
         print(f"fvg {arguments.command}: {type(error).__name__}: {_line(error)}", file=sys.stderr)
         return 1
     return 0
@@ -65,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 def _line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    # The CPU's allocator has no class of its own.
+    # The CPU's allocator has no exception class of its own.
     if is_memory or "DefaultCPUAllocator" in text:
-        text = f"out of memory: give a --memory, fewer pixels or frames, or --quantize ({text})"
+        text = f"out of memory: use --memory, fewer pixels or frames, or --quantize ({text})"
     return text if len(text) <= 600 else f"{text[:600]} ..."

@@ -1,4 +1,4 @@
-"""`fvg generate --from`: a video made again from what its file says of it."""
+"""`fvg generate --from`: repeats a video from the record in its file."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ if TYPE_CHECKING:
     from ..pipelines.output import FactorizedVideoPipelineOutput
     from ..pipelines.stages import FactorizedStages
 
-# Of `--quantize`: how a record names it.
+# Name of a quantization in a record -> value of `--quantize`.
 QUANTIZED = {
     "float8_e4m3fn": "fp8",
     "torchao-fp8-dynamic": "fp8-dynamic",
     "torchao": "int8",
     "bitsandbytes-4bit": "nf4",
 }
-# Of a part that comes by reference: its configuration, and there the key of the repository.
+# Component that a repository may hold as a reference -> its configuration file, and the key of the repository in it.
 PART_CONFIGS = {"composer": ("composer_config.json", "repository"), "rewriter": ("rewriter_config.json", "model")}
 
 
 @dataclass
 class Again:
-    """A video that is to be made again.
+    """A video to repeat.
 
     Args:
-        record (`dict`): of the file.
-        call (`dict`): arguments of the pipeline's call, changes among them, without a generator.
-        images (*optional*): those that the call was given.
-        changes (`dict`): arguments of the call that flags give.
-        needs_lora (`bool`): the LoRA has to be the record's: the model is, and --lora names no other.
+        record (`dict`): record of the file.
+        call (`dict`): arguments of the pipeline's call with the changes applied, without a generator.
+        images (*optional*): pictures of the recorded call, given again.
+        changes (`dict`): arguments of the call that come from flags.
+        needs_lora (`bool`): whether the model's anchor LoRA must be the recorded one: the model is the recorded one, and
+            `--lora` names no other.
     """
 
     record: dict[str, Any]
@@ -43,10 +44,10 @@ class Again:
     needs_lora: bool
 
     def make(self, pipe: FactorizedStages, draws: dict[str, Any]) -> FactorizedVideoPipelineOutput:
-        """The video; `draws` has the generator of `--seed`, or nothing.
+        """Makes the video; `draws` contains the generator of `--seed`, or is empty.
 
         Raises:
-            `ValueError`: the recorded anchor LoRA is not the model's own, or as in [`replay`].
+            `ValueError`: the recorded anchor LoRA differs from the model's own, or as in [`replay`].
         """
         from ..pipelines.replay import replay
 
@@ -63,18 +64,18 @@ def add_from(parser: argparse.ArgumentParser) -> None:
         dest="source",
         type=Path,
         metavar="VIDEO",
-        help="an mp4 that fvg made, to make again; what other flags say counts before what its file says",
+        help="mp4 made by fvg, to repeat from the settings in its record; other flags override them",
     )
 
 
 def take_over(arguments: argparse.Namespace, call: dict[str, Any]) -> Again:
-    """Reads the record of `--from` and fills in the flags that say which model runs and where; those that are given stay.
+    """Reads the record of `--from` and fills in the flags for the model and its device that were not given.
 
-    The file may be a stranger's: of a model it can name what --model can, on the Hub alone, and that is printed before anything
-    is fetched.
+    The file may come from a stranger. It can name only models that `--model` can name on the Hub, and they are printed before
+    anything is downloaded.
 
     Raises:
-        `ValueError`: no record, one whose model is to be given, a picture that is missing, or a flag without effect.
+        `ValueError`: the file has no record, the record does not name its model, a picture is missing, or a flag has no effect.
     """
     from ..pipelines.record import model_name
     from ..pipelines.replay import needs_images, read_record, recorded_call
@@ -83,7 +84,7 @@ def take_over(arguments: argparse.Namespace, call: dict[str, Any]) -> Again:
     if needs_images(record) and call.get("mode", record["mode"]) == record["mode"]:
         images = _take_image(record, changes)
     if arguments.rewriter is not None and record.get("prompt") is not None and "prompt" not in changes:
-        # As a list it is another than the record's, and stage 1 writes anew.
+        # A list differs from the recorded prompt, so that stage 1 runs again.
         changes["prompt"] = [record["prompt"]]
     wanted = recorded_call(record, images, changes)
     arguments.mode = wanted["mode"]
@@ -106,7 +107,7 @@ def take_over(arguments: argparse.Namespace, call: dict[str, Any]) -> Again:
 
 
 def _take_image(record: dict[str, Any], changes: dict[str, Any]) -> Any:
-    """The record's picture, which --image gives again; another one takes its place, with a warning."""
+    """Returns the recorded picture, given again by `--image`; a different picture replaces it, with a warning."""
     from ..animate.anchor import Anchor
     from ..pipelines.replay import given_anchors, logger
 
@@ -116,7 +117,7 @@ def _take_image(record: dict[str, Any], changes: dict[str, Any]) -> Any:
     try:
         given_anchors(record, image)
     except ValueError:
-        logger.warning("--image is another picture than the recorded one, and so the video differs.")
+        logger.warning("--image differs from the recorded picture, so that the video will differ.")
         entry = record["anchors"][0]
         changes["anchors"] = [Anchor(image, entry["frame_index"], entry["strength"])]
         return None
@@ -124,13 +125,13 @@ def _take_image(record: dict[str, Any], changes: dict[str, Any]) -> Any:
 
 
 def _check_effect(arguments: argparse.Namespace, wanted: dict[str, Any]) -> None:
-    """Refuses a flag of a stage that does not run."""
+    """Raises `ValueError` for a flag of a stage that does not run."""
     given = next((name for name in ("image", "anchors") if name in wanted), None)
     cause = (
         "a picture is given" if given else "--mode direct has no first frame" if wanted["mode"] == "direct" else None
     )
     flags = {"composer": cause, "rewriter": cause or arguments.first_frame_prompt and "a first-frame prompt is given"}
-    flags["num_moments"] = None if wanted["mode"] == "storyboard" else "it is for --mode storyboard"
+    flags["num_moments"] = None if wanted["mode"] == "storyboard" else "it needs --mode storyboard"
     for name, reason in flags.items():
         value = getattr(arguments, name)
         if value is not None and reason:
@@ -142,18 +143,18 @@ def _check_lora(pipe: FactorizedStages, record: dict[str, Any]) -> None:
 
     here = surroundings(pipe)
     for expert, adapters in (record.get("adapter_hashes") or {}).items():
-        # In another dtype the same weights are other bytes.
+        # In another dtype, the same weights have another hash.
         kinds = [(found.get(key) or {}).get(expert) for key in ("dtypes", "quantization") for found in (record, here)]
         is_comparable = kinds[0] == kinds[1] and kinds[2] == kinds[3]
         recorded, own = adapters.get("anchor"), here["adapter_hashes"].get(expert, {}).get("anchor")
         if recorded is not None and (own is None or is_comparable and own != recorded):
             raise ValueError(
-                f"--from: the video was made with another anchor LoRA than the model's own, of sha256 {recorded}; give it as --lora."
+                f"--from: the video was made with another anchor LoRA than the model's own (sha256 {recorded}); give it as --lora."
             )
 
 
 def _take_model(arguments: argparse.Namespace, record: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """The model of a record, and what it was given in place of its own parts."""
+    """Fills in the flags of the recorded model and of the components that replaced its own."""
     from ..recipes import ANIMATOR_RECIPES, RECIPES
 
     model, kind, parts = record.get("model"), record.get("model_kind"), record.get("hub_revisions") or {}
@@ -162,9 +163,9 @@ def _take_model(arguments: argparse.Namespace, record: dict[str, Any], wanted: d
         if model is None:
             raise ValueError("--from: the record names no model; give it as --model.")
         if kind == "recipe" and recipe is None:
-            raise ValueError(f"--from: {model!r} is no recipe of this version; give the model as --model.")
+            raise ValueError(f"--from: {model!r} is not a recipe of this version; give the model as --model.")
         if kind not in ("embedded", "recipe", "hub"):
-            raise ValueError(f"--from: the model was a folder called {model!r}; give it as --model.")
+            raise ValueError(f"--from: the model was a local folder named {model!r}; give it as --model.")
     names, revision = {"composer": parts.get("composer"), "lora": parts.get("anchor_lora")}, record.get("revision")
     if wanted["mode"] == "direct" or {"image", "anchors"} & wanted.keys():
         del names["composer"]
@@ -175,12 +176,14 @@ def _take_model(arguments: argparse.Namespace, record: dict[str, Any], wanted: d
         taken = {"model": model} | taken
     for flag, name in taken.items():
         if Path(name).exists() or Path(name.partition("@")[0]).exists():
-            raise ValueError(f"--from: {name!r} of the record is also a place here; say by --{flag} which is meant.")
+            raise ValueError(
+                f"--from: {name!r} in the record is also the name of a local path; give the one that you mean as --{flag}."
+            )
     if recipe is not None:
         has_lora = any("anchor" in adapters for adapters in (record.get("adapters") or {}).values())
         is_own = recipe.lora is not None or names["lora"] is not None or arguments.lora is not None
         if has_lora and not is_own and wanted["mode"] != "direct":
-            raise ValueError("--from: the video was made with an anchor LoRA of a folder or file; give it as --lora.")
+            raise ValueError("--from: the video was made with a local anchor LoRA; give it as --lora.")
         base, _, revision = parts.get("animator" if model in ANIMATOR_RECIPES else "vae", "").partition("@")
         revision = revision if base == recipe.repositories.get("base", recipe.repositories.get("animator")) else None
     if "model" in taken:
@@ -198,7 +201,7 @@ def _take_model(arguments: argparse.Namespace, record: dict[str, Any], wanted: d
 
 
 def _keep_own_parts(arguments: argparse.Namespace, taken: dict[str, str]) -> None:
-    """Leaves the model the parts that its repository names itself, with their settings."""
+    """Unsets flags for components that the repository itself names, so that they load with its settings."""
     from ..recipes.loading import hub_options
     from ..recipes.sources import find_source
 

@@ -24,25 +24,36 @@ def add_app(commands: argparse._SubParsersAction) -> None:
         default="127.0.0.1",
         help="address to listen on (default: %(default)s, which only this machine reaches)",
     )
-    parser.add_argument("--port", type=Whole(1, 65535), metavar="NUMBER", default=7860, help="(default: %(default)s)")
+    parser.add_argument(
+        "--port", type=Whole(1, 65535), metavar="NUMBER", default=7860, help="port (default: %(default)s)"
+    )
     parser.add_argument(
         "--auth",
         type=Path,
         metavar="FILE",
-        help="file of one line NAME:PASSWORD, which everyone has to give; not taken here, where every process could read it",
+        help="file with one line NAME:PASSWORD, which every user must enter; a flag with the password itself would be visible to "
+        "all processes",
     )
     parser.add_argument(
-        "--max-pixels", type=Whole(64, 2**28), metavar="NUMBER", help="of a frame (default: 4 times the model's own)"
+        "--max-pixels",
+        type=Whole(64, 2**28),
+        metavar="NUMBER",
+        help="maximum pixels of a frame (default: 4 times the model's own)",
     )
-    parser.add_argument("--max-frames", type=FRAMES, metavar="NUMBER", help="(default: 4 times the model's own)")
+    parser.add_argument(
+        "--max-frames",
+        type=FRAMES,
+        metavar="NUMBER",
+        help="maximum frames of a video (default: 4 times the model's own)",
+    )
     parser.add_argument(
         "--max-queue",
         type=Whole(1, 10_000),
         metavar="NUMBER",
         default=32,
-        help="jobs that wait (default: %(default)s)",
+        help="maximum number of waiting jobs (default: %(default)s)",
     )
-    parser.add_argument("--no-page", action="store_true", help="the HTTP API alone, which needs no gradio")
+    parser.add_argument("--no-page", action="store_true", help="serve only the HTTP API, which does not need gradio")
     parser.set_defaults(run=_app)
 
 
@@ -58,7 +69,7 @@ def _app(arguments: argparse.Namespace) -> None:
     pipe = model.load()
     place = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     if auth is None and not _is_local(arguments.host):
-        print(f"open to everyone:   who reaches {arguments.host} can use it; --auth FILE asks for a password")
+        print(f"open to everyone:   anyone who reaches {arguments.host} can use the app; --auth FILE sets a password")
     if not arguments.no_page:
         print(f"page:               http://{place}:{arguments.port}/")
     print(f"API:                http://{place}:{arguments.port}/docs", flush=True)
@@ -73,16 +84,16 @@ def _read_auth(path: Path) -> tuple[str, str]:
 
 
 def _check_place(host: str, port: int) -> None:
-    """Refuses before a model is loaded what could not be listened on after it."""
+    """Raises `ValueError` for an address that cannot be listened on, before a model is loaded."""
     try:
         if not host.strip():
-            raise OSError("it is empty")
+            raise OSError("the host is empty")
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as place:
             place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             place.bind(address)
     except (OSError, ValueError) as error:
-        raise ValueError(f"--host {host!r} --port {port} cannot be listened on: {error}.") from error
+        raise ValueError(f"The server cannot listen on --host {host!r} --port {port}: {error}.") from error
 
 
 def _is_local(host: str) -> bool:

@@ -1,4 +1,4 @@
-"""`fvg batch`, and what runs and checks the plan of a folder."""
+"""`fvg batch`, and the actions `run` and `check` for a folder with a plan."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from ..pipelines.stages import FactorizedStages
 
 ENGINES = ("in-process", "accelerate", "ray")
-# Kinds of calls that are remembered as checked.
+# Number of distinct calls whose check is remembered.
 MAX_SEEN = 100_000
-# Flags that are arguments of the call for rows that do not give them.
+# Flags that give arguments of the call for rows that leave them out.
 DEFAULTS: tuple[str, ...]
 DEFAULTS = ("mode", "num_moments", "height", "width", "num_frames", "preset", "num_inference_steps", "guidance_scale")
 DEFAULTS += ("negative_prompt", "anchor_decode", "composer_num_candidates", "motion_retries")
@@ -44,11 +44,11 @@ DEFAULTS += ("negative_prompt", "anchor_decode", "composer_num_candidates", "mot
 
 @dataclass(frozen=True)
 class ModelLoad:
-    """Loads the model that the flags name, in any process.
+    """Loads the model that the flags name; it can be pickled for other processes.
 
     Args:
-        arguments (`argparse.Namespace`): of the command line.
-        size (`tuple`, *optional*): height, width and frames of the largest video, for the plan of memory.
+        arguments (`argparse.Namespace`): arguments of the command line.
+        size (`tuple`, *optional*): height, width and frames of the largest video, for which memory is planned.
     """
 
     arguments: argparse.Namespace
@@ -62,50 +62,58 @@ class ModelLoad:
             pipe = look(arguments, **skipped).load(*self.size)
         else:
             (part,) = parts
-            # The other parts, without weights, check the call.
+            # The other components stay without weights and only check the call.
             model = look(arguments, lora=False)
             pipe = model.load_part(part)
             if part == "composer" and model.source.has("anchor_judge"):
                 model.load_part("anchor_judge")
-        # There is one for the whole run.
+        # The run has its own progress bar.
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
 
 def add_batch(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
-        "batch", help="a file of prompts becomes a folder of videos; goes on where it stopped"
+        "batch", help="make a folder of videos from a file of prompts; continues where it stopped"
     )
     parser.add_argument(
-        "prompts", type=Path, metavar="PROMPTS", help="txt (a prompt in each line), csv, jsonl or parquet"
+        "prompts", type=Path, metavar="PROMPTS", help="txt (one prompt per line), csv, jsonl or parquet"
     )
     parser.add_argument(
         "folder",
         type=folder_or_url,
         metavar="OUT",
-        help="folder for plan, videos and manifest; s3://bucket/folder and whatever else fsspec opens too",
+        help="folder for plan, videos and manifest, or a URL that fsspec opens, such as s3://bucket/folder",
     )
     parser.add_argument(
-        "--num-videos-per-prompt", type=COUNTS, default=1, metavar="NUMBER", help="each with a first frame of its own"
+        "--num-videos-per-prompt",
+        type=COUNTS,
+        default=1,
+        metavar="NUMBER",
+        help="videos per prompt, each with its own first frame",
     )
     parser.add_argument(
         "--seed",
         type=SEED,
         default=0,
         metavar="NUMBER",
-        help="all videos' seeds are derived from it (default: %(default)s)",
+        help="seed from which the seeds of all videos are derived (default: %(default)s)",
     )
     parser.add_argument(
         "--label",
         action="append",
         default=[],
         metavar="COLUMN",
-        help="of the file, to be kept with the video; repeatable",
+        help="column of the file to store with the video; repeatable",
     )
-    parser.add_argument("--mode", choices=("factorized", "direct", "storyboard"), help="of rows that give none")
-    parser.add_argument("--num-moments", type=Whole(2, 100), metavar="NUMBER", help="of storyboards, at most")
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="of the video model; the model's own when left out")
-    parser.add_argument("--anchor-decode", choices=("raw", "match", "replace"), help="as of fvg generate")
+    parser.add_argument("--mode", choices=("factorized", "direct", "storyboard"), help="mode of rows that give none")
+    parser.add_argument(
+        "--num-moments", type=Whole(2, 100), metavar="NUMBER", help="maximum number of moments of a storyboard"
+    )
+    parser.add_argument(
+        "--negative-prompt", metavar="TEXT", help="negative prompt of the video model (default: the model's own)"
+    )
+    parser.add_argument("--anchor-decode", choices=("raw", "match", "replace"), help="as in fvg generate")
     add_choosing(parser)
     add_size(parser)
     add_sampling(parser)
@@ -115,7 +123,7 @@ def add_batch(commands: argparse._SubParsersAction) -> None:
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """What says which model makes videos, and on what engine."""
+    """Adds the flags for the model and for the engine."""
     add_model(parser)
     add_rewriter(parser)
     add_composer(parser)
@@ -125,37 +133,37 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=ENGINES,
         default="in-process",
-        help="in-process makes one video after the other, accelerate several at a time on this machine, ray on the cluster of "
-        "RAY_ADDRESS or a small one of its own (default: %(default)s)",
+        help="in-process makes one video after the other; accelerate makes several at a time on this machine; ray uses the cluster "
+        "in RAY_ADDRESS, or starts one on this machine (default: %(default)s)",
     )
     for flag, what in (
-        ("--num-processes", "make videos"),
-        ("--num-rewriters", "write captions, with --engine ray"),
-        ("--num-composers", "draw first frames, with --engine ray"),
+        ("--num-processes", "processes that make videos"),
+        ("--num-rewriters", "workers that write captions, with --engine ray"),
+        ("--num-composers", "workers that draw first frames, with --engine ray"),
     ):
-        parser.add_argument(flag, type=COUNTS, default=1, metavar="NUMBER", help=f"that {what} (default: %(default)s)")
+        parser.add_argument(flag, type=COUNTS, default=1, metavar="NUMBER", help=f"{what} (default: %(default)s)")
 
 
 def add_run(actions: argparse._SubParsersAction) -> None:
-    """`run`, of a folder that has a plan."""
-    parser = actions.add_parser("run", help="make the videos of a plan; goes on where it stopped")
+    """Adds the action `run`, which makes the videos of a plan."""
+    parser = actions.add_parser("run", help="make the videos of a plan; continues where it stopped")
     parser.add_argument("folder", type=local_folder, metavar="RUN", help="folder with a plan")
     add_run_flags(parser)
     parser.set_defaults(run=run_folder)
 
 
 def add_check(actions: argparse._SubParsersAction) -> None:
-    """`check`, of a folder that has a plan."""
+    """Adds the action `check`, which checks the videos of a plan."""
     parser = actions.add_parser("check", help="find missing, damaged, short, black, still, repeated and stray files")
     parser.add_argument(
-        "folder", type=folder_or_url, metavar="RUN", help="folder or address with a plan, of fvg batch or fvg bench"
+        "folder", type=folder_or_url, metavar="RUN", help="folder or URL with a plan, from fvg batch or fvg bench"
     )
     parser.add_argument(
         "--min-frames",
         type=Whole(1, 100_000),
         default=1,
         metavar="FRAMES",
-        help="that an evaluator needs (default: %(default)s)",
+        help="fewest frames that an evaluator needs (default: %(default)s)",
     )
     parser.set_defaults(run=check_run)
 
@@ -164,11 +172,11 @@ def add_check(actions: argparse._SubParsersAction) -> None:
 
 
 class CallChecks:
-    """Checks the calls of a plan against a model, before anything large is read.
+    """Checks the calls of a plan against a model before any weights are read.
 
     Args:
-        arguments (`argparse.Namespace`): of the command line.
-        parts (collection of `str`): what the calls together need.
+        arguments (`argparse.Namespace`): arguments of the command line.
+        parts (collection of `str`): components that the calls together need.
     """
 
     def __init__(self, arguments: argparse.Namespace, parts: Collection[str]):
@@ -180,22 +188,22 @@ class CallChecks:
         self._seen: set[str] = set()
 
     def _find_lora(self) -> None:
-        """Raises `ValueError` or `OSError` for an anchor LoRA that is not there: without weights nothing else would."""
+        """Raises `ValueError` or `OSError` for a missing anchor LoRA, which nothing else would notice without weights."""
         from ..recipes.loading import hub_options, pinned
 
         pinned(self.model.parts["lora"], "The anchor LoRA", hub_options(self.model.arguments.token or None))
 
     def check(self, prompt: str, arguments: dict[str, Any]) -> None:
-        """Raises `ValueError` or `OSError` for what the model's call refuses."""
+        """Raises `ValueError` or `OSError` for a call that the model does not accept."""
         from ..checks import check_texts
         from ..evaluation.worker import REWRITER, call_of, parts_of
 
         unknown = next((name for name in arguments if name not in self._known), None)
         if unknown is not None:
-            raise ValueError(f"`{unknown}` is not for a {type(self.model.outline).__name__}; leave it out.")
+            raise ValueError(f"`{unknown}` is not an argument of {type(self.model.outline).__name__}; leave it out.")
         check_texts("prompt", [prompt])
         self.model.outline._check_known([prompt], writes=REWRITER in parts_of(arguments))
-        # Many videos differ by their prompts alone.
+        # Many videos differ only in their prompts.
         key = json.dumps(arguments, sort_keys=True)
         if key in self._seen:
             return
@@ -271,18 +279,18 @@ def _run(arguments: argparse.Namespace, checks: CallChecks, folder: Path, storag
         storage=storage,
     )
     print(
-        f"videos:             {summary.finished} of {summary.planned} are finished, {summary.made} of them by this run"
+        f"videos:             {summary.finished} of {summary.planned} are finished, {summary.made} of them in this run"
     )
     if summary.finished < summary.planned:
         for path, error in summary.failures:
             print(f"  {path}: {error}")
         raise ValueError(
-            f"{summary.planned - summary.finished} of {summary.planned} videos are missing; the same command tries them again."
+            f"{summary.planned - summary.finished} of {summary.planned} videos are missing; run the same command to try again."
         )
 
 
 def _made_by(arguments: argparse.Namespace, model: Model) -> dict[str, Any]:
-    """What says which model makes the videos, without a path of this machine."""
+    """Returns the facts that identify the model, without local paths."""
     from ..pipelines.record import model_name, versions
 
     names = {name: getattr(arguments, name) for name in ("composer", "lora", "rewriter", "rewriter_model")}
@@ -294,7 +302,7 @@ def _made_by(arguments: argparse.Namespace, model: Model) -> dict[str, Any]:
 
 
 def check_run(arguments: argparse.Namespace) -> None:
-    """Prints what is wrong in `arguments.folder`; raises `ValueError` where something is."""
+    """Prints the faults in `arguments.folder`; raises `ValueError` if there are any."""
     from ..evaluation.check import check_folder as found_in
     from ..evaluation.storage import opened
 
@@ -307,6 +315,6 @@ def check_run(arguments: argparse.Namespace) -> None:
     if faults:
         listed = ", ".join(f"{count} {kind}" for kind, count in faults.items())
         raise ValueError(
-            f"{listed}. Remove files that are damaged or black, and run the plan again: it makes what is missing."
+            f"{listed}. Remove damaged and black files and run the plan again to make the missing videos."
         )
-    print("all videos of the plan are there and whole")
+    print("all videos of the plan are present and complete")

@@ -1,4 +1,4 @@
-"""`fvg bench`: published benchmarks, from the prompts to the files that their leaderboards take."""
+"""`fvg bench`: published benchmarks, from the prompts to the files for their leaderboards."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
 
 
 def suites() -> dict:
-    """The benchmarks by name."""
+    """Returns the benchmarks by name."""
     from ..evaluation.suites import PUBLISHED
     from ..shapes.benchmark import SHAPES
 
@@ -32,8 +32,10 @@ def suites() -> dict:
 
 
 def _add_plan(actions: argparse._SubParsersAction) -> None:
-    plan = actions.add_parser("plan", help="write down every video of a suite, in one arm or several")
-    plan.add_argument("folder", type=local_folder, metavar="RUN", help="gets the plan and later the videos")
+    plan = actions.add_parser(
+        "plan", help="plan the videos of a suite with one or more arms (variants of the pipeline)"
+    )
+    plan.add_argument("folder", type=local_folder, metavar="RUN", help="folder for the plan and the videos")
     plan.add_argument("--suite", required=True, choices=SUITE_NAMES, metavar="NAME", help=", ".join(SUITE_NAMES))
     plan.add_argument(
         "--prompts", type=Path, required=True, metavar="DIR", help="checkout of the benchmark, or its published files"
@@ -42,22 +44,33 @@ def _add_plan(actions: argparse._SubParsersAction) -> None:
         "--arms",
         nargs="+",
         metavar="ARM",
-        help="direct, direct_upsampled, factorized, factorized_judged, each with @PRESET behind it or not, such as "
-        "direct@full-50 (default: factorized; of vbench-i2v: image)",
+        help="variants of the pipeline: direct, direct_upsampled, factorized, factorized_judged, optionally with @PRESET, such as "
+        "direct@full-50 (default: factorized; for vbench-i2v: image)",
     )
-    plan.add_argument("--steps", nargs="+", type=STEPS, default=(), metavar="STEPS", help="each arm at each number")
+    plan.add_argument(
+        "--steps", nargs="+", type=STEPS, default=(), metavar="STEPS", help="numbers of steps, for each arm"
+    )
     plan.add_argument(
         "--seeds",
         nargs="+",
         type=Whole(0, 2**31),
         default=(0,),
         metavar="SEED",
-        help="each makes all videos (default: 0)",
+        help="seeds, each for a set of all videos (default: 0)",
     )
-    plan.add_argument("--upsampled", type=Path, metavar="FILE", help="prompts of direct_upsampled, one in each line")
-    plan.add_argument("--categories", nargs="+", metavar="NAME", help="these alone; the totals are then not official")
-    plan.add_argument("--per-category", type=COUNT, metavar="NUMBER", help="the first prompts of each; the same")
-    plan.add_argument("--ratio", help="of the pictures of vbench-i2v: 1-1, 8-5, 7-4 or 16-9 (default: 16-9)")
+    plan.add_argument("--upsampled", type=Path, metavar="FILE", help="prompts of direct_upsampled, one per line")
+    plan.add_argument(
+        "--categories", nargs="+", metavar="NAME", help="only these categories; the totals are then not official"
+    )
+    plan.add_argument(
+        "--per-category",
+        type=COUNT,
+        metavar="NUMBER",
+        help="only the first prompts of each category; the totals are then not official",
+    )
+    plan.add_argument(
+        "--ratio", help="aspect ratio of the pictures of vbench-i2v: 1-1, 8-5, 7-4 or 16-9 (default: 16-9)"
+    )
     plan.add_argument(
         "--num-candidates",
         type=Whole(2, 64),
@@ -65,62 +78,68 @@ def _add_plan(actions: argparse._SubParsersAction) -> None:
         help="pictures for each video of factorized_judged (default: 4)",
     )
     for flag, kind in (("--num-frames", FRAMES), ("--height", PIXELS), ("--width", PIXELS)):
-        plan.add_argument(flag, type=kind, metavar="NUMBER", help="of every video; the model's own when left out")
-    plan.add_argument("--guidance-scale", type=Number(0, 1000), metavar="SCALE", help="the preset's when left out")
+        plan.add_argument(flag, type=kind, metavar="NUMBER", help="for every video (default: the model's own)")
+    plan.add_argument(
+        "--guidance-scale", type=Number(0, 1000), metavar="SCALE", help="guidance scale (default: the preset's)"
+    )
     plan.set_defaults(run=_plan)
 
 
 def _add_layout(actions: argparse._SubParsersAction) -> None:
     layout = actions.add_parser("layout", help="link the videos where the official evaluator looks for them")
     layout.add_argument("folder", type=local_folder, metavar="RUN", help="folder of the run")
-    layout.add_argument("layout", type=Path, metavar="LAYOUT", help="gets a folder for each arm and seed")
+    layout.add_argument(
+        "layout", type=Path, metavar="LAYOUT", help="folder for the links, one folder per arm and seed"
+    )
     layout.add_argument(
         "--skip-missing",
         action="store_true",
-        help="leave out videos that are missing, where the evaluator does so too",
+        help="leave out missing videos, for evaluators that do so too",
     )
     layout.add_argument(
-        "--lmms-eval", action="store_true", help="as lmms-eval's task vbench2 names its outputs; of vbench-2.0 alone"
+        "--lmms-eval", action="store_true", help="use the file names of lmms-eval's task vbench2; only for vbench-2.0"
     )
     layout.set_defaults(run=_layout)
     commands = actions.add_parser("commands", help="write scripts that install the official evaluator and run it")
-    commands.add_argument("layout", type=Path, metavar="LAYOUT", help="what fvg bench layout made")
+    commands.add_argument("layout", type=Path, metavar="LAYOUT", help="folder made by fvg bench layout")
     commands.add_argument(
-        "checkout", type=Path, metavar="CHECKOUT", help="of the evaluator; cloned where it is not there"
+        "checkout", type=Path, metavar="CHECKOUT", help="checkout of the evaluator; cloned if it is missing"
     )
     commands.add_argument(
-        "results", type=Path, metavar="RESULTS", help="gets environment.sh, evaluate.sh and the results"
+        "results", type=Path, metavar="RESULTS", help="folder for environment.sh, evaluate.sh and the results"
     )
     commands.set_defaults(run=_commands)
 
 
 def _add_results(actions: argparse._SubParsersAction) -> None:
     read = actions.add_parser(
-        "read", help="read the official result files; says what keeps a total from being official"
+        "read", help="read the official result files; reports problems that make a total unofficial"
     )
-    read.add_argument("results", type=Path, metavar="RESULTS", help="folder with a folder of results for each model")
-    read.add_argument("--suite", choices=SUITE_NAMES, metavar="NAME", help="where fvg bench commands made no RESULTS")
+    read.add_argument("results", type=Path, metavar="RESULTS", help="folder with one folder of results per model")
+    read.add_argument(
+        "--suite", choices=SUITE_NAMES, metavar="NAME", help="suite of a folder that fvg bench commands did not make"
+    )
     read.add_argument("--output", type=Path, metavar="FILE", help="JSON to write (default: RESULTS/scores.json)")
     read.set_defaults(run=_read)
-    pack = actions.add_parser("pack", help="write the file that a leaderboard takes")
+    pack = actions.add_parser("pack", help="write the zip file for a leaderboard")
     pack.add_argument("results", type=Path, metavar="RESULTS", help="official result files of one model")
     pack.add_argument("output", type=Path, metavar="ZIP", help="file to write, ending in .zip")
     pack.add_argument("--suite", required=True, choices=SUITE_NAMES, metavar="NAME", help=", ".join(SUITE_NAMES))
-    pack.add_argument("--name", required=True, help="of the model on the leaderboard")
+    pack.add_argument("--name", required=True, help="name of the model on the leaderboard")
     pack.set_defaults(run=_pack)
     report = actions.add_parser("report", help="write one HTML page and one Markdown table")
     report.add_argument("folder", type=local_folder, metavar="RUN", help="folder of the run")
-    report.add_argument("report", type=Path, metavar="REPORT", help="for report.html and report.md")
-    report.add_argument("--scores", type=Path, metavar="FILE", help="what fvg bench read wrote")
+    report.add_argument("report", type=Path, metavar="REPORT", help="folder for report.html and report.md")
+    report.add_argument("--scores", type=Path, metavar="FILE", help="file written by fvg bench read")
     report.add_argument(
-        "--baseline", metavar="ARM", help="what others are compared with (default: the first of the plan)"
+        "--baseline", metavar="ARM", help="arm to compare the others with (default: the first of the plan)"
     )
     report.add_argument(
         "--gallery",
         type=Whole(0, 500),
         default=8,
         metavar="NUMBER",
-        help="prompts that are shown (default: %(default)s)",
+        help="number of prompts to show (default: %(default)s)",
     )
     report.set_defaults(run=_report)
 
@@ -165,7 +184,7 @@ def _check_effects(arguments: argparse.Namespace, has_images: bool) -> None:
 
 
 def _as_checked(facts: dict) -> str:
-    known = {True: ", as they were checked", False: "; they differ from those that were checked", None: ""}
+    known = {True: ", equal to the checked version", False: "; they differ from the checked version", None: ""}
     return known[facts["prompts_as_checked"]]
 
 
@@ -175,7 +194,9 @@ def _layout(arguments: argparse.Namespace) -> None:
 
     suite = plan_facts(arguments.folder).get("suite")
     if arguments.lmms_eval and suite != "vbench-2.0":
-        raise ValueError(f"--lmms-eval is of vbench-2.0, and {arguments.folder} is a run of {suite}.")
+        raise ValueError(
+            f"--lmms-eval is only for vbench-2.0, but {arguments.folder} is a run of {suite}; leave it out."
+        )
     places = lmms_eval_places if arguments.lmms_eval else None
     counts = lay_out(arguments.folder, arguments.layout, suites(), arguments.skip_missing, places)
     for folder, count in counts.items():
@@ -217,7 +238,7 @@ def _read(arguments: argparse.Namespace) -> None:
 def _pack(arguments: argparse.Namespace) -> None:
     suite = suites()[arguments.suite]
     if suite.pack is None:
-        raise ValueError(f"--suite {suite.name} has no leaderboard that takes files.")
+        raise ValueError(f"--suite {suite.name} has no leaderboard that accepts files; choose another suite.")
     if arguments.output.suffix != ".zip":
         raise ValueError(f"ZIP {arguments.output} must end in .zip.")
     missing = suite.pack(arguments.results, arguments.output, arguments.name)

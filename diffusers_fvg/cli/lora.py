@@ -1,4 +1,4 @@
-"""`fvg lora`."""
+"""`fvg lora`: exports a LoRA for other programs, or merges it into a base model."""
 
 from __future__ import annotations
 
@@ -7,30 +7,37 @@ from pathlib import Path
 
 
 def add_lora(commands: argparse._SubParsersAction) -> None:
-    lora = commands.add_parser("lora", help="a trained LoRA for other programs")
+    lora = commands.add_parser("lora", help="export or merge a trained LoRA")
     actions = lora.add_subparsers(dest="action", required=True, metavar="ACTION")
-    export = actions.add_parser("export", help="write it in the keys of another program")
+    export = actions.add_parser("export", help="write the LoRA with the keys of another program")
     _add_source(export)
-    export.add_argument("output", type=Path, help=".safetensors; of two experts two files are made for ComfyUI")
+    export.add_argument(
+        "output", type=Path, help="file ending in .safetensors; for ComfyUI, a LoRA of two experts becomes two files"
+    )
     export.add_argument(
         "--format",
         choices=("diffusers", "comfyui"),
         default="comfyui",
-        help="keys of diffusers, or of Wan's own code as ComfyUI reads them (default: %(default)s)",
+        help="keys of diffusers, or those of Wan's own code, which ComfyUI reads (default: %(default)s)",
     )
     export.set_defaults(run=_export)
-    merge = actions.add_parser("merge", help="write a pipeline that has it in its weights")
+    merge = actions.add_parser("merge", help="write a pipeline with the LoRA merged into its weights")
     _add_source(merge)
-    merge.add_argument("base", help="pipeline that it was trained on: folder or Hub repository")
+    merge.add_argument("base", help="pipeline on which the LoRA was trained: folder or Hub repository")
     merge.add_argument("output", type=Path, help="an empty or new folder")
-    merge.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: %(default)s)")
+    merge.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="dtype of the weights (default: %(default)s)",
+    )
     merge.set_defaults(run=_merge)
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help="folder or file of a finished LoRA, or a checkpoint of a run")
     parser.add_argument(
-        "--last-weights", action="store_true", help="of a checkpoint the weights, not their moving average"
+        "--last-weights", action="store_true", help="use the weights of a checkpoint instead of their moving average"
     )
 
 

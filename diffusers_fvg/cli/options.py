@@ -15,39 +15,46 @@ COUNTS = Whole(1, 1024)
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
-        help="recipe (see fvg models), folder or Hub repository; the embedded shapes model when left out",
+        help="recipe (see fvg models), folder or Hub repository (default: the embedded shapes model)",
     )
-    parser.add_argument("--revision", help="commit, branch or tag of the model on the Hub; of a recipe's base")
-    parser.add_argument("--variant", help="of the weights, such as fp16; parts without it come as they are")
+    parser.add_argument("--revision", help="commit, branch or tag of the model on the Hub; for a recipe, of its base")
+    parser.add_argument(
+        "--variant", help="variant of the weight files, such as fp16; components without it load their plain files"
+    )
     parser.add_argument(
         "--token",
         action="store_true",
-        help="the Hub must be asked with your login: HF_TOKEN or what `hf auth login` saved. Both are used without this flag "
-        "too; it makes a missing one an error. A token itself is not taken here, where every process could read it",
+        help="require your Hub login (HF_TOKEN or `hf auth login`). It is used without this flag too; the flag makes a missing "
+        "login an error. The flag takes no token, because it would be visible to all processes",
     )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of every stage (default: bfloat16; float32 of the embedded model)",
+        help="dtype of every stage (default: bfloat16; float32 for the embedded model)",
     )
-    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu; the fastest there is when left out")
+    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: an accelerator if there is one)")
     parser.add_argument(
         "--memory",
         metavar="SIZE",
-        help="of the card, such as 8GB or 24GB: what does not fit is offloaded, and decoded in tiles; auto takes what is free "
-        "(the default with an accelerator), cpu keeps all on the CPU",
+        help="memory to plan for, such as 8GB or 24GB: models that do not fit are offloaded, and the video is decoded in tiles. auto "
+        "uses the free memory (the default with an accelerator), cpu keeps everything on the CPU",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bars, those of downloads included")
+    parser.add_argument("--quiet", action="store_true", help="show no progress bars, also for downloads")
 
 
 def add_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--height", type=PIXELS, metavar="PIXELS", help="the model's own when left out")
-    parser.add_argument("--width", type=PIXELS, metavar="PIXELS", help="the model's own when left out")
+    parser.add_argument(
+        "--height", type=PIXELS, metavar="PIXELS", help="height of the video (default: the model's own)"
+    )
+    parser.add_argument("--width", type=PIXELS, metavar="PIXELS", help="width of the video (default: the model's own)")
 
 
 def add_seed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--seed", type=SEED, metavar="NUMBER", help="makes the run repeatable; drawn and printed when left out"
+        "--seed",
+        type=SEED,
+        metavar="NUMBER",
+        help="seed that makes the run repeatable (default: a random one, printed)",
     )
 
 
@@ -55,41 +62,39 @@ def add_rewriter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rewriter",
         metavar="NAME|URL",
-        help="in place of the model's: chat model (folder, org/name or org/name@revision), or OpenAI-compatible server",
+        help="chat model instead of the model's own: folder, org/name, org/name@revision, or URL of an OpenAI-compatible server",
     )
-    parser.add_argument("--rewriter-model", metavar="NAME", help="the server's name of the chat model")
-    parser.add_argument(
-        "--rewriter-api-key-env", metavar="VAR", help="environment variable that holds the server's key"
-    )
+    parser.add_argument("--rewriter-model", metavar="NAME", help="name of the chat model on the server")
+    parser.add_argument("--rewriter-api-key-env", metavar="VAR", help="environment variable with the server's key")
 
 
 def add_composer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--composer",
         metavar="NAME",
-        help="in place of the model's: text-to-image pipeline (folder, org/name or org/name@revision)",
+        help="text-to-image pipeline instead of the model's own: folder, org/name or org/name@revision",
     )
 
 
 def add_choosing(parser: argparse.ArgumentParser) -> None:
-    """How many pictures and videos are made, of which one is kept."""
+    """Adds the flags for the number of pictures and videos of which one is kept."""
     parser.add_argument(
         "--composer-num-candidates",
         type=COUNTS,
         metavar="NUMBER",
-        help="first frames that are drawn at most, for the model's judge to choose from (default: the model's own, or 1)",
+        help="maximum number of first frames to draw, of which the model's judge chooses one (default: the model's own, or 1)",
     )
     parser.add_argument(
         "--motion-retries",
         type=COUNTS,
         metavar="NUMBER",
-        help="how often a video that stands still is made again, at most (default: never)",
+        help="maximum number of times to repeat a video without motion (default: never)",
     )
 
 
 def add_lora(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--lora", metavar="NAME", help="anchor LoRA of any format, in place of the model's: file, folder or org/name"
+        "--lora", metavar="NAME", help="anchor LoRA of any format instead of the model's own: file, folder or org/name"
     )
 
 
@@ -97,8 +102,8 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize",
         choices=QUANTIZATIONS,
-        help="weights of the video model in fewer bits: fp8 needs nothing, int8 needs torchao, nf4 (4 bits) bitsandbytes; fp8-dynamic "
-        "multiplies in 8 bits too, by torchao, which is for speed, with --compile, on a GPU that has float8",
+        help="store the video model's weights in fewer bits: fp8 needs no package, int8 needs torchao, nf4 (4 bits) needs "
+        "bitsandbytes. fp8-dynamic (torchao) also multiplies in 8 bits, for speed with --compile on a GPU with float8",
     )
 
 
@@ -109,33 +114,42 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=STEPS,
         metavar="STEPS",
-        help="of the video model; the preset's when left out",
+        help="steps of the video model (default: the preset's)",
     )
     parser.add_argument(
-        "--guidance-scale", type=Number(0, 1000), metavar="SCALE", help="1 is off; the preset's when left out"
+        "--guidance-scale",
+        type=Number(0, 1000),
+        metavar="SCALE",
+        help="guidance scale; 1 disables guidance (default: the preset's)",
     )
-    parser.add_argument("--num-frames", type=FRAMES, metavar="FRAMES", help="the model's own when left out")
+    parser.add_argument(
+        "--num-frames", type=FRAMES, metavar="FRAMES", help="number of frames (default: the model's own)"
+    )
 
 
 def add_video(parser: argparse.ArgumentParser) -> None:
     add_sampling(parser)
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="of the video model; the model's own when left out")
+    parser.add_argument(
+        "--negative-prompt", metavar="TEXT", help="negative prompt of the video model (default: the model's own)"
+    )
     parser.add_argument(
         "--anchor-decode",
         choices=("raw", "match", "replace"),
-        help="where decoding changes an anchor's colours: raw leaves it, match gives all frames the anchor's, replace its pixels "
-        "too (default: raw)",
+        help="colours that the VAE changed: raw keeps them, match corrects all frames to the anchor's colours, replace also restores "
+        "the anchor's pixels (default: raw)",
     )
-    parser.add_argument("--compile", action="store_true", help="compile the video model's blocks: a slow first step")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the video model's blocks, which makes the first step slow"
+    )
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="mp4 to write (default: video.mp4, or the next free video-2.mp4)"
     )
     parser.add_argument(
         "--strip", type=Path, metavar="FILE", help="also write a PNG with prompt, anchor and some frames"
     )
-    parser.add_argument("--no-metadata", action="store_true", help="the mp4 does not say how it was made")
+    parser.add_argument("--no-metadata", action="store_true", help="store no record of the settings in the mp4")
     add_overwrite(parser)
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--overwrite", action="store_true", help="replace files that are there already")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")

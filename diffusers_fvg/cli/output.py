@@ -1,4 +1,4 @@
-"""What is written of a run."""
+"""Writes the files of a run: video, strip, and the results of its stages."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..atomic import is_empty, replacing_entries
 
 
 STAGES_FILE = "stages.json"
-# What `save_stages` writes; of an earlier run none of it stays.
+# Files of `save_stages`, which replace those of an earlier run.
 _OWNED = re.compile(r"stages\.json|(anchor|candidate)(_\d+)?\.png|frame_\d{4,}\.png")
 
 
 def write(arguments: argparse.Namespace, pipe, output, captions, anchors) -> None:
-    """Video, with its sound, and strip, of the first video of an output; pictures and their captions are those of the strip."""
+    """Writes the first video of an output with its sound, and a strip with the given captions and anchor pictures."""
     from ..media import viewing_scale, write_strip, write_video
 
     frames, record = output.frames[0], output.records[0]
@@ -34,20 +34,20 @@ def write(arguments: argparse.Namespace, pipe, output, captions, anchors) -> Non
 
 
 def check_stages(folder: Path, overwrite: bool) -> None:
-    """Raises `ValueError` for a folder that has something in it, unless that may be replaced."""
+    """Raises `ValueError` for a folder that is not empty, unless `overwrite` is set."""
     if not overwrite and not is_empty(folder):
         raise ValueError(f"--save-stages {folder} is not empty; choose another folder, or give --overwrite.")
 
 
 @contextlib.contextmanager
 def stages_draft(folder: Path | None, overwrite: bool) -> Iterator[Path | None]:
-    """A folder for [`save_stages`], whose files appear in `folder` at its end, whole and without those of another run.
+    """Yields a draft folder for [`save_stages`]; its files move to `folder` at the end and replace those of earlier runs.
 
-    The folder is this run's alone from the beginning.
+    The run locks `folder` from the beginning.
 
     Raises:
-        `BlockingIOError`: another process writes the folder.
-        `ValueError`: as in [`check_stages`]; another process has been faster.
+        `BlockingIOError`: another process writes to the folder.
+        `ValueError`: as in [`check_stages`], if another process has written to the folder meanwhile.
     """
     if folder is None:
         yield None

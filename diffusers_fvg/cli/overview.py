@@ -14,16 +14,16 @@ def add_models(commands: argparse._SubParsersAction) -> None:
 
 def add_plan(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
-        "plan", help="what `fvg generate` would take: memory, forwards, downloads; nothing large is fetched"
+        "plan", help="show the memory, forwards and downloads that `fvg generate` would need; downloads no weights"
     )
-    parser.add_argument("prompt", nargs="?", help="what should happen; may be left out")
+    parser.add_argument("prompt", nargs="?", help="prompt of the video (optional)")
     add_generation(parser)
     parser.set_defaults(run=_plan)
 
 
 def add_doctor(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
-        "doctor", help="versions, devices, attention backends, kernels, and what would run here"
+        "doctor", help="show versions, devices, attention backends, kernels, and which recipes fit on this machine"
     )
     parser.set_defaults(run=_doctor)
 

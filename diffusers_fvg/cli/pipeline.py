@@ -1,4 +1,4 @@
-"""The model that the flags name: looked at before anything large is read, then loaded and placed."""
+"""Finds the model that the flags name, checks the call on it before weights are read, then loads and places it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..pipelines.stages import FactorizedStages
     from ..recipes.sources import ModelSource
 
-# Of --quantize: the package, and the weights' bytes in relation to the number of parameters.
+# For each value of --quantize: the package that it needs, and the bytes per parameter.
 PACKAGES = {"fp8": None, "fp8-dynamic": "torchao", "int8": "torchao", "nf4": "bitsandbytes"}
 PARAMETER_BYTES = {"fp8": 1.0, "fp8-dynamic": 1.0, "int8": 1.0, "nf4": 0.5625}
 
@@ -28,11 +28,11 @@ class Model:
     """A model before it is loaded.
 
     Args:
-        arguments (`argparse.Namespace`): of the command line.
-        source ([`ModelSource`]): what the name stands for.
+        arguments (`argparse.Namespace`): arguments of the command line.
+        source ([`ModelSource`]): recipe, folder or repository of the model.
         outline ([`FactorizedStages`]): the pipeline without weights.
-        device (`torch.device`): where it will run.
-        memory (`str`, *optional*): what `--memory` says; `None` where nothing is planned.
+        device (`torch.device`): device on which it will run.
+        memory (`str`, *optional*): value of `--memory`; `None` if no memory is planned.
         parts (`dict`): composer, rewriter and LoRA, as [`~recipes.load`] takes them.
     """
 
@@ -44,7 +44,7 @@ class Model:
     parts: dict[str, Any]
 
     def check(self, **call: Any) -> VideoRequest:
-        """The call's arguments against the model; see [`VideoRequest.completed`]."""
+        """Checks the arguments of a call on the model and returns the completed request; see [`VideoRequest.completed`]."""
         from ..pipelines.request import VideoRequest
 
         known = inspect.signature(type(self.outline).__call__).parameters
@@ -52,7 +52,7 @@ class Model:
             if value is not None and name not in known:
                 is_flag = getattr(self.arguments, name, None) is not None
                 given = f"--{name.replace('_', '-')} {value}" if is_flag else f"`{name}={value!r}` of the record"
-                raise ValueError(f"{given} is not for a {type(self.outline).__name__}.")
+                raise ValueError(f"{given} is not an argument of {type(self.outline).__name__}.")
         call = {name: value for name, value in call.items() if value is not None}
         request = VideoRequest(**{"mode": "factorized"} | call).completed(self.outline)
         self.plan(request.height, request.width, request.num_frames)
@@ -61,7 +61,7 @@ class Model:
     def stages(
         self, height: int | None = None, width: int | None = None, num_frames: int | None = None
     ) -> list[Stage]:
-        """What each part needs, in the bits that are asked for."""
+        """Returns the memory needs of each component with the requested quantization."""
         from ..pipelines.profiles import pipeline_stages
 
         kind = getattr(self.arguments, "quantize", None)
@@ -69,7 +69,7 @@ class Model:
         return [_quantized(stage, kind, self.outline) for stage in stages]
 
     def plan(self, *size: int | None) -> MemoryPlan | None:
-        """How it would be placed; raises `ValueError` where it cannot."""
+        """Returns the memory plan, or `None` without `memory`; raises `ValueError` if the model does not fit."""
         from ..pipelines.profiles import plan_on
 
         return None if self.memory is None else plan_on(self.stages(*size), self.memory, self.device)
@@ -77,7 +77,7 @@ class Model:
     def load(
         self, height: int | None = None, width: int | None = None, num_frames: int | None = None
     ) -> FactorizedStages:
-        """The pipeline, placed."""
+        """Loads the pipeline and places it on the device."""
         from ..recipes import load
 
         arguments = self.arguments
@@ -93,7 +93,7 @@ class Model:
         )
         pipe.prompt_check = self.outline.prompt_check
         if arguments.model is None:
-            # Records name it so.
+            # The name of the embedded model in records.
             pipe.register_to_config(_name_or_path="embedded")
             pipe.origin = {"kind": "embedded"}
         if quantization == "fp8":
@@ -106,10 +106,10 @@ class Model:
         return pipe
 
     def _check_quantization(self, kind: str | None, dtype: torch.dtype) -> None:
-        """Raises `ValueError` for what the device or the model cannot do."""
+        """Raises `ValueError` for a quantization that the device or the model does not support."""
         if kind == "nf4" and self.device.type == "cpu":
             raise ValueError(
-                "--quantize nf4 needs an accelerator: diffusers makes no weights of 4 bits without one. Use fp8 or int8."
+                "--quantize nf4 needs an accelerator, because diffusers creates 4-bit weights only there; use fp8 or int8."
             )
         if kind != "fp8-dynamic":
             return
@@ -117,7 +117,7 @@ class Model:
 
         problem = fp8_problem(self.device, dtype)
         if self.outline.components.get("animator") is not None:
-            problem = "which layers of an image-to-video pipeline may be rounded is not known"
+            problem = "it is not known which layers of an image-to-video pipeline can be quantized"
         if problem is not None:
             raise ValueError(f"--quantize fp8-dynamic cannot run: {problem}. Use fp8 or int8.")
 
@@ -130,14 +130,14 @@ class Model:
         plan = plan_on(pipeline_stages(pipe, height, width, num_frames), self.memory, self.device)
         print(f"memory:             {_summary(plan, self.device)}")
         if self.device.type == "cpu":
-            # Weights are where they run: there is nothing to offload.
+            # On the CPU, weights are already where they run: there is nothing to offload.
             if plan.tile:
                 pipe.vae.enable_tiling()
             return
         place(pipe, plan, self.device)
 
     def load_part(self, part: str) -> FactorizedStages:
-        """The pipeline without weights but for the model of stage 1 or 2, for that stage alone."""
+        """Loads only the model of stage 1 or 2 into the outline, and returns the outline for that stage alone."""
         from ..pipelines.profiles import offload_layers, part_stage, plan_on
         from ..recipes import load_part
 
@@ -167,7 +167,7 @@ def _summary(plan: MemoryPlan, device: torch.device) -> str:
     tiles = ", decode in tiles" * plan.tile
     line = f"{plan.profile}: {PLACED[plan.offload]}{tiles}, peak {plan.peak / GIB:.1f} GiB (computed)"
     if device.type == "cpu" and plan.offload != "none":
-        line += "; not offloaded: on the CPU weights are where they run"
+        line += "; not offloaded, because weights are already on the CPU"
     return line
 
 
@@ -178,13 +178,16 @@ def model_name(arguments: argparse.Namespace) -> str | Path:
 
 
 def look(arguments: argparse.Namespace, **skipped: bool) -> Model:
-    """Finds the model and makes it without weights; raises `ValueError` or `OSError` for what cannot be.
+    """Finds the model and builds it without weights.
 
     Args:
-        skipped: `composer`, `rewriter` or `lora`: what the run does not need, `False`.
+        skipped: `composer=False`, `rewriter=False` or `lora=False` for components that the run does not need.
+
+    Raises:
+        `ValueError` or `OSError`: the model, or the combination of flags, is not valid.
     """
     if arguments.model == "embedded" and not Path("embedded").is_dir():
-        arguments.model = None  # Records call it so.
+        arguments.model = None  # The name of the embedded model in records.
     _check_model(arguments)
     rewriter = named_rewriter(arguments) if "rewriter" in arguments else None
     parts: dict[str, Any] = {name: getattr(arguments, name, None) for name in ("composer", "lora")}
@@ -194,7 +197,7 @@ def look(arguments: argparse.Namespace, **skipped: bool) -> Model:
     set_bars(arguments.quiet)
     device, memory = _device(arguments)
     if arguments.model is None:
-        # Its operations are too small to be split: more threads gain nothing, and on a busy machine they wait for each other.
+        # The operations of the embedded model are too small for several threads, which wait for each other on a busy machine.
         torch.set_num_threads(1)
     from ..embedded import check_world
     from ..recipes.loading import check_lora, hub_options
@@ -204,18 +207,18 @@ def look(arguments: argparse.Namespace, **skipped: bool) -> Model:
     hub = hub_options(arguments.token or None)
     source = find_source(model_name(arguments), arguments.revision, hub)
     if skipped.get("lora") is False and source.recipe is None:
-        # Without anchors the model's own is off.
+        # Without anchors, the model's own LoRA is disabled.
         parts["lora"] = None
     check_lora(source, parts["lora"])
     made = outline(source, _dtype(arguments), parts["composer"], parts["rewriter"], hub)
     if arguments.model is None:
-        # A rewriter of the user's own may know more.
+        # The user's own rewriter may understand prompts outside of the embedded model's world.
         made.prompt_check = check_world if rewriter is None else lambda text, writes: check_world(text)
     return Model(arguments, source, made, device, memory, parts)
 
 
 def load_pipeline(arguments: argparse.Namespace) -> FactorizedStages:
-    """The pipeline that the flags name, with all its parts."""
+    """Loads the pipeline that the flags name, with all components."""
     return look(arguments).load()
 
 
@@ -224,25 +227,25 @@ def _check_model(arguments: argparse.Namespace) -> None:
     if name is None:
         for flag in ("revision", "variant"):
             if getattr(arguments, flag) is not None:
-                raise ValueError(f"--{flag} {getattr(arguments, flag)} is for a --model, and none is named.")
+                raise ValueError(f"--{flag} {getattr(arguments, flag)} needs --model; name a model, or leave it out.")
     elif Path(name).exists() and not Path(name).is_dir():
         raise ValueError(f"--model {name} is a file; give a recipe, a folder or a Hub repository.")
     package = PACKAGES.get(kind or "")
     if package is not None and importlib.util.find_spec(package) is None:
-        raise ValueError(f"--quantize {kind} needs {package}, which is not installed: pip install {package}")
+        raise ValueError(f"--quantize {kind} needs the package {package}; install it with `pip install {package}`.")
 
 
 def named_rewriter(arguments: argparse.Namespace):
-    """What `--rewriter` names: a name, or what asks a server; `None` without it."""
+    """Returns the name in `--rewriter`, or a rewriter that calls the server in it; `None` without the flag."""
     is_server = (arguments.rewriter or "").lower().startswith(("http://", "https://"))
     if not is_server:
         if arguments.rewriter_model is not None or arguments.rewriter_api_key_env is not None:
             raise ValueError(
-                "--rewriter-model and --rewriter-api-key-env belong to a server: name it with --rewriter URL."
+                "--rewriter-model and --rewriter-api-key-env are for a server; give its URL as --rewriter URL."
             )
         return arguments.rewriter
     if arguments.rewriter_model is None:
-        raise ValueError("--rewriter needs --rewriter-model NAME, the server's name of the chat model.")
+        raise ValueError("--rewriter URL needs --rewriter-model NAME, the name of the chat model on the server.")
     from .. import ChatEndpoint, FirstFrameRewriter
 
     endpoint = ChatEndpoint(arguments.rewriter, arguments.rewriter_model, arguments.rewriter_api_key_env)
@@ -250,14 +253,14 @@ def named_rewriter(arguments: argparse.Namespace):
 
 
 def set_bars(quiet: bool) -> None:
-    """Downloads have their bars; of loading there would be one for every component beside the one of the stages."""
+    """Enables the progress bars of downloads unless `quiet`, and disables those of loading, one for every component."""
     import diffusers
     import transformers
     from huggingface_hub import constants
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 
     diffusers.utils.logging.disable_progress_bar()
-    # This switches the Hub's off as well.
+    # This also disables the bars of the Hub.
     transformers.utils.logging.disable_progress_bar()
     if quiet:
         disable_progress_bars()
@@ -266,7 +269,7 @@ def set_bars(quiet: bool) -> None:
 
 
 def _device(arguments: argparse.Namespace) -> tuple[torch.device, str | None]:
-    """Where to run, and the memory to plan for."""
+    """Returns the device, and the memory to plan for."""
     import torch
 
     from ..pipelines.profiles import memory_bytes
@@ -281,16 +284,19 @@ def _device(arguments: argparse.Namespace) -> tuple[torch.device, str | None]:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(
-            f"--device {name} is no device; use {there or 'cpu'}{' or cpu' * (there is not None)}."
+            f"--device {name} is not a device; use {there or 'cpu'}{' or cpu' * (there is not None)}."
         ) from error
     if device.type not in ("cpu", there):
-        raise ValueError(f"--device {name} is not there; this machine has {f'{there} and ' * (there is not None)}cpu.")
+        raise ValueError(
+            f"--device {name} does not exist; this machine has {f'{there} and ' * (there is not None)}cpu."
+        )
     if device.type != "cpu" and (device.index or 0) >= torch.accelerator.device_count():
-        raise ValueError(f"--device {name} is not there; {there} has {torch.accelerator.device_count()}, from 0 on.")
+        last = torch.accelerator.device_count() - 1
+        raise ValueError(f"--device {name} does not exist; the {there} devices have the numbers 0 to {last}.")
     if device.type == "cpu":
         return device, "cpu" if memory == "auto" else arguments.memory
     if memory == "cpu":
-        raise ValueError(f"--memory cpu keeps all on the CPU, and --device {name} does not; leave one of them out.")
+        raise ValueError(f"--memory cpu contradicts --device {name}; leave one of them out.")
     return device, arguments.memory or "auto"
 
 
@@ -316,7 +322,7 @@ def _video_models(pipe: FactorizedStages) -> list[torch.nn.Module]:
 
 
 def _quantization_config(kind: str | None, dtype: torch.dtype):
-    """For those kinds that are made while weights are loaded."""
+    """Returns the configuration of a quantization that is done while weights are loaded; fp8 is done afterwards."""
     if kind in (None, "fp8"):
         return None
     from diffusers import BitsAndBytesConfig, PipelineQuantizationConfig, TorchAoConfig
@@ -332,7 +338,7 @@ def _quantization_config(kind: str | None, dtype: torch.dtype):
     else:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     models = ("transformer", "transformer_2", "unet")
-    # Of a pipeline itself, or of one that is its animator.
+    # Models of the pipeline itself, or of its animator.
     names = (*models, *(f"animator.{name}" for name in models))
     return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(names, config))
 
@@ -345,7 +351,7 @@ def _store_in_fp8(pipe: FactorizedStages) -> None:
 
 
 def _quantized(stage: Stage, kind: str | None, pipe: FactorizedStages) -> Stage:
-    """A stage as it is planned in fewer bits."""
+    """Returns the memory needs of a stage with quantized weights."""
     from dataclasses import replace
 
     from ..pipelines.profiles import VIDEO_MODELS

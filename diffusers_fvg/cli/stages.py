@@ -1,4 +1,4 @@
-"""`fvg generate`, `rewrite`, `compose` and `animate`: all stages, or one."""
+"""`fvg generate`, `rewrite`, `compose` and `animate`: run all stages, or one."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ if TYPE_CHECKING:
 
 
 def add_generate(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("generate", help="a prompt becomes a video, through all three stages")
-    parser.add_argument("prompt", nargs="?", help="what should happen; may be left out with --from")
+    parser = commands.add_parser("generate", help="make a video from a prompt, with all three stages")
+    parser.add_argument("prompt", nargs="?", help="prompt of the video; optional with --from")
     add_generation(parser)
     parser.set_defaults(run=_generate)
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
-    """What says which model makes a video, which stages run, how, and what is written."""
+    """Adds the flags for the model, the stages, their settings and the output files."""
     add_from(parser)
     _add_call(parser)
     add_lora(parser)
     add_video(parser)
     add_seed(parser)
     add_choosing(parser)
-    parser.add_argument("--motion-prompt", metavar="TEXT", help="what the video model reads in place of the prompt")
+    parser.add_argument("--motion-prompt", metavar="TEXT", help="text for the video model instead of the prompt")
     parser.add_argument(
         "--rewriter-motion",
         action="store_true",
         default=None,
-        help="stage 1 also writes what the video model reads: the motion, by the names of the first frame",
+        help="let stage 1 also write the motion prompt, with the same names of objects as in the first frame",
     )
     parser.add_argument(
         "--save-stages", type=Path, metavar="DIR", help="also write caption, anchor and frames into this folder"
@@ -66,27 +66,30 @@ def _add_call(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mode",
         choices=("factorized", "direct", "storyboard"),
-        help="factorized draws the first frame (the default), storyboard also later ones, direct is plain text-to-video",
+        help="factorized draws the first frame (the default), storyboard also draws later ones, direct is plain text-to-video",
     )
     parser.add_argument(
-        "--num-moments", type=Whole(2, 100), metavar="NUMBER", help="of a storyboard, at most (default: 2)"
+        "--num-moments",
+        type=Whole(2, 100),
+        metavar="NUMBER",
+        help="maximum number of moments of a storyboard (default: 2)",
     )
-    parser.add_argument("--first-frame-prompt", metavar="TEXT", help="what is seen at first; skips stage 1")
+    parser.add_argument("--first-frame-prompt", metavar="TEXT", help="caption of the first frame; skips stage 1")
     parser.add_argument("--image", type=file_name, metavar="FILE", help="anchor image; skips stages 1 and 2")
 
 
 def add_rewrite(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("rewrite", help="stage 1: prompt to first-frame prompt; it draws nothing at random")
-    parser.add_argument("prompt", nargs="+", help="what should happen; several give one line each")
+    parser = commands.add_parser("rewrite", help="stage 1: write the first-frame prompt of a prompt; deterministic")
+    parser.add_argument("prompt", nargs="+", help="prompt of the video; each prompt gives one line")
     add_model(parser)
     add_rewriter(parser)
     parser.set_defaults(run=_rewrite)
 
 
 def add_compose(commands: argparse._SubParsersAction) -> None:
-    what = "stage 2: first-frame prompt to anchor image, the best of several where the model has a judge"
+    what = "stage 2: draw the anchor image of a first-frame prompt, the best of several if the model has a judge"
     parser = commands.add_parser("compose", help=what)
-    parser.add_argument("first_frame_prompt", help="what is seen at first")
+    parser.add_argument("first_frame_prompt", help="caption of the first frame")
     add_model(parser)
     add_composer(parser)
     add_size(parser)
@@ -100,33 +103,33 @@ def add_compose(commands: argparse._SubParsersAction) -> None:
         "--steps",
         type=Whole(1, 1000),
         metavar="STEPS",
-        help="of the text-to-image model; its own when left out",
+        help="steps of the text-to-image model (default: its own)",
     )
     parser.add_argument(
         "--num-candidates",
         type=Whole(1, 1000),
         metavar="NUMBER",
-        help="pictures to draw at most, of which the judge keeps the best; the model's own when left out, 1 without a judge",
+        help="maximum number of pictures to draw, of which the judge keeps the best (default: the model's own; 1 without a judge)",
     )
     parser.set_defaults(run=_compose)
 
 
 def add_animate(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("animate", help="stage 3: prompt and anchor image to video")
-    parser.add_argument("prompt", help="what should happen")
-    parser.add_argument("--image", type=file_name, required=True, metavar="FILE", help="the picture to pass through")
+    parser = commands.add_parser("animate", help="stage 3: make a video from a prompt and an anchor image")
+    parser.add_argument("prompt", help="prompt of the video")
+    parser.add_argument("--image", type=file_name, required=True, metavar="FILE", help="anchor image")
     parser.add_argument(
         "--frame-index",
         type=Whole(-1_000_000, 1_000_000),
         metavar="INDEX",
         default=0,
-        help="frame that the image is, from the end where negative (default: %(default)s)",
+        help="frame of the video that shows the image: 0 is the first, -1 the last (default: %(default)s)",
     )
     parser.add_argument(
         "--strength",
         type=Number(0, 1, above=True),
         default=1.0,
-        help="in (0, 1]: below 1 the video may move away from the image (default: %(default)s)",
+        help="in (0, 1]; below 1 the video may deviate from the image (default: %(default)s)",
     )
     add_model(parser)
     add_lora(parser)
@@ -141,7 +144,7 @@ def add_animate(commands: argparse._SubParsersAction) -> None:
 
 
 def open_image(path: Path):
-    """The picture of `--image`, or the first frame of the video, upright and opaque."""
+    """Opens the picture in `--image`, or the first frame of a video, upright and opaque."""
     from ..animate.frames import first_frame
 
     try:
@@ -151,7 +154,7 @@ def open_image(path: Path):
 
 
 def check_outputs(arguments: argparse.Namespace, default: str, suffix: str) -> None:
-    """Refuses before minutes of work what would be refused after them."""
+    """Checks the output paths before minutes of work."""
     if arguments.output is None:
         arguments.output = Path(default) if arguments.overwrite else free_name(Path(default))
     check_file("--output", arguments.output, suffix, arguments.overwrite)
@@ -169,7 +172,7 @@ def _drawn_seed(arguments: argparse.Namespace) -> int:
 
 
 def needed_parts(arguments: argparse.Namespace) -> dict[str, bool]:
-    """The parts that a run does not need, `False`; raises `ValueError` for a flag that would have no effect."""
+    """Returns `False` for each component that a run does not need; raises `ValueError` for a flag without effect."""
     _check_effects(arguments)
     if arguments.mode == "direct":
         skipped = {"composer": False, "rewriter": False}
@@ -181,7 +184,7 @@ def needed_parts(arguments: argparse.Namespace) -> dict[str, bool]:
 
 def _check_effects(arguments: argparse.Namespace) -> None:
     if getattr(arguments, "source", None) is not None:
-        return  # The record's stages ran with what it says.
+        return  # `again.py` checks the flags against the record.
     captioned, pictured = arguments.first_frame_prompt is not None, arguments.image is not None
     causes = {"--mode direct": arguments.mode == "direct", "--image": pictured, "--first-frame-prompt": captioned}
     skipping = [cause for cause, is_given in causes.items() if is_given]
@@ -197,7 +200,7 @@ SAMPLING = ("height", "width", "num_frames", "preset", "num_inference_steps", "g
 
 
 def call_of(arguments: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
-    """Arguments of the pipeline's call that were given."""
+    """Returns the arguments of the pipeline's call that were given."""
     values = {name: getattr(arguments, name, None) for name in names}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -213,10 +216,10 @@ class Look:
     """A run of all stages before its model is loaded.
 
     Args:
-        model ([`Model`]): that the flags or the record name.
-        request ([`VideoRequest`]): of the call, completed.
-        call (`dict`): arguments of the call that flags give.
-        again ([`Again`], *optional*): the video that is to be made again.
+        model ([`Model`]): model that the flags or the record name.
+        request ([`VideoRequest`]): completed request of the call.
+        call (`dict`): arguments of the call that come from flags.
+        again ([`Again`], *optional*): video to repeat.
     """
 
     model: Model
@@ -226,10 +229,10 @@ class Look:
 
 
 def look_at(arguments: argparse.Namespace, needs_prompt: bool = True) -> Look:
-    """What `fvg generate` would do, found out before anything large is read.
+    """Finds the model and checks the call of `fvg generate` before weights are read.
 
     Raises:
-        `ValueError` or `OSError`: what cannot be.
+        `ValueError` or `OSError`: the flags are not valid.
     """
     check_outputs(arguments, "video.mp4", ".mp4")
     image = open_image(arguments.image) if arguments.image else None
@@ -239,15 +242,15 @@ def look_at(arguments: argparse.Namespace, needs_prompt: bool = True) -> Look:
     call |= {} if image is None else {"image": image}
     again = None if arguments.source is None else take_over(arguments, call)
     if needs_prompt and again is None and arguments.prompt is None:
-        raise ValueError("give a prompt, or --from VIDEO to make a video again.")
+        raise ValueError("give a prompt, or --from VIDEO to repeat a video.")
     skipped = needed_parts(arguments)
     if not needs_prompt and arguments.lora is None:
-        # One that is missing is told of in the text.
+        # The text of the plan mentions a missing LoRA.
         skipped["lora"] = False
     model = look(arguments, **skipped)
     wanted = dict(call if again is None else again.call)
     if again is None and arguments.prompt is None:
-        # Any text: its length changes nothing.
+        # Any prompt will do: its length has no effect on the plan.
         model.outline.prompt_check, wanted["prompt"] = None, "a prompt"
     return Look(model, model.check(**wanted), call, again)
 
@@ -289,7 +292,7 @@ def _make(arguments: argparse.Namespace, looked: Look, stages: Path | None) -> N
 
 
 def _shown(seeds: dict[str, Any]) -> dict[str, Any]:
-    """Seeds as a person reads them: a generator's state is some thousand characters."""
+    """Returns seeds for printing, without a generator's state of several thousand characters."""
     video = seeds["video"]
     is_state = isinstance(video, dict) and "state" in video
     return seeds | {"video": video | {"state": "in the file"}} if is_state else seeds

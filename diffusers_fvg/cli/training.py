@@ -1,4 +1,4 @@
-"""`fvg train`."""
+"""`fvg train`: trains an anchor LoRA or Factorized-Dreamer, or prints what a run would do."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "train", help="train an anchor LoRA, or a stage of Factorized-Dreamer, on videos; continues where it stopped"
     )
-    parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="TOML file, see examples/training")
+    parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help="TOML file; see examples/training")
     parser.add_argument(
         "--recipe",
         metavar="NAME",
-        help="print a file for the anchor LoRA of a recipe, with data and cost; trains nothing",
+        help="print a config for the anchor LoRA of a recipe, with the data and memory that it needs; trains nothing",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="tell buckets, rejected files, memory, time, what is trained and times of the run; trains nothing",
+        help="report buckets, rejected files, memory, time, target layers and sampled times of the run; trains nothing",
     )
     parser.add_argument(
-        "--help-options", action="store_true", help="list every option of the file with type, default and reason"
+        "--help-options", action="store_true", help="list every option of the config with type, default and reason"
     )
     parser.set_defaults(run=_train)
 
@@ -50,7 +50,7 @@ def _train(arguments: argparse.Namespace) -> None:
     from ..training.config import TrainConfig
     from ..training.trainer import main_train
 
-    # What is no TOML is said by the config's own reader.
+    # `TrainConfig.load` reports a file that is not TOML.
     with contextlib.suppress(tomllib.TOMLDecodeError, UnicodeDecodeError):
         if "system" in tomllib.loads(arguments.config.read_text(encoding="utf-8")):
             if arguments.dry_run:

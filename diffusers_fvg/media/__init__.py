@@ -1,4 +1,4 @@
-"""Videos and strips of frames on disk: reading and writing."""
+"""Reads and writes video files, animations and contact strips."""
 
 from .animations import preview_webp, write_animation, write_frames
 from .reading import Video, read_video, read_video_metadata

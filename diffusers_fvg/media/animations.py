@@ -1,4 +1,4 @@
-"""Videos in forms that need no player: animated GIF and WebP, and their frames as PNG files.
+"""Writes videos in formats that need no player: animated GIF and WebP, and frames as PNG files.
 
 Shape legend: F frames, H and W height and width in pixels.
 """
@@ -15,33 +15,33 @@ from ..atomic import replacing
 from .writing import Frames, frames_to_uint8
 
 
-# Pixels of the longer side: a larger animation is too many bytes for a page or a chat, and an mp4 is there for it.
+# Largest longer side in pixels: a larger animation has too many bytes for a web page, for which an mp4 is better.
 MAX_SIDE = 720
-# Frames that share a GIF's palette are looked at in so many places; one palette for all keeps still parts still.
+# A GIF's palette comes from this many frames at this size. One palette for all frames avoids flicker in still parts.
 PALETTE_FRAMES, PALETTE_SIDE = 16, 160
 WEBP = {"quality": 90, "method": 4}
 FAST_WEBP = {"quality": 80, "method": 0}
 
 
 def write_animation(path: str | Path, frames: Frames, frame_rate: float, scale: int = 1) -> None:
-    """Writes an animated GIF or WebP, which repeats for ever. The file appears whole or not at all; missing folders are made.
+    """Writes an animated GIF or WebP that repeats forever. The file is written completely or not at all; missing folders are created.
 
     Args:
-        path (`str` or `Path`): the file, ending in `.gif` (256 colours, dithered) or `.webp`.
-        frames (see [`frames_to_uint8`]): what to show; made smaller where the longer side is above `MAX_SIDE` pixels.
-        frame_rate (`float`): frames per second. Times are rounded to those of the format, 1/100 s and 1/1000 s, without
-            adding up; a GIF shows at the most 50 a second, as browsers slow down one that asks for more.
-        scale (`int`, *optional*): each pixel becomes a square of `scale` x `scale`.
+        path (`str` or `Path`): file to write, ending in `.gif` (256 colours, dithered) or `.webp`.
+        frames (see [`frames_to_uint8`]): frames to show; reduced if the longer side is above `MAX_SIDE` pixels.
+        frame_rate (`float`): frames per second. Times are rounded to the unit of the format, 1/100 s (GIF) or 1/1000 s (WebP);
+            the errors do not add up. A GIF has at most 50 frames per second, because browsers slow down faster ones.
+        scale (`int`, *optional*): factor by which pixels are enlarged to squares.
 
     Raises:
-        `ValueError`: bad frames, another file type, a frame rate that is not positive.
+        `ValueError`: the frames are not valid, the file type is another, or the frame rate is not positive.
     """
     path = Path(path)
     form = path.suffix.lower().removeprefix(".")
     if form not in ("gif", "webp"):
-        raise ValueError(f"animations are written as .gif or .webp, not {path.name!r}")
+        raise ValueError(f"`path` must end in .gif or .webp for an animation, but is {path.name!r}")
     if not frame_rate > 0:
-        raise ValueError(f"frame_rate={frame_rate} is not positive: pass frames per second, for example 24")
+        raise ValueError(f"`frame_rate={frame_rate}` must be positive: pass frames per second, for example 24")
     pictures = [_sized(Image.fromarray(frame), scale) for frame in frames_to_uint8(frames)]
     with replacing(path) as draft:
         if form == "webp":
@@ -53,7 +53,7 @@ def write_animation(path: str | Path, frames: Frames, frame_rate: float, scale: 
 
 
 def preview_webp(frames: np.ndarray, frame_rate: float) -> bytes:
-    """Frames `(F, H, W, 3)`, uint8, as an animated WebP that is fast to make."""
+    """Returns frames `(F, H, W, 3)`, uint8, as the bytes of an animated WebP that is fast to encode."""
     file = io.BytesIO()
     pictures = [Image.fromarray(frame) for frame in frames]
     _save(file, "WEBP", pictures, _durations(len(pictures), frame_rate, 1), **FAST_WEBP)
@@ -61,15 +61,15 @@ def preview_webp(frames: np.ndarray, frame_rate: float) -> bytes:
 
 
 def write_frames(path: str | Path, frames: Frames) -> None:
-    """Writes a ZIP of the frames as they are, `frame_0000.png` and so on: without loss, and not enlarged.
+    """Writes a ZIP of the unchanged frames as PNG files, `frame_0000.png` and so on.
 
     Raises:
-        `ValueError`: bad frames, or another file type.
+        `ValueError`: the frames are not valid, or the file type is another.
     """
     path = Path(path)
     if path.suffix.lower() != ".zip":
-        raise ValueError(f"frames are written into a .zip, not {path.name!r}")
-    # PNG is compressed already.
+        raise ValueError(f"`path` must end in .zip for frames, but is {path.name!r}")
+    # PNG files are already compressed.
     with replacing(path) as draft, zipfile.ZipFile(draft, "w", zipfile.ZIP_STORED) as archive:
         for number, frame in enumerate(frames_to_uint8(frames)):
             file = io.BytesIO()
@@ -90,7 +90,7 @@ def _sized(picture: Image.Image, scale: int) -> Image.Image:
 
 
 def _durations(count: int, frame_rate: float, unit: int) -> list[int]:
-    """Milliseconds of each frame, whole units, whose sum is that of the video."""
+    """Returns the milliseconds of each frame, in whole units that add up to the length of the video."""
     ends = [unit * round(1000 * number / frame_rate / unit) for number in range(count + 1)]
     return [max(unit, end - begin) for begin, end in zip(ends, ends[1:])]
 
@@ -100,7 +100,7 @@ def _palette(pictures: list[Image.Image]) -> Image.Image:
     small = []
     for index in chosen:
         picture = pictures[index].copy()
-        # Colours as they are: a mean of two would take the place of one.
+        # Nearest neighbour keeps the colours, of which a mean would take entries of the palette.
         picture.thumbnail((PALETTE_SIDE, PALETTE_SIDE), Image.Resampling.NEAREST)
         small.append(np.asarray(picture))
     return Image.fromarray(np.concatenate(small)).quantize(256, Image.Quantize.MEDIANCUT)

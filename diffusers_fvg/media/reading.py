@@ -1,4 +1,4 @@
-"""Reads videos as a person sees them: upright, with square pixels, each frame known by its time.
+"""Reads videos as a player shows them: upright and with square pixels, with a time for each frame.
 
 Shape legend: F frames, H and W height and width in pixels.
 """
@@ -16,33 +16,34 @@ import numpy as np
 from av.video.reformatter import ColorTrc, Interpolation, VideoReformatter
 
 
-# Longest comment that is read, in characters: a record has some thousands.
+# Longest comment that is read, in characters; a record has a few thousand.
 MAX_COMMENT = 1_000_000
-# Threads of the decoder take longer to start than frames of fewer pixels take to decode.
+# Pixels per frame from which the decoder uses threads; for smaller frames, starting threads takes longer than decoding.
 THREADS_FROM = 256 * 256
-# Transfer functions of high dynamic range (ITU-R BT.2100): shown as if it were standard, such a video is grey and dim.
+# Transfer functions of high dynamic range (ITU-R BT.2100); read as standard range, such a video is grey and dim.
 HDR: dict[int, str] = {ColorTrc.SMPTE2084: "PQ", ColorTrc.ARIB_STD_B67: "HLG"}
-# A pixel is no longer than so many times its other side; beyond it the number in the file is a mistake.
+# Largest pixel aspect ratio; a larger number in a file is a mistake.
 LARGEST_PIXEL_ASPECT = 16
 
 
 class Video:
-    """A video file: its size, the times of its frames, and those frames that are asked for.
+    """A video file with its size and the times of its frames; [`frames`] decodes selected frames.
 
-    Size and times come from the file's packets and its first frame; nothing else is decoded before [`frames`].
+    The size and the times come from the file's packets and its first frame; nothing else is decoded before [`frames`].
 
     Args:
         path (`str` or `Path`): the file.
 
     Attributes:
-        height, width (`int`): upright, in square pixels. The longer side of a pixel is what its shorter one becomes.
+        height, width (`int`): size of the upright video in square pixels; pixels that are not square are enlarged.
         times (`np.ndarray` of shape `(F,)`): seconds from the first frame, ascending.
-        frame_rate (`float`): frames per second on average; 0 for a single frame.
+        frame_rate (`float`): mean number of frames per second; 0 for a single frame.
 
     Raises:
-        `ValueError`: no video, a damaged one, one of high dynamic range, one that is turned by no quarter, or an animated WebP
-            or AVIF, which [`~animate.frames.open_frames`] reads. The message goes on after the file's name.
-        `OSError`: no such file.
+        `ValueError`: the file is not a video, is damaged, has high dynamic range, is rotated by an angle that is not a multiple of
+            90 degrees, or is an animated WebP or AVIF, which [`~animate.frames.open_frames`] reads. The message continues a
+            sentence that begins with the file's name.
+        `OSError`: the file does not exist.
     """
 
     def __init__(self, path: str | Path):
@@ -53,21 +54,21 @@ class Video:
             ticks: list[int | None] = []
             first: av.VideoFrame | None = None
             for packet in container.demux(stream):
-                # The last, without content, makes the decoder give what it holds back.
+                # The last packet, which is empty, flushes the decoder.
                 if first is None:
                     first = next(iter(packet.decode()), None)
-                # Packets are counted, not decoded; what an edit list hides is marked.
+                # Packets are counted without decoding, except for those that an edit list discards.
                 if packet.size and not packet.is_discard:
                     ticks.append(packet.pts)
             if first is None:
-                raise ValueError(f"holds no frame that can be decoded, of {len(ticks)}")
+                raise ValueError(f"contains {len(ticks)} frames, none of which can be decoded")
             _refuse_hdr(first, stream)
             rate = float(stream.average_rate or 0)
             self._size, self._square = (first.width, first.height), _square_size(first, stream)
             time_base = float(stream.time_base or 0)
         self._turn = _turn(first)
         self.width, self.height = self._square[::-1] if self._turn[0] else self._square
-        # Some containers keep no times, or the same twice: frames then follow each other at the average rate.
+        # Some containers have no times, or duplicate ones: the frames then follow each other at the mean rate.
         self._index: dict[int | None, int] | None = None
         known = sorted(tick for tick in ticks if tick is not None)
         if len(set(known)) == len(ticks):
@@ -80,22 +81,22 @@ class Video:
         self.frame_rate = (rate or 1 / float(np.diff(self.times).mean())) if len(self.times) > 1 else 0.0
 
     def frames(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
-        """Frames `(H, W, 3)`, uint8, one after the other; what lies behind the last is not decoded.
+        """Yields frames `(H, W, 3)`, uint8, in order; frames after the last requested one are not decoded.
 
-        The last is handed over only when everything that it was computed from has proved whole.
+        The last frame is yielded only after all frames that it depends on have been decoded without damage.
 
         Args:
-            indices (`Sequence[int]`): not descending; a frame may be wanted several times.
+            indices (`Sequence[int]`): indices in ascending order; an index may occur several times.
 
         Raises:
-            `ValueError`: a frame that is damaged or missing.
+            `ValueError`: a frame is damaged or missing.
         """
         wanted = iter(indices)
         want, held, missing = next(wanted, None), None, len(self.times)
         if want is None:
             return
         for index, frame in self._decoded(max(indices)):
-            # Behind the last, what it rests on is only looked at.
+            # After the last requested frame, the frames on which it depends are only checked.
             if want is not None and index > want:
                 missing = want
                 break
@@ -104,12 +105,12 @@ class Video:
                     yield held
                 held, want = self._upright(frame, index), next(wanted, None)
         if want is not None:
-            raise ValueError(f"can be decoded up to frame {min(missing, want)} of {len(self.times)}")
+            raise ValueError(f"can be decoded only up to frame {min(missing, want)} of {len(self.times)}")
         if held is not None:
             yield held
 
     def _decoded(self, last: int) -> Iterator[tuple[int, av.VideoFrame]]:
-        """All frames up to number `last` and those that it was computed from, with their numbers."""
+        """Yields all frames up to index `last` and those on which it depends, with their indices."""
         with _opened(self.path) as (container, stream):
             if stream.width * stream.height < THREADS_FROM:
                 stream.thread_count = 1
@@ -123,11 +124,13 @@ class Video:
                     count += 1
                     index = count if self._index is None else self._index.get(frame.pts, count)
                     if frame.is_corrupt:
-                        raise ValueError(f"is damaged: frame {index} of {len(self.times)} cannot be decoded whole")
+                        raise ValueError(
+                            f"is damaged: frame {index} of {len(self.times)} cannot be decoded completely"
+                        )
                     yield index, frame
                     given.discard(frame.pts)
                     if index >= last and awaited is None:
-                        # Frames may rest on later ones, which the decoder had by then.
+                        # A frame may depend on later ones, which the decoder has already received.
                         awaited = set(given)
                     if awaited is not None:
                         awaited.discard(frame.pts)
@@ -139,7 +142,7 @@ class Video:
             before, now = "{}x{}".format(*self._size), f"{frame.width}x{frame.height}"
             raise ValueError(f"changes its size from {before} to {now} at frame {index}")
         width, height = self._square
-        # One for all frames: each would make one of its own.
+        # One reformatter for all frames, instead of one per frame.
         if not hasattr(self, "_reformatter"):
             self._reformatter = VideoReformatter()
         options = {} if self._square == self._size else {"interpolation": Interpolation.BICUBIC}
@@ -151,10 +154,10 @@ class Video:
 
 
 def read_video(path: str | Path) -> tuple[np.ndarray, float]:
-    """All frames of a video, `(F, H, W, 3)` uint8, upright and with square pixels, and its frame rate on average.
+    """Returns all frames of a video, `(F, H, W, 3)` uint8, upright and with square pixels, and its mean frame rate.
 
     Raises:
-        `ValueError`: no video, or one that [`Video`] refuses.
+        `ValueError`: the file is not a video, or as in [`Video`].
     """
     try:
         video = Video(path)
@@ -164,13 +167,13 @@ def read_video(path: str | Path) -> tuple[np.ndarray, float]:
 
 
 def read_video_metadata(path: str | Path) -> dict[str, Any]:
-    """What [`~media.writing.write_video`] was given as `metadata`.
+    """Returns the `metadata` with which [`~media.writing.write_video`] wrote an mp4.
 
     Raises:
-        `ValueError`: not an mp4, or one that another program wrote.
+        `ValueError`: the file is not an mp4, or another program wrote it.
     """
     try:
-        # Of one format: a playlist by that name would send the reader to other files.
+        # Only mp4: a playlist with this name would make FFmpeg read other files.
         with _opened(path, "mp4") as (container, _):
             comment = container.metadata.get("comment", "")
     except ValueError as error:
@@ -180,45 +183,46 @@ def read_video_metadata(path: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict):
-        raise ValueError(f"{path} carries no generation metadata: its comment is {comment[:80]!r}")
+        raise ValueError(f"{path} contains no generation metadata: its comment is {comment[:80]!r}")
     return metadata
 
 
 def _refuse_animated(path: Path) -> None:
-    """Of an animated WebP FFmpeg decodes nothing, and of an AVIF that is one the first frame alone."""
+    """Raises `ValueError` for an animated WebP, which FFmpeg cannot decode, or AVIF, of which it decodes one frame."""
     if not path.is_file():
         return
     with path.open("rb") as file:
         head = file.read(21)
-    # The bit of the extended header: developers.google.com/speed/webp/docs/riff_container.
+    # The animation bit of the extended header: developers.google.com/speed/webp/docs/riff_container.
     is_webp = head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and head[20:] and head[20] & 2
     kind = "WebP" if is_webp else "AVIF" if head[4:12] == b"ftypavis" else None
     if kind is not None:
-        raise ValueError(f"is an animated {kind}, a picture file and no video: save its frames as an mp4 file")
+        raise ValueError(
+            f"is an animated {kind}, which is a picture file and not a video: save its frames as an mp4 file"
+        )
 
 
 def _refuse_hdr(frame: av.VideoFrame, stream: av.VideoStream) -> None:
     for transfer in (frame.color_trc, stream.codec_context.color_trc):
         if transfer in HDR:
             raise ValueError(
-                f"is of high dynamic range ({HDR[transfer]}), and its colours would come out grey; convert it to standard range, "
-                "as with FFmpeg's filters zscale and tonemap"
+                f"has high dynamic range ({HDR[transfer]}), and its colours would become grey; convert it to standard range, for "
+                "example with FFmpeg's filters zscale and tonemap"
             )
 
 
 def _square_size(frame: av.VideoFrame, stream: av.VideoStream) -> tuple[int, int]:
-    """Width and height, as stored, in square pixels: nothing is scaled down."""
+    """Returns the stored width and height in square pixels, enlarging the shorter side of a pixel."""
     aspect = stream.sample_aspect_ratio or 1
     if not 1 / LARGEST_PIXEL_ASPECT <= aspect <= LARGEST_PIXEL_ASPECT:
-        raise ValueError(f"has pixels of {aspect} times their height, which is a mistake in the file")
+        raise ValueError(f"has pixels whose width is {aspect} times their height, which is a mistake in the file")
     if aspect >= 1:
         return round(frame.width * aspect), frame.height
     return frame.width, round(frame.height / aspect)
 
 
 def _turn(frame: av.VideoFrame) -> tuple[bool, int, int]:
-    """What makes a stored frame upright: whether rows and columns change places, then the steps through rows and columns,
-    1 or -1.
+    """Returns how to make a stored frame upright: whether to swap rows and columns, then the steps (1 or -1) through both.
 
     The display matrix maps a stored pixel `(p, q)` to `(a p + c q + x, b p + d q + y)` (FFmpeg, `libavutil/display.h`).
     """
@@ -226,19 +230,21 @@ def _turn(frame: av.VideoFrame) -> tuple[bool, int, int]:
     try:
         matrix = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:
-        # There is a kind of data beside it that PyAV does not know.
+        # The frame also has side data that PyAV does not know.
         matrix = None
     if matrix is None:
         a, b, c, d = {0: (1, 0, 0, 1), 90: (0, -1, 1, 0), -90: (0, 1, -1, 0)}.get(frame.rotation, (-1, 0, 0, -1))
         if frame.rotation not in (0, 90, -90, 180, -180):
-            raise ValueError(f"is turned by {frame.rotation} degrees, which is no quarter turn: turn its pixels")
+            raise ValueError(
+                f"is rotated by {frame.rotation} degrees, which is not a multiple of 90: rotate its pixels"
+            )
     else:
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5] / (1 << 16)
     if b == c == 0 and a and d:
         return False, int(np.sign(d)), int(np.sign(a))
     if a == d == 0 and b and c:
         return True, int(np.sign(b)), int(np.sign(c))
-    raise ValueError(f"is turned by {frame.rotation} degrees, which is no quarter turn: turn its pixels")
+    raise ValueError(f"is rotated by {frame.rotation} degrees, which is not a multiple of 90: rotate its pixels")
 
 
 @contextlib.contextmanager
@@ -248,10 +254,10 @@ def _opened(
     try:
         with av.open(str(path), format=file_format) as container:
             if not container.streams.video:
-                raise ValueError("holds no video")
+                raise ValueError("contains no video")
             yield container, container.streams.video[0]
     except av.error.FileNotFoundError:
         raise
     except av.error.FFmpegError as error:
-        # Some of them are neither a `ValueError` nor an `OSError`.
-        raise ValueError(f"is no video that can be read, or a damaged one; it cannot be decoded: {error}") from error
+        # Some FFmpeg errors are neither a `ValueError` nor an `OSError`.
+        raise ValueError(f"is not a video, or is damaged; it cannot be decoded: {error}") from error

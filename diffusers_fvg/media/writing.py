@@ -1,4 +1,4 @@
-"""Writes videos and strips of frames. What reads them is [`reading`].
+"""Writes videos and contact strips; [`reading`] reads them.
 
 Shape legend: F frames, H and W height and width in pixels, C colour channels.
 """
@@ -25,12 +25,12 @@ from ..atomic import replacing
 
 Frames: TypeAlias = np.ndarray | torch.Tensor | list[Image.Image]
 
-# Visually lossless for photographs (x264's own scale, 0 to 51); flat coloured shapes come back within a few levels.
+# Quality on x264's scale from 0 to 51: visually lossless for photographs, and within a few levels for flat coloured shapes.
 CRF = 15
-# Threads of the encoder take longer to start than frames of fewer pixels take to encode.
+# Pixels per frame from which the encoder uses threads; for smaller frames, starting threads takes longer than encoding.
 THREADS_FROM = 256 * 256
 
-# Beyond any player.
+# More than any player supports.
 MAX_FRAME_RATE, MAX_SCALE = 1000, 256
 
 TILE_SIZE = 192
@@ -39,7 +39,7 @@ BACKGROUND, INK, FAINT, EDGE, ACCENT = "#ffffff", "#1b1f24", "#6a737d", "#d0d7de
 
 
 def frames_to_uint8(frames: Frames) -> np.ndarray:
-    """Any of the forms in which frames travel, as one array.
+    """Converts frames in any supported form to one array.
 
     Args:
         frames (`np.ndarray` of shape `(F, H, W, 3)`, uint8 or float in [0, 1]; `torch.Tensor` of shape `(F, 3, H, W)`,
@@ -49,35 +49,41 @@ def frames_to_uint8(frames: Frames) -> np.ndarray:
         `np.ndarray` of shape `(F, H, W, 3)`, uint8.
 
     Raises:
-        `ValueError`: another shape, values outside the range, pictures of different sizes.
+        `ValueError`: the shape is another, values are out of range, or pictures differ in size.
     """
     if isinstance(frames, torch.Tensor):
         if not frames.is_floating_point() or frames.ndim != 4:
             raise ValueError(
-                f"a tensor of frames is float of shape (F, 3, H, W), not {frames.dtype} of shape {tuple(frames.shape)}"
+                f"a tensor of frames must be float of shape (F, 3, H, W), but is {frames.dtype} of shape {tuple(frames.shape)}"
             )
         frames = frames.detach().cpu().float().permute(0, 2, 3, 1).numpy()
     elif not isinstance(frames, np.ndarray):
         if not isinstance(frames, Sequence) or not all(isinstance(image, Image.Image) for image in frames):
-            raise ValueError(f"frames are an array, a tensor or a list of pictures, not a {type(frames).__name__}")
+            raise ValueError(
+                f"frames must be an array, a tensor or a list of pictures, but are a {type(frames).__name__}"
+            )
         sizes = sorted({image.size for image in frames})
         if len(sizes) != 1:
-            raise ValueError(f"frames are one size and at least one, got the sizes {sizes}: resize them first")
+            raise ValueError(
+                f"frames must be at least one and have one size, but have the sizes {sizes}: resize them first"
+            )
         frames = np.stack([np.asarray(image.convert("RGB")) for image in frames])
     if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
-        raise ValueError(f"frames have the shape (F, H, W, 3) with no side 0 (a tensor (F, 3, H, W)): {frames.shape}")
+        raise ValueError(
+            f"frames must have the shape (F, H, W, 3), or (F, 3, H, W) for a tensor, with no side 0, but have {frames.shape}"
+        )
     if frames.dtype == np.uint8:
         return frames
     if not np.issubdtype(frames.dtype, np.floating):
-        raise ValueError(f"frames are uint8, or float in [0, 1], not {frames.dtype}")
+        raise ValueError(f"frames must be uint8, or float in [0, 1], but are {frames.dtype}")
     low, high = float(frames.min()), float(frames.max())
     if not (low >= 0 and high <= 1):
-        raise ValueError(f"float frames are in [0, 1], these are in [{low:.4g}, {high:.4g}]: rescale or clamp them")
+        raise ValueError(f"float frames must be in [0, 1], but are in [{low:.4g}, {high:.4g}]: rescale or clamp them")
     return np.round(frames * 255).astype(np.uint8)
 
 
 def viewing_scale(height: int) -> int:
-    """The `scale` for [`write_video`] by which a video of few pixels is no stamp in a player: whole factors keep edges sharp."""
+    """Returns the `scale` for [`write_video`] that enlarges a small video for players; a whole factor keeps edges sharp."""
     return max(1, 384 // height)
 
 
@@ -92,41 +98,43 @@ def write_video(
 ) -> None:
     """Writes an mp4 that plays everywhere: H.264, 4:2:0, BT.709, constant frame rate, index at the front.
 
-    The file appears whole or not at all; missing folders are made. It says nothing of the programs that wrote it and of this
-    machine: what it tells beside the picture is `metadata`.
+    The file is written completely or not at all; missing folders are created. Apart from `metadata`, the file contains no
+    information about the programs or the machine that wrote it.
 
     Args:
-        path (`str` or `Path`): the file, ending in `.mp4`.
-        frames (see [`frames_to_uint8`], or an iterator of `np.ndarray` of shape `(H, W, 3)`): what to show. An iterator, such
-            as [`~animate.decoding.decode_frames`], is asked for the next frame when the one before is written.
-        frame_rate (`float`): frames per second.
-        metadata (`dict`, *optional*): anything JSON holds, kept as the file's comment, such as a video's record
-            (`out.records[0]`); its `"prompt"` is also the title.
-            [`~media.reading.read_video_metadata`] gives it back.
-        scale (`int`, *optional*): each pixel becomes a square of `scale` x `scale`, as players blur tiny videos.
-        audio (`np.ndarray` or `torch.Tensor` of shape `(1 or 2, samples)`, *optional*): the sound track, float in [-1, 1],
+        path (`str` or `Path`): file to write, ending in `.mp4`.
+        frames (see [`frames_to_uint8`], or an iterator of `np.ndarray` of shape `(H, W, 3)`): frames of the video. From an
+            iterator, such as [`~animate.decoding.decode_frames`], the next frame is taken when the one before is written.
+        frame_rate (`float`): frames per second, in (0, 1000].
+        metadata (`dict`, *optional*): values that JSON can hold, stored as the file's comment, such as a video's record
+            (`out.records[0]`); its `"prompt"` also becomes the title. [`~media.reading.read_video_metadata`] reads it.
+        scale (`int`, *optional*): factor by which pixels are enlarged to squares, because players blur small videos; 1 to 256.
+        audio (`np.ndarray` or `torch.Tensor` of shape `(1 or 2, samples)`, *optional*): sound track, float in [-1, 1],
             written as AAC.
-        audio_sampling_rate (`int`, *optional*): samples per second; goes with `audio`.
+        audio_sampling_rate (`int`, *optional*): samples per second of `audio`.
 
     Raises:
-        `ValueError`: bad frames or sound, an odd height or width, another file type, a frame rate or scale that is not positive.
+        `ValueError`: the frames or the sound are not valid, the height or width is odd, the file type is another, or the frame
+            rate or scale is out of range.
     """
     path = Path(path)
     if path.suffix.lower() != ".mp4":
-        raise ValueError(f"videos are written as .mp4, not {path.name!r}: use {path.with_suffix('.mp4').name!r}")
+        raise ValueError(
+            f"`path` must end in .mp4 for a video, but is {path.name!r}: use {path.with_suffix('.mp4').name!r}"
+        )
     is_rate = isinstance(frame_rate, numbers.Real) and not isinstance(frame_rate, bool)
     if not is_rate or not 0 < frame_rate <= MAX_FRAME_RATE:
         raise ValueError(
-            f"frame_rate={frame_rate!r} is not positive and at most {MAX_FRAME_RATE}: pass frames per second, for example 24"
+            f"`frame_rate={frame_rate!r}` must be above 0 and at most {MAX_FRAME_RATE}: pass frames per second, for example 24"
         )
     if isinstance(scale, bool) or not isinstance(scale, numbers.Integral) or not 1 <= scale <= MAX_SCALE:
-        raise ValueError(f"scale={scale!r} is not a whole number from 1 to {MAX_SCALE}")
+        raise ValueError(f"`scale={scale!r}` must be a whole number from 1 to {MAX_SCALE}")
     frames = _one_size(frames) if isinstance(frames, Iterator) else iter(frames_to_uint8(frames))
     first = next(frames)
     height, width = first.shape[0] * scale, first.shape[1] * scale
     if height % 2 or width % 2:
         raise ValueError(
-            f"H.264 needs an even height and width, not {height}x{width}: "
+            f"H.264 needs an even height and width, but the frames are {height}x{width}: "
             f"crop to {height - height % 2}x{width - width % 2} or pass scale={2 * scale}"
         )
 
@@ -136,25 +144,25 @@ def write_video(
         tags["title"] = str(metadata["prompt"])
     with (
         replacing(path) as draft,
-        # Bit-exact: without the muxer's name and version.
+        # Bit-exact mode omits the muxer's name and version.
         av.open(str(draft), "w", format="mp4", options={"movflags": "faststart", "fflags": "+bitexact"}) as container,
     ):
         container.metadata.update(tags)
         stream = container.add_stream("libx264", rate=Fraction(frame_rate).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": str(CRF)}
-        # Without these players guess the colour space from the height, and reds and greens shift.
+        # Without these tags, players guess the colour space from the height, and reds and greens shift.
         context = stream.codec_context
         context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
         if sound is not None:
-            # A stream is there before the first packet; the container puts packets in the order of time.
-            # Bit-exact here too: the encoder writes its name and version into the first packet.
+            # All streams must exist before the first packet; the container sorts packets by time. Bit-exact mode keeps the
+            # encoder's name and version out of the first packet.
             options = {"flags": "+bitexact"}
             track = container.add_stream("aac", rate=sound.sample_rate, layout=sound.layout.name, options=options)
             container.mux(track.encode(sound))
             container.mux(track.encode())
-        # x264 writes its version, its settings and the machine's number of threads into the stream, as a unit of type 6.
+        # Removes units of type 6, in which x264 writes its version, its settings and the machine's number of threads.
         plain = BitStreamFilterContext("filter_units=remove_types=6", stream)
         for frame in itertools.chain([first], frames):
             enlarged = frame.repeat(scale, axis=0).repeat(scale, axis=1)
@@ -172,10 +180,10 @@ def write_video(
 def _sound(audio: np.ndarray | torch.Tensor, sampling_rate: int | None) -> av.AudioFrame:
     samples = np.asarray(audio.detach().cpu().float() if isinstance(audio, torch.Tensor) else audio, dtype=np.float32)
     if samples.ndim != 2 or len(samples) not in (1, 2) or not np.isfinite(samples).all():
-        raise ValueError(f"`audio` has the shape (1 or 2, samples) and finite values, not {samples.shape}")
+        raise ValueError(f"`audio` must have the shape (1 or 2, samples) and finite values, but has {samples.shape}")
     if not isinstance(sampling_rate, int) or sampling_rate <= 0:
         raise ValueError(
-            f"`audio_sampling_rate={sampling_rate!r}` is no number of samples per second: pass the vocoder's"
+            f"`audio_sampling_rate={sampling_rate!r}` must be a number of samples per second: pass that of the vocoder"
         )
     layout = "mono" if len(samples) == 1 else "stereo"
     frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples), format="fltp", layout=layout)
@@ -184,22 +192,22 @@ def _sound(audio: np.ndarray | torch.Tensor, sampling_rate: int | None) -> av.Au
 
 
 def _one_size(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """Frames as uint8, each checked when it comes."""
+    """Yields frames as uint8, each checked when it is taken from the iterator."""
     size = None
     for frame in frames:
         (frame,) = frames_to_uint8(np.asarray(frame)[None])
         size = size or frame.shape
         if frame.shape != size:
-            raise ValueError(f"frames are one size, got {frame.shape} after {size}: resize them first")
+            raise ValueError(f"frames must have one size, but {frame.shape} comes after {size}: resize them first")
         yield frame
     if size is None:
-        raise ValueError("frames are at least one, and the iterator had none")
+        raise ValueError("frames must be at least one, but the iterator had none")
 
 
 def lossless_video(frames: np.ndarray, frame_rate: float) -> bytes:
-    """Frames `(F, H, W, 3)`, uint8, as an mp4 that decodes to the same numbers: H.264 in RGB at quantiser 0.
+    """Returns frames `(F, H, W, 3)`, uint8, as the bytes of a lossless mp4: H.264 in RGB with quantiser 0.
 
-    Few players know it: it is for training, and for what is made of the frames later. [`write_video`] is for people.
+    Few players support it: it is meant for training and for conversion to other formats. [`write_video`] writes for players.
     """
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
@@ -222,26 +230,27 @@ def write_strip(
     frames: Frames,
     num_frames_shown: int = 6,
 ) -> None:
-    """Writes a PNG that tells the story of one video: prompt, first-frame prompt, anchor, frames with their index.
+    """Writes a PNG with the prompt, the first-frame prompt, the anchor, and frames of one video with their indices.
 
     Args:
-        path (`str` or `Path`): the file, ending in `.png`.
-        prompt (`str`): what was asked for.
-        first_frame_prompt (`str` or `Sequence[str]`, *optional*): what the rewriter made of it, of several moments in order;
-            left out where there was none.
-        anchor (`PIL.Image.Image` or `Sequence[PIL.Image.Image]`, *optional*): drawn at the left, with a border and an arrow
-            to the frames.
-        frames (see [`frames_to_uint8`]): the video.
-        num_frames_shown (`int`, *optional*): evenly spaced, the first and the last among them; all of a shorter video.
+        path (`str` or `Path`): file to write, ending in `.png`.
+        prompt (`str`): prompt of the video.
+        first_frame_prompt (`str` or `Sequence[str]`, *optional*): caption of the first frame, or captions of several moments in
+            order.
+        anchor (`PIL.Image.Image` or `Sequence[PIL.Image.Image]`, *optional*): anchors, drawn at the left with a border and an
+            arrow to the frames.
+        frames (see [`frames_to_uint8`]): frames of the video.
+        num_frames_shown (`int`, *optional*): number of evenly spaced frames to show, with the first and the last; a shorter
+            video is shown completely.
 
     Raises:
-        `ValueError`: bad frames, another file type, no frame to show.
+        `ValueError`: the frames are not valid, the file type is another, or `num_frames_shown` is below 1.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
-        raise ValueError(f"strips are written as .png, not {path.name!r}: use {path.with_suffix('.png').name!r}")
+        raise ValueError(f"`path={path.name!r}` must end in .png for a strip: use {path.with_suffix('.png').name!r}")
     if num_frames_shown < 1:
-        raise ValueError(f"num_frames_shown={num_frames_shown} leaves nothing to show: pass 1 or more")
+        raise ValueError(f"`num_frames_shown={num_frames_shown}` must be at least 1")
     frames = frames_to_uint8(frames)
     shown = np.linspace(0, len(frames) - 1, min(num_frames_shown, len(frames))).round().astype(int)
     tiles = [_tile(Image.fromarray(frames[index])) for index in shown]
@@ -251,7 +260,7 @@ def write_strip(
     # The arrow between anchors and video is as wide as two gaps.
     left = MARGIN + sum(tile.width + GAP for tile in anchor_tiles) + (3 * GAP if anchor_tiles else 0)
     width = max(left + sum(tile.width + GAP for tile in tiles) - GAP + MARGIN, 4 * TILE_SIZE)
-    # Strips are shown some 900 pixels wide: text of 1/60 of the width is 15 pixels there.
+    # Pages show strips about 900 pixels wide, where text of 1/60 of the width has 15 pixels.
     font, small = (_font(max(minimum, width // part)) for minimum, part in ((16, 60), (14, 72)))
     line_height = round(font.size * 1.4)
     texts = [("prompt", prompt)]
@@ -299,7 +308,7 @@ def write_strip(
 
 
 def _tile(image: Image.Image) -> Image.Image:
-    """The picture with its longer side at or just above `TILE_SIZE`: enlarged in whole steps, or reduced smoothly."""
+    """Returns a picture whose longer side is `TILE_SIZE` or just above: enlarged by a whole factor, or reduced smoothly."""
     longer = max(image.size)
     if longer > TILE_SIZE:
         size = [max(1, round(side * TILE_SIZE / longer)) for side in image.size]
@@ -310,12 +319,12 @@ def _tile(image: Image.Image) -> Image.Image:
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
     font = ImageFont.load_default(size=size)
-    assert isinstance(font, ImageFont.FreeTypeFont)  # With a size, and with FreeType, which Pillow's wheels have.
+    assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow's wheels contain FreeType.
     return font
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Lines no wider than `width` pixels; a word wider than a line is broken."""
+    """Breaks text into lines of at most `width` pixels; a word wider than a line is broken, too."""
     lines = [""]
     for word in text.split():
         if lines[-1] and font.getlength(f"{lines[-1]} {word}") <= width:

@@ -1,6 +1,6 @@
-"""`fvg assemble`: a repository made of a base, a text-to-image pipeline, a chat model and an anchor LoRA, given by name.
+"""`fvg assemble`: makes a repository from the names of a base, a text-to-image pipeline, a chat model and an anchor LoRA.
 
-No weights are loaded into memory: a light repository refers to the parts, a bundled one has copies of their files.
+No weights are loaded into memory: a light repository refers to other repositories, a bundled one contains copies of their files.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .privacy import PATH
 
 
 BASE_COMPONENTS = ("tokenizer", "text_encoder", "transformer", "transformer_2", "vae")
-# Of the base's video model -> this package's class for it and its pipeline, and presets where the model is none of the table.
+# Class of the base's video model -> this package's class for it, its pipeline, and the presets for models without `ModelFacts`.
 FAMILIES: dict[str, tuple[type[StockWeights], str, SchedulerPresets]] = {
     name: (kind, pipeline, presets)
     for kind, pipeline, presets in (
@@ -78,48 +78,48 @@ def assemble(
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
 ) -> Assembly:
-    """Puts a repository together that `DiffusionPipeline.from_pretrained` loads.
+    """Makes a repository that `DiffusionPipeline.from_pretrained` loads.
 
-    Each part is a folder, or `"org/name"` or `"org/name@revision"` on the Hub. Revisions are pinned to their commits.
+    Each component is named by a folder, or by `"org/name"` or `"org/name@revision"` on the Hub. Revisions are pinned to commits.
 
     Args:
-        output (`str` or `os.PathLike`): an empty or new folder.
-        base (`str`, *optional*): a Wan, SkyReels-V2 diffusion forcing or CogVideoX pipeline in diffusers' format, light or not; its composer, rewriter and presets are
-            not taken. For a model of [`models.MODELS`] size, length, negative prompt and presets are the model's own. Given, or
-            an `animator` is.
-        composer (`str`, *optional*): a text-to-image pipeline. Without one there is no stage 2.
-        rewriter (`str`, *optional*): a chat model, or a rewriter's folder. Without one there is no stage 1.
-        lora (`str` or two of them, *optional*): the anchor LoRA, of any known format: a file, folder or repository, or a
-            pair for the high-noise and the low-noise expert.
-        presets (`Sequence[str]`): names of presets, the default first, or one folder of them; all of the model's when left
-            out, those for the repository's size first.
-        animator (`str`, *optional*): in place of the base an image-to-video pipeline, which takes no `lora` and no `presets`; the
-            repository is of a [`FactorizedImageToVideoPipeline`].
-        light (`bool`): refer to what is on the Hub; a folder's files are copied in any case. Otherwise copy all.
+        output (`str` or `os.PathLike`): empty or new folder.
+        base (`str`, *optional*): Wan, SkyReels-V2 diffusion forcing or CogVideoX pipeline in diffusers' format, light or not. Its
+            composer, rewriter and presets are ignored. A model in [`models.MODELS`] gives its own size, length, negative prompt
+            and presets. Exactly one of `base` and `animator` is required.
+        composer (`str`, *optional*): text-to-image pipeline. Without it, the pipeline has no stage 2.
+        rewriter (`str`, *optional*): chat model, or folder of a rewriter. Without it, the pipeline has no stage 1.
+        lora (`str` or two of them, *optional*): anchor LoRA of any known format: a file, folder or repository, or a pair for the
+            high-noise and the low-noise expert.
+        presets (`Sequence[str]`): names of presets, the default first, or one folder of presets. By default all presets of the
+            model, those for the repository's size first.
+        animator (`str`, *optional*): image-to-video pipeline instead of a base; it takes no `lora` and no `presets`. The
+            repository is then one of a [`FactorizedImageToVideoPipeline`].
+        light (`bool`): store references to Hub repositories instead of copies; files of local folders are always copied.
         dry_run (`bool`): write nothing.
-        anchor_judge (`str`, *optional*): a model that chooses among pictures, or a judge's folder; see [`AnchorJudge`].
-        variant (`str`, *optional*): of the weights, such as `"fp16"`.
-        call_defaults (`dict`, *optional*): of the pipeline: `height`, `width`, `num_frames`, `frame_rate`, in place of the
-            base's or the model's own.
-        composer_call_defaults, animator_call_defaults (`dict`, *optional*): of the composer and of the animator, such as
-            `num_inference_steps`.
-        token, cache_dir, local_files_only (*optional*): for the Hub.
+        anchor_judge (`str`, *optional*): model that chooses among pictures, or folder of a judge; see [`AnchorJudge`].
+        variant (`str`, *optional*): variant of the weight files, such as `"fp16"`.
+        call_defaults (`dict`, *optional*): call defaults of the pipeline (`height`, `width`, `num_frames`, `frame_rate`) instead of
+            those of the base or the model.
+        composer_call_defaults, animator_call_defaults (`dict`, *optional*): call defaults of the composer and of the animator, such
+            as `num_inference_steps`.
+        token, cache_dir, local_files_only (*optional*): arguments for the Hub.
 
     Returns:
-        [`Assembly`]: its parts, with licences, files and sizes.
+        [`Assembly`]: the repository's components with licences, files and sizes.
 
     Raises:
-        `ValueError`: `output` is not empty, the base is no text-to-video pipeline of Wan or CogVideoX, defaults cannot be of
-            its videos, or the LoRA does not fit it. All but the last before weights are fetched or copied.
-        `OSError`: a part is not there.
+        `ValueError`: `output` is not empty, the base is not a text-to-video pipeline of a supported family, call defaults are not
+            valid for its videos, or the LoRA does not fit it. All but the last are raised before weights are downloaded or copied.
+        `OSError`: a component does not exist.
     """
     output = Path(output)
     if output.exists() and not (output.is_dir() and is_empty(output)):
-        raise ValueError(f"{str(output)!r} is there and not an empty folder; choose another.")
+        raise ValueError(f"`output={str(output)!r}` exists and is not an empty folder; choose another.")
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only or None}
     hub = {name: value for name, value in hub.items() if value is not None}
     if (base is None) == (animator is None):
-        raise ValueError("Give a `base` or an `animator`, one of them.")
+        raise ValueError("Give either a `base` or an `animator`.")
     plans: list[tuple[str, str, Any, Callable[..., list[Part]]]]
     if animator is not None:
         _check_no(lora=lora, presets=presets)
@@ -142,7 +142,7 @@ def assemble(
         if value is not None:
             repository.parts += plan(value, light=light, hub=hub)
     if variant is not None and not any(f".{variant}" in file for part in repository.parts for file in part.files):
-        raise ValueError(f"No part has weights of the variant {variant!r}; leave it out.")
+        raise ValueError(f"`variant={variant!r}`: no component has weights of this variant; leave it out.")
     if not dry_run:
         repository.write(output)
     return repository
@@ -158,7 +158,7 @@ def _check_no(**arguments: Any) -> None:
 def _of_base(
     source: Source, presets: Sequence[str], call_defaults: dict[str, Any] | None, light: bool, variant: str | None
 ) -> tuple[Assembly, type[StockWeights]]:
-    """The repository with the parts of a base, and this package's class for its video model."""
+    """Returns an assembly with the components of a base, and this package's class for its video model."""
     index = source.read_json(DiffusionPipeline.config_name)
     class_name = index.get("transformer", [None, None])[1]
     if class_name == HubReference.__name__:
@@ -167,7 +167,7 @@ def _of_base(
         known = ", ".join(facts.repository for facts in MODELS.values())
         raise ValueError(
             f"The base {source.title}, a {index.get('_class_name')}, has the video model {class_name!r}, not one of "
-            f"{tuple(FAMILIES)}. Use a text-to-video model, such as {known}; an image-to-video pipeline is an `animator`."
+            f"{tuple(FAMILIES)}. Use a text-to-video model, such as {known}; pass an image-to-video pipeline as `animator`."
         )
     anchored, pipeline, family_presets = FAMILIES[class_name]
     parts: list[Part] = []
@@ -201,13 +201,13 @@ def _of_base(
 
 
 def _check_call_defaults(defaults: dict[str, Any], parts: Sequence[Part], anchored: type) -> None:
-    """The size and length are some that the VAE and the patches of this base divide."""
+    """Checks that the VAE and the patch size of this base divide the default size and length."""
     check_defaults(defaults)
     configs = {part.name: _config(part) for part in parts if part.name in ("transformer", "vae")}
     transformer, vae = configs["transformer"], configs.get("vae", {})
     if anchored is AnchorConditionedCogVideoXTransformer3D:
         multiple = 2 ** (len(vae.get("block_out_channels", range(4))) - 1) * transformer.get("patch_size", 2)
-        # At sampling its VAE decodes latents two by two.
+        # In sampling, its VAE decodes two latent frames at a time.
         step = 2 * vae.get("temporal_compression_ratio", 4)
     else:
         multiple = vae.get("scale_factor_spatial", 8) * tuple(transformer.get("patch_size", (1, 2, 2)))[1]
@@ -220,7 +220,7 @@ def _check_call_defaults(defaults: dict[str, Any], parts: Sequence[Part], anchor
 
 
 def _with_animator(call_defaults: dict[str, Any] | None) -> Assembly:
-    """The repository without parts: presets are those that the animator makes of its scheduler."""
+    """Returns an assembly without components; the animator derives its presets from its scheduler."""
     check_defaults(call_defaults)
     name = "FactorizedImageToVideoPipeline"
     index = {"_class_name": name, "_diffusers_version": diffusers.__version__, "schedulers": [None, None]}
@@ -237,10 +237,10 @@ def _presets(
 
 
 def _check_experts(parts: Sequence[Part], anchored: type[StockWeights]) -> None:
-    """Refuses a video model that cannot be anchored, from its configuration alone."""
+    """Raises `ValueError` for a video model that cannot take anchors, from its configuration alone."""
     configs = {part.name: _config(part) for part in parts if part.name in (*EXPERTS, "vae", "text_encoder")}
     vae, text_width = configs.pop("vae", {}), configs.pop("text_encoder", {}).get("d_model")
-    # Wan's name of it, and CogVideoX's.
+    # The name in Wan's VAE, and in CogVideoX's.
     channels = vae.get("z_dim", vae.get("latent_channels"))
     for part in parts:
         if part.name in EXPERTS:
@@ -279,13 +279,13 @@ def _base_part(
         reference = HubReference(source.name, library, class_name, source.revision, subfolder, variant)
         entry, write = ["diffusers", HubReference.__name__], reference.save_pretrained
     elif variant is not None and weights:
-        # A copy has only these weights, so that they are the standard ones.
+        # The copy contains only these weights, so that they need no variant in their names.
         files = {file: target.replace(f".{variant}", "", 1) for file, target in files.items()}
     return (entry if refers else [library, class_name]), Part(name, source, files, refers, write, source.license())
 
 
 def _nothing(folder: Path) -> None:
-    """All of a copied component is in its files."""
+    """Writes nothing: the files of a copied component are complete."""
 
 
 def _composer(
@@ -302,7 +302,7 @@ def _animator(
     class_name = str(index.get("_class_name"))
     if not is_image_to_video(class_name, index):
         raise ValueError(
-            f"The animator {source.title} is a {class_name}, and no image-to-video pipeline of diffusers."
+            f"The animator {source.title} is a {class_name}, not an image-to-video pipeline of diffusers; name one."
         )
     return [_pipeline("animator", animators.CONFIG_NAME, source, light, defaults, variant)]
 
@@ -310,7 +310,7 @@ def _animator(
 def _pipeline(
     part: str, config: str, source: Source, light: bool, defaults: dict[str, Any] | None, variant: str | None
 ) -> Part:
-    """A pipeline of diffusers as a component."""
+    """Plans a diffusers pipeline as a component."""
     check_defaults(defaults)
     settings: dict[str, Any] = {} if defaults is None else {"call_defaults": defaults}
     index, names = source.read_json(DiffusionPipeline.config_name), [DiffusionPipeline.config_name]
@@ -342,7 +342,7 @@ def _judge(name: str, light: bool, hub: dict[str, Any]) -> list[Part]:
 def _chat_model(
     part: str, reader: str, config: str, read: Callable, name: str, light: bool, hub: dict[str, Any]
 ) -> list[Part]:
-    """A model of transformers with what reads its inputs, as a component that has both in folders of their own."""
+    """Plans a component with a transformers model and its tokenizer or processor, in one folder each."""
     source = Source.of(name, hub)
     if config in source.files:
         read(source.fetch([config]) / config)
@@ -352,7 +352,8 @@ def _chat_model(
     refers = light and source.folder is None
     settings = {"model": source.name, "revision": source.revision} if refers else {}
     files = {file: f"{part}/model/{file}" for file in model}
-    # The tokenizer's class may be that of the model's configuration.
+    # Files that are among the model's are not copied twice; `_write_chat_model` copies the configuration, which may name the
+    # tokenizer's class.
     files |= {file: f"{part}/{reader}/{file}" for file in texts if file not in model}
     write = partial(_write_chat_model, config, reader, settings, None if refers else source)
     return [Part(part, source, files, refers, write, source.license())]
@@ -376,14 +377,14 @@ def _lora(
     write: Callable[[Path], None] = partial(_write_lora, sources, anchored, base)
     parts = []
     for name, (source, files) in zip(("anchor_lora", "anchor_lora_2"), sources):
-        # They are not copied but read: the repository has one file in diffusers' format, whatever the format of these.
+        # The files are read and not copied: the repository gets one file in diffusers' format.
         parts.append(Part(name, source, dict.fromkeys(files, ""), False, write, source.license()))
         write = _nothing
     return parts
 
 
 def _lora_source(name: str, hub: dict[str, Any]) -> tuple[Source, list[str]]:
-    """A file, a folder, a repository, or a file of a repository: `"org/name/high.safetensors"`."""
+    """Finds a LoRA in a file, a folder, a repository, or a file of a repository (`"org/name/high.safetensors"`)."""
     path = Path(name)
     if path.is_file():
         return Source(path.stem, path.parent, None, {path.name: path.stat().st_size}, hub), [path.name]
@@ -397,7 +398,7 @@ def _lora_source(name: str, hub: dict[str, Any]) -> tuple[Source, list[str]]:
     repository, _, file = rest.partition("/")
     source = Source.of(f"{owner}/{repository}{at}{revision}", hub)
     if file not in source.files:
-        raise ValueError(f"{source.title} has no {file}.")
+        raise ValueError(f"The LoRA repository {source.title} has no file {file}.")
     return source, [file]
 
 
@@ -407,7 +408,7 @@ def _write_lora(
     experts: dict[str, torch.nn.Module] = {}
     for part in base:
         if part.name in EXPERTS:
-            # Without weights: only names and shapes count here.
+            # Only names and shapes are needed, not weights.
             with init_empty_weights(include_buffers=False):
                 experts[part.name] = anchored.from_config(_config(part))
     roots = [(source.fetch(files), files) for source, files in sources]
@@ -417,21 +418,21 @@ def _write_lora(
     deltas = [name for fit in lora.fits.values() for name in fit.deltas]
     if lora.unmatched or deltas:
         raise ValueError(
-            f"The LoRA {names} is no anchor LoRA of this base: {[*lora.unmatched, *deltas][:8]} fit no layer as a pair of "
+            f"The LoRA {names} is not an anchor LoRA of this base: {[*lora.unmatched, *deltas][:8]} fit no layer as a pair of "
             "low-rank matrices."
         )
     missing = [name for name in experts if name not in lora.fits]
     if missing:
         raise ValueError(
-            f"The LoRA {names} has nothing for {missing}, and the base has two experts; give a pair, high noise first."
+            f"The LoRA {names} has no weights for {missing}, but the base has two experts; give a pair, high noise first."
         )
     metadata: dict[str, str] = {}
     for path in lora.labels:
         with safe_open(path, framework="pt") as file:
             metadata |= file.metadata() or {}
-    # Alpha has been multiplied into the tensors, so what the file said of it no longer holds.
+    # Alpha has been multiplied into the tensors, so that the file's alpha is no longer valid.
     metadata.pop(LORA_ADAPTER_METADATA_KEY, None)
-    # A training config names folders of the machine that it ran on.
+    # The training config contains local paths of the machine that ran it.
     metadata = {key: PATH.sub(lambda match: PurePath(match[0]).name, value) for key, value in metadata.items()}
     tensors = {f"{name}.{key}": tensor for name, fit in lora.fits.items() for key, tensor in fit.state_dict().items()}
     AnchorLora(tensors, metadata).save_pretrained(folder)

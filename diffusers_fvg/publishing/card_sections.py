@@ -1,4 +1,4 @@
-"""The sections of a model card: tables and texts from data, and the card's metadata. Light to import."""
+"""Sections of a model card: tables and texts from data, and the card's metadata. Imports neither torch nor diffusers."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 PROMPT = "A green leaf slowly turns yellow"
 STAGES = {"rewriter": "1 reasoning", "composer": "2 composition", "anchor_judge": "2 composition"}
 ANIMATION = "3 animation"
-# What a training config says of the machine it ran on.
+# Options of a training config that hold local paths.
 PLACES = ("cache_dir", "output_dir")
 
-# Identifiers of https://huggingface.co/docs/hub/repositories-licenses; any other licence is the Hub's `other` with a name.
+# Identifiers from https://huggingface.co/docs/hub/repositories-licenses; other licences use the Hub's `other` with a name.
 HUB_LICENSES = frozenset(
     """apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m
     afl-3.0 artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5
@@ -58,19 +58,19 @@ CITATION = """\
 }
 ```
 
-The methods are those of the two papers; this package is not their authors'."""
+The two papers describe the methods. This package is independent of their authors."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """A benchmark's mean per arm; `scores.json` of a repository holds these fields.
+    """Mean scores of a benchmark; a repository's `scores.json` has these fields.
 
     Args:
-        benchmark (`str`): what was run.
-        synthetic (`bool`): prompts and scorer are of a made world, not of real video.
-        commit (`str`): that produced them; empty when it was not recorded.
-        count (`int`): videos of each arm.
-        means (`dict[str, float]`): mean score per arm, in [0, 1].
+        benchmark (`str`): name of the benchmark.
+        synthetic (`bool`): whether prompts and scorer belong to a synthetic world and not to real video.
+        commit (`str`): commit that produced the scores; empty if it was not recorded.
+        count (`int`): number of videos per variant of the pipeline.
+        means (`dict[str, float]`): mean score of each variant, in [0, 1].
     """
 
     benchmark: str
@@ -84,7 +84,7 @@ class Scores:
         """Reads a `scores.json`.
 
         Raises:
-            `ValueError`: fields are missing or unknown.
+            `ValueError`: a field is missing or unknown.
         """
         content, known = read_json(path), {field.name for field in fields(cls)}
         if set(content) != known:
@@ -94,13 +94,13 @@ class Scores:
 
 @dataclass(frozen=True)
 class ShapesReport:
-    """What `fvg shapes report` found.
+    """Results of `fvg shapes report`.
 
     Args:
-        scores ([`Scores`]): mean over the seven categories of the mean within each.
-        seconds (`dict[str, float]`): of stage 3 for one video, by arm.
-        device (`str`): what it ran on.
-        training (`dict[str, dict]`): by part what its training took; empty when it was not recorded.
+        scores ([`Scores`]): mean of the means of the seven categories.
+        seconds (`dict[str, float]`): seconds of stage 3 for one video, for each variant.
+        device (`str`): device of the run.
+        training (`dict[str, dict]`): steps, samples and seconds of the training of each part; empty if not recorded.
     """
 
     scores: Scores
@@ -123,15 +123,15 @@ def shapes_report(folder: Path) -> ShapesReport:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a pipeline, for the card's table.
+    """A row of the card's table of parts.
 
     Args:
-        name (`str`): of the component, or of what several components come from.
-        origin (`str`): where its weights are, in words.
-        license (`License`, *optional*): `None` when it is not stated.
-        repository (`str`): on the Hub, if any.
-        bytes (`int`): of its weights in this repository.
-        fetched (`int`): bytes that loading fetches from elsewhere.
+        name (`str`): name of the component, or of several components with one origin.
+        origin (`str`): place of its weights, in words.
+        license (`License`, *optional*): licence; `None` if it is not stated.
+        repository (`str`): repository on the Hub, if any.
+        bytes (`int`): bytes of its weights in this repository.
+        fetched (`int`): bytes that loading downloads from another repository.
     """
 
     name: str
@@ -143,7 +143,7 @@ class Part:
 
 
 def license_of(name: str) -> License | None:
-    """A licence by the name that a model card gives it; `None` for none, or for "not stated"."""
+    """Returns the licence with the name in a model card; `None` for an empty name or "not stated"."""
     if name in ("", "not stated"):
         return None
     if name in HUB_LICENSES:
@@ -171,7 +171,7 @@ def parts_table(parts: Sequence[Part]) -> str:
                 text,
             )
         )
-    return markdown_table(("stage", "part", "from", "weights here", "licence"), rows)
+    return markdown_table(("stage", "part", "source", "weights in this repository", "licence"), rows)
 
 
 def facts_table(facts: ModelFacts) -> str:
@@ -182,10 +182,10 @@ def facts_table(facts: ModelFacts) -> str:
     strides = " x ".join(map(str, facts.vae_stride))
     rows = [
         ("parameters", f"{facts.parameters:,} ({experts})", "parameters"),
-        ("trained sizes (rows x columns)", sizes, "sizes"),
+        ("trained sizes (height x width)", sizes, "sizes"),
         ("trained lengths", f"{lengths} frames; {facts.frame_step}k + 1", "frame_counts"),
         ("frame rate", f"{facts.frame_rate} per second", "frame_rate"),
-        ("VAE stride (frames, rows, columns)", strides, "vae_stride"),
+        ("VAE stride (frames, height, width)", strides, "vae_stride"),
         ("text tokens", str(facts.max_sequence_length), "max_sequence_length"),
         ("steps", str(facts.num_inference_steps), "num_inference_steps"),
         ("guidance", str(facts.guidance_scale), "guidance_scale"),
@@ -198,68 +198,83 @@ def facts_table(facts: ModelFacts) -> str:
         rows.append(("flow shift", by_shift, "sizes"))
     if facts.boundary_ratio is not None:
         rows.append(("guidance of the low-noise expert", str(facts.guidance_scale_2), "guidance_scale_2"))
-        rows.append(("high-noise expert from noise level", str(facts.boundary_ratio), "boundary_ratio"))
-    return markdown_table(("", "value", "source"), [(name, value, facts.sources[key]) for name, value, key in rows])
+        rows.append(
+            (
+                "noise level at and above which the high-noise expert is used",
+                str(facts.boundary_ratio),
+                "boundary_ratio",
+            )
+        )
+    return markdown_table(
+        ("fact", "value", "source"), [(name, value, facts.sources[key]) for name, value, key in rows]
+    )
 
 
 def presets_table(presets: SchedulerPresets) -> str:
     rows = []
     for preset in presets.values():
-        # Presets of schedulers that take no sigmas have neither shift nor interval.
+        # Presets of schedulers without explicit sigmas have no interval, and may have no shift.
         interval = "" if preset.sigmas is None else " to ".join(map(str, preset.guidance_interval))
         shift = "" if preset.flow_shift is None else preset.flow_shift
         numbers = (preset.num_inference_steps, plain(preset.scheduler_class), shift)
         low_noise = preset.guidance_scale_2
         guidance = preset.guidance_scale if low_noise is None else f"{preset.guidance_scale}, low noise {low_noise}"
         rows.append((code_span(preset.name), *numbers, guidance, interval, plain(preset.source)))
-    heads = ("preset", "steps", "scheduler", "shift", "guidance", "guided noise levels", "from")
-    notes = ["The first is the default."]
+    heads = ("preset", "steps", "scheduler", "shift", "guidance", "guided noise levels", "source")
+    notes = ["The first preset is the default."]
     for preset in presets.values():
         if weights := preset.weights:
             if not is_repository(weights):
                 notes.append(
-                    f"{code_span(preset.name)} is for the LoRA in {code_span(weights)}, loaded in place of the anchor LoRA."
+                    f"{code_span(preset.name)} is for the LoRA in {code_span(weights)}, which replaces the anchor LoRA."
                 )
                 continue
             link = f"[{weights}](https://huggingface.co/{weights})"
             notes.append(
-                f"{code_span(preset.name)} is for the distilled weights of {link}, to be used with the anchor LoRA; that was not measured."
+                f"{code_span(preset.name)} is for the distilled weights in {link} together with the anchor LoRA; this was not "
+                "measured."
             )
     return "\n\n".join([markdown_table(heads, rows), " ".join(notes)])
 
 
 def scores_section(scores: Scores) -> str:
-    kind = "**Synthetic**: prompts and scorer belong to a made world, not to real video." if scores.synthetic else ""
-    commit = f"Produced by commit {code_span(scores.commit)}." if scores.commit else "The commit was not recorded."
+    kind = (
+        "**Synthetic**: prompts and scorer belong to an artificial world, not to real video."
+        if scores.synthetic
+        else ""
+    )
+    commit = (
+        f"The scores come from commit {code_span(scores.commit)}." if scores.commit else "The commit was not recorded."
+    )
     rows = [(plain(arm), f"{mean:.3f}", scores.count) for arm, mean in scores.means.items()]
-    table = markdown_table(("arm", "mean score", "videos"), rows)
+    table = markdown_table(("variant of the pipeline", "mean score (0 to 1, higher is better)", "videos"), rows)
     return " ".join(filter(None, (f"{plain(scores.benchmark)}.", kind, commit))) + "\n\n" + table
 
 
 def limits_section(facts: ModelFacts | None, call_defaults: Mapping[str, Any] | None) -> str:
-    lines = ["- The video keeps its anchor: what stage 2 draws wrong stays wrong."]
+    lines = ["- The video keeps its anchor, and with it all errors of stage 2."]
     if call_defaults:
         texts = {
             "height": "{} pixels high",
-            "width": "{} wide",
+            "width": "{} pixels wide",
             "num_frames": "{} frames",
-            "frame_rate": "{} a second",
+            "frame_rate": "{} frames per second",
         }
         made = ", ".join(
             text.format(plain(call_defaults[name])) for name, text in texts.items() if name in call_defaults
         )
-        lines.append(f"- Made for videos of: {made}.")
+        lines.append(f"- The pipeline is made for videos of {made}.")
     if facts:
         sizes = ", ".join(f"{size.height} x {size.width}" for size in facts.sizes)
         lengths = " or ".join(map(str, facts.frame_counts))
-        rate = f"{lengths} frames at {facts.frame_rate} a second"
-        lines.append(f"- {facts.name} was trained at {sizes} (rows x columns) and {rate}; elsewhere expect less.")
-    lines.append("- It inherits what its parts get wrong, their biases included.")
+        rate = f"{lengths} frames at {facts.frame_rate} per second"
+        lines.append(f"- {facts.name} was trained at {sizes} (height x width) and {rate}; other videos may be worse.")
+    lines.append("- The pipeline inherits the errors and the biases of its models.")
     return "\n".join(lines)
 
 
 def lora_use(base: str, experts: Sequence[str]) -> str:
-    """How to load what [`training.trainer.train`] writes, with this package and with diffusers alone."""
+    """Returns instructions to load a LoRA of [`training.trainer.train`] with this package and with diffusers alone."""
     stock = {
         "transformer": 'pipe.load_lora_weights(lora, weight_name="pytorch_lora_weights.safetensors")',
         "transformer_2": (
@@ -272,9 +287,9 @@ def lora_use(base: str, experts: Sequence[str]) -> str:
     if facts is not None and facts.prediction == "v":
         pipeline, stock_pipeline = "FactorizedCogVideoXPipeline", facts.pipeline_class
     if stock_pipeline == "WanPipeline":
-        note = " `WanPipeline` takes no picture; `WanImageToVideoPipeline` does with Wan2.2-TI2V-5B:"
+        note = " `WanPipeline` takes no picture; for Wan2.2-TI2V-5B, `WanImageToVideoPipeline` does:"
     return f"""\
-With diffusers_fvg, which switches the LoRA off where there is no anchor:
+With diffusers_fvg, which disables the LoRA in calls without an anchor:
 
 ```python
 import torch
@@ -299,11 +314,11 @@ pipe = {stock_pipeline}.from_pretrained(base, dtype=torch.bfloat16)
 
 
 def config_block(config: Mapping[str, Any]) -> str:
-    """A training config as TOML; of paths on the machine it ran on only the last name is shown, or nothing."""
+    """Returns a training config as TOML; of local paths it shows only the last name, or nothing."""
     shown = {name: value for name, value in without_paths(config).items() if name not in PLACES}
     keys = {name: name if re.fullmatch(r"[\w-]+", name) else toml_value(name) for name in shown}
     lines = [f"{keys[name]} = {toml_value(value)}" for name, value in shown.items()]
-    return "```toml\n# cache_dir and output_dir: folders of your own.\n" + "\n".join(lines) + "\n```"
+    return "```toml\n# Add cache_dir and output_dir, two folders of your own.\n" + "\n".join(lines) + "\n```"
 
 
 def run_summary(records: Sequence[Mapping[str, float]]) -> tuple[str, ...]:
@@ -325,22 +340,23 @@ def training_parts_table(training: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def modulation_section(path: Path) -> str:
-    """What `examples/benchmarks/benchmark_modulation.py` measured."""
+    """Returns the results of `examples/benchmarks/benchmark_modulation.py` as a table."""
     result = read_json(path)
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     rows = [
         (
             f"{run['tokens']:,}",
             run["dtype"],
-            "run" if run["executed"] else "counted without running",
+            "measured" if run["executed"] else "computed from tensor shapes",
             f"{run['stock_peak_bytes'] / 2**20:,.0f} MiB",
             f"{run['anchored_peak_bytes'] / 2**20:,.0f} MiB",
             f"{run['ratio']:.2f}",
         )
         for run in result["runs"]
     ]
-    table = markdown_table(("tokens", "dtype", "", "stock", "ours", "ratio"), rows)
-    head = f"With random weights: {result['benchmark']}; {result['device']}; {versions}."
+    heads = ("tokens", "dtype", "method", "stock diffusers", "this package", "this package / stock")
+    table = markdown_table(heads, rows)
+    head = f"{result['benchmark']}, with random weights. Device: {result['device']}. Versions: {versions}."
     return f"{head}\n\n{table}"
 
 
@@ -358,7 +374,7 @@ def card_data(
     title: str | None = None,
     datasets: list[str] | None = None,
 ) -> ModelCardData:
-    """The YAML block. A licence is named only if all are known; several make the Hub's `other`."""
+    """Returns the YAML block. It names a licence only if all licences are known; several become the Hub's `other`."""
     found = {license for license in licenses if license is not None}
     license = License("")
     if None not in licenses and found:
@@ -403,13 +419,13 @@ def make_card(data: ModelCardData, title: str, sections: Sequence[tuple[str, str
 
 
 def plain(text: Any) -> str:
-    """A file's text as Markdown that shows it as it is: no link, picture, code, heading or HTML of its author's."""
+    """Escapes text from a file so that Markdown shows it as plain text, without links, pictures, code, headings or HTML."""
     line = " ".join("".join(letter for letter in str(text) if letter.isprintable() or letter.isspace()).split())
     return re.sub(r"([\\`\[\]]|^[#+-])", r"\\\1", line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
 
 
 def code_span(text: Any) -> str:
-    """A file's name for something, in the letters of code."""
+    """Returns text from a file as inline code."""
     return f"`{re.sub('[`|<>]', '', ' '.join(str(text).split()))}`"
 
 

@@ -1,6 +1,6 @@
-"""Model cards, rendered from data: of a pipeline's folder and of a training run. Light to import.
+"""Renders model cards of pipeline folders and of training runs. Imports neither torch nor diffusers.
 
-No number is on a card that was not read from a file, from the run's log, or from the table of [`model_facts`].
+Every number on a card comes from a file, from the run's log, or from the table of [`model_facts`].
 """
 
 from __future__ import annotations
@@ -47,21 +47,21 @@ NO_WEIGHTS = {"scheduler", "schedulers", "tokenizer", "tokenizer_2"}
 
 
 def repository_card(folder: Path, repository: str | None = None, prompt: str = PROMPT) -> ModelCard:
-    """The card of a saved pipeline, bundled or light.
+    """Returns the card of a saved pipeline, bundled or light.
 
     Args:
-        folder (`Path`): with `model_index.json`. Read as well, where they are there: the components' configs, `parts.json`
+        folder (`Path`): folder with `model_index.json`. If they exist, it also reads the components' configs, `parts.json`
             (`{part: {"repository", "revision", "license", "bytes"}}`), the presets in `schedulers/`, the training config in the
-            anchor LoRA's file, `scores.json` ([`Scores`]).
-        repository (`str`, *optional*): name on the Hub, for title and code; the folder's name when left out.
-        prompt (`str`, *optional*): example of the card's widget and code.
+            anchor LoRA's file, and `scores.json` ([`Scores`]).
+        repository (`str`, *optional*): name on the Hub for the title and the code; defaults to the folder's name.
+        prompt (`str`, *optional*): example prompt of the card's widget and code.
 
     Raises:
-        `ValueError`: a folder without `model_index.json`, or a `scores.json` of other fields.
+        `ValueError`: the folder has no `model_index.json`, or its `scores.json` has other fields.
     """
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{folder} has no model_index.json: pass the folder that a pipeline was saved to.")
+        raise ValueError(f"`folder={str(folder)!r}` has no model_index.json: pass the folder of a saved pipeline.")
     name = repository or folder.resolve().name
     scores_path = folder / "scores.json"
     scores = Scores.load(scores_path) if scores_path.is_file() else None
@@ -73,15 +73,14 @@ def repository_card(folder: Path, repository: str | None = None, prompt: str = P
 
 
 def training_card(config: TrainConfig, log: Mapping[str, Sequence[Mapping[str, float]]]) -> ModelCard:
-    """The card of a finished training run, for the repository that holds `pytorch_lora_weights.safetensors`.
+    """Returns the card of a finished training run, for the repository with `pytorch_lora_weights.safetensors`.
 
     Args:
-        config (`TrainConfig`): of the run.
-        log (`Mapping`): for each expert the lines of its `log_<expert>.jsonl`: `step`, `loss`, `gradient_norm`, `seconds`,
-            `bytes`.
+        config (`TrainConfig`): configuration of the run.
+        log (`Mapping`): the lines of `log_<expert>.jsonl` for each expert: `step`, `loss`, `gradient_norm`, `seconds`, `bytes`.
 
     Raises:
-        `ValueError`: an expert of the config has no records.
+        `ValueError`: an expert of the config has no log lines.
     """
     missing = [expert for expert in config.experts if not log.get(expert)]
     if missing:
@@ -99,20 +98,21 @@ def training_card(config: TrainConfig, log: Mapping[str, Sequence[Mapping[str, f
         datasets=datasets or None,
     )
     rows = [(expert, *run_summary(log[expert])) for expert in config.experts]
-    heads = ("expert", "steps", "loss, first tenth", "loss, last tenth", "hours", "most memory")
+    heads = ("expert", "steps", "mean loss, first tenth", "mean loss, last tenth", "hours", "peak memory")
     memory = (
-        "Memory is that of tensors on an accelerator, of the whole process on a CPU, of the first process of several."
+        "The memory is that of the tensors on an accelerator, or of the whole process on a CPU. Of several processes, it is "
+        "that of the first."
     )
     intro = (
-        f"A LoRA that teaches {shown} to keep a given clean frame, the anchor, and to animate it: anchor-grounding "
-        f"training of Factorized Video Generation ({METHOD}), done with diffusers_fvg."
+        f"This LoRA trains {shown} to keep a given clean frame, the anchor, and to animate it. It was trained with "
+        f"diffusers_fvg, by the anchor-grounding training of Factorized Video Generation ({METHOD})."
     )
     sections = [
         ("", intro),
         ("Use", lora_use(shown, config.experts)),
         ("Run", f"{markdown_table(heads, rows)}\n\n{memory}"),
         ("Training config", config_block(asdict(config))),
-        ("Scores", "None: training computes no score, and the loss does not tell quality."),
+        ("Scores", "None. Training computes no score, and the loss does not measure quality."),
         ("Limits", limits_section(facts, None)),
         ("Citation", CITATION),
     ]
@@ -134,7 +134,7 @@ def pipeline_card(
     hardware: str = "",
     limits: str = "",
 ) -> ModelCard:
-    """`load` is code that makes `pipe`; the last four are text for their sections."""
+    """Returns the card of a pipeline's folder; `load` is code that creates `pipe`, and the last four arguments are texts."""
     index = read_json(folder / "model_index.json")
     metadata, rank = _lora_metadata(folder)
     repositories = [part.repository for part in parts if part.repository] or [hub_name(metadata.get("base_model", ""))]
@@ -150,14 +150,15 @@ def pipeline_card(
         scores=scores,
         title=title.split("/")[-1],
     )
-    presets = "Those of the package: `pipe.presets`."
+    presets = "The presets of the package: `pipe.presets`."
     if (folder / "schedulers").is_dir():
         from ..schedules.presets import SchedulerPresets
 
         presets = presets_table(SchedulerPresets.from_pretrained(folder / "schedulers"))
     stages = (
-        "An LLM writes a caption of the first frame, a text-to-image model draws it, a video model animates it: Factorized "
-        f"Video Generation ({METHOD}), {code_span(index.get('_class_name'))}."
+        "A pipeline for Factorized Video Generation "
+        f"({METHOD}), of class {code_span(index.get('_class_name'))}: a language model writes a caption of the first frame, a "
+        "text-to-image model draws it, and a video model animates it."
     )
     call = f"out = pipe({json.dumps(prompt, ensure_ascii=False)}, generator=torch.Generator().manual_seed(0))"
     lora = f"The anchor LoRA has rank {rank}." if rank else "There is no anchor LoRA."
@@ -170,7 +171,7 @@ def pipeline_card(
         ),
         ("Parts and licences", parts_table(parts)),
         ("Presets", presets),
-        ("Scores", scores_section(scores) if scores else "None: this repository holds no `scores.json`."),
+        ("Scores", scores_section(scores) if scores else "None: this repository contains no `scores.json`."),
         (
             "Training",
             _joined("\n\n", _joined(" ", training, lora), config),
@@ -183,14 +184,14 @@ def pipeline_card(
 
 
 def _training_config(metadata: Mapping[str, str]) -> str:
-    """The training config that an anchor LoRA's file holds, for the card; nothing where there is none."""
+    """Returns the training config in an anchor LoRA's metadata as a block for the card, or an empty text."""
     if "training_config" not in metadata:
         return ""
     try:
         return config_block(dict(json.loads(metadata["training_config"])))
     except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise ValueError(
-            f"The `training_config` of the anchor LoRA cannot be shown ({type(error).__name__}: {error}); take it out of the file."
+            f"The `training_config` of the anchor LoRA is not valid ({type(error).__name__}: {error}); remove it from the file."
         ) from error
 
 
@@ -200,16 +201,16 @@ def _joined(separator: str, *texts: str) -> str:
 
 def _sizes(parts: Sequence[Part]) -> str:
     inside, outside = sum(part.bytes for part in parts) / 1e6, sum(part.fetched for part in parts) / 1e6
-    fetched = f"Fetched at the first loading: {outside:,.1f} MB." if outside else ""
+    fetched = f"Downloaded at the first loading: {outside:,.1f} MB." if outside else ""
     return _joined(" ", f"Weights in this repository: {inside:,.1f} MB.", fetched)
 
 
 def folder_parts(folder: Path, license_inside: License | None) -> list[Part]:
-    """Parts with weights in `folder`, and those that `parts.json` or a component's own config names.
+    """Returns the parts with weights in `folder`, and those that `parts.json` or a component's own config names.
 
     Args:
-        folder (`Path`): of a pipeline.
-        license_inside (`License`, *optional*): of weights that come from nowhere else.
+        folder (`Path`): folder of a pipeline.
+        license_inside (`License`, *optional*): licence of weights for which no other origin is recorded.
     """
     index = read_json(folder / "model_index.json")
     recorded = read_json(folder / "parts.json") if (folder / "parts.json").is_file() else {}
@@ -232,7 +233,7 @@ def folder_parts(folder: Path, license_inside: License | None) -> list[Part]:
 
 
 def _reference(folder: Path) -> dict[str, str]:
-    """What a component's folder names instead of having weights."""
+    """Returns the repository and revision that a component's folder refers to, if any."""
     config: dict[str, Any] = {}
     names = (
         "reference.json",
@@ -249,7 +250,7 @@ def _reference(folder: Path) -> dict[str, str]:
 
 
 def _lora_metadata(folder: Path) -> tuple[dict[str, str], int]:
-    """Metadata of the anchor LoRA's file and its largest rank; nothing and 0 where there is no such file."""
+    """Returns the metadata and the largest rank of the anchor LoRA's file, or an empty dict and 0 without a file."""
     from safetensors import safe_open
 
     path = folder / "anchor_lora" / "weights" / "pytorch_lora_weights.safetensors"

@@ -1,4 +1,4 @@
-"""What a repository that is put together consists of: parts, where they come from, and how they are written."""
+"""Parts of an assembled repository: their sources and how they are written."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Source:
     """A repository at a commit, or a folder.
 
     Args:
-        name (`str`): of the repository or folder.
-        folder (`Path`, *optional*): `None` for a repository on the Hub.
-        revision (`str`, *optional*): the commit of a repository.
-        files (`dict`): path to bytes.
+        name (`str`): name of the repository or folder.
+        folder (`Path`, *optional*): the folder; `None` for a repository on the Hub.
+        revision (`str`, *optional*): commit of a repository.
+        files (`dict`): path -> size in bytes.
         hub (`dict`): `token` and other arguments for the Hub.
     """
 
@@ -42,7 +42,7 @@ class Source:
 
     @classmethod
     def of(cls, name: str | os.PathLike, hub: dict[str, Any]) -> Source:
-        """A folder if there is one of that name, else `"org/name"` or `"org/name@revision"` on the Hub, pinned."""
+        """Returns the folder of that name if it exists, else `"org/name"` or `"org/name@revision"` on the Hub, pinned to a commit."""
         folder = Path(name)
         if folder.is_dir():
             paths = [path for path in folder.rglob("*") if path.is_file()]
@@ -52,25 +52,25 @@ class Source:
         try:
             return cls.on_hub(repository, revision or None, hub)
         except (OSError, ValueError) as error:
-            raise OSError(f"{str(name)!r} is no folder, and on the Hub: {error}") from error
+            raise OSError(f"{str(name)!r} is not a local folder, and the Hub answers: {error}") from error
 
     @classmethod
     def on_hub(cls, repository: str, revision: str | None, hub: dict[str, Any]) -> Source:
-        """A repository on the Hub, whatever folders there are here."""
+        """Returns a repository on the Hub, even if a local folder has its name."""
         commit, files = repository_files(repository, revision, **hub)
         return cls(repository, None, commit, {path: file["size"] for path, file in files.items()}, hub)
 
     def fetch(self, names: Sequence[str]) -> Path:
-        """The folder in which the files are."""
+        """Downloads the files if needed, and returns their folder."""
         return self.folder or fetch(self.name, self.revision, lambda _: list(names), "`fvg assemble`", **self.hub)[0]
 
     def read_json(self, name: str) -> dict[str, Any]:
         if name not in self.files:
-            raise ValueError(f"{self.title} has no {name}.")
+            raise ValueError(f"{self.title} has no file {name}.")
         return read_json(self.fetch([name]) / name, f"{name} of {self.title}")
 
     def license(self) -> str:
-        """What the model card says, `"not stated"` if nothing."""
+        """Returns the licence in the model card, or `"not stated"`."""
         if "README.md" not in self.files:
             return "not stated"
         data = ModelCard.load(self.fetch(["README.md"]) / "README.md", ignore_metadata_errors=True).data
@@ -84,15 +84,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Part:
-    """A component of the repository that is put together.
+    """A component of an assembled repository.
 
     Args:
-        name (`str`): of the component.
-        source (`Source`): where it comes from.
-        files (`dict`): path in the source to path in the repository, empty for what only `write` reads.
-        refers (`bool`): it stays where it is, and is fetched from there when the repository is loaded.
-        write (`Callable`): writes to the repository what is not one of `files`: a reference, settings, a LoRA.
-        license (`str`): of the source.
+        name (`str`): name of the component.
+        source (`Source`): source of the component.
+        files (`dict`): path in the source -> path in the repository; the latter is empty for files that only `write` reads.
+        refers (`bool`): whether the repository refers to the source, from which the component is downloaded on loading.
+        write (`Callable`): writes what is not in `files` to the repository: a reference, settings, a LoRA.
+        license (`str`): licence of the source.
     """
 
     name: str
@@ -109,14 +109,14 @@ class Part:
 
 @dataclass
 class Assembly:
-    """What a repository consists of. `str()` of it lists parts, licences, files and sizes."""
+    """Contents of an assembled repository. `str()` lists components, licences, files and sizes."""
 
     index: dict[str, Any]
     presets: SchedulerPresets | None
     parts: list[Part] = field(default_factory=list)
 
     def write(self, output: Path) -> None:
-        """Writes the repository into an empty folder, whole or not at all."""
+        """Writes the repository into an empty folder, completely or not at all."""
         with replacing_entries(output, DiffusionPipeline.config_name) as draft, naming(output):
             self._write(draft)
 
@@ -145,7 +145,7 @@ class Assembly:
             lines += [f"  {_size(part.source.files[name])}  {name}" for name in part.files]
         inside, outside = (sum(part.bytes for part in self.parts if part.refers is refers) for refers in (False, True))
         lines.append(f"in the repository:         {_size(inside)}")
-        lines.append(f"fetched at the first load: {_size(outside)}")
+        lines.append(f"downloaded when loaded:    {_size(outside)}")
         return "\n".join(lines)
 
 

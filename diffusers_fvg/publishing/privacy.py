@@ -1,4 +1,4 @@
-"""What must not leave this machine: keys, and its paths. Light to import."""
+"""Finds what must not leave this machine: keys and local paths. Imports neither torch nor diffusers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..loading.reading import check_link
 
 
-# Shapes of keys: the letters that each begins with -> all of it. The letters are looked for first, which is quick in weights.
+# Forms of keys: first letters -> regular expression of the whole key. Searching for the letters first is fast in large files.
 _KEYS = {
     rb"hf_": rb"hf_[A-Za-z0-9]{30,}",
     rb"sk-": rb"sk-[A-Za-z0-9_-]{20,}",
@@ -57,25 +57,25 @@ _KEYS = {
     ),
 }
 _SHAPES = {letters: re.compile(shape) for letters, shape in _KEYS.items()}
-# A value that stands for one in a text that explains, "<your key>" or "$KEY", or code that gets it; and of a whole key.
+# Placeholders for a value in documentation, such as "<your key>" or "$KEY", or code that reads it; and for a whole key.
 _EXAMPLE = re.compile(
     rb"(?i)[<{$%*(\[\\]|your|example|placeholder|change|none|null|password$|passwd$|pass$|secret$|token$|redacted|.*\.\.\.|"
     rb"[a-z_]\w*(\(|[.\[][a-z_(\"'])"
 )
 _STAND_IN = re.compile(rb"(?i)x{6}")
 _HOMES = re.compile(rb"/(?:home|Users)/[\w.-]+/|/root/|[A-Z]:\\{1,2}Users\\")
-# Files are read in parts, which share the end of the one before: no key is longer.
+# Files are read in parts that overlap by more than the longest key.
 _PART, _SHARED = 1 << 22, 1 << 12
 PATH = re.compile(r"(?<![\w./:-])/[\w.-]+(?:/[\w.-]+)+")
 
 
 def hub_name(name: str) -> str:
-    """`name` if it can be a repository on the Hub and is no folder here, else nothing."""
+    """Returns `name` if it can be a Hub repository and is not a local path, else an empty text."""
     return name if is_repository(name) and not Path(name).exists() else ""
 
 
 def is_repository(name: str) -> bool:
-    """Whether a text can be the name of a repository on the Hub, `"org/name"`."""
+    """Returns whether `name` has the form of a Hub repository, `"org/name"`."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -84,14 +84,13 @@ def is_repository(name: str) -> bool:
 
 
 def without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a config, or some of them, for other people: of a place on this machine its last name alone, and
-    nothing of an option that is left out."""
+    """Returns values of a config for publication: of local paths only the last name, and no options that are `None`."""
     shown = {name: value for name, value in values.items() if value is not None}
     for name in shown.keys() & {"model", "data"}:
         if isinstance(shown[name], str):
             shown[name] = _public(shown[name])
         else:
-            # Several sources, each with options of its own.
+            # Several sources, each with its own options.
             shown[name] = [source | {"path": _public(source["path"])} for source in shown[name]]
     for name in shown.keys() & {"cache_dir", "output_dir", "teacher_lora", "initial_lora"}:
         shown[name] = Path(shown[name]).name
@@ -105,18 +104,18 @@ def _public(name: str) -> str:
 
 
 def check_nothing_private(folder: Path, token: str | bool | None = None) -> None:
-    """Refuses a folder in which a file holds a key, or a path of this machine, or is a link to a file elsewhere.
+    """Raises an error if a file of a folder contains a key or a local path, or is a link out of the folder.
 
-    Read is what a person could: all of a file, of a safetensors file its header.
+    Of a safetensors file the header is searched, of other files everything.
 
     Raises:
-        `ValueError`: naming the files.
+        `ValueError`: names the files.
     """
     token = token if isinstance(token, str) else get_token()
-    # A key of another service, such as the rewriter's endpoint, is only known by the name of its variable.
+    # Keys of other services, such as the rewriter's endpoint, are recognized by the names of their environment variables.
     secrets = [value for name, value in os.environ.items() if re.search("KEY|TOKEN|SECRET", name) and len(value) >= 16]
     secrets += [token] if token else []
-    # In the Hub's cache files are links to those of the repository.
+    # In the Hub's cache, files are links within the repository's folder.
     place = folder.resolve()
     root = place.parents[1] if place.parent.name == "snapshots" else place
     found = []
@@ -126,7 +125,7 @@ def check_nothing_private(folder: Path, token: str | bool | None = None) -> None
         if problem is not None:
             found.append(f"{file.relative_to(folder)} ({problem})")
     if found:
-        raise ValueError(f"Not pushed: {', '.join(found)}. Take it out of the file and push again.")
+        raise ValueError(f"Not pushed: {', '.join(found)}. Remove it from the file and push again.")
 
 
 def _problem(file: Path, secrets: list[bytes]) -> str | None:
@@ -135,11 +134,11 @@ def _problem(file: Path, secrets: list[bytes]) -> str | None:
         if has_key(part) or any(secret in part for secret in secrets):
             return "a key"
         has_path = has_path or bool(_HOMES.search(part)) or any(os.path.exists(path) for path in _paths(file, part))
-    return "a path of this machine" if has_path else None
+    return "a local path" if has_path else None
 
 
 def has_key(data: bytes) -> bool:
-    """Whether something in `data` has the shape of a key, and is none that stands for one in a text that explains."""
+    """Returns whether `data` contains something in the form of a key that is not a placeholder in documentation."""
     for letters, shape in _SHAPES.items():
         place = data.find(letters)
         while place >= 0:
@@ -153,14 +152,14 @@ def has_key(data: bytes) -> bool:
 
 
 def _paths(file: Path, data: bytes) -> set[str]:
-    """Absolute paths in what programs write; in prose `/usr/bin` is a word, as it is in a vocabulary."""
+    """Returns absolute paths in files that programs write; text and vocabularies may contain paths such as `/usr/bin`."""
     if file.suffix not in (".json", ".safetensors") or file.name in ("tokenizer.json", "vocab.json"):
         return set()
     return set(PATH.findall(data.decode(errors="replace")))
 
 
 def _parts(file: Path) -> Iterator[bytes]:
-    """What a person could read in a file: all of it, or the header of a safetensors file."""
+    """Yields the contents of a file in overlapping parts; of a safetensors file only the header."""
     with file.open("rb") as data:
         left = int.from_bytes(data.read(8), "little") if file.suffix == ".safetensors" else file.stat().st_size
         shared = b""

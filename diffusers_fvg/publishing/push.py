@@ -1,4 +1,4 @@
-"""Uploading a saved pipeline, or a trained LoRA, to the Hub."""
+"""Uploads a saved pipeline or a trained LoRA to the Hub."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ def push(
     create_pr: bool = False,
     token: str | bool | None = None,
 ) -> str:
-    """Uploads a saved pipeline, bundled or light, with its card, `schedulers/` and `pipeline.py`; or a trained LoRA with its card.
+    """Uploads a saved pipeline (bundled or light) with its card, `schedulers/` and `pipeline.py`, or a trained LoRA with its card.
 
-    The repository is made if it is not there, otherwise brought up to date: components that are no longer in the folder, or
-    now are references, lose their old files; other files stay. Done again after an interruption, it sends only the large
-    files that did not arrive. A folder without `README.md` gets a card, unless the repository has one.
+    The repository is created if it does not exist. Otherwise it is updated: components that are no longer in the folder, or that
+    are now references, lose their old files, and other files stay. After an interruption, a second push uploads only the large
+    files that are missing. A folder without `README.md` gets a card, unless the repository has one.
 
     Args:
-        folder (`str` or `os.PathLike`): what `save_pretrained` or `fvg assemble` wrote; or a run's `output_dir`, of which the
-            folder `weights` alone is uploaded.
-        repository (`str`): on the Hub.
-        commit_message (`str`, *optional*): `"Upload pipeline"` or `"Upload LoRA"` when left out.
-        private (`bool`, *optional*): whether others may not see a repository that is made. One that is there stays as it is,
-            and a public one is refused where `True` is asked for.
-        create_pr (`bool`): as a pull request, not to the main branch.
-        token (`str` or `bool`, *optional*): the one that `hf auth login` keeps when left out.
+        folder (`str` or `os.PathLike`): folder written by `save_pretrained` or `fvg assemble`; or the `output_dir` of a training
+            run, of which only the folder `weights` is uploaded.
+        repository (`str`): name of the repository on the Hub.
+        commit_message (`str`, *optional*): defaults to `"Upload pipeline"` or `"Upload LoRA"`.
+        private (`bool`, *optional*): whether a new repository is private. An existing one does not change; with `True`, an existing
+            public repository is an error.
+        create_pr (`bool`): push to a pull request instead of the main branch.
+        token (`str` or `bool`, *optional*): Hub token; defaults to that of `hf auth login`.
 
     Returns:
-        `str`: address of the commit, or of the pull request.
+        `str`: URL of the commit or of the pull request.
 
     Raises:
-        `ValueError`: neither pipeline nor LoRA, a public repository for what shall be private, or a file that holds a key or a
-            path of this machine; nothing is uploaded then.
-        `OSError`: the Hub refuses, or the upload was interrupted. The Hub's own error, or its cause.
+        `ValueError`: the folder is neither a pipeline nor a LoRA, the repository is public although `private=True`, or a file
+            contains a key or a local path. Nothing is uploaded then.
+        `OSError`: the Hub refuses the upload, or the upload was interrupted.
     """
     folder, api = Path(folder), HfApi(token=token)
     index = folder / DiffusionPipeline.config_name
@@ -79,7 +79,7 @@ def push(
             commit_message=commit_message or f"Upload {'pipeline' if is_pipeline else 'LoRA'}",
             create_pr=create_pr,
             ignore_patterns=list(_NOT_PUSHED),
-            # A weight left beside a reference would keep diffusers from fetching the reference.
+            # With an old weight file beside it, diffusers would not follow a reference.
             delete_patterns=[f"{name}/*" for name in components],
         )
     return commit.pr_url or commit.commit_url
@@ -87,25 +87,25 @@ def push(
 
 @contextlib.contextmanager
 def _telling(repository: str) -> Iterator[None]:
-    """Of an upload that was interrupted, which repository's it was and what to do."""
+    """Adds the repository and the fix to the error of an interrupted upload."""
     try:
         yield
     except Exception as error:
         if not isinstance(error, RuntimeError) and not is_of_connection(error):
             raise
         raise OSError(
-            f"The upload to {repository} was interrupted ({error}). Push again: what arrived is kept."
+            f"The upload to {repository} was interrupted ({error}). Push again; uploaded files are kept."
         ) from error
 
 
 def _lora_folder(folder: Path) -> Path:
-    """The folder of a LoRA's file: beside it lie its card and, of a second expert, another file."""
+    """Returns the folder of a LoRA's file, which also contains its card and the file of a second expert."""
     path = Path(WEIGHT_NAME)
     for place in (folder, folder / path.parent):
         if (place / path.name).is_file():
             return place
     raise ValueError(
-        f"{str(folder)!r} has neither {DiffusionPipeline.config_name} nor {WEIGHT_NAME}: it is no saved pipeline and no "
+        f"`folder={str(folder)!r}` has neither {DiffusionPipeline.config_name} nor {WEIGHT_NAME}; pass a saved pipeline or a "
         "trained LoRA."
     )
 
@@ -117,6 +117,6 @@ def _check_private(api: HfApi, repository: str) -> None:
         return
     if not found.private:
         raise ValueError(
-            f"{repository} is public, and `private=True` hides only a repository that is made: make it private in its settings, "
-            "or choose another name."
+            f"{repository} is public, and `private=True` applies only to a new repository: make it private in its settings, or "
+            "choose another name."
         )

@@ -1,4 +1,4 @@
-"""Configs as TOML, which Python reads and does not write. Light to import."""
+"""Writes values as TOML, for which Python has only a reader."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def toml_value(value: Any) -> str:
-    """A string, number, boolean, list or table of them; the first three are the same in JSON."""
+    """Returns a string, number, boolean, list or table as TOML; the first three have the same form in JSON."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{name} = {toml_value(item)}" for name, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):

@@ -1,9 +1,9 @@
-"""Real models by one name: a base, a text-to-image pipeline and a chat model that [`load`] puts together. Light to import.
+"""Recipes: a base, a text-to-image pipeline and a chat model under one name, which [`load`] loads as one pipeline.
 
-A recipe is data, and each of its parts can be replaced. Its repositories are taken at their branch `main`, whose commit is
-looked up once in each [`load`]: all of a repository's files are then of that commit, and `diffusers_fvg.hub_revisions`
-names it.
-**No recipe was ever run by this project with its real weights**: only with tiny ones under the same names.
+A recipe is data, and each of its parts can be replaced. Its repositories are used at their branch `main`. Each [`load`] looks up
+the commit of each branch once, so that all files of a repository come from this commit; `diffusers_fvg.hub_revisions` returns it.
+Importing this module imports neither torch nor diffusers.
+**This project has never run a recipe with its real weights**, only with tiny weights under the same names.
 """
 
 from .loading import load, load_part

@@ -1,4 +1,4 @@
-"""Loading a model by name: [`load`] all of it, [`load_part`] the model of one stage."""
+"""Loads a model by name: [`load`] loads the whole pipeline, [`load_part`] the model of one stage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..rewrite.rewriter import FirstFrameRewriter
 
 
-# Their video models keep a first frame by training of their own.
+# The video models of these pipelines keep a first frame without an anchor LoRA.
 NO_ANCHOR_LORA = ("FactorizedDreamerPipeline", "FactorizedImageToVideoPipeline")
 
 
@@ -39,30 +39,34 @@ def load(
     local_files_only: bool = False,
     quantization_config: PipelineQuantizationConfig | None = None,
 ) -> DiffusionPipeline:
-    """Loads a model by a short name: a recipe. Folders and repositories on the Hub load too; a folder comes first.
+    """Loads a model by the name of a recipe, a folder or a Hub repository; an existing folder takes precedence.
 
-    Names of parts are folders, `"org/name"` or `"org/name@revision"`. What loads is any pipeline of this package, light or with
-    its weights, a stock `WanPipeline` or `CogVideoXPipeline`, which becomes the pipeline of this package with its own
-    scheduler, and an image-to-video pipeline of diffusers, which becomes the animator of one.
+    Names of components are folders, `"org/name"` or `"org/name@revision"`. This function loads all pipelines of this package, bundled or
+    light; a stock `WanPipeline` or `CogVideoXPipeline`, which is converted to the pipeline of this package with its own scheduler;
+    and image-to-video pipelines of diffusers, each of which becomes the animator of a [`FactorizedImageToVideoPipeline`].
 
     Args:
-        name (`str` or `os.PathLike`): one of [`RECIPES`], a folder, a repository, or `"embedded"`: the model of this package.
-        dtype (`torch.dtype` or its name, *optional*): of every stage; bfloat16 when left out, float32 of the embedded model.
-        composer (`str` or [`AnchorComposer`], *optional*): in place of the model's own; `False` loads none, and no
-            judge of what it would draw.
-        rewriter (`str` or [`FirstFrameRewriter`], *optional*): in place of the model's own: a chat model, a rewriter's
-            folder or a rewriter; `False` loads none.
-        lora (`str`, *optional*): anchor LoRA of any known format, in place of the model's own. `False` loads none, which
-            is enough for `mode="direct"`.
-        revision (`str`, *optional*): of the base, or of the repository.
-        variant (`str`, *optional*): of the weights, such as `"fp16"`; parts without it come as they are.
-        token, cache_dir, local_files_only (*optional*): for the Hub.
-        quantization_config (`PipelineQuantizationConfig`, *optional*): of diffusers, for components by their names.
+        name (`str` or `os.PathLike`): one of [`RECIPES`] or [`ANIMATOR_RECIPES`], a folder, a repository, or `"embedded"` for the
+            embedded model of this package.
+        dtype (`torch.dtype` or its name, *optional*): dtype of every stage; defaults to bfloat16, for the embedded model to float32.
+        composer (`str` or [`AnchorComposer`], *optional*): text-to-image pipeline instead of the model's own; `False` loads none,
+            and no judge of its pictures.
+        rewriter (`str` or [`FirstFrameRewriter`], *optional*): chat model, rewriter's folder or rewriter instead of the model's
+            own; `False` loads none.
+        lora (`str`, *optional*): anchor LoRA of any known format instead of the model's own; `False` loads none, which is enough
+            for `mode="direct"`.
+        revision (`str`, *optional*): revision of the repository, or of a recipe's base.
+        variant (`str`, *optional*): variant of the weight files, such as `"fp16"`; components without it load their plain files.
+        token, cache_dir, local_files_only (*optional*): arguments for the Hub.
+        quantization_config (`PipelineQuantizationConfig`, *optional*): diffusers' quantization of components by their names.
+
+    Returns:
+        The pipeline, on the CPU.
 
     Raises:
-        `ValueError`: an unknown name, a pipeline of another kind, or a recipe that needs an anchor LoRA and gets none: nothing
+        `ValueError`: the name is unknown, the pipeline is of another kind, or a recipe needs an anchor LoRA and has none. Nothing
             has been downloaded then.
-        `OSError`: a part is not there.
+        `OSError`: a component does not exist.
     """
     import torch
 
@@ -89,19 +93,19 @@ def load(
 def hub_options(
     token: str | bool | None = None, cache_dir: str | os.PathLike | None = None, local_files_only: bool = False
 ) -> dict[str, Any]:
-    """Arguments for the Hub, those that are set."""
+    """Returns the arguments for the Hub that are set."""
     return _given(token=token, cache_dir=cache_dir, local_files_only=local_files_only or None)
 
 
 def check_lora(source: ModelSource, lora: str | os.PathLike | Literal[False] | None) -> None:
-    """An anchor LoRA is given where one is needed, and none where the model takes none.
+    """Checks that an anchor LoRA is given if the model needs one, and not given if the model takes none.
 
     Raises:
-        `ValueError`: naming the way out.
+        `ValueError`: names the fix.
     """
     if source.pipeline_name in NO_ANCHOR_LORA and lora:
         raise ValueError(
-            f"The model {source.name!r} becomes a {source.pipeline_name}, which takes no anchor LoRA; leave it out."
+            f"The model {source.name!r} is loaded as a {source.pipeline_name}, which takes no anchor LoRA; leave it out."
         )
     recipe = source.recipe
     if (
@@ -113,9 +117,9 @@ def check_lora(source: ModelSource, lora: str | os.PathLike | Literal[False] | N
     ):
         return
     raise ValueError(
-        f"{recipe.name} needs an anchor LoRA, and none is published: {recipe.facts.name} ignores a first frame that it was "
-        f"not trained to keep. `fvg train --recipe {recipe.name}` prints what makes one; give it as `lora=` or --lora. Without "
-        'one `lora=False` and `mode="direct"`, or --mode direct, make a video.'
+        f"{recipe.name} needs an anchor LoRA, and none is published: {recipe.facts.name} was not trained to keep a first frame. "
+        f"`fvg train --recipe {recipe.name}` prints a config that trains one; give it as `lora=` or --lora. To make a video without "
+        'one, use `lora=False` and `mode="direct"`, or --mode direct.'
     )
 
 
@@ -128,7 +132,7 @@ def _load_source(
     hub: dict[str, Any],
     options: dict,
 ) -> DiffusionPipeline:
-    """A folder or a repository."""
+    """Loads a folder or a repository."""
     from ..loading.files import naming_repository
 
     check_lora(source, lora)
@@ -148,12 +152,12 @@ def _load_source(
 
 
 def _check_base(source: ModelSource) -> None:
-    """VAE and text encoder are those of the video model, as their configurations say: asked before weights are read."""
+    """Checks from the configurations, before weights are read, that VAE and text encoder fit the video model."""
     from ..publishing.assembly import FAMILIES
 
     anchored = FAMILIES.get((source.index.get("transformer") or [None, None])[1])
     if anchored is None or source.pipeline_name in NO_ANCHOR_LORA:
-        # What is animated by its own pipeline may take more than latents and a text.
+        # The model of a stock image-to-video pipeline may have more inputs than latents and a text.
         return
     assert source.folder is not None
     configs = {}
@@ -168,7 +172,7 @@ def _check_base(source: ModelSource) -> None:
 
 
 def _anchor_lora(source: ModelSource, lora: str | os.PathLike, hub: dict[str, Any]) -> Any:
-    """The LoRA as a component; it is read and compared with the base before the base's weights are."""
+    """Returns the LoRA as a component; it is read and compared with the base before the base's weights are read."""
     from ..lora.anchor_lora import AnchorLora
     from ..publishing.assembly import assemble
 
@@ -202,7 +206,7 @@ def _load_recipe(
     lora, variant = recipe.lora if lora is None else lora or None, options.get("variant")
     if lora is not None:
         lora = pinned(lora, "The anchor LoRA", hub)
-    # All that is on the Hub is looked up, and LoRA and base are checked against each other, before weights are fetched.
+    # All repositories are looked up, and the LoRA is compared with the base, before weights are downloaded.
     names = {"composer": composer, "rewriter": rewriter}
     for part, value in names.items():
         if value is None:
@@ -218,7 +222,7 @@ def _load_recipe(
     for made in assembly.parts:
         if made.name == "anchor_lora" and made.source.folder is None:
             pipe.anchor_lora.reference = {"repository": made.source.name, "revision": made.source.revision}
-    # The folder was of this call alone.
+    # The name of the temporary folder means nothing to the user.
     pipe.register_to_config(_name_or_path=recipe.name)
     pipe.origin = {"kind": "recipe"}
     return pipe
@@ -236,7 +240,7 @@ def _load_animator_recipe(
     from ..animate.animator import AnchorAnimator
     from ..pipelines.pipeline_factorized_image_to_video import FactorizedImageToVideoPipeline
 
-    # All that is on the Hub is looked up before weights are fetched.
+    # All repositories are looked up before weights are downloaded.
     names = {"composer": composer, "rewriter": rewriter}
     for part, value in names.items():
         if value is None:
@@ -266,16 +270,16 @@ def load_part(
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
 ) -> FirstFrameRewriter | AnchorComposer | Judge:
-    """The model of stage 1 or 2 by itself, without fetching the others.
+    """Loads the rewriter, composer or judge of a model alone, without downloading the other components.
 
     Args:
         part (`str`): `"rewriter"`, `"composer"` or `"anchor_judge"`.
-        name, dtype, revision, variant, token, cache_dir, local_files_only: of [`load`].
-        own (*optional*): in place of the model's.
+        name, dtype, revision, variant, token, cache_dir, local_files_only: as in [`load`].
+        own (*optional*): replacement for the model's own component, as in [`load`].
 
     Raises:
-        `ValueError`: an unknown name, or a model without that part.
-        `OSError`: it is not there.
+        `ValueError`: the name is unknown, or the model has no such component.
+        `OSError`: the component does not exist.
     """
     import torch
 
@@ -314,7 +318,7 @@ def load_part(
     ]
 
 
-# Of a part's files those that are read.
+# Suffixes of the files of a component that are read.
 _LOADED = (".safetensors", ".json", ".txt", ".model", ".jinja")
 
 
@@ -325,7 +329,7 @@ def _given(**values: Any) -> dict[str, Any]:
 def _parts(
     composer: Any, rewriter: Any, dtype: torch.dtype, hub: dict[str, Any], variant: str | None
 ) -> dict[str, Any]:
-    """Components that are to replace the repository's own, loaded where they are names, `None` where there is to be none."""
+    """Returns replacements for the repository's own components, loaded from their names; `None` for a component to leave out."""
     from ..compose.composer import AnchorComposer
     from ..pipelines.parts import as_composer, as_rewriter
     from ..rewrite.rewriter import FirstFrameRewriter
@@ -347,7 +351,7 @@ def _parts(
 
 
 def _is_own(composer: Any, recipe: Recipe | AnimatorRecipe) -> bool:
-    """The recipe's own composer, at any commit: it is called as the recipe says."""
+    """Returns whether the composer is the recipe's own, at any commit; it then gets the recipe's call defaults."""
     if composer is None:
         return True
     name = composer if isinstance(composer, str) and not Path(composer).exists() else ""
@@ -355,7 +359,7 @@ def _is_own(composer: Any, recipe: Recipe | AnimatorRecipe) -> bool:
 
 
 def pinned(name: str | os.PathLike, place: str, hub: dict[str, Any], folders: bool = True) -> str:
-    """A folder or a file as it is, a repository with the commit of its branch; the cache keeps which that was, for use offline."""
+    """Returns a local path unchanged, and a repository with the commit of its branch, which the cache keeps for offline use."""
     from ..loading.files import COMMIT, fetch
 
     name = str(name)
@@ -363,14 +367,14 @@ def pinned(name: str | os.PathLike, place: str, hub: dict[str, Any], folders: bo
     if folders and Path(name).exists() or COMMIT.fullmatch(revision):
         return name
     if folders and name.startswith(("/", "./", "../", "~")):
-        raise OSError(f"{place}: {name!r} is no file or folder here.")
+        raise OSError(f"{place}: {name!r} does not exist on this machine.")
     # "org/name/file.safetensors" is one of a repository's files.
     owner, _, rest = repository.partition("/")
     repository, _, file = rest.partition("/")
     repository = f"{owner}/{repository}"
     if not NAME.fullmatch(repository):
-        raise OSError(f"{place}: {name!r} is no file or folder here, and no repository's name, which is `org/name`.")
-    # With a file the cache keeps the commit; the components' own loading fetches the others.
+        raise OSError(f"{place}: {name!r} does not exist on this machine, and is not a repository name (`org/name`).")
+    # Downloading a small file makes the cache keep the commit; the components download the other files when they load.
     small = {"README.md", "model_index.json", "config.json"}
 
     def select(names: list[str]) -> list[str]:

@@ -1,6 +1,6 @@
-"""A pipeline without weights: what its calls accept and what memory it needs, before anything large is fetched.
+"""Builds a pipeline without weights, to check calls and to plan memory before weights are downloaded.
 
-Of a recipe it is made of the published facts, and nothing is asked; of a folder or a repository, of its configurations.
+For a recipe it uses the published facts, without a request to the Hub; for a folder or a repository, the configurations.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 class EmptyComposer(AnchorComposer):
-    """Stands for a composer: its models without weights. It checks numbers alone and draws nothing."""
+    """Placeholder for a composer, with its models without weights. It checks only numbers and draws nothing."""
 
     def __init__(self, models: dict[str, torch.nn.Module]):
         torch.nn.Module.__init__(self)
@@ -48,11 +48,11 @@ class EmptyComposer(AnchorComposer):
     def check_call(
         self, num_prompts: int, num_inference_steps: int | None = None, *arguments: Any, **options: Any
     ) -> None:
-        """What depends on the pipeline is checked when it is there."""
+        """Checks nothing: the checks that depend on the pipeline run once it is loaded."""
 
 
 class EmptyRewriter(FirstFrameRewriter):
-    """Stands for a rewriter: its model without weights. It writes nothing."""
+    """Placeholder for a rewriter, with its model without weights. It writes nothing."""
 
     def __init__(self, models: dict[str, torch.nn.Module]):
         torch.nn.Module.__init__(self)
@@ -61,7 +61,7 @@ class EmptyRewriter(FirstFrameRewriter):
 
 
 class EmptyJudge(AnchorJudge):
-    """Stands for a judge: its model without weights. It scores nothing."""
+    """Placeholder for a judge, with its model without weights. It scores nothing."""
 
     def __init__(self, model: torch.nn.Module, threshold: float | None):
         torch.nn.Module.__init__(self)
@@ -70,7 +70,7 @@ class EmptyJudge(AnchorJudge):
 
 
 class EmptyTokenizer:
-    """Stands for a tokenizer; pipelines ask it for this when they are made."""
+    """Placeholder for a tokenizer, with the attribute that the constructors of pipelines read."""
 
     model_max_length = 512
 
@@ -82,17 +82,17 @@ def outline(
     rewriter: Any = None,
     hub: dict[str, Any] | None = None,
 ) -> FactorizedStages:
-    """The pipeline that [`~recipes.load`] would give, with models on the meta device and without tokenizers and LoRA.
+    """Builds the pipeline that [`~recipes.load`] would load, with models on the meta device and without tokenizers and LoRA.
 
     Args:
-        source ([`ModelSource`]): of the model.
-        dtype (`torch.dtype`): of all weights.
+        source ([`ModelSource`]): source of the model.
+        dtype (`torch.dtype`): dtype of all weights.
         composer, rewriter: as in [`~recipes.load`].
-        hub (`dict`, *optional*): for the Hub.
+        hub (`dict`, *optional*): arguments for the Hub.
 
     Raises:
-        `ValueError`: a component that is not known, or does not fit the others.
-        `OSError`: a configuration that is not there.
+        `ValueError`: a component is unknown or does not fit the others.
+        `OSError`: a configuration does not exist.
     """
     hub = hub or {}
     with empty_weights(dtype):
@@ -103,10 +103,10 @@ def outline(
                 is_name = isinstance(value, (str, os.PathLike))
                 named[name] = None if value is False else make(value, hub) if is_name else value
         if composer is False:
-            # There are no pictures to judge.
+            # Without a composer there are no pictures to judge.
             named["anchor_judge"] = None
         if isinstance(source.recipe, AnimatorRecipe):
-            # Its configurations are published on the Hub alone.
+            # The configurations of an animator are only on the Hub.
             animator = source.recipe.animator
             folder = fetch_configs(animator.repository, None, f"The animator of {source.name}", hub)
             parts = {"animator": _animator(folder, hub), **make_parts(source.recipe)}
@@ -153,7 +153,7 @@ def _recipe_components(recipe: Recipe) -> dict[str, Any]:
 
 
 def make_parts(recipe: Recipe | AnimatorRecipe) -> dict[str, torch.nn.Module]:
-    """Rewriter and composer on the default device: of published configs, weights not loaded."""
+    """Builds rewriter and composer on the default device from published configurations, without loading weights."""
     return {
         "rewriter": EmptyRewriter(_published_models(recipe.rewriter)),
         "composer": EmptyComposer(_published_models(recipe.composer)),
@@ -161,10 +161,10 @@ def make_parts(recipe: Recipe | AnimatorRecipe) -> dict[str, torch.nn.Module]:
 
 
 def make_animator_models(recipe: AnimatorRecipe) -> dict[str, torch.nn.Module]:
-    """Models of the animator on the default device, of published configs, in the order of running.
+    """Builds the animator's models on the default device from published configurations, in the order of running.
 
     Raises:
-        `AttributeError`: the diffusers that is installed does not have one of them.
+        `AttributeError`: the installed diffusers lacks one of the classes.
     """
     return {name: _published_model(kind, config) for name, (kind, config) in recipe.animator.models.items()}
 
@@ -174,14 +174,14 @@ def _published_models(facts: PartFacts) -> dict[str, torch.nn.Module]:
 
 
 def _published_model(kind: str, config: dict[str, Any]) -> torch.nn.Module:
-    # Of LTX-2 some are in its own module.
+    # Some classes of LTX-2 are in the module of its pipeline.
     places = (place for place in (diffusers, transformers, diffusers.pipelines.ltx2) if hasattr(place, kind))
     made = getattr(next(places, diffusers), kind)
     return made(**config) if issubclass(made, ModelMixin) else made(made.config_class(**config))
 
 
 def _component(folder: Path, library: str, class_name: str, hub: dict[str, Any]) -> Any:
-    """A component of its folder: a model without weights, a scheduler or presets as they are; `None` for a LoRA."""
+    """Builds a component from its folder: a model without weights, or a scheduler or presets as they are; `None` for a LoRA."""
     if class_name == HubReference.__name__:
         values = _json(folder / REFERENCE_NAME)
         reference = HubReference(class_name=values.pop("class"), **values).values
@@ -200,7 +200,7 @@ def _component(folder: Path, library: str, class_name: str, hub: dict[str, Any])
         return SchedulerPresets.from_pretrained(folder)
     if class_name in FAMILIES:
         return FAMILIES[class_name][0].from_config(_json(folder / "config.json"))
-    # A model of one pipeline alone is in that pipeline's module.
+    # A model that only one pipeline uses is in the module of that pipeline.
     places = {"diffusers": diffusers, "transformers": transformers}
     found = getattr(places.get(library) or getattr(diffusers.pipelines, library, None), class_name, None)
     if not isinstance(found, type):
@@ -220,12 +220,12 @@ def _component(folder: Path, library: str, class_name: str, hub: dict[str, Any])
 
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise OSError(f"{path.parent.name!r} has no {path.name}.")
+        raise OSError(f"The folder {path.parent.name!r} has no {path.name}.")
     return read_json(path)
 
 
 def _animator(folder: Path, hub: dict[str, Any]) -> AnchorAnimator:
-    """An animator whose pipeline has models without weights: it checks a call as it will."""
+    """Builds an animator whose pipeline has models without weights, and which checks calls like the loaded one."""
     config = _json(folder / ANIMATOR_CONFIG) if (folder / ANIMATOR_CONFIG).is_file() else {}
     if "repository" in config:
         folder = fetch_configs(config["repository"], config.get("revision"), "The animator", hub)
@@ -252,7 +252,9 @@ def _composer(folder: Path, hub: dict[str, Any]) -> EmptyComposer:
     index = _json(folder / INDEX)
     kind = getattr(diffusers, str(index.get("_class_name")), None)
     if not isinstance(kind, type) or not issubclass(kind, DiffusionPipeline):
-        raise ValueError(f"The composer is a {index.get('_class_name')}, which is no pipeline of diffusers.")
+        raise ValueError(
+            f"The composer is a {index.get('_class_name')}, which is not a pipeline of diffusers; name another."
+        )
     models = {
         name: made
         for name, entry in index.items()
@@ -263,7 +265,7 @@ def _composer(folder: Path, hub: dict[str, Any]) -> EmptyComposer:
 
 
 def _rewriter(folder: Path, hub: dict[str, Any]) -> EmptyRewriter:
-    # It refuses one that names a server, before anything else is read.
+    # This refuses a file that names a server, before anything else is read.
     config = read_rewriter_config(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
     if "gguf_file" in config:
         return EmptyRewriter({})
@@ -279,7 +281,7 @@ def _rewriter(folder: Path, hub: dict[str, Any]) -> EmptyRewriter:
 
 
 def _judge(folder: Path, hub: dict[str, Any]) -> EmptyJudge:
-    # It refuses one that names a server, before anything else is read.
+    # This refuses a file that names a server, before anything else is read.
     config = read_judge_config(folder / JUDGE_CONFIG)
     if "model" in config:
         folder = fetch_configs(config["model"], config.get("revision"), "The judge", hub)

@@ -1,4 +1,4 @@
-"""What a name stands for, found out before weights are read: a recipe, a folder or a repository on the Hub."""
+"""Finds what a model name refers to before weights are read: a recipe, a folder or a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _PIPELINES = {
     "FactorizedDreamerPipeline": "pipeline_factorized_dreamer",
     "FactorizedImageToVideoPipeline": "pipeline_factorized_image_to_video",
 }
-# Stock pipelines of the same components.
+# Stock pipelines with the same components.
 _STOCK = {"WanPipeline": "FactorizedVideoPipeline", "CogVideoXPipeline": "FactorizedCogVideoXPipeline"}
 INDEX = "model_index.json"
-# Of a repository on the Hub.
+# Form of a repository name.
 NAME = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")
-# What ships with the package, as records call it.
+# Name of the embedded model, also in records.
 EMBEDDED = "embedded"
-# What says how models are made, without their weights.
+# Configuration files, from which models are built without weights.
 CONFIGS = {
     INDEX,
     "config.json",
@@ -45,14 +45,14 @@ CONFIGS = {
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model by name.
+    """Source of a model.
 
     Args:
-        name (`str`): as it was given.
-        recipe ([`Recipe`] or [`AnimatorRecipe`], *optional*): where it is one.
-        folder (`Path`, *optional*): of the model, or of its configurations alone where it is on the Hub; `None` of a recipe.
-        index (`dict`): its `model_index.json`.
-        repository, commit (`str`, *optional*): on the Hub.
+        name (`str`): name as it was given.
+        recipe ([`Recipe`] or [`AnimatorRecipe`], *optional*): recipe of that name.
+        folder (`Path`, *optional*): folder of the model or, for a Hub repository, of its configurations; `None` for a recipe.
+        index (`dict`): contents of its `model_index.json`.
+        repository, commit (`str`, *optional*): repository on the Hub and its commit.
     """
 
     name: str
@@ -64,7 +64,7 @@ class ModelSource:
 
     @property
     def pipeline_name(self) -> str:
-        """The class of this package that it becomes."""
+        """Name of this package's pipeline class that loads the model."""
         if isinstance(self.recipe, AnimatorRecipe):
             return "FactorizedImageToVideoPipeline"
         if self.recipe is not None:
@@ -80,40 +80,40 @@ class ModelSource:
 
     @property
     def pipeline_class(self) -> type[FactorizedStages]:
-        """The class of this package that it becomes."""
+        """This package's pipeline class that loads the model."""
         module = importlib.import_module(f"diffusers_fvg.pipelines.{_PIPELINES[self.pipeline_name]}")
         return getattr(module, self.pipeline_name)
 
     def has(self, part: str) -> bool:
-        """Whether the model brings a component."""
+        """Returns whether the model has a component."""
         if self.recipe is not None:
             return part in self.recipe.repositories
         return (self.index.get(part) or [None, None])[1] is not None
 
 
 def find_source(name: str | os.PathLike, revision: str | None, hub: dict[str, Any]) -> ModelSource:
-    """Finds a model by name. Of a repository on the Hub its small configurations are fetched, of a recipe nothing.
+    """Finds a model by name. It downloads the configurations of a Hub repository, and nothing for a recipe.
 
     Args:
         name (`str` or `os.PathLike`): a recipe, a folder, `"org/name"`, `"org/name@revision"` or `"embedded"`.
-        revision (`str`, *optional*): of the repository; of a recipe's base.
-        hub (`dict`): `token`, `cache_dir` and `local_files_only`, where they are set.
+        revision (`str`, *optional*): revision of the repository, or of a recipe's base.
+        hub (`dict`): `token`, `cache_dir` and `local_files_only`, as far as they are set.
 
     Raises:
-        `ValueError`: an unknown name, or a pipeline that does not become one of this package.
-        `OSError`: a repository or revision that is not there.
+        `ValueError`: the name is unknown, or this package cannot load the pipeline.
+        `OSError`: the repository or the revision does not exist.
     """
     if not isinstance(name, (str, os.PathLike)):
         raise ValueError(
-            f"`name` must be a recipe, a folder or a repository, but is a {type(name).__name__}; a pipeline of diffusers becomes one "
-            "of this package by `FactorizedVideoPipeline.from_pipe(pipeline)`."
+            f"`name` must be a recipe, a folder or a repository, but is a {type(name).__name__}; to convert a pipeline of diffusers, "
+            "use `FactorizedVideoPipeline.from_pipe(pipeline)`."
         )
     if str(name) == EMBEDDED and not Path(name).is_dir():
         from ..embedded import EMBEDDED_FOLDER
 
         if revision is not None:
             raise ValueError(
-                f"The revision {revision!r} is of a repository on the Hub, and the embedded model has none."
+                f"`revision={revision!r}` is for a Hub repository, but the embedded model has no revisions; leave it out."
             )
         return ModelSource(EMBEDDED, folder=EMBEDDED_FOLDER, index=_index(EMBEDDED_FOLDER, EMBEDDED))
     recipe = find_recipe(name)
@@ -122,16 +122,18 @@ def find_source(name: str | os.PathLike, revision: str | None, hub: dict[str, An
     if Path(name).is_dir():
         if revision is not None:
             raise ValueError(
-                f"The revision {revision!r} is of a repository on the Hub, and {str(name)!r} is a folder."
+                f"`revision={revision!r}` is for a Hub repository, but {str(name)!r} is a folder; leave it out."
             )
         source = ModelSource(str(name), folder=Path(name), index=_index(Path(name), str(name)))
     else:
         repository, _, own = str(name).partition("@")
         if not NAME.fullmatch(repository):
-            raise ValueError(f"The model {str(name)!r} is no folder, and no repository's name, which is `org/name`.")
+            raise ValueError(
+                f"The model {str(name)!r} is neither an existing folder nor a repository name (`org/name`)."
+            )
         if own and revision:
             raise ValueError(
-                f"The model {str(name)!r} names a revision, and {revision!r} is another; give one of them."
+                f"The model {str(name)!r} names a revision, and `revision={revision!r}` another; give one of them."
             )
         folder = fetch_configs(repository, own or revision, "The model", hub)
         source = ModelSource(str(name), None, folder, _index(folder, repository), repository, folder.name)
@@ -140,12 +142,12 @@ def find_source(name: str | os.PathLike, revision: str | None, hub: dict[str, An
 
 
 def fetch_configs(repository: str, revision: str | None, place: str, hub: dict[str, Any], subfolder: str = "") -> Path:
-    """The folder of a repository's snapshot, with the configurations alone, or with what else is in the cache."""
+    """Downloads the configurations of a repository and returns the folder of its snapshot in the cache."""
     from ..loading.files import fetch
 
     def select(names: list[str]) -> list[str]:
         inside = [name for name in names if name.startswith(f"{subfolder}/" if subfolder else "")]
-        # One of a repository without any keeps the commit in the cache.
+        # Without configurations, one other file is downloaded, so that the cache keeps the commit.
         return [name for name in inside if PurePosixPath(name).name in CONFIGS] or names[:1]
 
     return fetch(repository, revision, select, place, **hub)[0]
@@ -154,8 +156,8 @@ def fetch_configs(repository: str, revision: str | None, place: str, hub: dict[s
 def _index(folder: Path, name: str) -> dict[str, Any]:
     if not (folder / INDEX).is_file():
         raise ValueError(
-            f"The model {name!r} is no pipeline: it has no {INDEX}. A chat model is for `rewriter`, a LoRA for `lora`; recipes are "
-            f"{', '.join(RECIPES | ANIMATOR_RECIPES)}."
+            f"The model {name!r} is not a pipeline: it has no {INDEX}. Pass a chat model as `rewriter` and a LoRA as `lora`. The "
+            f"recipes are {', '.join(RECIPES | ANIMATOR_RECIPES)}."
         )
     return read_json(folder / INDEX)
 
@@ -165,6 +167,6 @@ def _check_class(source: ModelSource) -> None:
         return
     name, known = source.index.get("_class_name"), ", ".join([*_PIPELINES, *_STOCK])
     raise ValueError(
-        f"The model {source.name!r} is a {name}, and none of {known}, or an image-to-video pipeline of diffusers; a "
-        "text-to-image pipeline is for `composer`."
+        f"The model {source.name!r} is a {name}; use one of {known}, or an image-to-video pipeline of diffusers. Pass a "
+        "text-to-image pipeline as `composer`."
     )

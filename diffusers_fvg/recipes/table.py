@@ -1,4 +1,4 @@
-"""The recipes: data."""
+"""Table of the recipes."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PartFacts:
-    """A text-to-image pipeline or a chat model.
+    """Published facts of a text-to-image pipeline or a chat model.
 
     Args:
-        repository (`str`): on the Hub.
-        license (`str`): of the weights, as the Hub names it.
-        configs (`dict`): class in diffusers or transformers to its arguments, for each model of the part.
-        call_defaults (`dict`): of the composer's calls, as its authors call it.
-        sources (`dict[str, str]`): where each of these comes from.
+        repository (`str`): repository on the Hub.
+        license (`str`): licence of the weights, in the Hub's spelling.
+        configs (`dict`): class in diffusers or transformers -> its arguments, for each model of the part.
+        call_defaults (`dict`): call arguments of the composer that its authors recommend.
+        sources (`dict[str, str]`): source of each of these values.
     """
 
     repository: str
@@ -34,13 +34,13 @@ class PartFacts:
 
 @dataclass(frozen=True)
 class AnimatorFacts:
-    """An image-to-video pipeline.
+    """Published facts of an image-to-video pipeline.
 
     Args:
-        repository, license (`str`): as of [`PartFacts`].
-        models (`dict`): component to its class in diffusers or transformers and the arguments of that, in the order of running.
-        call_defaults (`dict`): of its calls, as its authors call it.
-        sources (`dict[str, str]`): where each of these comes from.
+        repository, license (`str`): as in [`PartFacts`].
+        models (`dict`): component -> its class in diffusers or transformers and the arguments of the class, in the order of running.
+        call_defaults (`dict`): call arguments that its authors recommend.
+        sources (`dict[str, str]`): source of each of these values.
     """
 
     repository: str
@@ -52,15 +52,15 @@ class AnimatorFacts:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Parts that make a pipeline, by name.
+    """A base, a composer and a rewriter under one name.
 
     Args:
-        name (`str`): without a slash.
-        facts ([`ModelFacts`]): of the base.
-        composer, rewriter ([`PartFacts`]): of stages 1 and 2.
-        training (`dict`): keys of [`~training.config.TrainConfig`] for an anchor LoRA, beside those that the facts give.
-        clip_lengths (`tuple[int, ...]`): frames of the clips to train on.
-        lora (`str`, *optional*): of a published anchor LoRA; `None` where there is none.
+        name (`str`): name without a slash.
+        facts ([`ModelFacts`]): facts of the base.
+        composer, rewriter ([`PartFacts`]): facts of the models of stages 2 and 1.
+        training (`dict`): options of [`~training.config.TrainConfig`] for an anchor LoRA, in addition to those from `facts`.
+        clip_lengths (`tuple[int, ...]`): numbers of frames of the training clips.
+        lora (`str`, *optional*): repository of a published anchor LoRA, if there is one.
     """
 
     name: str
@@ -73,12 +73,12 @@ class Recipe:
 
     @property
     def keeps_first_frame(self) -> bool:
-        """Whether the base was trained on clean first frames, and so keeps an anchor there without a LoRA."""
+        """Whether the base was trained with clean first frames, so that it keeps an anchor there without a LoRA."""
         return self.facts.expand_timesteps
 
     @property
     def repositories(self) -> dict[str, str]:
-        """Part to its repository."""
+        """Part -> its repository."""
         return {
             "base": self.facts.repository,
             "composer": self.composer.repository,
@@ -87,7 +87,7 @@ class Recipe:
 
     @property
     def licenses(self) -> dict[str, str]:
-        """Part to its licence."""
+        """Part -> its licence."""
         base = self.facts.license
         return {
             "base": base.name or base.id,
@@ -98,11 +98,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class AnimatorRecipe:
-    """Parts that make a [`FactorizedImageToVideoPipeline`], by name. The video model keeps a first frame as it is.
+    """Parts of a [`FactorizedImageToVideoPipeline`] under one name. The video model keeps a first frame without a LoRA.
 
     Args:
-        name (`str`): without a slash.
-        animator ([`AnimatorFacts`]), composer, rewriter ([`PartFacts`]): of stages 3, 2 and 1.
+        name (`str`): name without a slash.
+        animator ([`AnimatorFacts`]), composer, rewriter ([`PartFacts`]): facts of the models of stages 3, 2 and 1.
     """
 
     name: str
@@ -118,12 +118,12 @@ class AnimatorRecipe:
 
     @property
     def repositories(self) -> dict[str, str]:
-        """Part to its repository."""
+        """Part -> its repository."""
         return {name: part.repository for name, part in self.parts.items()}
 
     @property
     def licenses(self) -> dict[str, str]:
-        """Part to its licence."""
+        """Part -> its licence."""
         return {name: part.license for name, part in self.parts.items()}
 
 
@@ -142,7 +142,7 @@ QWEN3_4B_INSTRUCT = PartFacts(
     license="apache-2.0",
     configs={"Qwen3ForCausalLM": QWEN3_4B},
     sources={
-        "repository": "model card; it never thinks aloud",
+        "repository": "model card; a model without thinking mode",
         "license": "model card",
         "configs": "config.json of the repository",
     },
@@ -150,9 +150,9 @@ QWEN3_4B_INSTRUCT = PartFacts(
 Z_IMAGE_TURBO = PartFacts(
     repository="Tongyi-MAI/Z-Image-Turbo",
     license="apache-2.0",
-    # Its VAE is left out, which is small beside the others.
+    # The VAE is left out, because it is small compared with the other models.
     configs={"ZImageTransformer2DModel": {}, "Qwen3Model": QWEN3_4B},
-    # No size: it draws at that of the video.
+    # No size: the composer draws at the size of the video.
     call_defaults={"num_inference_steps": 9, "guidance_scale": 0.0},
     sources={
         "repository": "Tongyi-MAI/Z-Image 44314b8, README.md",
@@ -163,7 +163,7 @@ Z_IMAGE_TURBO = PartFacts(
     },
 )
 
-# Bytes of weights on disk, where published: for when the Hub does not answer. The 5B's transformer (4,999,787,712 numbers) and
+# Published bytes of weights on disk, used when the Hub does not answer. The 5B's transformer (4,999,787,712 parameters) and
 # VAE (704,688,668) are float32, its text encoder (5,680,910,336) is bfloat16: card of
 # AbstractFramework/wan2.2-ti2v-5b-diffusers-8bit. Qwen3-4B (4,022,468,096) is bfloat16: its config.json.
 STORED = {
@@ -171,7 +171,7 @@ STORED = {
     "Qwen/Qwen3-4B-Instruct-2507": 2 * 4_022_468_096,
 }
 
-# Keys beside those that follow from the facts: those of examples/training, with the reasons there.
+# Options that do not follow from the facts, as in examples/training, which gives the reasons.
 _TRAINING = {"anchor_position": "uniform", "batch_size": 1, "learning_rate": 1e-4}
 
 RECIPES: dict[str, Recipe] = {
@@ -240,7 +240,7 @@ _QWEN25_VL_7B = {
     "num_attention_heads": 28,
     "num_key_value_heads": 4,
 }
-# google/byt5-small, config.json; some hundred characters that Glyph-SDXL-v2 adds are left out.
+# google/byt5-small, config.json, without the few hundred characters that Glyph-SDXL-v2 adds.
 _BYT5_SMALL = {"vocab_size": 384, "d_model": 1472, "d_kv": 64, "d_ff": 3584, "num_layers": 12, "num_heads": 6}
 _LTX2 = AnimatorFacts(
     repository="diffusers/LTX-2.3-Diffusers",
@@ -272,7 +272,7 @@ _LTX2 = AnimatorFacts(
     },
     sources={
         "repository": "Lightricks/LTX-2 400fd31, README.md",
-        "license": "model card: LTX-2 Community License, 2026-01-05; pay from 10 million dollars of revenue",
+        "license": "model card: LTX-2 Community License, 2026-01-05; paid at and above 10 million dollars of revenue",
         "models": "huggingface/diffusers 58eb52c, scripts/convert_ltx2_to_diffusers.py, version 2.3",
     },
 )
@@ -313,7 +313,7 @@ _SANA_VIDEO = AnimatorFacts(
     repository="Efficient-Large-Model/SANA-Video_2B_480p_diffusers",
     license="nvidia-open-model-license",
     models={
-        # Of gemma-2-2b-it, which are the class's own values.
+        # The values of gemma-2-2b-it are the defaults of the class.
         "text_encoder": ("Gemma2Model", {}),
         "transformer": ("SanaVideoTransformer3DModel", {}),
         "vae": ("AutoencoderKLWan", {}),
@@ -336,16 +336,16 @@ ANIMATOR_RECIPES: dict[str, AnimatorRecipe] = {
 
 
 def find_recipe(name: str | os.PathLike) -> Recipe | AnimatorRecipe | None:
-    """The recipe of a name; `None` for an existing folder, which comes first, and for what may be a repository.
+    """Returns the recipe of a name; `None` for an existing folder, which takes precedence, and for a name with a slash.
 
     Raises:
-        `ValueError`: a name without a slash that is neither.
+        `ValueError`: the name has no slash and is neither a folder nor a recipe.
     """
     name = str(name)
     if Path(name).is_dir() or len(Path(name).parts) > 1:
         return None
     known = RECIPES | ANIMATOR_RECIPES
     if name not in known:
-        hint = f" Is {name.lower()!r} meant?" if name.lower() in known else ""
-        raise ValueError(f"{name!r} is no folder and no recipe; recipes are {', '.join(known)}.{hint}")
+        hint = f" Did you mean {name.lower()!r}?" if name.lower() in known else ""
+        raise ValueError(f"{name!r} is neither a folder nor a recipe; the recipes are {', '.join(known)}.{hint}")
     return known[name]

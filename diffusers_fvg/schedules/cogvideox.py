@@ -1,14 +1,14 @@
 """CogVideoX's noise in the terms of [`schedules.flow`], and its sampling presets.
 
-Sigma is the noise level here too: 1 is noise, 0 is data. CogVideoX preserves variance instead of mixing in a straight line,
-and predicts the velocity along that arc (arXiv 2202.00512, section 4), which has the orientation of the straight one:
+Sigma is the noise level: 1 is noise, 0 is data. CogVideoX mixes data and noise with constant variance instead of linearly, and
+predicts the velocity along this arc (arXiv 2202.00512, section 4), in the same direction as the velocity of flow matching:
 
     noisy = alpha * clean + sigma * noise          alpha = sqrt(1 - sigma^2) = sqrt(alphas_cumprod)
     model output = alpha * noise - sigma * clean   (the velocity)
     clean = alpha * noisy - sigma * velocity
 
-The model's time is an index, 0 to 999, into a table of noise levels (scaled-linear betas, rescaled so that the last level is
-exactly 1: zero terminal SNR, arXiv 2305.08891). Levels are float64: near 1 float32 has no digits left for alpha.
+The model's timestep is an index, 0 to 999, into a table of noise levels (scaled-linear betas, rescaled so that the last level is
+exactly 1: zero terminal SNR, arXiv 2305.08891). Levels are float64, because float32 is too coarse near 1 to compute alpha.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from .presets import SchedulerPresets, timestep_preset
 
 
 def training_sigmas(scheduler) -> torch.Tensor:
-    """Noise level of every training time, `sqrt(1 - alphas_cumprod)`: `(T,)`, float64, rising.
+    """Returns the noise level of every training timestep, `sqrt(1 - alphas_cumprod)`: `(T,)`, float64, ascending.
 
     Args:
-        scheduler (`CogVideoXDDIMScheduler` or `CogVideoXDPMScheduler`): of the model's repository.
+        scheduler (`CogVideoXDDIMScheduler` or `CogVideoXDPMScheduler`): scheduler of the model's repository.
     """
     return (1 - scheduler.alphas_cumprod.double()).sqrt()
 
 
 def signal(sigma: torch.Tensor) -> torch.Tensor:
-    """`alpha = sqrt(1 - sigma^2)`, the share of the clean video in the noisy one."""
+    """Returns `alpha = sqrt(1 - sigma^2)`, the share of the clean video in the noisy one."""
     return ((1 - sigma) * (1 + sigma)).sqrt()
 
 
@@ -37,32 +37,32 @@ def _alpha_sigma(sigma: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def add_noise(clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """`alpha * clean + sigma * noise`; `sigma` in [0, 1] broadcasts against the latents."""
+    """Returns `alpha * clean + sigma * noise`; `sigma` in [0, 1] broadcasts against the latents."""
     alpha, sigma = _alpha_sigma(sigma, clean)
     return alpha * clean + sigma * noise
 
 
 def velocity(clean: torch.Tensor, noise: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """What the model is trained to predict: `alpha * noise - sigma * clean`."""
+    """Returns the training target of the model: `alpha * noise - sigma * clean`."""
     alpha, sigma = _alpha_sigma(sigma, clean)
     return alpha * noise - sigma * clean
 
 
 def clean_estimate(noisy: torch.Tensor, predicted_velocity: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """The clean latents that a predicted velocity stands for: `alpha * noisy - sigma * velocity`."""
+    """Returns the clean latents that follow from a predicted velocity: `alpha * noisy - sigma * velocity`."""
     alpha, sigma = _alpha_sigma(sigma, noisy)
     return alpha * noisy - sigma * predicted_velocity
 
 
 def min_snr_weight(sigma: torch.Tensor, gamma: float = 5.0) -> torch.Tensor:
-    """Min-SNR weight of the squared error of the velocity: `min(SNR, gamma) / (SNR + 1)` with `SNR = (alpha / sigma)^2`.
+    """Returns the Min-SNR weight of the squared velocity error: `min(SNR, gamma) / (SNR + 1)` with `SNR = (alpha / sigma)^2`.
 
-    arXiv 2303.09556, section 3.4, whose gamma is 5. CogVideoX itself is trained with weight 1 here: its trainer weighs the
-    error of the clean estimate, which is `sigma` times that of the velocity, by `1 / (1 - alphas_cumprod) = 1 / sigma^2`.
+    See arXiv 2303.09556, section 3.4, which uses gamma 5. CogVideoX itself was trained with weight 1: its trainer weights the
+    squared error of the clean estimate, which is `sigma^2` times that of the velocity, by `1 / (1 - alphas_cumprod) = 1 / sigma^2`.
 
     Args:
-        sigma (`torch.Tensor`, any shape): in (0, 1].
-        gamma (`float`, *optional*): above 0.
+        sigma (`torch.Tensor`, any shape): noise levels in (0, 1].
+        gamma (`float`, *optional*): limit of the SNR, above 0.
 
     Returns:
         `torch.Tensor` of the same shape, in [0, 1); 0 at pure noise.
@@ -72,10 +72,10 @@ def min_snr_weight(sigma: torch.Tensor, gamma: float = 5.0) -> torch.Tensor:
 
 
 def uniform_sigmas(quantiles: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """Noise levels of training times that are all equally likely, as CogVideoX is trained.
+    """Returns noise levels of uniformly distributed training timesteps, as in CogVideoX's training.
 
     Args:
-        quantiles (`torch.Tensor`, any shape): in [0, 1]; uniform ones give uniform times.
+        quantiles (`torch.Tensor`, any shape): values in [0, 1]; uniform values give uniform timesteps.
         sigmas (`torch.Tensor` of shape `(T,)`): from [`training_sigmas`].
 
     Returns:
@@ -85,12 +85,12 @@ def uniform_sigmas(quantiles: torch.Tensor, sigmas: torch.Tensor) -> torch.Tenso
 
 
 def times_of(sigma: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
-    """The model's times of noise levels: where `sigma` stands in the table, between two entries in proportion.
+    """Returns the model's timesteps for noise levels, by linear interpolation between the entries of the table.
 
-    A level below the table's first, such as an anchor's 0, has the model's lowest time, 0: nothing cleaner was trained.
+    A level below the first entry, such as an anchor's 0, gets the lowest timestep, 0: the model was trained on nothing cleaner.
 
     Args:
-        sigma (`torch.Tensor`, any shape): in [0, 1].
+        sigma (`torch.Tensor`, any shape): noise levels in [0, 1].
         sigmas (`torch.Tensor` of shape `(T,)`): from [`training_sigmas`], on the same device.
 
     Returns:
@@ -116,9 +116,9 @@ COGVIDEOX_1_5_SCHEDULE = {
     "timestep_spacing": "trailing",
 }
 
-# DDIM, 50 steps and guidance 6 are what the method's first author samples this model with; 15 steps is the step reduction of
-# Factorized Video Generation, arXiv 2512.16371. diffusers' schedulers step by 1000 // 15 = 66, a little less than the
-# distance of the timesteps, and so end at time 0 (sigma 0.03), not at sigma 0; 16 or 20 steps end at 0.
+# The method's first author samples this model with DDIM, 50 steps and guidance 6; 15 steps are the step reduction of Factorized
+# Video Generation, arXiv 2512.16371. diffusers' schedulers step by 1000 // 15 = 66, slightly less than the distance of the
+# timesteps, so that 15 steps end at timestep 0 (sigma 0.03) and not at sigma 0; 16 or 20 steps end at sigma 0.
 COGVIDEOX_PRESETS = SchedulerPresets.of(
     timestep_preset(
         "anchored-15",

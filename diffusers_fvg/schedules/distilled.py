@@ -1,11 +1,11 @@
-"""Sampling presets of weights that others have distilled to a few steps, to be used together with the anchor LoRA.
+"""Sampling presets for weights of other authors that are distilled to few steps, for use together with the anchor LoRA.
 
-Such weights know the noise levels that they were trained at and no others, and hold the guidance in themselves: its scale is 1.
-A LoRA is loaded beside the anchor's, `pipe.load_lora_weights("lightx2v/Wan2.2-Lightning", subfolder=...)`; whole weights are
-a transformer in place of the base's. That the anchor LoRA still holds its frame on top of them was not measured.
+Such weights work only at the noise levels of their training, and already contain the guidance, so that its scale is 1. Load a
+distilled LoRA in addition to the anchor LoRA, with `pipe.load_lora_weights("lightx2v/Wan2.2-Lightning", subfolder=...)`; complete
+weights replace the base's transformer. Not measured: whether the anchor LoRA still keeps its frame on these weights.
 
-Repositories that are named here were read at these commits: ModelTC/Wan2.2-Lightning 92efeb4, ModelTC/LightX2V f8aee98 and for
-image-to-video 29c8504, hao-ai-lab/FastVideo 03e21aa, Lightricks/LTX-Video bc4ab62, Tencent-Hunyuan/HunyuanVideo-1.5 03719ce.
+The values come from these commits: ModelTC/Wan2.2-Lightning 92efeb4, ModelTC/LightX2V f8aee98 and for image-to-video 29c8504,
+hao-ai-lab/FastVideo 03e21aa, Lightricks/LTX-Video bc4ab62, Tencent-Hunyuan/HunyuanVideo-1.5 03719ce.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from .flow import shifted_sigmas
 from .presets import SchedulerPreset
 
 
-# The shift is in the explicit sigmas.
+# The explicit sigmas already contain the shift.
 UNSHIFTED = {"num_train_timesteps": 1000, "shift": 1.0}
 
-# LightX2V's steps 1000, 750, 500 and 250 at shift 5: the times 1000, 937.5, 833.3 and 625. They are trained on re-noised
-# estimates, and sampled by their authors with Euler steps.
+# LightX2V's steps 1000, 750, 500 and 250 at shift 5 are the timesteps 1000, 937.5, 833.3 and 625. The authors train on estimates
+# with new noise, and sample with Euler steps.
 LIGHTX2V_SHIFT = 5.0
 LIGHTX2V_SIGMAS = shifted_sigmas(4, LIGHTX2V_SHIFT)
 
-# FastWan's times 1000, 757 and 522, which no shift gives. After each step noise is drawn anew and mixed into the estimate.
-# The noise level that its authors read off a table of 1000 levels at shift 8 is the next one to time / 1000.
+# FastWan's timesteps 1000, 757 and 522, which do not follow from a shift. After each step, new noise is mixed into the estimate.
+# The authors take the noise level from a table of 1000 levels at shift 8; it is the one nearest to timestep / 1000.
 FASTWAN_SIGMAS = (1.0, 0.757, 0.522)
 
-# Model, as in `models.MODELS` -> presets.
+# Name in `models.MODELS` -> presets.
 DISTILLED_PRESETS: dict[str, tuple[SchedulerPreset, ...]] = {
     "Wan2.2-T2V-A14B": (
         SchedulerPreset(
@@ -72,7 +72,7 @@ DISTILLED_PRESETS: dict[str, tuple[SchedulerPreset, ...]] = {
 
 
 def _unguided(name: str, sigmas: tuple[float, ...], weights: str, source: str, flow_shift: float | None = None):
-    """Euler steps without guidance."""
+    """Returns a preset with Euler steps and without guidance."""
     kind = "FlowMatchEulerDiscreteScheduler"
     return SchedulerPreset(
         name, kind, UNSHIFTED, sigmas, flow_shift, guidance_scale=1.0, weights=weights, source=source
@@ -86,7 +86,7 @@ _LTX2 = _unguided(
     "huggingface/diffusers 58eb52c, pipelines/ltx2/utils.py, DISTILLED_SIGMA_VALUES, of Lightricks/LTX-2, "
     "ltx_pipelines/utils/constants.py; no guidance: its documentation of LTX-2",
 )
-# Family of image-to-video pipelines, as in `animate.families` -> presets.
+# Family of image-to-video pipelines in `animate.families` -> presets.
 DISTILLED_ANIMATOR_PRESETS: dict[str, tuple[SchedulerPreset, ...]] = {
     "Wan2.2-I2V": (
         _unguided(

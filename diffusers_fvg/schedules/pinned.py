@@ -1,4 +1,4 @@
-"""Schedulers that step as a preset says, whatever a stock pipeline asks of them."""
+"""Schedulers that always use the steps of a preset, whatever steps a stock pipeline sets."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from .presets import SchedulerPreset
 
 
 def pinned_scheduler(preset: SchedulerPreset, num_inference_steps: int | None = None) -> SchedulerMixin:
-    """A scheduler of a preset whose `set_timesteps` sets the preset's steps.
+    """Returns a preset's scheduler whose `set_timesteps` always sets the preset's steps.
 
-    Stock pipelines set the steps of their scheduler themselves: by a number alone, so that explicit sigmas cannot be told, or
-    by sigmas of their own. A subclass and not a changed object, as some pipelines copy their scheduler.
+    Stock pipelines set the steps of their scheduler themselves, with a number or with their own sigmas, so that explicit sigmas
+    cannot be passed to them. The result is a subclass and not a changed object, because some pipelines copy their scheduler.
 
     Args:
-        preset (`SchedulerPreset`): with explicit sigmas or not.
-        num_inference_steps (`int`, *optional*): in place of the preset's.
+        preset (`SchedulerPreset`): preset with or without explicit sigmas.
+        num_inference_steps (`int`, *optional*): number of steps instead of the preset's.
     """
     made = preset.make_scheduler(num_inference_steps)
 
@@ -26,7 +26,7 @@ def pinned_scheduler(preset: SchedulerPreset, num_inference_steps: int | None = 
     class Pinned(kind):
         def set_timesteps(self, num_inference_steps=None, device=None, sigmas=None, timesteps=None, mu=None, **others):
             fresh = preset.make_scheduler(pinned_steps, device)
-            # What a run begins with, on the device of the run.
+            # Resets the scheduler to the state at the start of a run, on the device of the run.
             self.__dict__.update(fresh.__dict__)
 
     pinned_steps = num_inference_steps

@@ -1,4 +1,4 @@
-"""Sampling presets: data that says how to sample."""
+"""Sampling presets: schedulers and guidance as data."""
 
 from __future__ import annotations
 
@@ -18,40 +18,39 @@ from ..loading.reading import read_json
 from .flow import shifted_sigmas
 
 
-# Schedulers that take a number of steps and no sigmas of one's own.
+# Schedulers whose `set_timesteps` takes a number of steps and no sigmas.
 TIMESTEP_SCHEDULERS = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler")
-# Between frozen clips of the shapes world, 0, and the least moving ones, 0.05 (synthetic). Of real models not yet measured.
+# Between frozen clips of the shapes world (0) and those with the least motion (0.05; synthetic). Not measured: real models.
 MIN_MOTION = 0.02
 
 
 @dataclass(frozen=True)
 class SchedulerPreset:
-    """How to sample: a scheduler and what goes with it. All of it is data.
+    """Settings of sampling, as data: a scheduler, sigmas and guidance.
 
     Args:
-        name (`str`): what `preset=` selects.
-        scheduler_class (`str`): a diffusers scheduler class whose `set_timesteps` takes `sigmas`, or one of
+        name (`str`): name that `preset=` selects.
+        scheduler_class (`str`): diffusers scheduler class whose `set_timesteps` takes `sigmas`, or one of
             `TIMESTEP_SCHEDULERS`.
-        scheduler_config (`dict`): its config. It must not shift again what `sigmas` already holds.
-        sigmas (`tuple[float, ...]` or `None`): noise levels of the steps, decreasing, in (0, 1]; the final 0 is left out. They are
-            explicit because schedulers do not agree on their own (`FlowMatchEulerDiscreteScheduler` shifts twice).
-            `None` for a scheduler of `TIMESTEP_SCHEDULERS`, whose config and number of steps say every timestep.
-        flow_shift (`float` or `None`): the shift behind `sigmas`, from which another number of steps is derived.
-        guidance_scale (`float`): classifier-free guidance, 1 is off; of the high-noise expert, where there are two.
-        guidance_interval (`tuple[float, float]`): guidance runs at sigmas in this closed interval and is off elsewhere
-            (arXiv 2404.07724).
-        guidance_scale_2 (`float`, *optional*): of the low-noise expert; the same as the other's when left out.
-        weights (`str`): distilled weights that the steps were trained with, on the Hub or, without a slash, a folder of the
-            repository with a LoRA in place of the anchor's; empty for the base model's own.
-        source (`str`): where the values come from.
-        anchor_window (`int`, *optional*): while the preset samples, frames attend to the anchors and to those so many latent
-            frames away alone, as the anchor LoRA was trained; see [`AnchorConditionedTransformer3D.set_anchor_window`].
-        num_inference_steps (`int`, *optional*): steps unless the call says otherwise; with `sigmas` their number.
-        min_motion (`float`, *optional*): in [0, 1], the share of the picture that changes in a video, below which it is said to
-            stand still; `None` says nothing. See [`~animate.motion.motion_amounts`].
+        scheduler_config (`dict`): configuration of the scheduler. It must not apply the shift that `sigmas` already contain.
+        sigmas (`tuple[float, ...]` or `None`): noise levels of the steps, descending, in (0, 1], without the final 0. They are
+            explicit because schedulers compute them differently (`FlowMatchEulerDiscreteScheduler` applies the shift twice).
+            `None` for a scheduler in `TIMESTEP_SCHEDULERS`, whose configuration and number of steps define the timesteps.
+        flow_shift (`float` or `None`): shift of `sigmas`, from which the sigmas for another number of steps are computed.
+        guidance_scale (`float`): scale of classifier-free guidance, for two experts that of the high-noise expert; 1 is off.
+        guidance_interval (`tuple[float, float]`): closed interval of sigmas in which guidance is used (arXiv 2404.07724).
+        guidance_scale_2 (`float`, *optional*): scale for the low-noise expert; defaults to `guidance_scale`.
+        weights (`str`): distilled weights for which the steps were trained: a Hub repository, or a folder of this repository
+            (without a slash) with a LoRA that replaces the anchor LoRA. Empty for the base model's own weights.
+        source (`str`): source of the values.
+        anchor_window (`int`, *optional*): number of latent frames on each side to which a frame attends besides the anchors, as
+            the anchor LoRA was trained; see [`AnchorConditionedTransformer3D.set_anchor_window`]. All frames by default.
+        num_inference_steps (`int`, *optional*): default number of steps; with `sigmas`, their number.
+        min_motion (`float`, *optional*): share of the picture, in [0, 1], that must change in a video; below it, a warning says
+            that the video has no motion. `None` disables the warning. See [`~animate.motion.motion_amounts`].
 
     Raises:
-        `ValueError`: values that are out of range or do not belong together.
+        `ValueError`: a value is out of range, or values contradict each other.
     """
 
     name: str
@@ -65,7 +64,7 @@ class SchedulerPreset:
     weights: str = ""
     source: str = ""
     anchor_window: int | None = None
-    num_inference_steps: int = None  # type: ignore[assignment]  # `__post_init__` sets or asks for it.
+    num_inference_steps: int = None  # type: ignore[assignment]  # `__post_init__` sets or requires it.
     min_motion: float | None = MIN_MOTION
 
     def __post_init__(self) -> None:
@@ -83,11 +82,12 @@ class SchedulerPreset:
             return
         falling = all(a > b for a, b in zip(self.sigmas, self.sigmas[1:]))
         if not self.sigmas or not falling or self.sigmas[0] > 1 or self.sigmas[-1] <= 0:
-            raise ValueError(f"Preset {self.name!r}: `sigmas` must fall within (0, 1], but are {self.sigmas}.")
+            raise ValueError(f"Preset {self.name!r}: `sigmas` must descend within (0, 1], but are {self.sigmas}.")
         check_at_least_one("num_inference_steps", self.num_inference_steps)
         if self.num_inference_steps not in (None, len(self.sigmas)):
             raise ValueError(
-                f"Preset {self.name!r}: `num_inference_steps={self.num_inference_steps}` for {len(self.sigmas)} sigmas."
+                f"Preset {self.name!r}: `num_inference_steps={self.num_inference_steps}` must be the number of `sigmas`, "
+                f"{len(self.sigmas)}; leave it out."
             )
         object.__setattr__(self, "num_inference_steps", len(self.sigmas))
 
@@ -120,9 +120,9 @@ class SchedulerPreset:
         check_guidance("guidance_scale", self.guidance_scale)
         check_guidance("guidance_scale_2", self.guidance_scale_2)
         if self.guidance_scale is None:
-            raise ValueError("`guidance_scale=None` must be a number; 1 is no guidance.")
+            raise ValueError("`guidance_scale=None` must be a number; 1 disables guidance.")
         if self.flow_shift is not None and self.flow_shift <= 0:
-            raise ValueError(f"`flow_shift={self.flow_shift}` must be above 0; 1 is no shift.")
+            raise ValueError(f"`flow_shift={self.flow_shift}` must be above 0; 1 means no shift.")
         if self.min_motion is not None and not 0 <= self.min_motion <= 1:
             raise ValueError(f"`min_motion={self.min_motion}` must lie in [0, 1].")
         if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
@@ -133,8 +133,8 @@ class SchedulerPreset:
     def _check_timesteps(self) -> None:
         if self.scheduler_class not in TIMESTEP_SCHEDULERS:
             raise ValueError(
-                f"Preset {self.name!r}: `scheduler_class={self.scheduler_class!r}`; use {TIMESTEP_SCHEDULERS}, or give "
-                "`sigmas`."
+                f"Preset {self.name!r}: `scheduler_class={self.scheduler_class!r}` needs `sigmas`; give them, or use one of "
+                f"{TIMESTEP_SCHEDULERS}."
             )
         if self.num_inference_steps is None:
             raise ValueError(f"Preset {self.name!r} needs `sigmas` or `num_inference_steps`.")
@@ -142,34 +142,46 @@ class SchedulerPreset:
         others = self.flow_shift, self.guidance_scale_2, self.anchor_window
         if others != (None, None, None) or self.guidance_interval != (0.0, 1.0):
             raise ValueError(
-                f"Preset {self.name!r}: shift, guidance interval, second guidance and window belong to `sigmas`; leave them out."
+                f"Preset {self.name!r}: `flow_shift`, `guidance_interval`, `guidance_scale_2` and `anchor_window` need `sigmas`; "
+                "leave them out."
             )
 
     def make_scheduler(self, num_inference_steps: int | None = None, device: torch.device | str | None = None):
-        """A fresh scheduler of the preset's class and config, its timesteps set."""
+        """Returns a new scheduler of the preset's class and configuration with its timesteps set.
+
+        Args:
+            num_inference_steps (`int`, *optional*): number of steps instead of the preset's.
+            device (`torch.device`, *optional*): device of the timesteps.
+
+        Raises:
+            `ValueError`: the class is not a scheduler of diffusers, or does not accept the configuration or the steps.
+        """
         diffusers = importlib.import_module("diffusers")
         scheduler_class = getattr(diffusers, self.scheduler_class, None)
         if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, diffusers.SchedulerMixin):
-            raise ValueError(f"Preset {self.name!r}: {self.scheduler_class!r} is no scheduler class of diffusers.")
+            raise ValueError(
+                f"Preset {self.name!r}: `scheduler_class={self.scheduler_class!r}` must be a scheduler class of diffusers."
+            )
         steps = None if self.sigmas is None else self.steps(num_inference_steps)
         try:
             scheduler = scheduler_class(**self.scheduler_config)
             if steps is None:
                 scheduler.set_timesteps(num_inference_steps or self.num_inference_steps, device=device)
             else:
-                # An array: UniPC multiplies what it is given.
+                # UniPC multiplies the sigmas, which needs an array.
                 scheduler.set_timesteps(num_inference_steps=len(steps), sigmas=np.array(steps), device=device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
-                f"Preset {self.name!r}: a {self.scheduler_class} cannot be made and set by it: {str(error)[:200]}"
+                f"Preset {self.name!r}: {self.scheduler_class} does not accept its configuration or steps: {str(error)[:200]}"
             ) from error
         return scheduler
 
     def steps(self, num_inference_steps: int | None) -> tuple[float, ...]:
-        """The preset's sigmas, or as many as asked for from the same `flow_shift`.
+        """Returns the preset's sigmas, or sigmas for another number of steps with the same `flow_shift`.
 
         Raises:
-            `ValueError`: another number of steps than a distilled model knows, whose sigmas are not those of a shift.
+            `ValueError`: the preset's sigmas do not follow from a shift, as those of distilled weights, and another number of steps
+                is requested.
         """
         assert self.sigmas is not None
         if num_inference_steps is None or num_inference_steps == self.num_inference_steps:
@@ -177,13 +189,13 @@ class SchedulerPreset:
         shift = self.flow_shift
         if shift is None or self.sigmas != shifted_sigmas(self.num_inference_steps, shift):
             raise ValueError(
-                f"`num_inference_steps={num_inference_steps}`, but preset {self.name!r} has {self.num_inference_steps} steps of "
-                "its own, which no shift gives; leave `num_inference_steps` out."
+                f"`num_inference_steps={num_inference_steps}`, but preset {self.name!r} has {self.num_inference_steps} fixed steps, "
+                "which do not follow from a shift; leave `num_inference_steps` out."
             )
         return shifted_sigmas(num_inference_steps, shift)
 
     def is_scheduler(self, scheduler) -> bool:
-        """Whether a scheduler is of the preset's class and agrees with its config."""
+        """Returns whether a scheduler has the preset's class and configuration."""
         config = scheduler.config
         return type(scheduler).__name__ == self.scheduler_class and all(
             config.get(key) == value for key, value in self.scheduler_config.items()
@@ -191,13 +203,13 @@ class SchedulerPreset:
 
 
 def check_steps(num_inference_steps: int | None, preset: SchedulerPreset | None) -> None:
-    """At least one, and as many as the preset can make."""
+    """Raises `ValueError` unless the number of steps is at least 1 and the preset supports it."""
     check_at_least_one("num_inference_steps", num_inference_steps, MAX_STEPS)
     if preset is not None and preset.sigmas is not None:
         preset.steps(num_inference_steps)
 
 
-# UniPC keeps second order at 15 steps where Euler loses detail. flow_shift=1 here: the shift is in the explicit sigmas.
+# At 15 steps, UniPC of order 2 keeps detail that Euler loses. flow_shift is 1 because the explicit sigmas contain the shift.
 UNIPC_CONFIG = {
     "num_train_timesteps": 1000,
     "prediction_type": "flow_prediction",
@@ -209,7 +221,7 @@ UNIPC_CONFIG = {
 
 
 def unipc_preset(name: str, num_inference_steps: int, flow_shift: float, guidance_scale: float, source: str, **more):
-    """A preset on `UniPCMultistepScheduler`, Wan's own solver, with shifted sigmas written out."""
+    """Returns a preset with `UniPCMultistepScheduler`, the solver of Wan's authors, and explicit shifted sigmas."""
     sigmas = shifted_sigmas(num_inference_steps, flow_shift)
     return SchedulerPreset(
         name, "UniPCMultistepScheduler", dict(UNIPC_CONFIG), sigmas, flow_shift, guidance_scale, source=source, **more
@@ -224,7 +236,7 @@ def timestep_preset(
     guidance_scale: float,
     source: str = "",
 ) -> SchedulerPreset:
-    """A preset on one of `TIMESTEP_SCHEDULERS`."""
+    """Returns a preset with one of `TIMESTEP_SCHEDULERS`."""
     return SchedulerPreset(
         name,
         scheduler_class,
@@ -239,10 +251,10 @@ def timestep_preset(
 
 @dataclass
 class SchedulerPresets(Mapping):
-    """The presets of a repository, `schedulers/<preset>/scheduler_config.json`, the first one being the default.
+    """Presets of a repository, stored in `schedulers/<preset>/scheduler_config.json`; the first one is the default.
 
-    Each file is a config of the scheduler's class (so that stock diffusers reads it too) with the preset's own values
-    under the key `_preset`.
+    Each file is a configuration of the scheduler's class, which stock diffusers can also read. The key `_preset` holds the
+    other values of the preset.
     """
 
     presets: dict[str, SchedulerPreset] = field(default_factory=dict)
@@ -254,7 +266,7 @@ class SchedulerPresets(Mapping):
             if not isinstance(preset, SchedulerPreset) or preset.name != name
         ]
         if wrong:
-            raise ValueError(f"`presets` must hold `SchedulerPreset`s by their names, but is {self.presets!r:.120}.")
+            raise ValueError(f"`presets` must map names to `SchedulerPreset`s, but is {self.presets!r:.120}.")
 
     @classmethod
     def of(cls, *presets: SchedulerPreset) -> SchedulerPresets:
@@ -275,9 +287,9 @@ class SchedulerPresets(Mapping):
         return len(self.presets)
 
     def matching(self, scheduler) -> SchedulerPreset | None:
-        """The first preset that `scheduler` belongs to, or `None` for a scheduler of the user's own.
+        """Returns the first preset that matches `scheduler`, or `None` for any other scheduler.
 
-        A preset of distilled weights is for those alone: it is found only where it is the default.
+        A preset of distilled weights matches only if it is the default, because it is valid only for these weights.
         """
         for order, preset in enumerate(self.presets.values()):
             if preset.is_scheduler(scheduler) and (order == 0 or not getattr(preset, "weights", "")):
@@ -303,7 +315,7 @@ class SchedulerPresets(Mapping):
                 found.append(_read_preset(path))
             except (KeyError, TypeError, AttributeError) as error:
                 problem = f"{type(error).__name__}: {error}"
-                raise ValueError(f"{path} is no preset's configuration, or a damaged one ({problem}).") from error
+                raise ValueError(f"{path} is not the configuration of a preset, or is damaged ({problem}).") from error
         if not found:
             raise ValueError(f"No `<preset>/scheduler_config.json` in {pretrained_model_name_or_path}.")
         return cls.of(*(preset for _, preset in sorted(found, key=lambda item: item[0])))
@@ -316,13 +328,13 @@ def _read_preset(path: Path) -> tuple[int, SchedulerPreset]:
     if not isinstance(order, int):
         raise TypeError(f"`order={order!r:.60}` must be a whole number")
     if values["name"] != path.parent.name:
-        raise ValueError(f"{path} calls its preset {values['name']!r}; rename the folder or the preset.")
+        raise ValueError(f"{path} names its preset {values['name']!r}; rename the folder or the preset.")
     values = {"sigmas": None, "flow_shift": None, **values}
     return order, SchedulerPreset(scheduler_class=scheduler_class, scheduler_config=config, **values)
 
 
-# Wan2.2-TI2V-5B's own shift and guidance (Wan-Video/Wan2.2, wan/configs/wan_ti2v_5B.py): the default of a pipeline that
-# brings no presets. 15 steps against 50 is the step reduction of Factorized Video Generation, arXiv 2512.16371.
+# Defaults of a pipeline without presets, with shift and guidance of Wan2.2-TI2V-5B (Wan-Video/Wan2.2,
+# wan/configs/wan_ti2v_5B.py). 15 steps instead of 50 are the step reduction of Factorized Video Generation, arXiv 2512.16371.
 WAN_PRESETS = SchedulerPresets.of(
     unipc_preset(
         "anchored-15", 15, 5.0, 5.0, source="arXiv 2512.16371: 15 steps; shift and guidance of Wan2.2-TI2V-5B"

@@ -1,8 +1,9 @@
-"""Anchored window attention against attention to all frames: alone, forward and with its backward pass, and in a step.
+"""Compares anchored window attention with attention to all frames: alone (forward, and with backward) and in a step.
 
-One anchor at frame 0; window 3 at 31 latent frames, less where there are fewer. Attention alone runs in every form that this
-device has, against diffusers' fastest backend that is installed and right here (`auto`). First, each form is compared with
-the masked definition in float32, and the transformer with a window of all frames with the transformer without one.
+There is one anchor at frame 0. The window is 3 latent frames for a video of 31, and smaller for shorter videos. Attention alone
+runs in every implementation that the device supports, against the fastest installed backend of diffusers that computes the
+right result here (`auto`). Before timing, each implementation is compared with the masked definition in float32, and the
+transformer with a window over all frames with the transformer without a window.
 
     python examples/benchmarks/benchmark_attention.py --size cpu
 """
@@ -32,7 +33,7 @@ from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransforme
 from diffusers_fvg.kernels import attention
 
 
-# Relative RMS. bfloat16 rounds weights and outputs to 8 bits, and a step adds up what its blocks round differently.
+# Limits of the relative RMS difference. bfloat16 rounds to 8 bits, and the roundings of the blocks of a step add up.
 GATES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 STEP_GATES = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
 BACKWARD = "forward and backward"
@@ -54,7 +55,7 @@ def window_forms(device: str) -> dict[str, Callable[..., torch.Tensor]]:
 
 
 def draw(size: Size, device: str) -> list[torch.Tensor]:
-    """Query, key, value, and the gradient of the output."""
+    """Returns query, key, value and the gradient of the output."""
     generator = torch.Generator(device).manual_seed(0)
     heads, head_dim = size.config["num_attention_heads"], size.config["attention_head_dim"]
     shape = (1, size.tokens, heads, head_dim)
@@ -64,7 +65,7 @@ def draw(size: Size, device: str) -> list[torch.Tensor]:
 def attention_runs(size: Size, seen: torch.Tensor, backend: str, device: str, repeats: int) -> list[dict]:
     *inputs, grad = draw(size, device)
     inputs = [x.requires_grad_() for x in inputs]
-    # The scores of one head alone are as many as the tokens squared.
+    # One head is enough to compare: its scores alone have the size of the tokens squared.
     one_head = [x[:, :, :1].detach().float() for x in inputs]
     forms = {name: partial(form, seen=seen) for name, form in window_forms(device).items()}
     with torch.no_grad():
@@ -154,7 +155,7 @@ def main() -> None:
     at_length = size.latent_frames >= 31 and device.startswith("cuda")
     bars = [
         bar(
-            "step with window 3 at 31 latent frames: time of dense with the best backend",
+            "time of a step at 31 latent frames, window 3 / dense attention with the best backend",
             0.77,
             best if at_length else None,
             needs="an H200-class GPU: --size 5b",

@@ -1,8 +1,8 @@
-"""One denoising step of Factorized-Dreamer's video UNet with its designs against the same UNet with all of them off.
+"""Compares one denoising step of Factorized-Dreamer's video UNet with that of the same UNet without its designs.
 
-Designs are timed together and one by one, with what they take of image and text computed before, as in sampling from the
-second step on; the first step, which computes it, is a row of its own. FLOPs are counted at 512 pixels and 16 frames on the
-Stable Diffusion 2.1 UNet, whatever size is timed.
+The designs are T2I adapter, PACA and motion text. They are timed together and one by one. The features of image and text are
+computed before, as in sampling from the second step on; the first step, which computes them, has its own row. FLOPs are always
+counted at 512 pixels and 16 frames for the UNet of Stable Diffusion 2.1.
 
     python examples/benchmarks/benchmark_dreamer.py --size cpu
 """
@@ -32,7 +32,7 @@ SD_2_1 = {
     "use_linear_projection": True,
 }
 OFF = {"t2i_adapter": None, "paca": None, "motion_embed_dim": None}
-# Off but for one; all of them are what the class has on by itself.
+# One design at a time; `all` are the defaults of the class.
 VARIANTS = {
     "plain": OFF,
     "all": {},
@@ -44,13 +44,14 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Size:
-    """
+    """One size of the benchmark.
+
     Args:
-        config (`dict`): of the image UNet.
-        num_frames, latent_side (`int`): of the clip.
-        image_embed_dim, motion_embed_dim (`int`): of CLIP's image and T5's tokens.
-        motion_tokens (`int`): of the motion's text.
-        dtype (`torch.dtype`): of weights and activations.
+        config (`dict`): configuration of the image UNet.
+        num_frames, latent_side (`int`): number of frames and side of the square latents of the clip.
+        image_embed_dim, motion_embed_dim (`int`): widths of CLIP's image embedding and of T5's tokens.
+        motion_tokens (`int`): number of tokens of the motion text.
+        dtype (`torch.dtype`): dtype of weights and activations.
     """
 
     config: dict[str, Any]
@@ -67,7 +68,7 @@ SIZES = {
     "tiny": Size(
         SMALL | {"block_out_channels": (32, 32, 64, 64), "layers_per_block": 1}, 4, 8, 32, 32, 8, torch.float32
     ),
-    # A fifth of Stable Diffusion's width, 4 frames at 256 pixels: seconds a step on one core.
+    # A fifth of Stable Diffusion's width and 4 frames of 256 pixels take seconds per step on one core.
     "cpu": Size(
         SMALL | {"block_out_channels": (64, 128, 256, 256), "cross_attention_dim": 256, "attention_head_dim": 4},
         *(4, 32, 256, 512, 77),
@@ -78,7 +79,7 @@ SIZES = {
 
 
 def build(size: Size, switches: dict[str, Any]) -> FactorizedDreamerUNet:
-    """Random weights. Those of the image UNet are drawn first, and so are the same for all switches."""
+    """Builds a UNet with random weights; those of the image UNet are drawn first, so that all variants share them."""
     torch.manual_seed(0)
     widths = {"image_embed_dim": size.image_embed_dim, "motion_embed_dim": size.motion_embed_dim}
     return FactorizedDreamerUNet(**size.config, num_frames=size.num_frames, **widths | switches).eval()
@@ -105,8 +106,8 @@ def make_inputs(size: Size, unet: FactorizedDreamerUNet, device: str) -> dict[st
 
 
 def count_flops(size: Size, switches: dict[str, Any]) -> int:
-    """FLOPs of a step from the second on, on shapes alone."""
-    # The counter does not know the CPU's fused attention, and does know the products that attention is made of.
+    """Returns the FLOPs of the second or a later step, from tensor shapes without computing anything."""
+    # The counter does not support the CPU's fused attention, but it does support the matrix products of the plain one.
     with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         unet = build(size, switches)
         inputs = make_inputs(replace(size, dtype=torch.float32), unet, "cpu") | {"image_cache": {}, "motion_cache": {}}
@@ -121,7 +122,7 @@ def main() -> None:
     has_gpu = torch.cuda.is_available()
     parser.add_argument("--size", choices=SIZES, default="sd2.1" if has_gpu else "cpu", help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if has_gpu else "cpu", help="default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=5, help="calls of each, in turn (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="calls of each variant, in turn (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS / "dreamer.json", help="default: %(default)s")
     args = parser.parse_args()
     size = SIZES[args.size]
@@ -143,7 +144,7 @@ def main() -> None:
         calls[name] = step
         if name == "all":
             calls["all, first step"] = first_step
-    # Untrained designs change nothing, so all calls have one result.
+    # Untrained designs have no effect, so that all calls give the same result.
     differences = {name: gate(name, call(), calls["plain"](), 0.0) for name, call in calls.items()}
     seconds = interleaved_seconds(calls, args.device, args.repeats)
     ratios = {name: median_ratio(seconds, name, "plain") for name in calls}
@@ -153,19 +154,24 @@ def main() -> None:
         {
             "designs": name,
             "seconds": statistics.median(seconds[name]),
-            "of_plain": ratios[name],
+            "time / plain": ratios[name],
             "difference": differences[name],
             "parameters": sum(p.numel() for p in models[name].parameters()) if name in models else None,
-            "tflops_at_512": flops[name] / 1e12 if name in flops else None,
-            "flops_of_plain": flops[name] / flops["plain"] if name in flops else None,
+            "TFLOP at 512 pixels": flops[name] / 1e12 if name in flops else None,
+            "FLOPs / plain": flops[name] / flops["plain"] if name in flops else None,
         }
         for name in calls
     ]
     timed = ratios["all"] if args.size == "sd2.1" else None
     bars = [
-        bar("FLOPs of a step with all designs at 512 pixels, of the plain UNet's", 1.3, flops["all"] / flops["plain"]),
-        bar(f"time of a step with all designs at size {args.size}, of the plain UNet's", 1.3, ratios["all"]),
-        bar("the same at 512 pixels, 16 frames", 1.3, timed, needs="a GPU: --size sd2.1"),
+        bar("FLOPs of a step at 512 pixels, all designs / plain UNet", 1.3, flops["all"] / flops["plain"]),
+        bar(f"time of a step at size {args.size}, all designs / plain UNet", 1.3, ratios["all"]),
+        bar(
+            "time of a step at 512 pixels and 16 frames, all designs / plain UNet",
+            1.3,
+            timed,
+            needs="a GPU: --size sd2.1",
+        ),
     ]
     settings = {
         "size": args.size,

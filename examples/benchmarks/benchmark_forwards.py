@@ -1,11 +1,11 @@
-"""Ways to make the forwards of a guided step fewer or cheaper, with what they save. Only the first is in the package.
+"""Measures ways to save forwards, or parts of them, in a guided step. Only the first one is in the package.
 
-* The anchor LoRA fused into the weights, `pipe.fuse_lora()`, instead of as layers of its own: measured, at `--size`.
-* The conditional and the unconditional branch in one batch instead of one after the other: measured, at `--size`.
-* The text's keys and values once per prompt, and the anchor's once per video (in a model whose anchor sees itself alone):
-  counted for the whole models, as shares of the FLOPs of a forward. Only the forwards after the first would save them.
+* Fusing the anchor LoRA into the weights (`pipe.fuse_lora()`): measured at `--size`.
+* Running the conditional and the unconditional branch in one batch: measured at `--size`.
+* Computing the text's keys and values once per prompt, and the anchor's once per video, which needs a model whose anchor attends
+  only to itself: computed for the whole models, as shares of the FLOPs of a forward. Only forwards after the first save them.
 
-First, a batch of both branches is compared with the two alone, and the fused model with the other.
+Before timing, the batch is compared with the separate branches, and the fused model with the unfused one.
 
     python examples/benchmarks/benchmark_forwards.py --size cpu
 """
@@ -40,13 +40,14 @@ from diffusers_fvg.training.config import WAN_TARGETS
 # In bfloat16 a product of twice the rows may round in another order.
 GATES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 NOTES = (
-    "Of these the fused LoRA alone is in the package. A batch of both branches pays where a forward is too small to fill the device, as the "
-    "shapes model's; at the tokens of a whole model it computes the same and holds twice the activations. The text's keys "
-    "and values are a thousandth of a forward. The anchor's are one to two hundredths, for the memory in the table, once for "
-    "each branch, and for a model that is trained not to let its anchor see the clip."
+    "Only the fused LoRA is in the package. One batch of both branches is faster if a forward is too small to fill "
+    "the device, as in the shapes model; with the tokens of a whole model it takes the same time and twice the "
+    "memory of the activations. Computing the text's keys and values once saves a thousandth of a forward. "
+    "Computing the anchor's once saves one to two hundredths, costs the memory in the table for each branch, and "
+    "needs a model that is trained so that its anchor does not attend to the clip."
 )
 LAYERS, FUSED = "as layers", "fused"
-# Of Wan2.2-TI2V-5B's config for the trainer, and of the shapes model.
+# LoRA ranks of the training config for Wan2.2-TI2V-5B and of the shapes model.
 RANK, SHAPES_RANK = 128, 16
 APART, TOGETHER = "one after the other", "in one batch"
 
@@ -56,19 +57,19 @@ def width(size: Size) -> int:
 
 
 def text_flops(size: Size) -> int:
-    """Of the text's keys and values in all blocks: two products of tokens, width and width."""
+    """Returns the FLOPs of the text's keys and values in all blocks: two matrix products each."""
     return size.config["num_layers"] * 2 * 2 * size.text_tokens * width(size) ** 2
 
 
 def counted(name: str) -> list[dict]:
     size = SIZES[name]
     whole = count_flops(AnchorConditionedTransformer3D, size, per_token=False)
-    # A clip of the anchor alone, but for what every forward does with the text.
+    # A clip of the anchor alone, without the part of the text.
     alone = count_flops(AnchorConditionedTransformer3D, replace(size, latent_frames=1), per_token=False)
     rows = {"text": (text_flops(size), size.text_tokens), "anchor": (alone - text_flops(size), size.frame_tokens)}
     return [
         {
-            "what": f"{part}'s keys and values, counted",
+            "what": f"{part}'s keys and values, computed",
             "size": name,
             "form": "computed once",
             "seconds": None,

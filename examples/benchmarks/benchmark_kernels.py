@@ -1,16 +1,16 @@
-"""The Triton kernels against their definition: first agreement, then time and share of the copy bandwidth.
+"""Compares the Triton kernels with their plain torch definition: results, time and share of the copy bandwidth.
 
-At the tokens and the width of `--size`, one time per frame. Implementations in turn: the definition as it is, the definition
-under torch.compile, the Triton kernel. "adapter" is a backward pass with frozen weights and modulation, as LoRA training has
-it, "all" one with every gradient.
+The inputs have the tokens and the width of `--size`, and one timestep per frame. The implementations run in turn: the definition,
+the definition under torch.compile, and the Triton kernel. "adapter" is a backward pass with frozen weights and modulation, as in
+LoRA training; "all" computes every gradient.
 
-Before anything is timed, every output and gradient is compared with the definition in float64. Bytes count the tensors of
-the size of the tokens, each once; rows and angles come on top. On a GPU a buffer larger than its cache is cleared before
-each call: what is read comes from memory, and the launch is over before the clock starts.
+Before timing, every output and gradient is compared with the definition in float64. The bytes are those of the tensors of the
+size of the tokens, each counted once, without modulation rows and rotary angles. On a GPU, a buffer larger than the cache is
+cleared before each call, so that inputs are read from memory and the clock starts after the launch.
 
     python examples/benchmarks/benchmark_kernels.py --size 5b
 
-Without a GPU the kernels run in Triton's interpreter, at `--size tiny` and with TRITON_INTERPRET=1; their times mean nothing.
+Without a GPU, the kernels run in Triton's interpreter with `--size tiny` and TRITON_INTERPRET=1; these times mean nothing.
 """
 
 import os
@@ -27,7 +27,7 @@ from diffusers_fvg.kernels import reference
 
 
 EPS = 1e-6
-# Relative RMS. bfloat16 rounds to 8 bits, which by itself is 1.6e-3.
+# Limits of the relative RMS error. The rounding of bfloat16 to 8 bits alone gives 1.6e-3.
 GATES = {torch.bfloat16: 2.5e-3, torch.float32: 1e-5}
 # Cleared between calls, and copied for the bandwidth. The cache of an H200 has 50 MiB.
 BUFFER = 2**30
@@ -35,7 +35,8 @@ BUFFER = 2**30
 
 @dataclass(frozen=True)
 class Operation:
-    """One kernel: its inputs, those of them an adapter leaves frozen, and how often a pass reads or writes the tokens."""
+    """One kernel with its inputs, the indices of the inputs that are frozen in LoRA training, and the number of token-sized
+    tensors that each pass reads or writes."""
 
     name: str
     call: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
@@ -54,7 +55,7 @@ def make_operations(size: Size, device: str) -> list[Operation]:
     num_tokens, head_dim = size.tokens, size.config["attention_head_dim"]
     dim = size.config["num_attention_heads"] * head_dim
     tokens = [random(1, num_tokens, dim) for _ in range(2)]
-    # One table of six rows per frame, as the transformer has it.
+    # The transformer has one table of six modulation rows per frame.
     scale, shift, gate, *_ = random(1, size.latent_frames, 6, dim, dtype=torch.float32).unbind(2)
     weights = [random(dim) for _ in range(2)]
     angle = torch.rand(1, num_tokens, 1, head_dim // 2, generator=generator, device=device) * 6.28
@@ -85,7 +86,7 @@ def outputs(operation: Operation, function: Callable, inputs: list[torch.Tensor]
 
 
 def leaves(operation: Operation, mode: str, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
-    """Inputs that ask for the gradients of `mode`."""
+    """Returns copies of the inputs that require the gradients of `mode`."""
     return [
         x.detach()
         .to(dtype or x.dtype)
@@ -95,10 +96,10 @@ def leaves(operation: Operation, mode: str, dtype: torch.dtype | None = None) ->
 
 
 def check(operation: Operation, implementations: dict[str, Callable]) -> dict[str, float]:
-    """Largest relative RMS error of outputs and gradients against the definition in float64, by implementation."""
+    """Returns, for each implementation, the largest relative RMS error of outputs and gradients against float64."""
 
     with torch.no_grad():
-        # The same gradients arrive at all of them: the rounding of an output counts once.
+        # All implementations get the same output gradients, so that the rounding of an output counts once.
         grads = [torch.randn_like(out) for out in outputs(operation, implementations["reference"], operation.inputs)]
 
     def values(function: Callable, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
@@ -120,7 +121,10 @@ def check(operation: Operation, implementations: dict[str, Callable]) -> dict[st
 
 
 def rounds(calls: Mapping[str, Callable[[], object]], device: str, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, in turn. The harness's clock starts before a launch, which is as long as a kernel."""
+    """Returns the seconds of each call, made in turn.
+
+    GPU events are used because a launch, which the harness's clock includes, takes as long as a kernel.
+    """
     on_gpu, (clock, _) = device.startswith("cuda"), make_clock(device)
     buffer = torch.empty(BUFFER if on_gpu else 0, dtype=torch.uint8, device=device)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -159,7 +163,7 @@ def make_call(operation: Operation, function: Callable, mode: str) -> Callable[[
 
 
 def copy_bandwidth(num_bytes: int, device: str, repeats: int) -> float:
-    """Bytes read and written per second by a copy."""
+    """Returns the bytes per second that a copy reads and writes."""
     source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = rounds({"copy": lambda: target.copy_(source)}, device, repeats)
@@ -185,13 +189,13 @@ def main() -> None:
     parser.set_defaults(repeats=50)
     args = parser.parse_args()
     size, device = SIZES[args.size], args.device
-    # One forward, many backward passes: a compiled one may not use up what the forward kept.
+    # One forward serves many backward passes, so that a compiled backward must not reuse the buffers of the forward.
     torch._functorch.config.donated_buffer = False
     bandwidth = copy_bandwidth(BUFFER if device.startswith("cuda") else 2**27, device, args.repeats)
 
     runs, shares = [], {}
     for operation in make_operations(size, device):
-        # Past a number of variants of one function the compiler leaves the next as they are, and all operations share it.
+        # All operations share one compiled function, and the compiler stops recompiling it after a number of variants.
         torch.compiler.reset()
         implementations = make_implementations(operation, device)
         errors = check(operation, implementations)

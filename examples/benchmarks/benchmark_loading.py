@@ -1,11 +1,11 @@
-"""Loading: the embedded shapes model with all its stages, its video model alone, and stock's pipeline of the same weights;
-and one transformer of `--size` with random weights, by stock's class and by ours.
+"""Measures loading: the embedded shapes model with all stages, its video model alone, and a stock pipeline with the same weights;
+and one transformer of `--size` with random weights, with the stock class and with ours.
 
-Every load is a process of its own, in turn. Imports are timed apart; the first load in a process still imports the models'
-own modules, the second is loading alone. Memory is what the operating system counts for the process, mapped files included,
-above what it has after the imports; for that the script needs Linux.
+Each load runs in a separate process, in turn. Imports are timed separately. The first load in a process still imports the
+modules of the models; the second one only loads. Memory is the resident memory of the process, with mapped files, above that
+after the imports; reading it needs Linux.
 
-First, ours and stock's must have loaded the same weights to the last bit.
+Before timing, the script checks that ours and stock loaded the same weights bit for bit.
 
     python examples/benchmarks/benchmark_loading.py --size cpu
 """
@@ -47,7 +47,7 @@ made, (clock, folder, dtype, device, options) = [], json.loads(sys.argv[1])
 clock = getattr(time, clock)
 imports = seconds(names)
 import torch
-# The peak is from now on.
+# Resets the peak memory.
 pathlib.Path("/proc/self/clear_refs").write_text("5")
 before = kibibytes("VmRSS")
 
@@ -62,7 +62,7 @@ print(json.dumps([imports, first, seconds(load), peak * 1024]))
 
 
 def load(name: str, folder: Path, dtype: torch.dtype, device: str, **options) -> tuple[float, ...]:
-    """Seconds of imports, of the first load and of the second, and peak bytes of the first, of a class in a new process."""
+    """Loads a class in a new process; returns the seconds of imports, first load and second load, and the first's peak bytes."""
     clock, _ = make_clock(device)
     given = json.dumps([clock.__name__, str(folder), str(dtype).removeprefix("torch."), device, options])
     command = [sys.executable, "-c", CHILD.format(name=name), given]
@@ -71,7 +71,7 @@ def load(name: str, folder: Path, dtype: torch.dtype, device: str, **options) ->
 
 
 def check_equal(name: str, ours: torch.nn.Module, stock: torch.nn.Module) -> None:
-    """Ends the run where a weight is another one."""
+    """Exits if a weight differs."""
     expected = stock.state_dict()
     found = {
         key.replace(".base_layer.", "."): value for key, value in ours.state_dict().items() if ".lora_" not in key
@@ -90,7 +90,7 @@ def main() -> None:
     size, device = SIZES[args.size], args.device
     with tempfile.TemporaryDirectory() as folder:
         pipeline, transformer = Path(folder, "pipeline"), Path(folder, "transformer")
-        # Stored as the embedded weights are.
+        # The embedded weights are stored in float16 as well.
         embedded("cpu")[1].to(torch.float16).save_pretrained(pipeline)
         ours = diffusers_fvg.load_embedded()
         stock = WanPipeline.from_pretrained(pipeline, dtype=torch.float32)
@@ -114,7 +114,7 @@ def main() -> None:
             "transformer, ours": ("AnchorConditionedTransformer3D", transformer, large, {}),
             "transformer, stock": ("WanTransformer3DModel", transformer, large, {}),
         }
-        # The first round brings the files into the system's cache.
+        # The first round, which reads the files into the system's cache, is left out.
         rounds = [
             {what: load(name, path, *where, **options) for what, (name, path, where, options) in calls.items()}
             for _ in range(args.repeats + 1)
@@ -136,7 +136,13 @@ def main() -> None:
                 "peak MiB of the first": peak / 2**20,
             }
         )
-    bars = [bar("shapes model, all stages, first load: seconds beyond the imports", 10, medians["shapes, all stages"])]
+    bars = [
+        bar(
+            "seconds of the first load of the shapes model, all stages, without imports",
+            10,
+            medians["shapes, all stages"],
+        )
+    ]
     settings = {f"transformer: {name}": value for name, value in describe(args.size, device, args.repeats).items()}
     write_report(args.output, "Loading", device, settings, runs, bars)
 

@@ -1,13 +1,13 @@
-"""Peak memory of one forward with one anchor: the anchored transformer against diffusers' stock class.
+"""Compares the peak memory of one forward with one anchor: the anchored transformer and diffusers' stock class.
 
-Two layers at the width of Wan2.2-5B, random weights, 704x1280 pixels. The stock class takes one time per token, ours one
-per latent frame. What counts is memory above the weights and inputs.
+The models have two layers of Wan2.2-5B's width and random weights; the video has 704x1280 pixels. The stock class takes one
+timestep per token, ours one per latent frame. The memory is that above the weights and inputs.
 
-* With a GPU: what its allocator reports, bfloat16, full 121-frame clip.
-* Without: bytes of live tensors, counted at every operation. Once on a float32 run that is executed (21 frames, 5,280
-  tokens, about a minute a class on one core), and once on shapes alone for the bfloat16 full clip, which computes nothing.
+* On a GPU, the allocator reports it, in bfloat16 for the full clip of 121 frames.
+* On a CPU, the bytes of live tensors are counted at every operation: once in an executed float32 run (21 frames, 5,280 tokens,
+  about a minute per class on one core), and once from tensor shapes for the full clip in bfloat16, without computing anything.
 
-Where the models are executed their outputs are compared first: a ratio between different results would mean nothing.
+If the models are executed, their outputs are compared first; a ratio between different results would mean nothing.
 
     python examples/benchmarks/benchmark_modulation.py
 """
@@ -32,7 +32,7 @@ GATES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 @torch.no_grad()
 def forward(cls: type, size: Size, device: str) -> tuple[int, torch.Tensor]:
-    """Peak bytes of one forward above weights and inputs, and its output."""
+    """Returns the peak bytes of one forward above weights and inputs, and its output."""
     model = build_transformer(cls, size, device)
     inputs = transformer_inputs(size, device, per_token=cls is WanTransformer3DModel)
     samples = []
@@ -75,8 +75,11 @@ def main() -> None:
             compare(6, torch.float32, "cpu", shapes_only=False),
             compare(whole, torch.bfloat16, "cpu", shapes_only=True),
         ]
-    bars = [bar(f"peak above weights and inputs, {r['tokens']:,} tokens: of stock's", 0.60, r["ratio"]) for r in runs]
-    title = f"peak memory of a forward above weights and inputs, Wan2.2-5B width, {LAYERS} layers, one anchor"
+    bars = [
+        bar(f"peak memory above weights and inputs at {r['tokens']:,} tokens, ours / stock", 0.60, r["ratio"])
+        for r in runs
+    ]
+    title = f"Peak memory of a forward above weights and inputs, Wan2.2-5B width, {LAYERS} layers, one anchor"
     write_report(args.output, title, args.device, {"layers": LAYERS}, runs, bars)
 
 

@@ -1,12 +1,12 @@
-"""The whole pipeline: `anchored-15` against stock text-to-video at 50 steps, on the same weights and device;
-and the same 15 steps with one forward each, as a guidance-distilled LoRA allows.
+"""Compares whole pipelines: preset `anchored-15` with stock text-to-video at 50 steps, on the same weights and device;
+and the same 15 steps with one forward each, which a guidance-distilled LoRA allows.
 
-`--model embedded` is the shapes model that ships with the package, all three stages: prompt to video in both arms, alone and
-in turn. `--model random` is a video model of `--size` with random weights, given an anchor and text embeddings: it leaves out
-stages 1 and 2 and the text encoder, which a model of random weights cannot show.
+`--model embedded` runs the shapes model that ships with the package, with all three stages from the prompt to the video.
+`--model random` runs a video model of `--size` with random weights, from an anchor and text embeddings. It leaves out stages 1
+and 2 and the text encoder, for which random weights have no meaning.
 
-First, our pipeline without an anchor is compared with stock `WanPipeline`, and with the anchor LoRA fused, as it is timed, with
-itself before.
+Before timing, our pipeline without an anchor is compared with stock `WanPipeline`, and our pipeline with the fused anchor LoRA,
+which is timed, with the unfused one.
 
     python examples/benchmarks/benchmark_pipeline.py --model embedded
 """
@@ -46,11 +46,12 @@ from diffusers_fvg.schedules.presets import WAN_PRESETS
 
 GATES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 NOTES = (
-    "On the shapes model stage 2 is 40 forwards of a composer of its own, over a third of the time of all stages, and a forward "
-    "is too small for its arithmetic to count: ratios are far above those of the forwards."
+    "On the shapes model, stage 2 runs 40 forwards of its own model, which take over a third of the time of all "
+    "stages, and a forward is so small that overhead dominates. The ratios of the times are therefore far above the "
+    "ratios of the number of forwards."
 )
 STOCK, ANCHORED, DISTILLED = "stock, 50 steps", "ours, anchored-15", "ours, anchored-15, one forward a step"
-# A VAE that decodes in milliseconds, of the same kind as the real one.
+# A small VAE of the same class as the real one, which decodes in milliseconds.
 TINY_VAE = {"base_dim": 4, "decoder_base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
 
 
@@ -59,11 +60,11 @@ def seeded(device: str) -> torch.Generator:
 
 
 def embedded(device: str) -> tuple[FactorizedVideoPipeline, WanPipeline, dict[str, Any], dict[str, Any]]:
-    """Our pipeline, stock's on the same weights, and what each is called with."""
+    """Returns our pipeline, the stock pipeline with the same weights, and the call arguments of each."""
     ours = diffusers_fvg.load_embedded().to(device)
     bare = diffusers_fvg.load_embedded()
     transformer = WanTransformer3DModel.from_config(ours.transformer.config)
-    # Without the anchor LoRA, which the base model does not have.
+    # The base model has no anchor LoRA.
     states = {
         name.replace(".base_layer.", "."): tensor
         for name, tensor in bare.transformer.state_dict().items()
@@ -86,7 +87,7 @@ def random(size: Size, device: str) -> tuple[FactorizedVideoPipeline, WanPipelin
     channels = size.config["in_channels"]
     config = WAN_VAES[channels] | (TINY_VAE if size is SIZES["tiny"] else {})
     torch.manual_seed(0)
-    # The real statistics are a file's; what they are costs nothing.
+    # The values of the latent statistics do not affect the time.
     vae = AutoencoderKLWan(**config | {"latents_mean": [0.0] * channels, "latents_std": [1.0] * channels})
     vae = vae.to(device, size.dtype).eval()
     parts = {"tokenizer": None, "text_encoder": None, "vae": vae}
@@ -133,7 +134,7 @@ def main() -> None:
     for pipe in (ours, stock):
         pipe.set_progress_bar_config(disable=True)
 
-    # Stock spaces its steps by its scheduler's config, a preset by explicit sigmas.
+    # Stock computes the sigmas from its scheduler's config; a preset has explicit sigmas.
     flow_shift = {"flow_shift": full.flow_shift}
     stock.scheduler = stock.scheduler.from_config(stock.scheduler.config, **flow_shift)
 
@@ -147,7 +148,7 @@ def main() -> None:
     def direct(steps: int) -> torch.Tensor:
         call = {name: value for name, value in our_call.items() if name != "image"}
         options = {"mode": "direct", "num_inference_steps": steps, "guidance_scale": full.guidance_scale}
-        # The same scheduler as stock's, so that the steps are at the same noise levels.
+        # Stock's scheduler, so that the steps have the same noise levels.
         previous, ours.scheduler = ours.scheduler, stock.scheduler.from_config(stock.scheduler.config)
         try:
             return ours(generator=seeded("cpu"), output_type="pt", **call, **options).frames
@@ -169,13 +170,13 @@ def main() -> None:
     calls: dict[str, Callable[[], object]] = {
         STOCK: stock_video,
         ANCHORED: anchored,
-        # What a LoRA with the guidance inside needs. Time depends on the number of forwards, not on what is in the weights.
+        # As with a guidance-distilled LoRA: the time depends on the number of forwards and not on the values of the weights.
         DISTILLED: partial(anchored, guidance_scale=1.0),
     }
     seconds = interleaved_seconds(calls, device, args.repeats)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = {name: median_ratio(seconds, name, STOCK) for name in calls}
-    # In turn, after the warm-up: guided, not guided.
+    # After the warm-up, guided and unguided calls alternate.
     guided = timings[2::2]
     whole = [sum(stages.values()) for stages in guided]
     share = statistics.median(stages["decode"] / total for stages, total in zip(guided, whole, strict=True))
@@ -210,9 +211,19 @@ def main() -> None:
         ("Wan2.2 size", wan, "a GPU: --model random --size 5b"),
     ):
         bars += [
-            bar(f"{title}: anchored-15 of stock's 50 steps, time", 0.25, here and ratios[ANCHORED], needs=needs),
-            bar(f"{title}: 15 forwards of stock's 100, time", 0.18, here and ratios[DISTILLED], needs=needs),
-            bar(f"{title}: decode of the whole, time", 0.15, here and share, needs=needs),
+            bar(
+                f"{title}: time of a video, ours with 15 steps / stock with 50",
+                0.25,
+                here and ratios[ANCHORED],
+                needs=needs,
+            ),
+            bar(
+                f"{title}: time of a video, ours with 15 forwards / stock with 100",
+                0.18,
+                here and ratios[DISTILLED],
+                needs=needs,
+            ),
+            bar(f"{title}: time of decoding / time of all stages", 0.15, here and share, needs=needs),
         ]
     bars.append(
         bar(

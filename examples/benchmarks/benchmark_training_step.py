@@ -1,11 +1,11 @@
-"""A training step of an anchor LoRA: forward and backward of the anchored transformer as the trainer runs it, against
+"""Compares a training step of an anchor LoRA (forward and backward) of the anchored transformer, as the trainer runs it, with
 diffusers' `WanTransformer3DModel` with the same weights, LoRA and loss, in the trainer's mixed precision.
 
-One anchor: the stock class is given one time per token, ours one per latent frame. Beside the size that is timed:
+There is one anchor. The stock class takes one timestep per token, ours one per latent frame. Two results are for the whole model:
 
-* What the stock class does once for every token, its table of modulation, weighs less the deeper the model is. On a CPU,
-  where the whole model is too slow, its time is worked out from that of the step and that of a block's part in it.
-* Memory is counted for the whole model on shapes alone: what the forward keeps for the backward, and the peak of both, above
+* The stock class computes its modulation table once for every token, which is a smaller share of the time of a deeper model. On
+  a CPU, where the whole model is too slow, its time is extrapolated from those of the step and of one block.
+* Memory is computed from tensor shapes: the activations that the forward keeps for the backward, and the peak of both, above
   weights and inputs.
 
     python examples/benchmarks/benchmark_training_step.py --size cpu
@@ -48,7 +48,7 @@ from diffusers_fvg.training.objectives import velocity_loss
 
 CLASSES = {"stock": WanTransformer3DModel, "ours": AnchorConditionedTransformer3D}
 RANK = 128
-# Of loss and gradient. In bfloat16 the stock class also rounds its modulation, which ours keeps in float32.
+# Limits for loss and gradient. In bfloat16 the stock class also rounds its modulation, which ours keeps in float32.
 GATES = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 
@@ -63,7 +63,7 @@ class Step:
             self.model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(WAN_TARGETS)))
             self.tuned = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
             for parameter_name, parameter in self.tuned.items():
-                # As the trainer keeps them. At its start one half is zero, and so would be the other's gradient.
+                # The trainer also keeps them in float32. `lora_B` starts at zero, which would make the gradient of `lora_A` zero.
                 parameter.data = parameter.data.float()
                 if ".lora_B." in parameter_name:
                     torch.nn.init.normal_(parameter, std=0.01)
@@ -79,10 +79,10 @@ class Step:
         self.inputs = [inputs, embeds, target.to(device), counted.to(device)]
 
     def __call__(self, held: Callable[[], int] = lambda: 0) -> tuple[torch.Tensor, int]:
-        """Forward and backward; returns the loss, and what `held` gives between the two."""
+        """Runs forward and backward; returns the loss, and the result of `held` between the two."""
         self.model.zero_grad(set_to_none=True)
         narrow = self.size.dtype == torch.bfloat16
-        # The trainer does without PEFT's float32 copy of every LoRA layer's input.
+        # The trainer avoids PEFT's float32 copy of every LoRA layer's input.
         with disable_input_dtype_casting(self.model, active=self.name == "ours"):
             with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=narrow):
                 loss = velocity_loss(self.model, *self.inputs)
@@ -91,7 +91,7 @@ class Step:
         return loss.detach(), between
 
     def block_call(self) -> Callable[[], object]:
-        """Forward and backward of the first block, on what the model gives it."""
+        """Returns a call of forward and backward of the first block with its inputs in the model."""
         given: list[tuple] = []
         block = self.model.blocks[0]
         hook = block.register_forward_pre_hook(lambda _, args: given.append(args))
@@ -115,7 +115,7 @@ class Step:
         return torch.cat([parameter.grad.flatten() for parameter in self.tuned.values()])
 
     def memory(self) -> tuple[int, int]:
-        """Bytes that the forward keeps for the backward, and peak of both, above weights and inputs."""
+        """Returns the bytes that the forward keeps for the backward, and the peak of both, above weights and inputs."""
         self.model.zero_grad(set_to_none=True)
         gc.collect()
         if not self.device.startswith("cuda"):
@@ -132,10 +132,10 @@ class Step:
 
 
 def counted_memory(size: Size, checkpointing: bool) -> dict[str, tuple[int, int]]:
-    """[`Step.memory`] of both classes on shapes alone: nothing is computed."""
+    """Returns [`Step.memory`] of both classes from tensor shapes, without computing anything."""
     counted = {}
     for name in CLASSES:
-        # PEFT cannot add an adapter to a model of shapes alone; to one without storage it can.
+        # PEFT cannot add an adapter to a model of fake tensors, but it can on the meta device.
         step = Step(name, size, "meta", checkpointing)
         with FakeTensorMode():
             for module in step.model.modules():
@@ -147,13 +147,13 @@ def counted_memory(size: Size, checkpointing: bool) -> dict[str, tuple[int, int]
 
 
 def _shape_alone(tensor: torch.Tensor) -> torch.Tensor:
-    """As large and of the same dtype, on the CPU; to be called in `FakeTensorMode`."""
+    """Returns a tensor of the same shape and dtype on the CPU; call this in `FakeTensorMode`."""
     alone = torch.empty(tensor.shape, dtype=tensor.dtype)
     return torch.nn.Parameter(alone, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else alone
 
 
 def compare(size: Size, device: str, checkpointing: bool) -> tuple[dict[str, Step], float]:
-    """Both classes, and the larger relative difference of their losses and gradients."""
+    """Returns the steps of both classes, and the larger relative difference of their losses and gradients."""
     steps = {name: Step(name, size, device, checkpointing) for name in CLASSES}
     loss = {name: step()[0] for name, step in steps.items()}
     difference = gate("loss", loss["ours"], loss["stock"], GATES[size.dtype])
@@ -169,7 +169,7 @@ def main() -> None:
     device, on_gpu = args.device, args.device.startswith("cuda")
     if args.gradient_checkpointing is None:
         args.gradient_checkpointing = args.size in ("5b", "a14b")
-    # In bfloat16 rounding hides a small mistake.
+    # Checked in float32 first, because the rounding of bfloat16 hides small errors.
     compare(SIZES["tiny"], device, checkpointing=False)
 
     size = replace(SIZES[args.size], dtype=torch.bfloat16)
@@ -188,28 +188,37 @@ def main() -> None:
         ratio = whole["ours"] / whole["stock"]
         for name, value in whole.items():
             depth = SIZES[WHOLE].config["num_layers"]
-            timed = ("worked out", depth, args.gradient_checkpointing, name, value, value / whole["stock"])
+            timed = ("extrapolated", depth, args.gradient_checkpointing, name, value, value / whole["stock"])
             runs.append(_run(*timed))
 
-    # Both keep as much of a block in the whole model as here; the bar is that of a whole model at its own length.
+    # The targets for memory are those of a whole model with its own video length.
     ratios = {}
     for checkpointing in (False, True):
         memory = counted_memory(SIZES[WHOLE], checkpointing)
         ratios[checkpointing] = [ours / stock for ours, stock in zip(memory["ours"], memory["stock"], strict=True)]
         for name in CLASSES:
-            run = _run(f"counted, {WHOLE}", SIZES[WHOLE].config["num_layers"], checkpointing, name)
+            run = _run(f"computed, {WHOLE}", SIZES[WHOLE].config["num_layers"], checkpointing, name)
             runs.append(run | _memory(memory[name]))
     bars = [
-        bar("step on a GPU: time of stock's", 0.90, ratio if on_gpu else None, needs="an H200-class GPU: --size 5b"),
         bar(
-            "step on a CPU, worked out for the whole model: time of stock's",
+            "time of a step on a GPU, ours / stock",
+            0.90,
+            ratio if on_gpu else None,
+            needs="an H200-class GPU: --size 5b",
+        ),
+        bar(
+            "time of a step on a CPU, extrapolated to the whole model, ours / stock",
             0.90,
             None if on_gpu or args.size == "tiny" else ratio,
             needs="a CPU: --size cpu",
         ),
-        bar(f"activations kept, {WHOLE}, no checkpointing: of stock's", 0.70, ratios[False][0]),
-        bar(f"peak of forward and backward, {WHOLE}, no checkpointing: of stock's", 0.70, ratios[False][1]),
-        bar(f"peak of forward and backward, {WHOLE}, gradient checkpointing: of stock's", 0.70, ratios[True][1]),
+        bar(f"memory of kept activations, {WHOLE}, no checkpointing, ours / stock", 0.70, ratios[False][0]),
+        bar(f"peak memory of forward and backward, {WHOLE}, no checkpointing, ours / stock", 0.70, ratios[False][1]),
+        bar(
+            f"peak memory of forward and backward, {WHOLE}, gradient checkpointing, ours / stock",
+            0.70,
+            ratios[True][1],
+        ),
     ]
     settings = describe(args.size, device, args.repeats) | {"dtype": "bfloat16, LoRA float32", "LoRA rank": RANK}
     write_report(args.output, "Training step, anchor LoRA", device, settings, runs, bars)

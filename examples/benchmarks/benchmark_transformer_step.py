@@ -1,7 +1,7 @@
-"""One forward of the anchored transformer against diffusers' `WanTransformer3DModel` on the same weights.
+"""Compares one forward of the anchored transformer with diffusers' `WanTransformer3DModel` on the same weights.
 
-One anchor: the stock class is given one time per token, ours one per latent frame. Both eager and, unless `--no-compile`,
-compiled by repeated block; the same attention backend, diffusers' native one unless `--attention-backend` names another.
+There is one anchor. The stock class takes one timestep per token, ours one per latent frame. Both run eager and, unless
+`--no-compile` is given, compiled by repeated block, with the same attention backend (`--attention-backend`).
 
     python examples/benchmarks/benchmark_transformer_step.py --size cpu
 """
@@ -39,8 +39,9 @@ CLASSES = {"stock": WanTransformer3DModel, "ours": AnchorConditionedTransformer3
 # In bfloat16 the stock class also rounds its modulation, which ours keeps in float32.
 GATES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 NOTES = (
-    "The stock class embeds the time of every token once in a forward, which in one layer weighs thirty times as much as in "
-    "thirty. So on a CPU what is judged is the step of a whole model, worked out from this one and a block."
+    "The stock class embeds the timestep of every token once per forward. This work is thirty times as large a "
+    "share of a model with one layer as of one with thirty. On a CPU the targets therefore apply to the time of a "
+    "whole model, which is extrapolated from the measured step and the time of one block."
 )
 
 
@@ -48,7 +49,7 @@ def main() -> None:
     parser = make_parser(__doc__, "transformer_step.json")
     parser.add_argument("--no-compile", action="store_true", help="eager only")
     parser.add_argument(
-        "--attention-backend", default="native", help="of diffusers' dispatcher (default: %(default)s)"
+        "--attention-backend", default="native", help="name in diffusers' dispatcher (default: %(default)s)"
     )
     args = parser.parse_args()
     size, device = SIZES[args.size], args.device
@@ -57,7 +58,7 @@ def main() -> None:
     limit, limit_source = peak_flops(device, size.dtype)
 
     def add(mode: str, layers: int, seconds: dict[str, float], ratio: float, **more: dict[str, Any]) -> None:
-        # What the stock class does once for every token is no use to anyone: ours counts for both.
+        # The additional per-token work of the stock class is not useful work: our FLOPs count for both.
         cut = replace(size, config=size.config | {"num_layers": layers})
         flops = count_flops(AnchorConditionedTransformer3D, cut, per_token=False)
         for name, value in seconds.items():
@@ -79,14 +80,14 @@ def main() -> None:
 
     layers, depth = size.config["num_layers"], SIZES[WHOLE].config["num_layers"]
     on_gpu = device.startswith("cuda")
-    # Weights are held once for each class: both fit at `a14b` on 80 GB and more.
+    # Both models are in memory at once; at size `a14b` they fit on a GPU with 80 GB.
     models = {name: build_transformer(cls, size, device) for name, cls in CLASSES.items()}
     inputs = {name: transformer_inputs(size, device, per_token=name == "stock") for name in models}
     for model in models.values():
         model.set_attention_backend(args.attention_backend)
     calls = {name: partial(model, **inputs[name], return_dict=False) for name, model in models.items()}
     known = {name: [*models[name].parameters(), *models[name].buffers(), *inputs[name].values()] for name in models}
-    # On a CPU the whole model is too slow: its time is worked out from a block's.
+    # On a CPU the whole model is too slow: its time is extrapolated from that of a block.
     blocks = {} if on_gpu else {f"{name}, a block": block_call(model, inputs[name]) for name, model in models.items()}
 
     with torch.no_grad():
@@ -106,19 +107,19 @@ def main() -> None:
             if not on_gpu:
                 whole = {name: at_full_depth(medians[name], medians[f"{name}, a block"], layers) for name in models}
                 ratios[mode] = whole["ours"] / whole["stock"]
-                add(f"{mode}, worked out", depth, whole, ratios[mode])
+                add(f"{mode}, extrapolated", depth, whole, ratios[mode])
 
     timed = ratios if args.size != "tiny" else {}
     on_cpu, on_device = ({}, timed) if on_gpu else (timed, {})
     share = runs[-1]["share of peak"] if "compiled" in on_device else None
     cpu, gpu = "a CPU: --size cpu", "an H200-class GPU: --size 5b"
     bars = [
-        bar("step, eager, on a CPU, worked out: time of stock's", 0.95, on_cpu.get("eager"), needs=cpu),
-        bar("step, eager, on a GPU: time of stock's", 0.80, on_device.get("eager"), needs=gpu),
-        bar("step, both compiled, on a CPU, worked out: time of stock's", 0.95, on_cpu.get("compiled"), needs=cpu),
-        bar("step, both compiled, on a GPU: time of stock's", 0.95, on_device.get("compiled"), needs=gpu),
-        bar("peak memory above the weights: of stock's", 0.60, peaks["eager"]["ours"] / peaks["eager"]["stock"]),
-        bar("compiled step: share of dense bf16 peak", 0.60, share, at_most=False, needs=gpu),
+        bar("time of an eager step on a CPU, extrapolated, ours / stock", 0.95, on_cpu.get("eager"), needs=cpu),
+        bar("time of an eager step on a GPU, ours / stock", 0.80, on_device.get("eager"), needs=gpu),
+        bar("time of a compiled step on a CPU, extrapolated, ours / stock", 0.95, on_cpu.get("compiled"), needs=cpu),
+        bar("time of a compiled step on a GPU, ours / stock", 0.95, on_device.get("compiled"), needs=gpu),
+        bar("peak memory above the weights, ours / stock", 0.60, peaks["eager"]["ours"] / peaks["eager"]["stock"]),
+        bar("FLOP/s of a compiled step / dense bfloat16 peak of the GPU", 0.60, share, at_most=False, needs=gpu),
     ]
     settings = describe(args.size, device, args.repeats)
     settings |= {

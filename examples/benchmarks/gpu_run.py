@@ -1,13 +1,14 @@
-"""Everything that is worth measuring on a GPU, in one process that ends in time.
+"""Runs the most useful measurements on a GPU in one process with a time limit.
 
-    python examples/benchmarks/gpu_run.py --deadline 470                    # all steps, the most valuable first
+    python examples/benchmarks/gpu_run.py --deadline 470                    # all steps, the most useful first
     python examples/benchmarks/gpu_run.py --only steps,tests,fp8,lora,decode --deadline 400           # in two calls
     python examples/benchmarks/gpu_run.py --only pipeline,fast_pipeline,training_step --deadline 400
-    python examples/benchmarks/gpu_run.py --only shapes_lora                # a run of its own; goes on where it was stopped
+    python examples/benchmarks/gpu_run.py --only shapes_lora                # a separate training; continues when it was stopped
     python examples/benchmarks/gpu_run.py --size tiny --device cpu          # a dry run
 
-Random weights at Wan2.2-TI2V-5B's size. A step begins if the seconds that it needs are left, is stopped at its limit, and
-writes its report before the next begins, so that a cut leaves what was measured. `render.py` makes tables of the reports.
+The models have random weights of Wan2.2-TI2V-5B's size. A step starts only if the seconds that it needs are left, is stopped at
+its limit, and writes its report before the next step starts, so that an interruption loses no finished step. `render.py` makes
+tables of the reports.
 """
 
 from __future__ import annotations
@@ -57,20 +58,20 @@ from diffusers_fvg.pipelines.profiles import WAN_VAES
 
 
 HERE = Path(__file__).parent
-# The marker `gpu` in files that need no package but the requirements: `av` may be missing where a GPU is.
+# Tests marked `gpu` in files that need only the core requirements: a machine with a GPU may lack `av`.
 TESTS = ["tests/kernels", "tests/animate/test_attention.py", "tests/pipelines/test_pipeline_factorized_video.py"]
 
 
 class Late(Exception):
-    """A step is over its limit."""
+    """Raised when a step exceeds its limit."""
 
 
 class Run:
-    """What all steps share.
+    """Settings and clock shared by all steps.
 
     Args:
-        size (`str`): of `harness.SIZES`.
-        device (`str`): torch's name.
+        size (`str`): key of `harness.SIZES`.
+        device (`str`): torch's name of the device.
         output (`Path`): folder for the reports.
         deadline (`float`): seconds from the start of the process.
     """
@@ -85,7 +86,7 @@ class Run:
         return self.deadline - (time.monotonic() - self.begin)
 
     def seconds(self, call: Callable[[], object], repeats: int = 3) -> float:
-        """Median over calls, after one that is not counted."""
+        """Returns the median seconds of `repeats` calls after an untimed one."""
         found = []
         for _ in range(repeats + 1):
             synchronize(self.device)
@@ -102,12 +103,12 @@ class Run:
         write_report(self.output / f"{step}.json", f"On a GPU: {title}", self.device, settings, runs, [*bars], notes)
 
     def step(self, name: str, needs: float, limit: float, call: Callable[[Run], object]) -> None:
-        """Runs `call` if `needs` seconds are left, and stops it after `limit`."""
+        """Runs `call` if `needs` seconds are left, and stops it after `limit` seconds."""
         if self.left < needs:
             self.log.append((name, f"skipped: {self.left:.0f} s left"))
             return
         print(f"== {name}, {self.left:.0f} s left", flush=True)
-        # The last active backend of the process is that of other models too.
+        # The active attention backend is global to the process: a step may have left another one.
         _AttentionBackendRegistry._active_backend = AttentionBackendName.NATIVE
         begin, status = time.monotonic(), "done"
         signal.setitimer(signal.ITIMER_REAL, max(1, min(limit, self.left - 2)))
@@ -125,14 +126,14 @@ class Run:
             torch.cuda.empty_cache()
 
     def transformer(self, stock: bool = False) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-        """Stock or ours, and its inputs."""
+        """Returns the stock transformer or ours, and its inputs."""
         cls = WanTransformer3DModel if stock else AnchorConditionedTransformer3D
         return build_transformer(cls, self.size, self.device), transformer_inputs(
             self.size, self.device, per_token=stock
         )
 
     def stock_denoise(self, stock: Any, call: dict[str, Any], guidance_scale: float) -> float:
-        """Seconds of 50 guided steps of a stock pipeline, worked out of two."""
+        """Returns the seconds of 50 guided steps of a stock pipeline, extrapolated from two steps."""
 
         def seconds(count: int) -> float:
             synchronize(self.device)
@@ -143,16 +144,16 @@ class Run:
             return time.perf_counter() - begin
 
         seconds(1)
-        # What comes before the steps is in neither.
+        # The difference leaves out the time before the steps.
         return 50 * (seconds(3) - seconds(1)) / 2
 
     def compile(self, model: torch.nn.Module) -> None:
-        """The blocks of a model; a dry run traces them, which takes a second, and compiles nothing."""
+        """Compiles the blocks of a model; a dry run only traces them, which takes a second."""
         model.compile_repeated_blocks(fullgraph=True, backend="inductor" if self.on_gpu else "eager")
 
     @property
     def kernels(self) -> str:
-        """Not `auto` on a GPU: whether the kernels' tests pass there may be known at the end of this run alone."""
+        """Implementation to use. It is not `auto` on a GPU, because the kernels' tests may only pass later in this run."""
         return "triton" if self.on_gpu else "reference"
 
     @property
@@ -161,7 +162,7 @@ class Run:
 
 
 def tests(run: Run) -> None:
-    """The suite's tests that need a GPU, in a process of their own."""
+    """Runs the tests that need a GPU in a separate process."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfE", "--tb=short", *TESTS]
     done = subprocess.run(command, cwd=HERE.parents[1], capture_output=True, text=True, check=False)
     print(done.stdout[-3000:])
@@ -170,7 +171,7 @@ def tests(run: Run) -> None:
     if done.returncode == 0 and run.on_gpu:
         import triton
 
-        # From now on `FVG_KERNELS=auto` takes the kernels on this compute capability.
+        # From now on `FVG_KERNELS=auto` uses the kernels on this compute capability.
         table = json.loads(dispatch.TESTED_GPUS.read_text(encoding="utf-8"))
         capability = ".".join(map(str, torch.cuda.get_device_capability(run.device)))
         name, date = torch.cuda.get_device_name(run.device), datetime.date.today().isoformat()
@@ -183,7 +184,7 @@ def tests(run: Run) -> None:
 
 @torch.no_grad()
 def attention_forms(run: Run) -> None:
-    """One layer's self-attention: dense backends, and every form with a window."""
+    """Times the self-attention of one layer: dense backends, and every implementation with a window."""
     heads, head_dim = run.size.config["num_attention_heads"], run.size.config["attention_head_dim"]
     qkv = [torch.randn(1, run.size.tokens, heads, head_dim, device=run.device, dtype=run.size.dtype) for _ in range(3)]
     times = torch.full((1, run.size.latent_frames), 900.0, device=run.device)
@@ -213,14 +214,14 @@ def attention_forms(run: Run) -> None:
 
 @torch.no_grad()
 def steps(run: Run) -> None:
-    """One forward: stock, and ours with either kernels, eager and compiled, and with the window."""
+    """Times one forward: stock, and ours with torch and Triton kernels, eager and compiled, and with the window."""
     flops, rows, seconds = count_flops(AnchorConditionedTransformer3D, run.size, False), [], {}
     best: dict[str, float] = {}
 
     def add(name: str, model: torch.nn.Module, inputs: dict[str, torch.Tensor], choice: str) -> None:
         with kernels.use_kernels(choice):
             seconds[name] = run.seconds(lambda: model(**inputs, return_dict=False))
-            # What Triton and the compiler take is seen by the GPU's allocator alone.
+            # Only the GPU's allocator sees the memory of Triton and of compiled code.
             known = [*model.parameters(), *inputs.values()]
             memory = peak_bytes(lambda: model(**inputs, return_dict=False), run.device, known) if run.on_gpu else None
         dense = flops / seconds[name] / 1e12 if "window" not in name else None
@@ -257,19 +258,34 @@ def steps(run: Run) -> None:
     memory = {row["forward"]: row["MiB above weights"] for row in rows}
     needs = "a GPU: gpu_run.py --only steps"
     bars = [
-        bar("anchored step, eager: time of stock's", 0.7, gpu and eager / seconds["stock, eager"], needs=needs),
-        bar("the same, of stock's with its best backend", 0.9, gpu and eager / best["eager"], needs=needs),
-        bar("compiled, both with the best backend", 0.95, gpu and fast / best["compiled"], needs=needs),
         bar(
-            "compiled: share of the card's bfloat16 peak",
+            "time of an eager step with an anchor, ours / stock",
+            0.7,
+            gpu and eager / seconds["stock, eager"],
+            needs=needs,
+        ),
+        bar(
+            "time of an eager step with an anchor, ours / stock with its best backend",
+            0.9,
+            gpu and eager / best["eager"],
+            needs=needs,
+        ),
+        bar(
+            "time of a compiled step with an anchor, ours / stock, both with the best backend",
+            0.95,
+            gpu and fast / best["compiled"],
+            needs=needs,
+        ),
+        bar(
+            "FLOP/s of a compiled step / dense bfloat16 peak of the GPU",
             0.6,
             gpu and flops / fast / peak_flops(run.device, run.size.dtype)[0],
             at_most=False,
             needs=needs,
         ),
-        bar(f"window {run.window}, compiled: time of all frames'", 0.7, gpu and windowed / fast, needs=needs),
+        bar(f"time of a compiled step, window {run.window} / all frames", 0.7, gpu and windowed / fast, needs=needs),
         bar(
-            "peak memory above the weights: of stock's",
+            "peak memory above the weights, ours / stock",
             0.6,
             gpu and memory["ours, eager, kernels"] / memory["stock, eager"],
             needs=needs,
@@ -279,7 +295,7 @@ def steps(run: Run) -> None:
 
 
 def decode(run: Run) -> None:
-    """The VAE's decoder on 5 latent frames, as it is and sped up, and what follows for the whole clip."""
+    """Times variants of the VAE's decoder on 5 latent frames, and extrapolates to the whole clip."""
     channels = run.size.config["in_channels"]
     config = WAN_VAES[channels] | (TINY_VAE if run.name == "tiny" else {})
     with torch.device(run.device):
@@ -316,7 +332,7 @@ def decode(run: Run) -> None:
 
 
 def lay_out(model: torch.nn.Module, of_2d: torch.memory_format, of_3d: torch.memory_format) -> None:
-    """Weights of convolutions in these layouts, which what they give then has too."""
+    """Converts the weights of convolutions to these memory formats; their outputs then have the same formats."""
     for module in model.modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
             memory_format = of_3d if isinstance(module, torch.nn.Conv3d) else of_2d
@@ -325,8 +341,10 @@ def lay_out(model: torch.nn.Module, of_2d: torch.memory_format, of_3d: torch.mem
 
 @torch.no_grad()
 def pipeline(run: Run) -> None:
-    """A video of 15 steps from its picture to its frames, guided and not, against 50 steps of stock, of which two are timed, and its
-    decode. Stages 1 and 2 and the text encoder are left out."""
+    """Times a video of 15 steps, guided and unguided, against one of 50 stock steps, which is extrapolated from two steps.
+
+    Both are decoded. Stages 1 and 2 and the text encoder are left out.
+    """
     ours, stock, our_call, stock_call = random_pipelines(run.size, run.device)
     for pipe in (ours, stock):
         pipe.set_progress_bar_config(disable=True)
@@ -348,20 +366,35 @@ def pipeline(run: Run) -> None:
     ]
     denoise = run.stock_denoise(stock, stock_call, guidance)
     rows.append(
-        {"video": "stock, 50 steps, worked out", "seconds": denoise + decode, "denoise": denoise, "decode": decode}
+        {"video": "stock, 50 steps, extrapolated", "seconds": denoise + decode, "denoise": denoise, "decode": decode}
     )
     needs, timed = "a GPU: gpu_run.py --only pipeline", run.on_gpu or None
     bars = [
-        bar("15 steps of stock's 50, time", 0.3, timed and rows[0]["seconds"] / rows[2]["seconds"], needs=needs),
-        bar("15 forwards of stock's 100, time", 0.15, timed and rows[1]["seconds"] / rows[2]["seconds"], needs=needs),
-        bar("decoding, of the whole at 15 steps", 0.15, timed and rows[0]["decode"] / rows[0]["seconds"], needs=needs),
+        bar(
+            "time of a video, ours with 15 steps / stock with 50",
+            0.3,
+            timed and rows[0]["seconds"] / rows[2]["seconds"],
+            needs=needs,
+        ),
+        bar(
+            "time of a video, ours with 15 forwards / stock with 100",
+            0.15,
+            timed and rows[1]["seconds"] / rows[2]["seconds"],
+            needs=needs,
+        ),
+        bar(
+            "time of decoding / time of a video with 15 steps",
+            0.15,
+            timed and rows[0]["decode"] / rows[0]["seconds"],
+            needs=needs,
+        ),
     ]
     run.report("pipeline", "a video without stages 1 and 2", rows, bars)
 
 
 @torch.no_grad()
 def profile(run: Run) -> None:
-    """Where one eager forward with kernels goes."""
+    """Profiles the operations of one eager forward with kernels."""
     from torch.profiler import ProfilerActivity
 
     model, inputs = run.transformer()
@@ -378,7 +411,7 @@ def profile(run: Run) -> None:
 
 
 def shapes_lora(run: Run) -> None:
-    """The whole training of the shapes model's LoRA with anchors behind the clip, in a process of its own."""
+    """Trains the shapes model's LoRA with anchors behind the clip in a separate process."""
     folder = run.output / "shapes_lora"
     few = ["--clips", "4", "--steps", "2"] if run.name == "tiny" else []
     began = time.monotonic()
@@ -395,7 +428,7 @@ def shapes_lora(run: Run) -> None:
 
 
 def benchmark(name: str, run: Run) -> None:
-    """A script of this folder, its report beside the others."""
+    """Runs a script of this folder and writes its report beside the others."""
     arguments = [
         "--size",
         run.name,
@@ -414,7 +447,8 @@ def benchmark(name: str, run: Run) -> None:
         sys.argv = before
 
 
-# Name, seconds that it needs, its limit, call. What was never measured comes before what was, and what decides a default first.
+# Name, seconds that must be left, limit in seconds, function. Steps that were never measured come first, and first of all those that
+# decide a default.
 STEPS: list[tuple[str, float, float, Callable[[Run], Any]]] = [
     ("steps", 60, 120, steps),
     ("tests", 60, 190, tests),
@@ -438,12 +472,12 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(SIZES), default="5b")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--output", type=Path, default=RESULTS / "gpu", help="folder (default: %(default)s)")
-    parser.add_argument("--deadline", type=float, default=470, help="seconds in all (default: %(default)s)")
-    parser.add_argument("--only", default="", help=f"names with commas, of {', '.join(name for name, *_ in STEPS)}")
+    parser.add_argument("--deadline", type=float, default=470, help="total seconds (default: %(default)s)")
+    parser.add_argument("--only", default="", help=f"comma-separated names of {', '.join(name for name, *_ in STEPS)}")
     args = parser.parse_args()
     wanted = set(filter(None, args.only.split(",")))
     if unknown := wanted - {name for name, *_ in STEPS}:
-        parser.error(f"--only {','.join(sorted(unknown))}: there are no such steps.")
+        parser.error(f"--only {','.join(sorted(unknown))}: unknown steps.")
     run = Run(args.size, args.device, args.output, args.deadline)
 
     def late(*_: Any) -> None:

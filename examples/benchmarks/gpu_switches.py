@@ -1,4 +1,4 @@
-"""Steps of `gpu_run.py`: switches that are off by default, alone and together."""
+"""Steps of `gpu_run.py` for switches that are off by default, alone and together."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from diffusers_fvg.schedules.distilled import DISTILLED_PRESETS
 if TYPE_CHECKING:
     from gpu_run import Run
 
-# The targets of the trainer's own recipe.
+# The trainer's default target modules.
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 NEEDS = "a GPU: gpu_run.py --only "
 HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
 
 
 def add_lora(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Of rank 128, whose difference is some hundredths of the weights."""
+    """Adds a LoRA of rank 128 that changes the weights by a few hundredths."""
     torch.manual_seed(0)
     model.add_adapter(LoraConfig(r=128, target_modules=TARGETS, init_lora_weights=False))
     for name, parameter in model.named_parameters():
@@ -36,7 +36,7 @@ def add_lora(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 def quantize(model: torch.nn.Module) -> None:
-    """What loading with `quantization_config=fp8_dynamic()` gives, of a model that is there."""
+    """Quantizes a model in memory as loading with `quantization_config=fp8_dynamic()` does."""
     from diffusers.quantizers.torchao.torchao_quantizer import TorchAoHfQuantizer
     from torchao.quantization import quantize_
 
@@ -54,7 +54,7 @@ def quantize(model: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def lora(run: Run) -> None:
-    """One forward with an anchor LoRA of rank 128: without, as layers, fused; eager and compiled."""
+    """Times one forward without a LoRA, with an anchor LoRA of rank 128, and with the fused LoRA; eager and compiled."""
     rows: list[dict[str, Any]] = []
     for how in ("eager", "compiled"):
         torch.compiler.reset()
@@ -83,7 +83,7 @@ def lora(run: Run) -> None:
 
 @torch.no_grad()
 def fp8(run: Run) -> None:
-    """A compiled forward with products in bfloat16 and in float8, with the window, and with a LoRA beside them."""
+    """Times a compiled forward with matrix products in bfloat16 and in float8, with a window, and with a LoRA."""
     if not HAS_TORCHAO:
         raise SystemExit("torchao is not installed")
     torch.compiler.reset()
@@ -116,15 +116,20 @@ def fp8(run: Run) -> None:
     add_lora(model, size.dtype)
     add("float8", "LoRA of rank 128")
     ratio = rows[2]["seconds"] / rows[0]["seconds"] if run.on_gpu else None
-    bars = [bar("float8 linear layers, compiled: time of bfloat16's", 0.75, ratio, needs=f"{NEEDS}fp8")]
+    bars = [bar("time of a compiled forward, float8 / bfloat16 linear layers", 0.75, ratio, needs=f"{NEEDS}fp8")]
     run.report(
-        "fp8", "products in float8", rows, bars, notes="Random weights: the difference says little of real ones."
+        "fp8",
+        "products in float8",
+        rows,
+        bars,
+        notes="The difference with random weights says little about real weights.",
     )
 
 
 @torch.no_grad()
 def fast_pipeline(run: Run) -> None:
-    """Videos of compiled blocks, from a picture to frames: guided, one forward a step, with window and float8, in 3 steps."""
+    """Times videos with compiled blocks from picture to frames: guided, with one forward per step, with window and float8, and
+    with 3 steps."""
     ours, stock, our_call, stock_call = random_pipelines(run.size, run.device)
     for pipe in (ours, stock):
         pipe.set_progress_bar_config(disable=True)
@@ -143,7 +148,7 @@ def fast_pipeline(run: Run) -> None:
     window = f"window {run.window}"
 
     def report() -> None:
-        """After every video, so that a cut leaves what was measured."""
+        """Writes the report after every video, so that an interruption loses no result."""
         titles = {
             0: ("guided", 0.25),
             1: ("one forward a step", 0.15),
@@ -151,7 +156,7 @@ def fast_pipeline(run: Run) -> None:
         }
         bars = [
             bar(
-                f"15 steps compiled, {title}: of stock's 50 steps eager, time",
+                f"time of a video, ours compiled with 15 steps ({title}) / stock eager with 50",
                 limit,
                 rows[place]["of stock's 50 steps"] if run.on_gpu and place < len(rows) else None,
                 needs=f"{NEEDS}fast_pipeline",
@@ -161,7 +166,7 @@ def fast_pipeline(run: Run) -> None:
         run.report("fast_pipeline", "a video without stages 1 and 2, compiled", rows, bars)
 
     def add(name: str, **options: Any) -> None:
-        # Compiles; the window and the products are the model's own.
+        # Compiles the model with its current window and quantization.
         video(**options | {"preset": "anchored-15", "num_inference_steps": 1, "output_type": "latent"})
         timings = video(**options)
         whole = sum(timings.values())

@@ -1,12 +1,13 @@
-"""What the benchmarks share. A script compares stock diffusers with this package in one process, in this order:
+"""Shared code of the benchmarks. A script compares stock diffusers with this package in one process, in this order:
 
-1. `gate`: the results of both are compared; a ratio between different results would mean nothing.
-2. `interleaved_seconds`: both are called in turn, so that a busy machine slows both; medians, and their ratio.
-3. `peak_bytes`, `count_flops`, `matmul_flops`: memory above the weights, work, and what the device could do at most.
-4. `write_report`: JSON with versions and device. `render.py` makes the tables of README.md from those files.
+1. `gate` compares the results of both; a ratio between different results would mean nothing.
+2. `interleaved_seconds` calls both in turn, so that a busy machine slows both equally, and takes medians.
+3. `peak_bytes`, `count_flops` and `matmul_flops` measure memory above the weights, FLOPs, and the device's maximum FLOP/s.
+4. `write_report` writes JSON with versions and device. `render.py` makes the tables of README.md from these files.
 
-Sizes: `tiny` tries a script in seconds, `shapes` is the embedded model's with random weights, `cpu` is Wan2.2-TI2V-5B's width at one layer and a short clip, `5b` and `a14b` are
-the whole Wan2.2-TI2V-5B and one expert of Wan2.2-T2V-A14B at the size and length they are trained at, with random weights.
+All sizes have random weights. `tiny` runs a script in seconds. `shapes` has the size of the embedded model. `cpu` has one layer
+of Wan2.2-TI2V-5B's width and a short clip. `5b` and `a14b` are the whole Wan2.2-TI2V-5B and one expert of Wan2.2-T2V-A14B with
+the video size and length of their training.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from diffusers_fvg.models import MODELS
 
 RESULTS = Path(__file__).parents[1] / "results"
 
-# Dense bfloat16 FLOP/s of the manufacturers' data sheets, by a part of the device's name. The first that fits counts.
+# Dense bfloat16 FLOP/s from the manufacturers' data sheets, by a part of the device's name. The first match is used.
 PEAK_BF16_FLOPS = {
     "B200": 2250e12,
     "H200": 989.4e12,
@@ -56,10 +57,10 @@ class Size:
     """One size of a benchmark.
 
     Args:
-        config (`dict`): of the transformer's class.
-        latent_frames, latent_height, latent_width (`int`): of the video.
-        text_tokens (`int`): of the prompt.
-        dtype (`torch.dtype`): of weights and activations.
+        config (`dict`): configuration of the transformer.
+        latent_frames, latent_height, latent_width (`int`): size of the video's latents.
+        text_tokens (`int`): number of tokens of the prompt.
+        dtype (`torch.dtype`): dtype of weights and activations.
     """
 
     config: dict[str, Any]
@@ -79,7 +80,7 @@ class Size:
 
 
 def _trained_size(name: str, layers: int | None = None, dtype: torch.dtype = torch.bfloat16, **clip: int) -> Size:
-    """A model of the table at its own size and length, or at those of `clip`."""
+    """Returns the size of a known model with its own video size and length, or with those in `clip`."""
     facts = MODELS[name]
     frames, height, width = facts.vae_stride
     trained = {
@@ -92,7 +93,7 @@ def _trained_size(name: str, layers: int | None = None, dtype: torch.dtype = tor
 
 
 def _shapes_size() -> Size:
-    """The model that ships with the package, at its own size and length."""
+    """Returns the size of the embedded model with its own video size and length."""
     config = json.loads((EMBEDDED_FOLDER / "transformer" / "config.json").read_text(encoding="utf-8"))
     clip = json.loads((EMBEDDED_FOLDER / "model_index.json").read_text(encoding="utf-8"))["call_defaults"]
     return Size(
@@ -116,7 +117,7 @@ SIZES = {
         dtype=torch.float32,
     ),
     "shapes": _shapes_size(),
-    # 5 latent frames of 64 tokens: a second a step on one core. As short a text, or it would outweigh the video.
+    # 5 latent frames of 64 tokens take a second per step on one core. The text is short too, or it would outweigh the video.
     "cpu": replace(
         _trained_size(
             "Wan2.2-TI2V-5B", layers=1, dtype=torch.float32, latent_frames=5, latent_height=16, latent_width=16
@@ -131,12 +132,12 @@ WHOLE = "5b"
 
 
 def make_parser(description: str, output: str) -> argparse.ArgumentParser:
-    """The arguments that every benchmark takes; `output` is the name of its file in `examples/results`."""
+    """Returns a parser with the arguments of every benchmark; `output` names its file in `examples/results`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     has_gpu = torch.cuda.is_available()
     parser.add_argument("--size", choices=SIZES, default="5b" if has_gpu else "cpu", help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if has_gpu else "cpu", help="default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=5, help="calls of each, in turn (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="calls of each variant, in turn (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS / output, help="JSON to write (default: %(default)s)")
     return parser
 
@@ -145,7 +146,7 @@ def make_parser(description: str, output: str) -> argparse.ArgumentParser:
 
 
 def build_transformer(cls: type, size: Size, device: str) -> torch.nn.Module:
-    """Random weights, the same for every class, in the dtypes that `from_pretrained(dtype=...)` would give them."""
+    """Builds a model with the same random weights for every class, in the dtypes of `from_pretrained(dtype=...)`."""
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(size.dtype)
@@ -162,8 +163,10 @@ def build_transformer(cls: type, size: Size, device: str) -> torch.nn.Module:
 
 
 def transformer_inputs(size: Size, device: str, per_token: bool, batch_size: int = 1) -> dict[str, torch.Tensor]:
-    """Latents whose first frame is an anchor, time 0 among times of 900: per token as the stock class takes them, or per
-    latent frame."""
+    """Returns inputs whose first latent frame is an anchor: its timestep is 0, the others are 900.
+
+    There is one timestep per token, as the stock class takes them, or one per latent frame.
+    """
     generator = torch.Generator(device).manual_seed(1)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -183,13 +186,13 @@ def transformer_inputs(size: Size, device: str, per_token: bool, batch_size: int
 
 
 def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """RMS of the difference by that of `expected`, computed in float64."""
+    """Returns the RMS of the difference divided by that of `expected`, computed in float64."""
     actual, expected = actual.detach().double(), expected.detach().double()
     return ((actual - expected).square().mean() / expected.square().mean()).sqrt().item()
 
 
 def gate(name: str, actual: torch.Tensor, expected: torch.Tensor, limit: float) -> float:
-    """[`relative_rms`]. Ends the run where it is above `limit` or not a number."""
+    """Returns [`relative_rms`]. Exits if it is above `limit` or not a number."""
     difference = relative_rms(actual, expected)
     if not difference <= limit:
         raise SystemExit(f"{name}: differs by {difference:.1e} of the RMS, more than {limit:.0e}; nothing was timed.")
@@ -205,16 +208,16 @@ def synchronize(device: str) -> None:
 
 
 def make_clock(device: str) -> tuple[Callable[[], float], str]:
-    """Seconds, and what they are. One thread's own time on a CPU is that of an idle machine, whatever else runs."""
+    """Returns a clock in seconds and its name. The CPU time of a single thread does not depend on other programs."""
     if not device.startswith("cuda") and torch.get_num_threads() == 1:
         return time.process_time, "CPU seconds of one thread"
-    return time.perf_counter, "seconds on the clock"
+    return time.perf_counter, "wall seconds"
 
 
 def interleaved_seconds(
     calls: Mapping[str, Callable[[], object]], device: str, repeats: int, warmups: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of `repeats` calls of each, in turn: a, b, a, b. Each is called `warmups` times before, untimed."""
+    """Returns the seconds of `repeats` calls of each, made in turn (a, b, a, b) after `warmups` untimed rounds."""
     clock, _ = make_clock(device)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(-warmups, repeats):
@@ -229,12 +232,12 @@ def interleaved_seconds(
 
 
 def median_ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:
-    """Median over the rounds of a call's time by that of `base` in the same round."""
+    """Returns the median over the rounds of a call's time divided by that of `base` in the same round."""
     return statistics.median(own / other for own, other in zip(seconds[name], seconds[base], strict=True))
 
 
 def block_call(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> Callable[[], object]:
-    """The model's first block on what a forward gives it."""
+    """Returns a call of the model's first block with its inputs from a forward."""
     given: list[tuple] = []
     hook = model.blocks[0].register_forward_pre_hook(lambda _, args: given.append(args))
     with torch.no_grad():
@@ -244,9 +247,9 @@ def block_call(model: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> Ca
 
 
 def at_full_depth(model: float, block: float, layers: int) -> float:
-    """Seconds of a model as deep as `WHOLE`, from those of one of `layers` layers and of one of its blocks.
+    """Extrapolates seconds to a model as deep as `WHOLE`, from a model with `layers` layers and from one of its blocks.
 
-    What is done once in a forward weighs more in a model of few layers than in a whole one.
+    Work that is done once per forward is a larger share of the time of a model with few layers.
     """
     return model + (SIZES[WHOLE].config["num_layers"] - layers) * block
 
@@ -255,12 +258,12 @@ def at_full_depth(model: float, block: float, layers: int) -> float:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages made while it is active that are alive at the same time.
+    """Counts the bytes of simultaneously live storages that are created while this mode is active.
 
-    Workspace inside an operation is not seen.
+    Workspace inside an operation is not counted.
 
     Args:
-        known (iterable of `torch.Tensor`): tensors that do not count: weights and inputs.
+        known (iterable of `torch.Tensor`): tensors that are not counted, such as weights and inputs.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()):
@@ -288,10 +291,10 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_bytes(call: Callable[[], object], device: str, known: Iterable[torch.Tensor] = ()) -> int:
-    """Peak bytes of one call above what is there before it.
+    """Returns the peak bytes of one call above the bytes that are allocated before it.
 
-    On a GPU as its allocator counts them, after a call that leaves behind the workspaces that live on; elsewhere
-    [`LiveBytes`], for which `known` names the tensors that are there.
+    On a GPU the allocator counts them, after a first call that allocates persistent workspaces. On a CPU [`LiveBytes`] counts
+    them, except for the tensors in `known`.
     """
     gc.collect()
     if device.startswith("cuda"):
@@ -311,8 +314,8 @@ def peak_bytes(call: Callable[[], object], device: str, known: Iterable[torch.Te
 
 
 def count_flops(cls: type, size: Size, per_token: bool, batch_size: int = 1) -> int:
-    """FLOPs of one forward, two for a multiplication and addition, counted on shapes alone: nothing is computed."""
-    # Each layer has the same: two small models are made in place of a large one.
+    """Returns the FLOPs of one forward, two per multiply-add, from tensor shapes without computing anything."""
+    # All layers have the same FLOPs, so that two small models replace a large one.
     one, two = (
         _count_flops(cls, replace(size, config=size.config | {"num_layers": layers}), per_token, batch_size)
         for layers in (1, 2)
@@ -321,7 +324,7 @@ def count_flops(cls: type, size: Size, per_token: bool, batch_size: int = 1) -> 
 
 
 def _count_flops(cls: type, size: Size, per_token: bool, batch_size: int) -> int:
-    # The counter does not know the CPU's fused attention, and does know the products that attention is made of.
+    # The counter does not support the CPU's fused attention, but it does support the matrix products of the plain one.
     with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model = build_transformer(cls, size, "cpu")
         inputs = transformer_inputs(size, "cpu", per_token, batch_size)
@@ -331,7 +334,7 @@ def _count_flops(cls: type, size: Size, per_token: bool, batch_size: int) -> int
 
 
 def matmul_flops(device: str, dtype: torch.dtype, repeats: int = 5) -> float:
-    """FLOP/s that a large square product reaches on this device now."""
+    """Measures the FLOP/s of a large square matrix product on this device."""
     side = 8192 if device.startswith("cuda") else 1024
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     seconds = interleaved_seconds({"matmul": lambda: left @ right}, device, repeats, warmups=2)
@@ -339,7 +342,7 @@ def matmul_flops(device: str, dtype: torch.dtype, repeats: int = 5) -> float:
 
 
 def peak_flops(device: str, dtype: torch.dtype) -> tuple[float, str]:
-    """FLOP/s that the device has at most, and where the figure is from."""
+    """Returns the maximum FLOP/s of the device and the source of the number."""
     if device.startswith("cuda") and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for part, flops in PEAK_BF16_FLOPS.items():
@@ -376,7 +379,7 @@ def versions() -> dict[str, str]:
 
 
 def bar(figure: str, limit: float, value: float | None, at_most: bool = True, needs: str = "") -> dict[str, Any]:
-    """A figure with its bar. `value=None` leaves it open, and `needs` says what would close it."""
+    """Returns a measure with its target. `value=None` means that it was not run; `needs` says what a run requires."""
     met = None if value is None else value <= limit if at_most else value >= limit
     return {
         "figure": figure,
@@ -396,16 +399,16 @@ def write_report(
     bars: list[dict[str, Any]],
     notes: str = "",
 ) -> None:
-    """Writes the JSON and prints what `render.py` makes of it.
+    """Writes the JSON report and prints its section of the page that `render.py` writes.
 
     Args:
-        path (`Path`): the file.
-        benchmark (`str`): what was measured, as the title of its tables.
+        path (`Path`): path of the JSON file.
+        benchmark (`str`): title of the section.
         device (`str`): torch's name of the device.
-        settings (`dict`): what all runs share: size, tokens, repeats.
-        runs (`list[dict]`): rows of one table; the keys of the first are its columns.
-        bars (`list[dict]`): of [`bar`].
-        notes (`str`): what the tables do not say by themselves.
+        settings (`dict`): settings shared by all runs, such as size, tokens and repeats.
+        runs (`list[dict]`): rows of the table; the keys of the first row are its columns.
+        bars (`list[dict]`): measures with targets, from [`bar`].
+        notes (`str`): explanations below the tables.
     """
     report = {
         "benchmark": benchmark,
@@ -426,7 +429,7 @@ def write_report(
 
 
 def describe(size_name: str, device: str, repeats: int) -> dict[str, Any]:
-    """The settings that every report names."""
+    """Returns the settings that every report contains."""
     size = SIZES[size_name]
     return {
         "size": size_name,

@@ -13,56 +13,69 @@ RESULTS = HERE.parent / "results"
 HEAD = """\
 # Benchmarks
 
-[Front page](../../README.md). Each script compares stock diffusers with this package in one process: first that both compute the same,
-then both in turn, so that a busy machine slows both. Ratios are medians of the rounds. `harness.py` says how time, memory and FLOPs are
-counted; on a CPU with one thread, times are the thread's own CPU seconds.
+[Front page](../../README.md). Each script compares stock diffusers ("stock") with this package ("ours") in one process. It first checks that both
+compute the same result. It then calls them in turn, so that other programs on the machine slow both equally. `harness.py` explains how time, memory and
+FLOPs are measured; on a CPU with one thread, times are CPU seconds of that thread.
 
 ```bash
-python examples/benchmarks/benchmark_transformer_step.py --size cpu     # tiny, shapes, cpu, 5b or a14b
-python examples/benchmarks/render.py                                    # this page, from examples/results/*.json
+python examples/benchmarks/benchmark_transformer_step.py --size cpu     # or --size tiny, shapes, 5b, a14b
+python examples/benchmarks/render.py                                    # writes this page from examples/results/*.json
 ```
 
-| script `benchmark_...` | against |
+| script `benchmark_...` | what it compares |
 |---|---|
-| `transformer_step` | stock `WanTransformer3DModel` with per-token times, eager and compiled |
-| `training_step` | stock forward and backward with the same LoRA and loss |
-| `attention` | window attention against the best dense backend |
-| `kernels` | the definition, the definition compiled, a copy's bandwidth |
-| `modulation` | peak memory of the stock forward |
-| `forwards` | what was left out: batched guidance, cached keys and values |
-| `pipeline` | stock `WanPipeline` at 50 steps |
-| `loading` | stock `WanPipeline.from_pretrained` |
-| `dreamer` | the same UNet without its designs |
+| `transformer_step` | a forward with stock `WanTransformer3DModel` and per-token timesteps, eager and compiled |
+| `training_step` | forward and backward with stock's, with the same LoRA and loss |
+| `attention` | window attention with the fastest dense attention backend |
+| `kernels` | each kernel with its plain torch definition, eager and compiled, and with the bandwidth of a copy |
+| `modulation` | the peak memory of a forward with stock's |
+| `forwards` | ways to save forwards that the package does not use: batched guidance, cached keys and values |
+| `pipeline` | a whole video with stock `WanPipeline` at 50 steps |
+| `loading` | loading with stock `WanPipeline.from_pretrained` |
+| `dreamer` | Factorized-Dreamer's UNet with the same UNet without its designs |
 
-`gpu_run.py` measures what is worth it on a GPU in one process that ends in time; the sections of a GPU come last. A figure that is open
-has its script, which was run at small size; what it needs is named. `shapes_lora.py` trains the shapes model's anchor LoRA on a device in
-one go, without files of clips.
+`gpu_run.py` runs the most useful measurements on a GPU in one process with a time limit; the sections "On a GPU" come last. `shapes_lora.py` trains the
+anchor LoRA of the shapes model on a device in one run, without files of clips.
 
-## Open on a GPU
+How to read the tables:
 
-Each figure is closed by `python examples/benchmarks/gpu_run.py --only STEP`; `fp8` needs the package torchao. Every step was run at
-tiny size on a CPU.
+* **ratio** is the time divided by that of the first row of its group, or of `stock`, as the median over the rounds; lower is better. In *computed*
+  rows it is the share of FLOPs that remain.
+* **relative difference** and **relative error** are the root mean square of the difference divided by that of the expected result; 0 is best.
+* **A / B** in the column *measure* means that A is divided by B. **target** is the value to reach. **result** is *met*, *missed* or *not run*, with
+  what a run needs.
+* *timed* rows were measured. *extrapolated* rows add up measured parts to a model with all layers. *computed* rows follow from tensor shapes.
+* *dense* is attention to all frames. *gathered*, *flex* and *triton* are three implementations of window attention.
+* *forward*, *adapter* and *all* are the passes of a kernel: forward; backward with gradients for the adapter's inputs; backward with all gradients.
+* Sizes: *tiny* takes seconds, *shapes* is the embedded model, *cpu* is one layer of Wan2.2-TI2V-5B with a short clip, *5b* and *a14b* are the whole
+  Wan2.2-TI2V-5B and one expert of Wan2.2-T2V-A14B. The weights of all sizes are random; the sections "Loading" and "Whole pipeline" also use the
+  trained embedded model.
 
-| figure | bar | so far | step |
+## Measures that are not met or not run on a GPU
+
+Each row is a measure with its target, the result so far, and the step that measures it: `python examples/benchmarks/gpu_run.py --only STEP`. Step `fp8`
+needs the package torchao. Every step was run at tiny size on a CPU.
+
+| measure | target | result so far | step |
 |---|---|---|---|
-| anchored step, eager, of stock's time | at most 0.70 | 0.77 | `steps` |
-| anchored step, both compiled, of stock's time | at most 0.95 | stock was not run | `steps` |
-| compiled step, share of the data sheet's bfloat16 peak | at least 0.60 | 0.57 | `steps` |
-| window of 3, compiled, of the time with all frames | at most 0.70 | eager 0.67, with an older kernel | `steps` |
-| modulated norm and rotary embedding, share of the copy bandwidth | at least 0.80 | 0.59, 0.72 | `kernels` |
-| float8 linear layers, compiled, of bfloat16's time | at most 0.75 | not run | `fp8` |
-| anchor LoRA, fused and as layers | none | not run | `lora` |
-| decoding, of a video of 15 steps | at most 0.15 | 0.21, worked out | `decode`, `pipeline` |
-| video of 15 steps without stages 1 and 2, of stock's time at 50 steps | at most 0.30 | not run | `pipeline` |
-| the same compiled; one forward a step; that with window and float8 | at most 0.25; 0.15; 0.10 | not run | `fast_pipeline` |
-| training step of rank 128, of stock's time | at most 0.90 | not run | `training_step` |
-| shapes model trained on a GPU, scores as on a CPU | same scores | seconds a step alone | `shapes_lora` |
+| time of an eager step with an anchor, ours / stock | at most 0.70 | 0.77 | `steps` |
+| time of a compiled step with an anchor, ours / stock | at most 0.95 | stock was not run | `steps` |
+| FLOP/s of a compiled step / bfloat16 peak of the data sheet | at least 0.60 | 0.57 | `steps` |
+| time of a compiled step, window 3 / all frames | at most 0.70 | 0.67 in eager mode with an earlier kernel | `steps` |
+| bandwidth of modulated norm and of rotary embedding / bandwidth of a copy | at least 0.80 | 0.59, 0.72 | `kernels` |
+| time of a compiled step, float8 / bfloat16 linear layers | at most 0.75 | not run | `fp8` |
+| time of a step with an anchor LoRA, fused and as separate layers | none | not run | `lora` |
+| time of decoding / time of a video with 15 steps | at most 0.15 | 0.21, extrapolated | `decode`, `pipeline` |
+| time of a video without stages 1 and 2, ours with 15 steps / stock with 50 | at most 0.30 | not run | `pipeline` |
+| the same, compiled; with one forward per step; with a window and float8 as well | at most 0.25; 0.15; 0.10 | not run | `fast_pipeline` |
+| time of a training step at rank 128, ours / stock | at most 0.90 | not run | `training_step` |
+| scores of the shapes model trained on a GPU | equal to those on a CPU | only seconds per step were measured | `shapes_lora` |
 
-No step times stages 1 and 2 at the size of a real text-to-image model and chat model.
+No step times stages 1 and 2 with a text-to-image model and a chat model of real size.
 
-A small decoder for previews (taew2.1, taew2.2 of [taehv](https://github.com/madebyollin/taehv)) is left out: diffusers 0.42.1 has no
-class for it, and without its weights no test can tell whether one of our own gives frames in the right order, range and colours. Previews
-are a convolution that is fitted to the VAE when it is loaded (`animate/preview.py`): less than a thousandth of a decode, and no download.
+The package has no small decoder for previews (such as taew2.1 and taew2.2 of [taehv](https://github.com/madebyollin/taehv)): diffusers 0.42.1 has no class
+for them, and without their weights no test can check the order, range and colours of the frames of an own implementation. Previews use one convolution
+that is fitted to the VAE when it is loaded (`animate/preview.py`). It takes less than a thousandth of the time of a decode, and needs no download.
 """
 
 
@@ -71,23 +84,26 @@ def main() -> None:
 
 
 def page(folder: Path) -> str:
-    """The whole page: one section for each report, in the order of the files' names, those of a GPU last."""
+    """Returns the whole page: one section per report, in the order of the file names, with the GPU reports last."""
     paths = [*sorted(folder.glob("*.json")), *sorted((folder / "gpu").glob("*.json"))]
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     return "\n".join([HEAD, *(section(report) for report in reports if "bars" in report)])
 
 
 def section(report: dict[str, Any]) -> str:
-    """Title, where it was measured, the runs and the bars of one report."""
+    """Returns the section of one report: title, machine and versions, settings, table of runs, table of targets, notes."""
     settings = ", ".join(f"{name} {cell(value)}" for name, value in report["settings"].items())
     libraries = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    parts = [f"## {report['benchmark']}", f"{report['date']}, {report['device']}; {libraries}.\n{settings}."]
+    parts = [
+        f"## {report['benchmark']}",
+        f"Measured on {report['date']}. Device: {report['device']}. Versions: {libraries}.\nSettings: {settings}.",
+    ]
     if report["runs"]:
         columns = list(report["runs"][0])
         parts.append(table(columns, [[run.get(column) for column in columns] for run in report["runs"]]))
     if report["bars"]:
         rows = [[b["figure"], b["bar"], b["value"], verdict(b)] for b in report["bars"]]
-        parts.append(table(["figure", "bar", "value", "verdict"], rows))
+        parts.append(table(["measure", "target", "value", "result"], rows))
     if report.get("notes"):
         parts.append(report["notes"])
     return "\n\n".join(parts) + "\n"
@@ -95,8 +111,8 @@ def section(report: dict[str, Any]) -> str:
 
 def verdict(bar: dict[str, Any]) -> str:
     if bar["met"] is None:
-        return f"open: needs {bar['needs']}"
-    return "met" if bar["met"] else "MISSED"
+        return f"not run: needs {bar['needs']}"
+    return "met" if bar["met"] else "missed"
 
 
 def table(columns: list[str], rows: list[list[Any]]) -> str:
@@ -106,7 +122,7 @@ def table(columns: list[str], rows: list[list[Any]]) -> str:
 
 
 def cell(value: Any) -> str:
-    """A number with the digits that mean something, bytes and counts with separators, nothing as a dash."""
+    """Formats a value: three significant digits for fractions, thousands separators for counts, a dash for `None`."""
     if value is None:
         return "-"
     if isinstance(value, bool):

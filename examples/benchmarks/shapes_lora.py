@@ -1,12 +1,12 @@
-"""The shapes model's anchor LoRA, trained from the first clip to the last step in one go: clips are rendered by all cores, encoded
-on the device and kept in memory, so that nothing but the result and its checkpoints is written.
+"""Trains the anchor LoRA of the shapes model in one run. All CPU cores render the clips, which are encoded on the device and kept in
+memory, so that only the result and its checkpoints are written.
 
     python examples/benchmarks/shapes_lora.py OUTPUT                    # anchors behind the clip, at their exact frame
     python examples/benchmarks/shapes_lora.py OUTPUT --form slot
 
-The recipe is that of the LoRA that ships (`shapes.train.LORA_SETTINGS`). `OUTPUT/weights` gets the LoRA, `OUTPUT/log_transformer.jsonl`
-a line for each step; a call that was stopped goes on from its last checkpoint. All of it is synthetic. `fvg shapes report FOLDER
---appended OUTPUT/weights` scores it.
+The settings are those of the shipped LoRA (`shapes.train.LORA_SETTINGS`). The LoRA is written to `OUTPUT/weights`, and a line per
+step to `OUTPUT/log_transformer.jsonl`. A stopped run continues from its last checkpoint. The data is synthetic. `fvg shapes report
+FOLDER --appended OUTPUT/weights` scores the LoRA.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 
 
 if importlib.util.find_spec("av") is None:
-    # Nothing here reads or writes a video file, but what does is imported; a machine with a GPU may lack the package.
+    # This script reads and writes no video file, but it imports modules that do; a machine with a GPU may lack the package.
     sys.modules |= {name: MagicMock() for name in ("av", "av.bitstream", "av.video", "av.video.reformatter")}
 
 from diffusers_fvg.embedded import EMBEDDED_FOLDER, load_embedded  # noqa: E402
@@ -44,14 +44,14 @@ TEXTS_AT_ONCE, CLIPS_AT_ONCE = 250, 100
 
 
 class InMemory(Clips):
-    """Clips whose latents, pictures and texts are in memory; their files are names alone.
+    """Clips whose latents, pictures and texts are in memory; their file names refer to no file.
 
     Args:
-        config (`TrainConfig`): of the run.
-        latents (`torch.Tensor` of shape `(N, C, f, h, w)`): of the clips.
-        embeds (`torch.Tensor` of shape `(N + 1, L, D)`): of their captions, that of the empty one last.
-        pictures (`torch.Tensor` of shape `(N, C, n, h, w)`, *optional*): of the frames that may be appended.
-        frames (`list[int]`): those.
+        config (`TrainConfig`): configuration of the run.
+        latents (`torch.Tensor` of shape `(N, C, f, h, w)`): latents of the clips.
+        embeds (`torch.Tensor` of shape `(N + 1, L, D)`): embeddings of the captions; the last one is of the empty caption.
+        pictures (`torch.Tensor` of shape `(N, C, n, h, w)`, *optional*): latents of the frames that may be appended.
+        frames (`list[int]`): indices of these frames.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class InMemory(Clips):
 
 
 def rendered(number: int) -> tuple[str, np.ndarray]:
-    """Caption and frames of a clip, which its number alone settles."""
+    """Returns caption and frames of a clip, which depend only on its number."""
     scene = training_scene(np.random.default_rng((7, number)))
     return scene.prompt, render(scene.objects)
 
@@ -107,8 +107,10 @@ def encoded(config: TrainConfig, prompts: Sequence[str], clips: Sequence[np.ndar
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="folder of the run")
-    parser.add_argument("--form", choices=("appended", "slot"), default="appended", help="of anchors")
+    parser.add_argument("output", type=Path, help="folder for the run")
+    parser.add_argument(
+        "--form", choices=("appended", "slot"), default="appended", help="form of the anchors (default: %(default)s)"
+    )
     parser.add_argument("--clips", type=int, default=LORA_CLIPS, help="default: %(default)s")
     parser.add_argument("--steps", type=int, default=LORA_SETTINGS["steps"], help="default: %(default)s")
     args = parser.parse_args()

@@ -45,7 +45,7 @@ EXAMPLE_DOC_STRING = """
         ```
 """
 
-# Stage 1: what must be true before anything has moved, and nothing that happens later.
+# Stage 1 describes the state before anything has moved, and nothing that happens later.
 REWRITE_INSTRUCTION = (
     "You are given a prompt for a short video. Describe only its very first frame, as a caption for an image model: the "
     "objects, their number, colours, sizes and places, the background and the style. Show the state before any motion or "
@@ -58,11 +58,12 @@ class WanFactorizedVideoPipeline(WanPipeline):
     Factorized Video Generation (https://huggingface.co/papers/2512.16371) on any Wan text-to-video model: a language
     model describes the first frame, a text-to-image model draws it, the video model animates it.
 
-    The drawn frame is an anchor: its latent stays as it is through all steps and has a timestep of its own, 0, while the
-    other frames share the step's. `WanTransformer3DModel` takes one timestep per token, so stock weights run. Wan2.2-TI2V-5B
-    was trained for this; other models need a LoRA that was (`pipe.load_lora_weights`).
+    The drawn frame is the anchor: its latent stays unchanged through all steps and always has timestep 0, while the other
+    frames have the timestep of the step. `WanTransformer3DModel` takes one timestep per token, so that stock weights run.
+    Wan2.2-TI2V-5B was trained for this; other models need a LoRA trained for it (`pipe.load_lora_weights`).
 
-    Components and loading are those of [`WanPipeline`]; language model and text-to-image pipeline are arguments.
+    Components and loading are those of [`WanPipeline`]; the language model and the text-to-image pipeline are arguments of
+    the call.
     """
 
     @staticmethod
@@ -76,11 +77,11 @@ class WanFactorizedVideoPipeline(WanPipeline):
 
         Args:
             prompts (`list[str]`):
-                What should happen in the videos.
+                Prompts of the videos.
             rewriter (`Callable` or `TextGenerationPipeline`):
                 A function from a prompt to a caption, or a transformers pipeline of a chat model.
             max_new_tokens (`int`, *optional*, defaults to 256):
-                Limit of the chat model's answer.
+                Maximum number of tokens of the chat model's answer.
         """
         if not isinstance(rewriter, TextGenerationPipeline):
             return [rewriter(prompt) for prompt in prompts]
@@ -98,7 +99,7 @@ class WanFactorizedVideoPipeline(WanPipeline):
 
         Args:
             captions (`list[str]`):
-                What stage 1 wrote.
+                Captions from stage 1.
             text_to_image (`DiffusionPipeline`):
                 Any text-to-image pipeline.
             kwargs (*optional*):
@@ -108,7 +109,7 @@ class WanFactorizedVideoPipeline(WanPipeline):
 
     @torch.no_grad()
     def encode_anchor(self, image: PIL.Image.Image | list, height: int, width: int) -> torch.Tensor:
-        r"""The normalised latent of each picture, scaled and cropped, as a first frame: `(B, C, 1, h, w)`, float32."""
+        r"""Scales, crops and encodes each picture; returns normalised latents of shape `(B, C, 1, h, w)` in float32."""
         pixels = self.video_processor.preprocess(image, height, width, resize_mode="crop")[:, :, None]
         latents = self.vae.encode(pixels.to(self._execution_device, self.vae.dtype)).latent_dist.mode().float()
         mean, std = self._latent_statistics(latents)
@@ -151,28 +152,28 @@ class WanFactorizedVideoPipeline(WanPipeline):
 
         Args:
             prompt (`str` or `list[str]`):
-                What should happen.
+                Prompts of the videos.
             negative_prompt (`str` or `list[str]`, *optional*):
-                What should not be seen in the video.
+                Description of what the video should not show.
             image (`PIL.Image.Image` or `list`, *optional*):
-                The first frame, or one per prompt. Skips stages 1 and 2.
+                The first frame, one for all prompts or one per prompt. Skips stages 1 and 2.
             first_frame_prompt (`str` or `list[str]`, *optional*):
                 Captions of the first frames. Skips stage 1.
             rewriter (`Callable` or `TextGenerationPipeline`, *optional*):
-                Stage 1, see [`rewrite`].
+                Language model for stage 1, see [`rewrite`].
             text_to_image (`DiffusionPipeline`, *optional*):
-                Stage 2, see [`compose`].
+                Text-to-image pipeline for stage 2, see [`compose`].
             text_to_image_kwargs (`dict`, *optional*):
-                Other arguments of `text_to_image`. A `height` and `width` in it are those that it draws best: the picture
-                is scaled and cropped to the video's.
+                Other arguments of `text_to_image`. A `height` and `width` in it set the size of the picture, which is then
+                scaled and cropped to the size of the video.
             height, width (`int`, defaults to 704 and 1280):
-                Pixels, multiples of VAE stride times patch size.
+                Size of the video in pixels, multiples of the VAE's stride times the patch size.
             num_frames (`int`, defaults to 121):
-                A multiple of the VAE's temporal stride, plus 1.
+                Number of frames, a multiple of the VAE's temporal stride plus 1.
             num_inference_steps (`int`, defaults to 50):
-                Steps of the video model. The paper finds 15 enough with an anchor.
+                Steps of the video model. The paper reports that 15 are enough with an anchor.
             guidance_scale, guidance_scale_2 (`float`, *optional*):
-                Classifier-free guidance, the second one of `transformer_2`.
+                Classifier-free guidance scales of `transformer` and `transformer_2`.
             generator, latents, output_type, return_dict, attention_kwargs, max_sequence_length (*optional*):
                 As in [`WanPipeline`].
             callback_on_step_end, callback_on_step_end_tensor_inputs (*optional*):
@@ -199,7 +200,9 @@ class WanFactorizedVideoPipeline(WanPipeline):
                 f"`height={height}` and `width={width}` must be multiples of {self.vae_scale_factor_spatial * patch}."
             )
         if (num_frames - 1) % self.vae_scale_factor_temporal:
-            raise ValueError(f"`num_frames={num_frames}` must be {self.vae_scale_factor_temporal}k + 1.")
+            raise ValueError(
+                f"`num_frames={num_frames}` must be {self.vae_scale_factor_temporal}k + 1 for a whole number k."
+            )
         if image is None and (text_to_image is None or (first_frame_prompt is None and rewriter is None)):
             raise ValueError("Pass `image`, or `text_to_image` with either `first_frame_prompt` or `rewriter`.")
         self._guidance_scale = guidance_scale
@@ -218,7 +221,7 @@ class WanFactorizedVideoPipeline(WanPipeline):
         anchor = self.encode_anchor(image, height, width).to(device)
         if len(anchor) not in (1, batch_size):
             raise ValueError(
-                f"There are {len(anchor)} first frames for {batch_size} prompts; give one or {batch_size}."
+                f"`image` has {len(anchor)} first frames for {batch_size} prompts; pass one or {batch_size}."
             )
 
         # 3. Stage 3, temporal synthesis: encode prompts, draw noise
@@ -272,7 +275,7 @@ class WanFactorizedVideoPipeline(WanPipeline):
                     noise_pred = noise_uncond + scale * (noise_pred - noise_uncond)
 
                 latents = self.scheduler.step(noise_pred, t, latents, return_dict=False)[0]
-                # What the step made of the anchored frame is dropped
+                # The anchored frame stays unchanged
                 latents[:, :, :1] = anchor
 
                 if callback_on_step_end is not None:

@@ -1,4 +1,4 @@
-"""The app as a Space: the embedded model on a CPU, or FVG_MODEL, a name as `fvg app --model` takes it."""
+"""Runs the app as a Space, with the embedded model on a CPU or with the model named in FVG_MODEL (as in `fvg app --model`)."""
 
 import os
 
@@ -7,5 +7,5 @@ from diffusers_fvg.cli import main
 
 model = os.environ.get("FVG_MODEL")
 named = ["--model", model] if model else []
-# A Space is reached from outside through its own proxy, at port 7860.
+# The proxy of a Space connects to port 7860.
 raise SystemExit(main(["app", "--host", "0.0.0.0", "--port", "7860", *named]))

@@ -167,7 +167,7 @@ def test_stages_are_edited_chosen_and_done_again(people, tmp_path):
     # The other one gets the recipe by the file.
     other.click("text=Recipe of a video")
     other.set_input_files("#recipe input[type=file]", str(tmp_path / "video.mp4"))
-    told(other, "The recipe is there")
+    told(other, "The recipe is loaded")
     assert other.input_value("#seed input") == str(record["seeds"]["video"])
     assert other.input_value("#prompt textarea") == PROMPT
 
@@ -230,7 +230,7 @@ def test_bad_files_are_sentences(people, tmp_path):
         "bomb.png": b"\x89PNG\r\n\x1a\n\0\0\0\r" + header + struct.pack(">I", zlib.crc32(header)),
     }
     page = people()
-    page.click("text=Pictures of your own")
+    page.click("text=Your own pictures")
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
         page.set_input_files("#upload input[type=file]", str(tmp_path / name))
@@ -271,11 +271,11 @@ def test_a_photo_lies_upright_and_a_phone_shows_all(people, tmp_path):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     shot(page, "phone-empty")
     page.fill("#prompt textarea", PROMPT)
-    page.click("text=Pictures of your own")
+    page.click("text=Your own pictures")
     page.set_input_files("#upload input[type=file]", str(tmp_path / "bad.png"))
     told(page, "cannot be used")
     page.set_input_files("#upload input[type=file]", str(tmp_path / "photo.jpg"))
-    told(page, "stands in for stages 1 and 2")
+    told(page, "replaces stages 1 and 2")
     page.fill("#frame input", "-1")
     page.set_input_files("#upload input[type=file]", str(tmp_path / "photo.jpg"))
     page.wait_for_function("document.querySelectorAll('#anchors .thumbnail-item').length === 2")

@@ -63,7 +63,7 @@ def test_no_more_anchors_are_taken_than_the_limit_but_others_in_their_place(work
     session = Session(worker, "ann")
     for frame_index in (0, -1):
         session.upload(path, frame_index)
-    with pytest.raises(ValueError, match="3 anchors were given, and this server takes up to 2 for a video"):
+    with pytest.raises(ValueError, match="`anchors` has 3 pictures; this server allows at most 2 for a video"):
         session.upload(path, 8)
     noise(64, 64, seed=1).save(path)
     # The last frame of 17, counted from the first.

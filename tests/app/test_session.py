@@ -198,7 +198,7 @@ def test_what_is_one_persons_is_not_the_others(session, worker, held):
         with pytest.raises(KeyError):
             call("bob", mine.id)
     session.animate(), session.animate()
-    with pytest.raises(QueueFull, match="of your jobs"):
+    with pytest.raises(QueueFull, match="unfinished jobs, the most at a time"):
         session.animate()
     with pytest.raises(QueueFull, match="on this server"):
         other.animate()
@@ -288,14 +288,14 @@ def test_a_storyboard_is_edited_as_lines(session):
         (Order("generate", PROMPT, "quick"), "`mode='quick'`"),
         (Order("generate", " "), "`prompt` is empty"),
         (Order("generate", PROMPT, num_frames=16), "nearest: 13 and 17"),
-        (Order("generate", PROMPT, num_frames=101), "up to 65 frames"),
+        (Order("generate", PROMPT, num_frames=101), "must be at most 65 on this server"),
         (Order("generate", PROMPT, height=160, width=160), "are 25600"),
-        (Order("generate", PROMPT, num_inference_steps=101), "up to 100 steps"),
+        (Order("generate", PROMPT, num_inference_steps=101), "must be at most 100 on this server"),
         (Order("generate", PROMPT, preset="none"), "Unknown preset"),
         (Order("compose", PROMPT), "`first_frame_prompt` is missing"),
         (Order("rewrite", PROMPT, "direct"), "skips stage `rewrite`"),
         (Order("compose", PROMPT, first_frame_prompt=CAPTION, num_candidates=9), "from 1 to 8"),
-        (Order("animate", PROMPT, num_candidates=2), "`num_candidates=2`: stages `compose` and `generate` choose"),
+        (Order("animate", PROMPT, num_candidates=2), "`num_candidates=2`: stage `animate` does not choose"),
         (Order("generate", PROMPT, "direct", num_candidates=2), "no picture is drawn with `mode='direct'`"),
         (Order("generate", PROMPT, anchors=[Upload(None)], num_candidates=2), "no picture is drawn with `anchors`"),
         (Order("generate", PROMPT, anchors=[Upload(None, 17)]), "lies outside the clip of 17 frames"),

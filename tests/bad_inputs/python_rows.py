@@ -419,14 +419,14 @@ PRESETS = [
     *(("name", value, ("preset is called", "use a plain name")) for value in ("", "..", "a/b", "C:x")),
     *(("scheduler_class", value, "must be a str") for value in (3, None)),
     *(
-        ("scheduler_class", value, ("no scheduler class of diffusers", repr(value)))
+        ("scheduler_class", value, ("must be a scheduler class of diffusers", repr(value)))
         for value in ("Nope", "DiffusionPipeline")
     ),
     *(("scheduler_config", value, "must be a dict") for value in (3, None)),
     ("scheduler_config", {"nope": 1}, ("Preset 'x'", "UniPCMultistepScheduler", "nope")),
     ("scheduler_config", {"num_train_timesteps": "x"}, ("Preset 'x'", "UniPCMultistepScheduler")),
     ("scheduler_config", {}, ("Preset 'x'", "use_flow_sigmas")),
-    *(("sigmas", value, "must fall within (0, 1]") for value in ((), (0.5, 1.0), (1.5, 0.5), (1.0, 0.0))),
+    *(("sigmas", value, "must descend within (0, 1]") for value in ((), (0.5, 1.0), (1.5, 0.5), (1.0, 0.0))),
     *(("sigmas", value, "finite number") for value in (("a",), (NAN,), (1.0, NAN), (True,), [None])),
     ("sigmas", 3, "list of numbers"),
     *(("flow_shift", value, "finite number") for value in ("x", NAN, True)),
@@ -440,7 +440,7 @@ PRESETS = [
     *(("guidance_scale_2", value, words) for value, words in (("x", "finite"), (NAN, "finite"), (-1, "between 0"))),
     *((name, 3, "must be a str") for name in ("weights", "source")),
     *(("anchor_window", value, "whole number from 0 on") for value in (-1, True, 1.5, "x")),
-    ("num_inference_steps", 3, "for 2 sigmas"),
+    ("num_inference_steps", 3, "must be the number of `sigmas`, 2"),
     ("num_inference_steps", True, WHOLE),
     *(("min_motion", value, "[0, 1]") for value in (-1, 2)),
     *(("min_motion", value, "finite number") for value in (NAN, "x")),
@@ -458,7 +458,10 @@ for argument, value, words in PRESETS:
 GOOD = SchedulerPreset(**PRESET)
 ROWS += [
     done(
-        "preset", f"presets={short(value)}", lambda shared, value=value: SchedulerPresets(value), "`presets` must hold"
+        "preset",
+        f"presets={short(value)}",
+        lambda shared, value=value: SchedulerPresets(value),
+        "`presets` must map names",
     )
     for value in (3, None, [], {"a": 3}, {"other": GOOD})
 ]

@@ -120,7 +120,7 @@ ROWS += [
     preset("guidance_scale=NaN", ("full-50", "`guidance_scale=nan`"), guidance_scale=float("nan")),
     preset("guidance_scale='5'", ("full-50", "`guidance_scale='5'`"), guidance_scale="5"),
     preset("sigmas of NaN", ("full-50", "`sigmas[1]=nan`"), sigmas=[1.0, float("nan")]),
-    preset("sigmas that rise", ("full-50", "must fall"), sigmas=[0.5, 1.0]),
+    preset("sigmas that rise", ("full-50", "must descend"), sigmas=[0.5, 1.0]),
     preset("order='x'", ("full-50", "order"), order="x"),
     preset("an unknown value", ("scheduler_config.json", "colour"), colour="red"),
 ]

@@ -83,7 +83,7 @@ def test_a_picture_is_given_again(video, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("diffusers_fvg.pipelines.replay.logger.warning", told.append)
         assert again(tmp_path / "b.mp4", tmp_path / "f.mp4", *other) == 0
-    assert "--image is another picture" in told[0]
+    assert "--image differs from the recorded picture" in told[0]
     assert main(["animate", PROMPT, *other, "--seed", "3", "--output", str(tmp_path / "g.mp4"), *OPTIONS]) == 0
     assert (tmp_path / "f.mp4").read_bytes() == (tmp_path / "g.mp4").read_bytes()
     # Where the picture was drawn it is replaced.
@@ -107,20 +107,20 @@ def test_a_video_tells_its_story_or_nothing(video, tmp_path):
     ("change", "message"),
     [
         ({"model_kind": "hub", "model": "org/fvg", "revision": "0" * 40}, "org/fvg"),
-        ({"model_kind": "folder", "model": "my model"}, "a folder called 'my model'; give it as --model"),
-        ({"model_kind": "folder"}, "a folder called 'embedded'; give it as --model"),
-        ({"model_kind": "folder", "model": "wan2.2-5b"}, "a folder called 'wan2.2-5b'; give it as --model"),
-        ({"model_kind": "recipe", "model": "none"}, "'none' is no recipe"),
+        ({"model_kind": "folder", "model": "my model"}, "a local folder named 'my model'; give it as --model"),
+        ({"model_kind": "folder"}, "a local folder named 'embedded'; give it as --model"),
+        ({"model_kind": "folder", "model": "wan2.2-5b"}, "a local folder named 'wan2.2-5b'; give it as --model"),
+        ({"model_kind": "recipe", "model": "none"}, "'none' is not a recipe"),
         ({"hub_revisions": {"composer": "org/t2i@" + "0" * 40}}, "org/t2i"),
-        ({"model_kind": "recipe", "model": "wan2.2-5b"}, "an anchor LoRA of a folder or file; give it as --lora"),
-        ({"fps": 1}, "`fps=1` of the record is not for a FactorizedVideoPipeline"),
+        ({"model_kind": "recipe", "model": "wan2.2-5b"}, "a local anchor LoRA; give it as --lora"),
+        ({"fps": 1}, "`fps=1` of the record is not an argument of FactorizedVideoPipeline"),
         ({"max_sequence_length": 8000}, "`max_sequence_length=8000` must be at most 512"),
         ({"height": 4096, "width": 4096, "num_frames": 9}, "`height=4096` must be at most 512"),
-        ({"model_kind": "hub", "model": "here/model"}, "'here/model' of the record is also a place here"),
+        ({"model_kind": "hub", "model": "here/model"}, "'here/model' in the record is also the name of a local path"),
         ({"model": None}, "names no model; give it as --model"),
         (
             {"model_kind": "recipe", "model": "wan2.2-5b", "hub_revisions": {"anchor_lora": "here/model@" + "0" * 40}},
-            "'here/model@0+' of the record is also a place here; say by --lora",
+            "'here/model@0+' in the record is also the name of a local path; give the one that you mean as --lora",
         ),
         ({"model": "/etc"}, "which is not valid"),
         ({"custom_pipeline": "x"}, "unknown key 'custom_pipeline'"),
@@ -191,7 +191,7 @@ def test_the_parts_of_a_record_are_taken(kind, model, given, parts, expected, tm
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num-moments", 3], "--num-moments 3 has no effect: it is for --mode storyboard"),
+        (["--num-moments", 3], "--num-moments 3 has no effect: it needs --mode storyboard"),
         (["--rewriter", "org/chat", "--mode", "direct"], "--rewriter org/chat has no effect: --mode direct"),
         (["--rewriter", "org/chat", "--first-frame-prompt", "A red circle"], "--rewriter org/chat has no effect"),
         (["--composer", "org/t2i", "--mode", "direct"], "--composer org/t2i has no effect: --mode direct"),

@@ -53,13 +53,13 @@ def test_a_port_that_is_taken_is_told_of_before_a_model_is_loaded(monkeypatch, c
         taken.listen()
         port = str(taken.getsockname()[1])
         assert main(["app", "--port", port]) == 2
-    assert f"--port {port} cannot be listened on" in capsys.readouterr().err
+    assert f"The server cannot listen on --host '127.0.0.1' --port {port}: " in capsys.readouterr().err
 
 
 def test_a_missing_package_is_told_of_before_a_model_is_loaded(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gradio" else name)
     assert main(["app"]) == 2
-    assert "pip install 'diffusers-fvg[app]', or leave the page out with --no-page" in capsys.readouterr().err
+    assert "run `pip install 'diffusers-fvg[app]'`, or use --no-page to leave out the page" in capsys.readouterr().err
 
 
 def test_the_space_starts_the_app(served, monkeypatch):

@@ -22,7 +22,7 @@ def test_a_batch_makes_what_generate_makes_and_goes_on_where_it_stopped(tmp_path
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     batch = ["batch", "rows.jsonl", "out", "--steps", "1", "--quiet"]
-    assert main(batch) == 0 and "2 of 2 are finished, 2 of them by this run" in capsys.readouterr().out
+    assert main(batch) == 0 and "2 of 2 are finished, 2 of them in this run" in capsys.readouterr().out
     main(["generate", PROMPT, "--seed", "3", "--steps", "1", "--quiet", "--output", "one.mp4"])
     assert (tmp_path / "out" / "videos" / "drawn.mp4").read_bytes() == (tmp_path / "one.mp4").read_bytes()
     capsys.readouterr()
@@ -42,7 +42,7 @@ def test_a_batch_makes_what_generate_makes_and_goes_on_where_it_stopped(tmp_path
     check_run(flags.parse_args(["check", "out"]))
     # A blue picture stands still.
     told = capsys.readouterr().out
-    assert "all videos of the plan are there and whole" in told and "missing" not in told
+    assert "all videos of the plan are present and complete" in told and "missing" not in told
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_batch_makes_what_generate_makes_and_goes_on_where_it_stopped(tmp_path
         ({"mode": "indirect"}, "Unknown mode 'indirect'"),
         ({"image": "no.png"}, "no.png"),
         ({"guidance_scale_2": 2}, "two experts"),
-        ({"fps": 8}, "`fps` is not for a FactorizedVideoPipeline"),
+        ({"fps": 8}, "`fps` is not an argument of FactorizedVideoPipeline"),
         ({"prompt": "A dog runs"}, "The embedded model is a toy"),
         ({"prompt": "a" * 10_001}, "10001 characters"),
         ({"name": "../a"}, "must be relative to the output folder"),
@@ -79,7 +79,7 @@ def test_a_lora_that_is_not_there_is_told_before_the_plan_is_written(tmp_path, c
         assert main(batch) == 2
         error = capsys.readouterr().err
         assert "The anchor LoRA" in error and name in error and error.count("\n") == 1
-        assert ("is no file or folder here" in error) == (name != "org/wrong")
+        assert ("does not exist on this machine" in error) == (name != "org/wrong")
         assert not (tmp_path / "out" / "plan.json").exists()
     # Of direct videos alone nothing asks for it.
     assert main([*batch, "--mode", "direct"]) == 0

@@ -38,12 +38,12 @@ def test_a_plan_says_what_it_is_of(tmp_path, capsys):
     assert main([*arguments, "--arms", "direct@full-50", "factorized", "--steps", "8", "4", "--num-frames", "17"]) == 0
     printed = capsys.readouterr().out
     # Two prompts of each category, four conditions, two seeds. These prompts are made up.
-    assert "videos:             112" in printed and "they differ from those that were checked" in printed
+    assert "videos:             112" in printed and "they differ from the checked version" in printed
     facts = plan_facts(run)
     assert facts["suite"] == "t2v-compbench-v2" and facts["prompts_as_checked"] is False
     row = next(read_plan(run))
     assert row.arguments == {"mode": "direct", "preset": "full-50", "num_inference_steps": 8, "num_frames": 17}
-    assert f"--lmms-eval is of vbench-2.0, and {run} is a run of t2v-compbench-v2" in failed(
+    assert f"--lmms-eval is only for vbench-2.0, but {run} is a run of t2v-compbench-v2" in failed(
         capsys, "layout", run, tmp_path / "layout", "--lmms-eval"
     )
     # Nothing is made yet.
@@ -87,7 +87,7 @@ def test_results_are_read_and_packed(tmp_path, capsys):
     with zipfile.ZipFile(tmp_path / "ours.zip") as archive:
         assert [name.split("/")[0] for name in archive.namelist()] == ["Material"]
     told = failed(capsys, "pack", results, tmp_path / "ours.zip", "--suite", "evalcrafter", "--name", "ours")
-    assert "evalcrafter has no leaderboard that takes files" in told
+    assert "evalcrafter has no leaderboard that accepts files" in told
 
 
 def test_what_is_no_layout_no_result_and_no_run_is_told(tmp_path, capsys):

@@ -159,8 +159,11 @@ def test_generate_is_told_how_many_are_made(tmp_path, monkeypatch):
             ["generate", PROMPT, "--lora", "org/lora"],
             "The anchor LoRA names org/lora on the Hub, which cannot be loaded",
         ),
-        (["generate", PROMPT, "--model", "none"], "'none' is no folder and no recipe; recipes are wan2.2-5b, "),
-        (["generate", PROMPT, "--model", "WAN2.2-5B"], "Is 'wan2.2-5b' meant"),
+        (
+            ["generate", PROMPT, "--model", "none"],
+            "'none' is neither a folder nor a recipe; the recipes are wan2.2-5b, ",
+        ),
+        (["generate", PROMPT, "--model", "WAN2.2-5B"], "Did you mean 'wan2.2-5b'?"),
         (["generate", PROMPT, "--rewriter-motion", "--mode", "direct"], "`rewriter_motion=True` has no effect"),
         (["generate", PROMPT, "--num-moments", "2"], "--num-moments 2 has no effect without --mode storyboard"),
         (["generate", PROMPT, "--mode", "direct", "--rewriter", "a/b"], "--rewriter has no effect: --mode direct"),
@@ -173,7 +176,7 @@ def test_generate_is_told_how_many_are_made(tmp_path, monkeypatch):
         (["generate", PROMPT, "--height", "1024"], "`height=1024` must be at most 512"),
         (["generate", PROMPT, "--lora", __file__], "test_cli.py is not a safetensors file"),
         (["rewrite", "a", "--rewriter", "HTTP://localhost/v1"], "needs --rewriter-model"),
-        (["rewrite", "a", "--rewriter-api-key-env", "KEY"], "name it with --rewriter URL"),
+        (["rewrite", "a", "--rewriter-api-key-env", "KEY"], "give its URL as --rewriter URL"),
         (
             ["rewrite", "a", "--rewriter", "http://host/v1", "--rewriter-model", "m", "--rewriter-api-key-env", "KEY"],
             "plain http",

@@ -53,7 +53,10 @@ def made(folder) -> tuple[np.ndarray, dict]:
 def test_weights_in_fewer_bits(model, kind, told, folder, capsys):
     if kind == "int8" and importlib.util.find_spec("torchao") is None:
         assert generate(folder, model, "--quantize", kind) == 2
-        assert "--quantize int8 needs torchao, which is not installed: pip install torchao" in capsys.readouterr().err
+        assert (
+            "--quantize int8 needs the package torchao; install it with `pip install torchao`"
+            in capsys.readouterr().err
+        )
         pytest.skip("needs the package torchao")
     assert generate(folder, model) == 0, capsys.readouterr().err
     plain, record = made(folder)

@@ -211,7 +211,7 @@ def test_ctrl_c_is_one_line(monkeypatch, capsys):
 def test_what_runs_out_of_memory_says_what_helps(error, monkeypatch, capsys):
     monkeypatch.setattr("diffusers_fvg.overview.models_text", failing(error))
     assert main(["models"]) == 2
-    assert capsys.readouterr().err.startswith("fvg models: out of memory: give a --memory")
+    assert capsys.readouterr().err.startswith("fvg models: out of memory: use --memory")
 
 
 def test_what_nobody_expected_is_one_line_with_its_kind(monkeypatch, capsys):

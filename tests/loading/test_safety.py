@@ -293,7 +293,7 @@ def test_a_preset_is_called_as_its_folder(repository):
 @pytest.mark.parametrize("name", ["AutoencoderKLWan", "utils", "Absent"])
 def test_a_preset_makes_schedulers_only(name):
     preset = SchedulerPreset("p", name, {}, (1.0,), 1.0, 1.0)
-    with pytest.raises(ValueError, match=f"'{name}' is no scheduler"):
+    with pytest.raises(ValueError, match=f"'{name}'` must be a scheduler class"):
         preset.make_scheduler()
 
 

@@ -88,7 +88,7 @@ def test_a_preview_is_small_and_shows_the_frames(clip):
     [
         (write_animation, "clip.mp4", 8, ".gif or .webp"),
         (write_animation, "clip.gif", 0, "frame_rate=0"),
-        (lambda path, frames, _: write_frames(path, frames), "clip.tar", 8, "into a .zip"),
+        (lambda path, frames, _: write_frames(path, frames), "clip.tar", 8, "must end in .zip"),
     ],
 )
 def test_what_cannot_be_written_is_refused(tmp_path, clip, write, name, frame_rate, told):

@@ -276,7 +276,7 @@ def test_an_iterator_of_frames_gives_the_same_file(tmp_path, clip):
     [
         pytest.param(lambda clip: iter([]), "at least one", id="none"),
         pytest.param(
-            lambda clip: iter([clip[0], clip[1][:, :32]]), r"\(48, 32, 3\) after \(48, 64, 3\)", id="two sizes"
+            lambda clip: iter([clip[0], clip[1][:, :32]]), r"\(48, 32, 3\) comes after \(48, 64, 3\)", id="two sizes"
         ),
         pytest.param(lambda clip: iter([clip[0], clip[1] * 2.0]), "rescale or clamp", id="a later one out of range"),
     ],
@@ -308,10 +308,10 @@ def test_sound_is_read_back(tmp_path, channels):
 @pytest.mark.parametrize(
     ("sound", "rate", "message"),
     [
-        (np.zeros(8), 8000, r"shape \(1 or 2, samples\) .* not \(8,\)"),
-        (np.zeros((3, 8)), 8000, r"not \(3, 8\)"),
+        (np.zeros(8), 8000, r"shape \(1 or 2, samples\) .* has \(8,\)"),
+        (np.zeros((3, 8)), 8000, r"has \(3, 8\)"),
         (np.full((1, 8), np.nan), 8000, "finite"),
-        (np.zeros((1, 8)), None, "`audio_sampling_rate=None` is no number of samples"),
+        (np.zeros((1, 8)), None, "`audio_sampling_rate=None` must be a number of samples"),
     ],
 )
 def test_bad_sound_is_refused(tmp_path, sound, rate, message):

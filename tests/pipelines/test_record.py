@@ -390,11 +390,11 @@ def test_a_file_without_a_record_is_one_line(tmp_path, comment):
 def test_a_playlist_by_the_name_of_a_video_is_not_followed(tmp_path, record):
     write_video(tmp_path / "real.mp4", np.zeros((1, 16, 16, 3), np.uint8), 8, record)
     (tmp_path / "cut.mp4").write_bytes((tmp_path / "real.mp4").read_bytes()[:600])
-    with pytest.raises(ValueError, match="is no video") as error:
+    with pytest.raises(ValueError, match="is not a video") as error:
         read_record(tmp_path / "cut.mp4")
     assert "\n" not in str(error.value)
     (tmp_path / "video.mp4").write_text("ffconcat version 1.0\nfile real.mp4\n")
-    with pytest.raises(ValueError, match="is no video"):
+    with pytest.raises(ValueError, match="is not a video"):
         read_record(tmp_path / "video.mp4")
     with pytest.raises(OSError):
         read_record(tmp_path / "missing.mp4")

@@ -230,18 +230,18 @@ def test_a_repository_around_an_animator(light, hub, tmp_path):
 
 def test_what_an_animator_s_repository_does_not_take_is_refused(tmp_path, capsys):
     wan = write_base(tmp_path / "base", "Wan2.1-T2V-1.3B")
-    with pytest.raises(ValueError, match="animator base is a WanPipeline, and no image-to-video pipeline"):
+    with pytest.raises(ValueError, match="animator base is a WanPipeline, not an image-to-video pipeline"):
         assemble(tmp_path / "out", animator=wan)
     for options, message in (
-        ({}, "Give a `base` or an `animator`, one of them"),
-        ({"base": wan, "animator": wan}, "one of them"),
+        ({}, "Give either a `base` or an `animator`"),
+        ({"base": wan, "animator": wan}, "Give either a `base` or an `animator`"),
         ({"animator": wan, "lora": "org/lora"}, "`lora='org/lora'` is not for a repository of an `animator`"),
         ({"base": wan, "animator_call_defaults": {"fps": 1}}, "is not for a repository of a `base`"),
     ):
         with pytest.raises(ValueError, match=message):
             assemble(tmp_path / "out", **options)
     assert main(["assemble", str(tmp_path / "out"), "--animator", wan, "--dry-run"]) == 2
-    assert "no image-to-video pipeline" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "not an image-to-video pipeline" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def write_lora(path, transformers):
@@ -281,7 +281,7 @@ def test_two_experts_with_one_lora_file(tmp_path):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
     write_lora(tmp_path / "high.safetensors", {"transformer": tiny_wan_family("Wan2.2-T2V-A14B")["transformer"]})
-    with pytest.raises(ValueError, match=r"has nothing for \['transformer_2'\], and the base has two experts"):
+    with pytest.raises(ValueError, match=r"has no weights for \['transformer_2'\], but the base has two experts"):
         assemble(tmp_path / "half", str(tmp_path / "base"), lora=str(tmp_path / "high.safetensors"))
 
 

@@ -106,13 +106,13 @@ def test_every_card_cites_both_papers(name):
 @pytest.mark.parametrize("name", WITHOUT_WEIGHTS)
 def test_a_card_without_weights_says_so(name):
     card = render(name)
-    assert "No weights were trained or published by this project" in section(card, "Status")
+    assert "This project has not trained or published weights" in section(card, "Status")
     assert section(card, "Hardware and memory").startswith("Nothing was measured on this model's weights.")
     assert section(card, "Scores") == "None." and "model-index" not in card.data.to_dict()
 
 
 def test_a_status_names_a_class_only_as_far_as_it_exists():
-    assert "has its class, `AnchorConditionedTransformer3D`" in section(render("wan2.1-t2v-1.3b"), "Status")
+    assert "contains its class `AnchorConditionedTransformer3D`" in section(render("wan2.1-t2v-1.3b"), "Status")
 
 
 def test_licences_on_the_cards():
@@ -132,7 +132,7 @@ def test_shapes_card_has_the_report_s_scores_and_calls_them_synthetic():
 
 
 def test_unknown_card():
-    with pytest.raises(ValueError, match="Unknown card 'wan'; use one of shapes, "):
+    with pytest.raises(ValueError, match="`name='wan'` is not a card; use one of shapes, "):
         render("wan")
 
 
@@ -230,7 +230,7 @@ def test_light_repository(bundled):
     for name in ("transformer", "vae"):
         assert "a" * 40 in rows[name][2] and f"huggingface.co/{BASE}" in rows[name][2]
         assert rows[name][3:] == ["", "apache-2.0"]
-    assert "Fetched at the first loading: 7.5 MB." in section(card, "Hardware and memory")
+    assert "Downloaded at the first loading: 7.5 MB." in section(card, "Hardware and memory")
     assert "b" * 40 in rows["composer"][2] and rows["composer"][4] == "mit"
     assert "c" * 40 in rows["rewriter"][2] and rows["rewriter"][3:] == ["", "not stated"]
     assert data["base_model"] == ["org/painter", "org/chat", BASE] and "license" not in data
@@ -287,7 +287,7 @@ def _kinds(tokens) -> Counter:
 @pytest.mark.parametrize("config", ["{", "[1]", '{"a":' * 20_000 + "1" + "}" * 20_000, '{"data": [1]}'], ids=len)
 def test_a_training_config_that_is_none_is_told(bundled, config):
     AnchorLora(lora(), {"training_config": config}).save_pretrained(bundled / "anchor_lora")
-    with pytest.raises(ValueError, match="`training_config` of the anchor LoRA cannot be shown"):
+    with pytest.raises(ValueError, match="`training_config` of the anchor LoRA is not valid"):
         repository_card(bundled)
 
 

@@ -266,7 +266,7 @@ def test_variant(hub, light, tmp_path, caplog):
         assert_weights(bundled.vae, truth["vae"], 0.5)
         assert_weights(bundled.text_encoder, truth["text_encoder"])
     assert [preset.name for preset in bundled.presets.values()] == ["full-50"]
-    with pytest.raises(ValueError, match="No part has weights of the variant 'int8'"):
+    with pytest.raises(ValueError, match="`variant='int8'`: no component has weights of this variant"):
         assemble(tmp_path / "int8", base="org/base", variant="int8")
 
 
@@ -451,8 +451,8 @@ def test_assembling_again_from_a_light_repository(light, parts, tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"base": "org/t2o"}, OSError, "'org/t2o' is no folder, and on the Hub"),
-        ({"base": "org/chat"}, ValueError, "org/chat@[0-9a-f]{8} has no model_index.json"),
+        ({"base": "org/t2o"}, OSError, "'org/t2o' is not a local folder, and the Hub answers"),
+        ({"base": "org/chat"}, ValueError, "org/chat@[0-9a-f]{8} has no file model_index.json"),
         ({"presets": ["fast-4"]}, ValueError, "Unknown preset 'fast-4'"),
         ({"rewriter": "org/base"}, ValueError, "no safetensors weights"),
         ({"lora": "missing.safetensors"}, OSError, "missing.safetensors"),
@@ -525,9 +525,7 @@ def test_nothing_private_goes_to_a_public_repository(hub, saved):
     push(saved, "org/open", token=hub.token)
     before = hub.files("org/open")
     (saved / "secret.txt").write_text("mine")
-    with pytest.raises(
-        ValueError, match="org/open is public, and `private=True` hides only a repository that is made"
-    ):
+    with pytest.raises(ValueError, match="org/open is public, and `private=True` applies only to a new repository"):
         push(saved, "org/open", private=True, token=hub.token)
     assert hub.files("org/open") == before
     push(saved, "org/hidden", private=True, token=hub.token)
@@ -583,7 +581,7 @@ def test_no_key_and_no_local_path_is_pushed(hub, saved, secret, monkeypatch):
             push(broken, "org/leak", token=hub.token)
         assert text not in str(error.value)
     assert "org/leak" not in hub.repositories
-    with pytest.raises(ValueError, match="no saved pipeline"):
+    with pytest.raises(ValueError, match="pass a saved pipeline or a trained LoRA"):
         push(saved / "vae", "org/leak", token=hub.token)
 
 

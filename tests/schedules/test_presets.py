@@ -40,7 +40,7 @@ def test_another_number_of_steps_comes_from_the_shift():
     assert WAN_PRESETS["full-50"].steps(15) == WAN_PRESETS["anchored-15"].sigmas
     own = SchedulerPreset("own", "FlowMatchEulerDiscreteScheduler", {"shift": 1.0}, (1.0, 0.757, 0.522), 5.0, 1.0)
     assert own.steps(3) == own.steps(None) == (1.0, 0.757, 0.522)
-    with pytest.raises(ValueError, match="`num_inference_steps=4`, but preset 'own' has 3 steps of its own"):
+    with pytest.raises(ValueError, match="`num_inference_steps=4`, but preset 'own' has 3 fixed steps"):
         own.make_scheduler(4)
 
 

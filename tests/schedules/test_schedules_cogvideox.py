@@ -121,7 +121,7 @@ def test_presets():
     assert COGVIDEOX_PRESETS.matching(CogVideoXDPMScheduler(**COGVIDEOX_1_5_SCHEDULE)) is None
     other = CogVideoXDDIMScheduler(**COGVIDEOX_1_5_SCHEDULE | {"snr_shift_scale": 3.0})
     assert COGVIDEOX_PRESETS.matching(other) is None
-    with pytest.raises(ValueError, match="'DDIMScheduler'`; use .*CogVideoXDDIMScheduler"):
+    with pytest.raises(ValueError, match="'DDIMScheduler'` needs `sigmas`; .*CogVideoXDDIMScheduler"):
         timestep_preset("other", "DDIMScheduler", {}, 10, 6.0)
 
 

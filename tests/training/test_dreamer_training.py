@@ -358,7 +358,7 @@ def test_the_dry_run_tells_what_the_stage_does(finished, places, tmp_path, capsy
     text = capsys.readouterr().out
     # Four frames of 8 x 8 latents, two clips.
     assert re.search(r"4x32x32: +2 +2 +512\n", text)
-    assert re.search(r"Rejected files: 1\n  .*2\.mp4: is no video that can be read", text)
+    assert re.search(r"Rejected files: 1\n  .*2\.mp4: is not a video", text)
     assert "step_00000007.safetensors is there" in text and "s a step in its log" in text
 
     # What is trained is what a checkpoint holds.

@@ -40,7 +40,7 @@ def test_the_dry_run_tells_what_the_run_does(config, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     # Three latent frames of 2 x 2 patches, two clips of each step; the upright one has twice as many.
     assert re.search(r"9x32x32: +4 +4 +24\n +9x64x32: +1 +1 +48\n", text)
-    assert re.search(r"Rejected files: 1\n  .*3\.mp4: is no video that can be read", text)
+    assert re.search(r"Rejected files: 1\n  .*3\.mp4: is not a video", text)
     assert "Steps: 7 of 2 clips on each process, 2 expert(s)\n  2.8 epochs of 5 clips" in text
     for part in ("weights", "lora", "optimizer", "block_inputs", "block"):
         assert re.search(rf"^  {part} +\d+\.\d\d GiB$", text, re.MULTILINE)

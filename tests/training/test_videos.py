@@ -152,7 +152,7 @@ def test_what_is_behind_the_clip_is_not_decoded(tmp_path, monkeypatch):
     content[start + (end - start) // 2 : end] = bytes(end - start - (end - start) // 2)
     (tmp_path / "damaged.mp4").write_bytes(content)
     assert torch.equal(clips_of(tmp_path / "damaged.mp4")[0], clips_of(tmp_path / "whole.mp4")[0])
-    with pytest.raises(ValueError, match="can be decoded up to frame|cannot be decoded"):
+    with pytest.raises(ValueError, match="can be decoded only up to frame|cannot be decoded"):
         clips_of(tmp_path / "damaged.mp4", clips_per_video=4)
 
 
