@@ -65,7 +65,7 @@ def local_folder(text: str) -> Path:
     """Parses a local folder and refuses a URL, from which a folder of that name would be made."""
     if "://" in text:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no folder of this machine; only fvg batch and fvg bench check accept the URL of other storage"
+            f"{text!r} is not a local folder; only fvg batch and fvg bench check accept the URL of other storage"
         )
     return Path(text)
 

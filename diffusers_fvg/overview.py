@@ -263,7 +263,7 @@ def _fp8_report(device: Any) -> str:
     problem = fp8_problem(device, torch.bfloat16)
     if problem is None and importlib.util.find_spec("torchao") is None:
         problem = "torchao is not installed"
-    return "puts them on" if problem is None else f"cannot: {problem}"
+    return "switches them on" if problem is None else f"fails: {problem}"
 
 
 def _runs_on(device: Any) -> list[str]:
@@ -277,7 +277,7 @@ def _runs_on(device: Any) -> list[str]:
     lines = [f"  attention: {choose_backend(device, torch.bfloat16, 128)}", f"  kernels: {kernel_report(device)}"]
     lines.append(f"  8-bit products: off; --quantize fp8-dynamic {_fp8_report(device)}")
     lines.append(
-        "  anchor LoRA: not fused, so that it can be off without an anchor; pipe.fuse_lora() puts it into the weights"
+        "  anchor LoRA: separate layers, which calls without an anchor switch off; pipe.fuse_lora() merges it into the weights"
     )
     lines.append("  embedded shapes model: yes")
     profile = "cpu" if device.type == "cpu" else "auto"

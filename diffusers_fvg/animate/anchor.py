@@ -93,7 +93,7 @@ def pictures_of(image: Picture | Sequence[Picture]) -> list[Picture]:
 def pair_anchors(anchors, num_prompts: int, num_videos_per_prompt: int) -> list[list[Anchor]]:
     """Returns one list of anchors for each video, from an anchor or a list for all, or from lists per prompt or per video.
 
-    A list may be empty if another one is not: that video has no anchor.
+    If some videos have anchors, the lists of others may be empty.
 
     Raises:
         `ValueError`: there is no anchor at all, the number of lists does not fit, or an item is not an [`Anchor`].
@@ -316,14 +316,14 @@ def covered_latents(anchor: Anchor, num_frames: int, temporal: int = 4) -> range
     """
     if not -num_frames <= anchor.frame_index < num_frames:
         raise ValueError(
-            f"Anchor at `frame_index={anchor.frame_index}` lies outside the clip of {num_frames} frames; use "
+            f"Anchor at `frame_index={anchor.frame_index}` lies outside the video of {num_frames} frames; use "
             f"{-num_frames} to {num_frames - 1}."
         )
     count, frame = len(pictures_of(anchor.image)), anchor.frame_index % num_frames
     first = latent_index(frame, temporal)
     if count == 1:
         return range(first, first + 1)
-    run = f"A run of {count} frames at `frame_index={anchor.frame_index}` in a clip of {num_frames} frames"
+    run = f"A run of {count} frames at `frame_index={anchor.frame_index}` in a video of {num_frames} frames"
     alone = int(frame == 0)
     if not alone and (frame - 1) % temporal:
         starts = [1 + (first - 1) * temporal, 1 + first * temporal]
@@ -338,7 +338,7 @@ def covered_latents(anchor: Anchor, num_frames: int, temporal: int = 4) -> range
         below = alone + (min(count, longest) - alone) // temporal * temporal
         counts = [fitting for fitting in (below, below + temporal) if 0 < fitting <= longest]
         raise ValueError(
-            f"{run} must cover whole latent frames, {temporal}k{' + 1' * alone} frames that end within the clip; nearest: "
+            f"{run} must cover whole latent frames, {temporal}k{' + 1' * alone} frames that end within the video; nearest: "
             f"{' and '.join(map(str, counts))}."
         )
     return range(first, first + (count - alone) // temporal + alone)

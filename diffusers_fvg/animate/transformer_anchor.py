@@ -392,7 +392,7 @@ class TimesPerFrame(StockWeights):
         accepted = ((batch_size,), (batch_size, num_frames), (batch_size, num_tokens))
         if timestep.shape not in accepted:
             raise ValueError(
-                f"timestep has shape {tuple(timestep.shape)}; pass {accepted[0]} for one time per sample, {accepted[1]} "
+                f"timestep has shape {tuple(timestep.shape)}; pass {accepted[0]} for one timestep per sample, {accepted[1]} "
                 f"for one per latent frame, or {accepted[2]} for one per token."
             )
         return timestep.unsqueeze(1) if timestep.ndim == 1 else timestep

@@ -286,7 +286,7 @@ class AnchorConditionedCogVideoXTransformer3D(StockWeights, CogVideoXTransformer
         accepted = ((batch_size,), (batch_size, num_frames))
         if timestep.shape not in accepted:
             raise ValueError(
-                f"timestep has shape {tuple(timestep.shape)}; pass {accepted[0]} for one time per sample, or {accepted[1]} "
+                f"timestep has shape {tuple(timestep.shape)}; pass {accepted[0]} for one timestep per sample, or {accepted[1]} "
                 "for one per latent frame."
             )
         if timestep.ndim == 1:

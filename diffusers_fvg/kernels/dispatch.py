@@ -240,7 +240,9 @@ def _takes_triton(source: str, *tensors: torch.Tensor, max_dim: int = _MAX_DIM) 
         return False
     problem = _device_problem(tensors[0].device) or _tensor_problem(tensors, max_dim)
     if problem is not None and _kernels == "triton":
-        raise ValueError(f"Triton kernels are asked for, but {problem}. Set FVG_KERNELS=auto to use what can run.")
+        raise ValueError(
+            f"Triton kernels are requested, but {problem}. Set FVG_KERNELS=auto to use them only where they can run."
+        )
     return problem is None
 
 
@@ -286,10 +288,10 @@ def _probe(device: torch.device) -> str | None:
 def _tensor_problem(tensors: tuple[torch.Tensor, ...], max_dim: int) -> str | None:
     dim = tensors[0].shape[-1]
     if dim > max_dim:
-        return f"the tokens have {dim} channels, and the kernels take up to {max_dim}"
+        return f"the tokens have {dim} channels, but the kernels support up to {max_dim}"
     for tensor in tensors:
         if tensor.dtype not in _DTYPES:
-            return f"a tensor is {tensor.dtype}, and the kernels take float32, float16 and bfloat16"
+            return f"a tensor is {tensor.dtype}, but the kernels support float32, float16 and bfloat16"
         if tensor.device != tensors[0].device:
             return f"the tensors are on {tensors[0].device} and {tensor.device}"
     return None

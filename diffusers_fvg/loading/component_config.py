@@ -24,7 +24,7 @@ def read_config(path: Path, known: Set[str], repository: str, of_repository: Set
     config = read_json(path)
     if not config.keys() <= known:
         raise ValueError(
-            f"{str(path)!r} must be an object with keys of {sorted(known)}, but has {sorted(config.keys() - known)}."
+            f"{str(path)!r} has the unknown keys {sorted(config.keys() - known)}; remove them. Known keys: {sorted(known)}."
         )
     if repository not in config and config.keys() & of_repository:
         raise ValueError(f"{str(path)!r} has a {_either(of_repository)} but names no `{repository}`.")

@@ -38,7 +38,7 @@ def _variant(name: str) -> str | None:
 
 
 def available_variant(names: Iterable[str], variant: str | None, place: str) -> str | None:
-    """Returns `variant` if `names` has files of it; otherwise warns and returns `None`, the standard files, as diffusers."""
+    """Returns `variant` if `names` has files of it; otherwise warns and returns `None` (standard files) as diffusers."""
     if variant is None or any(_variant(name) == variant for name in names):
         return variant
     logger.warning(f"{place} has no files of the variant {variant!r}; its standard files are used.")

@@ -121,7 +121,7 @@ class HubReference(torch.nn.Module, metaclass=ABCMeta):
         if is_model:
             arguments = {"use_safetensors": True, "device_map": call_argument("device_map")}
             arguments |= {} if variant is None else {"variant": variant}
-            # diffusers makes the config for a class of transformers, not knowing what is behind the reference.
+            # diffusers resolved the config for a transformers class, because it does not know the class behind the reference.
             config = call_argument("quantization_config")
             if config is not None:
                 is_diffusers = issubclass(component_class, ModelMixin)

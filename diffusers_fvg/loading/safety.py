@@ -67,7 +67,9 @@ def check_folder(folder: str | Path) -> None:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise ValueError(f"{path} is a pipe or a device, not a file: delete it.")
         if path.name.lower() == "adapter_config.json":
-            raise ValueError(f"{path} makes the model a PEFT adapter; load that with `load_lora_weights`.")
+            raise ValueError(
+                f"{path} makes the model a PEFT adapter; load the adapter with `load_lora_weights` instead."
+            )
         if ".safetensors.index." in path.name:
             shards = read_json(path).get("weight_map")
             if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
@@ -282,7 +284,7 @@ def _check_weights(model: Any, folder: Path) -> None:
         there, needed = _num_values(folder), sum(weight.numel() for weight in model.parameters())
         if there is not None and 2 * there < needed:
             raise ValueError(
-                f"{folder} lacks weights of the {type(model).__name__}: its files hold {there:,} values, and it has {needed:,}."
+                f"{folder} lacks weights of the {type(model).__name__}: its files hold {there:,} values, but it has {needed:,}."
             )
 
 

@@ -45,14 +45,23 @@ class AnchorLora:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path) -> AnchorLora:
+        """Loads an anchor LoRA from its folder.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`): a folder with `weights/pytorch_lora_weights.safetensors`.
+
+        Raises:
+            `ValueError`: the file is missing or damaged, or the folder holds pickles instead.
+        """
         check_folder(pretrained_model_name_or_path)
         path = Path(pretrained_model_name_or_path) / WEIGHT_NAME
         if not path.is_file():
             refuse_pickles(str(file) for file in Path(pretrained_model_name_or_path).rglob("*"))
-            raise ValueError(f"No {WEIGHT_NAME} in {pretrained_model_name_or_path}.")
+            raise ValueError(f"{pretrained_model_name_or_path} has no {WEIGHT_NAME}, the file of an anchor LoRA.")
         return cls(*read_safetensors(path))
 
     def save_pretrained(self, save_directory: str | Path) -> None:
+        """Writes `weights/pytorch_lora_weights.safetensors` with its metadata into a folder, created if it is missing."""
         tensors = {key: value.contiguous() for key, value in self.state_dict.items()}
         with replacing(Path(save_directory) / WEIGHT_NAME) as draft:
             save_file(tensors, draft, metadata={"format": "pt", **self.metadata})

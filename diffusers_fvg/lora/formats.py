@@ -287,7 +287,7 @@ def _fit_parameters(
         parameter = getattr(module, parameters[kind], None) if kind in parameters else None
         target = f"{name}.{parameters.get(kind)}".removeprefix(".")
         if not isinstance(parameter, nn.Parameter):
-            refused[kind] = f"the module is a {type(module).__name__} and has nothing that a `{kind}` could change"
+            refused[kind] = f"the module is a {type(module).__name__} and has no parameter for `{kind}`"
         elif parameter.shape != tensor.shape:
             refused[kind] = f"shape {tuple(tensor.shape)} is not the parameter's {tuple(parameter.shape)}"
         elif target in fit.deltas:

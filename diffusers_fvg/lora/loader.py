@@ -351,7 +351,7 @@ def _collect(source: _Source, expert: str | None, transformers: dict[str, nn.Mod
             continue
         config = source.config([name, *prefixes])
         if config.get("use_dora"):
-            raise ValueError(f"{source.label} is a DoRA by its config, which is not supported.")
+            raise ValueError(f"{source.label} is a DoRA according to its config, which is not supported.")
         fit = fit_tensors(transformers[name], modules, source.tensors, config)
         found |= {key: f"{name}.{module}".rstrip(".") for key, module in fit.matched.items()}
         left |= fit.unmatched

@@ -234,8 +234,8 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
         Args:
             prompts (`str` or `list[str]`, *optional*): descriptions of the videos; or give `prompt_embeds`.
             anchors (`Anchor`, `list[Anchor]` or `list[list[Anchor]]`, *optional*): one list for all videos, one per
-                prompt, or one per video. A list may be empty if another one is not: that video is plain text-to-video, but
-                with the anchor LoRA on. In CogVideoX 1.5, the two latent frames of a patch must be anchored together: frame 0
+                prompt, or one per video. If some videos have anchors, the lists of others may be empty: those are plain
+                text-to-video, but with the anchor LoRA on. In CogVideoX 1.5, the two latent frames of a patch must be anchored together: frame 0
                 fills its patch alone; any other anchor needs a second one among the 8 frames of its patch. A run of frames
                 fills its patches with 8k + 1 frames starting at frame 0, or 8k starting at a frame 8j + 1.
 

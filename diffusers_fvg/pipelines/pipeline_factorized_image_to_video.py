@@ -224,7 +224,7 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
             return
         if request.storyboard is None and request.num_moments > 2:
             raise ValueError(
-                f"`num_moments={request.num_moments}`: {family.name} takes a first and a last frame, so 2 moments."
+                f"`num_moments={request.num_moments}`: {family.name} takes a first and a last frame; use 2 moments."
             )
         for moments in pair_storyboards(request.storyboard, request.num_prompts) if request.storyboard else ():
             times = [moment.time for moment in moments]

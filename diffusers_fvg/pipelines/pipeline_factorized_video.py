@@ -222,8 +222,8 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
         Args:
             prompts (`str` or `list[str]`, *optional*): descriptions of the videos; or give `prompt_embeds`.
             anchors (`Anchor`, `list[Anchor]` or `list[list[Anchor]]`, *optional*): one list for all videos, one per
-                prompt, or one per video. A list may be empty if another one is not: that video is plain text-to-video, but
-                with the anchor LoRA on.
+                prompt, or one per video. If some videos have anchors, the lists of others may be empty: those are plain
+                text-to-video, but with the anchor LoRA on.
 
         The other arguments are those of `__call__`. Returns only the frames.
         """

@@ -208,7 +208,9 @@ class RequestChecks:
     def _check_skipped(self: VideoRequest) -> None:
         """Checks that no argument of a skipped stage is given."""
         if self.mode not in (None, "storyboard") and self.num_moments != type(self).num_moments:
-            raise ValueError(f'`num_moments={self.num_moments}` is for `mode="storyboard"`, not for {self.mode!r}.')
+            raise ValueError(
+                f'`num_moments={self.num_moments}` is for `mode="storyboard"`, not for {self.mode!r}; leave it out.'
+            )
         draws = self.draws_anchors or self.mode is None
         stages = {"composer_": draws, "rewriter_": draws and self._written is None}
         for field in fields(self):

@@ -138,5 +138,5 @@ def _generator_of(seed: Seed) -> torch.Generator:
         return generator.set_state(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     except (RuntimeError, ValueError, TypeError, struct.error, zlib.error) as error:
         raise ValueError(
-            f"The generator's state on {device!r} cannot be restored here ({str(error)[:120]}); pass `generator`, or to `fvg` --seed."
+            f"The generator's state on {device!r} cannot be restored here ({str(error)[:120]}); pass `generator`, or `--seed` to `fvg`."
         ) from error

@@ -62,7 +62,7 @@ def test_a_run_covers_the_latents_of_its_frames_and_no_others(frame, count):
     [
         (run(3), r"run of 3 frames at `frame_index=0`.*4k \+ 1.*nearest: 1 and 5\.$"),
         (run(16), r"16 frames.*nearest: 13 and 17\.$"),
-        (run(21), r"21 frames.*in a clip of 17.*end within the clip; nearest: 17\.$"),
+        (run(21), r"21 frames.*in a video of 17.*end within the video; nearest: 17\.$"),
         (run(0), r"run of 0 frames.*nearest: 1\.$"),
         (run(6, 5), r"6 frames at `frame_index=5`.*4k frames.*nearest: 4 and 8\.$"),
         (run(2, 9), r"2 frames.*nearest: 4\.$"),

@@ -298,7 +298,7 @@ def test_a_storyboard_is_edited_as_lines(session):
         (Order("animate", PROMPT, num_candidates=2), "`num_candidates=2`: stage `animate` does not choose"),
         (Order("generate", PROMPT, "direct", num_candidates=2), "no picture is drawn with `mode='direct'`"),
         (Order("generate", PROMPT, anchors=[Upload(None)], num_candidates=2), "no picture is drawn with `anchors`"),
-        (Order("generate", PROMPT, anchors=[Upload(None, 17)]), "lies outside the clip of 17 frames"),
+        (Order("generate", PROMPT, anchors=[Upload(None, 17)]), "lies outside the video of 17 frames"),
     ],
 )
 def test_what_cannot_be_is_refused_before_it_waits(worker, order, told):

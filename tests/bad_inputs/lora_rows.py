@@ -128,7 +128,7 @@ def weights_in(content: bytes) -> Callable[[Path], Any]:
 
 
 ROWS += [
-    folder("of nothing", lambda place: None, "No weights/pytorch_lora_weights.safetensors"),
+    folder("of nothing", lambda place: None, "has no weights/pytorch_lora_weights.safetensors"),
     folder("of a pickle", lambda place: (place / "lora.bin").write_bytes(b"\x80\x04."), "pickles", "convert"),
     folder("of half a file", weights_in(WHOLE[:100]), "not a safetensors file, or is damaged"),
     folder("of other keys", weights_in(save({"a": torch.zeros(1)})), "no weights for `transformer`", "['a']"),

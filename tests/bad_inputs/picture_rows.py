@@ -76,7 +76,7 @@ OBJECTS = [
     ("an array of objects", lambda: np.zeros((8, 8, 3), dtype=object), ("uint8 or uint16", "object", "convert")),
     ("an array of complex", lambda: np.zeros((8, 8, 3), dtype=complex), ("uint8 or uint16", "complex", "convert")),
     ("an array of texts", lambda: np.full((8, 8, 3), "a"), ("uint8 or uint16", "convert")),
-    ("8 bits as 16", lambda: np.full((8, 8, 3), 200, np.uint16), ("16 bits", "up to 200", "uint8")),
+    ("8 bits as 16", lambda: np.full((8, 8, 3), 200, np.uint16), ("16-bit", "up to 200", "uint8")),
     ("a closed picture", closed, ("cannot be decoded", "closed", "save it again")),
     ("mode I", lambda: PIL.Image.new("I", (8, 8)), ("mode I ", "convert it to RGB")),
     ("mode LAB", lambda: PIL.Image.new("LAB", (8, 8)), ("mode LAB", "convert it to RGB")),

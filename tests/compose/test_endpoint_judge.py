@@ -52,7 +52,7 @@ def test_a_server_s_answer_becomes_a_probability(kind, caplog):
         (made,) = judge.judge([PIL.Image.new("RGB", (4, 2), "red")], [CAPTION])
     question = WHOLE_CAPTION.format(caption=CAPTION)
     assert made.score == pytest.approx(expected) and made.answers == {question: made.score}
-    assert ("was to answer with yes or no" in caplog.text) == (kind in NEITHER)
+    assert ("should answer with yes or no" in caplog.text) == (kind in NEITHER)
     image, text = server.bodies[-1]["messages"][0]["content"]
     assert text == {"type": "text", "text": YES_OR_NO.format(question=question)}
     # The picture itself, without loss.

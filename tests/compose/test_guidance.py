@@ -103,7 +103,7 @@ def test_defaults_are_held_to_it_as_calls_are():
         ("flux", {"negative_prompt": "low quality"}, NO_TRUE_CFG),
         ("flux_schnell", {"guidance_scale": 9.0}, NO_GUIDANCE),
         ("flux2_klein", {"guidance_scale": 9.0}, NO_GUIDANCE),
-        ("qwen_image", {"guidance_scale": 4.0, "true_cfg_scale": 4.0}, "one and the same to QwenImagePipeline"),
+        ("qwen_image", {"guidance_scale": 4.0, "true_cfg_scale": 4.0}, "the same setting in QwenImagePipeline"),
         ("stable_diffusion_xl", {"guidance_scale": "9"}, "`guidance_scale='9'` must be a finite number"),
     ):
         with pytest.raises(ValueError, match=message):

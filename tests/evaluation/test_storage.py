@@ -166,7 +166,7 @@ def test_what_cannot_work_on_a_storage_is_refused(tmp_path, monkeypatch, capsys)
     for action in (["run", "memory://a"], ["layout", "memory://a", "b"], ["report", "memory://a", "b"]):
         with pytest.raises(SystemExit):
             main(["bench", *action])
-        assert "'memory://a' is no folder of this machine" in capsys.readouterr().err
+        assert "'memory://a' is not a local folder" in capsys.readouterr().err
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     with storage.opened("memory://ray/out") as (folder, there):
         write_plan(folder, ROWS)

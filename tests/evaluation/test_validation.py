@@ -164,7 +164,7 @@ def test_what_cannot_be_validated_is_said_before_training(config, tmp_path):
     anchors = (str(tmp_path / "moving.gif"), config.validation_anchors[1])
     with pytest.raises(ValueError, match="is animated"):
         make_validate(replace(config, validation_anchors=anchors))
-    with pytest.raises(ValueError, match="`frame_index=9` lies outside the clip of 9 frames"):
+    with pytest.raises(ValueError, match="`frame_index=9` lies outside the video of 9 frames"):
         make_validate(replace(config, validation_frame_indices=(0, 9)))
     (tmp_path / "notes.txt").write_text("no picture")
     anchors = (str(tmp_path / "notes.txt"), config.validation_anchors[1])

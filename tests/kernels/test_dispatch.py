@@ -102,7 +102,7 @@ def test_environment_variable(run_python):
         except ValueError as error:
             print(error)
     """
-    assert run_python(code, FVG_KERNELS="triton").startswith("Triton kernels are asked for, but ")
+    assert run_python(code, FVG_KERNELS="triton").startswith("Triton kernels are requested, but ")
     assert "FVG_KERNELS is 'fast'; set one of auto, reference, triton" in run_python(code, FVG_KERNELS="fast")
 
 

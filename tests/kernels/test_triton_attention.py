@@ -84,7 +84,7 @@ def test_wide_heads_are_left_to_plain_torch(device):
     tensors, seen, grad = make((1, 2, 3, 1, 130), device)
     with (
         kernels.use_kernels("triton"),
-        pytest.raises(ValueError, match="130 channels, and the kernels take up to 128"),
+        pytest.raises(ValueError, match="130 channels, but the kernels support up to 128"),
     ):
         kernels.frame_attention(*tensors, seen)
 

@@ -211,9 +211,9 @@ def test_asking_for_the_impossible(device):
     x, residual, scale, shift, _ = make((1, 4, 6, 2), device)
     wide = make((1, 2, 8193, 1), device)
     with kernels.use_kernels("triton"):
-        with pytest.raises(ValueError, match="a tensor is torch.float64, and the kernels take float32"):
+        with pytest.raises(ValueError, match="a tensor is torch.float64, but the kernels support float32"):
             kernels.gated_residual(x, residual, scale.double())
-        with pytest.raises(ValueError, match="8193 channels, and the kernels take up to 8192"):
+        with pytest.raises(ValueError, match="8193 channels, but the kernels support up to 8192"):
             kernels.modulated_layer_norm(wide[0], wide[2], wide[3], EPS)
     with kernels.use_kernels("auto"):
         out = kernels.gated_residual(x.double(), residual.double(), scale.double())

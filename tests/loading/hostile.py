@@ -185,7 +185,7 @@ def code():
         spoil = both(evil, edit(INDEX, _class_name=["evil", "P"], **changes))
         yield f"_class_name {changes or ''}", "vae", spoil, "trust_remote_code"
     yield "custom_pipeline", "vae", both(evil, edit(INDEX, custom_pipeline="evil")), None
-    told = "no model|not been imported|trust_remote_code|has no"
+    told = "not a model|not been imported|trust_remote_code|has no"
     for library in (
         "evil",
         "os",
@@ -199,7 +199,12 @@ def code():
         spoil = both(write("vae/evil.py", CODE), edit(INDEX, vae=[library, "system"]))
         yield f"library {ascii(library)}", "vae", spoil, told
     for kind in ("AutoModel", "DiffusionPipeline", "OnnxRuntimeModel", "__init__", "__class__", "models.AutoModel"):
-        yield f"class {kind}", "vae", edit(INDEX, vae=["diffusers", kind]), "no model|has no|attribute|no file named"
+        yield (
+            f"class {kind}",
+            "vae",
+            edit(INDEX, vae=["diffusers", kind]),
+            "not a model|has no|attribute|no file named",
+        )
     automatic = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoTokenizer"), "evil.P")
     for part, file in CONFIGS.items():
         evil = write(str(Path(file).with_name("evil.py")), CODE)
@@ -404,7 +409,7 @@ def addresses():
         for part in ("text_encoder", "vae"):
             yield f"{name} of {part}", part, edit(CONFIGS[part], **{name: "@ADDRESS@"}), None
     yield "_name_or_path of the index", "vae", edit(INDEX, _name_or_path="@ADDRESS@"), None
-    yield "another Hub", "composer", composer(repository="org/name", endpoint="@ADDRESS@"), "an object with keys"
+    yield "another Hub", "composer", composer(repository="org/name", endpoint="@ADDRESS@"), "has the unknown keys"
     others = both(
         write("composer/README.md", "---\nprior:\n- @ADDRESS@\n---\n"),
         edit("composer/model_index.json", _class_name="KandinskyV22CombinedPipeline"),
@@ -468,7 +473,7 @@ def texts():
         yield f"an empty object, {part}", part, write(INDEX if part == "vae" else CONFIGS[part], "{}"), ""
     index = {"_class_name": "FactorizedVideoPipeline", "vae": ["diffusers", "AutoencoderKLWan"]}
     twice = json.dumps(index)[:-1] + ', "vae": ["os", "system"]}'
-    yield "a name twice", "vae", write(INDEX, twice), "no model"
+    yield "a name twice", "vae", write(INDEX, twice), "not a model"
     yield "a name with a space of no width", "vae", edit(INDEX, **{"vae\u200b": ["os", "system"]}), None
     yield "a name that runs backwards", "vae", edit(INDEX, **{"\u202evae": ["os", "system"]}), None
     empty = f"{WEIGHTS['text_encoder']}.index.json"

@@ -591,7 +591,7 @@ def test_half_dropped_file_is_reported(warnings):
         "diffusion_model.blocks.7.self_attn.q.lora_B.weight": "no such module",
         "diffusion_model.blocks.0.norm1.diff": "FP32LayerNorm",
         "diffusion_model.blocks.0.self_attn.q.diff": "beside a low-rank one",
-        "diffusion_model.blocks.0.self_attn.k.diff_m": "nothing that a `diff_m` could change",
+        "diffusion_model.blocks.0.self_attn.k.diff_m": "no parameter for `diff_m`",
         "diffusion_model.blocks.0.self_attn.k.diff_b": "(25,) is not the parameter's (24,)",
         "step": "not a known form",
     }

@@ -205,7 +205,7 @@ def test_a_scheduler_that_is_not_for_a_flow_is_told_of(caplog):
 def test_a_processor_of_somebody_s_own_is_not_dropped():
     transformer = WanTransformer3DModel.from_config(tiny_transformer().config)
     transformer.blocks[0].attn1.processor = AttnProcessor()
-    with pytest.raises(ValueError, match="AttnProcessor.*only WanAttnProcessor"):
+    with pytest.raises(ValueError, match="AttnProcessor.*only a WanAttnProcessor"):
         FactorizedVideoPipeline(**tiny_wan_components() | {"transformer": transformer})
 
 

@@ -239,7 +239,7 @@ def unrunnable(family: str) -> FactorizedImageToVideoPipeline:
         ("stable_video_diffusion", {"negative_prompt": "a dog"}, "has no argument negative_prompt"),
         ("stable_video_diffusion", {"preset": "anchored-15"}, "Unknown preset 'anchored-15'"),
         ("wan22_i2v", {"preset": "fast"}, "Unknown preset 'fast'; this pipeline has anchored-15, full-50, lightning-4"),
-        ("wan22_i2v", {"callback_on_step_end_tensor_inputs": ["noise"]}, r"found \['noise'\]"),
+        ("wan22_i2v", {"callback_on_step_end_tensor_inputs": ["noise"]}, r"but has \['noise'\]"),
         ("wan22_i2v", {"animator_kwargs": [1]}, "`animator_kwargs` must be a dictionary"),
         ("wan22_i2v", {"mode": "storyboard", "num_moments": 3, "num_frames": 9}, "`num_moments=3`: .* takes a first and a last frame"),
         ("wan22_i2v", {"anchors": [Anchor([picture()] * 5)]}, "takes single pictures, .* is a run of 5"),
@@ -363,7 +363,7 @@ def test_a_negative_prompt_without_guidance_is_told_of(wan, options, is_told, mo
         {"prompt": PROMPT, "image": picture(), "mode": "factorized", "negative_prompt": "blue", **call, **options}
     )
     assert bool(told) is is_told and all(
-        "`negative_prompt` has no effect: with `guidance_scale=1`" in text for text in told
+        "`negative_prompt` has no effect with `guidance_scale=1`" in text for text in told
     )
 
 
@@ -496,7 +496,7 @@ def test_presets_that_the_animator_cannot_sample_with():
         pipeline(schedulers=SchedulerPresets.of(narrow))(PROMPT, image=picture(), preset="narrow", **CALL)
     plain = unipc_preset("plain", 2, 5.0, 5.0, "this test")
     pipe = pipeline("stable_video_diffusion", schedulers=SchedulerPresets.of(plain))
-    with pytest.raises(ValueError, match="`preset='plain'`: Stable Video Diffusion sets noise levels of its own"):
+    with pytest.raises(ValueError, match="`preset='plain'`: Stable Video Diffusion sets its own noise levels"):
         pipe(PROMPT, image=picture(), preset="plain", **CALL)
 
 

@@ -281,7 +281,7 @@ def test_another_lora_of_the_same_name_is_told(told):
 @pytest.mark.parametrize(
     ("change", "way_out", "words"),
     [
-        ({"max_sequence_length": 2000}, {"max_sequence_length": 16}, "`max_sequence_length=2000`.* than 512"),
+        ({"max_sequence_length": 2000}, {"max_sequence_length": 16}, "`max_sequence_length=2000`.* at most 512"),
         ({"height": 8192, "width": 8192, "num_frames": 9}, {"height": 32, "width": 32}, "603979776 pixels in all"),
     ],
 )

@@ -190,7 +190,7 @@ def test_cogvideox_is_taught_too(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"teacher_lora": "nowhere"}, "No weights/pytorch_lora_weights.safetensors in nowhere"),
+        ({"teacher_lora": "nowhere"}, "nowhere has no weights/pytorch_lora_weights.safetensors"),
         ({"rank": 1}, "`rank=1` is below that of `teacher_lora`, .* set it to 2 or more"),
         (
             {"targets": ["to_q", "to_k"]},
