@@ -1,4 +1,4 @@
-"""Every test runs offline, with an empty Hub cache of its own session and one thread."""
+"""Every test runs offline, with one thread and a Hub cache that is empty at the start of the session."""
 
 import atexit
 import contextlib
@@ -22,7 +22,7 @@ for name in [
 ]:
     del os.environ[name]
 os.environ.update(HF_HOME=SESSION_HOME, HF_HUB_OFFLINE="1", HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1")
-# Models here are too small to be split; threads that wait for each other are slow on a busy machine.
+# The models are too small for several threads, which wait for each other on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -32,18 +32,18 @@ from hub_server import HubServer  # noqa: E402
 
 
 TESTS = Path(__file__).parent
-# Some tests use what lies in the folder of others, which pytest makes importable only with a test of that folder.
+# Some tests import modules from other test folders, which pytest adds to the path only with a test of that folder.
 sys.path += [str(folder) for folder in sorted(TESTS.iterdir()) if folder.is_dir() and folder.name != "__pycache__"]
 
 
 def pytest_collection_finish(session):
-    """Garbage is no longer looked for in what the imports made: a search through all of it takes a quarter of a second."""
+    """Excludes the imported objects from garbage collection, which takes a quarter of a second for all of them."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_sessionfinish(session):
-    # Python's own clean-up at the end may look again.
+    # Python's clean-up at exit may collect them again.
     gc.unfreeze()
 
 

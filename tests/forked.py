@@ -13,12 +13,12 @@ PRELOAD = ["tiny", "diffusers_fvg.training.trainer", "diffusers_fvg.training.dre
 
 
 def start_processes(function: Callable, arguments: list[tuple]) -> list[ForkServerProcess]:
-    """A process for each tuple of arguments. Their environment is that of the first such call."""
+    """Starts a process for each tuple of arguments. All have the environment of the first such call."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     processes = [context.Process(target=function, args=each) for each in arguments]
     with pytest.MonkeyPatch.context() as patch:
-        # The server itself finds modules by the environment alone.
+        # The server finds modules by its environment only.
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         for process in processes:
             process.start()

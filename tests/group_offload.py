@@ -1,4 +1,4 @@
-"""Where diffusers' group offloading can be tested."""
+"""Marker for tests of diffusers' group offloading."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Writes what pip would install as requirements with hashes.
+"""Writes the packages that pip would install as requirements with hashes.
 
     python tests/hashes.py REPORT OUTPUT
 
@@ -15,7 +15,7 @@ def main(report: str, output: str) -> None:
     path, lines = Path(output), []
     for package in json.loads(Path(report).read_text())["install"]:
         name = re.sub(r"[-_.]+", "-", package["metadata"]["name"]).lower()
-        # Only the project itself, which is a folder, has none.
+        # Only the project itself, a folder, has no hash.
         if "archive_info" in package["download_info"]:
             digest = package["download_info"]["archive_info"]["hashes"]["sha256"]
             lines.append(f"{name}=={package['metadata']['version']} --hash=sha256:{digest}\n")

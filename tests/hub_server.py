@@ -126,7 +126,7 @@ class HubServer:
     __exit__ = stop
 
     def files(self, repo: str, revision: str = "main") -> set[str]:
-        """What a repository holds, read from the store itself."""
+        """Returns the files of a repository, read from the store."""
         repository = self.repositories[repo]
         return set(repository.commits[self._sha(repository, revision)])
 
@@ -148,7 +148,7 @@ class HubServer:
         return next((fault for fault in found if fault is not None), None)
 
     def _described(self, path: str, file: StoredFile) -> dict:
-        """A file as the Hub says that it is."""
+        """Returns the Hub's description of a file."""
         described = file.describe()
         if path in self.sizes:
             for place in (described, described.get("lfs", {})):

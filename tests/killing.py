@@ -1,4 +1,4 @@
-"""Kills a piece of work as SIGKILL would, in a process of its own, at a moment that is drawn or at one of its own steps."""
+"""Kills a function in a separate process, like SIGKILL, at a random moment or at one of its steps."""
 
 import multiprocessing
 import os
@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 
 
-# What changes a folder or asks a server, as Python tells its audit hooks; of "open" only for writing.
+# Audit events of Python that change a folder or send a request; "open" counts only for writing.
 STEPS = {
     "socket.connect",
     "os.mkdir",
@@ -24,14 +24,14 @@ STEPS = {
 
 
 def count_steps(work: Callable[[], None]) -> int:
-    """How many steps the work has."""
+    """Returns the number of steps of the work."""
     count = multiprocessing.get_context("fork").Value("i", 0)
     _run(work, lambda: setattr(count, "value", count.value + 1))
     return count.value
 
 
 def kill_at_step(work: Callable[[], None], step: int) -> bool:
-    """Kills the work just before its step of that number, from 1 on. Returns whether it came so far."""
+    """Kills the work just before a step, counted from 1. Returns whether it reached that step."""
     left = [step]
 
     def at_step() -> None:
@@ -43,7 +43,7 @@ def kill_at_step(work: Callable[[], None], step: int) -> bool:
 
 
 def kill_after(work: Callable[[], None], seconds: float) -> bool:
-    """Kills the work after some seconds. Returns whether it was not through by then."""
+    """Kills the work after some seconds. Returns whether it had not finished by then."""
     return _run(work, None, seconds) == -signal.SIGKILL
 
 
@@ -68,7 +68,7 @@ def kills(
 
 
 def _run(work: Callable[[], None], at_step: Callable[[], None] | None, seconds: float | None = None) -> int:
-    """Runs the work in a fork, with what it prints thrown away; returns the exit status."""
+    """Runs the work in a fork without its output; returns the exit status."""
 
     def child() -> None:
         place = os.open(os.devnull, os.O_WRONLY)

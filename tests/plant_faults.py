@@ -80,7 +80,7 @@ def _normal(text: str) -> str | None:
 
 
 def _walk(node: ast.AST) -> Iterator[ast.AST]:
-    """The expressions and statements whose value matters; `is_test` marks a condition."""
+    """Yields expressions and statements whose value matters; `is_test` marks a condition."""
     for field, value in ast.iter_fields(node):
         for child in value if isinstance(value, list) else [value]:
             if not isinstance(child, ast.AST) or field in ("annotation", "returns", "exc", "type_params"):
@@ -92,7 +92,7 @@ def _walk(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def _changes(node: ast.AST) -> Iterator[tuple[str, str]]:
-    """Name of the operator and the text that takes the node's place."""
+    """Yields names of operators and the text that replaces the node."""
     if node.is_test:
         yield "condition negated", f"(not {_closed(node)})"
     match node:
@@ -142,7 +142,7 @@ def draw(sources: dict[str, str], seed: int, count: int) -> list[tuple[str, Faul
 
 
 def nearest_tests(root: Path, path: str) -> list[list[str]]:
-    """Test files of a module of the package: the nearest, and the others of its folder."""
+    """Returns the test files of a module of the package: the nearest ones, and the others of its folder."""
     module = Path(path).with_suffix("")
     dotted = ".".join(module.parts).removesuffix(".__init__")
     parent, _, name = dotted.rpartition(".")
@@ -210,7 +210,7 @@ def try_fault(root: Path, path: str, fault: Fault, tests: list[str], timeout: fl
         if outcome.failed is None or outcome.failed in unsure:
             break
         if "::" in outcome.failed and run_tests(root, [outcome.failed], timeout).failed:
-            # It fails without the fault as well: the others tell.
+            # The test fails without the fault, too, so only the others count.
             unsure.append(outcome.failed)
         else:
             noticed = outcome.failed
@@ -222,12 +222,12 @@ def try_fault(root: Path, path: str, fault: Fault, tests: list[str], timeout: fl
 
 def _write(file: Path, source: str) -> None:
     file.write_text(source, encoding="utf-8")
-    # It is told from another by its size and its second.
+    # Python would reuse bytecode of a source with the same size and second of writing.
     Path(importlib.util.cache_from_source(file)).unlink(missing_ok=True)
 
 
 def _import_the_rest() -> None:
-    """What the package and its tests import of others, once for all runs."""
+    """Imports the other packages that the package and its tests need, once for all runs."""
     sys.path.insert(0, str(ROOT / "tests"))
     importlib.import_module("conftest")
     for name in ("accelerate", "peft", "scipy.stats"):
@@ -236,7 +236,7 @@ def _import_the_rest() -> None:
     from transformers import LlamaForCausalLM, UMT5EncoderModel  # noqa: F401
 
     sys.path.pop(0)
-    # The copy has its own.
+    # The copy has its own versions.
     del sys.modules["conftest"], sys.modules["hub_server"]
     assert PACKAGE not in sys.modules
 

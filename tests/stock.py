@@ -1,4 +1,4 @@
-"""Tiny stock pipelines, and a record of all that loading and saving them reads, writes, fetches and says.
+"""Tiny stock pipelines, and a record of what loading and saving them reads, writes, downloads and logs.
 
 Imports nothing of the package: `tests/loading/test_stock_pipelines.py` runs it in processes with and without.
 """
@@ -116,13 +116,13 @@ def digest(data: bytes) -> str:
 
 
 def tree(folder: str) -> dict[str, str]:
-    """Every file below a folder, and a hash of its bytes."""
+    """Returns every file below a folder with a hash of its bytes."""
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): digest(path.read_bytes()) for path in files}
 
 
 def content(pipe: DiffusionPipeline) -> dict[str, list[str]]:
-    """The class of a pipeline and of each component, and a hash of its tensors or of its settings."""
+    """Returns the class of a pipeline and of each component, with a hash of its tensors or settings."""
     found = {"": [type(pipe).__name__, repr(sorted(pipe.config.items(), key=str))]}
     for name, part in pipe.components.items():
         data = repr(sorted(getattr(part, "config", {}).items(), key=str)) if not hasattr(part, "state_dict") else ""
@@ -165,7 +165,7 @@ def record(name: str) -> dict:
 
 
 class Said(logging.Handler):
-    """Keeps the log lines, with their origin."""
+    """Collects log lines with their origin."""
 
     def __init__(self):
         super().__init__()

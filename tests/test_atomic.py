@@ -28,7 +28,7 @@ def entries(folder) -> set[str]:
 
 @contextlib.contextmanager
 def room(count: int):
-    """No file may grow beyond some bytes, which is what a full disk does. What a test prints goes to a file as well."""
+    """Limits the size of files, which acts like a full disk. Output that a test prints goes to a file, too."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (count, hard))
     try:
@@ -150,7 +150,7 @@ def test_a_second_writer_waits_or_is_told(tmp_path):
 
 @pytest.fixture(scope="module")
 def repositories(tmp_path_factory):
-    """Two folders of one pipeline with other weights, the first also with a file of a person's own."""
+    """Two folders of one pipeline with different weights, the first also with a file of the user."""
     root = tmp_path_factory.mktemp("repositories")
     for seed, name in enumerate(("old", "new")):
         transformer = tiny_transformer(anchored=True, seed=seed)
@@ -199,7 +199,7 @@ def test_a_save_that_is_killed_at_any_step_leaves_the_old_repository_or_the_new_
 
 
 def test_weights_that_are_mapped_from_a_folder_are_saved_into_it(repositories, tmp_path):
-    """safetensors maps them from the file that is replaced."""
+    """safetensors maps the weights from the file that is replaced."""
     shutil.copytree(repositories / "old", tmp_path / "repository")
     for _ in range(2):
         pipe = DiffusionPipeline.from_pretrained(tmp_path / "repository")

@@ -1,4 +1,4 @@
-"""The benchmarks: what they count against arithmetic, that they run, and that their page is what their reports say."""
+"""The benchmarks: their counts against arithmetic, that they run, and that their page agrees with their reports."""
 
 import importlib
 import importlib.util
@@ -131,7 +131,7 @@ def test_script_runs_at_tiny_size(script, arguments, tmp_path, monkeypatch, caps
     report = json.loads(output.read_text(encoding="utf-8"))
     assert render.section(report) in capsys.readouterr().out
     assert report["versions"]["torch"] == torch.__version__ and report["device"].startswith("cpu")
-    # Times at a size where they mean nothing close no bar, and neither does a CPU one of a GPU.
+    # Times at these sizes mean nothing and decide no target, and neither do CPU times for a GPU.
     assert all(
         found["met"] is None for found in report["bars"] if "time" in found["figure"] or "GPU" in found["needs"]
     )
@@ -139,7 +139,7 @@ def test_script_runs_at_tiny_size(script, arguments, tmp_path, monkeypatch, caps
 
 
 def test_gpu_run_at_tiny_size(tmp_path, monkeypatch, capsys):
-    """Each step leaves its report; one that fails or is late ends neither the run nor what came before it."""
+    """Each step writes its report; a step that fails or is late does not stop the run or lose earlier reports."""
     import gpu_run
 
     def late(run):
@@ -176,7 +176,7 @@ def test_gpu_run_at_tiny_size(tmp_path, monkeypatch, capsys):
         plain, window, *quantized = reports["fp8"]["runs"]
         assert plain["relative difference"] is None
         assert all(1e-3 < row["relative difference"] < 1 / 16 for row in quantized[:2])
-    # At a size where they mean nothing times close no bar; 50 steps of stock are extrapolated from two.
+    # Times at these sizes mean nothing and decide no target; 50 steps of stock diffusers are extrapolated from two.
     guided, alone, stock = reports["pipeline"]["runs"]
     assert all(
         found["met"] is None for name in ("steps", "pipeline", "fast_pipeline") for found in reports[name]["bars"]
@@ -192,7 +192,7 @@ def test_gpu_run_at_tiny_size(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_shapes_lora_trains_from_nothing(tmp_path):
-    """As a step of the GPU's run; the LoRA is one of anchors behind the clip."""
+    """As in the run on a GPU; the LoRA is trained with appended anchors."""
     import gpu_run
 
     from diffusers_fvg import AnchorLora

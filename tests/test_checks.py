@@ -1,4 +1,4 @@
-"""What a model was not trained on warns once and names what it was; what cannot work is refused with the nearest that can."""
+"""Values outside a model's training give one warning; values that cannot work are refused with the nearest one that can."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from diffusers_fvg.schedules.presets import check_steps
 
 @pytest.fixture
 def warned(caplog):
-    """Messages so far, in a process that has seen none."""
+    """Messages of this test, with those of the process cleared before."""
     models._warn_once.cache_clear()
     yield lambda: [record.message for record in caplog.records if record.name == models.logger.name]
     models._warn_once.cache_clear()
@@ -60,7 +60,7 @@ def test_a_preset_for_another_resolution_names_the_right_one(warned):
     # Distilled weights have their own.
     ask("Wan2.1-T2V-14B", 480, 832, 81, "lightx2v-4")
     assert len(warned()) == 2
-    # A scheduler that comes with a repository is for one resolution, too; of one without a shift nothing is known.
+    # A repository's scheduler is for one resolution, too; nothing is known about one without a shift.
     for scheduler in (FlowMatchEulerDiscreteScheduler(shift=7.0), LCMScheduler()):
         ask("Wan2.1-T2V-14B", 720, 1280, 81, None, scheduler)
     assert [message.split(": use")[0] for message in warned()[2:]] == [

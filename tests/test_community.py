@@ -47,7 +47,7 @@ def load(folder) -> WanPipeline:
 
 
 def heed_time(pipe: WanPipeline) -> WanPipeline:
-    """As they come, models of random weights hardly heed the time, and their decoder shows little of the latents."""
+    """Scales the random weights, with which the model would hardly depend on the time, and the decoder on the latents."""
     with torch.no_grad():
         for expert in filter(None, (pipe.transformer, pipe.transformer_2)):
             expert.condition_embedder.time_proj.weight.mul_(30)
@@ -191,7 +191,7 @@ def test_a_chat_model_rewrites(pipe):
     tiny = tiny_rewriter()
     chat = transformers.pipeline("text-generation", model=tiny.model, tokenizer=tiny.tokenizer)
     captions = pipe.rewrite([PROMPT, PROMPT, "two green squares"], chat, max_new_tokens=6)
-    # A model of random weights: what it says means nothing, but it says the same to the same.
+    # A model with random weights: its answers mean nothing, but equal inputs give equal answers.
     assert all(isinstance(caption, str) for caption in captions) and captions[0] == captions[1]
     template = tiny.tokenizer.apply_chat_template(
         [

@@ -9,7 +9,7 @@ import diffusers_fvg
 
 
 PACKAGE = Path(diffusers_fvg.__file__).parent
-# From the bottom up. A room imports from those on levels below, and within itself.
+# Levels from the bottom up. A folder imports from lower levels and from itself.
 LEVELS = [
     {"atomic"},
     {"checks", "devices", "flags", "kernels", "locks", "media", "model_facts"},
@@ -28,18 +28,18 @@ LEVELS = [
     {"cli"},
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-# One line each, for one release: where these names were before.
+# Modules of one line that keep former import paths for one release.
 MOVED = {"decoding", "profiles", "transformer_anchor"}
 
 
 def modules(package: Path) -> dict[str, Path]:
-    """Dotted name below the package -> file."""
+    """Returns the file of each module by its dotted name below the package."""
     files = {file.relative_to(package).with_suffix(""): file for file in sorted(package.rglob("*.py"))}
     return {".".join(name.parts).removesuffix(".__init__"): file for name, file in files.items()}
 
 
 def imports(name: str, file: Path, known: set[str]) -> set[str]:
-    """Modules of the package that a file imports, at its top or inside of functions, but not for type checkers alone."""
+    """Returns the package's modules that a file imports, also inside functions, but not under TYPE_CHECKING."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     skipped = {
         inner
@@ -60,7 +60,7 @@ def imports(name: str, file: Path, known: set[str]) -> set[str]:
 
 
 def upward(package: Path) -> list[str]:
-    """Imports from a higher level, or from another room of the same."""
+    """Returns imports from a higher level or from another folder of the same level."""
     files, found = modules(package), []
     for name, file in files.items():
         room = name.split(".")[0]
@@ -74,7 +74,7 @@ def upward(package: Path) -> list[str]:
 
 
 def circles(package: Path) -> list[str]:
-    """Modules that import themselves through others."""
+    """Returns circles of imports."""
     files = modules(package)
     graph = {name: imports(name, file, set(files)) & set(files) for name, file in files.items() if name != "__init__"}
 
@@ -122,7 +122,7 @@ def test_files_and_functions_are_short(name):
     assert text.count("\n") <= 500
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
-            # What comes before the first statement is signature and documentation.
+            # Signature and docstring do not count.
             documented = ast.get_docstring(node) is not None and len(node.body) > 1
             body = node.body[1:] if documented else node.body
             assert node.end_lineno - body[0].lineno + 1 <= 60, f"{name}.{node.name}"

@@ -46,7 +46,7 @@ def documents_with(language: str) -> pytest.MarkDecorator:
 
 @pytest.fixture(scope="module")
 def owned(tmp_path_factory):
-    """What a reader has: pipelines and models, saved in folders of their names."""
+    """Saves the pipelines and models that the documents name."""
     pipe, folder = load_embedded(), tmp_path_factory.mktemp("owned")
     parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
     wan = WanPipeline(**parts, transformer=WanTransformer3DModel.from_config(pipe.transformer.config))
@@ -89,7 +89,7 @@ def run(words: list[str]) -> None:
         assert arguments[0] == "install"
         assert not extra or f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     elif program == "python":
-        # Each has a test of its own that runs it.
+        # Other tests run these commands.
         assert (ROOT / arguments[0]).is_file()
     else:
         assert program == "fvg"

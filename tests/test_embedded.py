@@ -1,4 +1,4 @@
-"""The model that ships with the package: its size, its parts, and that it does what it is for."""
+"""The embedded model: its size, its parts, and that its videos show the prompts."""
 
 import shutil
 import time
@@ -105,7 +105,7 @@ def test_the_distilled_lora_does_with_one_forward_a_step(pipe):
 
 @pytest.fixture
 def warned(caplog):
-    """What was warned of; each text once in a process."""
+    """Returns the warnings; each text is logged once per process."""
     embedded._warn_once.cache_clear()
     return caplog
 
@@ -149,7 +149,7 @@ def test_what_goes_on_is_warned_of_once(pipe, warned, tmp_path):
     for _ in range(2):
         pipe("a dog", mode="direct", num_inference_steps=1)
     pipe.compose("a white square at the centre", num_inference_steps=1)
-    # Its shape is known: stage 1 writes of it, or the prompt stands in.
+    # The shape is known, so stage 1 writes about it, or the prompt's start is used.
     (caption,) = pipe.rewrite("A shiny red circle moves to the right")
     assert "green" not in caption and "red circle" in caption
     messages = [record.message for record in warned.records if record.name == embedded.__name__]

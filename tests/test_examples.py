@@ -45,7 +45,7 @@ def test_a_video_goes_from_the_first_picture_to_the_last(run):
     frames, _ = read_video(made / "video.mp4")
     with PIL.Image.open(made / "video.gif") as gif:
         assert gif.n_frames == 17
-    # Where the red is: left at first, right at last.
+    # The red object is on the left at first and on the right at the end.
     red = [(frame[..., 0].astype(int) - frame[..., 2] > 80).any(0).nonzero()[0].mean() for frame in frames[[0, -1]]]
     assert red[0] + 100 < red[1]
 
@@ -78,7 +78,7 @@ def test_a_benchmark_ends_in_a_report(run):
 
 
 def test_the_notebook_runs(tmp_path, monkeypatch):
-    """Cell after cell in one namespace, as a kernel does, without one."""
+    """Runs the cells of a notebook in one namespace, without a kernel."""
     monkeypatch.chdir(tmp_path)
     shown = ModuleType("IPython.display")
     shown.Image = lambda path: SimpleNamespace(content=Path(path).read_bytes())

@@ -20,7 +20,7 @@ def test_hashes_are_of_the_tested_set():
     assert len(hashed) > 70 and {name: tested[name] for name in hashed.keys() & tested.keys()} == {
         name: hashed[name] for name in hashed.keys() & tested.keys()
     }
-    # What is in the tested set alone is for documents; what is in the other alone comes with a package of the set.
+    # Packages only in the tested set are for documents; those only in the other set are dependencies.
     assert len(hashed.keys() - tested.keys()) < 6 and {"torch", "diffusers", "safetensors"} <= hashed.keys()
     for line in (ROOT / "constraints-hashes.txt").read_text().splitlines():
         assert line.startswith("#") or re.fullmatch(r"[a-z0-9-]+==\S+ --hash=sha256:[0-9a-f]{64}", line), line

@@ -65,7 +65,7 @@ def test_our_class_takes_the_stock_state_dict(facts):
     ours = on_meta(diffusers_fvg, facts.anchored_class, facts)
     shapes = {key: value.shape for key, value in stock.state_dict().items()}
     assert {key: value.shape for key, value in ours.state_dict().items()} == shapes
-    # Without a copy, as the pipeline does it for each expert of a stock checkpoint.
+    # Without a copy of the weights, as the pipeline loads each expert of a stock checkpoint.
     taken = type(ours).from_stock(stock)
     assert dict(taken.config) == dict(ours.config) and taken.num_parameters() == facts.parameters
 

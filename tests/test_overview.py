@@ -1,4 +1,4 @@
-"""What `fvg models`, `fvg train --recipe` and `fvg doctor` print, against published counts, training examples and the tests' Hub."""
+"""Output of `fvg models`, `fvg train --recipe` and `fvg doctor`, against published counts, training examples and the tests' Hub."""
 
 import json
 import re
@@ -106,7 +106,7 @@ def test_an_animator_resolves_on_the_meta_device(recipe):
     counts = {name: sum(tensor.numel() for tensor in model.parameters()) for name, model in models.items()}
     expected = ANIMATORS[recipe.name]
     assert {name: counts[name] for name in expected} == expected
-    # What its text encoders give is what its video model takes.
+    # The width of the text encoders' output is that of the video model's input.
     config = models["transformer"].config
     widths = [config.get(name) for name in ("text_dim", "caption_channels", "text_embed_dim") if config.get(name)]
     texts = models["text_encoder"].config
@@ -131,10 +131,10 @@ def test_the_table_fits_a_terminal_and_says_what_is_not_known(capsys):
     assert max(map(len, text.splitlines())) <= 80
     table = rows(text)
     assert table["wan2.2-5b"][1] == "kept" and table["wan2.1-1.3b"][1:3] == ["needs", "LoRA"]
-    # The composer's weights, the VAE's, and 2 GiB to work in.
+    # Weights of the composer and of the VAE, and 2 GiB of working memory.
     peak = (2 * (Z_IMAGE + QWEN3_4B) + 2 * 704_688_668) / 2**30 + 2
     assert table["wan2.2-5b"][6:8] == ["stages", f"{peak:.1f}"]
-    # All at once is out of reach of 48 GB.
+    # All components at once do not fit 48 GB.
     assert [table["wan2.2-5b"][2], table["wan2.2-5b"][8]] == ["layers", "all"]
     # Its VAE has 215,583,907 numbers, and decodes in tiles.
     peak = (2 * (Z_IMAGE + QWEN3_4B) + 2 * 215_583_907) / 2**30 + 2
@@ -145,7 +145,7 @@ def test_the_table_fits_a_terminal_and_says_what_is_not_known(capsys):
     assert sana[3:5] == ["stages", f"{peak:.1f}"]
     # Both experts of 28.6 GB at once are for no card, one of them and the VAE for 48 GB, with an allowance of 8 GiB.
     assert table["wan2.2-i2v-a14b"][5:] == ["stages", f"{(2 * 14_288_901_184 + 2 * 126_892_531) / 2**30 + 8:.1f}"] * 2
-    # No Hub to ask: what is published, or nothing.
+    # Without a Hub, published sizes are used, or none.
     assert table["Wan-AI/Wan2.2-TI2V-5B-Diffusers"][1:3] == ["apache-2.0", "34.2"]
     assert table["Tongyi-MAI/Z-Image-Turbo"][1:] == ["apache-2.0", "?", "all:", "composer"]
     assert table["zai-org/CogVideoX1.5-5B"][1:] == ["cogvideox-license", "?", "cogvideox1.5-5b:", "base"]

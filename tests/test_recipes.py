@@ -44,13 +44,13 @@ PROMPT = "a red circle moves right"
 
 
 def tiny_z_image() -> ZImagePipeline:
-    """As diffusers' own test of the pipeline has it."""
+    """The same components as in diffusers' own test of the pipeline."""
     torch.manual_seed(0)
     transformer = ZImageTransformer2DModel(
         dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16, axes_dims=[8, 4, 4]
     )
     with torch.no_grad():
-        # They are made by `torch.empty`.
+        # These weights are created by `torch.empty`.
         transformer.x_pad_token.fill_(0.1)
         transformer.cap_pad_token.fill_(0.1)
     vae = AutoencoderKL(
@@ -99,7 +99,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def repositories(hub, folders):
-    """Name to commit."""
+    """Commit of each repository."""
     return {name: hub.add(name, folders / name) for name in (*BASES.values(), COMPOSER, REWRITER)}
 
 
@@ -311,7 +311,7 @@ def test_a_recipe_s_video_is_made_again_of_its_commits(hub, repositories, folder
     assert generate("wan2.1-1.3b", tmp_path / "video.mp4", *more) == 0
     record = read_video_metadata(tmp_path / "video.mp4")
     for name in ("org/t2i", "org/lora", BASES["wan2.1-1.3b"]):
-        # Newer commits, of which nothing is wanted.
+        # Newer commits, which must not be used.
         hub.add(name, folders / REWRITER)
     capsys.readouterr()
     assert again(tmp_path / "video.mp4") == 0
@@ -332,7 +332,7 @@ def test_a_repository_s_video_is_made_again_of_its_commit(hub, tmp_path, capsys,
     assert main(call) == 0
     record = read_video_metadata(tmp_path / "video.mp4")
     assert (record["model"], record["revision"]) == ("org/fvg", commit)
-    # The plain way to load it tells the same.
+    # Loading without a recipe gives the same.
     loaded = FactorizedVideoPipeline.from_pretrained("org/fvg")
     there = loaded(PROMPT, mode="direct", height=32, width=32, num_frames=5, num_inference_steps=1).records[0]
     assert (there["model"], there["revision"]) == ("org/fvg", commit)
@@ -376,7 +376,7 @@ def test_an_image_to_video_pipeline_becomes_the_animator(family, hub, repositori
     assert main(["plan", "--model", "light", *options[:6], "--memory", "24GB", "--dtype", "float32"]) == 0
     printed = capsys.readouterr().out
     assert f"{pipe.animator.family.name}: activation memory is an allowance" in printed
-    # Nothing large is fetched for what cannot be.
+    # Nothing large is downloaded for a call that is refused.
     before = len(hub.downloads)
     assert main([*arguments[:3], "org/i2v", *arguments[4:], "--num-frames", "6", "--output", "no.mp4"]) == 2
     assert "`num_frames=6` must be" in capsys.readouterr().err
@@ -457,7 +457,7 @@ def test_a_missing_anchor_lora_is_said_before_anything_is_asked(recipe, hub, tmp
 def test_a_wrong_part_is_said_before_weights_are_fetched(hub, repositories, lora):
     with pytest.raises(OSError, match="The rewriter names org/none on the Hub"):
         load("wan2.2-5b", rewriter="org/none")
-    # Of another base, which is narrower.
+    # A LoRA of another base with a smaller width.
     with pytest.raises(ValueError, match="fits"):
         load("wan2.2-5b", lora=lora("cogvideox1.5-5b"))
     assert not [path for _, path, _ in hub.downloads if path.endswith(".safetensors")]

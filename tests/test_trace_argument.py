@@ -60,7 +60,7 @@ def walk(request):
     yield request
 """,
 }
-# Twice around the loop. Not there: a copy of the text, `self`, a generator, the size, a dataclass's own `__init__`.
+# The loop runs twice. No stations: a copy of the text, `self`, a generator, the size, a dataclass's `__init__`.
 STATIONS = """entry.py:call checks.py:check entry.py:run checks.py:check checks.py:check models.py:Model.__init__
 models.py:encode""".split()
 

@@ -60,7 +60,7 @@ def tiny_vae() -> AutoencoderKLWan:
 
 
 def tiny_transformer(anchored: bool = False, seed: int = 0, **config) -> WanTransformer3DModel:
-    """The stock class or, with `anchored`, ours: the same seed gives both the same weights."""
+    """Builds the stock class or, with `anchored`, ours, both with the same weights."""
     torch.manual_seed(seed)
     stock = WanTransformer3DModel(**(TRANSFORMER_CONFIG | config)).eval()
     if not anchored:
@@ -79,7 +79,7 @@ def tiny_euler() -> FlowMatchEulerDiscreteScheduler:
 
 
 def tiny_wan_components(anchored: bool = False, **config) -> dict:
-    """What `WanPipeline(**components)` takes; `config` changes the transformer, `anchored` its class."""
+    """Returns the components of a `WanPipeline`; `config` changes the transformer, `anchored` its class."""
     return {
         "tokenizer": tiny_tokenizer(),
         "text_encoder": tiny_text_encoder(),
@@ -90,7 +90,7 @@ def tiny_wan_components(anchored: bool = False, **config) -> dict:
 
 
 def tiny_rewriter() -> FirstFrameRewriter:
-    """A Llama of random weights: its answers are never valid, so that prompts stand in for captions.
+    """A Llama with random weights. Its answers are never valid, so the prompts' starts become the captions.
 
     Any word ends an answer, which would go on to the limit otherwise: hundreds of tokens for a plan.
     """
@@ -186,7 +186,7 @@ def tiny_wan_family(name: str, anchored: bool = False, **changes) -> dict:
         parts["transformer_2"] = tiny_transformer(anchored, seed=5, **config)
     with torch.no_grad():
         for expert in (part for key, part in parts.items() if key.startswith("transformer")):
-            # Fresh weights hardly look at other frames; these do.
+            # With fresh weights frames hardly depend on each other; with these they do.
             for parameter in expert.parameters():
                 parameter.mul_(2)
     return parts

@@ -87,7 +87,7 @@ def _image_processor() -> CLIPImageProcessor:
 
 
 def _image_encoder(kind: type = CLIPVisionModel, size: int = 16) -> torch.nn.Module:
-    """Five tokens of a picture."""
+    """An image encoder with five tokens."""
     sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
     return kind(CLIPVisionConfig(**sizes, image_size=size, patch_size=size // 2, projection_dim=WIDTH))
 
@@ -281,7 +281,7 @@ def _qwen(kind: type, layers: int = 2) -> torch.nn.Module:
 
 
 def _chat_tokenizer() -> PreTrainedTokenizerFast:
-    """Texts of a chat, be they alone or in parts."""
+    """Returns the texts of a chat, whether strings or lists of parts."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
         "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -358,7 +358,7 @@ def kandinsky5_i2v() -> Kandinsky5I2VPipeline:
 
 
 def kandinsky6_ti2va() -> DiffusionPipeline:
-    """With a sound track of 8 kHz."""
+    """A pipeline with an audio track of 8 kHz."""
     try:
         from diffusers import Kandinsky6TI2VAPipeline, Kandinsky6Transformer3DModel, MMAudioVAE, MMAudioVocoder
     except ImportError as error:
@@ -378,7 +378,7 @@ def kandinsky6_ti2va() -> DiffusionPipeline:
         in_audio_dim=4,
         out_audio_dim=4,
         visual_token_type_num_embeddings=2,
-        # As the released ones have them.
+        # The values of the released checkpoints.
         text_token_padding=True,
         ca_rope=True,
         cross_gates=True,
@@ -475,7 +475,7 @@ def skyreels_v2_df() -> SkyReelsV2DiffusionForcingImageToVideoPipeline:
 
 
 class SafetyChecker(torch.nn.Module):
-    """In place of one that needs a package of its own."""
+    """Replaces one that needs a further package."""
 
     def __init__(self):
         super().__init__()
@@ -497,7 +497,7 @@ class SafetyChecker(torch.nn.Module):
 
 
 def stand_in_for_torchvision() -> None:
-    """Cosmos' transformer resizes a mask of zeros with it; the tests do without the package."""
+    """Replaces a function of torchvision with which Cosmos' transformer resizes a mask of zeros."""
     if not hasattr(transformer_cosmos, "transforms"):
         resize = SimpleNamespace(resize=lambda mask, size, interpolation: mask.new_zeros(*mask.shape[:2], *size))
         nearest = SimpleNamespace(NEAREST="nearest")
@@ -554,7 +554,7 @@ def _ltx2(kind: str) -> DiffusionPipeline:
         from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
         from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
     except (ImportError, RuntimeError) as error:
-        # diffusers 0.40 imports of transformers what its older versions have not.
+        # diffusers 0.40 imports names that older versions of transformers do not have.
         pytest.skip(f"LTX-2 cannot be imported ({error})")
     sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = Gemma3TextConfig(**sizes, num_key_value_heads=1, head_dim=16, vocab_size=VOCABULARY, pad_token_id=0)

@@ -27,17 +27,17 @@ TRANSFORMER_CONFIG = {
     "max_text_seq_length": 16,
     "use_rotary_positional_embeddings": True,
 }
-# What makes a CogVideoX 1.0 of it: no temporal patch.
+# Config of CogVideoX 1.0: no temporal patch.
 CONFIG_1_0 = {"patch_size_t": None, "patch_bias": True}
 
 
 def tiny_cogvideox_transformer(anchored: bool = False, seed: int = 0, **config) -> CogVideoXTransformer3DModel:
-    """The stock class or, with `anchored`, ours: the same seed gives both the same weights."""
+    """Builds the stock class or, with `anchored`, ours, both with the same weights."""
     torch.manual_seed(seed)
     cls = AnchorConditionedCogVideoXTransformer3D if anchored else CogVideoXTransformer3DModel
     model = cls(**(TRANSFORMER_CONFIG | config)).eval()
     with torch.no_grad():
-        # Norms begin as the identity, which hides what their weights do.
+        # Norms are initialized as the identity, which would hide the effect of their weights.
         for name, parameter in model.named_parameters():
             if "norm" in name and "linear" not in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -64,7 +64,7 @@ def tiny_cogvideox_vae() -> AutoencoderKLCogVideoX:
 
 
 def tiny_cogvideox_components(anchored: bool = False, **config) -> dict:
-    """What `CogVideoXPipeline(**components)` takes, without its scheduler."""
+    """Returns the components of a `CogVideoXPipeline`, without its scheduler."""
     return {
         "tokenizer": tiny_tokenizer(),
         "text_encoder": tiny_t5(),

@@ -239,7 +239,7 @@ def z_image() -> ZImagePipeline:
         axes_lens=[256, 32, 32],
     )
     with torch.no_grad():
-        # They are left as the memory was.
+        # These weights are uninitialized memory.
         transformer.x_pad_token.fill_(1.0)
         transformer.cap_pad_token.fill_(1.0)
     vae = _vae(4, shift_factor=0.1)
@@ -255,9 +255,9 @@ def tiny_guided_composer(make: Callable[[], DiffusionPipeline]) -> AnchorCompose
             model.eval().requires_grad_(False)
     defaults = {"num_inference_steps": 2}
     if isinstance(pipeline, Flux2KleinPipeline):
-        # Its own are layers of a text encoder that has more of them.
+        # The pipeline's default names layers that the tiny text encoder does not have.
         defaults["text_encoder_out_layers"] = [0, 1, 2]
     if isinstance(pipeline, QwenImagePipeline):
-        # As it comes, this decoder of random weights shows another prompt as one grey level.
+        # Unscaled, this random decoder would change by one grey level only with another prompt.
         pipeline.vae.decoder.conv_out.weight.mul_(30)
     return AnchorComposer(pipeline, defaults)

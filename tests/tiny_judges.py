@@ -51,7 +51,7 @@ def tiny_siglip_judge() -> AnchorJudge:
 
 
 def tiny_chat_judge() -> AnchorJudge:
-    """A vision-language model that is asked; its words are those of `tiny.py`, and yes and no."""
+    """A vision-language model; its vocabulary is that of `tiny.py` with yes and no."""
     torch.manual_seed(0)
     tokenizer = _tokenizer("yes", "no", "<image>")
     text = SIZES | {"model_type": "llama", "vocab_size": len(tokenizer), "max_position_embeddings": 128}

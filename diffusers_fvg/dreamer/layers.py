@@ -84,10 +84,11 @@ class ClipAttention(nn.Module):
         return self._heads(key), self._heads(self.to_v(tokens)), queries
 
     def forward(self, hidden_states: torch.Tensor, keys_values: KeysValues) -> torch.Tensor:
-        """
+        """Adds the attention's output to the frames.
+
         Args:
             hidden_states (`torch.Tensor` of shape `(B F, C, h, w)`): frames.
-            keys_values (`tuple`): of [`keys_values`] or, at the same (h, w), [`pixel_keys_values`].
+            keys_values (`tuple`): output of [`keys_values`], or of [`pixel_keys_values`] for features of the same (h, w).
         """
         key, value, positions = keys_values
         query = self.to_q(self.norm(hidden_states.flatten(2).transpose(1, 2)))
@@ -106,7 +107,8 @@ class VideoResnetBlock(ResnetBlock2D):
         self.temporal_conv = TemporalConvLayer(self.out_channels, norm_num_groups=self.norm2.num_groups)
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor) -> torch.Tensor:
-        """
+        """Runs the resnet block on each frame, then the convolution over time.
+
         Args:
             input_tensor (`torch.Tensor` of shape `(B F, C, h, w)`): frames.
             temb (`torch.Tensor` of shape `(B, F, T)`): time embedding of each frame; its shape tells which frames belong to
@@ -122,7 +124,8 @@ class VideoTransformer(Transformer2DModel):
     """
 
     def add_video_layers(self, num_frames: int, pixel_dim: int | None, motion_dim: int | None) -> None:
-        """
+        """Adds the layers of the video to the image transformer.
+
         Args:
             num_frames (`int`): most frames of a clip.
             pixel_dim (`int`, *optional*): channels of the image pyramid at this level; `None` for no attention to pixels.

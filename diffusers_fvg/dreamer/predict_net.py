@@ -29,7 +29,8 @@ class PredictNet(ModelMixin, ConfigMixin):
         self.conv_out = nn.Conv3d(hidden_channels, 2, 3, padding=1)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """
+        """Predicts the flow of each pair of successive frames.
+
         Args:
             features (`torch.Tensor` of shape `(B, C, F, h, w)`): output of
                 [`FactorizedDreamerUNet`]`(..., return_features=True)`.

@@ -125,7 +125,7 @@ def write_plan(
     folder.mkdir(parents=True, exist_ok=True)
     try:
         if (folder / PLAN_FACTS).is_file():
-            # It stays; the rows are compared with it.
+            # The existing plan is kept, and the rows are compared with it.
             count, digest = _write_rows(Path(os.devnull), rows)
         else:
             with replacing(folder / PLAN) as draft:

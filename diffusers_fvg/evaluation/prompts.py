@@ -214,7 +214,7 @@ def _row(place: str, values: Mapping[str, Any], labels: Collection[str], folder:
     unknown = sorted(name for name in values.keys() - {*OWN, *ARGUMENTS, *labels} if name is not None)
     if unknown:
         raise ValueError(
-            f"unknown column `{unknown[0]}`; a row has {', '.join((*OWN, *ARGUMENTS))}, and what --label names."
+            f"unknown column `{unknown[0]}`; a row has {', '.join((*OWN, *ARGUMENTS))}, and the columns that --label names."
         )
     for name, value in values.items():
         _check_value(name, value, labels)

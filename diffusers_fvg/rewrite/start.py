@@ -178,7 +178,7 @@ def _is_verb(word: str) -> bool:
 
 
 def _ends_start(tokens: Sequence[str], index: int) -> bool:
-    """Returns whether what comes later begins at a word."""
+    """Returns whether the words about later events begin at this word."""
     word = tokens[index]
     if word in _TIME:
         return True

@@ -21,7 +21,7 @@ WEIGHT_FILE = "pytorch_lora_weights.safetensors"
 
 
 def table(rows: Sequence[dict]) -> str:
-    """One line for each LoRA and strength: score of every input, then kept share and anchor fidelity."""
+    """Formats one line for each LoRA and strength, with score, kept share and anchor fidelity of every input."""
     titles = [f"{arm} {value}" for arm in INPUTS for value in ("score", "kept", "fidelity")]
     width = max(len(title) for title in titles) + 2
     lines = [f"{'synthetic':28s}{'strength':>9s}" + "".join(f"{title:>{width}s}" for title in titles)]
@@ -44,18 +44,22 @@ def write_ablation(
 ) -> str:
     """Scores the model's own anchor LoRA and those of `loras`; writes `folder/ablation.json` and `folder/ablation.txt`.
 
-    Guidance is the model's own in every row, so that rows differ by the LoRA and its strength alone.
+    All rows use the model's own guidance, so that they differ in LoRA and strength only.
 
     Args:
-        pipe (`FactorizedVideoPipeline`): gets the LoRAs as further adapters.
-        loras (`Mapping[str, Path]`): name of a row -> folder with `pytorch_lora_weights.safetensors`.
-        strengths (`Sequence[float]`): each LoRA runs at each.
+        pipe (`FactorizedVideoPipeline`): model to score; the LoRAs are loaded as further adapters.
+        folder (`Path`): folder for the files, and for the records, from which a later call continues.
+        loras (`Mapping[str, Path]`): for the name of each row, the folder with `pytorch_lora_weights.safetensors`.
+        per_category (`int`): held-out prompts of each of the seven categories.
+        seeds (`int`): videos of each prompt, input, LoRA and strength.
+        strengths (`Sequence[float]`): strengths at which each LoRA runs.
+        steps (`int`): sampling steps.
 
     Raises:
-        `ValueError`: a folder without weights, or a name that is taken.
+        `ValueError`: a folder has no weights, or a name is `"own"`.
     """
     if OWN in loras:
-        raise ValueError(f"{OWN!r} is the row of the model's own anchor LoRA; name {loras[OWN]} otherwise.")
+        raise ValueError(f"{OWN!r} is the row of the model's own anchor LoRA; give {loras[OWN]} another name.")
     hashes = {}
     for name, path in loras.items():
         if not (path / WEIGHT_FILE).is_file():
@@ -63,7 +67,7 @@ def write_ablation(
         hashes[name] = hashlib.sha256((path / WEIGHT_FILE).read_bytes()).hexdigest()[:16]
     scenes, _ = split_scenes(per_category, 4)
     journal = Journal(folder / "ablation.jsonl", journal_header(pipe, reported=scenes))
-    # The weights' hash is the adapter's name in the records: those of a LoRA that was trained again are made again.
+    # Adapters are named by a hash of their weights, so that a LoRA that was trained again gets new records.
     adapters = {name: f"lora_{digest}" for name, digest in hashes.items()}
     for name, path in loras.items():
         pipe.load_lora_weights(path, adapter_name=adapters[name])

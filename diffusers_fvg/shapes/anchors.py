@@ -1,7 +1,7 @@
-"""Measures anchors beyond the first frame: both ends of a clip, a clip that goes on from another's last frames, and what
-`anchor_decode` does. All numbers are synthetic.
+"""Measures anchors beyond the first frame: at both ends of a clip, in a clip that continues another one's last frames, and with
+each `anchor_decode`. All numbers are synthetic.
 
-Nothing of this was trained: the anchor LoRA saw one anchored latent at a time.
+The anchor LoRA was not trained for this: it saw one anchored latent frame per clip.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from .world import Scene, ShapeObject, render
 
 
 END_BAR, KEPT_BAR = 0.9, 0.8
-# Frames of the clip before that the next one begins with, and their strength.
+# Number of last frames that anchor the beginning of the next clip, and their strength.
 RUNS = ((1, 1.0), (5, 1.0), (9, 1.0), (5, 0.8))
 CONTINUED = (5, 1.0)
-# Frames that are compared with the anchor: its own and two latents more.
+# Number of frames that are compared with the anchor: frame 0 and the frames of two further latent frames.
 NEAR = 9
 HOW = """All numbers are synthetic: a world of coloured shapes, scored by its own pixel reader, on held-out prompts.
 Ends: the true first and last frame are anchors. A frame's score is the F1 of its objects by colour and shape, times the share
-that lies in the right third; "round trip" is the true frame through the VAE, and the bars are shares of its score.
+that lies in the right third; "round trip" is the true frame through the VAE, and the targets are relative to its score.
 Continuation: a clip begins with the last frames of another one, of which the prompt is the same. "kept" is the share of
 static-attribute prompts whose last frame shows exactly the objects of the prompt, by colour and shape; "before" that share
 in the last frame of the clip that is continued, which is rendered, or made from the true first frame.
@@ -46,7 +46,7 @@ the anchor, "drift" the root mean square difference of their low frequencies, in
 
 
 def last_objects(scene: Scene) -> list[ShapeObject]:
-    """The objects of a scene as its last frame shows them; a change of size is left out, which no score reads."""
+    """Returns the objects of a scene as its last frame shows them, without changes of size, which no score reads."""
     kept = (
         replace(item, changes=tuple(change for change in item.changes if change.kind != "scale"))
         for item in scene.objects
@@ -55,7 +55,7 @@ def last_objects(scene: Scene) -> list[ShapeObject]:
 
 
 def shows_its_objects(frame: np.ndarray, scene: Scene) -> bool:
-    """Whether a frame shows exactly the objects of the prompt, by colour and shape."""
+    """Returns whether a frame shows exactly the objects of the prompt, by colour and shape."""
     seen = Counter((blob.colour, blob.shape) for blob in find_objects(frame))
     return seen == Counter((item.colour, item.shape) for item in scene.objects)
 
@@ -72,7 +72,7 @@ def _batches(
     batch_size: int,
     output_type: str = "np",
 ) -> Iterator[tuple[range, list[list[Anchor]], np.ndarray | torch.Tensor]]:
-    """Animates each scene's prompt from its anchors, the same noise for a scene in every call."""
+    """Animates each scene's prompt from its anchors, with the same noise for a scene in every call; yields batches."""
     for start in range(0, len(scenes), batch_size):
         batch = range(start, min(start + batch_size, len(scenes)))
         given = [anchors(index) for index in batch]
@@ -89,7 +89,7 @@ def _batches(
 def measure_ends(
     pipe, scenes: Sequence[Scene], clips: Sequence[np.ndarray], steps: int, batch_size: int
 ) -> list[dict]:
-    """One record for each scene: scores of both end frames, of the round trips of the true ones, and of the whole clip."""
+    """Returns one record per scene: scores of both end frames, of the round trips of the true ones, and of the whole clip."""
     records = []
     for batch, _, videos in _batches(
         pipe, scenes, lambda index: [Anchor(clips[index][0]), Anchor(clips[index][-1], -1)], steps, batch_size
@@ -106,7 +106,7 @@ def measure_ends(
 
 
 def round_trip(pipe, clip: np.ndarray) -> np.ndarray:
-    """A clip through the VAE: what the model could show at best."""
+    """Encodes and decodes a clip with the VAE: the best that the model could show."""
     with torch.no_grad():
         pixels = anchor_pixels(Anchor(clip), *clip.shape[1:3])[None]
         return pipe.decode(encode_anchor(pipe.vae, pixels, 0, pipe.vae.device), "uint8")[0]
@@ -115,7 +115,7 @@ def round_trip(pipe, clip: np.ndarray) -> np.ndarray:
 def measure_fidelity(
     pipe, scenes: Sequence[Scene], clips: Sequence[np.ndarray], steps: int, batch_size: int
 ) -> tuple[dict[str, dict[str, list[float]]], list[np.ndarray]]:
-    """Shift and drift of frames 0 to 8 for every `anchor_decode`, means over the scenes, and the clips as they are decoded."""
+    """Returns mean shift and drift of frames 0 to 8 for every `anchor_decode`, and the clips decoded with `"raw"`."""
     found = {choice: {"shift": [], "drift": []} for choice in ANCHOR_DECODES}
     made: list[np.ndarray] = []
     for batch, given, latents in _batches(
@@ -144,11 +144,12 @@ def measure_continuation(
     steps: int,
     batch_size: int,
 ) -> list[dict]:
-    """One record for each scene: whether its objects are all there at the end of the clip before, and of the next one.
+    """Returns one record per scene: whether its objects are all there at the end of the first clip, and of the next one.
 
     Args:
-        before (`Sequence[np.ndarray]`): a clip of each scene, uint8.
-        run (`int`): its last frames that are anchored at the beginning of the next clip, 4k + 1.
+        before (`Sequence[np.ndarray]`): first clip of each scene, uint8.
+        run (`int`): number of its last frames that anchor the beginning of the next clip, 4k + 1.
+        strength (`float`): strength of these anchors.
     """
     records = []
     for batch, _, videos in _batches(
@@ -163,7 +164,12 @@ def measure_continuation(
 
 
 def anchor_claims(ends: Sequence[dict], continuations: Sequence[dict]) -> list[dict]:
-    """What was to hold, with its bars: `ends` from [`measure_ends`], `continuations` rows of the report."""
+    """Returns the claims of the report, each with its target (`bar`) and whether the value meets it.
+
+    Args:
+        ends (`Sequence[dict]`): output of [`measure_ends`].
+        continuations (`Sequence[dict]`): rows of the report about continued clips.
+    """
     claims = []
     for end in ("first", "last"):
         score, best = average(ends, end), average(ends, f"{end}_round_trip")
@@ -228,12 +234,12 @@ def write_anchors_report(
     """Measures all three; writes `folder/anchors.json` and `folder/anchors.txt` and returns the text.
 
     Args:
-        pipe (`FactorizedVideoPipeline`): its stage 3 and anchor LoRA are used.
-        folder (`Path`): for the files.
+        pipe (`FactorizedVideoPipeline`): model to measure, with an anchor LoRA. Only stage 3 runs.
+        folder (`Path`): folder for the files.
         per_category (`int`): held-out prompts of each of the seven categories.
-        steps (`int`): of sampling.
-        runs (`Sequence[tuple[int, float]]`): lengths and strengths of runs that continue rendered clips. A clip that the
-            model made is continued as `CONTINUED` says.
+        steps (`int`): sampling steps.
+        runs (`Sequence[tuple[int, float]]`): numbers and strengths of the frames with which rendered clips are continued.
+            Generated clips are continued as in `CONTINUED`.
     """
     scenes, _ = split_scenes(per_category, 4)
     size = [pipe.call_defaults[name] for name in ("num_frames", "height", "width")]

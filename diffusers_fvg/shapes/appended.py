@@ -1,5 +1,6 @@
-"""Anchors at the exact frame: an anchor LoRA trained with anchors behind the clip, against one whose anchors take latent frames
-of the clip. All numbers are synthetic.
+"""Compares the two forms of anchors: "appended" after the clip, at their exact frame, and in a "slot", a latent frame of the clip.
+
+All numbers are synthetic.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .train import Part, train_lora, train_parts
 from .world import Scene, render
 
 
-# Frames of a clip of 17 whose pictures are given: the first, all of a latent frame (5 to 8), the last, and several together.
+# Frames of a clip of 17 that are given as anchors: the first, each of one latent frame (5 to 8), the last, and several at once.
 FIRST, MIDDLE, LAST = (0,), (8,), (16,)
 INSIDE = ((6,), (7,))
 SETS = (FIRST, (5,), *INSIDE, MIDDLE, LAST, (0, 16), (0, 8, 16), (6, 8))
@@ -43,8 +44,8 @@ in dB; "vae" is that of the true clip through the VAE."""
 
 
 def train_appended(folder: Path) -> None:
-    """Trains the embedded base's anchor LoRA again, as the one that ships but for `anchor_form="appended"`; writes
-    `folder/anchor_lora`. What was interrupted continues."""
+    """Trains an anchor LoRA for the embedded base like the embedded one, but with `anchor_form="appended"`; writes
+    `folder/anchor_lora`. A further call resumes an interrupted training."""
     folder.mkdir(parents=True, exist_ok=True)
     pipe = load_embedded()
     parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer")} | {"base": pipe.transformer}
@@ -55,14 +56,14 @@ def train_appended(folder: Path) -> None:
 
 
 def psnr(frame: np.ndarray, picture: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two pictures of 8 bits, in dB."""
+    """Returns the peak signal-to-noise ratio of two 8-bit images, in dB."""
     error = np.mean((frame.astype(np.float64) - picture) ** 2)
     return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
 
 @contextmanager
 def lora_of(pipe, lora: AnchorLora) -> Iterator[None]:
-    """Runs with another anchor LoRA, in the form that it was trained in."""
+    """Context manager in which the pipeline has another anchor LoRA, with the form that it was trained in."""
     own = pipe.anchor_lora
     pipe.anchor_lora = lora
     try:
@@ -80,8 +81,10 @@ def run_set(
     wanted: Sequence[tuple[int, int]],
     batch_size: int,
 ) -> Iterator[list[dict]]:
-    """Makes and scores the videos of `wanted`, `(scene index, seed)` pairs, from the frames `given` of each clip; yields the
-    records of each batch."""
+    """Makes and scores a video for each `(scene index, seed)` of `wanted`, with the frames `given` of its clip as anchors.
+
+    Yields the records of each batch.
+    """
     for start in range(0, len(wanted), batch_size):
         batch, began = wanted[start : start + batch_size], time.perf_counter()
         videos = pipe.animate(
@@ -113,7 +116,7 @@ def measure_form(
     journal: Journal,
     batch_size: int,
 ) -> dict[tuple[int, ...], list[dict]]:
-    """The records of each set of given frames, with category and prompt; those in the journal are not made again."""
+    """Returns the records of each set of given frames, with category and prompt; makes only those that the journal lacks."""
     found = {}
     for given in sets:
         cell = Cell(form, " ".join(map(str, given)), steps, lora=lora)
@@ -132,7 +135,7 @@ def measure_form(
 def summary_row(
     form: str, given: tuple[int, ...], records: Sequence[dict], through: Sequence[np.ndarray], clips
 ) -> dict:
-    """Means of one form and set of given frames; `through`: the true clips after the VAE."""
+    """Returns the means of one form and set of given frames; `through` are the true clips after the VAE's round trip."""
     moving = [record for record in records if record["category"] in MOTION_CATEGORIES]
     best = [np.mean([psnr(video[k], clip[k]) for k in given]) for video, clip in zip(through, clips)]
     values = {
@@ -147,7 +150,10 @@ def summary_row(
 
 
 def appended_claims(rows: Sequence[dict]) -> list[dict]:
-    """What the appended form was to show, against its own first frame, with the slot form beside it; only of what was run."""
+    """Returns the claims about the appended form, compared with its own first frame, each with its target (`bar`).
+
+    The slot form's value is shown beside. Claims whose sets were not run are left out.
+    """
     by = {(row["form"], tuple(row["frames"])): row for row in rows}
     claims = []
 
@@ -199,15 +205,17 @@ def write_appended_report(
     """Scores both forms; writes `folder/appended.json` and `folder/appended.txt` and returns the text.
 
     Args:
-        pipe (`FactorizedVideoPipeline`): with an anchor LoRA of the form `"slot"`, which it has again afterwards.
-        folder (`Path`): for the files, and for the records, which a call that was stopped goes on from.
+        pipe (`FactorizedVideoPipeline`): model with an anchor LoRA of the form `"slot"`, which is restored afterwards.
+        folder (`Path`): folder for the files, and for the records, from which a later call continues.
         lora (`Path`): folder with the `pytorch_lora_weights.safetensors` of a LoRA trained with `anchor_form="appended"`.
         per_category (`int`): held-out prompts of each of the seven categories.
-        sets (`Sequence[tuple[int, ...]]`): frames that are given together; those that share a latent frame are left out of
-            the slot form, which cannot have them.
+        seeds (`int`): videos of each prompt, form and set.
+        steps (`int`): sampling steps.
+        sets (`Sequence[tuple[int, ...]]`): frames that are given together. Sets with two frames in one latent frame are not
+            run in the slot form, which does not support them.
 
     Raises:
-        `ValueError`: a LoRA of another form.
+        `ValueError`: `lora` was trained with another form.
     """
     state, metadata = read_safetensors(lora / WEIGHT_FILE)
     trained = AnchorLora(state, metadata)
@@ -227,7 +235,7 @@ def write_appended_report(
     }
     slots = [given for given in sets if len({latent_index(frame) for frame in given}) == len(given)]
     found = {"slot": measure_form(pipe, "slot", None, slots, **run)}
-    # The weights' hash is in the records: those of a LoRA that was trained again are made again.
+    # The records hold a hash of the weights, so that a LoRA that was trained again gets new records.
     digest = hashlib.sha256((lora / WEIGHT_FILE).read_bytes()).hexdigest()[:16]
     with lora_of(pipe, trained):
         found["appended"] = measure_form(pipe, "appended", digest, sets, **run)

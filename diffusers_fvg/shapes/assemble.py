@@ -1,4 +1,4 @@
-"""Puts the trained parts of the shapes model together into one repository, in float16."""
+"""Assembles the trained parts of the shapes model into one repository, in float16."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ CALL_DEFAULTS = {
     "frame_rate": 8,
     "max_sequence_length": MAX_SEQUENCE_LENGTH,
 }
-# Where there is a judge to choose among them.
+# Call defaults that are added if there is a judge.
 JUDGE_DEFAULTS = {"composer_num_candidates": 8}
 
 
 def build_composer(folder: Path) -> AnchorComposer:
-    """Stage 2 of the parts `tokenizer`, `text_encoder`, `vae` and `composer` in `folder`."""
+    """Builds stage 2 from the parts `tokenizer`, `text_encoder`, `vae` and `composer` in `folder`."""
     from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
     from transformers import AutoTokenizer, UMT5EncoderModel
 
@@ -57,16 +57,16 @@ def build_composer(folder: Path) -> AnchorComposer:
         text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder"),
         vae=AutoencoderKLWan.from_pretrained(folder / "vae"),
         transformer=WanTransformer3DModel.from_pretrained(folder / "composer"),
-        # New noise at every step mends pictures that began with one object too many or too few: more counts come out right
-        # than with UniPC.
+        # New noise at every step corrects images that started with one object too many or too few. More counts are right than
+        # with UniPC.
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.5, stochastic_sampling=True),
     )
     return AnchorComposer(text_to_image, COMPOSER_DEFAULTS, batch_size=16)
 
 
 def build_pipeline(folder: Path) -> FactorizedVideoPipeline:
-    """The pipeline of the parts in `folder`: `vae`, `text_encoder`, `tokenizer` and `base`, and of `rewriter`, `composer`,
-    `anchor_judge` and `anchor_lora` those that are there."""
+    """Builds the pipeline from the parts in `folder`: `vae`, `text_encoder`, `tokenizer` and `base`, and if they exist
+    `rewriter`, `composer`, `anchor_judge` and `anchor_lora`."""
     from diffusers import AutoencoderKLWan
     from transformers import AutoTokenizer, UMT5EncoderModel
 
@@ -97,12 +97,12 @@ def build_pipeline(folder: Path) -> FactorizedVideoPipeline:
 
 
 def assemble(folder: Path, output: Path) -> None:
-    """Writes the repository that the package ships."""
+    """Writes the repository that is shipped with the package."""
     build_pipeline(folder).to(torch.float16).save_pretrained(output)
     if (folder / "distilled_lora").is_dir():
         (output / "distilled_lora").mkdir()
         shutil.copy(folder / "distilled_lora" / WEIGHT_NAME, output / "distilled_lora")
-    # diffusers notes the folder that a part was loaded from: a path of this machine, of use to nobody else.
+    # diffusers saves the path from which a part was loaded, which means nothing on other machines.
     for path in Path(output).rglob("*.json"):
         config = json.loads(path.read_text())
         if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:

@@ -1,7 +1,7 @@
-"""The shapes world as a benchmark: files like those of T2V-CompBench V2, and a scorer that reads pixels. Scores are synthetic.
+"""The shapes world as a benchmark in the format of T2V-CompBench V2, with a scorer that reads pixels. Scores are synthetic.
 
-Prompts are held out from training. `fvg shapes prompts` writes `prompts/` and `meta_data/`, `fvg shapes score` the result files, with
-the names, scales and last rows of the official ones, so that the readers of those read these.
+The prompts are held out from training. `fvg shapes prompts` writes `prompts/` and `meta_data/`, `fvg shapes score` the result
+files. Their names, scales and last rows are those of the official files, so that the same readers apply.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from .prompts import CATEGORIES
 from .scorer import score_video
 
 
-# Of the official `Score`, of those that are not in [0, 1] already.
+# Minimum and maximum of the official `Score`, for the categories where they are not 0 and 1.
 SCALES = {"consistent_attr": (1, 15), "action_binding": (1, 10), "interaction": (1, 10)}
 
 
 def write_prompts(folder: Path, per_category: int = 9, seed: int = 0) -> dict[str, int]:
-    """Writes prompts of all categories and what their scorer has to know.
+    """Writes prompts of all categories, and the facts that the scorer needs.
 
     Args:
-        folder (`Path`): gets `prompts/1_consistent_attr.txt` and so on, and `meta_data/`.
-        per_category (`int`): prompts of each; some categories have fewer.
-        seed (`int`): other prompts for another.
+        folder (`Path`): folder for `prompts/1_consistent_attr.txt` and so on, and `meta_data/`.
+        per_category (`int`): prompts of each category; some have fewer.
+        seed (`int`): seed of the choice of prompts.
 
     Returns:
-        `dict[str, int]`: category to the number of its prompts.
+        `dict[str, int]`: number of prompts of each category.
     """
     counts = {}
     for number, category in enumerate(META, 1):
@@ -60,13 +60,13 @@ def write_prompts(folder: Path, per_category: int = 9, seed: int = 0) -> dict[st
 
 
 def score_videos(videos: Path, prompts: Path, output: Path, model: str) -> dict[str, float]:
-    """Writes the result file of each category; a video that is not there has no number in its row.
+    """Writes the result file of each category. The row of a missing video has no score.
 
     Args:
-        videos (`Path`): with a folder for each category, as `fvg bench layout` makes `video/`.
-        prompts (`Path`): as [`write_prompts`] wrote it.
-        output (`Path`): for `<model>_consistent_attr_score.csv` and the others.
-        model (`str`): in the files' names.
+        videos (`Path`): folder with a folder for each category, such as `video/` of `fvg bench layout`.
+        prompts (`Path`): output folder of [`write_prompts`].
+        output (`Path`): folder for `<model>_consistent_attr_score.csv` and the other files.
+        model (`str`): name of the model in the file names.
 
     Returns:
         `dict[str, float]`: mean score of each category that has videos.
@@ -94,14 +94,14 @@ def score_videos(videos: Path, prompts: Path, output: Path, model: str) -> dict[
 
 
 def _frames(path: Path) -> np.ndarray:
-    """`(F, H, W, 3)` uint8, at the size that the video was made in: small ones are written enlarged by whole factors."""
+    """Reads frames `(F, H, W, 3)`, uint8, at the size in which they were generated; files are enlarged by integer factors."""
     frames, _ = read_video(path)
     factor = frames.shape[1] // (read_video_metadata(path).get("height") or frames.shape[1])
     return frames[:, factor // 2 :: factor, factor // 2 :: factor]
 
 
 def read_scores(folder: Path) -> Scores:
-    """Scores of what [`score_videos`] wrote: a row without a number is a video that is missing."""
+    """Reads the scores that [`score_videos`] wrote. A row without a score is a missing video, and so a problem."""
     scores = read_results(folder, "shapes", V2, expected=None, synthetic=True)
     scores.problems, scores.notes = [*scores.problems, *scores.notes], []
     return scores.aggregate(scores.totals)

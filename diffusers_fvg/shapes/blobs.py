@@ -1,4 +1,4 @@
-"""Reads objects out of pixels of the world of coloured shapes: connected regions of one colour, and the shape of each.
+"""Finds the objects in images of the shapes world: connected regions of one colour, and their shapes.
 
 Positions are fractions of the width and the height from the top left corner, as in `world.py`.
 """
@@ -14,12 +14,12 @@ from scipy import ndimage
 from .world import COLOURS, SHAPES
 
 
-# Which channels are bright (bits of red, green, blue), per colour: the nearest of six hues 60 degrees apart.
+# Bright channels of each colour as bits of red, green and blue. A pixel gets the nearest of six hues, 60 degrees apart.
 _COLOUR_BITS = {"red": 1, "yellow": 3, "green": 2, "cyan": 6, "blue": 4, "magenta": 5}
 _BITS_TO_LABEL = np.array([next((k + 1 for k, c in enumerate(COLOURS) if _COLOUR_BITS[c] == b), 0) for b in range(8)])
 _MIN_CHROMA = 40
 _MIN_AREA = 0.0015
-# (blur, offset) in pixels that the templates allow for: of the median alone and of a soft decoder, on and between pixels.
+# (blur, offset) of the templates in pixels: blur of the median filter alone or of a soft decoder, centre on or between pixels.
 _SOFTNESS = ((0.7, 0.0), (0.7, 0.5), (1.2, 0.0), (1.2, 0.5))
 _IN_FRAME = np.zeros((3, 3, 3), dtype=bool)
 _IN_FRAME[1] = True
@@ -29,9 +29,9 @@ _IN_FRAME[1] = True
 class Blob:
     """One connected region of one colour.
 
-    `area` is a fraction of the frame, `x` and `y` its centre of mass, `box` (left, top, right, bottom), and `fits` the IoU
-    with the template of each of `SHAPES`, stretched to the box; `shape` is the best of them. `squareness` is the shorter
-    side of the box over the longer one, in pixels: 1 for every complete shape.
+    `area` is a fraction of the frame, `x` and `y` the centre of mass, and `box` (left, top, right, bottom). `fits` are the IoUs
+    with the templates of `SHAPES`, stretched to the box; `shape` is the best one. `squareness` is the ratio of the box's
+    shorter to its longer side in pixels, 1 for a complete shape.
     """
 
     colour: str
@@ -49,20 +49,20 @@ class Blob:
 
     @property
     def place(self) -> tuple[float, float]:
-        """Centre of the box, which is what a position means in `world.py`: the centre of mass of a triangle is lower."""
+        """Centre of the box, which is the position in `world.py`. A triangle's centre of mass is lower."""
         return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
 
 def _check_frames(frames: np.ndarray) -> None:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
         raise ValueError(
-            f"Frames have to be uint8 of shape (num_frames, height, width, 3), but are {frames.dtype} of shape "
+            f"`frames` must be uint8 of shape (num_frames, height, width, 3), but are {frames.dtype} of shape "
             f"{frames.shape}; pass one image as image[None]."
         )
 
 
 def _median(frames: np.ndarray) -> np.ndarray:
-    """3x3 median of every frame and channel, by the minimal exchange network for nine values."""
+    """Returns the 3x3 median of every frame and channel, computed by the minimal sorting network for nine values."""
     padded = np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
     height, width = frames.shape[1:3]
     p = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
@@ -73,14 +73,13 @@ def _median(frames: np.ndarray) -> np.ndarray:
 
 
 def label_maps(frames: np.ndarray) -> np.ndarray:
-    """Colour of every pixel: 0 for the background, 1 + index into `COLOURS` otherwise.
+    """Returns the colour of every pixel: 0 for the background, else 1 + index into `COLOURS`.
 
-    A pixel is foreground when its chroma (largest minus smallest channel) is above 40 and above half of the chroma that
-    is common in its frame: a fixed threshold alone would count the halo that chroma subsampling or blur draws around a
-    shape.
+    A pixel is foreground if its chroma (largest minus smallest channel) is above 40 and above half of its frame's 90th
+    percentile. A fixed threshold alone would include the halo that chroma subsampling or blur draws around a shape.
 
     Args:
-        frames (`np.ndarray` of shape `(num_frames, height, width, 3)`, `uint8`).
+        frames (`np.ndarray` of shape `(num_frames, height, width, 3)`, `uint8`): frames of a clip.
 
     Returns:
         `np.ndarray` of shape `(num_frames, height, width)`, `uint8`.
@@ -101,7 +100,8 @@ def label_maps(frames: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=4096)
 def _softened(shape: str, size: int, softness: float, phase: float) -> np.ndarray:
-    """A shape `size` / 2 pixels high as `label_maps` sees it after a blur: without its thinnest corners. Cropped."""
+    """Returns the cropped mask of a shape `size` / 2 pixels high as `label_maps` sees it after a blur, which removes thin
+    corners."""
     oversampling, margin = 4, 4
     points = np.arange(0, size / 2 + 2 * margin, 1 / oversampling) + 0.5 / oversampling - phase
     u, v = (points - margin) / (size / 2) * 2 - 1, (points - margin)[:, None] / (size / 2)
@@ -118,7 +118,7 @@ def _softened(shape: str, size: int, softness: float, phase: float) -> np.ndarra
 
 @lru_cache(maxsize=4096)
 def _templates(height: int, width: int) -> np.ndarray:
-    """Masks of complete shapes that fill a box: `(3, len(_SOFTNESS), height, width)`."""
+    """Returns masks of complete shapes that fill a box: `(3, len(_SOFTNESS), height, width)`."""
     templates = np.empty((len(SHAPES), len(_SOFTNESS), height, width), dtype=bool)
     for index, shape in enumerate(SHAPES):
         for level, (softness, phase) in enumerate(_SOFTNESS):
@@ -139,10 +139,10 @@ def _fits(mask: np.ndarray) -> tuple[float, float, float]:
 
 
 def _visible_shape(labels: np.ndarray, mask: np.ndarray, rows: slice, columns: slice) -> str | None:
-    """Shape of a region that may be cut by a neighbour, from the part that shows. `None` if it touches no neighbour.
+    """Returns the shape of a region that a neighbour may cover in part, or `None` if it touches no neighbour.
 
-    Complete shapes of several sizes are laid at the corners of the region's box and compared where no other object
-    lies: the sides that the neighbour does not cover are the true ones.
+    Complete shapes of several sizes are placed at the corners of the region's box and compared with it where no other object
+    is, because the uncovered sides of the region are its true ones.
     """
     height, width = mask.shape
     reach = int(0.7 * max(height, width)) + 2
@@ -170,9 +170,9 @@ def _visible_shape(labels: np.ndarray, mask: np.ndarray, rows: slice, columns: s
 
 
 def find_blobs(labels: np.ndarray, complete_cut: bool = False) -> list[list[Blob]]:
-    """The blobs of every frame of label maps, `(num_frames, height, width)`, largest first.
+    """Returns the blobs of every frame of label maps `(num_frames, height, width)`, the largest first.
 
-    With `complete_cut`, the shape of a blob that touches another one is read from the part that shows.
+    With `complete_cut`, the shape of a blob that touches another one is determined from its visible part.
     """
     num_frames, height, width = labels.shape
     found: list[list[Blob]] = [[] for _ in range(num_frames)]
@@ -183,7 +183,7 @@ def find_blobs(labels: np.ndarray, complete_cut: bool = False) -> list[list[Blob
             if areas[region] < _MIN_AREA * height * width:
                 continue
             mask = regions[frame.start, rows, columns] == region
-            # Where two objects meet, their colours blend into a line of a third hue.
+            # Skips the thin line of a third hue where the colours of two touching objects blend.
             if not ndimage.binary_erosion(mask).any():
                 continue
             fits = _fits(mask)
@@ -205,9 +205,9 @@ def find_blobs(labels: np.ndarray, complete_cut: bool = False) -> list[list[Blob
 
 
 def find_objects(frame: np.ndarray) -> list[Blob]:
-    """The objects of one image, largest first; the shape of a partly hidden one is read from the part that shows.
+    """Returns the objects of one image, the largest first; the shape of a partly hidden one is that of its visible part.
 
     Args:
-        frame (`np.ndarray` of shape `(height, width, 3)`, `uint8`).
+        frame (`np.ndarray` of shape `(height, width, 3)`, `uint8`): the image.
     """
     return find_blobs(label_maps(frame[None]), complete_cut=True)[0]

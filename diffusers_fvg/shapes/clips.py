@@ -1,8 +1,8 @@
-"""What an anchor is worth in clips: video models of few distinct clips beside an image model of many pictures.
+"""Trains video models on few distinct clips, to measure how many training clips an anchor replaces.
 
-Base and anchor LoRA are trained again on the first clips of the cache, once for each number of them, for the same steps and
-on the same pictures; Factorized-Dreamer's video UNet likewise. All else is that of the embedded models and is not trained
-again: VAE, text encoder, rewriter, composer. `examples/clips/README.md` is the protocol.
+For each number of clips, the base and the anchor LoRA are trained again on the first clips of the cache, with the same steps
+and the same images; likewise Factorized-Dreamer's video UNet. VAE, text encoder, rewriter and composer are those of the embedded
+models. The protocol is in `examples/clips/README.md`.
 """
 
 from __future__ import annotations
@@ -19,44 +19,44 @@ from .train_models import CACHE_SEED, build_cache, train_base, training_scene
 from .world import Scene
 
 
-# In the order of training. The last is the whole cache.
+# Numbers of clips, in the order of training. The last one is the whole cache.
 NUM_CLIPS = (2000, 500, 8000, 20_000)
 DREAMER_NUM_CLIPS = (2000, 500, 4000)
-# Half of what the embedded models were trained for.
+# Half of the embedded models' training steps.
 BASE_STEPS, LORA_STEPS, DREAMER_STEPS = 6000, 1500, 1500
 SHARED = ("vae", "text_encoder", "tokenizer")
 
 
 def run_folder(folder: Path, num_clips: int) -> Path:
-    """Where base and LoRA of a number of clips are, in the form of [`train.train_all`]'s folder."""
+    """Returns the folder of the base and the LoRA for a number of clips, with the layout of [`train.train_all`]."""
     return folder / f"clips_{num_clips}"
 
 
 def dreamer_part(num_clips: int) -> str:
-    """Name of the video UNet of a number of clips in `folder/dreamer`."""
+    """Returns the name of the video UNet for a number of clips in `folder/dreamer`."""
     return f"video_{num_clips}"
 
 
 def cached_scenes(num_clips: int) -> list[Scene]:
-    """The scenes of the first clips that [`train_models.build_cache`] encodes."""
+    """Returns the scenes of the first clips that [`train_models.build_cache`] encodes."""
     rng = np.random.default_rng(CACHE_SEED)
     return [training_scene(rng) for _ in range(num_clips)]
 
 
 def build_shared_cache(folder: Path) -> None:
-    """Encodes clips and pictures once for all runs, by the embedded model's VAE."""
+    """Encodes clips and images once for all runs, with the embedded model's VAE."""
     pipe = load_embedded()
     if not (folder / "latents.safetensors").exists():
         for name in SHARED:
             getattr(pipe, name).save_pretrained(folder / name)
-        # The composer is not trained, and no list of pictures may be empty.
+        # The composer is not trained, but its list of images must not be empty.
         build_cache(folder, num_clips=max(NUM_CLIPS), num_composer_images=1)
-    # The statistics stay those that the embedded model was trained with.
+    # Restores the latents' statistics with which the embedded model was trained.
     pipe.vae.save_pretrained(folder / "vae")
 
 
 def train_run(folder: Path, num_clips: int) -> None:
-    """Base and anchor LoRA on the first `num_clips` of the cache `folder/cache`."""
+    """Trains base and anchor LoRA on the first `num_clips` of the cache in `folder/cache`."""
     run = run_folder(folder, num_clips)
     run.mkdir(exist_ok=True)
     for name in (*SHARED, "latents.safetensors", "texts.json"):
@@ -70,9 +70,10 @@ def train_run(folder: Path, num_clips: int) -> None:
 
 
 def train_dreamer_runs(folder: Path) -> None:
-    """Factorized-Dreamer's video UNets, all from one image UNet, in `folder`.
+    """Trains Factorized-Dreamer's video UNets in `folder`, all from one image UNet.
 
-    The image half comes from the embedded model as far as it ships: its image UNet does not, and is trained with its CLIP.
+    Text encoder, tokenizer and VAE are those of the embedded models. Image UNet and CLIP are trained first, because the package
+    does not ship the image UNet.
     """
     folder.mkdir(exist_ok=True)
     embedded = load_embedded()
@@ -88,7 +89,7 @@ def train_dreamer_runs(folder: Path) -> None:
 
 
 def train_clips(folder: Path) -> None:
-    """Trains all runs in `folder`, one after the other. What is done is not done again, what was interrupted continues."""
+    """Trains all runs in `folder` in order. A further call skips finished runs and resumes an interrupted one."""
     (folder / "cache").mkdir(parents=True, exist_ok=True)
     build_shared_cache(folder / "cache")
     for number in NUM_CLIPS:

@@ -24,16 +24,17 @@ from .summary import MOTION_CATEGORIES, average, rounded, seed_spread, select, s
 ARMS_RUN = ("direct", "factorized", "true_anchor")
 SETTINGS = StudySettings(steps=(50, 15))
 EMBEDDED = "embedded"
-# What the paper claims (arXiv 2512.16371).
+# Target for the lead of factorized over direct, from the paper's claim (arXiv 2512.16371).
 LEAD_BAR = 0.15
 HOW = """All numbers are synthetic: a world of coloured shapes, scored by its own pixel reader, on held-out prompts.
 "spread" is the standard deviation over seeds of one prompt's score, averaged over prompts; "error" the standard error of the
-average over prompts. "lead" is factorized at few steps minus direct at many, its error that of the prompts' own differences.
-"embedded" is the model that ships: twice the steps, other captions of its pictures, clips of its LoRA's own."""
+average over prompts. "lead" is factorized at few steps minus direct at many (target: at least 0.15), with the standard error of
+the prompts' differences.
+"embedded" is the shipped model: twice the steps, other captions of its images, and separate clips for its LoRA."""
 
 
 def finished(folder: Path) -> list[int]:
-    """Numbers of clips whose base and LoRA are trained, the smallest first."""
+    """Returns the numbers of clips whose base and LoRA are trained, the smallest first."""
     return sorted(
         number
         for number in NUM_CLIPS
@@ -42,7 +43,7 @@ def finished(folder: Path) -> list[int]:
 
 
 def load_run(folder: Path, num_clips: int):
-    """The embedded pipeline with the base and the anchor LoRA of a run."""
+    """Loads the embedded pipeline with the base and the anchor LoRA of a run."""
     from ..animate.transformer_anchor import AnchorConditionedTransformer3D
     from ..lora.anchor_lora import AnchorLora
     from ..pipelines.pipeline_factorized_video import FactorizedVideoPipeline
@@ -57,7 +58,7 @@ def load_run(folder: Path, num_clips: int):
 
 
 def lead(records: Sequence[dict], few: int, full: int) -> dict[str, float | None]:
-    """Factorized at `few` steps minus direct at `full`: `value`, and `error`, of the prompts' differences."""
+    """Returns factorized at `few` steps minus direct at `full` steps: `value`, and `error` over the prompts' differences."""
     pairs = zip(select(records, "factorized", few), select(records, "direct", full), strict=True)
     differences = [
         {name: ours[name] for name in ("category", "prompt")} | {"score": ours["score"] - theirs["score"]}
@@ -67,13 +68,14 @@ def lead(records: Sequence[dict], few: int, full: int) -> dict[str, float | None
 
 
 def clips_needed(curve: Sequence[tuple[int, float]], score: float) -> float | None:
-    """How many clips reach `score`, by straight lines in the logarithm of clips between neighbours.
+    """Returns the number of clips at which a curve reaches `score`, interpolated linearly in the logarithm of clips.
 
     Args:
-        curve (`Sequence[tuple[int, float]]`): numbers of clips, rising, and their scores.
+        curve (`Sequence[tuple[int, float]]`): increasing numbers of clips with their scores.
 
     Returns:
-        `float`: the first number if that reaches it already, infinity if none does; `None` where scores fall anywhere.
+        `float`: the first number if it already reaches the score, infinity if none does; `None` if the scores are not
+            increasing.
     """
     scores = [found for _, found in curve]
     if scores != sorted(scores):
@@ -88,12 +90,12 @@ def clips_needed(curve: Sequence[tuple[int, float]], score: float) -> float | No
 
 def needed_text(clips: float | None, largest: int) -> str:
     if clips is None:
-        return "not said, as scores fall somewhere"
+        return "unknown, as scores are not increasing"
     return f"more than {largest:,}" if math.isinf(clips) else f"{clips:,.0f}"
 
 
 def score_dreamer(folder: Path, output: Path, settings: StudySettings, batch_size: int) -> list[dict]:
-    """A row for each of Dreamer's runs that is trained and each input."""
+    """Returns a row for each finished run of Dreamer and each input."""
     numbers = [number for number in sorted(DREAMER_NUM_CLIPS) if (folder / dreamer_part(number)).is_dir()]
     if not numbers:
         return []
@@ -115,15 +117,16 @@ def score_dreamer(folder: Path, output: Path, settings: StudySettings, batch_siz
 
 
 def write_clips_report(folder: Path, output: Path, settings: StudySettings = SETTINGS, batch_size: int = 16) -> str:
-    """Scores the runs that are done, and the embedded model; writes `clips.json`, `clips.txt` and `clips.png` to `output`.
+    """Scores the finished runs and the embedded model; writes `clips.json`, `clips.txt` and `clips.png` to `output`.
 
     Args:
-        folder (`Path`): of [`clips.train_clips`].
-        output (`Path`): for the files and the records; continues what is there.
-        settings (`StudySettings`, *optional*): of the first of its steps direct is compared, at `few_steps` factorized.
+        folder (`Path`): folder of [`clips.train_clips`].
+        output (`Path`): folder for the files and the records, from which a later call continues.
+        settings (`StudySettings`, *optional*): size of the study. Factorized at `few_steps` is compared with direct at the
+            first of `steps`.
 
     Raises:
-        `ValueError`: matplotlib is missing, or no run is done.
+        `ValueError`: matplotlib is missing, or no run is finished.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("The report's figure needs matplotlib: pip install 'diffusers-fvg[report]'.")
@@ -131,7 +134,7 @@ def write_clips_report(folder: Path, output: Path, settings: StudySettings = SET
 
     numbers = finished(folder)
     if not numbers:
-        raise ValueError(f"No run is done in {folder}: `fvg shapes clips {folder}` trains them.")
+        raise ValueError(f"No run is finished in {folder}: train them with `fvg shapes clips {folder}`.")
     output.mkdir(parents=True, exist_ok=True)
     few, full = settings.few_steps, settings.steps[0]
     rows, runs = [], {}
@@ -160,12 +163,12 @@ def write_clips_report(folder: Path, output: Path, settings: StudySettings = SET
 
 
 def report_text(report: dict) -> str:
-    """The report as text: leads, what they are worth in clips, one line for each run, arm and number of steps."""
+    """Formats the report as text: leads, the clips that they replace, and one line for each run, arm and number of steps."""
     rows, few, full = report["rows"], report["settings"]["few_steps"], report["settings"]["steps"][0]
     lines = [
         HOW,
         "",
-        f"{'clips':>9s}{'lead':>9s}{'error':>8s}   bar {LEAD_BAR:g}   factorized is worth, in clips of direct",
+        f"{'clips':>9s}{'lead':>9s}{'error':>8s}   {f'>= {LEAD_BAR:g}':10s}clips with which direct scores as factorized",
     ]
 
     def curve(arm: str, steps: int) -> dict[int, float]:

@@ -1,4 +1,4 @@
-"""`fvg shapes`: the embedded model's world on the command line. Light to import."""
+"""The command `fvg shapes`: trains and scores models of the shapes world. Importing this module is fast."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..flags import Whole, check_folder
 if TYPE_CHECKING:
     from ..pipelines.pipeline_factorized_video import FactorizedVideoPipeline
 
-# In the order of training: each part builds on those before it.
+# Parts in the order of training. Each builds on those before it.
 SHAPES_PARTS = ("vae", "rewriter", "cache", "text", "base", "composer", "judge", "lora", "distilled")
 COUNT = Whole(1, 1_000_000)
 
@@ -23,38 +23,46 @@ def add_shapes(
     add_model: Callable[[argparse.ArgumentParser], None],
     load: Callable[[argparse.Namespace], FactorizedVideoPipeline],
 ) -> None:
-    """Adds `shapes` to the commands of `fvg`; `add_model` adds the flags that name a pipeline, `load` loads it."""
-    shapes = commands.add_parser("shapes", help="the embedded model's world: train the model again, or score one")
+    """Adds `shapes` to the commands of `fvg`; `add_model` adds the flags that name a pipeline, and `load` loads it."""
+    shapes = commands.add_parser("shapes", help="train or score a model of coloured shapes, as the embedded one is")
     actions = shapes.add_subparsers(dest="action", required=True, metavar="ACTION")
-    train = actions.add_parser("train", help="train all parts from nothing; continues where it stopped")
-    train.add_argument("folder", type=Path, help="for checkpoints, logs and the finished repository")
+    train = actions.add_parser("train", help="train all parts from scratch; resumes an interrupted training")
+    train.add_argument("folder", type=Path, help="folder for checkpoints, logs and the finished repository")
     train.add_argument(
         "--parts",
         nargs="+",
         choices=SHAPES_PARTS,
         default=SHAPES_PARTS,
         metavar="PART",
-        help=f"train these alone, of {', '.join(SHAPES_PARTS)}",
+        help=f"train only these parts, of {', '.join(SHAPES_PARTS)}",
     )
     dreamer = actions.add_parser(
-        "dreamer", help="train the shapes model of Factorized-Dreamer; continues where it stopped"
+        "dreamer", help="train the shapes model of Factorized-Dreamer; resumes an interrupted training"
     )
-    dreamer.add_argument("folder", type=Path, help="for checkpoints, logs and the finished repository")
+    dreamer.add_argument("folder", type=Path, help="folder for checkpoints, logs and the finished repository")
     dreamer.add_argument(
-        "--designs", nargs="*", default=(), metavar="DESIGN", help="also train these for the report, such as no_paca"
+        "--designs",
+        nargs="*",
+        default=(),
+        metavar="DESIGN",
+        help="also train these designs for the report, such as no_paca",
     )
     dreamer.add_argument(
-        "--design-steps", type=COUNT, metavar="STEPS", default=3000, help="how long each (default: %(default)s)"
+        "--design-steps",
+        type=COUNT,
+        metavar="STEPS",
+        default=3000,
+        help="training steps of each design (default: %(default)s)",
     )
     dreamer.add_argument(
-        "--vae", type=Path, metavar="DIR", help="begin with this VAE, whose decoder alone is trained on to its bar"
+        "--vae", type=Path, metavar="DIR", help="start from this VAE and train only its decoder to its target score"
     )
-    dreamer.add_argument("--report", type=Path, metavar="DIR", help="then score all that is trained (synthetic)")
+    dreamer.add_argument("--report", type=Path, metavar="DIR", help="then score all trained designs (synthetic)")
     clips = actions.add_parser(
-        "clips", help="train video models on few distinct clips, as examples/clips says; continues where it stopped"
+        "clips", help="train video models on few distinct clips (see examples/clips); resumes an interrupted training"
     )
-    clips.add_argument("folder", type=Path, help="for the cache, checkpoints, logs and weights")
-    clips.add_argument("--report", type=Path, metavar="DIR", help="instead score the runs that are done (synthetic)")
+    clips.add_argument("folder", type=Path, help="folder for the cache, checkpoints, logs and weights")
+    clips.add_argument("--report", type=Path, metavar="DIR", help="score the finished runs instead (synthetic)")
     _add_report(actions, add_model)
     _add_benchmark(actions)
     shapes.set_defaults(run=lambda arguments: _run(arguments, load))
@@ -63,56 +71,68 @@ def add_shapes(
 def _add_report(actions: argparse._SubParsersAction, add_model: Callable[[argparse.ArgumentParser], None]) -> None:
     report = actions.add_parser(
         "report",
-        help="score a model on held-out prompts, arm by arm (synthetic)",
-        # A group of flags, of which one may be given, is not wrapped.
+        help="score a model on held-out prompts, in several arms (variants of the pipeline; synthetic)",
+        # argparse does not wrap a mutually exclusive group in the usage line.
         usage="%(prog)s [OPTION ...] folder",
     )
-    report.add_argument("folder", type=Path, help="for records, JSON, tables and figures; continues what is there")
+    report.add_argument(
+        "folder", type=Path, help="folder for records, JSON, tables and figures; continues existing records"
+    )
     add_model(report)
     report.add_argument(
-        "--per-category", type=COUNT, metavar="NUMBER", default=9, help="prompts (default: %(default)s)"
+        "--per-category", type=COUNT, metavar="NUMBER", default=9, help="prompts per category (default: %(default)s)"
     )
-    report.add_argument("--seeds", type=COUNT, metavar="NUMBER", help="how many (default: 3, with --quick 1)")
+    report.add_argument("--seeds", type=COUNT, metavar="NUMBER", help="number of seeds (default: 3, with --quick 1)")
     kind = report.add_mutually_exclusive_group()
     kind.add_argument(
-        "--quick", action="store_true", help="instead one table: three arms, 15 steps, guidance as it is"
+        "--quick",
+        action="store_true",
+        help="make one table instead: three arms at 15 steps, with the model's own guidance",
     )
-    kind.add_argument("--storyboard", action="store_true", help="instead several anchors against one")
+    kind.add_argument("--storyboard", action="store_true", help="compare several anchors with one instead")
     kind.add_argument(
-        "--anchors", action="store_true", help="instead both ends, continued clips, colours of anchors; one seed"
+        "--anchors",
+        action="store_true",
+        help="measure anchors at both ends, continued clips and colours of anchors instead, with one seed",
     )
     kind.add_argument(
         "--appended",
         metavar="DIR",
         type=Path,
-        help="instead anchors at their exact frame, by a LoRA that was trained so",
+        help="compare anchors at their exact frame instead, with the LoRA in DIR, trained with anchor_form = appended",
     )
-    kind.add_argument("--judge", action="store_true", help="instead the judge of anchors, and frozen clips")
+    kind.add_argument("--judge", action="store_true", help="measure the judge of anchors and frozen clips instead")
     kind.add_argument(
         "--ablation",
         nargs="+",
         metavar="NAME=DIR",
-        help="instead compare anchor LoRAs: folders with pytorch_lora_weights.safetensors, each at strengths 0.55, 1, 1.4",
+        help="compare anchor LoRAs instead: folders with pytorch_lora_weights.safetensors, each at strengths 0.55, 1, 1.4",
     )
     kind.add_argument(
-        "--distilled", metavar="DIR", type=Path, help="instead ways to guide, a LoRA with guidance in it"
+        "--distilled",
+        metavar="DIR",
+        type=Path,
+        help="compare ways of guidance instead, with the guidance-distilled LoRA in DIR",
     )
     kind.add_argument(
-        "--window", nargs="*", metavar="WINDOW=DIR", help="instead window attention, with LoRAs trained under it"
+        "--window",
+        nargs="*",
+        metavar="WINDOW=DIR",
+        help="measure window attention instead, also with LoRAs trained with a window",
     )
 
 
 def _add_benchmark(actions: argparse._SubParsersAction) -> None:
     prompts = actions.add_parser("prompts", help="write held-out prompts as a benchmark's files, for fvg bench plan")
-    prompts.add_argument("folder", type=Path, help="for prompts/ and meta_data/")
+    prompts.add_argument("folder", type=Path, help="folder for prompts/ and meta_data/")
     prompts.add_argument(
-        "--per-category", type=COUNT, metavar="NUMBER", default=9, help="prompts (default: %(default)s)"
+        "--per-category", type=COUNT, metavar="NUMBER", default=9, help="prompts per category (default: %(default)s)"
     )
-    score = actions.add_parser("score", help="score videos of those prompts by their pixels (synthetic)")
+    score = actions.add_parser("score", help="score videos of these prompts by their pixels (synthetic)")
     score.add_argument("videos", type=Path, help="folder with a folder for each category")
-    score.add_argument("prompts", type=Path, help="what fvg shapes prompts wrote")
-    score.add_argument("folder", type=Path, help="for a CSV file of each category")
-    score.add_argument("--name", default="shapes", help="at the start of the files' names (default: %(default)s)")
+    score.add_argument("prompts", type=Path, help="output folder of fvg shapes prompts")
+    score.add_argument("folder", type=Path, help="folder for a CSV file of each category")
+    score.add_argument("--name", default="shapes", help="prefix of the file names (default: %(default)s)")
 
 
 def _run(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], FactorizedVideoPipeline]) -> None:
@@ -131,7 +151,7 @@ def _run(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], Fac
         from .dreamer_report import write_dreamer_report
 
         if arguments.vae is not None and not (arguments.vae / "config.json").is_file():
-            raise ValueError(f"--vae {arguments.vae}: there is no VAE, a folder with a config.json.")
+            raise ValueError(f"--vae {arguments.vae}: the folder holds no VAE; give one with a config.json.")
         train_dreamer(arguments.folder, EMBEDDED_FOLDER, arguments.designs, arguments.design_steps, arguments.vae)
         if arguments.report:
             print(write_dreamer_report(load_embedded(), arguments.folder, arguments.report))
@@ -180,7 +200,7 @@ def _report(arguments: argparse.Namespace, load: Callable) -> None:
     windows = _named_folders("--window", "WINDOW", arguments.window or ())
     wrong = [window for window in windows if not window.isdecimal()]
     if wrong:
-        raise ValueError(f"--window {wrong[0]}={windows[wrong[0]]}: WINDOW is a number of latent frames.")
+        raise ValueError(f"--window {wrong[0]}={windows[wrong[0]]}: WINDOW must be a number of latent frames.")
     seeds = arguments.seeds if arguments.seeds is not None else 1 if arguments.quick else 3
     for flag, folders in (("--ablation", loras), ("--window", windows)):
         for name, path in folders.items():

@@ -1,4 +1,4 @@
-"""Clips of the shapes world as a folder of videos with captions, as `fvg train` reads them."""
+"""Writes clips of the shapes world as a folder of videos with captions, which `fvg train` reads."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from .train_models import training_scene
 from .world import Scene, render
 
 
-# What the embedded model is trained on: 17 frames of 64 x 64 pixels at 8 per second.
+# Frame rate of the embedded model's clips, which have 17 frames of 64 x 64 pixels.
 FRAME_RATE = 8
 
 
 def write_dataset(folder: str | Path, num_clips: int, seed: int = 7) -> None:
-    """Renders scenes of the training mix, never a held-out prompt, to lossless videos and a `metadata.jsonl`.
+    """Renders random training scenes, never with a held-out prompt, to lossless videos and a `metadata.jsonl`.
 
-    A clip depends on `seed` and its number alone, so that a longer data set begins with the shorter one.
+    A clip depends on `seed` and its index only, so a longer dataset begins with the shorter one.
 
     Args:
-        folder (`str` or `Path`): gets `clips/*.mp4` and `metadata.jsonl` (`file_name`, `text`: the prompt).
-        num_clips (`int`): 10,000 take some 80 seconds of one core and 65 MB.
-        seed (`int`, *optional*): of the scenes.
+        folder (`str` or `Path`): folder for `clips/*.mp4` and `metadata.jsonl` (`file_name`, and the prompt as `text`).
+        num_clips (`int`): number of clips; 10,000 take about 80 seconds of one core and 65 MB.
+        seed (`int`, *optional*): seed of the scenes.
 
     Raises:
-        `ValueError`: no clip is asked for.
+        `ValueError`: `num_clips` is below 1.
     """
     if num_clips < 1:
         raise ValueError(f"`num_clips={num_clips}` must be at least 1.")
@@ -39,10 +39,10 @@ def write_dataset(folder: str | Path, num_clips: int, seed: int = 7) -> None:
 
 
 def write_scenes(folder: str | Path, scenes: Sequence[Scene]) -> None:
-    """Renders these scenes, in the form of [`write_dataset`].
+    """Renders the given scenes, in the format of [`write_dataset`].
 
-    A clip is named by its scene. Files appear whole or not at all, and what is there is not drawn again, so that an interrupted
-    call continues.
+    A clip's file name is a digest of its scene. Files are written completely or not at all, and existing ones are kept, so that
+    a further call continues an interrupted one.
     """
     folder, rows = Path(folder), []
     (folder / "clips").mkdir(parents=True, exist_ok=True)

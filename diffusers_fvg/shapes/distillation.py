@@ -1,4 +1,4 @@
-"""Which steps need guidance once an anchor fixes the composition, and what a LoRA with guidance inside saves. All numbers
+"""Measures which sampling steps need guidance once an anchor fixes the composition, and a guidance-distilled LoRA. All numbers
 are synthetic."""
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from .summary import summarize
 
 
 INPUTS = ("factorized", "true_anchor")
-# Of the synthetic average, one forward a step against two.
+# Target: most that the synthetic average may lose with one forward per step instead of two.
 LARGEST_LOSS = 0.02
 
 
 @dataclass(frozen=True)
 class Guiding:
-    """One way to guide.
+    """One way of guidance.
 
     Args:
-        first, last (`int`): the steps that have an unconditional forward too, counted from 1; 0 and 0 for none.
-        distilled (`bool`): the LoRA with guidance inside, at scale 1.
+        first, last (`int`): first and last step with an unconditional forward, counted from 1; 0 and 0 for none.
+        distilled (`bool`): whether the guidance-distilled LoRA is used, at scale 1.
     """
 
     first: int
@@ -49,14 +49,15 @@ class Guiding:
         return "all steps" if self.extra_forwards == steps else f"steps {self.first} to {self.last}"
 
     def interval(self, preset: SchedulerPreset, steps: int) -> tuple[float, float]:
-        """The guidance interval of these steps. It ends between two steps: schedulers round their sigmas."""
+        """Returns the guidance interval of these steps, in sigmas. Its ends are between two steps, as schedulers round sigmas."""
         sigmas = (1.0, *preset.steps(steps), 0.0)
         between = [(before + after) / 2 for before, after in zip(sigmas, sigmas[1:])]
         return (0.0 if self.last == steps else between[self.last]), between[self.first - 1]
 
 
 def guidings(steps: int) -> tuple[Guiding, ...]:
-    """Guidance at all steps; at the first third, half and two thirds, the last two thirds and third, and the middle; at none."""
+    """Returns the ways of guidance: at all steps; at the first third, half and two thirds; at the last two thirds and third; at
+    the middle third; and at no step, without and with the distilled LoRA."""
     third, half = steps // 3, (steps + 1) // 2
     parts = ((1, steps), (1, third), (1, half), (1, 2 * third), (third + 1, steps), (2 * third + 1, steps))
     middle = Guiding(third + 1, 2 * third)
@@ -65,7 +66,7 @@ def guidings(steps: int) -> tuple[Guiding, ...]:
 
 @contextmanager
 def guided_within(pipe, interval: tuple[float, float]) -> Iterator[None]:
-    """Every preset guides in this interval of sigmas, afterwards in its own again."""
+    """Context manager in which all presets have this guidance interval, in sigmas."""
     before = pipe.schedulers
     pipe.schedulers = SchedulerPresets.of(
         *(replace(preset, guidance_interval=interval) for preset in pipe.presets.values())
@@ -77,7 +78,8 @@ def guided_within(pipe, interval: tuple[float, float]) -> Iterator[None]:
 
 
 def table(rows: Sequence[dict]) -> str:
-    """One line for each way to guide: forwards of a video and, for every input, score, what it loses, motion and seconds."""
+    """Formats one line for each way of guidance: forwards per video, and for every input score, loss of score against the first
+    row, motion, kept share and seconds."""
     values = {"score": "score", "loses": "loses", "motion": "motion", "kept": "kept", "seconds": "seconds"}
     titles = [f"{arm} {title}" for arm in INPUTS for title in values]
     width = max(len(title) for title in titles) + 2
@@ -98,17 +100,23 @@ def write_guidance_report(
     batch_size: int = 16,
     ways: Sequence[Guiding] | None = None,
 ) -> str:
-    """Scores every way to guide; writes `folder/guidance.json` and `folder/guidance.txt` and returns the table.
+    """Scores every way of guidance; writes `folder/guidance.json` and `folder/guidance.txt` and returns the table.
 
-    The scale is that of the pipeline's preset, prompts, anchors and noise are the same in every row.
+    All rows use the scale of the pipeline's preset and the same prompts, anchors and noise.
 
     Args:
-        pipe (`FactorizedVideoPipeline`): gets the distilled LoRA as a further adapter.
-        distilled (`Path`): folder with the `pytorch_lora_weights.safetensors` of a LoRA that has the preset's guidance in it.
-        ways (`Sequence[Guiding]`, *optional*): those of [`guidings`]; the first is what the others are compared with.
+        pipe (`FactorizedVideoPipeline`): model to score; the distilled LoRA is loaded as a further adapter.
+        folder (`Path`): folder for the files, and for the records, from which a later call continues.
+        distilled (`Path`): folder with the `pytorch_lora_weights.safetensors` of a LoRA into which the preset's guidance is
+            distilled.
+        per_category (`int`): held-out prompts of each of the seven categories.
+        seeds (`int`): videos of each prompt, input and way.
+        steps (`int`): sampling steps.
+        ways (`Sequence[Guiding]`, *optional*): ways of guidance, the others being compared with the first; left out, those of
+            [`guidings`].
 
     Raises:
-        `ValueError`: a folder without weights.
+        `ValueError`: the folder has no weights.
     """
     if not (distilled / WEIGHT_FILE).is_file():
         raise ValueError(f"No {WEIGHT_FILE} in {distilled}, the folder of the distilled LoRA.")
@@ -135,7 +143,7 @@ def write_guidance_report(
         values["loses"] for row in rows if "distilled" in row["guidance at"] for values in row["inputs"].values()
     )
     verdict = "met" if worst <= LARGEST_LOSS else "MISSED"
-    text = f"{table(rows)}\n\nthe distilled LoRA loses at most {worst:.3f}, bar {LARGEST_LOSS}: {verdict}"
+    text = f"{table(rows)}\n\nthe distilled LoRA loses at most {worst:.3f}, target {LARGEST_LOSS}: {verdict}"
     report = {"synthetic": True, "made_with": provenance(pipe), "distilled": digest, "seeds": seeds, "rows": rows}
     (folder / "guidance.json").write_text(json.dumps(report) + "\n")
     (folder / "guidance.txt").write_text(text + "\n")

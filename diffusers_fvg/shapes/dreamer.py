@@ -1,8 +1,8 @@
-"""The shapes world's Factorized-Dreamer: a small trained model of the second system, and its designs one by one.
+"""Trains a small Factorized-Dreamer on the shapes world, also with single designs switched on or off.
 
-The image half is [`dreamer_image`]'s; the text of the motion is read by the text encoder of the other shapes model. Every
-design is trained from the same image model, on the same clips in the same order. All weights are trained, those of the image
-UNet too: at this size they have seen too few pictures to be left alone.
+[`dreamer_image`] trains VAE, CLIP and image UNet. The text encoder of the other shapes model encodes the motion text. Every
+variant starts from the same image UNet and is trained on the same clips in the same order. All weights are trained, also those
+of the image UNet, because at this size it has seen too few images to stay frozen.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ if TYPE_CHECKING:
     from ..dreamer.unet import FactorizedDreamerUNet
     from ..pipelines.pipeline_factorized_dreamer import FactorizedDreamerPipeline
 
-# Shares of clips without texts, without the motion's own text, and without the image.
+# Shares of clips without any text, without the motion text, and without the image.
 PROMPT_DROPOUT, MOTION_DROPOUT, IMAGE_DROPOUT = 0.1, 0.05, 0.1
 STEPS, GUIDANCE_SCALE = 10, 1.5
-# Of a UNet that has no first frame to go by: what it draws is the text's.
+# Guidance scale of a UNet without a first frame, which depends on the text alone.
 TEXT_GUIDANCE_SCALE = 5.0
 CALL_DEFAULTS = {
     "height": 64,
@@ -62,12 +62,12 @@ CALL_DEFAULTS = {
 
 @dataclass(frozen=True)
 class Designs:
-    """Which of the paper's designs a video UNet has.
+    """The designs of the paper that a video UNet has.
 
     Args:
-        t2i_adapter, paca, t5, predict_net (`bool`).
-        shift (`float`): s of the noise schedule; 1 leaves the signal-to-noise ratio where it is.
-        power (`int`): reading of s, see [`dreamer.schedule`].
+        t2i_adapter, paca, t5, predict_net (`bool`): whether it has the T2I adapter, PACA, the T5 text and PredictNet.
+        shift (`float`): factor s of the noise schedule; 1 leaves the signal-to-noise ratio unchanged.
+        power (`int`): interpretation of s, see [`dreamer.schedule`].
         zero_terminal_snr (`bool`): whether the last time is pure noise.
     """
 
@@ -81,7 +81,7 @@ class Designs:
 
     @property
     def takes_image(self) -> bool:
-        """Whether it can be told of a first frame. One that cannot is a text-to-video model and reads the whole prompt."""
+        """Whether the UNet takes a first frame. Otherwise it is a text-to-video model and reads the whole prompt."""
         return self.t2i_adapter or self.paca
 
     def schedule(self) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class Designs:
 _OFF = {"t2i_adapter": False, "paca": False, "t5": False, "predict_net": False}
 _STOCK_NOISE = {"shift": 1.0, "zero_terminal_snr": False}
 PLAIN = Designs(**_OFF, **_STOCK_NOISE)
-# In the order of the report, which is the order in which they are worth training.
+# Variants in the order of the report, the most informative ones first.
 DESIGNS: dict[str, Designs] = {
     "all": Designs(),
     "plain": PLAIN,
@@ -127,7 +127,7 @@ DESIGNS: dict[str, Designs] = {
 
 
 def make_video_unet(folder: Path, designs: Designs) -> FactorizedDreamerUNet:
-    """Of the image UNet, its new layers at their start."""
+    """Converts the image UNet to a video UNet with untrained new layers."""
     from diffusers import UNet2DConditionModel
 
     from ..dreamer.unet import FactorizedDreamerUNet
@@ -145,7 +145,8 @@ def make_video_unet(folder: Path, designs: Designs) -> FactorizedDreamerUNet:
 
 @torch.no_grad()
 def text_tables(folder: Path, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Which row each text has, and the rows: CLIP's tokens `(R, L, D)` and those of the motion's encoder `(R, L, D')`.
+    """Encodes the distinct texts; returns the row of each text, and the rows of CLIP `(R, L, D)` and of the motion encoder
+    `(R, L, D')`.
 
     The last row is that of the empty text.
     """
@@ -177,10 +178,15 @@ def train_video(
     peak: float = 1.5e-3,
     num_clips: int | None = None,
 ) -> dict[str, int]:
-    """The video UNet with `designs`, on cached clips; writes `folder/<name>` and, with PredictNet, `folder/<name>_flow`.
+    """Trains a video UNet with `designs` on cached clips; writes `folder/<name>` and, with PredictNet, `folder/<name>_flow`.
 
     Args:
-        num_clips (`int`, *optional*): how many clips there are, the first of the cache; all when left out.
+        folder (`Path`): folder with the image half, and for the results.
+        name (`str`): name of the trained part.
+        designs ([`Designs`]): designs of the UNet.
+        steps, batch_size (`int`): number of training steps and clips per step.
+        peak (`float`): highest learning rate.
+        num_clips (`int`, *optional*): number of clips to use, the first of the cache; left out, all.
     """
     from diffusers import CogVideoXDDIMScheduler
 
@@ -197,7 +203,7 @@ def train_video(
     sigmas = training_sigmas(CogVideoXDDIMScheduler(**designs.schedule())).to(device)
 
     def loss_of(step: int) -> tuple[str, torch.Tensor]:
-        # The same clips, times and dropped conditions whatever the designs.
+        # Clips, times and dropped conditions do not depend on the designs.
         rng = np.random.default_rng((5, step))
         clips = torch.from_numpy(rng.integers(len(texts), size=batch_size))
         times = torch.from_numpy(rng.integers(len(sigmas), size=batch_size)).to(device)
@@ -230,7 +236,7 @@ def train_video(
 
 
 def build_dreamer(folder: Path, name: str = "video", designs: Designs | None = None) -> FactorizedDreamerPipeline:
-    """The pipeline of stage 3 with the video UNet `folder/<name>`, without stages 1 and 2."""
+    """Builds a pipeline of stage 3 with the video UNet `folder/<name>`, without stages 1 and 2."""
     from diffusers import AutoencoderKL
     from transformers import AutoTokenizer, CLIPTextModel, CLIPVisionModelWithProjection, UMT5EncoderModel
 
@@ -259,23 +265,23 @@ def build_dreamer(folder: Path, name: str = "video", designs: Designs | None = N
 
 
 def assemble_dreamer(folder: Path, output: Path) -> None:
-    """Writes the repository of stage 3, in float16. Stages 1 and 2 are the embedded pipeline's, which has them already."""
+    """Writes a repository of stage 3 in float16. Stages 1 and 2 are in the embedded pipeline's repository."""
     build_dreamer(folder).to(torch.float16).save_pretrained(output)
-    # diffusers notes the folder that a part was loaded from: a path of this machine, of use to nobody else.
+    # diffusers saves the path from which a part was loaded, which means nothing on other machines.
     for path in Path(output).rglob("*.json"):
         config = json.loads(path.read_text())
         if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
             path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-# -- all of it --------------------------------------------------------------------------------------------------------
+# -- all parts --------------------------------------------------------------------------------------------------------
 
 VIDEO_STEPS = 3000
 
 
 @torch.no_grad()
 def video_score(folder: Path, name: str = "video", designs: Designs | None = None, per_category: int = 6) -> float:
-    """Mean `score_video` over held-out scenes of the seven categories, from their true first frames."""
+    """Returns the mean `score_video` over held-out scenes of the seven categories, from their true first frames."""
     pipe = build_dreamer(folder, name, designs)
     scenes, scores = held_out_scenes(per_category, seed=1, categories=CATEGORIES), []
     for start in range(0, len(scenes), 16):
@@ -293,7 +299,7 @@ def video_score(folder: Path, name: str = "video", designs: Designs | None = Non
 
 DREAMER_PARTS: dict[str, Part] = {
     "vae": Part(train_vae),
-    # Below it are counts of small shapes that nearly touch and outlines that overlap; all else is read back at 1.
+    # Small shapes that nearly touch and overlapping outlines keep the score below 1. All else scores 1.
     "decoder": Part(train_decoder, vae_score, 0.95),
     "clip": Part(train_clip),
     "clips": Part(build_clips),
@@ -303,7 +309,7 @@ DREAMER_PARTS: dict[str, Part] = {
 
 
 def design_part(name: str, steps: int) -> str:
-    """Name of the part in which the design `name` of `DESIGNS` is trained for `steps`."""
+    """Returns the name of the part in which the variant `name` of `DESIGNS` is trained for `steps` steps."""
     return f"design_{name}_{steps}"
 
 
@@ -316,19 +322,19 @@ def train_dreamer(
 ) -> None:
     """Trains the shapes model of Factorized-Dreamer, writes it to `folder/repository`, then trains `designs` for the report.
 
-    A part that is done is not trained again, one that was interrupted continues.
+    A further call skips finished parts and resumes an interrupted one.
 
     Args:
-        folder (`Path`): for checkpoints, logs, weights and `training.json`.
-        shapes (`Path`): with `text_encoder` and `tokenizer` of the other shapes model: a folder that it was trained in, or
-            the embedded repository.
-        designs (`Sequence[str]`, *optional*): of `DESIGNS`.
-        design_steps (`int`, *optional*): how long each of them is trained; `"all"` for `VIDEO_STEPS` is the model itself.
-        vae (`Path`, *optional*): folder of a VAE to begin with, whose decoder alone is trained on to its bar, for what was
-            trained on its latents; one is trained from nothing when left out.
+        folder (`Path`): folder for checkpoints, logs, weights and `training.json`.
+        shapes (`Path`): folder with `text_encoder` and `tokenizer` of the other shapes model: its training folder, or the
+            embedded repository.
+        designs (`Sequence[str]`, *optional*): names in `DESIGNS`.
+        design_steps (`int`, *optional*): training steps of each of them. The model itself is `"all"` with `VIDEO_STEPS`.
+        vae (`Path`, *optional*): folder of a VAE to start from. Only its decoder is trained further, to its target score, so
+            that its latents stay valid. Left out, a VAE is trained from scratch.
 
     Raises:
-        `ValueError`: a part stays below its bar, or designs that there are not.
+        `ValueError`: a part misses its target score, or a name in `designs` is unknown.
     """
     unknown = [name for name in designs if name not in DESIGNS]
     if unknown:

@@ -1,11 +1,11 @@
-"""Trains the image half of the shapes world's Factorized-Dreamer from nothing: VAE, CLIP, image UNet.
+"""Trains the image half of the shapes world's Factorized-Dreamer from scratch: VAE, CLIP, image UNet.
 
-They stand for what a Stable Diffusion repository and a CLIP bring along for real pictures.
+They take the place of a Stable Diffusion repository and a CLIP for real images.
 
-* `vae`, `decoder`: an `AutoencoderKL` of stride 8, on single frames; its decoder alone for longer.
-* `clip`: text and vision encoder, by telling pictures and texts of a batch apart (arXiv 2103.00020).
-* `cache`: encodes clips once, all frames.
-* `image`: the `UNet2DConditionModel` on single frames; CLIP's text encoder goes on to learn with it.
+* `vae`, `decoder`: an `AutoencoderKL` with scale factor 8, on single frames; then its decoder alone.
+* `clip`: text and vision encoder, with the contrastive loss of CLIP (arXiv 2103.00020).
+* `clips`: encodes all frames of the clips once.
+* `image`: the `UNet2DConditionModel` on single frames, together with CLIP's text encoder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .train_vae import reconstruction_loss
 from .world import Scene, render
 
 
-# A clip lasts as long as those of the other shapes model, two seconds, at half of its frame rate.
+# Clips last two seconds like those of the other shapes model, at half of its frame rate.
 NUM_FRAMES, FRAME_RATE = 8, 4
 VAE_CONFIG = {
     "block_out_channels": (16, 32, 64, 64),
@@ -44,7 +44,7 @@ VAE_LEARNING_RATE = 2e-3
 
 
 def training_frames(rng: np.random.Generator, num_scenes: int, per_scene: int) -> torch.Tensor:
-    """Random frames of random training clips, `(N, 3, 64, 64)` in [-1, 1]. Never a held-out prompt."""
+    """Draws random frames of random training clips, `(N, 3, 64, 64)` in [-1, 1], never with a held-out prompt."""
     frames = []
     for _ in range(num_scenes):
         clip = render(training_scene(rng).objects)
@@ -53,12 +53,12 @@ def training_frames(rng: np.random.Generator, num_scenes: int, per_scene: int) -
 
 
 def as_pixels(frames: np.ndarray) -> torch.Tensor:
-    """Frames `(..., H, W, 3)`, uint8, to `(..., 3, H, W)` in [-1, 1]."""
+    """Converts frames `(..., H, W, 3)`, uint8, to `(..., 3, H, W)` in [-1, 1]."""
     return torch.from_numpy(frames).movedim(-1, -3).float() / 127.5 - 1
 
 
 def train_vae(folder: Path, steps: int = 1800, seed: int = 0) -> dict[str, int]:
-    """Trains and writes `folder/vae`, its `scaling_factor` that of its latents."""
+    """Trains a VAE and writes it to `folder/vae`, with `scaling_factor` from the standard deviation of its latents."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)
@@ -68,7 +68,7 @@ def train_vae(folder: Path, steps: int = 1800, seed: int = 0) -> dict[str, int]:
         pixels = training_frames(np.random.default_rng((seed, step)), 6, 2).to(training_device())
         posterior = vae.encode(pixels).latent_dist
         latents = posterior.mean
-        # Fixed noise once shapes are drawn: neighbouring latents must decode alike, or diffusion errors show.
+        # Noise of fixed size in the later steps: similar latents must decode alike, or errors of the diffusion become visible.
         if step >= steps // 3:
             latents = latents + 0.1 * torch.randn_like(latents)
         loss = reconstruction_loss(vae.decode(latents).sample.unsqueeze(2), pixels.unsqueeze(2))
@@ -87,8 +87,7 @@ def train_vae(folder: Path, steps: int = 1800, seed: int = 0) -> dict[str, int]:
 
 
 def train_decoder(folder: Path, steps: int = 4000, seed: int = 8, peak: float = 1e-3) -> dict[str, int]:
-    """The VAE's decoder alone for longer: the latents stay what they are, so that all that is built on them can be trained
-    beside it."""
+    """Trains only the VAE's decoder further. The latents do not change, so models that use them stay valid."""
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL.from_pretrained(folder / "vae").requires_grad_(False)
@@ -112,7 +111,7 @@ def train_decoder(folder: Path, steps: int = 4000, seed: int = 8, peak: float = 
 
 @torch.no_grad()
 def vae_score(folder: Path, per_category: int = 12) -> float:
-    """Mean `score_video` of held-out clips that went through the VAE and back, frame by frame."""
+    """Returns the mean `score_video` of held-out clips whose frames were encoded and decoded by the VAE."""
     from diffusers import AutoencoderKL
 
     vae, scores = AutoencoderKL.from_pretrained(folder / "vae"), []
@@ -133,12 +132,12 @@ CLIP_CONFIG = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
-# The temperature that CLIP starts from, kept as it is.
+# The initial inverse temperature of CLIP, kept fixed.
 CLIP_LOGIT_SCALE = 14.3
 
 
 def clip_modules() -> dict[str, torch.nn.Module]:
-    """Text and vision encoder at their start, and the projection of texts, which they are trained with."""
+    """Returns untrained text and vision encoders and the projection of texts, which is used in training only."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
     from .tokenizer import vocabulary
@@ -161,7 +160,7 @@ def clip_modules() -> dict[str, torch.nn.Module]:
 
 
 def clip_tokenizer():
-    """That of the shapes world's other texts, at the length of the text encoder, as Stable Diffusion's pipelines ask for it."""
+    """Returns the tokenizer of the shapes world with the text encoder's `model_max_length`, which pipelines read."""
     from .tokenizer import text_tokenizer
 
     tokenizer = text_tokenizer()
@@ -170,14 +169,17 @@ def clip_tokenizer():
 
 
 def likeness(modules: dict[str, torch.nn.Module], pixels: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Cosine of every picture `(N, 3, 64, 64)` and every text `(M, L)`: `(N, M)`."""
+    """Returns the cosine similarities `(N, M)` of images `(N, 3, 64, 64)` and texts `(M, L)`."""
     pictures = embed_images(modules["image_encoder"], pixels)
     texts = modules["projection"](modules["text_encoder"](tokens).pooler_output)
     return torch.nn.functional.normalize(pictures, dim=-1) @ torch.nn.functional.normalize(texts, dim=-1).T
 
 
 def train_clip(folder: Path, steps: int = 500, batch_size: int = 48, peak: float = 2e-3) -> dict[str, int]:
-    """CLIP: first frames against their captions and prompts. Writes `clip_text_encoder`, `image_encoder`, `clip_tokenizer`."""
+    """Trains CLIP on first frames with their captions or prompts.
+
+    Writes `clip_text_encoder`, `image_encoder` and `clip_tokenizer`.
+    """
     modules, tokenizer = clip_modules(), clip_tokenizer()
 
     def loss_of(step: int) -> tuple[str, torch.Tensor]:
@@ -215,7 +217,7 @@ def train_clip(folder: Path, steps: int = 500, batch_size: int = 48, peak: float
 
 
 def encode_scenes(folder: Path, scenes: list[Scene]) -> dict[str, torch.Tensor]:
-    """Of clips: latents `(N, C, F, h, w)`, CLIP's embedding of the first frame `(N, D)`, flow `(N, 2, F - 1, h, w)`."""
+    """Encodes clips: returns latents `(N, C, F, h, w)`, CLIP embeddings of first frames `(N, D)`, flow `(N, 2, F - 1, h, w)`."""
     from diffusers import AutoencoderKL
     from transformers import CLIPVisionModelWithProjection
 
@@ -236,7 +238,7 @@ def encode_scenes(folder: Path, scenes: list[Scene]) -> dict[str, torch.Tensor]:
 
 
 def build_clips(folder: Path, num_clips: int = 4000, seed: int = 7) -> None:
-    """Encodes clips of the training mix to `folder/dreamer_clips.safetensors`, their texts to `dreamer_texts.json`."""
+    """Encodes random training clips to `folder/dreamer_clips.safetensors`, and writes their texts to `dreamer_texts.json`."""
     if (folder / "dreamer_clips.safetensors").exists():
         return
     rng = np.random.default_rng((seed, 1))
@@ -249,8 +251,8 @@ def build_clips(folder: Path, num_clips: int = 4000, seed: int = 7) -> None:
 
 
 def load_clips(folder: Path, num_clips: int | None = None) -> tuple[dict[str, torch.Tensor], list[list[str]]]:
-    """What [`build_clips`] wrote, in float32: tensors, and prompt, first-frame caption and motion caption of each clip, of all
-    or of the first `num_clips`."""
+    """Loads the output of [`build_clips`], of all clips or the first `num_clips`: tensors in float32, and for each clip the
+    prompt, the first-frame caption and the motion caption."""
     tensors = load_file(folder / "dreamer_clips.safetensors")
     tensors = {name: tensor[:num_clips].float() for name, tensor in tensors.items()}
     return tensors, json.loads((folder / "dreamer_texts.json").read_text())[:num_clips]
@@ -274,7 +276,7 @@ TEXT_DROPOUT = 0.1
 
 
 def image_sigmas() -> torch.Tensor:
-    """Noise levels of the image model: those of Stable Diffusion 2.1, which predicts the velocity as well."""
+    """Returns the noise levels of the image model, those of Stable Diffusion 2.1, which also predicts the velocity."""
     from diffusers import CogVideoXDDIMScheduler
 
     from ..dreamer.schedule import dreamer_schedule
@@ -284,9 +286,10 @@ def image_sigmas() -> torch.Tensor:
 
 
 def train_image(folder: Path, steps: int = 400, batch_size: int = 48, peak: float = 1.5e-3) -> dict[str, int]:
-    """The image UNet and CLIP's text encoder, on frames of the clips. Writes `image_unet` and `image_text_encoder`.
+    """Trains the image UNet and CLIP's text encoder on frames of the clips. Writes `image_unet` and `image_text_encoder`.
 
-    A first frame comes with its caption, any other with what happens in its clip: Stable Diffusion has read texts of both kinds.
+    The text of a first frame is its caption, that of any other the clip's prompt or motion caption. Stable Diffusion, too, was
+    trained on texts about states and about events.
     """
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel
@@ -299,7 +302,7 @@ def train_image(folder: Path, steps: int = 400, batch_size: int = 48, peak: floa
     text_encoder = CLIPTextModel.from_pretrained(folder / "clip_text_encoder").train()
     tensors, texts = load_clips(folder)
     tokenizer = clip_tokenizer()
-    # Prompt, caption, motion caption, nothing.
+    # Kinds of text: prompt, caption, motion caption, empty.
     tokens = [tokenize(tokenizer, [row[kind] for row in texts]) for kind in range(3)]
     tokens = torch.stack([*tokens, tokenize(tokenizer, [""]).expand(len(texts), -1)])
     sigmas, device = image_sigmas(), training_device()

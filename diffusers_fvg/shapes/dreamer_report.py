@@ -1,7 +1,7 @@
-"""Scores Factorized-Dreamer's shapes model and its designs one by one, beside the embedded Factorized Video Generation model.
+"""Scores Factorized-Dreamer's shapes model and variants of its designs, beside the embedded Factorized Video Generation model.
 
-All numbers are synthetic. Records go to disk batch by batch, so that a report that was stopped continues where it was; designs
-that are not trained yet are named as not run, and a later call adds them.
+All numbers are synthetic. Records are written batch by batch, so that a later call continues an interrupted report. Variants
+that are not trained yet are listed as not run, and a later call adds them.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ if TYPE_CHECKING:
 
 HOW = f"""All numbers are synthetic: a world of coloured shapes, scored by its own pixel reader, on held-out prompts.
 Each row is trained for its number of steps, on the same clips in the same order, from the same image model; the claims compare
-rows of as many steps. Guidance is {GUIDANCE_SCALE:g}, and {TEXT_GUIDANCE_SCALE:g} for a UNet that takes no first frame, each chosen on other held-out
+rows with equal steps. Guidance is {GUIDANCE_SCALE:g}, and {TEXT_GUIDANCE_SCALE:g} for a UNet that takes no first frame; both were chosen on other held-out
 prompts.
-score: mean of the seven categories. "written": all stages' own (first frame drawn from the written caption, written caption of
-the motion). "true": the rendered first frame and the true caption of the motion. "prompt": no first frame; a UNet that takes
-none reads the whole prompt instead. motion: mean path of an object, in fractions of the frame.
-detail: PSNR in dB, against the first frame, of objects that stand still, where nothing passes over them; from true first frames.
-flow: mean error in pixels, over a clip, of the flow that OpenCV's DIS sees where something is, against the exact one; scenes
-in which something moves, from true first frames. "rendered" has what DIS makes of the true clips."""
+score: mean of the seven categories. "written": all stages run (the first frame is drawn from the rewriter's caption, the motion
+caption is the rewriter's). "true": the rendered first frame and the true motion caption. "prompt": no first frame; the UNet
+reads the whole prompt. motion: mean length of an object's path, in fractions of the frame.
+detail: PSNR in dB against the first frame, of objects that stand still, where nothing passes over them; from true first frames.
+flow: error in pixels of the flow that OpenCV's DIS estimates, against the exact one, where an object is; mean over pixels, summed
+over the clip. Only scenes in which something moves, from true first frames. "rendered clips" is the error of DIS itself."""
 FVG, RENDERED, MODEL = "FVG", "rendered", "Factorized-Dreamer"
 LABELS = {
     "all": "all designs",
@@ -68,12 +68,12 @@ LABELS = {
 }
 SCORE_BAR, DETAIL_BAR, FLOW_BAR = 0.10, 2.0, 0.10
 MOVES = ("move", "bounce", "scale")
-# DIS looks at patches of 8 pixels: clips of 64 are enlarged.
+# Clips of 64 pixels are enlarged by this factor, because DIS compares patches of 8 pixels.
 ENLARGED = 4
 
 
 def seen_flow(frames: np.ndarray) -> torch.Tensor:
-    """Flow `(2, F - 1, H, W)` that DIS sees in a small clip `(F, H, W, 3)`, in its pixels."""
+    """Estimates the flow `(2, F - 1, H, W)` of a small clip `(F, H, W, 3)` by DIS, in the clip's pixels."""
     height, width = frames.shape[1:3]
     size = (ENLARGED * width, ENLARGED * height)
     large = np.stack([np.asarray(PIL.Image.fromarray(frame).resize(size, PIL.Image.BICUBIC)) for frame in frames])
@@ -81,7 +81,7 @@ def seen_flow(frames: np.ndarray) -> torch.Tensor:
 
 
 def flow_error(frames: np.ndarray, scene: Scene) -> float:
-    """Mean error of the flow in pixels, over the whole clip, where the true clip or this one shows something."""
+    """Returns the flow's mean error in pixels where this or the true clip shows an object, summed over the clip's frames."""
     truth = render(scene.objects, *frames.shape[:3])
     error = (seen_flow(frames) - exact_flow(scene.objects, *frames.shape[:3])).square().sum(0).sqrt()
     something = torch.from_numpy((label_maps(frames) > 0) | (label_maps(truth) > 0))[:-1]
@@ -89,7 +89,7 @@ def flow_error(frames: np.ndarray, scene: Scene) -> float:
 
 
 def still_region(scene: Scene, num_frames: int, height: int, width: int) -> np.ndarray:
-    """Where objects stand that do not change, without what passes over them: `(H, W)`, bool."""
+    """Returns a mask `(H, W)` of the objects that do not change, without pixels over which something passes."""
     clip = render(scene.objects, num_frames, height, width)
     rows, columns = (np.mgrid[:height, :width] + 0.5) / np.array([height, width]).reshape(2, 1, 1)
     region = np.zeros((height, width), dtype=bool)
@@ -101,13 +101,13 @@ def still_region(scene: Scene, num_frames: int, height: int, width: int) -> np.n
 
 
 def detail(frames: np.ndarray, first: np.ndarray, region: np.ndarray) -> float:
-    """PSNR in dB of the frames against the first frame that was given, within a region."""
+    """Returns the PSNR in dB of the frames against the given first frame, within a region."""
     error = (frames[:, region].astype(np.float64) - first[region]) ** 2
     return float(10 * np.log10(255**2 / max(error.mean(), 1e-3)))
 
 
 def measure(frames: np.ndarray, scene: Scene, first: np.ndarray | None, is_true: bool) -> dict:
-    """What is read from one video; `first` is the frame that it was given, if any, and `is_true` says that it is the scene's."""
+    """Measures one video. `first` is its given first frame, if any, and `is_true` says whether that is the rendered one."""
     found = {"score": score_video(frames, scene.category, scene.meta), "motion": motion_amount(frames)}
     if is_true:
         region = still_region(scene, *frames.shape[:3])
@@ -119,7 +119,7 @@ def measure(frames: np.ndarray, scene: Scene, first: np.ndarray | None, is_true:
 
 
 class Inputs:
-    """What stages 1 and 2 of the embedded pipeline make of the scenes, once for every design."""
+    """Outputs of stages 1 and 2 of the embedded pipeline for the scenes, computed once and used for all rows."""
 
     def __init__(self, embedded, scenes: Sequence[Scene]):
         self.scenes, self.first_frames = scenes, FirstFrames(embedded, scenes)
@@ -142,19 +142,19 @@ class Inputs:
 
 
 def digest(*folders: Path) -> str:
-    """Of the weights in folders: records of those of a design that was trained again are made again."""
+    """Returns a digest of the weights in folders, so that a variant that was trained again gets new records."""
     files = [folder / "diffusion_pytorch_model.safetensors" for folder in folders]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def trained_steps(parts: Path, name: str) -> list[int]:
-    """For how many steps each the design `name` was trained in `parts`, the longest first."""
+    """Returns the numbers of steps for which the variant `name` was trained in `parts`, the largest first."""
     found = (re.fullmatch(rf"design_{re.escape(name)}_(\d+)", path.name) for path in parts.iterdir() if path.is_dir())
     return sorted((int(match[1]) for match in found if match), reverse=True)
 
 
 def run_row(pipe, cell: Cell, inputs: Inputs, seeds: int, journal: Journal, batch_size: int, fvg: bool) -> list[dict]:
-    """The records of one row and input; makes those that the journal lacks."""
+    """Returns the records of one row and input; makes those that the journal lacks."""
     scenes, source = inputs.scenes, cell.arm
     pairs = [(index, seed) for seed in range(seeds) for index in range(len(scenes))]
     wanted = [pair for pair in pairs if journal.find(cell, *pair) is None]
@@ -165,7 +165,7 @@ def run_row(pipe, cell: Cell, inputs: Inputs, seeds: int, journal: Journal, batc
         else:
             size = [pipe.call_defaults[name] for name in ("num_frames", "height", "width")]
             pictures = None if source == "prompt" else [inputs.picture(source, *pair, size) for pair in batch]
-            # The other system's video model reads prompts.
+            # The video model of Factorized Video Generation reads prompts, not motion captions.
             texts = [inputs.text("prompt" if fvg else source, k) for k, _ in batch]
             anchors = [[Anchor(picture)] for picture in pictures] if pictures else None
             generators = [noise(*pair) for pair in batch]
@@ -184,10 +184,10 @@ def run_row(pipe, cell: Cell, inputs: Inputs, seeds: int, journal: Journal, batc
 
 
 def drift(pipe, scenes: Sequence[Scene], lengths: Sequence[int] = (32, 48), batch_size: int = 16) -> list[dict]:
-    """Longer clips than the UNet takes, from true first frames: what is left of the first frame in each window.
+    """Measures how much of the true first frame is left in each window of clips that are longer than the UNet takes at once.
 
-    Of scenes whose objects keep colour, shape and presence: `kept`, the share of videos that show exactly those objects at the
-    window's end, and `detail` of what stands still in the window.
+    Only scenes whose objects keep colour, shape and presence are used. `kept` is the share of videos that show exactly these
+    objects at the window's end, and `detail` that of objects that stand still.
     """
     scenes = [scene for scene in scenes if attributes_stay(scene)]
     window, size = pipe.unet.config.num_frames, [pipe.call_defaults[name] for name in ("height", "width")]
@@ -207,7 +207,7 @@ def drift(pipe, scenes: Sequence[Scene], lengths: Sequence[int] = (32, 48), batc
             )
             for scene, truth, video in zip(chosen, truths, videos):
                 frames = np.round(video * 255).astype(np.uint8)
-                # Of what stands still, not of what something may pass over in a later window.
+                # Only in scenes without any motion, because something could pass over a still object in a later window.
                 still = still_region(scene, 8, *size) if not any(item.changes for item in scene.objects) else None
                 for number, (begin, end) in enumerate(zip([0, *ends], ends)):
                     kept[number].append(_same_objects(frames[end], scene))
@@ -230,7 +230,7 @@ def _same_objects(frame: np.ndarray, scene: Scene) -> bool:
 
 
 def row_of(label: str, records: dict[str, list[dict]], **facts) -> dict:
-    """Means of a row: a score for each input, and detail and flow where there is a true first frame."""
+    """Returns the means of a row: a score for each input, and detail and flow from true first frames."""
     row = {"row": label} | facts
     for source, chosen in records.items():
         row[f"score_{source}"] = round(average(chosen), 4)
@@ -249,10 +249,10 @@ def row_of(label: str, records: dict[str, list[dict]], **facts) -> dict:
 
 
 def claims(rows: dict[tuple[str, int], dict]) -> list[dict]:
-    """The figures that the report was made for, each with its bar; of designs that are trained for as long as all together.
+    """Returns the claims of the report, each with its target (`bar`); they compare rows with equal training steps.
 
     Args:
-        rows (`dict`): (design, steps it was trained for) -> row.
+        rows (`dict`): rows by (variant, training steps).
     """
     found = []
     for steps in sorted({steps for name, steps in rows if name == "all"}, reverse=True):
@@ -285,7 +285,7 @@ COLUMNS = {
 
 
 def report_text(report: dict) -> str:
-    """The report as text: claims, one line for each row, drift."""
+    """Formats the report as text: claims, one line for each row, drift."""
     lines = [HOW, ""]
     for claim in report["claims"]:
         verdict = "met" if claim["met"] else "MISSED"
@@ -297,7 +297,7 @@ def report_text(report: dict) -> str:
         lines.append(f"{row['row']:30s}{str(row.get('trained_steps') or '-'):>6s}{cells}")
     if report["not_run"]:
         lines += ["", f"not run: {', '.join(report['not_run'])}"]
-    lines += ["", f"written captions of the motion: {report['motion_caption_score']:.3f} (F1 over clauses)"]
+    lines += ["", f"the rewriter's motion captions: {report['motion_caption_score']:.3f} (F1 over clauses)"]
     for row in report["drift"]:
         lines += [
             "",
@@ -318,15 +318,15 @@ def write_dreamer_report(
     steps: int = STEPS,
     fvg_steps: int = 15,
 ) -> str:
-    """Scores what is trained; writes `folder/dreamer.json` and `folder/dreamer.txt` and returns the text.
+    """Scores the trained variants; writes `folder/dreamer.json` and `folder/dreamer.txt` and returns the text.
 
     Args:
-        embedded (`FactorizedVideoPipeline`): whose stages 1 and 2 are used, and which is scored beside.
-        parts (`Path`): the folder of [`dreamer.train_dreamer`].
-        folder (`Path`): for the files.
+        embedded (`FactorizedVideoPipeline`): embedded pipeline, whose stages 1 and 2 are used and which is scored beside.
+        parts (`Path`): folder of [`dreamer.train_dreamer`].
+        folder (`Path`): folder for the files, and for the records, from which a later call continues.
         per_category (`int`): held-out prompts of each of the seven categories.
         seeds (`int`): videos of each prompt and input.
-        steps, fvg_steps (`int`): of sampling, of the two systems.
+        steps, fvg_steps (`int`): sampling steps of Factorized-Dreamer and of Factorized Video Generation.
     """
     scenes, _ = split_scenes(per_category, 4)
     journal = Journal(folder / "dreamer.jsonl", journal_header(embedded, reported=scenes))

@@ -1,4 +1,4 @@
-"""The optical flow of a rendered clip, from where its objects are; its shape and units are those of `dreamer/flow.py`."""
+"""Exact optical flow of rendered clips, with the shape and units of `dreamer/flow.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .world import BACKGROUND, PALETTE, ShapeObject, render
 
 
 def _track(item: ShapeObject, num_frames: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Centre and radius of an object in every frame, in the world's units."""
+    """Returns centre and radius of an object in every frame, in the units of `world.py`."""
     time = np.linspace(0.0, 1.0, num_frames)
     x, y, radius = (np.full(num_frames, value) for value in (item.x, item.y, item.radius))
     for change in item.changes:
@@ -27,14 +27,14 @@ def _track(item: ShapeObject, num_frames: int) -> tuple[np.ndarray, np.ndarray, 
 
 
 def exact_flow(objects: tuple[ShapeObject, ...], num_frames: int, height: int, width: int) -> torch.Tensor:
-    """Flow of a clip of [`~world.render`] with these arguments, from where its objects are.
+    """Returns the flow `(2, F - 1, H, W)` of the clip that [`~world.render`] draws from the same arguments.
 
-    Objects carry their pixels along as they move and grow; nothing else moves. Two frames at least.
+    Pixels of an object move with it as it moves and grows; all others have no flow. `num_frames` must be at least 2.
     """
     flow = np.zeros((2, num_frames - 1, height, width), dtype=np.float32)
     rows, columns = np.mgrid[:height, :width] + 0.5
     for item in objects:
-        # On its own, in one colour, which on its way to another may pass that of the background.
+        # Drawn alone and without change of colour, since a changing colour may pass through that of the background.
         changes = tuple(change for change in item.changes if change.kind != "recolour")
         alone = render((replace(item, changes=changes),), num_frames, height, width)[:-1].astype(np.float64)
         colour = np.array(PALETTE[item.colour]) - BACKGROUND

@@ -1,4 +1,4 @@
-"""Held-out prompts: which are reported, which serve to tune, and what such a prompt settles of its first frame."""
+"""Held-out prompts: their split into reporting and tuning, and scores of captions against what a prompt determines."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .scorer import parse_caption, score_caption
 from .world import Scene
 
 
-# Categories whose prompts do not settle where things are. A mover's side is settled by its direction.
+# Categories whose prompts do not determine places. In `motion_binding` the direction determines an object's side.
 OPEN_PLACES = ("consistent_attr", "dynamic_attr", "action_binding", "motion_binding")
 START_SIDE = {"left": "right", "right": "left", "up": "bottom", "down": "top"}
 END_SIDE = {"left": "left", "right": "right", "up": "top", "down": "bottom"}
-# What takes an object's colour, shape or presence away.
+# Kinds of change after which an object's colour, shape or presence is different.
 ATTRIBUTE_CHANGES = ("recolour", "reshape", "vanish")
 
 
 def held_out_scenes(
     per_category: int, seed: int = 0, categories: Sequence[str] = (*CATEGORIES, "placement")
 ) -> list[Scene]:
-    """Scenes whose prompts no part of the model saw in training, distinct within a category where there are enough."""
+    """Returns scenes whose prompts no part of the model saw in training: up to `per_category` distinct ones per category."""
     rng = np.random.default_rng((2024, seed))
     scenes = []
     for category in categories:
@@ -38,9 +38,9 @@ def held_out_scenes(
 
 
 def split_scenes(per_category: int, tuning_per_category: int) -> tuple[list[Scene], list[Scene]]:
-    """Held-out scenes of the seven categories to report on, and others to tune on: no prompt is in both.
+    """Returns held-out scenes of the seven categories for reporting, and others for tuning, without a common prompt.
 
-    A category with too few held-out prompts gives a third of them to tuning and reports on the rest.
+    In a category with too few held-out prompts, a third of them is for tuning and the rest for reporting.
     """
     reported, tuning = [], []
     for category in CATEGORIES:
@@ -53,11 +53,11 @@ def split_scenes(per_category: int, tuning_per_category: int) -> tuple[list[Scen
 
 
 def settled_caption(scene: Scene, time: float = 0.0) -> str:
-    """What the prompt alone settles of a moment: the true caption without the places that the prompt leaves open.
+    """Returns the true caption of a moment without the places that the prompt leaves open.
 
     Args:
-        scene (`Scene`).
-        time (`float`, *optional*): of the moment, one of the scene's true storyboard; the first frame when left out.
+        scene (`Scene`): the scene.
+        time (`float`, *optional*): time of the moment, one in the scene's true storyboard; left out, the first frame.
     """
     caption = brief_caption(scene) if time == 0 else moment_caption(scene, time)
     if scene.category not in OPEN_PLACES:
@@ -71,7 +71,7 @@ def settled_caption(scene: Scene, time: float = 0.0) -> str:
 
 
 def score_written_caption(caption: str, scene: Scene) -> float:
-    """`score_caption` against what the prompt settles: no place that it leaves open counts against a caption."""
+    """Returns `score_caption` against [`settled_caption`], so that places which the prompt leaves open do not count."""
     return score_caption(caption, settled_caption(scene))
 
 
@@ -81,8 +81,8 @@ def _row_and_column(place: str | None) -> tuple[str, str]:
 
 
 def _in_one_scene(first: str, later: str, scene: Scene) -> bool:
-    """Whether what the prompt leaves open is the same in two captions: the place of the one object of `dynamic_attr`, the
-    lanes of those of `motion_binding`. In `interaction` every place is settled."""
+    """Returns whether two captions agree in what the prompt leaves open: the object's place in `dynamic_attr`, the objects'
+    lanes in `motion_binding`. In `interaction` the prompt determines every place."""
     places = [[_row_and_column(place) for *_, place in parse_caption(caption)] for caption in (first, later)]
     if scene.category == "dynamic_attr":
         return places[0] == places[1]
@@ -94,10 +94,9 @@ def _in_one_scene(first: str, later: str, scene: Scene) -> bool:
 
 
 def score_written_storyboard(moments: Sequence[Moment], scene: Scene, num_moments: int = 2) -> float:
-    """Mean of `score_caption` over the moments of the true storyboard, against what the prompt settles of each.
+    """Returns the mean of `score_caption` over the moments of the true storyboard, against [`settled_caption`] of each.
 
-    A moment that is missing, or that shows another scene than the first one, scores 0, and so does the whole when there is one
-    too many.
+    A moment that is missing or shows another scene than the first one scores 0. A storyboard with a moment too many scores 0.
     """
     written = {moment.time: moment.caption for moment in moments}
     times = [moment.time for moment in storyboard(scene, num_moments)]
@@ -113,11 +112,11 @@ def score_written_storyboard(moments: Sequence[Moment], scene: Scene, num_moment
 
 
 def score_written_motion(caption: str, scene: Scene) -> float:
-    """F1 of a motion caption over its clauses: what moves or changes, and how."""
+    """Returns the F1 score of a motion caption over its clauses; each says what moves or changes, and how."""
     said, true = ({*text.lower().strip(" .").split(" while ")} for text in (caption, motion_caption(scene)))
     return 2 * len(said & true) / (len(said) + len(true))
 
 
 def attributes_stay(scene: Scene) -> bool:
-    """Whether every object keeps its colour, its shape and its presence through the clip."""
+    """Returns whether every object keeps its colour, its shape and its presence through the clip."""
     return not any(change.kind in ATTRIBUTE_CHANGES for item in scene.objects for change in item.changes)

@@ -1,6 +1,6 @@
-"""The judge of the shapes world's anchors: reads a picture and a caption, and says how likely the picture shows just that.
+"""The judge of the shapes world's anchors: returns the probability that an image shows exactly what a caption says.
 
-Legend: B pairs, L words, D width, P patches of the picture.
+Shapes: B pairs, L words, H/W pixels.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from ..devices import get_module_execution_device
 
 
 class ShapesJudge(ModelMixin, ConfigMixin):
-    """Two readers, one of pictures and one of captions, that write down what they find in the same terms, as sums over the
-    patches and over the words; and a third that says from the two sums whether the one shows just what the other says.
+    """Two encoders, one of images and one of captions, and a classifier that compares their features.
 
-    Sums, not means: three circles are three times one. The words come from the text encoder of the shapes world's other
-    models, which is held fixed in training and knows the words of `tokenizer.py` alone.
+    The features are sums over patches and over words, not means, so that three circles count three times one circle. The word
+    embeddings come from the text encoder of the other shapes models, which stays frozen and knows only the words of
+    `tokenizer.py`.
 
     Args:
-        text_config (`dict`): of the UMT5 encoder.
-        sample_size (`int`): pixels of the side of a picture; others are resized.
-        width, num_attention_heads, ffn_dim (`int`): of the readers.
-        sum_width (`int`): of what they write down.
-        max_words (`int`): words of a caption that are read, its end among them.
-        threshold (`float`): in [0, 1], the score of a picture that is good enough.
+        text_config (`dict`): config of the UMT5 encoder.
+        sample_size (`int`): side of an image in pixels; others are resized.
+        width, num_attention_heads, ffn_dim (`int`): sizes of the two encoders.
+        sum_width (`int`): width of their features.
+        max_words (`int`): most words of a caption that are read, including the end token.
+        threshold (`float`): score in [0, 1] at which an image is good enough.
     """
 
     @register_to_config
@@ -86,20 +86,20 @@ class ShapesJudge(ModelMixin, ConfigMixin):
         return text_tokenizer()
 
     def tokenize(self, captions: Sequence[str]) -> torch.Tensor:
-        """Ids of words `(B, L)`, padded with 0, without the opening that all captions share."""
+        """Returns token ids `(B, L)`, padded with 0, without the opening words that all captions share."""
         texts = [caption.rpartition(":")[2].strip() for caption in captions]
         options = {"padding": True, "truncation": True, "max_length": self.config.max_words}
         return self.tokenizer(texts, return_tensors="pt", **options).input_ids
 
     def read_pictures(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What pictures `(B, 3, H, W)` in [-1, 1] show: `(B, sum_width)`."""
+        """Returns the features `(B, sum_width)` of images `(B, 3, H, W)` in [-1, 1]."""
         hidden_states = self.stem(pixel_values).flatten(2).mT + self.places
         for block in self.patch_blocks:
             hidden_states = block(hidden_states)
         return self.patch_terms(hidden_states).sum(1)
 
     def read_captions(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """What captions say, of words `(B, L)`: `(B, sum_width)`."""
+        """Returns the features `(B, sum_width)` of captions as token ids `(B, L)`."""
         mask = input_ids != 0
         hidden_states = self.words(self.text_encoder(input_ids, mask.long()).last_hidden_state)
         bias = torch.zeros_like(mask, dtype=hidden_states.dtype).masked_fill(~mask, float("-inf")).unsqueeze(1)
@@ -108,16 +108,16 @@ class ShapesJudge(ModelMixin, ConfigMixin):
         return (self.word_terms(hidden_states) * mask.unsqueeze(-1)).sum(1)
 
     def compare(self, shown: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
-        """Logits `(B,)` of what is shown and what is said."""
+        """Returns the logits `(B,)` that images and captions with these features match."""
         difference = shown - said
         return self.verdict(torch.cat([difference, difference.abs()], dim=-1)).squeeze(-1)
 
     def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        """Logits `(B,)`: does each picture show what the caption beside it says, and nothing else?
+        """Returns the logits `(B,)` that each image shows exactly what its caption says.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): in [-1, 1].
-            input_ids (`torch.Tensor` of shape `(B, L)`): of [`tokenize`].
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): images in [-1, 1].
+            input_ids (`torch.Tensor` of shape `(B, L)`): output of [`tokenize`].
         """
         return self.compare(self.read_pictures(pixel_values), self.read_captions(input_ids))
 
@@ -129,12 +129,12 @@ class ShapesJudge(ModelMixin, ConfigMixin):
     def judge(
         self, images: list[PIL.Image.Image], captions: list[str], plans: list[Any] | None = None
     ) -> list[Judgement]:
-        """Judges each picture by the caption beside it: the score is the probability that they belong together.
+        """Judges each image by its caption: the score is the probability that they match.
 
         Args:
-            images (`list[PIL.Image.Image]`): RGB pictures of one size.
-            captions (`list[str]`): as many.
-            plans (*optional*): not read: a caption of this world says all that a plan does.
+            images (`list[PIL.Image.Image]`): RGB images of one size.
+            captions (`list[str]`): one caption per image.
+            plans (*optional*): ignored, because captions of this world hold all that a plan would.
         """
         pixels = torch.from_numpy(np.stack([np.asarray(image.convert("RGB")) for image in images]))
         pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -1,6 +1,7 @@
-"""Measures the judge and what it is for: pairs, counts, relations, what it costs, and frozen clips. All numbers are synthetic.
+"""Measures the judge: pairs of images, counts, relations and its cost, and the detection of frozen clips. All numbers are
+synthetic.
 
-The scorer reads the pictures here, and here alone: nothing that it says reaches the judge.
+The scorer reads images only for this report; the judge is not trained with its results.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .train_judge import held_out_pairs
 from .world import Scene, render
 
 
-# Seeds of scenes that no other report and no choice of a threshold has used.
+# Seeds of scenes that are used neither by other reports nor for choosing a threshold.
 COUNT_SEED, RELATION_SEED, PAIR_SEED, FROZEN_SEED = 501, 502, 503, 504
 COUNTS = (1, 2, 3, 4, 5)
 MOVING = ("consistent_attr", "dynamic_attr", "motion_binding", "action_binding", "interaction")
@@ -42,7 +43,7 @@ clips. Their threshold was chosen on other clips."""
 
 
 def count_scenes(per_count: int) -> list[Scene]:
-    """Held-out prompts of every count of the first kind, distinct."""
+    """Returns distinct held-out scenes, `per_count` for each count of the first kind of objects."""
     rng, found = np.random.default_rng(COUNT_SEED), {count: {} for count in COUNTS}
     for _ in range(4000 * per_count):
         scene = make_scene("generative_numeracy", rng, held_out=True)
@@ -55,20 +56,20 @@ def count_scenes(per_count: int) -> list[Scene]:
 
 
 def shows_exactly(picture: np.ndarray, scene: Scene) -> bool:
-    """Whether a picture shows the objects of a scene and no others, by colour and shape."""
+    """Returns whether an image shows exactly the objects of a scene, by colour and shape."""
     seen = Counter((blob.colour, blob.shape) for blob in find_objects(picture))
     return seen == Counter((item.colour, item.shape) for item in scene.objects)
 
 
 def drawn(pipe, scenes: Sequence[Scene], num_candidates: int, seed: int) -> list[np.ndarray]:
-    """The anchor of each scene's prompt, by stages 1 and 2."""
+    """Makes the anchor of each scene's prompt with stages 1 and 2."""
     captions = pipe.rewrite([scene.prompt for scene in scenes])
     generators = [noise(index, seed) for index in range(len(scenes))]
     return [np.asarray(image) for image in pipe.compose(captions, generator=generators, num_candidates=num_candidates)]
 
 
 def measure_counts(pipe, scenes: Sequence[Scene], num_candidates: int, seeds: int) -> dict[str, float]:
-    """Share of right pictures for each count, and of all."""
+    """Returns the share of right images for each count, and of all."""
     right: dict[str, list[bool]] = {}
     for seed in range(seeds):
         for scene, picture in zip(scenes, drawn(pipe, scenes, num_candidates, seed)):
@@ -78,7 +79,7 @@ def measure_counts(pipe, scenes: Sequence[Scene], num_candidates: int, seeds: in
 
 
 def measure_relations(pipe, scenes: Sequence[Scene], num_candidates: int, seeds: int) -> dict[str, float]:
-    """Share of the pictures that the scorer gives full marks, for each relation and for both."""
+    """Returns the share of images with the full score of 1, for each relation and for both."""
     right: dict[str, list[bool]] = {}
     for seed in range(seeds):
         for scene, picture in zip(scenes, drawn(pipe, scenes, num_candidates, seed)):
@@ -89,7 +90,7 @@ def measure_relations(pipe, scenes: Sequence[Scene], num_candidates: int, seeds:
 
 
 def measure_seconds(pipe, scenes: Sequence[Scene], num_candidates: int, batch_size: int) -> dict[str, float]:
-    """Seconds of a whole call and of its stages, for one video, and the pictures drawn for it."""
+    """Returns the seconds per video of a whole call and of its stages, and the number of images drawn per video."""
     began, timings, pictures = time.perf_counter(), Counter(), 0
     for start in range(0, len(scenes), batch_size):
         batch = scenes[start : start + batch_size]
@@ -108,7 +109,7 @@ def measure_seconds(pipe, scenes: Sequence[Scene], num_candidates: int, batch_si
 
 
 def freeze(pipe, clip: np.ndarray, kind: int, rng: np.random.Generator) -> np.ndarray:
-    """A clip in which nothing moves: its first frame, held."""
+    """Makes a frozen clip: repeats the first frame unchanged, with noise, with a drift of brightness or through the VAE."""
     still = np.repeat(clip[:1], len(clip), axis=0)
     if kind == 3:
         return round_trip(pipe, still)
@@ -117,8 +118,10 @@ def freeze(pipe, clip: np.ndarray, kind: int, rng: np.random.Generator) -> np.nd
 
 
 def measure_motion(pipe, per_kind: int = 50) -> dict[str, list[float]]:
-    """`motion_amounts` of frozen and of moving clips, `per_kind` of each, half of them generated, and of clips whose prompts ask
-    for nothing that moves."""
+    """Returns `motion_amounts` of moving and of frozen clips, half of them generated, and of clips for prompts without motion.
+
+    There are up to `per_kind` clips of each kind.
+    """
     rng = np.random.default_rng(FROZEN_SEED)
     count = -(-per_kind // (2 * len(MOVING)))
     clips = {}
@@ -142,7 +145,7 @@ def measure_motion(pipe, per_kind: int = 50) -> dict[str, list[float]]:
 
 
 def judge_claims(report: dict, num_candidates: int) -> list[dict]:
-    """What was to hold, with its bars."""
+    """Returns the claims of the report, each with its target (`bar`) and whether the value meets it."""
     one, several = ("1", str(num_candidates))
     motion = report["motion"]
     alarms = sum(amount < MIN_MOTION for amount in motion["moving"])
@@ -191,14 +194,14 @@ def judge_claims(report: dict, num_candidates: int) -> list[dict]:
 def write_judge_report(
     pipe, folder: Path, per_count: int = 20, per_category: int = 9, seeds: int = 3, batch_size: int = 16
 ) -> str:
-    """Measures all of it; writes `folder/judge.json` and `folder/judge.txt` and returns the text.
+    """Makes all measurements; writes `folder/judge.json` and `folder/judge.txt` and returns the text.
 
     Args:
-        pipe (`FactorizedVideoPipeline`): with all stages and the shapes world's judge.
-        folder (`Path`): for the files.
+        pipe (`FactorizedVideoPipeline`): model with all stages and the shapes world's judge.
+        folder (`Path`): folder for the files.
         per_count (`int`): prompts of each count.
-        per_category (`int`): of the study's prompts, for the seconds.
-        seeds (`int`): pictures of each prompt, for counts and relations.
+        per_category (`int`): prompts of each category of the study, for the seconds.
+        seeds (`int`): images of each prompt, for counts and relations.
 
     Raises:
         `ValueError`: the pipeline has no judge.

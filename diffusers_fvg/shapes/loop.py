@@ -1,4 +1,4 @@
-"""The training loop that all parts of the shapes model share: resumable, with a moving average, on any device."""
+"""The training loop of all parts of the shapes model: resumable, with a moving average of the weights, on any device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 def training_device() -> torch.device:
-    """An accelerator if there is one, else the CPU."""
+    """Returns the accelerator of this machine, or the CPU if it has none."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator or torch.device("cpu")
 
@@ -32,17 +32,18 @@ def train(
     log_every: int = 50,
     save_every: int = 100,
 ) -> None:
-    """Trains what requires a gradient and leaves the averaged weights in `modules`.
+    """Trains the parameters that require a gradient, and leaves their moving average in `modules`.
 
     Args:
-        folder (`Path`): for `<name>.ckpt`, from which it continues, and `<name>_log.jsonl`.
-        name (`str`): of the part.
-        steps (`int`): in all. A step's random state depends on its number alone.
-        modules (`dict`): moved to the training device and, at the end, back to the CPU.
-        make_optimizers (`Callable`): called once the modules are in place.
-        loss_of (`Callable`): step -> kind of batch, under which the loss is logged, and loss.
-        peak (`float`): learning rate after `warmup` steps; a cosine takes it to a fiftieth at the end.
-        decay (`float`): of the moving average, which starts from `(1 + step) / (10 + step)`.
+        folder (`Path`): folder for `<name>.ckpt`, from which a later call resumes, and `<name>_log.jsonl`.
+        name (`str`): name of the part.
+        steps (`int`): number of steps in all. A step's random state depends on its number only.
+        modules (`dict`): modules by name; moved to the training device and, at the end, back to the CPU.
+        make_optimizers (`Callable`): called after the modules are moved; returns the optimizers.
+        loss_of (`Callable`): takes a step's number; returns the kind of batch, under which the loss is logged, and the loss.
+        peak (`float`): learning rate after `warmup` steps; a cosine lowers it to 1/50 at the end.
+        decay (`float`): decay of the moving average, which starts from `(1 + step) / (10 + step)`.
+        warmup, log_every, save_every (`int`): steps of linear warm-up, between log lines and between checkpoints.
     """
     for module in modules.values():
         module.to(training_device())
@@ -59,7 +60,7 @@ def train(
         for solver, solver_state in zip(solvers, state["optimizers"]):
             solver.load_state_dict(solver_state)
     if log.exists():
-        # Steps after the checkpoint are taken again.
+        # Steps after the checkpoint are repeated, so their lines are removed.
         lines = log.read_text().splitlines(keepends=True)
         log.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
     recent: dict[str, list[torch.Tensor]] = {}
@@ -99,7 +100,7 @@ def train(
 
 
 def trained(folder: Path, name: str, points: int = 20) -> dict[str, Any]:
-    """Of a part's log: its steps, the seconds they took, and `points` of the loss curve, `[[step, loss], ...]` per kind."""
+    """Summarizes a part's log: steps, seconds, and about `points` points `[step, loss]` of the loss curve of each kind."""
     records = [json.loads(line) for line in (folder / f"{name}_log.jsonl").read_text().splitlines()]
     gaps = np.diff([0, *(record["step"] for record in records)])
     seconds = sum(gap * record["seconds_per_step"] for gap, record in zip(gaps, records))

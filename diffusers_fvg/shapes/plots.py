@@ -1,4 +1,4 @@
-"""The study's figures, as PNG files. Needs matplotlib (`pip install diffusers-fvg[report]`)."""
+"""Draws the study's figures as PNG files. Needs matplotlib (`pip install diffusers-fvg[report]`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from .prompts import CATEGORIES
 
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart. One colour for an arm in all figures.
+# Okabe and Ito's palette, which colour-blind readers can tell apart. An arm has the same colour in all figures.
 COLOURS = {
     "direct": "#D55E00",
     "direct_rewritten": "#E69F00",
@@ -25,7 +25,7 @@ COLOURS = {
 }
 SWEPT = ("direct", "direct_rewritten", "factorized", "true_anchor")
 
-# Colour and line of each series of the figure of few clips.
+# Colour and line style of each series in the figure about few clips.
 CLIPS_SERIES = {
     "direct, 50 steps": (COLOURS["direct"], "-"),
     "direct, 15 steps": (COLOURS["direct"], ":"),
@@ -73,7 +73,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def plot_steps(rows: Sequence[dict], path: Path) -> None:
-    """Score and spread over seeds against the number of steps."""
+    """Plots score and spread over seeds against the number of steps."""
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     score, spread = figure.subplots(1, 2)
     _lines(score, rows, "score", "standard_error")
@@ -89,7 +89,7 @@ def plot_steps(rows: Sequence[dict], path: Path) -> None:
 
 
 def plot_motion(rows: Sequence[dict], path: Path) -> None:
-    """Motion amount against the number of steps."""
+    """Plots the motion amount against the number of steps."""
     figure = Figure(figsize=(6, 4.2), layout="constrained")
     axes = figure.subplots()
     _lines(axes, rows, "motion")
@@ -100,7 +100,7 @@ def plot_motion(rows: Sequence[dict], path: Path) -> None:
 
 
 def plot_categories(rows: Sequence[dict], steps: int, path: Path) -> None:
-    """Score per category, one bar for each arm, all at one number of steps."""
+    """Plots the score per category at one number of steps, with one bar per arm."""
     chosen = [row for row in rows if row["steps"] == steps]
     figure = Figure(figsize=(12, 4.6), layout="constrained")
     axes = figure.subplots()
@@ -123,11 +123,12 @@ def plot_categories(rows: Sequence[dict], steps: int, path: Path) -> None:
 
 
 def plot_clips(rows: Sequence[dict], path: Path) -> None:
-    """Score against the number of distinct clips.
+    """Plots the score against the number of distinct clips.
 
     Args:
-        rows (`Sequence[dict]`): each with `series`, a key of `CLIPS_SERIES`, `clips`, `score` and `spread`. Those with `embedded`
-            stand apart, as points without a line.
+        rows (`Sequence[dict]`): rows with `series` (a key of `CLIPS_SERIES`), `clips`, `score` and `spread`. Rows with `embedded`
+            are drawn as separate points without a line.
+        path (`Path`): PNG file to write.
     """
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()

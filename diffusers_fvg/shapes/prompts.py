@@ -17,7 +17,7 @@ from ..rewrite.storyboard import Moment
 from .world import COLOURS, SHAPES, Change, Scene, ShapeObject
 
 
-# A caption opens with these words, as the captions of real first-frame rewriters open with the kind of picture.
+# First words of every caption. Captions of real first-frame rewriters, too, begin with the kind of picture.
 CAPTION_START = "A still picture on a plain grey background:"
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 # Actions of the action-binding category, as written in a prompt.
@@ -31,12 +31,12 @@ DIRECTIONS = {
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 RELATIONS = ("on the left of", "on the right of", "above", "below", "in front of", "behind")
 EFFECTS = ("knocking it away to the right", "making it disappear", "turning it")
-# Categories whose prompts settle what is to be seen later. Not in `consistent_attr`: how far an object drifts is open.
+# Categories whose prompts determine what is seen later. `consistent_attr` leaves open how far an object drifts.
 SETTLED_LATER = ("dynamic_attr", "motion_binding", "action_binding", "interaction")
 _ROWS = ("top", "middle", "bottom")
 _COLUMNS = ("left", "centre", "right")
 _PLACES = tuple("centre" if (r, c) == ("middle", "centre") else f"{r} {c}" for r in _ROWS for c in _COLUMNS)
-# As on dice: which of the nine places none to nine objects take.
+# Which of the nine places zero to nine objects take, as the spots on dice.
 _SPOTS = tuple(
     tuple(map(int, spots))
     for spots in ("", "4", "08", "048", "0268", "02468", "023568", "0234568", "01235678", "012345678")
@@ -47,7 +47,7 @@ _OVERLAP_SIDE = re.compile(r"((?:in front of|behind) )the [a-z ]+ of (?=a )")
 
 
 def place_name(x: float, y: float) -> str:
-    """Names the third of the frame that holds a point: `"top left"`, `"middle right"`, `"centre"`, ..."""
+    """Returns the name of the place that holds a point, on a grid of 3 x 3: `"top left"`, `"middle right"`, `"centre"`, ..."""
     return _PLACES[_place(x, y)]
 
 
@@ -56,19 +56,19 @@ def _place(x: float, y: float) -> int:
 
 
 def side_name(dx: float, dy: float) -> str:
-    """Names the direction of a vector, one of eight: `"left"`, `"top left"`, `"top"`, ..."""
+    """Returns the name of a vector's direction, one of eight: `"left"`, `"top left"`, `"top"`, ..."""
     sector = round(float(np.arctan2(dy, dx)) / (np.pi / 4)) % 8
     return ("right", "bottom right", "bottom", "bottom left", "left", "top left", "top", "top right")[sector]
 
 
 def place_centre(name: str) -> tuple[float, float]:
-    """Centre of the third that `place_name` names, as fractions of width and height."""
+    """Returns the centre of a place of `place_name`, as fractions of width and height."""
     row, column = ("middle", "centre") if name == "centre" else name.split()
     return (_COLUMNS.index(column) + 0.5) / 3, (_ROWS.index(row) + 0.5) / 3
 
 
 def first_frame_caption(objects: tuple[ShapeObject, ...]) -> str:
-    """The true caption of the first frame: every object with its colour, shape and place, and no word of what follows."""
+    """Returns the true caption of the first frame: colour, shape and place of every object, and nothing about later frames."""
     return _caption([(item.colour, item.shape, place_name(item.x, item.y)) for item in objects])
 
 
@@ -78,21 +78,21 @@ def _caption(named: list[tuple[str, str, str]]) -> str:
 
 
 def overlap_caption(first: str, relation: str, side: str, second: str) -> str:
-    """The caption of two objects that overlap, such as `"a red circle in front of the top left of a blue square at the centre"`."""
+    """Returns the caption of two overlapping objects: `"a red circle in front of the top left of a blue square at the centre"`."""
     return f"{CAPTION_START} a {first} {relation} the {side} of a {second} at the centre"
 
 
 def brief_caption(scene: Scene) -> str:
-    """The caption of a scene without what its prompt leaves open: objects that it only counts have no places, and the side on
-    which one of two covers the other is not said."""
+    """Returns the caption of a scene without what its prompt leaves open: the places of objects that it only counts, and the
+    side on which one object covers another."""
     if scene.category == "generative_numeracy":
         return f"{CAPTION_START} {re.sub(r' rests? on .*', '', scene.prompt.lower())}"
     return _OVERLAP_SIDE.sub(r"\1", scene.caption)
 
 
 def planned_caption(scene: Scene) -> str:
-    """The caption of a scene as stage 1 writes it: objects that the prompt only counts lie as the spots on a die, and of two that
-    overlap the first is on the left."""
+    """Returns the caption of a scene as stage 1 writes it: objects that the prompt only counts are placed like the spots on a
+    die, and of two overlapping objects the first is on the left."""
     if scene.category != "generative_numeracy":
         return _OVERLAP_SIDE.sub(r"\1the left of ", scene.caption)
     spots = _SPOTS[len(scene.objects)]
@@ -100,13 +100,14 @@ def planned_caption(scene: Scene) -> str:
 
 
 def object_at(item: ShapeObject, time: float) -> ShapeObject | None:
-    """An object as it is at a time, if the words of a caption can tell it; without its changes.
+    """Returns the state of an object at a time in [0, 1], without its changes, if a caption can describe it.
 
     Returns:
-        `ShapeObject`, or `None` for one that is hidden or gone.
+        `ShapeObject`, or `None` for an object that is hidden or gone.
 
     Raises:
-        `ValueError`: it is between two colours or shapes, half gone, or of another size, which no caption tells.
+        `ValueError`: the object is between two colours or shapes, half gone, or of another size, for which captions have no
+            words.
     """
     state = replace(item, changes=())
     for change in item.changes:
@@ -117,11 +118,11 @@ def object_at(item: ShapeObject, time: float) -> ShapeObject | None:
             hop, count = change.value
             state = replace(state, y=state.y - hop * abs(np.sin(np.pi * count * amount)))
         elif change.kind == "blink":
-            # As `render` does; the small number lets rounding at the end of a period pass.
+            # The same condition as in `render`; -0.01 allows for rounding at the end of a period.
             if np.sin(2 * np.pi * change.value * amount) <= -0.01:
                 return None
         elif amount > 0 and (amount < 1 or change.kind == "scale"):
-            raise ValueError(f"No caption tells of {change.kind!r} at time {time}.")
+            raise ValueError(f"No caption can describe the change {change.kind!r} at time {time}.")
         elif amount == 1:
             if change.kind == "vanish":
                 return None
@@ -130,15 +131,15 @@ def object_at(item: ShapeObject, time: float) -> ShapeObject | None:
 
 
 def _at_its_side(item: ShapeObject, way: tuple[float, float]) -> ShapeObject:
-    """A mover in the outer third that it heads for: that is all that its prompt settles, though some stop short of it."""
+    """Moves an object to the outer third that it heads for. Its prompt determines no more, though some objects stop earlier."""
     dx, dy = np.sign(way)
     return replace(item, x=0.5 + dx / 3 if dx else item.x, y=0.5 + dy / 3 if dy else item.y)
 
 
 def moment_caption(scene: Scene, time: float) -> str | None:
-    """The true caption of a scene at a time; `None` where no caption tells what is to be seen.
+    """Returns the true caption of a scene at a time in [0, 1], or `None` if no caption can describe what is seen.
 
-    That is a change under way, another size, nothing left, or two objects in one place, of which no word says which is where.
+    Captions cannot describe a change under way, another size, an empty frame, or two objects in one place.
     """
     if not any(item.changes for item in scene.objects):
         return scene.caption
@@ -154,8 +155,10 @@ def moment_caption(scene: Scene, time: float) -> str | None:
 
 
 def storyboard(scene: Scene, num_moments: int = 2) -> list[Moment]:
-    """The true storyboard of a scene: evenly spread moments, those left out that its prompt does not settle, that no caption
-    tells, or at which everything is as before. A scene in which nothing of the kind happens has one moment.
+    """Returns the true storyboard of a scene: evenly spaced moments.
+
+    Moments are left out if the prompt does not determine them, if no caption can describe them, or if nothing has changed. The
+    first moment is always there.
     """
     moments = [Moment(scene.caption, 0.0)]
     if scene.category in SETTLED_LATER:
@@ -167,17 +170,17 @@ def storyboard(scene: Scene, num_moments: int = 2) -> list[Moment]:
 
 
 def motion_caption(scene: Scene) -> str:
-    """The true motion caption of a scene: what happens after the first frame, in the words of its prompt and no more."""
+    """Returns the true motion caption of a scene: what happens after the first frame, in the words of its prompt."""
     if not any(item.changes for item in scene.objects):
         return "the picture stays still"
     clauses = re.sub(r"\b(slowly|gradually) ", "", scene.prompt.lower()).split(" while ")
     text = " while ".join(clause for clause in clauses if not clause.endswith("stays still"))
-    # What is there is known by now; only what something becomes is new.
+    # Objects are known from the first frame, so "a" becomes "the", except for what an object transforms into.
     return re.sub(r"(?<!transforms into )\ba\b", "the", text)
 
 
 def is_held_out(prompt: str) -> bool:
-    """Whether a prompt belongs to the held-out eighth that no part of the shapes model sees in training."""
+    """Returns whether a prompt belongs to the held-out eighth that no part of the shapes model sees in training."""
     return hashlib.sha256(prompt.lower().encode()).digest()[0] % 8 == 0
 
 
@@ -191,7 +194,7 @@ def _radius(rng: np.random.Generator, low: float = 0.11, high: float = 0.15) -> 
 
 
 def _scattered(rng: np.random.Generator, radii: list[float]) -> list[tuple[float, float]]:
-    """Places for discs of these radii, inside the frame and apart from each other."""
+    """Draws random places for discs of these radii, inside the frame and apart from each other."""
     while True:
         places: list[tuple[float, float]] = []
         for radius in radii:
@@ -270,7 +273,7 @@ def _spatial(rng: np.random.Generator) -> Scene:
 def _mover(
     rng: np.random.Generator, colour: str, shape: str, direction: str, lane: float, radius: float
 ) -> ShapeObject:
-    """An object that travels two fifths of the frame along `direction`, in a lane across it."""
+    """Makes an object that moves over 0.4 to 0.48 of the frame along `direction`; `lane` is its other coordinate."""
     _, dx, dy = DIRECTIONS[direction]
     travel, start = rng.uniform(0.4, 0.48), rng.uniform(0.22, 0.27)
     along = start if dx + dy > 0 else 1 - start
@@ -324,7 +327,7 @@ def _interaction(rng: np.random.Generator) -> Scene:
     effect = _pick(rng, EFFECTS)
     r1, r2 = _radius(rng, 0.11, 0.14), _radius(rng, 0.11, 0.14)
     y, x1, x2 = rng.uniform(0.35, 0.65), rng.uniform(0.17, 0.2), rng.uniform(0.58, 0.62)
-    # Squares are drawn at 0.9 of the radius and triangles narrow upwards: overlap a little, so that contact is seen.
+    # Objects overlap a little, so that contact is visible: squares have 0.9 of the radius, and triangles get narrow at the top.
     reach = x2 - x1 - 0.9 * (r1 + r2)
     after = {
         "knocking it away to the right": Change("move", (0.97 - r2 - x2, 0.0), 0.5, 0.9),
@@ -355,7 +358,7 @@ def _numeracy(rng: np.random.Generator) -> Scene:
         "numbers": ", ".join(str(k) for k, _, _ in groups),
     }
     prompt = f"{names.capitalize()} {verb} on a plain background"
-    # Group by group, each as it is read.
+    # Listed group by group, each in reading order.
     listed = sorted(objects, key=lambda item: ((item.colour, item.shape) != (c1, s1), _place(item.x, item.y)))
     return Scene("generative_numeracy", prompt, first_frame_caption(tuple(listed)), objects, meta)
 
@@ -391,8 +394,11 @@ def make_scene(category: str, rng: np.random.Generator, held_out: bool | None = 
 
     Args:
         category (`str`): one of `CATEGORIES`, or `"placement"`.
-        rng (`np.random.Generator`): source of all choices.
-        held_out (`bool`, *optional*): draw only prompts of the held-out eighth (`True`) or only the others (`False`).
+        rng (`np.random.Generator`): generator of all random choices.
+        held_out (`bool`, *optional*): `True` for prompts of the held-out eighth only, `False` for others only; left out, any.
+
+    Raises:
+        `ValueError`: the category is unknown.
     """
     if category not in _MAKERS:
         raise ValueError(f"Unknown category {category!r}; use one of {(*CATEGORIES, 'placement')}.")

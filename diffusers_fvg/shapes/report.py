@@ -1,4 +1,5 @@
-"""What `fvg shapes report` writes: the study (JSON, text, figures), or with `--quick` one table. All numbers are synthetic."""
+"""Writes the report of `fvg shapes report`: the study (JSON, text, figures), or with `--quick` one table. All numbers are
+synthetic."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ from .world import Scene
 
 
 QUICK_ARMS = ("direct", "factorized", "true_anchor")
-# Scenes of one object, which a newcomer tries first.
+# Categories with scenes of one object, which new users try first.
 SINGLE_OBJECT = ("motion_binding", "dynamic_attr", "placement")
 HOW = """All numbers are synthetic: a world of coloured shapes, scored by its own pixel reader.
 An average is the mean of the categories' means over held-out prompts. "spread" is the standard deviation over seeds of one
@@ -43,10 +44,10 @@ def evaluate(
     """Generates a video for each scene and arm, with the model's own guidance, and scores it.
 
     Args:
-        pipe (`FactorizedVideoPipeline`): needs the stages that the arms use.
-        scenes (`Sequence[Scene]`): with prompts of the grammar.
-        arms (`Sequence[str]`): of `ARMS`.
-        seed (`int`): the i-th scene's video starts from the same noise in every arm.
+        pipe (`FactorizedVideoPipeline`): model with the stages that the arms use.
+        scenes (`Sequence[Scene]`): scenes with prompts of the grammar.
+        arms (`Sequence[str]`): names in `ARMS`.
+        seed (`int`): seed of the noise. A scene's video starts from the same noise in every arm.
 
     Returns:
         `list[dict]`: one record per scene and arm, see [`measure`].
@@ -66,7 +67,7 @@ def evaluate(
 
 
 def quick_table(records: Sequence[dict]) -> str:
-    """Mean score per category and arm, as text."""
+    """Formats the mean score per category and arm as a table."""
     arms = list(dict.fromkeys(record["arm"] for record in records))
     lines = [f"{'synthetic score':24s}" + "".join(f"{arm:>13s}" for arm in arms) + f"{'n':>6s}"]
     groups = [(name, lambda r, name=name: r["category"] == name) for name in (*CATEGORIES, "placement")]
@@ -89,7 +90,7 @@ def quick_table(records: Sequence[dict]) -> str:
 
 
 def write_quick_report(pipe, folder: Path, per_category: int = 9, seeds: int = 1) -> str:
-    """Three arms at 15 steps; writes `folder/quick.json` and `folder/quick.txt` and returns the table."""
+    """Scores three arms at 15 steps; writes `folder/quick.json` and `folder/quick.txt` and returns the table."""
     scenes = held_out_scenes(per_category)
     records = [record for seed in range(seeds) for record in evaluate(pipe, scenes, seed=seed)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +106,7 @@ def _git(*arguments: str) -> str:
 
 
 def source_version() -> dict[str, str | bool | None]:
-    """Commit of the source tree and whether the package's files differ from it; `None` for an installed copy."""
+    """Returns the commit of the source tree and whether the package's files differ from it; both are `None` if installed."""
     try:
         _git("ls-files", "--error-unmatch", "world.py")
         return {"commit": _git("rev-parse", "HEAD"), "changed": bool(_git("status", "--porcelain", "--", ".."))}
@@ -114,7 +115,7 @@ def source_version() -> dict[str, str | bool | None]:
 
 
 def provenance(pipe) -> dict:
-    """Source, versions and device that a report was made with."""
+    """Returns source version, package versions and device with which a report was made."""
     packages = ("diffusers-fvg", "torch", "diffusers", "transformers", "peft", "numpy")
     device = pipe.transformer.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
@@ -163,7 +164,7 @@ def categories_table(rows: Sequence[dict], steps: int) -> str:
 
 
 def claims_table(rows: Sequence[dict]) -> str:
-    lines = [f"{'claim':28s}{'measure':54s}{'value':>8s}  {'bar':8s}{'':10s}"]
+    lines = [f"{'claim':28s}{'measure':54s}{'value':>8s}  {'target':8s}{'':10s}"]
     for row in rows:
         bar = "" if row["bar"] is None else f"{row['relation']} {row['bar']:g}"
         verdict = {True: "met", False: "MISSED", None: "" if row["bar"] is None else "unknown"}[row["met"]]
@@ -185,7 +186,7 @@ def tuning_table(tuned: dict[str, dict]) -> str:
 
 
 def training_table(training: dict[str, dict]) -> str:
-    """Sizes, samples and seconds of every part, from the training's summary."""
+    """Formats sizes, samples and seconds of every part, from the training's summary."""
     columns = ("parameters", "samples", "steps", "seconds", "held_out")
     lines = [f"{'part':14s}" + "".join(f"{name:>14s}" for name in columns)]
     for part, facts in training.items():
@@ -196,16 +197,16 @@ def training_table(training: dict[str, dict]) -> str:
 
 
 def cut_share(pipe, first_frames: FirstFrames, form: str) -> float:
-    """Share of the joined texts of `direct_rewritten` that are longer than the model reads."""
+    """Returns the share of the joined texts of `direct_rewritten` that have more tokens than the model reads."""
     limit = FORMS[form][1] or pipe.call_defaults["max_sequence_length"]
     texts = [joined_text(form, s.prompt, caption) for s, caption in zip(first_frames.scenes, first_frames.captions)]
     return float(np.mean([len(pipe.tokenizer(text).input_ids) > limit for text in texts]))
 
 
 def write_study(pipe, folder: Path, settings: StudySettings | None = None, batch_size: int = 16) -> str:
-    """Runs the study, or continues it, and writes `study.json`, `study.txt` and the figures beside `records.jsonl`.
+    """Runs or continues the study, and writes `study.json`, `study.txt` and the figures beside `records.jsonl`.
 
-    `folder/training.json`, the training's summary, is printed beside the scores where there is one.
+    If `folder/training.json`, the training's summary, exists, it is included.
 
     Raises:
         `ValueError`: matplotlib is missing, or the folder holds records of another model.
@@ -261,7 +262,7 @@ def write_study(pipe, folder: Path, settings: StudySettings | None = None, batch
 
 
 def _json_lines(study: dict) -> str:
-    """JSON with one line for each row of a list, which a diff can follow, and no more line breaks than that."""
+    """Formats JSON with one line for each row of a list, so that diffs are readable."""
     entries = []
     for key, value in study.items():
         if isinstance(value, list):

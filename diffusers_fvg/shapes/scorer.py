@@ -1,8 +1,8 @@
 """Scores clips, images and captions of the world of coloured shapes.
 
-The scores follow the rules and scales of T2V-CompBench V2 (arXiv 2407.14505) with this world's own pixel reader,
-`blobs.py`, in the place of the judging models: they say nothing about realism and are to be called synthetic wherever they
-are printed. Positions are fractions of the width and the height from the top left corner, as in `world.py`.
+The scores follow the rules and scales of T2V-CompBench V2 (arXiv 2407.14505), with the pixel reader `blobs.py` in place of the
+judge models. They say nothing about realism and are called synthetic wherever they are printed. Positions are fractions of the
+width and the height from the top left corner, as in `world.py`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from .prompts import NUMBERS, place_name
 from .world import COLOURS, SHAPES, ShapeObject
 
 
-# Templates fit a complete object at least this well.
+# Least IoU of a complete object with its template.
 _COMPLETE = 0.85
-# Boxes this close touch: two pixels of 64, as much as blending colours take from an edge.
+# Boxes at most this far apart count as touching: two pixels of 64, as blending colours make objects smaller by that much.
 _CONTACT = 2 / 64
 
 
@@ -27,18 +27,18 @@ _CONTACT = 2 / 64
 
 
 def _kind(text: str) -> tuple[str, str]:
-    """`"a red circle"` or `"red circle"` as (colour, shape)."""
+    """Returns (colour, shape) of `"a red circle"` or `"red circle"`."""
     colour, shape = text.split()[-2:]
     return colour, shape
 
 
 def _pick(blobs: list[Blob], kind: tuple[str, str]) -> Blob | None:
-    """Largest blob of a colour and a shape."""
+    """Returns the largest blob of a colour and a shape, or `None`."""
     return next((blob for blob in blobs if (blob.colour, blob.shape) == kind), None)
 
 
 def _track(frames: list[list[Blob]], kind: tuple[str, str]) -> list[Blob | None]:
-    """Per frame the largest blob of the colour, one of the right shape if there is any."""
+    """Returns for each frame the largest blob of the kind's colour, preferably of its shape, or `None`."""
     by_colour = [next((blob for blob in blobs if blob.colour == kind[0]), None) for blobs in frames]
     return [_pick(blobs, kind) or other for blobs, other in zip(frames, by_colour)]
 
@@ -48,7 +48,7 @@ def _share(flags) -> float:
 
 
 def _subset(frames: list, count: int) -> list:
-    """`count` of the frames at equal distances, first and last among them."""
+    """Returns `count` evenly spaced frames, including the first and the last."""
     return [frames[k] for k in np.round(np.linspace(0, len(frames) - 1, count)).astype(int)]
 
 
@@ -56,7 +56,10 @@ _PAIR_POINTS = {"AA": 15, "AB": 14, "BB": 13, "AD": 10, "BD": 9, "AE": 8, "BE": 
 
 
 def _score_consistent(frames: list[list[Blob]], meta: dict) -> float:
-    """Letters per object: A in all frames, B in some, D its colour or its shape on something else, E absent."""
+    """Grades each object: A if it is in (nearly) all frames, B in some, D if its colour or shape is on something else, E absent.
+
+    The score depends on the pair of grades.
+    """
     frames = _subset(frames, 16)
     kinds = [_kind(phrase) for phrase in meta["phrases"].split(";")]
     letters = []
@@ -69,7 +72,7 @@ def _score_consistent(frames: list[list[Blob]], meta: dict) -> float:
 
 
 def _score_dynamic(frames: list[list[Blob]], meta: dict) -> float:
-    """The first frame shows state 0 and not state 1, the last one the reverse, and the object is there in between."""
+    """Scores that the first frame shows state 0 and not state 1, the last one the reverse, and the object stays in between."""
     frames = _subset(frames, 8)
     states = _kind(meta["state 0"]), _kind(meta["state 1"])
 
@@ -77,7 +80,7 @@ def _score_dynamic(frames: list[list[Blob]], meta: dict) -> float:
         total = sum(blob.area for blob in blobs)
         return sum(blob.area for blob in blobs if (blob.colour, blob.shape) == state) / total if blobs else 0.0
 
-    # What stays: the shape while the colour changes, the colour while the shape changes.
+    # The shape stays while the colour changes, and the colour while the shape changes.
     same_shape = states[0][1] == states[1][1]
     there = _share(
         any(blob.shape == states[0][1] if same_shape else blob.colour == states[0][0] for blob in blobs)
@@ -120,7 +123,7 @@ def _starts_with(frames: list[list[Blob]], kind: tuple[str, str]) -> bool:
 
 
 def _score_motion(frames: list[list[Blob]], meta: dict, full_travel: float = 0.25) -> float:
-    """0.2 for being there, up to 0.8 more for a travel of `full_travel` of the side in the right main direction."""
+    """Gives 0.2 for presence, and up to 0.8 for motion in the right main direction; `full_travel` of the frame is the most."""
     travels, found = [], False
     for number in (1, 2):
         if not meta[f"object_{number}"]:
@@ -140,7 +143,7 @@ def _score_motion(frames: list[list[Blob]], meta: dict, full_travel: float = 0.2
 
 
 def _reversals(values: np.ndarray, hysteresis: float) -> int:
-    """How often a sequence turns round, turns smaller than `hysteresis` left out."""
+    """Counts how often a sequence changes direction, ignoring changes smaller than `hysteresis`."""
     count, direction, extreme = 0, 0, values[0]
     for value in values:
         if direction == 0:
@@ -154,7 +157,7 @@ def _reversals(values: np.ndarray, hysteresis: float) -> int:
 
 
 def _seen_action(track: list[Blob | None]) -> str:
-    """Which of the grammar's actions a track shows, or `""`."""
+    """Returns which of the grammar's actions a track shows, or `""`."""
     visible = np.array([blob is not None for blob in track])
     if np.abs(np.diff(visible.astype(int))).sum() >= 2:
         return "blinks"
@@ -169,7 +172,7 @@ def _seen_action(track: list[Blob | None]) -> str:
 
 
 def _score_action(frames: list[list[Blob]], meta: dict) -> float:
-    """Points 10, 8, 5 for both, one, no right action of two objects; 4, 2 if one object is missing; 1 if both are."""
+    """Gives 10, 8 or 5 points for two, one or no right action of two objects; 4 or 2 if one object is missing; 1 if both are."""
     found, right = 0, 0
     for name, action in (meta["phrase_0"], meta["phrase_1"]):
         kind = _kind(name)
@@ -181,7 +184,7 @@ def _score_action(frames: list[list[Blob]], meta: dict) -> float:
 
 
 def _gap(a: Blob | None, b: Blob | None) -> float:
-    """Distance of two boxes; infinite if one of the blobs is not there."""
+    """Returns the distance of two boxes, infinite if one of the blobs is missing."""
     if a is None or b is None:
         return float("inf")
     dx = max(a.box[0] - b.box[2], b.box[0] - a.box[2], 0.0)
@@ -190,8 +193,8 @@ def _gap(a: Blob | None, b: Blob | None) -> float:
 
 
 def _score_interaction(frames: list[list[Blob]], labels: np.ndarray, meta: dict) -> float:
-    """Points 6 for both objects, +1 when they approach, +1 for contact, +2 for the effect after it; at most 7 when the
-    effect moves before; 2 and 1 for one and no object."""
+    """Gives 6 points for both objects, +1 if they approach, +1 for contact, +2 for the effect after it; at most 7 if the second
+    object moves before contact; 2 and 1 for one and no object."""
     cause, effect = _kind(meta["cause"]), _kind(meta["effect"])
     present = sum(_starts_with(frames, kind) for kind in (cause, effect))
     if present < 2:
@@ -212,7 +215,7 @@ def _score_interaction(frames: list[list[Blob]], labels: np.ndarray, meta: dict)
         tail = effects[-max(1, round(0.2 * len(effects))) :]
         happened = contact < len(effects) - len(tail) and not any(tail)
     elif meta["verb"] == "turning it":
-        # Both objects have one colour at the end and may touch: look at the pixels where the other one was.
+        # At the end both objects have the same colour and may touch, so the pixels of the second object's place are checked.
         spot = labels[contact] == 1 + COLOURS.index(effect[0])
         happened = bool((labels[-1][spot] == 1 + COLOURS.index(cause[0])).mean() >= 0.6)
     else:
@@ -234,7 +237,7 @@ def _score_numeracy(frames: list[list[Blob]], meta: dict) -> float:
 
 
 def _score_placement(frames: list[list[Blob]], meta: dict) -> float:
-    """0 unless the first frame has the object in its third; else the share of the frames that have it there."""
+    """Returns the share of frames with the object in its place, or 0 if it is not there in the first frame."""
     kind = _kind(meta["object"])
     there = [
         any((blob.colour, blob.shape) == kind and _lies_at(blob, meta["place"]) for blob in blobs) for blobs in frames
@@ -248,10 +251,13 @@ def score_video(frames: np.ndarray, category: str, meta: dict) -> float:
     Args:
         frames (`np.ndarray` of shape `(num_frames, height, width, 3)`, `uint8`): the whole clip.
         category (`str`): one of `prompts.CATEGORIES`, or `"placement"`.
-        meta (`dict`): `Scene.meta`.
+        meta (`dict`): `Scene.meta` of the prompt.
 
     Returns:
         `float` in [0, 1].
+
+    Raises:
+        `ValueError`: the category is unknown.
     """
     rules = {
         "consistent_attr": _score_consistent,
@@ -273,10 +279,10 @@ def score_video(frames: np.ndarray, category: str, meta: dict) -> float:
 
 
 def motion_amount(frames: np.ndarray) -> float:
-    """Mean length of the objects' paths through a clip, as a fraction of the frame: the dynamic degree.
+    """Returns the mean length of the objects' paths through a clip, as a fraction of the frame.
 
-    Each object of the first frame is followed to the nearest blob of its colour; it stands still where there is none
-    within a quarter of the frame. 0 for a clip that begins empty.
+    Each object of the first frame is followed to the nearest blob of its colour. It stands still if there is none within a
+    quarter of the frame. A clip that begins empty has 0.
     """
     blobs = find_blobs(label_maps(frames))
     paths = []
@@ -293,10 +299,13 @@ def motion_amount(frames: np.ndarray) -> float:
 
 
 def label_iou(image: np.ndarray, other: np.ndarray) -> float:
-    """Share of the pixels coloured in either of two images that have the same colour in both: anchor fidelity.
+    """Returns the anchor fidelity: of the pixels coloured in either of two images, the share with equal colour in both.
 
     Args:
-        image, other (`np.ndarray` of shape `(height, width, 3)`, `uint8`).
+        image, other (`np.ndarray` of shape `(height, width, 3)`, `uint8`): images of equal size.
+
+    Raises:
+        `ValueError`: the images differ in size.
     """
     if image.shape != other.shape:
         raise ValueError(f"The images differ in shape: {image.shape} and {other.shape}; resize one of them.")
@@ -312,7 +321,7 @@ _ENTRY = re.compile(
     rf"\b(?:(?P<count>a|an|the|\d+|{'|'.join(NUMBERS)}) )?(?:(?!{'|'.join(COLOURS)})\w+ )?"
     rf"(?P<colour>{'|'.join(COLOURS)}) (?P<shape>{'|'.join(SHAPES)})s?\b(?: at the (?P<place>{_PLACES})\b)?"
 )
-# What a first frame cannot show. The stems cover "moves", "moving", "turned", "gradually", ...
+# Words for what a first frame cannot show. The stems cover "moves", "moving", "turned", "gradually", ...
 _LATER = re.compile(
     r"\b(?:turn|becom|mov|grow|shrink|blink|bounc|drift|slid|transform|disappear|vanish|knock|chang|mak|roll|fall|rise"
     r"|stay|still(?! picture)|slow|gradual|then|while|after|before|towards?|into|upwards?|downwards?|away|later|start"
@@ -321,7 +330,7 @@ _LATER = re.compile(
 
 
 def parse_caption(text: str) -> list[tuple[int, str, str, str | None]]:
-    """The objects a caption names, in its order: (count, colour, shape, place or `None`)."""
+    """Returns the objects that a caption names, in order: (count, colour, shape, place or `None`)."""
     words = {word: number for number, word in enumerate(NUMBERS)}
     found = []
     for match in _ENTRY.finditer(text.lower()):
@@ -332,17 +341,17 @@ def parse_caption(text: str) -> list[tuple[int, str, str, str | None]]:
 
 
 def later_words(caption: str) -> list[str]:
-    """The words of a caption that tell of motion, change or time, which a first frame cannot show."""
+    """Returns the words of motion, change or time in a caption, which a first frame cannot show."""
     return _LATER.findall(caption.lower())
 
 
 def _place_fits(place: str | None, wanted: str | None) -> bool:
-    """Whether a named place satisfies the wanted one: any for `None`, `"left"` for each of the three on the left."""
+    """Returns whether a named place satisfies the wanted one. `None` accepts any, `"left"` each of the three on the left."""
     return wanted is None or place == wanted or (wanted != "centre" and place is not None and wanted in place.split())
 
 
 def _lies_at(blob: Blob, place: str, tolerance: float = 0.03) -> bool:
-    """Whether a blob lies in the third that a place names, with some room for the pixel grid at its borders."""
+    """Returns whether a blob is at a named place, with some tolerance at the place's borders."""
     names = {
         place_name(np.clip(blob.place[0] + dx, 0, 1), np.clip(blob.place[1] + dy, 0, 1))
         for dx in (-tolerance, 0, tolerance)
@@ -352,7 +361,7 @@ def _lies_at(blob: Blob, place: str, tolerance: float = 0.03) -> bool:
 
 
 def _gathered(named: list[tuple], kinds: set[tuple[str, str]]) -> list[tuple]:
-    """The entries of a caption; of those of the kinds (colour, shape) one, with the sum of their counts and no place."""
+    """Merges a caption's entries of each given kind (colour, shape) into one, with the sum of their counts and no place."""
     totals = {kind: sum(item[0] for item in named if item[1:3] == kind) for kind in kinds}
     merged = [(total, *kind, None) for kind, total in totals.items() if total]
     return [item for item in named if item[1:3] not in kinds] + merged
@@ -363,10 +372,10 @@ def _f1(matches: int, named: int, wanted: int) -> float:
 
 
 def score_caption(caption: str, true_caption: str) -> float:
-    """F1 over (count, colour, shape, place) of a caption's objects, minus 0.25 for each word that tells of later.
+    """Returns the F1 score over (count, colour, shape, place) of a caption's objects, minus 0.25 for each word about later.
 
-    A place counts only where the true caption names one; `"left"` there accepts each of the three on the left. Where it names
-    none, objects of one kind count as one entry, whether they are listed or counted.
+    A place counts only if the true caption names one; `"left"` accepts each of the three places on the left. Objects of a kind
+    without a place count as one entry, whether the caption lists or counts them.
     """
     wanted = parse_caption(true_caption)
     placed = {item[1:3] for item in wanted if item[3] is not None}
@@ -381,11 +390,11 @@ def score_caption(caption: str, true_caption: str) -> float:
 
 
 def score_anchor(image: np.ndarray, caption: str | Sequence[ShapeObject]) -> float:
-    """F1 over the multiset of (colour, shape), times the share of the named places that hold their object.
+    """Returns the F1 score over the multiset of (colour, shape), times the share of named places that hold their object.
 
     Args:
-        image (`np.ndarray` of shape `(height, width, 3)`, `uint8`).
-        caption (`str` or `Sequence[ShapeObject]`): a first-frame caption, or the objects themselves.
+        image (`np.ndarray` of shape `(height, width, 3)`, `uint8`): the anchor.
+        caption (`str` or `Sequence[ShapeObject]`): first-frame caption, or the objects themselves.
     """
     if isinstance(caption, str):
         wanted = [item[1:] for item in parse_caption(caption) for _ in range(item[0])]

@@ -1,7 +1,7 @@
-"""Compares a storyboard with the single anchor, category by category, on the same prompts and noise. All numbers are synthetic.
+"""Compares a storyboard with a single anchor in each category, on the same prompts and noise. All numbers are synthetic.
 
-The grammar's changes of colour and shape leave nothing to gain: the video model has learnt each of them. So there is a set of
-changes besides that no part of the model has seen, as real models meet them: into the complementary colour.
+The video model has learnt all changes of colour and shape in the grammar, so a storyboard cannot improve them. Therefore a
+further set of prompts has changes that no part of the model has seen: into the complementary colour.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .summary import average, category_means
 from .world import COLOURS, SHAPES, Change, Scene, ShapeObject, render
 
 
-# What each arm passes through. `single` is the pipeline's default mode; the others skip stages by what is true.
+# Anchors of each arm, and how they are made. `single` is the pipeline's default mode; "true" inputs skip stages.
 ARMS = {
     "single": "the first frame, written and drawn",
     "storyboard": "up to two moments, written and drawn",
@@ -39,9 +39,9 @@ GAIN_BAR, LOSS_BAR = 0.05, 0.02
 
 
 def unseen_changes(seed: int = 0) -> list[Scene]:
-    """Every shape changes from every colour to its complement, which no prompt of the grammar asks for.
+    """Returns scenes in which every shape changes from every colour to its complement, which the grammar does not have.
 
-    Such a cross-fade passes through the grey of the background, where the object is hardly seen for a moment.
+    Such a cross-fade passes through the grey of the background, so the object is nearly invisible for a moment.
     """
     rng, scenes = np.random.default_rng((7, seed)), []
     for shape in SHAPES:
@@ -56,7 +56,7 @@ def unseen_changes(seed: int = 0) -> list[Scene]:
 
 
 def arm_inputs(arm: str, scenes: Sequence[Scene], size: Sequence[int]) -> dict:
-    """What an arm passes to the pipeline's call beside prompts and noise; `size` is frames, height and width."""
+    """Returns the arguments of the pipeline's call for an arm, besides prompts and noise; `size` is frames, height, width."""
     if arm == "single":
         return {}
     if arm in ("storyboard", "storyboard_3"):
@@ -67,14 +67,14 @@ def arm_inputs(arm: str, scenes: Sequence[Scene], size: Sequence[int]) -> dict:
     anchors = []
     for scene, moments in zip(scenes, boards):
         clip = render(scene.objects, *size)
-        # Four frames share a latent of the shapes model's VAE.
+        # Four frames share a latent frame of the shapes model's VAE.
         frames = moment_frames([moment.time for moment in moments], size[0], 4)[: 1 if arm == "true_first" else None]
         anchors.append([Anchor(PIL.Image.fromarray(clip[frame]), frame) for frame in frames])
     return {"anchors": anchors}
 
 
 def run_arm(pipe, cell: Cell, scenes: Sequence[Scene], wanted: Sequence[tuple[int, int]]) -> list[dict]:
-    """Makes and scores the videos of `wanted`, `(scene index, seed)` pairs, in one batch."""
+    """Makes and scores a video for each `(scene index, seed)` of `wanted`, in one batch."""
     chosen = [scenes[index] for index, _ in wanted]
     size = [pipe.call_defaults[name] for name in ("num_frames", "height", "width")]
     began = time.perf_counter()
@@ -107,7 +107,7 @@ def run_arm(pipe, cell: Cell, scenes: Sequence[Scene], wanted: Sequence[tuple[in
 def _complete(
     pipe, cell: Cell, scenes: Sequence[Scene], seeds: int, journal: Journal, batch_size: int, category: str | None
 ) -> list[dict]:
-    """The records of a cell; makes those that the journal lacks. `category` renames that of all scenes."""
+    """Returns the records of a cell; makes those that the journal lacks. `category` replaces the category of all scenes."""
     pairs = [(index, seed) for seed in range(seeds) for index in range(len(scenes))]
     wanted = [pair for pair in pairs if journal.find(cell, *pair) is None]
     for begin in range(0, len(wanted), batch_size):
@@ -119,7 +119,10 @@ def _complete(
 
 
 def storyboard_claims(scores: dict[str, dict[str, float]]) -> list[dict]:
-    """What the storyboard was to show at the full number of steps, with its bar: `scores` by arm and category."""
+    """Returns the claims about the storyboard at the full number of steps, each with its target (`bar`).
+
+    `scores` are by arm and category.
+    """
     single, board = scores["single"], scores["storyboard"]
     gain = {category: round(board[category] - single[category], 4) for category in single}
     others = {category: gain[category] for category in CATEGORIES if category != "dynamic_attr"}
@@ -151,7 +154,7 @@ def _values(records: Sequence[dict], name: str) -> dict[str, float]:
 
 
 def table(rows: Sequence[dict], steps: int, value: str = "score", title: str = "") -> str:
-    """Categories down, arms across."""
+    """Formats a table with one row per category and one column per arm."""
     rows = [row for row in rows if row["steps"] == steps and row[value]]
     width = max(len(row["arm"]) for row in rows) + 3
     lines = [
@@ -164,11 +167,11 @@ def table(rows: Sequence[dict], steps: int, value: str = "score", title: str = "
 
 
 def report_text(study: dict) -> str:
-    """The report as text: claims, then tables."""
+    """Formats the report as text: claims, then tables."""
     rows, (full, *_) = study["rows"], study["steps"]
     lines = [
         "All numbers are synthetic: a world of coloured shapes, scored by its own pixel reader.",
-        f'"{UNSEEN}": changes into the complementary colour, which nothing in the model was trained on.',
+        f'"{UNSEEN}": changes into the complementary colour, on which no part of the model was trained.',
         *(f"{arm}: {what}" for arm, what in ARMS.items()),
         "",
     ]
@@ -206,14 +209,14 @@ def write_storyboard_report(
 ) -> str:
     """Runs all arms on held-out prompts and on `unseen_changes`; writes `storyboard.json` and `storyboard.txt`.
 
-    Videos that are in `storyboard.jsonl` are not made again.
+    Videos with a record in `storyboard.jsonl` are not made again.
 
     Args:
-        pipe (`FactorizedVideoPipeline`): with all three stages; its rewriter writes storyboards.
-        folder (`Path`): for the files.
+        pipe (`FactorizedVideoPipeline`): model with all three stages; its rewriter must write storyboards.
+        folder (`Path`): folder for the files.
         per_category (`int`): held-out prompts of each of the seven categories.
         seeds (`int`): videos of each prompt and arm.
-        steps (`Sequence[int]`): numbers of sampling steps; the claims are about the first.
+        steps (`Sequence[int]`): numbers of sampling steps. The claims are about the first.
     """
     scenes, unseen = split_scenes(per_category, 4)[0], unseen_changes()
     journal = Journal(folder / "storyboard.jsonl", journal_header(pipe, reported=scenes, unseen=unseen))

@@ -1,8 +1,8 @@
 """Runs a shapes model in several arms, at several numbers of steps and seeds, and scores every video (synthetic).
 
-An arm is data: what text the video model reads and where its anchor comes from. All arms share the video backbone, the
-prompts and the noise of a seed. Captions and anchors are made once and reused at every number of steps. Records go to disk
-batch by batch, so that a study that was stopped continues where it was.
+An arm is a variant of the pipeline: the text that the video model reads, and the source of its anchor. All arms share the video
+model, the prompts and the noise of a seed. Captions and anchors are made once and reused at every number of steps. Records are
+written batch by batch, so that a later call continues an interrupted study.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from .world import Scene, render
 
 @dataclass(frozen=True)
 class Arm:
-    """How a video is made.
+    """A way to make videos.
 
     Args:
-        anchor (`str`, *optional*): `"written"`, drawn from the rewriter's caption; `"true caption"`, drawn from the true
-            one; `"true"`, a frame of the rendered clip. `None` is plain text-to-video by the base.
-        position (`float`): of the anchor in the clip, 0 for the first frame and 1 for the last.
-        rewritten (`bool`): the video model reads the prompt together with the rewriter's caption, as one text.
-        lora_strength (`float`): of the anchor LoRA.
-        judged (`bool`): the anchor is the best of several by the model's judge.
-        sweep (`str`): `"all"` numbers of steps, the `"ends"` (full and few), or `"few"`.
+        anchor (`str`, *optional*): source of the anchor: `"written"`, drawn from the rewriter's caption; `"true caption"`, drawn
+            from the true one; `"true"`, a frame of the rendered clip. `None` is text-to-video by the base.
+        position (`float`): relative position of the anchor in the clip, 0 for the first frame and 1 for the last.
+        rewritten (`bool`): whether the video model reads the prompt joined with the rewriter's caption.
+        lora_strength (`float`): strength of the anchor LoRA.
+        judged (`bool`): whether the model's judge chooses the anchor among several candidates.
+        sweep (`str`): numbers of steps at which the arm runs: `"all"`, the `"ends"` (full and few), or `"few"`.
     """
 
     anchor: str | None = None
@@ -64,8 +64,8 @@ ARMS = {
     "true_last": Arm("true", position=1.0),
     "true_anchor_no_lora": Arm("true", lora_strength=0.0),
 }
-# How `direct_rewritten` joins its two texts. The best form is tuned like guidance. `objects` is the caption without its
-# opening words; None keeps the model's own number of tokens, at which the longest texts lose their last words.
+# Forms in which `direct_rewritten` joins its two texts, with the number of tokens. The best form is tuned like guidance.
+# `objects` is the caption without its opening words. `None` is the model's own number of tokens, which cuts the longest texts.
 FORMS: dict[str, tuple[str, int | None]] = {
     "prompt, objects": ("{prompt}, {objects}", None),
     "objects. prompt": ("{objects}. {prompt}", None),
@@ -76,7 +76,7 @@ ANCHOR_SEEDS = 10_000
 
 @dataclass(frozen=True)
 class StudySettings:
-    """Size of a study. The first of `steps` is the full number; tuning runs at `few_steps`, on prompts of its own."""
+    """Size of a study. The first of `steps` is the full number. Guidance is tuned at `few_steps`, on separate prompts."""
 
     per_category: int = 9
     seeds: int = 3
@@ -92,8 +92,10 @@ class StudySettings:
 
 @dataclass(frozen=True)
 class Cell:
-    """What the videos of one mean have in common. `lora` is an adapter other than the model's own (the ablation's), `judge` the
-    weights of the one that chose the anchors."""
+    """Settings that all videos of one table entry share.
+
+    `lora` is another adapter than the model's anchor LoRA, and `judge` the fingerprint of the judge that chose the anchors.
+    """
 
     split: str
     arm: str
@@ -112,7 +114,7 @@ CELL_FIELDS = tuple(field.name for field in fields(Cell))
 
 
 class FirstFrames:
-    """Captions and anchor images of some scenes, made when an arm first asks for them."""
+    """Captions and anchors of scenes, made when an arm first needs them and kept."""
 
     def __init__(self, pipe, scenes: Sequence[Scene]):
         self.pipe, self.scenes = pipe, scenes
@@ -121,7 +123,7 @@ class FirstFrames:
 
     @cached_property
     def captions(self) -> list[str]:
-        """One per scene: the rewriter decodes greedily, so it says the same for every seed."""
+        """One caption per scene. The rewriter decodes greedily, so captions do not depend on the seed."""
         began = time.perf_counter()
         captions = self.pipe.rewrite([scene.prompt for scene in self.scenes])
         self.seconds["rewrite"] = (time.perf_counter() - began) / len(captions)
@@ -134,7 +136,7 @@ class FirstFrames:
         if (source, seed, judged) not in self._composed:
             captions = [self.caption(source, k) for k in range(len(self.scenes))]
             began = time.perf_counter()
-            # Other numbers than the video's: a picture and a clip that start from the same noise are no independent draws.
+            # Other seeds than the video's: an image and a clip from the same noise would not be independent.
             generators = [noise(k, ANCHOR_SEEDS + seed) for k in range(len(captions))]
             images = self.pipe.compose(captions, generator=generators, num_candidates=None if judged else 1)
             self.seconds["judged" if judged else "compose"] = (time.perf_counter() - began) / len(captions)
@@ -142,19 +144,19 @@ class FirstFrames:
         return self._composed[source, seed, judged][index]
 
     def stage_seconds(self, source: str, judged: bool = False) -> float:
-        """Seconds that stages 1 and 2 took for one video."""
+        """Returns the seconds of stages 1 and 2 for one video."""
         drawn = self.seconds["judged" if judged else "compose"]
         return drawn + (self.seconds["rewrite"] if source == "written" else 0.0)
 
 
 def noise(index: int, seed: int) -> torch.Generator:
-    """Scene `index` starts from the same noise in every arm and at every number of steps."""
+    """Returns the generator of a scene's noise, the same in every arm and at every number of steps."""
     return torch.Generator().manual_seed(1000 * seed + index)
 
 
 @contextmanager
 def adapter(pipe, name: str, strength: float) -> Iterator[None]:
-    """Runs with one LoRA at a strength; afterwards the model's own anchor LoRA is back at 1."""
+    """Context manager in which one LoRA is active at a strength; afterwards the model's anchor LoRA is active at 1."""
     if (name, strength) == (ADAPTER_NAME, 1.0):
         yield
         return
@@ -170,17 +172,19 @@ def joined_text(form: str, prompt: str, caption: str) -> str:
 
 
 def measure(frames: np.ndarray, scene: Scene, anchor: tuple[int, np.ndarray] | None, first_frame_given: bool) -> dict:
-    """All that is read from one video.
+    """Measures one video.
 
     Args:
-        frames (`np.ndarray` of shape `(F, H, W, 3)`, `uint8`).
-        anchor (`tuple`, *optional*): frame index and picture.
-        first_frame_given (`bool`): the true first frame was the anchor, so that places count which the prompt leaves open.
+        frames (`np.ndarray` of shape `(F, H, W, 3)`, `uint8`): the video.
+        scene (`Scene`): scene of its prompt.
+        anchor (`tuple`, *optional*): frame index and image of the anchor.
+        first_frame_given (`bool`): whether the true first frame was the anchor. Then places which the prompt leaves open count,
+            too.
 
     Returns:
-        `dict`, rounded to four decimals: `score`; `motion`; `first_frame`, `score_anchor` of frame 0; `anchor_iou`, of the
-        anchor and the frame that it stands for; `kept` (only where `attributes_stay`), 1 if the first and the last frame
-        both show exactly the scene's objects, by colour and shape.
+        `dict`, rounded to four decimals: `score`; `motion`; `first_frame`, the `score_anchor` of frame 0; `anchor_iou`, the
+        `label_iou` of the anchor and its frame; `kept` (only if `attributes_stay`), 1 if the first and the last frame both show
+        exactly the scene's objects, by colour and shape.
     """
     truth = scene.objects if first_frame_given else settled_caption(scene)
     found = {
@@ -200,7 +204,7 @@ def measure(frames: np.ndarray, scene: Scene, anchor: tuple[int, np.ndarray] | N
 def run_cell(
     pipe, cell: Cell, first_frames: FirstFrames, wanted: Sequence[tuple[int, int]], batch_size: int = 16
 ) -> Iterator[list[dict]]:
-    """Makes and scores the videos of `wanted`, `(scene index, seed)` pairs; yields the records of each batch."""
+    """Makes and scores a video for each `(scene index, seed)` of `wanted`; yields the records of each batch."""
     arm, scenes = ARMS[cell.arm], first_frames.scenes
     defaults = pipe.call_defaults
     size = [defaults[name] for name in ("num_frames", "height", "width")]
@@ -240,8 +244,8 @@ def run_cell(
 
 
 class Journal:
-    """The records of a study on disk: a header that says what they are records of, then one line for each batch, with what
-    its records share as values and the rest as columns.
+    """File with the records of a study: a header that names model and prompts, then one line per batch. A line holds the values
+    that all its records share, and the others as columns.
 
     Raises:
         `ValueError`: the file belongs to another model or to other prompts.
@@ -249,7 +253,7 @@ class Journal:
 
     def __init__(self, path: Path, header: dict):
         self.path, self.records = path, {}
-        # What follows the last line break was cut off while it was written.
+        # Text after the last line break is an incomplete line.
         text = path.read_text().rpartition("\n")[0] if path.exists() else ""
         if text:
             found, *batches = (json.loads(line) for line in text.split("\n"))
@@ -300,7 +304,7 @@ def complete(
     journal: Journal,
     batch_size: int = 16,
 ) -> list[dict]:
-    """The records of all `cells` with category and prompt; makes those that the journal lacks."""
+    """Returns the records of all `cells` with category and prompt; makes those that the journal lacks."""
     scenes, result = first_frames.scenes, []
     pairs = [(index, seed) for seed in seeds for index in range(len(scenes))]
     for number, cell in enumerate(cells, start=1):
@@ -322,7 +326,7 @@ def complete(
 
 
 def fingerprint(pipe) -> str:
-    """Hash of all weights of a pipeline, its stages 1 and 2 and LoRAs included; its judge has one of its own."""
+    """Returns a hash of all weights of a pipeline, including stages 1 and 2 and LoRAs, but not the judge."""
     parts = {"rewriter": pipe.rewriter, "composer": pipe.composer, "text": pipe.text_encoder, "vae": pipe.vae}
     return _hash(parts | {"transformer": pipe.transformer})
 
@@ -341,14 +345,15 @@ def _hash(parts: dict[str, torch.nn.Module]) -> str:
 
 
 def journal_header(pipe, **scenes: Sequence[Scene]) -> dict:
-    """What records depend on besides their cell: the model, the prompts of each set, and where their objects are."""
+    """Returns the journal's header: what records depend on besides their cell, which are the model, the prompts of each set and
+    their scenes."""
     prompts = {f"{name}_prompts": [scene.prompt for scene in chosen] for name, chosen in scenes.items()}
     world = hashlib.sha256(repr(scenes).encode()).hexdigest()[:16]
     return {"synthetic": True, "model": fingerprint(pipe), **prompts, "scenes": world}
 
 
 def arms_of(pipe) -> tuple[str, ...]:
-    """The arms that a pipeline has the parts for."""
+    """Returns the arms for which a pipeline has the components."""
     return tuple(name for name, arm in ARMS.items() if not arm.judged or pipe.anchor_judge is not None)
 
 
@@ -362,7 +367,7 @@ def tuning_cells(settings: StudySettings, arms: Sequence[str] = tuple(ARMS), jud
 
 
 def best_settings(records: Sequence[dict]) -> dict[str, dict]:
-    """Per arm the guidance (and the form) with the best average on the tuning prompts, and the average of every choice."""
+    """Returns for each arm the guidance (and the form) with the best average on the tuning prompts, and all averages."""
     chosen: dict[str, dict] = {}
     for name in dict.fromkeys(record["arm"] for record in records):
         groups: dict[tuple, list[dict]] = {}
@@ -389,16 +394,16 @@ def study_cells(settings: StudySettings, tuned: dict[str, dict], judge: str | No
 def run_study(
     pipe, path: Path, settings: StudySettings, batch_size: int = 16, arms: Sequence[str] | None = None
 ) -> tuple[list[dict], dict[str, dict], FirstFrames]:
-    """Tunes each arm on prompts of their own, then runs all `arms` on the reported ones.
+    """Tunes each arm on separate prompts, then runs all `arms` on the reported ones.
 
     Args:
-        pipe (`FactorizedVideoPipeline`): with all three stages and the anchor LoRA.
-        path (`Path`): of the records; those that are there already are not made again.
-        settings (`StudySettings`): what to run. With more seeds, steps or guidance scales the records made so far stay.
-        arms (`Sequence[str]`, *optional*): of `ARMS`; all that the pipeline has the parts for when left out.
+        pipe (`FactorizedVideoPipeline`): model with all three stages and the anchor LoRA.
+        path (`Path`): file of the records. Existing records are not made again.
+        settings (`StudySettings`): size of the study. More seeds, steps or guidance scales keep the existing records.
+        arms (`Sequence[str]`, *optional*): names in `ARMS`; left out, all for which the pipeline has the components.
 
     Returns:
-        the records of the study, what `best_settings` chose, and scenes and captions of the reported prompts.
+        The records of the study, the choice of `best_settings`, and captions and anchors of the reported prompts.
     """
     reported, tuning = split_scenes(settings.per_category, settings.tuning_per_category)
     journal = Journal(path, journal_header(pipe, reported=reported, tuning=tuning))

@@ -1,7 +1,7 @@
-"""Means, spreads and claims from the records of a study. Pure arithmetic; all numbers are synthetic.
+"""Computes means, spreads and claims from the records of a study. All numbers are synthetic.
 
-A record is a dict with `arm`, `steps`, `category`, `prompt`, `seed` and measured values. An average is the plain mean of
-the categories' means, so that a category with fewer prompts counts like the others.
+A record is a dict with `arm`, `steps`, `category`, `prompt`, `seed` and measured values. An average is the unweighted mean of
+the categories' means, so that a category with fewer prompts has the same weight.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-# Categories whose score asks for the right motion or action.
+# Categories whose score measures motion or actions.
 MOTION_CATEGORIES = ("motion_binding", "action_binding", "interaction")
 VALUES = ("score", "motion", "first_frame", "anchor_iou", "caption_score", "anchor_score", "stage_seconds")
 
@@ -37,12 +37,12 @@ def category_means(records: Sequence[dict], value: str = "score") -> dict[str, f
 
 
 def average(records: Sequence[dict], value: str = "score") -> float:
-    """Mean of the categories' means."""
+    """Returns the mean of the categories' means."""
     return float(np.mean(list(category_means(records, value).values())))
 
 
 def seed_spread(records: Sequence[dict], value: str = "score") -> float:
-    """Standard deviation over the seeds of one prompt's score (n - 1 in its denominator), averaged over prompts within each
+    """Returns the standard deviation of a prompt's score over seeds (denominator n - 1), averaged over the prompts of each
     category and then over categories. NaN with one seed."""
     spreads: dict[str, list[float]] = {}
     for (category, _), group in _groups(records, "category", "prompt").items():
@@ -52,7 +52,8 @@ def seed_spread(records: Sequence[dict], value: str = "score") -> float:
 
 
 def standard_error(records: Sequence[dict], value: str = "score") -> float:
-    """Of `average`, over prompts: a prompt's mean over its seeds is one sample. NaN where a category has one prompt."""
+    """Returns the standard error of `average` over prompts; a sample is a prompt's mean over seeds. NaN if a category has one
+    prompt."""
     variances = []
     for group in _groups(records, "category").values():
         means = [_mean(same, value) for same in _groups(group, "prompt").values()]
@@ -61,17 +62,17 @@ def standard_error(records: Sequence[dict], value: str = "score") -> float:
 
 
 def kept_share(records: Sequence[dict]) -> float:
-    """Share of the videos of static-attribute prompts that show exactly their objects at the beginning and at the end."""
+    """Returns the share of videos of static-attribute prompts whose first and last frame show exactly the prompt's objects."""
     return _mean([record for record in records if "kept" in record], "kept")
 
 
 def rounded(number: float) -> float | None:
-    """Four decimals; `None` for NaN, which JSON has no word for."""
+    """Rounds to four decimals; returns `None` for NaN, which JSON does not have."""
     return None if math.isnan(number) else round(number, 4)
 
 
 def summarize(records: Sequence[dict]) -> list[dict]:
-    """One row for each arm and number of steps: averages, spread over seeds, standard error, and means per category."""
+    """Returns one row for each arm and number of steps: averages, spread over seeds, standard error, means per category."""
     rows = []
     for (arm, steps), group in _groups(records, "arm", "steps").items():
         row = {"arm": arm, "steps": steps, "videos": len(group), "seconds": round(_mean(group, "seconds"), 3)}
@@ -90,7 +91,7 @@ def summarize(records: Sequence[dict]) -> list[dict]:
 
 
 def _claim(claim: str, measure: str, value: float, relation: str, bar: float | None, beside: str = "") -> dict:
-    """A row of the claims table; met or missed is decided on the four decimals that are printed."""
+    """Returns a row of the claims table. The rounded value decides whether the target (`bar`) is met."""
     value = rounded(value)
     met = None
     if bar is not None and value is not None:
@@ -105,10 +106,12 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def claims(records: Sequence[dict], few: int, full: int) -> list[dict]:
-    """What the study was made to show, row by row: value, bar, met (`None` where a number is only reported or cannot be had,
-    as a spread of one seed).
+    """Returns the claims of the study, each with its value, its target (`bar`) and `met`.
+
+    `met` is `None` for a value without a target, and for one that cannot be computed, such as a spread of one seed.
 
     Args:
+        records (`Sequence[dict]`): records of the study.
         few, full (`int`): reduced and full number of steps.
     """
     direct = {steps: select(records, "direct", steps) for steps in (few, full)}
@@ -173,7 +176,7 @@ def claims(records: Sequence[dict], few: int, full: int) -> list[dict]:
 
 
 def judge_claims(records: Sequence[dict], few: int) -> list[dict]:
-    """What anchors that the judge chose were to show; no rows where there are none."""
+    """Returns the claims about anchors that the judge chose, none if there are no such records."""
     judged, without, true = (select(records, arm, few) for arm in ("factorized_judged", "factorized", "true_anchor"))
     if not judged:
         return []

@@ -1,8 +1,8 @@
 """Word-level tokenizers of the world of coloured shapes, for its text encoder and for its rewriter.
 
-Both share one vocabulary: every word of the prompt grammar and of the first-frame captions. Other ways to say the same
-("ball", "box", "gray", "rolls leftwards") become the grammar's words before the text is cut into tokens, so that the
-tiny models need to learn each meaning once. A word that is neither is `<unk>`.
+Both share one vocabulary: every word of the prompt grammar and of the first-frame captions. Synonyms ("ball", "box", "gray",
+"rolls leftwards") are replaced by the grammar's words before the text is split into tokens, so that the tiny models learn each
+meaning once. All other words are `<unk>`.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from .world import COLOURS, SHAPES
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
 SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
-# The rewriter answers in JSON. Its frame and the caption's opening are one token each: they hold capitals and quotes,
-# which the word-level vocabulary does not, and an answer gets several tokens shorter.
+# The rewriter answers in JSON. The JSON around a caption and the caption's first words are single tokens: they contain capitals
+# and quotes, which the word-level vocabulary does not have, and answers get shorter.
 ANSWER_START, ANSWER_END = '{"first_frame": "', '"}'
-# Words that tell the rewriter's other questions apart, and the frames of their answers. Moments are named by the times that
-# `train_rewriter.py` trains on.
+# Tokens that select the rewriter's other tasks, and the JSON around their answers. Moments have only the times on which
+# `train_rewriter.py` trains.
 STORYBOARD, MOTION = "<|storyboard|>", "<|motion|>"
 MOMENT_TIMES = (0.5, 1.0)
 MOMENTS_START, MOMENTS_END = '{"moments": [{"time": 0.0, "frame": "', '"}]}'
 MOMENT_STARTS = tuple(f'"}}, {{"time": {time}, "frame": "' for time in MOMENT_TIMES)
 MOTION_START = '{"motion": "'
 
-# (pattern, the grammar's words). Tried in this order, on lower-case text with single blanks.
+# Pairs of a pattern and the grammar's words, applied in this order to lower-case text with single blanks.
 _TO_LEFT = (
     r"(?:to|towards?) the (?:left|west)(?: (?:side|edge|part))?(?: of the (?:frame|screen|picture|image|video))?"
 )
-# Not before the side on which one object covers another: "in front of the top left of a red circle".
+# Excludes the side on which one object covers another: "in front of the top left of a red circle".
 _NO_SIDE = r"(?<!in front of |in front of the |behind |behind the |top |bottom )"
 _MOVE = r"(?:go|roll|travel|glide|fly|run|walk|mov|float|shift)"
 REWORDINGS = (
@@ -114,14 +114,14 @@ REWORDINGS = (
 )
 
 
-# Words that are in the grammar's templates but in none of its tables, and small words of looser prompts.
+# Words of the grammar's templates that are in none of its tables, and function words of prompts by users.
 _GRAMMAR_WORDS = """a and while drifts slowly towards gradually turns from to transforms into moves slides
 rests rest on plain background at the top middle bottom left centre right in of"""
 _LOOSE_WORDS = "an is are there it its some small big then of with . , : ; ! ? ' \" - ( )"
 
 
 def vocabulary() -> dict[str, int]:
-    """Word to id: padding 0, end 1, unknown 2, then every word of prompts and captions, in a fixed order."""
+    """Returns the id of each word: padding 0, end 1, unknown 2, then every word of prompts and captions, in a fixed order."""
     phrases = (*COLOURS, *SHAPES, *(f"{shape}s" for shape in SHAPES), *NUMBERS, *ACTIONS, *RELATIONS, *EFFECTS)
     phrases += (*(phrase for phrase, _, _ in DIRECTIONS.values()), CAPTION_START.lower(), _GRAMMAR_WORDS, _LOOSE_WORDS)
     words = " ".join(phrases).replace(",", " , ").replace(":", " : ").split()
@@ -129,9 +129,9 @@ def vocabulary() -> dict[str, int]:
 
 
 def loose_wording(prompt: str, rng: np.random.Generator) -> str:
-    """Rewrites a prompt of the grammar as a newcomer may type it: other articles, sizes, fillers, words left out.
+    """Rewrites a prompt of the grammar as a user may type it: with other articles, sizes, fillers and missing words.
 
-    Synonyms are no part of it: the tokenizers resolve them. What the prompt means stays the same.
+    Synonyms are not used, because the tokenizers replace them. The meaning of the prompt stays the same.
     """
     words = []
     for word in prompt.lower().replace(",", " ,").split():
@@ -156,7 +156,7 @@ def loose_wording(prompt: str, rng: np.random.Generator) -> str:
 
 
 def canonical_words(text: str) -> str:
-    """Lower-cases a text and replaces looser wordings by the grammar's, as both tokenizers do."""
+    """Lower-cases a text and replaces synonyms by the grammar's words, as both tokenizers do."""
     return _normalizer().normalize_str(text)
 
 
@@ -172,14 +172,14 @@ def _word_level() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
     )
-    # A blank before each word, none before punctuation; the added tokens of the rewriter begin with other letters.
+    # Adds a blank before each word but not before punctuation. The rewriter's added tokens begin with other characters.
     blanks = decoders.Replace(Regex(r"\A(?=[a-z])"), " ")
     tokenizer.decoder = decoders.Sequence([blanks, decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     return tokenizer
 
 
 def text_tokenizer() -> PreTrainedTokenizerFast:
-    """Tokenizer of the text encoder: lower-cased words, `</s>` at the end, at most 112 tokens."""
+    """Returns the text encoder's tokenizer: lower-case words, `</s>` at the end, at most 112 tokens."""
     tokenizer = _word_level()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {EOS}", special_tokens=[(EOS, vocabulary()[EOS])]
@@ -203,7 +203,7 @@ CHAT_TEMPLATE = (
 
 
 def chat_tokenizer() -> PreTrainedTokenizerFast:
-    """Tokenizer of the rewriter: the same words and ids, plus turns of a chat and the frames of JSON answers."""
+    """Returns the rewriter's tokenizer: the same words and ids, and tokens for the turns of a chat and the JSON of answers."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_word_level(),
         pad_token=PAD,

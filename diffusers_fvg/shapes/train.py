@@ -1,7 +1,8 @@
-"""Trains the whole shapes model from nothing, part after part; every part must reach its held-out bar before the next starts.
+"""Trains the whole shapes model from scratch, part by part. Each part must reach a target score on held-out prompts before the
+next one starts.
 
-A part that is done is not trained again, one that was interrupted continues, and the summary of all (`training.json`:
-parameters, steps, samples, seconds, held-out score) grows with them.
+A further call skips finished parts and resumes an interrupted one. `training.json` lists parameters, steps, samples, seconds
+and held-out score of each finished part.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .world import Scene
 
 
 LORA_CLIPS = 10_000
-# What differs from the trainer's defaults for real models: the size of everything, and a rank to match.
+# Options that differ from the trainer's defaults for real models: sizes, and a rank that fits them.
 LORA_SETTINGS: dict[str, Any] = {
     "buckets": ((17, 64, 64),),
     "frame_rate": CALL_DEFAULTS["frame_rate"],
@@ -55,7 +56,7 @@ LORA_SETTINGS: dict[str, Any] = {
 
 
 def lora_config(folder: Path, name: str = "lora", **changes: Any) -> TrainConfig:
-    """The anchor LoRA's run in `folder/<name>`; `changes` are options of [`TrainConfig`]."""
+    """Returns the config of the anchor LoRA's run in `folder/<name>`; `changes` are options of [`TrainConfig`]."""
     paths = {"model": folder / "base_repository", "data": folder / "clips", "cache_dir": folder / "lora_cache"}
     return TrainConfig(
         **{key: str(path) for key, path in paths.items()}, output_dir=str(folder / name), **LORA_SETTINGS | changes
@@ -63,17 +64,18 @@ def lora_config(folder: Path, name: str = "lora", **changes: Any) -> TrainConfig
 
 
 def distilled_config(folder: Path, name: str = "distilled", **changes: Any) -> TrainConfig:
-    """The run that puts the default preset's guidance into the anchor LoRA in `folder/anchor_lora`."""
+    """Returns the config of the run that distills the default preset's guidance into the LoRA in `folder/anchor_lora`."""
     guidance = next(iter(SHAPES_PRESETS.values())).guidance_scale
     teacher = {"distill_guidance": (guidance,), "teacher_lora": str(folder / "anchor_lora"), "prompt_dropout": 0.0}
     return lora_config(folder, name, **teacher | {"steps": 1500, "warmup_steps": 50} | changes)
 
 
 def train_lora(folder: Path, scenes: Sequence[Scene] | None = None, **changes: Any) -> dict[str, int]:
-    """The anchor LoRA on the frozen base; writes `folder/anchor_lora`.
+    """Trains the anchor LoRA on the frozen base; writes `folder/anchor_lora`.
 
     Args:
-        scenes (`Sequence[Scene]`, *optional*): of its clips; `LORA_CLIPS` of their own when left out.
+        folder (`Path`): folder with the parts trained before.
+        scenes (`Sequence[Scene]`, *optional*): scenes of the training clips; left out, `LORA_CLIPS` random ones.
         changes: options of [`TrainConfig`].
     """
     from .dataset import write_dataset, write_scenes
@@ -89,12 +91,12 @@ def train_lora(folder: Path, scenes: Sequence[Scene] | None = None, **changes: A
 
 
 def train_distilled(folder: Path) -> dict[str, int]:
-    """The anchor LoRA with guidance inside; writes `folder/distilled_lora`."""
+    """Trains the guidance-distilled anchor LoRA; writes `folder/distilled_lora`."""
     return run_trainer(folder, distilled_config(folder), "distilled_lora")
 
 
 def run_trainer(folder: Path, config: TrainConfig, target: str) -> dict[str, int]:
-    """Trains a LoRA by [`training.trainer`], as for any other model, and copies it to `folder/<target>`."""
+    """Trains a LoRA with [`training.trainer`], as for any model, and copies it to `folder/<target>`."""
     from ..training.trainer import main_train
 
     name = Path(config.output_dir).name
@@ -104,7 +106,7 @@ def run_trainer(folder: Path, config: TrainConfig, target: str) -> dict[str, int
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(weights, path)
     records = [json.loads(line) for line in (folder / name / "log_transformer.jsonl").read_text().splitlines()]
-    # In the form of the other parts' logs: one line for fifty steps.
+    # Converts the log to the format of the other parts, with one line for fifty steps.
     with open(folder / f"{name}_log.jsonl", "w") as log:
         for chunk in (records[start : start + 50] for start in range(0, len(records), 50)):
             means = {key: float(np.mean([record[key] for record in chunk])) for key in ("seconds", "loss")}
@@ -115,13 +117,13 @@ def run_trainer(folder: Path, config: TrainConfig, target: str) -> dict[str, int
 
 
 def rewriter_score(folder: Path) -> float:
-    """Mean score of first-frame captions over the categories."""
+    """Returns the mean score of first-frame captions over the categories."""
     scores = train_rewriter.held_out_score(FirstFrameRewriter.from_pretrained(folder / "rewriter"))
     return float(np.mean(list(scores.values())))
 
 
 def composer_score(folder: Path, per_category: int = 24) -> float:
-    """Mean `score_anchor` over the seven categories, pictures drawn from true captions."""
+    """Returns the mean `score_anchor` over the seven categories, of images drawn from true captions."""
     composer, scores = build_composer(folder), []
     scenes = held_out_scenes(per_category, seed=1, categories=CATEGORIES)
     generators = [torch.Generator().manual_seed(index) for index in range(len(scenes))]
@@ -132,7 +134,7 @@ def composer_score(folder: Path, per_category: int = 24) -> float:
 
 
 def video_score(folder: Path, arm: str, categories: Sequence[str], per_category: int = 12) -> float:
-    """Mean `score_video` of an arm at 15 steps."""
+    """Returns the mean `score_video` of an arm at 15 steps."""
     pipe = build_pipeline(folder)
     pipe.set_progress_bar_config(disable=True)
     records = evaluate(pipe, held_out_scenes(per_category, seed=1, categories=categories), arms=(arm,))
@@ -140,7 +142,7 @@ def video_score(folder: Path, arm: str, categories: Sequence[str], per_category:
 
 
 def distilled_score(folder: Path, per_category: int = 12) -> float:
-    """What the anchor LoRA is scored by, with one forward a step: mean `score_video` with true anchors, without guidance."""
+    """Returns the mean `score_video` of the distilled LoRA with true anchors and without guidance, one forward per step."""
     pipe = build_pipeline(folder)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(folder / "distilled_lora" / "weights", adapter_name="distilled")
@@ -152,7 +154,13 @@ def distilled_score(folder: Path, per_category: int = 12) -> float:
 
 @dataclass(frozen=True)
 class Part:
-    """How a part is trained, what it is scored by on held-out prompts, and the score that lets the next part start."""
+    """A part of the model.
+
+    Args:
+        train (`Callable`): trains it in a folder and returns facts for the summary.
+        score (`Callable`, *optional*): returns its score on held-out prompts.
+        bar (`float`): target of this score, which it must reach before the next part starts.
+    """
 
     train: Callable[[Path], dict[str, Any] | None]
     score: Callable[[Path], float] | None = None
@@ -173,14 +181,14 @@ PARTS: dict[str, Part] = {
 
 
 def train_all(folder: Path, parts: Sequence[str] = tuple(PARTS)) -> None:
-    """Trains `parts` in order and, once all are there, writes the finished model to `folder/repository`.
+    """Trains `parts` in order and, once all of `PARTS` are finished, writes the model to `folder/repository`.
 
     Args:
-        folder (`Path`): for checkpoints, logs, weights and `training.json`.
-        parts (`Sequence[str]`): of `PARTS`, in their order.
+        folder (`Path`): folder for checkpoints, logs, weights and `training.json`.
+        parts (`Sequence[str]`): names in `PARTS`, in their order.
 
     Raises:
-        `ValueError`: a part stays below its bar.
+        `ValueError`: a part misses its target score.
     """
     folder.mkdir(parents=True, exist_ok=True)
     train_parts(folder, {name: PARTS[name] for name in parts})
@@ -191,7 +199,7 @@ def train_all(folder: Path, parts: Sequence[str] = tuple(PARTS)) -> None:
 
 
 def train_parts(folder: Path, parts: dict[str, Part]) -> None:
-    """Trains those of `parts` that `folder/training.json` does not have, each held to its bar, and enters them there."""
+    """Trains the parts that `folder/training.json` does not list, checks their target scores, and lists them there."""
     path = folder / "training.json"
     summary = json.loads(path.read_text()) if path.exists() else {}
     for name, part in parts.items():
@@ -203,10 +211,10 @@ def train_parts(folder: Path, parts: dict[str, Part]) -> None:
             facts |= trained(folder, name)
         if part.score is not None:
             facts |= {"held_out": round(part.score(folder), 4), "bar": part.bar}
-            print(f"{name}: {facts['held_out']} on held-out prompts (synthetic), bar {part.bar}", flush=True)
+            print(f"{name}: {facts['held_out']} on held-out prompts (synthetic), target {part.bar}", flush=True)
             if facts["held_out"] < part.bar:
                 raise ValueError(
-                    f"{name} scored {facts['held_out']}, below its bar of {part.bar}: nothing is built on it."
+                    f"{name} scored {facts['held_out']}, below its target of {part.bar}, so training stops here."
                 )
         summary[name] = facts
         path.write_text(json.dumps(summary, indent=2) + "\n")

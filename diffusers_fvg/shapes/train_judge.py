@@ -1,7 +1,7 @@
-"""Trains the shapes world's judge by contrast: a caption, the picture of its scene, and pictures that are nearly right.
+"""Trains the shapes world's judge by contrast: on a caption, the image of its scene, and images with one fault.
 
-What is wrong with a picture is known because the scene that it is rendered from was changed: no picture is labelled by
-reading it. The benchmark's pixel reader, `scorer.py`, has no part in this.
+The fault of an image is known, because the scene from which it is rendered was changed. So the labels do not depend on
+`scorer.py`, which reads the pixels in the benchmark.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from .train_models import TEXT_ENCODER_CONFIG, count, optimizers
 from .world import COLOURS, SHAPES, Scene, ShapeObject, render
 
 
-# Of the scenes. What composers get wrong has the larger share: counts, and one object before another.
+# Shares of the categories. Those that composers often get wrong have more: counts, and one object in front of another.
 JUDGE_WEIGHTS = dict.fromkeys((*CATEGORIES, "placement"), 0.05) | {
     "generative_numeracy": 0.42,
     "spatial_relationships": 0.28,
 }
 NUM_KINDS = len(COLOURS) * len(SHAPES)
-# Where as many right pictures of held-out scenes are kept as wrong ones are refused.
+# Threshold at which the share of right images that pass equals that of wrong ones that are refused, on held-out scenes.
 THRESHOLD = 0.7
 Objects = tuple[ShapeObject, ...]
 
 
 def stated(scene: Scene, rng: np.random.Generator) -> tuple[Objects, str]:
-    """The objects of a scene's first frame, and a caption of them: with places, as stage 1 writes it, or without."""
+    """Returns the objects of a scene's first frame and a caption of them, with or without places."""
     objects = tuple(replace(item, changes=()) for item in scene.objects)
     if scene.category == "generative_numeracy":
         if rng.random() < 0.35:
@@ -52,7 +52,7 @@ def stated(scene: Scene, rng: np.random.Generator) -> tuple[Objects, str]:
 
 
 def _laid_out(objects: Objects, caption: str, rng: np.random.Generator) -> Objects:
-    """Objects at the places that a caption lists, in its order."""
+    """Moves objects to the places that a caption lists, in its order, with small random shifts."""
     places = [place_centre(part.rpartition(" at the ")[2]) for part in caption.removeprefix(CAPTION_START).split(", ")]
     shifts = rng.uniform(-0.06, 0.06, size=(len(objects), 2))
     return tuple(
@@ -60,8 +60,8 @@ def _laid_out(objects: Objects, caption: str, rng: np.random.Generator) -> Objec
     )
 
 
-# -- what may be wrong ------------------------------------------------------------------------------------------------
-# Each takes the objects of a picture and returns those of a wrong one, or `None` where it does not apply.
+# -- faults -----------------------------------------------------------------------------------------------------------
+# Each function takes the objects of an image and returns those of a wrong one, or `None` if the fault does not apply.
 
 
 def _free_place(objects: Objects, radius: float, rng: np.random.Generator) -> tuple[float, float] | None:
@@ -78,14 +78,14 @@ def one_missing(objects: Objects, rng: np.random.Generator) -> Objects | None:
 
 
 def one_more(objects: Objects, rng: np.random.Generator) -> Objects | None:
-    """One of them twice, somewhere else."""
+    """Repeats one object at another place."""
     item = objects[int(rng.integers(len(objects)))]
     place = _free_place(objects, item.radius, rng)
     return None if place is None else (*objects, replace(item, x=place[0], y=place[1]))
 
 
 def one_strange(objects: Objects, rng: np.random.Generator) -> Objects | None:
-    """An object that nobody asked for, also a small one and one that touches others."""
+    """Adds an object of another kind, which may be small or touch others."""
     small = rng.random() < 0.4
     radius = float(rng.uniform(0.035, 0.06) if small else rng.uniform(0.08, 0.13))
     near = objects[int(rng.integers(len(objects)))]
@@ -99,7 +99,7 @@ def one_strange(objects: Objects, rng: np.random.Generator) -> Objects | None:
 
 
 def count_off_by_one(objects: Objects, rng: np.random.Generator) -> Objects | None:
-    """One more or one less of a kind, and all of them in other places, so that no gap and no crowd gives it away."""
+    """Adds or removes one object of a kind, and moves all objects, so that no gap or overlap reveals the change."""
     kinds = list(dict.fromkeys((item.colour, item.shape) for item in objects))
     kind = kinds[int(rng.integers(len(kinds)))]
     own = next(item for item in objects if (item.colour, item.shape) == kind)
@@ -117,7 +117,7 @@ def count_off_by_one(objects: Objects, rng: np.random.Generator) -> Objects | No
 
 
 def swapped_colours(objects: Objects, rng: np.random.Generator) -> Objects | None:
-    """Two kinds exchange their colours: "a red circle, a blue square" becomes "a blue circle, a red square"."""
+    """Exchanges the colours of two kinds: "a red circle, a blue square" becomes "a blue circle, a red square"."""
     return _swapped(objects, "colour", rng)
 
 
@@ -135,7 +135,7 @@ def _swapped(objects: Objects, name: str, rng: np.random.Generator) -> Objects |
 
 
 def one_changed(objects: Objects, rng: np.random.Generator) -> Objects | None:
-    """One object of another colour or of another shape."""
+    """Gives one object another colour or another shape."""
     index, item = (k := int(rng.integers(len(objects)))), objects[k]
     name, values = ("colour", COLOURS) if rng.random() < 0.4 else ("shape", SHAPES)
     value = str(rng.choice([value for value in values if value != getattr(item, name)]))
@@ -143,7 +143,7 @@ def one_changed(objects: Objects, rng: np.random.Generator) -> Objects | None:
 
 
 def opposite_relation(objects: Objects, rng: np.random.Generator) -> Objects | None:
-    """Two objects exchange their places; of two that overlap, the other one is in front."""
+    """Exchanges the places of two objects; if they overlap, brings the other one to the front."""
     if len(objects) != 2:
         return None
     a, b = objects
@@ -151,7 +151,7 @@ def opposite_relation(objects: Objects, rng: np.random.Generator) -> Objects | N
 
 
 def opposite_side(objects: Objects, rng: np.random.Generator) -> Objects | None:
-    """Of two that overlap, the same one is in front, on the other side."""
+    """Moves the front one of two overlapping objects to the other side."""
     if not _overlap(objects):
         return None
     a, b = objects
@@ -165,7 +165,7 @@ def _overlap(objects: Objects) -> bool:
 
 
 def merged(objects: Objects, rng: np.random.Generator) -> Objects | None:
-    """Two of one kind have become one: they overlap, or one large one is in the place of both."""
+    """Merges two objects of one kind: they overlap, or one large object takes the place of both."""
     pairs = [
         (i, j)
         for i, a in enumerate(objects)
@@ -185,7 +185,7 @@ def merged(objects: Objects, rng: np.random.Generator) -> Objects | None:
 
 
 def displaced(objects: Objects, rng: np.random.Generator) -> Objects | None:
-    """One object far from where it should be, in another third of the picture."""
+    """Moves one object far away, to another place of the 3 x 3 grid."""
     index = int(rng.integers(len(objects)))
     item, rest = objects[index], (*objects[:index], *objects[index + 1 :])
     for _ in range(10):
@@ -213,20 +213,23 @@ FAULTS: dict[str, Fault] = {
         displaced,
     )
 }
-# How two objects are to each other is learnt last: it takes shapes and places for granted. From this share of the steps on
-# it is in every other pair of two objects.
+# Relations of two objects are learnt last, because they depend on shapes and places. After the share `LATE` of the steps, the
+# share `RELATIONS` of the faults of two objects are of this kind.
 OF_RELATIONS, LATE, RELATIONS = ("opposite_relation", "opposite_side", "displaced"), 0.75, 0.5
 
 
 def faulty(objects: Objects, caption: str, rng: np.random.Generator, relations: float = 0.0) -> tuple[str, Objects]:
-    """A wrong picture for a caption: what is wrong with it, and its objects.
+    """Makes a wrong image for a caption; returns the name of its fault, and its objects.
 
     Args:
-        relations (`float`): share of the faults of two objects that are in how these are to each other.
+        objects (`tuple[ShapeObject, ...]`): objects of the right image.
+        caption (`str`): caption of the right image.
+        rng (`np.random.Generator`): generator of all random choices.
+        relations (`float`): share of the faults of two objects that concern their relation.
     """
     names = dict.fromkeys(FAULTS)
     if " at the " not in caption:
-        # It says nothing of where things are.
+        # Places are not faults if the caption does not name them.
         del names["displaced"], names["opposite_relation"]
     if " in front of a " in caption or " behind a " in caption:
         del names["opposite_side"]
@@ -247,7 +250,7 @@ def _seen(objects: Objects) -> list[tuple]:
 
 
 def pictures(shown: Sequence[Objects], rng: np.random.Generator) -> torch.Tensor:
-    """Objects as a composer may draw them, `(B, 3, 64, 64)` in [-1, 1]: not quite in place, softer, noisier."""
+    """Renders objects as a composer may draw them, `(B, 3, 64, 64)` in about [-1, 1]: slightly moved, blurred and noisy."""
     drawn = []
     for objects in shown:
         scale, shift = rng.uniform(0.9, 1.12), rng.normal(0, 0.012, size=(len(objects), 2))
@@ -270,7 +273,7 @@ def pictures(shown: Sequence[Objects], rng: np.random.Generator) -> torch.Tensor
 
 
 def tally(objects: Objects) -> np.ndarray:
-    """How many there are of each kind, `(18,)`, and of each kind in each third, `(162,)`, as one array."""
+    """Counts the objects of each kind, `(18,)`, and of each kind at each place of the 3 x 3 grid, `(162,)`, in one array."""
     kinds, placed = np.zeros(NUM_KINDS, np.float32), np.zeros((NUM_KINDS, 3, 3), np.float32)
     for item in objects:
         kind = len(SHAPES) * COLOURS.index(item.colour) + SHAPES.index(item.shape)
@@ -281,7 +284,7 @@ def tally(objects: Objects) -> np.ndarray:
 
 
 class RoundTrip:
-    """Pictures through the composer's VAE, their latents a little off: what it draws has been through that too."""
+    """Encodes and decodes images with the composer's VAE and adds noise to the latents, as composed images are decoded, too."""
 
     def __init__(self, folder: Path):
         from diffusers import AutoencoderKLWan
@@ -302,7 +305,7 @@ class RoundTrip:
 def scene_group(
     scene: Scene, rng: np.random.Generator, size: int, relations: float = 0.0
 ) -> tuple[str, list[str], list[Objects]]:
-    """A caption, what is wrong with each of `size` pictures (nothing with the first), and their objects."""
+    """Returns a caption, the fault of each of `size` images (`""` for the first, which is right), and their objects."""
     objects, caption = stated(scene, rng)
     wrong = [faulty(objects, caption, rng, relations) for _ in range(size - 1)]
     return caption, ["", *(name for name, _ in wrong)], [objects, *(found for _, found in wrong)]
@@ -311,7 +314,7 @@ def scene_group(
 def draw_batch(
     rng: np.random.Generator, groups: int, size: int, relations: float = 0.0
 ) -> tuple[list[str], torch.Tensor, torch.Tensor]:
-    """Captions of `groups`, pictures `(groups * size, 3, 64, 64)` in [-1, 1], and the tallies of what they show."""
+    """Draws a batch: captions of `groups`, images `(groups * size, 3, 64, 64)` in about [-1, 1], and the tallies of objects."""
 
     def scene() -> Scene:
         category = str(rng.choice(list(JUDGE_WEIGHTS), p=list(JUDGE_WEIGHTS.values())))
@@ -331,12 +334,15 @@ def train_judge(
     round_trips: int = 2,
     peak: float = 2e-3,
 ) -> dict[str, int]:
-    """The judge, on rendered pictures; writes `folder/anchor_judge` (float16).
+    """Trains the judge on rendered images; writes `folder/anchor_judge` (float16).
 
     Args:
-        groups (`int`): captions of a batch.
-        size (`int`): pictures of each caption, of which the first is right.
-        round_trips (`int`): groups of a batch whose pictures go through the VAE in `folder`.
+        folder (`Path`): folder with `text_encoder` and `vae`.
+        steps (`int`): training steps.
+        groups (`int`): captions per batch.
+        size (`int`): images per caption, of which the first is right.
+        round_trips (`int`): captions per batch whose images are encoded and decoded by the VAE.
+        peak (`float`): highest learning rate.
     """
     from transformers import UMT5EncoderModel
 
@@ -346,7 +352,7 @@ def train_judge(
     judge = ShapesJudge(TEXT_ENCODER_CONFIG | words, threshold=THRESHOLD)
     judge.text_encoder.load_state_dict(text_encoder.encoder.state_dict())
     judge.text_encoder.requires_grad_(False)
-    # Both readers also say how many there are of what, and where: from pairs alone they would take far longer to agree.
+    # Both encoders also predict the tally of objects. From pairs alone, they would need far longer to agree on features.
     counts, through = torch.nn.Linear(judge.config.sum_width, 10 * NUM_KINDS), RoundTrip(folder / "vae")
 
     def loss_of(step: int) -> tuple[str, torch.Tensor]:
@@ -360,7 +366,7 @@ def train_judge(
         rank = torch.nn.functional.cross_entropy(logits, logits.new_zeros(groups, dtype=torch.long))
         right = torch.zeros_like(logits)
         right[:, 0] = 1
-        # Right and wrong pictures weigh the same, so that one half is where they are as likely.
+        # Right and wrong images have the same total weight, so that a probability of 0.5 means equal likelihood.
         weight = torch.where(right > 0, 0.5, 0.5 / (size - 1)) * size
         known = torch.nn.functional.binary_cross_entropy_with_logits(logits, right, weight)
         told = torch.ones_like(tallies[::size])
@@ -377,7 +383,7 @@ def train_judge(
 
 @torch.no_grad()
 def held_out_pairs(judge: ShapesJudge, per_category: int = 60, seed: int = 1, size: int = 6) -> dict[str, list[bool]]:
-    """Of each fault: whether the right picture is preferred to the wrong one, on held-out prompts."""
+    """Returns for each fault, on held-out prompts, whether the judge prefers the right image to the wrong one, pair by pair."""
     rng, found = np.random.default_rng((4, seed)), {}
     for scene in held_out_scenes(per_category, seed):
         caption, faults, objects = scene_group(scene, rng, size)
@@ -388,6 +394,6 @@ def held_out_pairs(judge: ShapesJudge, per_category: int = 60, seed: int = 1, si
 
 
 def judge_score(folder: Path) -> float:
-    """Share of the held-out pairs in which the right picture is preferred."""
+    """Returns the share of held-out pairs in which the judge prefers the right image."""
     judge = ShapesJudge.from_pretrained(folder / "anchor_judge", torch_dtype=torch.float32)
     return float(np.mean([right for pairs in held_out_pairs(judge).values() for right in pairs]))

@@ -1,9 +1,9 @@
 """Trains the shapes world's text encoder, its diffusion models and the anchor LoRA.
 
 * `cache`: encodes clips and single first frames once.
-* `text`: the text encoder, on text alone; everything after it uses it frozen.
-* `base`: the video transformer, from nothing on clips with prompts and on first frames with captions.
-* `composer`: the image transformer, from nothing on first frames with captions.
+* `text`: trains the text encoder on text alone; later parts use it frozen.
+* `base`: trains the video transformer from scratch on clips with prompts and on first frames with captions.
+* `composer`: trains the image transformer from scratch on first frames with captions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .prompts import brief_caption, make_scene
 from .world import Scene, render
 
 
-# Of a prompt or a brief caption, and of a caption that names the places of nine objects.
+# Tokens of a prompt or a brief caption, and of a caption that names the places of nine objects.
 MAX_SEQUENCE_LENGTH, MAX_CAPTION_LENGTH = 28, 84
 TRANSFORMER_CONFIG = {
     "num_attention_heads": 4,
@@ -37,7 +37,7 @@ TRANSFORMER_CONFIG = {
     "num_layers": 5,
     "rope_max_seq_len": 32,
 }
-# An image costs a fifth of a clip, so the composer can be larger, as image models beside video models are.
+# An image costs a fifth of a clip, so the composer can be larger than the video model, like real image models.
 COMPOSER_CONFIG = TRANSFORMER_CONFIG | {"num_attention_heads": 6, "ffn_dim": 648, "num_layers": 6}
 TEXT_ENCODER_CONFIG = {
     "d_model": 128,
@@ -48,7 +48,7 @@ TEXT_ENCODER_CONFIG = {
     "dropout_rate": 0.0,
     "feed_forward_proj": "gated-gelu",
 }
-# Of the clips. What moves or changes has the larger share: it is slower to be learnt than what stands still.
+# Shares of the categories in the clips. Those with motion or change have more, because they are learnt more slowly.
 CATEGORY_WEIGHTS = {
     "motion_binding": 0.2,
     "dynamic_attr": 0.16,
@@ -59,7 +59,7 @@ CATEGORY_WEIGHTS = {
     "generative_numeracy": 0.08,
     "placement": 0.08,
 }
-# Of the composer's images. What is hardest to compose has the larger share: one object before another, then many objects.
+# Shares of the categories in the composer's images. The hardest have more: one object in front of another, then many objects.
 IMAGE_WEIGHTS = dict.fromkeys(CATEGORY_WEIGHTS, 0.07) | {"generative_numeracy": 0.24, "spatial_relationships": 0.34}
 CLIP_SHIFT, IMAGE_SHIFT = 3.0, 1.5
 TEXT_DROPOUT = 0.1
@@ -68,7 +68,7 @@ CACHE_SEED = 7
 
 
 def training_scene(rng: np.random.Generator, weights: dict[str, float] = CATEGORY_WEIGHTS) -> Scene:
-    """A scene of a training mix, that of the clips if not said otherwise. Never a held-out prompt."""
+    """Draws a training scene with the categories' shares `weights`, by default those of the clips. Never a held-out prompt."""
     return make_scene(str(rng.choice(list(weights), p=list(weights.values()))), rng, held_out=False)
 
 
@@ -80,10 +80,10 @@ def build_cache(
     seed: int = CACHE_SEED,
     batch_size: int = 8,
 ) -> None:
-    """Encodes clips and single first frames to `folder/latents.safetensors` (fp16), their texts to `texts.json`.
+    """Encodes clips and single first frames to `folder/latents.safetensors` (fp16), and writes their texts to `texts.json`.
 
-    Writes the latents' statistics into the VAE's config. Clips are drawn by `CATEGORY_WEIGHTS`, the base's images from all
-    categories alike, the composer's by `IMAGE_WEIGHTS`.
+    Also writes the latents' statistics into the VAE's config. Clips are drawn with `CATEGORY_WEIGHTS`, the base's images equally
+    from all categories, and the composer's images with `IMAGE_WEIGHTS`.
     """
     from diffusers import AutoencoderKLWan
 
@@ -109,14 +109,15 @@ def build_cache(
         name: encode(scenes, 17, batch_size) if name == "clips" else encode(scenes, 1, 8 * batch_size)
         for name, scenes in scenes_of.items()
     }
-    # The first latent stands for one frame and is spread less than the others: each counts for half of the statistics.
+    # The first latent frame holds one frame and varies less than the others. Both groups have half of the weight.
     first, later = latents["clips"][:, :, :1].float(), latents["clips"][:, :, 1:].float()
     mean = (first.mean((0, 2, 3, 4)) + later.mean((0, 2, 3, 4))) / 2
     centred = [part - mean.view(1, -1, 1, 1, 1) for part in (first, later)]
     std = (sum(part.square().mean((0, 2, 3, 4)) for part in centred) / 2).sqrt()
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
     vae.save_pretrained(folder / "vae")
-    # The base reads texts as short as its prompts; the composer what stage 1 writes, and every fourth time less.
+    # The base reads prompts and brief captions. The composer reads captions as stage 1 writes them, and every fourth time brief
+    # ones.
     texts = {name: [(scene.prompt, brief_caption(scene)) for scene in scenes_of[name]] for name in ("clips", "images")}
     texts["composer_images"] = [
         (scene.prompt, scene.caption if k % 4 else brief_caption(scene)) for k, scene in enumerate(composer_images)
@@ -127,14 +128,17 @@ def build_cache(
 
 
 class LatentData:
-    """The cache in memory: normalised latents and token ids, of clips with prompts and of first frames with captions.
+    """The cache in memory: normalised latents and token ids of clips with prompts and of first frames with captions.
 
     Args:
-        folder (`Path`): with the cache and what made it.
-        images (`Sequence[str]`): what the first frames are taken from: names in the cache, `"clips"` for those of the clips.
-        text_length (`int`): of every text, in tokens.
-        num_clips (`int`, *optional*): how many clips there are, the first of the cache; all when left out. The first frames do
-            not become fewer.
+        folder (`Path`): folder with the cache, the VAE and the tokenizer.
+        images (`Sequence[str]`): names of the cached latents from which first frames are taken; `"clips"` are the clips.
+        text_length (`int`): number of tokens of every text.
+        num_clips (`int`, *optional*): number of clips to use, the first of the cache; left out, all. The number of first frames
+            does not depend on it.
+
+    Raises:
+        `ValueError`: the cache has fewer than `num_clips` clips.
     """
 
     def __init__(self, folder: Path, images: Sequence[str], text_length: int, num_clips: int | None = None):
@@ -145,7 +149,7 @@ class LatentData:
         mean, std = (torch.tensor(config[name]).view(1, -1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
         cached = load_file(folder / "latents.safetensors")
         texts = json.loads((folder / "texts.json").read_text())
-        # The saved one: parts that are trained later must read texts as the text encoder learnt them.
+        # The saved tokenizer, because later parts must read texts as the text encoder did in its training.
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
         self.empty = tokenize(tokenizer, [""], text_length)
         if num_clips is not None and not 1 <= num_clips <= len(cached["clips"]):
@@ -157,7 +161,7 @@ class LatentData:
         self.images = (first_frames - mean) / std, tokenize(tokenizer, captions, text_length)
 
     def batch(self, rng: np.random.Generator, batch_size: int, images: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Clean latents `(B, 16, f, 8, 8)` and token ids `(B, L)`, a tenth of them of the empty text."""
+        """Draws clean latents `(B, 16, f, 8, 8)` and token ids `(B, L)`, a tenth of them those of the empty text."""
         latents, tokens = self.images if images else self.clips
         index = torch.from_numpy(rng.integers(len(latents), size=batch_size))
         tokens = tokens[index]
@@ -166,18 +170,18 @@ class LatentData:
 
 
 def tokenize(tokenizer, texts: list[str], length: int = MAX_SEQUENCE_LENGTH) -> torch.Tensor:
-    """Token ids `(B, length)`, padded with 0."""
+    """Returns token ids `(B, length)`, padded with 0."""
     return tokenizer(texts, padding="max_length", max_length=length, return_tensors="pt").input_ids
 
 
 def encode_text(text_encoder, tokens: torch.Tensor) -> torch.Tensor:
-    """Embeddings `(B, L, D)` with padding set to zero, as `WanPipeline` makes them."""
+    """Returns text embeddings `(B, L, D)` with padding set to zero, as in `WanPipeline`."""
     mask = (tokens != 0).long()
     return text_encoder(tokens, mask).last_hidden_state * mask.unsqueeze(-1)
 
 
 def optimizers(modules: list[torch.nn.Module], peak: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the transformer's blocks, AdamW for everything else."""
+    """Returns Muon for the matrices inside the transformer's blocks, and AdamW for all other parameters."""
     parameters = [(name, p) for module in modules for name, p in module.named_parameters() if p.requires_grad]
     matrices = [p for name, p in parameters if p.ndim == 2 and "block" in name and "relative_attention" not in name]
     chosen = {id(p) for p in matrices}
@@ -187,10 +191,10 @@ def optimizers(modules: list[torch.nn.Module], peak: float) -> list[torch.optim.
 
 
 def favour_neighbours(text_encoder) -> None:
-    """Lets some heads look at the word before, the word behind and both from the first step on.
+    """Initializes some heads to attend to the word before, to the word after, and to both.
 
-    "red circle, blue square" is told from "blue circle, red square" by neighbours alone. Relative position biases that start
-    at random take longer to find that than the rest of the training (bucket k is k words before, 16 + k behind).
+    Only neighbours distinguish "red circle, blue square" from "blue circle, red square". With random relative position biases,
+    learning this takes longer than the rest of the training. (Bucket k is k words before, 16 + k is k words after.)
     """
     for block in text_encoder.encoder.block:
         bias = block.layer[0].SelfAttention.relative_attention_bias.weight.data
@@ -200,7 +204,7 @@ def favour_neighbours(text_encoder) -> None:
 
 
 def phrase_targets(tokens: torch.Tensor, words: dict[str, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which words stand in the same phrase as a word: `(B, L, V)` of 0 and 1; and how many phrases stand before it: `(B, L)`.
+    """Returns for each word which words are in its phrase, `(B, L, V)` of 0 and 1, and the number of its phrase, `(B, L)`.
 
     A phrase begins at an article, a comma, a colon, "and" or "while": "a red circle moves upwards | while | a blue square".
     """
@@ -212,7 +216,7 @@ def phrase_targets(tokens: torch.Tensor, words: dict[str, int]) -> tuple[torch.T
 
 
 def text_modules() -> dict[str, torch.nn.Module]:
-    """The text encoder at its start, and the heads it is trained with."""
+    """Returns the untrained text encoder and the heads with which it is trained."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     from .tokenizer import vocabulary
@@ -226,10 +230,10 @@ def text_modules() -> dict[str, torch.nn.Module]:
 
 
 def train_text(folder: Path, steps: int = 2500, batch_size: int = 64, peak: float = 3e-3) -> dict[str, int]:
-    """The text encoder, from nothing on text alone: every word learns which words stand in the same phrase.
+    """Trains the text encoder from scratch on text alone: every word predicts which words are in its phrase.
 
-    Real video and image models start from a text encoder that knows what belongs to what; here too "a red circle above a
-    blue square" must not read as "a blue circle above a red square". Base and composer share it, frozen.
+    Real video and image models use a text encoder that knows which words belong together. Here, too, "a red circle above a
+    blue square" must differ from "a blue circle above a red square". Base and composer use it frozen.
     """
     from .tokenizer import loose_wording, text_tokenizer
 
@@ -261,7 +265,7 @@ def train_text(folder: Path, steps: int = 2500, batch_size: int = 64, peak: floa
 
 @torch.no_grad()
 def text_score(folder: Path, per_category: int = 40) -> float:
-    """Share of the words of held-out prompts and captions whose whole phrase is known."""
+    """Returns the share of words in held-out prompts and captions for which all words of their phrase are predicted."""
     from .tokenizer import text_tokenizer
 
     tokenizer, modules = text_tokenizer(), text_modules()
@@ -290,12 +294,18 @@ def train_transformer(
     image_batch: int = 64,
     num_clips: int | None = None,
 ) -> dict[str, int]:
-    """Flow matching from nothing on cached latents, with the text encoder frozen; writes `folder/<name>`.
+    """Trains a transformer from scratch by flow matching on cached latents, with the text encoder frozen; writes
+    `folder/<name>`.
 
     Args:
-        clip_share (`float`): share of the steps that take clips with prompts. The others take first frames with captions.
-        images (`Sequence[str]`), text_length (`int`), num_clips (`int`, *optional*): of [`LatentData`].
-        config (`dict`): of the transformer.
+        folder (`Path`): folder with the parts trained before.
+        name (`str`): name of the part.
+        steps (`int`): training steps.
+        clip_share (`float`): share of the steps that use clips with prompts. The others use first frames with captions.
+        images (`Sequence[str]`), text_length (`int`), num_clips (`int`, *optional*): as in [`LatentData`].
+        config (`dict`): config of the transformer.
+        peak (`float`): highest learning rate.
+        clip_batch, image_batch (`int`): clips or images per step.
     """
     from transformers import UMT5EncoderModel
 
@@ -305,12 +315,12 @@ def train_transformer(
     text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder").requires_grad_(False)
     text_encoder.to(training_device())
     transformer = AnchorConditionedTransformer3D(**config)
-    # A zero output layer: the first prediction is zero, not noise of the untrained network's own.
+    # With a zero output layer the first prediction is zero, and not random.
     torch.nn.init.zeros_(transformer.proj_out.weight)
     data = LatentData(folder, images, text_length, num_clips)
 
     def takes_clips(step: int) -> bool:
-        # Spread evenly: the whole part of step * share goes up by one at a step that takes clips.
+        # Steps with clips are spread evenly: those at which the integer part of step * share increases.
         return int((step + 1) * clip_share) > int(step * clip_share)
 
     def loss_of(step: int) -> tuple[str, torch.Tensor]:
@@ -330,13 +340,13 @@ def train_transformer(
 
 
 def train_base(folder: Path, num_clips: int | None = None, steps: int = 12_000) -> dict[str, int]:
-    """The video transformer: 216,000 clips, `num_clips` distinct ones or all of the cache, and 192,000 images."""
+    """Trains the video transformer on 216,000 clips and 192,000 images; `num_clips` limits the number of distinct clips."""
     images = ("clips", "images")
     return train_transformer(folder, "base", steps, clip_share=3 / 4, images=images, num_clips=num_clips)
 
 
 def train_composer(folder: Path) -> dict[str, int]:
-    """The image transformer: 403,200 images, fewer than the base's samples."""
+    """Trains the image transformer on 403,200 images, fewer than the base's samples."""
     return train_transformer(
         folder,
         "composer",

@@ -1,8 +1,9 @@
-"""Trains the shapes world's rewriter from nothing: a Llama of 0.7 M parameters that answers in JSON, as a large one does.
+"""Trains the shapes world's rewriter from scratch: a Llama of 0.7 M parameters that answers in JSON like a large model.
 
-It learns (prompt, answer) pairs of the grammar for its three questions, the prompts also in looser wordings: captions of the
-first frame, storyboards of two or three moments, motion captions. Where a prompt leaves a place open the answers disagree, and
-greedy decoding settles for the likeliest; objects that are only counted are laid out in one way, that their number holds. Gate: `held_out_score` of each question at 0.95 or better.
+It learns pairs of prompt and answer for three tasks: captions of the first frame, storyboards of two or three moments, and
+motion captions. Half of the prompts are reworded. If a prompt leaves a place open, the training answers differ, and greedy
+decoding takes the likeliest. Objects that are only counted have a fixed layout for each number, which makes their number easier
+to learn. The target is a `held_out_score` of at least 0.95 in each task.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ LLAMA_CONFIG = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
-# Counts take the longest answers, and the longest to learn.
+# Counting has a larger share: its answers are the longest, and it takes the longest to learn.
 CATEGORY_SHARES = dict.fromkeys((*CATEGORIES, "placement"), 0.1) | {"generative_numeracy": 0.3}
 IGNORED = -100
-# The questions, the share of the training pairs that ask each, and the words by which the model knows them.
+# The tasks, their shares of the training pairs, and the instructions that select them.
 TASKS = (FIRST_FRAME, storyboard_task(2), storyboard_task(3), MOTION)
 TASK_SHARES = (0.5, 0.2, 0.15, 0.15)
 INSTRUCTIONS = {"first_frame": "", "storyboard": "<|storyboard|>{num_moments}", "motion": "<|motion|>"}
 
 
 def true_answer(task: RewriterTask, scene: Scene) -> str:
-    """What the rewriter should answer to a question about a scene's prompt."""
+    """Returns the right answer of the rewriter to a task about a scene's prompt."""
     scene = replace(scene, caption=planned_caption(scene))
     made = {
         "first_frame": lambda: scene.caption,
@@ -51,7 +52,7 @@ def true_answer(task: RewriterTask, scene: Scene) -> str:
 
 
 def training_pair(tokenizer, rng: np.random.Generator) -> tuple[list[int], int]:
-    """Token ids of a chat with its answer, and where the answer begins. Never a held-out prompt."""
+    """Draws a training pair, never with a held-out prompt: token ids of a chat with its answer, and the answer's start index."""
     from .tokenizer import loose_wording
 
     task = rng.choice(TASKS, p=TASK_SHARES)
@@ -67,7 +68,7 @@ def training_pair(tokenizer, rng: np.random.Generator) -> tuple[list[int], int]:
 
 
 def training_batch(tokenizer, rng: np.random.Generator, batch_size: int) -> dict[str, torch.Tensor]:
-    """`input_ids`, `attention_mask` and `labels` `(B, L)`; the loss is on the answers alone."""
+    """Draws a batch: `input_ids`, `attention_mask` and `labels` `(B, L)`. Only the answers have labels."""
     pairs = [training_pair(tokenizer, rng) for _ in range(batch_size)]
     length = max(len(ids) for ids, _ in pairs)
     input_ids = torch.full((batch_size, length), tokenizer.pad_token_id)
@@ -81,7 +82,7 @@ def training_batch(tokenizer, rng: np.random.Generator, batch_size: int) -> dict
 def held_out_score(
     rewriter, per_category: int = 25, seed: int = 0, task: RewriterTask = FIRST_FRAME
 ) -> dict[str, float]:
-    """Mean score of the answers to a task per category on held-out prompts: what a prompt leaves open does not count."""
+    """Returns the mean score of the answers to a task per category, on held-out prompts; places left open do not count."""
     scenes = held_out_scenes(per_category, seed)
     prompts = [scene.prompt for scene in scenes]
     if task.name == "first_frame":
@@ -100,7 +101,7 @@ def held_out_score(
 def train_rewriter(
     folder: Path, steps: int = 8500, batch_size: int = 48, peak: float = 3e-3, seed: int = 0
 ) -> dict[str, int]:
-    """Trains and writes `folder/rewriter` (float16)."""
+    """Trains the rewriter and writes it to `folder/rewriter` (float16)."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from .tokenizer import chat_tokenizer
@@ -118,7 +119,7 @@ def train_rewriter(
     def make_optimizers() -> list[torch.optim.Optimizer]:
         return [torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)]
 
-    # A decay of 0 keeps the weights themselves.
+    # With a decay of 0, the average equals the weights.
     train(folder, "rewriter", steps, {"model": model}, make_optimizers, loss_of, peak, decay=0.0)
     rewriter = FirstFrameRewriter(model, tokenizer, instruction=INSTRUCTIONS, examples=False, max_new_tokens=96)
     rewriter.to(torch.float16).save_pretrained(folder / "rewriter")

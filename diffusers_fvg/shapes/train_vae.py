@@ -1,8 +1,8 @@
-"""Trains the shapes world's VAE, an `AutoencoderKLWan` of 0.7 M parameters, from nothing.
+"""Trains the shapes world's VAE, an `AutoencoderKLWan` of 0.7 M parameters, from scratch.
 
-Images first, then ever longer clips: a fresh causal video VAE otherwise stays at drawing the background. The mean of the
-posterior is used (with a little fixed noise late in training) because the sampling noise of an untrained one drowns
-the shapes. Gate: the scorer reads every object back from held-out reconstructions (`held_out_score`).
+Training starts with images and goes on to longer and longer clips; otherwise an untrained causal video VAE keeps drawing only the
+background. The decoder gets the mean of the posterior (later with a little noise of fixed size), because the sampling noise of an
+untrained posterior hides the shapes. The target is a `held_out_score` that shows that reconstructions keep their objects.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ VAE_CONFIG = {
     "latents_mean": [0.0] * 16,
     "latents_std": [1.0] * 16,
 }
-# (frames of a clip, clips in a batch, optimiser steps)
+# Phases of training: (frames per clip, clips per batch, optimizer steps).
 PHASES = ((1, 16, 2500), (5, 6, 1800), (9, 4, 1000), (17, 3, 900))
 PEAK_LEARNING_RATE = 2e-3
 
 
 def sample_clips(rng: np.random.Generator, batch_size: int, num_frames: int) -> torch.Tensor:
-    """Random windows of training clips, `(B, 3, F, 64, 64)` in [-1, 1]. Never a held-out prompt."""
+    """Draws random windows of training clips, `(B, 3, F, 64, 64)` in [-1, 1], never with a held-out prompt."""
     clips = []
     for _ in range(batch_size):
         category = (*CATEGORIES, "placement")[rng.integers(8)]
@@ -52,7 +52,7 @@ def sample_clips(rng: np.random.Generator, batch_size: int, num_frames: int) -> 
 
 
 def reconstruction_loss(reconstruction: torch.Tensor, clips: torch.Tensor) -> torch.Tensor:
-    """L1 + 2 L2, with pixels that belong to a shape counted five times: the background is 90 % of a frame."""
+    """Returns L1 + 2 * L2, with five times the weight for pixels of shapes, since the background is 90 % of a frame."""
     background = torch.tensor(BACKGROUND).view(1, 3, 1, 1, 1) / 127.5 - 1
     weight = 1 + 4 * ((clips - background).abs().amax(dim=1, keepdim=True) > 0.1).float()
     error = reconstruction - clips
@@ -60,7 +60,7 @@ def reconstruction_loss(reconstruction: torch.Tensor, clips: torch.Tensor) -> to
 
 
 def train_vae(folder: Path, phases=PHASES, seed: int = 0) -> dict[str, int]:
-    """Trains and writes `folder/vae` (diffusers format)."""
+    """Trains the VAE and writes it to `folder/vae` in diffusers' format."""
     from diffusers import AutoencoderKLWan
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +73,8 @@ def train_vae(folder: Path, phases=PHASES, seed: int = 0) -> dict[str, int]:
         clips = sample_clips(np.random.default_rng((seed, step)), batch_size, num_frames).to(training_device())
         posterior = vae.encode(clips).latent_dist
         latents = posterior.mean
-        # Fixed noise from the second phase on: neighbouring latents must decode alike, or diffusion errors show.
+        # Noise of fixed size from the second phase on: similar latents must decode alike, or errors of the diffusion become
+        # visible.
         if num_frames > 1:
             latents = latents + 0.1 * torch.randn_like(latents)
         loss = reconstruction_loss(vae.decode(latents).sample, clips)
@@ -91,7 +92,7 @@ def train_vae(folder: Path, phases=PHASES, seed: int = 0) -> dict[str, int]:
 
 @torch.no_grad()
 def held_out_score(folder: Path, per_category: int = 12) -> float:
-    """Mean `score_video` of held-out clips that went through the VAE and back."""
+    """Returns the mean `score_video` of held-out clips that were encoded and decoded by the VAE."""
     from diffusers import AutoencoderKLWan
 
     vae = AutoencoderKLWan.from_pretrained(folder / "vae")

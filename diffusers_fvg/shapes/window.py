@@ -1,4 +1,4 @@
-"""Scores a shapes model whose frames attend to the anchor and their neighbours alone. All numbers are synthetic."""
+"""Scores a shapes model whose frames attend only to the anchor and to neighbouring frames. All numbers are synthetic."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ VALUES = {"score": "score", "error": "standard_error", "motion": "motion", "kept
 
 
 def table(rows: Sequence[dict]) -> str:
-    """One line for each LoRA, window and input: score with its standard error, score of the categories that ask for
-    motion, how much moves, kept share and anchor fidelity."""
+    """Formats one line for each LoRA, window and input: score with its standard error, motion amount, kept share, anchor
+    fidelity, and the score of the categories about motion."""
     titles = [*VALUES, "motion score"]
     lines = [f"{'synthetic':20s}{'window':>8s}  {'input':14s}" + "".join(f"{title:>14s}" for title in titles)]
     for row in rows:
@@ -42,25 +42,30 @@ def write_window_report(
     steps: int = 15,
     batch_size: int = 16,
 ) -> str:
-    """Scores the model with all frames and at each window, untrained for it and with the LoRA trained under it; writes
-    `folder/window.json` and `folder/window.txt`.
+    """Scores the model without a window and at each window, with its own LoRA and with those trained with the window.
+
+    Writes `folder/window.json` and `folder/window.txt` and returns the table.
 
     Args:
-        pipe (`FactorizedVideoPipeline`): gets the LoRAs as further adapters; its window afterwards is as before.
-        windows (`Sequence[int]`): in latent frames, of which a shapes clip has 5.
-        loras (`Mapping[int, Path]`, *optional*): window -> folder with the `pytorch_lora_weights.safetensors` of a LoRA
+        pipe (`FactorizedVideoPipeline`): model to score; the LoRAs are loaded as further adapters, and its window is restored.
+        folder (`Path`): folder for the files, and for the records, from which a later call continues.
+        windows (`Sequence[int]`): windows in latent frames, of which a shapes clip has 5.
+        loras (`Mapping[int, Path]`, *optional*): for a window, the folder with the `pytorch_lora_weights.safetensors` of a LoRA
             that was trained with it (`anchor_window` of the trainer).
+        per_category (`int`): held-out prompts of each of the seven categories.
+        seeds (`int`): videos of each prompt, input, LoRA and window.
+        steps (`int`): sampling steps.
 
     Raises:
-        `ValueError`: a folder without weights, or one for a window that is not asked for.
+        `ValueError`: a folder has no weights, or is given for a window that is not in `windows`.
     """
     adapters = {}
     for window, path in (loras or {}).items():
         if window not in windows:
-            raise ValueError(f"{path} is of window {window}, which is not among {tuple(windows)}.")
+            raise ValueError(f"{path} is given for window {window}, which is not among `windows={tuple(windows)}`.")
         if not (path / WEIGHT_FILE).is_file():
             raise ValueError(f"No {WEIGHT_FILE} in {path}, the folder of window {window}.")
-        # The weights' hash is the adapter's name in the records: those of a LoRA that was trained again are made again.
+        # Adapters are named by a hash of their weights, so that a LoRA that was trained again gets new records.
         digest = hashlib.sha256((path / WEIGHT_FILE).read_bytes()).hexdigest()[:16]
         adapters[window] = f"window_{window}_{digest}"
         pipe.load_lora_weights(path, adapter_name=adapters[window])
@@ -72,7 +77,7 @@ def write_window_report(
     try:
         for window in (None, *windows):
             pipe.transformer.set_anchor_window(window)
-            # In the records, what would otherwise tell their prompts apart names the window.
+            # The `split` of the records, which otherwise names the set of prompts, names the window here.
             split = DENSE if window is None else f"window {window}"
             for lora in (None, *([adapters[window]] if window in adapters else [])):
                 cells = [Cell(split, name, steps, lora=lora) for name in INPUTS]

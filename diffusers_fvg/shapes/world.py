@@ -1,8 +1,8 @@
-"""The world of coloured shapes: objects, how they change over time, and how they are drawn.
+"""The world of coloured shapes: objects, their changes over time, and a renderer.
 
 Positions and sizes are fractions: `x` of the width, `y` and `radius` of the height, both from the top left corner. Time
-runs from 0 (first frame) to 1 (last frame). Shapes are signed distance fields, so that edges are anti-aliased exactly and
-one shape can melt into another.
+runs from 0 (first frame) to 1 (last frame). Shapes are signed distance fields, so that edges are anti-aliased and shapes can
+be interpolated.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ SHAPES = ("circle", "square", "triangle")
 class Change:
     """One change of an object between times `start` and `end`.
 
-    `kind` and `value`: `"move"` (dx, dy); `"recolour"` colour; `"reshape"` shape; `"scale"` factor of the radius;
-    `"bounce"` (height, number of hops); `"blink"` number of times it is hidden; `"vanish"` nothing.
+    The `value` of each `kind`: `"move"` (dx, dy); `"recolour"` a colour; `"reshape"` a shape; `"scale"` a factor of the radius;
+    `"bounce"` (height, number of hops); `"blink"` the number of times that it is hidden; `"vanish"` `None`.
     """
 
     kind: str
@@ -55,7 +55,7 @@ class ShapeObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A prompt of one category, the clip it describes, and what a scorer has to know (`meta`)."""
+    """A prompt of one category, the clip that it describes, and facts for the scorer (`meta`)."""
 
     category: str
     prompt: str
@@ -65,13 +65,13 @@ class Scene:
 
 
 def _signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Distance in pixels to the outline, negative inside. `radius` is half of the bounding box's height."""
+    """Returns the distance to the outline in pixels, negative inside. `radius` is half of the bounding box's height."""
     if shape == "circle":
         return np.hypot(dx, dy) - radius
     if shape == "square":
         return np.maximum(np.abs(dx), np.abs(dy)) - 0.9 * radius
     if shape == "triangle":
-        # Isosceles, apex up: base and height are both 2 * radius.
+        # An isosceles triangle with the apex up, whose base and height are 2 * radius.
         slope = np.array([2.0, -1.0]) / np.sqrt(5.0)
         return np.maximum(dy - radius, slope[0] * np.abs(dx) + slope[1] * (dy + radius))
     raise ValueError(f"Unknown shape {shape!r}; use one of {SHAPES}.")
@@ -81,10 +81,9 @@ def render(objects: tuple[ShapeObject, ...], num_frames: int = 17, height: int =
     """Draws a clip.
 
     Args:
-        objects (`tuple[ShapeObject, ...]`): later ones lie in front of earlier ones.
-        num_frames (`int`, *optional*): frames from time 0 to time 1.
-        height (`int`, *optional*): in pixels.
-        width (`int`, *optional*): in pixels.
+        objects (`tuple[ShapeObject, ...]`): objects; later ones are in front of earlier ones.
+        num_frames (`int`, *optional*): number of frames, from time 0 to time 1.
+        height, width (`int`, *optional*): size in pixels.
 
     Returns:
         `np.ndarray` of shape `(num_frames, height, width, 3)`, `uint8`.

@@ -89,11 +89,11 @@ class Checkpoints:
         for path in self.saved():
             content = read_whole(path)
             if content is None:
-                logger.warning(f"{path} is damaged and is passed over.")
+                logger.warning(f"{path} is damaged and is skipped.")
                 continue
             tensors, metadata = content
             if not all(is_finite(tensor) for tensor in tensors.values()):
-                logger.warning(f"{path} holds values that are not finite (NaN or infinity) and is passed over.")
+                logger.warning(f"{path} holds values that are not finite (NaN or infinity) and is skipped.")
                 continue
             step = int(metadata["step"])
             self._check_settings(path, step, json.loads(metadata["settings"]))
@@ -135,7 +135,7 @@ def check_weights(what: str, tensors: Mapping[str, torch.Tensor]) -> None:
     """Checks that no weight is NaN, infinite or at least `EXPLODED`.
 
     Raises:
-        `FloatingPointError`: a weight is; the message names the tensor.
+        `FloatingPointError`: a weight is one of these; the message names the tensor.
     """
     for name, tensor in tensors.items():
         largest = float(tensor.detach().abs().max()) if tensor.numel() else 0.0

@@ -134,7 +134,7 @@ class TomlConfig:
             _require(getattr(self, name).strip(), name, self, "must not be empty")
         _require(self.sources, "data", self, "must not be empty")
         for source in self.sources:
-            _require(source.path.strip(), "data", self, "must name a folder or a data set")
+            _require(source.path.strip(), "data", self, "must name a folder or a dataset")
             _require(
                 0 < source.repeats < float("inf"),
                 "data",
@@ -253,7 +253,7 @@ class TrainConfig(TomlConfig):
         timestep_std (`float`, *optional*): standard deviation of the normal of `"logit-normal"`.
         flow_shift (`float`, *optional*): shifts times to higher noise as at sampling: 5 for Wan2.2-TI2V-5B, 3 for Wan2.1 at
             480p, 12 for A14B. An expert draws from the part of the density in its own range. CogVideoX is no flow model
-            and is trained at all times equally: `"uniform"` and 1.
+            and is trained at all times with equal probability: `"uniform"` and 1.
         prompt_dropout (`float`, *optional*): share of samples with the empty prompt, in [0, 1), for classifier-free
             guidance (arXiv 2207.12598: 0.1 to 0.2). Must be 0 with `distill_guidance`, whose LoRA is used without guidance.
 
@@ -379,20 +379,20 @@ class TrainConfig(TomlConfig):
 
         _require(self.buckets, "buckets", self, "needs at least one [num_frames, height, width]")
         for bucket in self.all_buckets:
-            _require(min(bucket) >= 1, "buckets", self, f"holds {list(bucket)}: sizes are positive")
+            _require(min(bucket) >= 1, "buckets", self, f"holds {list(bucket)}: each number must be at least 1")
         # In a clip of one latent frame the anchor would be the whole clip.
         motion = any(bucket[0] > 1 for bucket in self.all_buckets)
-        _require(motion, "buckets", self, "holds pictures alone: a clip of one frame has no motion")
+        _require(motion, "buckets", self, "needs a bucket of more than one frame")
         for name in ("buckets", "experts", "targets"):
             values = getattr(self, name)
-            _require(values and len(set(values)) == len(values), name, self, "must name something, each thing once")
+            _require(values and len(set(values)) == len(values), name, self, "needs at least one value, each once")
         known = {"transformer", "transformer_2"}
         _require(set(self.experts) <= known, "experts", self, f"may hold {sorted(known)}")
 
         if self.anchor_probability == 0:
             independent = self.frame_times == "independent"
             _require(
-                independent, "anchor_probability", self, 'trains no anchor: raise it, or frame_times="independent"'
+                independent, "anchor_probability", self, 'trains no anchor: raise it or set frame_times="independent"'
             )
             _require(
                 self.anchor_noise == 0, "anchor_noise", self, "has no effect with anchor_probability=0: remove it"
@@ -424,13 +424,13 @@ class TrainConfig(TomlConfig):
             self.gradient_checkpointing or not fp8,
             "quantize",
             self,
-            "needs gradient_checkpointing=true, without which the backward keeps a wide copy of every weight",
+            "needs gradient_checkpointing=true, without which the backward keeps a dequantized copy of every weight",
         )
         _require(
             not (nf4 and self.block_offload),
             "quantize",
             self,
-            'needs block_offload=false, as bitsandbytes keeps the weights for the backward: with "fp8" they can be off the device',
+            'needs block_offload=false, as bitsandbytes keeps the weights on the device for the backward: use "fp8" to offload blocks',
         )
         self.check_packages()
 
@@ -442,7 +442,7 @@ class TrainConfig(TomlConfig):
         wanted = f"needs one scale for each of experts={list(self.experts)}"
         _require(len(self.distill_guidance) == len(self.experts), "distill_guidance", self, wanted)
         in_range = all(1 < scale < float("inf") for scale in self.distill_guidance)
-        _require(in_range, "distill_guidance", self, "must be above 1, which is a prediction without guidance")
+        _require(in_range, "distill_guidance", self, "must be above 1; 1 is no guidance")
         _require(self.teacher_lora, "teacher_lora", self, "must name the anchor LoRA that is distilled")
         _require(not self.initial_lora, "initial_lora", self, "has no effect with distill_guidance: remove it")
         _require(self.prompt_dropout == 0, "prompt_dropout", self, "must be 0 with distill_guidance")

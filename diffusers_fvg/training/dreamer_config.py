@@ -124,11 +124,19 @@ class DreamerConfig(TomlConfig):
         _require(len(set(self.buckets)) == len(self.buckets), "buckets", self, "must name each size once")
         for bucket in self.all_buckets:
             _require(
-                min(bucket) >= 1 and bucket[0] > 1, "buckets", self, f"holds {list(bucket)}: no clip has that size"
+                min(bucket) >= 1 and bucket[0] > 1,
+                "buckets",
+                self,
+                f"holds {list(bucket)}: a clip has at least 2 frames of 1 x 1",
             )
 
         has_adapter = self.t2i_adapter != "none"
-        _require(bool(self.image_encoder) == has_adapter, "image_encoder", self, "and `t2i_adapter` go together")
+        _require(
+            bool(self.image_encoder) == has_adapter,
+            "image_encoder",
+            self,
+            'must be set if t2i_adapter is not "none", and empty otherwise',
+        )
         if not self.motion_encoder:
             _require(
                 self.motion_dropout == 0, "motion_dropout", self, "has no effect without motion_encoder: set it to 0"
@@ -138,9 +146,7 @@ class DreamerConfig(TomlConfig):
                 self.image_dropout == 0, "image_dropout", self, "has no effect without adapter and PACA: set it to 0"
             )
         if self.flow_weight:
-            _require(
-                self.flow_teacher != "none", "flow_teacher", self, "must be a teacher where flow_weight is above 0"
-            )
+            _require(self.flow_teacher != "none", "flow_teacher", self, 'must not be "none" if flow_weight is above 0')
         if self.flow_teacher == "dis":
             found = importlib.util.find_spec("cv2") is not None
             _require(found, "flow_teacher", self, "needs `pip install opencv-python-headless`")

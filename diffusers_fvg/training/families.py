@@ -161,7 +161,7 @@ def family_of(config: TrainConfig, folder: Path) -> Wan | CogVideoX:
     transformer_config = json.loads(path.read_text())
     name = transformer_config.get("_class_name")
     if name not in FAMILIES:
-        raise ValueError(f"{path} is of a {name}; those that can be trained are {', '.join(FAMILIES)}.")
+        raise ValueError(f"{path} belongs to a {name}; classes that can be trained are {', '.join(FAMILIES)}.")
     family = FAMILIES[name](folder, transformer_config)
     for bucket in config.all_buckets:
         family.check_bucket(*bucket)

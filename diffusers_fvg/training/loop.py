@@ -87,10 +87,12 @@ def check_model(transformer: torch.nn.Module, config: TrainConfig) -> None:
         raise ValueError(f"`anchor_window={config.anchor_window}`, but {kind} has no window attention: remove it.")
     if config.anchor_form == "appended" and not hasattr(transformer, "appended_rotary"):
         kind = type(transformer).__name__
-        raise ValueError(f'`anchor_form="appended"`, but {kind} takes anchors in their slots alone: remove it.')
+        raise ValueError(
+            f'`anchor_form="appended"`, but {kind} supports only anchors in latent frames of the clip: remove it.'
+        )
     if config.quantize != "none" and not any(True for _ in quantized_layers(transformer, config.quantize)):
         raise ValueError(
-            f"`quantize={config.quantize!r}`, but no layer of the transformer takes a multiple of {NF4_BLOCK} numbers: set it to "
+            f"`quantize={config.quantize!r}`, but no layer of the transformer has `in_features` that are a multiple of {NF4_BLOCK}: set it to "
             '"fp8" or "none".'
         )
     names = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]

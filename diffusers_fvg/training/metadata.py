@@ -100,12 +100,12 @@ def _text_rows(folder: Path) -> list[tuple[Path, str]]:
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise ValueError(
-            f"{folder} has 0 of {' and '.join(TABLES)}, and no video with a text file beside it: write one of them."
+            f"{folder} has neither {' nor '.join(TABLES)}, nor videos with text files beside them: write one of them."
         )
     bare = [path.name for path in paths if not path.with_suffix(".txt").is_file()]
     if bare:
         raise ValueError(
-            f"{folder} has no {' or '.join(TABLES)}, and {len(bare)} of its {len(paths)} files lack a text file of their name "
+            f"{folder} has no {' or '.join(TABLES)}, and {len(bare)} of its {len(paths)} files lack a text file of the same name "
             f"with the caption: {', '.join(bare[:10])}."
         )
     found = []
@@ -155,7 +155,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
-        raise ValueError(f"a key stands twice among {[key for key, _ in pairs]}")
+        raise ValueError(f"a key occurs twice among {[key for key, _ in pairs]}")
     return row
 
 
@@ -198,7 +198,9 @@ def _check_closed(path: Path, line: int, cells: list[str]) -> None:
         for part in text.split(","):
             name = part.strip(' "')
             if name and len(name) < 256 and (path.parent / name).is_file():
-                raise ValueError(f"{path}, line {line}: a quote is not closed, and the row goes on to that of {name}.")
+                raise ValueError(
+                    f"{path}, line {line}: a quote is not closed, so the row extends into that of {name}."
+                )
 
 
 def _hub_rows(data: str, config: TomlConfig) -> list[tuple[Path, str]]:

@@ -11,7 +11,7 @@ from ..publishing.toml import toml_value
 from .config import DataSource, TrainConfig
 
 
-# "rank, alpha (`int`, `float`, *optional*): of the LoRA"
+# An entry such as "rank, alpha (`int`, `float`, *optional*): rank and alpha of the LoRA".
 _ENTRY = re.compile(r"^    (\w+(?:, \w+)*) \(.*?\): ", re.MULTILINE | re.DOTALL)
 
 

@@ -49,8 +49,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         for name, without in UNSHARDED.items():
             if (value := getattr(config, name, without)) != without:
                 raise ValueError(
-                    f"`{name}={value!r}`, but FSDP shards weights and optimizer as they are; set it to {without!r}, or run on one "
-                    "device."
+                    f"`{name}={value!r}`, but FSDP does not support it; set it to {without!r}, or run on one device."
                 )
         # Weights keep their dtypes: bfloat16 for the base, float32 for the LoRA. Accelerate's default policy would cast the
         # forward's inputs, and so round the times to the 8 significant bits of bfloat16.

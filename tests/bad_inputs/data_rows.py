@@ -50,7 +50,7 @@ JSONL = [
     ("half a character", '{"file_name": "a.mp4", "text": "\\ud800"}', "line 1", "half a character"),
     ("a name that is a number", '{"file_name": 3, "text": "a"}', "line 1", "must be a text in quotes"),
     ("a null in a name", '{"file_name": "a\\u0000.mp4", "text": "a"}', "line 1", "file_name", "null"),
-    ("a key twice", '{"file_name": "a", "file_name": "b", "text": "c"}', "line 1", "stands twice"),
+    ("a key twice", '{"file_name": "a", "file_name": "b", "text": "c"}', "line 1", "occurs twice"),
     ("deep lists", '{"a": ' + "[" * 50_000 + "]" * 50_000 + "}", "line 1", "is no JSON"),
     ("a number of 5000 digits", '{"a": ' + "9" * 5000 + "}", "line 1", "is no JSON"),
     ("the third line", f"{ROW}\n{ROW}\n{{", "line 3", "is no JSON"),

@@ -21,7 +21,7 @@ B, F, H, W = 2, 3, 8, 9
 
 
 def conditions(unet, batch_size=B, seed=1):
-    """What the UNet's designs take."""
+    """Inputs of all designs of the UNet."""
     config, generator = unet.config, torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -50,7 +50,7 @@ def noisy(seed=0):
 
 
 def per_frame(unet2d, inputs):
-    """The image UNet on every frame."""
+    """Runs the image UNet on every frame."""
     sample = unet2d(
         inputs["sample"].transpose(1, 2).flatten(0, 1),
         inputs["timestep"].repeat_interleave(F),
@@ -214,7 +214,7 @@ def test_pixels_know_their_place():
 
 
 def test_a_pixel_begins_at_its_own_place():
-    """Whatever frames and picture hold: most of the attention lies on the place itself and its neighbours."""
+    """Most attention is on the pixel's own place and its neighbours, whatever frames and image hold."""
     torch.manual_seed(0)
     attention = tiny_unet2d_wide().pixel_attention
     frame, image = torch.randn(1, 64, 8, 8), torch.randn(1, 64, 8, 8)

@@ -1,4 +1,4 @@
-"""Kills a run again and again, resumes it, and looks at what is there in the end.
+"""Kills a run several times, resumes it, and checks the result at the end.
 
     python tests/evaluation/kill_runs.py OUT --engine accelerate --kills 20
 
@@ -27,9 +27,9 @@ from diffusers_fvg.evaluation.check import check_folder
 from diffusers_fvg.evaluation.manifest import read_manifest
 
 
-# In the environment of all that this script starts: nothing else is killed.
+# Marks the environment of all processes that this script starts, so that it kills no others.
 MARK = f"kill-runs-{os.getpid()}-{time.time_ns()}"
-# Without the first stages, with them, and with a judge that chooses among two pictures.
+# Videos without stages 1 and 2, with them, and with a judge that chooses between two images.
 ARMS = ({"mode": "direct"}, {"mode": "factorized"}, {"mode": "factorized", "composer_num_candidates": 2})
 COLOURS, MOVES = ("red", "green", "blue", "yellow"), ("to the left", "to the right", "upwards", "downwards")
 
@@ -64,7 +64,7 @@ class Cluster:
             for _ in range(5):
                 if subprocess.run(command, capture_output=True).returncode == 0:
                     break
-                # What was killed has not left its port yet.
+                # A killed process may still hold its port.
                 time.sleep(5)
             else:
                 raise RuntimeError(f"no node of Ray starts: {' '.join(command)}")
@@ -82,7 +82,7 @@ class Cluster:
 
 
 def marked() -> list[tuple[int, str, str]]:
-    """The processes that this script started, and those that they started: pid, name and command line."""
+    """Returns pid, name and command line of this script's processes and their children."""
     found = {}
     for process in psutil.process_iter():
         try:
@@ -107,7 +107,7 @@ def finished(out: Path) -> int:
 
 
 def victims(driver: subprocess.Popen, engine: str, cluster: Cluster | None) -> dict[str, list[int]]:
-    """Pids by their kind."""
+    """Returns the pids by kind of process."""
     found = {"driver": [driver.pid], "launcher": [], "worker": []}
     for pid, _, words in marked():
         if engine == "ray" and words.startswith("ray::MapWorker"):

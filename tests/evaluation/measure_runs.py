@@ -1,4 +1,4 @@
-"""Measures what a run costs beside its pipeline, with a pipeline that makes two tiny frames, and how a long plan streams.
+"""Measures the overhead of a run with a pipeline that makes two tiny frames, and the memory and time of a long plan.
 
 python tests/evaluation/measure_runs.py OUT [--videos 10000] [--rows 1000000]
 """

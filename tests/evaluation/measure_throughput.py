@@ -26,7 +26,7 @@ PAIRS = 3
 
 
 def rate(plan: Path, out: Path, count: int) -> tuple[float, float]:
-    """Videos a second of `count` workers, and seconds of the whole run."""
+    """Returns the videos per second of `count` workers, and the seconds of the whole run."""
     shutil.copytree(plan, out)
     flags = ["--engine", "accelerate", "--num-processes", str(count), "--quiet"]
     began = time.perf_counter()
@@ -37,7 +37,7 @@ def rate(plan: Path, out: Path, count: int) -> tuple[float, float]:
     )
     while driver.poll() is None and not any(True for _ in read_manifest(out)):
         time.sleep(0.05)
-    # Not before its workers have started, which would stay on its core.
+    # Set after the workers have started, which would otherwise inherit this core.
     driver.cpu_affinity([0])
     for child in driver.children():
         child.cpu_affinity([0])

@@ -1,4 +1,4 @@
-"""Small files of the forms that the benchmarks publish and that their evaluators write. No text of theirs is in them."""
+"""Small files in the formats that the benchmarks publish and that their evaluators write, without any of their texts."""
 
 import csv
 import json
@@ -25,7 +25,7 @@ LONG = "°" + "a long prompt with a blank at the cut " * 6
 
 
 def vbench2_prompts(folder: Path) -> Path:
-    """Three prompts: one of Diversity and Mechanics, one of Mechanics, one longer than the cut, of Material."""
+    """Three prompts: one of Diversity and Mechanics, one of Mechanics, and one of Material that is too long for a file name."""
     items = [
         ("moving toy", "Mechanics"),
         ("moving toy", "Diversity"),
@@ -65,7 +65,7 @@ def i2v_prompts(folder: Path) -> Path:
 
 
 def write_table(path: Path, header: list[str], rows: list[list], score=None, said: str = "score: ") -> Path:
-    """A result file of T2V-CompBench; `score` is what its last row says."""
+    """Writes a result file of T2V-CompBench; `score` is the value of its last row."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -78,7 +78,7 @@ def write_table(path: Path, header: list[str], rows: list[list], score=None, sai
 def dimension_file(
     folder: Path, dimension: str, score: float, values: list[float], timestamp: str = "2026-01-01-00:00:00"
 ):
-    """A result file of VBench-2.0, as `evaluate.sh` leaves it: with the model's folder between."""
+    """Writes a result file of VBench-2.0 as `evaluate.sh` does, in a further folder with the model's name."""
     listed = [
         {"video_path": f"videos/{dimension}/p{number}-0.mp4", "video_results": value}
         for number, value in enumerate(values)
@@ -89,7 +89,7 @@ def dimension_file(
 
 
 def vbench2_results(folder: Path, scores: dict[str, float]) -> Path:
-    """Each dimension with as many results as it must have, all equal to its score; 0.5 where none is given."""
+    """Writes the required number of results for each dimension, all equal to its score, 0.5 by default."""
     for dimension, count in vbench2.RESULTS.items():
         score = scores.get(dimension, 0.5)
         dimension_file(folder, dimension, score, [score] * count)
@@ -109,7 +109,7 @@ def i2v_results(folder: Path, scores: dict[str, float]) -> Path:
 
 
 def record(folder: Path, metric: str, final: float, count: int, videos: int = 2, ending: str = "mp4") -> Path:
-    """A record of EvalCrafter, with the lines of its first videos."""
+    """Writes a record of EvalCrafter with the lines of its first videos."""
     lines = [
         f"2026-01-01 00:00:00 Vid: {number:04d}.{ending},  Current {metric}: {final}, Current avg. {metric}: {final},  "
         for number in range(videos)
@@ -122,7 +122,7 @@ def record(folder: Path, metric: str, final: float, count: int, videos: int = 2,
 
 
 def evalcrafter_results(folder: Path, means: dict[str, float]) -> Path:
-    """All 17 metrics; 0 where none is given."""
+    """Writes all 17 metrics, 0 by default."""
     counts = dict.fromkeys(("action_score", "motion_ac_score", "ocr_score", "count_score"), 50)
     counts |= {"color_score": 46, "celebrity_id_score": 54, "detection_score": 800}
     metrics = [

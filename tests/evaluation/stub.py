@@ -1,4 +1,4 @@
-"""A pipeline that makes tiny videos of its seed alone, for tests of what happens around it."""
+"""A pipeline whose tiny videos depend on the seed only, for tests of the code around it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffusers_fvg.pipelines.output import FactorizedVideoPipelineOutput
 
 @dataclass
 class StubPipeline:
-    """Notes each video that it computes in a file, and fails for prompts that ask for it."""
+    """Records each video in a file, and fails for prompts that say so."""
 
     calls: Path | None = None
     seconds: float = 0.0

@@ -29,7 +29,7 @@ def load():
     return ModelLoad(argparse.Namespace(**{name: value for name, value in vars(arguments).items() if name != "run"}))
 
 
-# Without the first stages, with them, and with a judge that chooses among two pictures.
+# Videos without stages 1 and 2, with them, and with a judge that chooses between two images.
 ARMS = {
     "direct": {"mode": "direct"},
     "factorized": {"mode": "factorized", "composer_num_inference_steps": 2},
@@ -48,7 +48,7 @@ ROWS = [
 ]
 
 
-# In captions and stages.json, how long they took.
+# Keys of captions and stages.json with durations.
 _TIME = re.compile(rb'"\w*seconds": [\d.e+-]+')
 
 
@@ -78,9 +78,9 @@ def expected(tmp_path_factory, load):
 
 
 def test_place_and_company_of_a_video_do_not_matter(tmp_path, load, expected):
-    """The last first, and every other one left out; the judge scores as it did."""
+    """Makes every other video in reverse order; the judge's scores must be the same."""
     few = made(tmp_path, load, "in-process", ROWS[::-2])
-    # The judge is content with one of two, or has seen both.
+    # The judge accepts the first of two images, or has seen both.
     assert {f"stages/videos/judged-{index}-1.mp4/candidate_1.png" for index in range(2)} < few.keys()
     assert len({expected[row.path] for row in ROWS if "judged" not in row.path}) == 8
     assert {name for name, data in few.items() if data != expected[name]} == {"plan.json", "plan.jsonl"}
@@ -98,7 +98,7 @@ def test_workers_of_ray_make_the_same_files(tmp_path, load, expected, monkeypatc
 
 
 def test_a_killed_run_goes_on(tmp_path, run_python):
-    """What `kill_runs.py` does twenty times."""
+    """Kills and resumes a run, as `kill_runs.py` does twenty times."""
     script = Path(__file__).parent / "kill_runs.py"
     os.makedirs(tmp_path / "runs")
     code = f"import sys, runpy; sys.argv = {[str(script), str(tmp_path / 'runs' / 'a'), '--kills', '2', '--videos', '20']}; "

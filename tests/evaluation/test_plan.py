@@ -17,7 +17,7 @@ def test_a_plan_is_read_as_it_was_written_and_the_same_rows_are_the_same_bytes(t
     rows = [ROW, PlannedVideo("videos/2.mp4", "b", 6)]
     facts = write_plan(tmp_path / "a", rows, {"seed": 3})
     assert list(read_plan(tmp_path / "a")) == rows
-    # In another order of keys, from a generator, and where it is already.
+    # With another order of keys, from a generator, and into a folder that has the plan already.
     other = PlannedVideo(*ROW.__dict__.values())
     other.arguments.clear()
     other.arguments.update(height=32, width=64)

@@ -39,7 +39,7 @@ def test_a_run_makes_what_is_missing_and_nothing_twice(tmp_path):
     for row in rows:
         assert read_video_metadata(out / row.path)["seeds"]["video"] == row.seed
     assert lines(out) == {(row.path, "made"): 1 for row in rows}
-    # Lost: a video and a line, which a kill cuts off; damaged: another.
+    # One video is lost with its line, which a kill cuts off; another is damaged.
     (out / rows[0].path).unlink()
     (out / rows[1].path).write_bytes(b"half")
     (lines_file,) = (out / "manifest").glob("*.jsonl")
@@ -86,7 +86,7 @@ def test_a_worker_that_is_given_what_another_finished_leaves_it_as_it_is(tmp_pat
         one.make(row)
         one.close()
         if times == 1:
-            # As a kill leaves it between the video and its line.
+            # The state after a kill between the video and its line.
             for path in (tmp_path / "manifest").glob("*.jsonl"):
                 path.write_text("")
     assert lines(tmp_path) == {(row.path, "found"): 1} and len((tmp_path / "calls").read_text().split()) == 1

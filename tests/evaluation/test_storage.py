@@ -24,7 +24,7 @@ ROWS = [PlannedVideo(f"videos/{i}.mp4", "a", derive_seed(0, i), {"mode": "direct
 
 @pytest.fixture(params=["memory", "local"])
 def url(request, tmp_path, monkeypatch):
-    """A storage of memory, and one of files: each is nothing but an address to what is tested."""
+    """A storage in memory and one of files; the tested code gets only the URL."""
     monkeypatch.setattr(storage.constants, "HF_HOME", str(tmp_path / "cache"))
     # Once with the first video, however long the others take.
     monkeypatch.setattr(storage, "RECORD_SECONDS", 3600.0)
@@ -76,7 +76,7 @@ def test_a_killed_run_goes_on(url, tmp_path):
     load, began = StubLoad(tmp_path / "calls", seconds=0.3), time.monotonic()
     process = multiprocessing.get_context("fork").Process(target=run, args=(url, load))
     process.start()
-    # One is there, and another in the making.
+    # One video is there, and another is being written.
     while time.monotonic() < began + 60 and not (tmp_path / "out" / ROWS[0].path).exists():
         time.sleep(0.01)
     process.kill()
@@ -110,7 +110,7 @@ def test_a_storage_that_breaks_keeps_whole_files_and_the_run_goes_on(url, tmp_pa
     if not is_same_machine:
         shutil.rmtree(tmp_path / "cache")
     assert run(url, load).finished == 4
-    # Where it was computed, it is not again.
+    # Videos that exist are not computed again.
     assert (
         calls(load)[ROWS[2].seed] == (1 if is_same_machine else 2)
         and calls(load).total() == (4, 5)[not is_same_machine]

@@ -36,7 +36,7 @@ def run(config, validate) -> None:
 
 
 def sampled(monkeypatch) -> list[np.ndarray]:
-    """Frames of each video, before they are written."""
+    """Records the frames of each video before they are written."""
     frames = []
 
     def write(path, video, *rest):
@@ -110,7 +110,7 @@ def test_cogvideox_has_a_pipeline_of_its_own(config, tmp_path):
     save_cogvideox_model(tmp_path / "model")
     targets = ["to_q", "to_k", "to_v"]
     config = replace(config, steps=3, targets=targets, timestep_density="uniform", flow_shift=1.0)
-    # A patch is two latent frames long, over which a picture stands still.
+    # A patch spans two latent frames, in which the anchor stands still.
     config = replace(config, validation_frame_indices=(-1, 0))
     run(config, make_validate(config))
     frames, _ = read_video(tmp_path / "out" / "validation" / "transformer_step_00000002" / "0.mp4")

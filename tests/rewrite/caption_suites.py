@@ -1,4 +1,4 @@
-"""What the check of captions does to the published prompt suites.
+"""Measures the check of captions on the published prompt suites.
 
 The suites are other people's: none of their text is here. They are read from the folder that `FVG_PROMPT_SUITES` names, which
 holds `t2v_compbench/v2/meta_data/*.json` (T2V-CompBench, CVPR 2025), `vbench2/prompts/VBench2_full_text.txt` and
@@ -58,13 +58,13 @@ def is_accepted(prompt: str, caption: str, plan: Plan | None = None) -> bool:
 
 
 def exchanged(text: str, one: str, other: str) -> str:
-    """A text with two words in each other's place."""
+    """Exchanges two words of a text."""
     there = {one: other, other: one}
     return re.sub(rf"\b({one}|{other})\b", lambda match: there[match[0].lower()], text, flags=re.IGNORECASE)
 
 
 def opposite(prompt: str) -> str | None:
-    """A prompt with its place turned round."""
+    """Reverses the relation of places in a prompt."""
     for one, other in (pair for both in OPPOSITES for pair in (both, both[::-1])):
         if one in prompt:
             return prompt.replace(one, other, 1)

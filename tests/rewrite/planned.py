@@ -1,4 +1,4 @@
-"""The answer that a chat model is asked for, written as one would."""
+"""Writes an answer with a plan, as a chat model would."""
 
 import json
 from dataclasses import asdict

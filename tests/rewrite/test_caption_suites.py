@@ -56,7 +56,7 @@ def test_a_judge_halves_the_end_states_that_words_leave_through():
     counts = judged(right=0.9)
     print(counts)
     assert counts["end states kept"] <= counts["end states"] / 2
-    # A caption that it refuses wrongly is asked for once more, and stands in if no other is better.
+    # A wrongly refused caption costs one more question, and is used if no other is better.
     assert counts["start states kept"] >= 0.75 * counts["start states"]
     assert judged(right=1.0) == counts | {"start states kept": counts["start states"], "end states kept": 0}
 
@@ -86,6 +86,6 @@ def test_smollm2_on_60_prompts():
 
 
 def five_words(text: str) -> set[tuple[str, ...]]:
-    """Every five words of a text that follow each other."""
+    """Returns all sequences of five words in a text."""
     found = re.findall(r"\w+", text.lower())
     return set(zip(*(found[begin:] for begin in range(5))))

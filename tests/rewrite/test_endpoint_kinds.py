@@ -97,7 +97,7 @@ def test_a_server_s_ways_are_learnt_and_remembered(kind):
         rewriter = FirstFrameRewriter(endpoint=ChatEndpoint(server.url, "m"), judge=False)
         assert rewriter.rewrite([PROMPT]) == [CAPTION]
         asked = len(server.bodies)
-        # Two at once, of the same rewriter and of one that knows the server not yet.
+        # Two prompts at once, with the same rewriter and with one that has not used the server yet.
         assert rewriter.rewrite([PROMPT] * 2) == [CAPTION] * 2
         assert len(server.bodies) == asked + 2
         fresh = FirstFrameRewriter(endpoint=ChatEndpoint(server.url, "m"), judge=False)

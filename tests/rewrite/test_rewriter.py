@@ -41,7 +41,7 @@ SILENT_SYSTEM = CHAT_TEMPLATE.replace("messages %}", "messages if message['role'
 INSTRUCTION_HERE = "Describe the first frame."
 BALL, LEAF, CATS = "A red ball rolls to the left.", "A green leaf slowly turns yellow.", "Two cats play in a garden."
 BALL_CAPTION, LEAF_CAPTION = "A red ball at the right edge of a table.", "A green leaf on a branch."
-# What the model of `school` has learnt: the leaf right only when it is asked again, the cats never.
+# Answers that the model of `school` has learnt: right for the leaf only when asked again, never for the cats.
 LEAF_REASON, CATS_REASON = '"turns" tells of change or time', "it holds no JSON object"
 LESSONS = (
     (BALL, None, format_answer(BALL_CAPTION)),
@@ -73,7 +73,7 @@ def test_a_broken_chat_template_is_told_with_its_file(tmp_path):
     broken = AutoTokenizer.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"chat template in '.*chat_template.jinja' is broken \(.*end of template"):
         FirstFrameRewriter(tiny_llama(600), broken)
-    # One that refuses a system turn alone is none.
+    # A template that only refuses system turns is not broken.
     picky = "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}{% endfor %}"
     FirstFrameRewriter(tiny_llama(600), chat_tokenizer_of(["a b"], picky))
 
@@ -289,7 +289,7 @@ def test_a_choice_has_the_model_s_own_probabilities(untrained):
 
 
 def test_answers_follow_their_schema(untrained):
-    """Random weights write valid JSON then."""
+    """With the grammar, even random weights write valid JSON."""
     pytest.importorskip("xgrammar")
     (answer,) = untrained([untrained.messages(BALL)], 60, schema=answers_schema(2))
     assert [*map(len, [json.loads(answer)["answers"]])] == [2]
@@ -513,7 +513,7 @@ def test_folder_that_names_a_hub_repository(school, hub, tmp_path):
     rewriter.save_pretrained(tmp_path / "again")
     assert [path.name for path in (tmp_path / "again").iterdir()] == ["rewriter_config.json"]
     assert json.loads((tmp_path / "again" / "rewriter_config.json").read_text()) == light
-    # Found in that cache only, without asking the server.
+    # Loaded from the cache only, without a request to the server.
     FirstFrameRewriter.from_pretrained(tmp_path / "again", cache_dir=cache, local_files_only=True)
     with pytest.raises(OSError, match="org/chat"):
         FirstFrameRewriter.from_pretrained(tmp_path / "again", cache_dir=tmp_path / "other", local_files_only=True)

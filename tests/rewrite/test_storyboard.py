@@ -18,7 +18,7 @@ LONG_BOARD = [Moment("two cat", 0.0), Moment("a dog", 0.5), Moment("three dog", 
 def pipe():
     pipe = tiny_pipeline()
     with torch.no_grad():
-        # As it comes, this decoder of random weights shows another prompt or seed as one grey level.
+        # Unscaled, this random decoder would change by one grey level only with another prompt or seed.
         pipe.composer.pipeline.vae.decoder.conv_out.weight.mul_(30)
     pipe.set_progress_bar_config(disable=True)
     return pipe

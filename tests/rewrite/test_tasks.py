@@ -141,7 +141,7 @@ def test_a_motion_caption_speaks_of_the_prompt():
 
 
 def ask(answers: list[str], ask_for, **settings):
-    """What a rewriter makes of a server's answers, and the requests that it made."""
+    """Returns a rewriter's results for a server's answers, and its requests."""
     with ChatServer(*map(reply, answers)) as server:
         made = ask_for(FirstFrameRewriter(endpoint=ChatEndpoint(server.url, "m"), **settings))
     return made, [body for _, _, body in server.requests]
@@ -155,7 +155,7 @@ def test_a_storyboard_is_asked_for_checked_and_asked_for_again():
     assert system["content"] == STORYBOARD_INSTRUCTION.replace("{num_moments}", "2")
     assert "at most 2 moments" in system["content"]
     assert turns == [] and question["content"] == LEAF
-    # The form was right, so that no example is needed.
+    # The answer had the right form, so no example is shown.
     assert len(retry["messages"]) == 2
     # Room for as many captions as there are moments.
     assert first["max_tokens"] == 2 * 256

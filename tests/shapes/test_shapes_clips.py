@@ -22,7 +22,7 @@ NUM_CLIPS = 8
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """A cache of which all clips but the first `NUM_CLIPS` are poison, and runs of two steps: pictures, then clips."""
+    """A cache in which all clips but the first `NUM_CLIPS` are NaN, and runs of two steps: one with images, one with clips."""
     monkeypatch.setattr(clips, "NUM_CLIPS", (NUM_CLIPS, 12))
     monkeypatch.setattr(clips, "build_cache", partial(train_models.build_cache, num_images=1))
     monkeypatch.setattr(clips, "BASE_STEPS", 2)
@@ -36,7 +36,7 @@ def tiny(tmp_path, monkeypatch):
     build_shared_cache(tmp_path / "cache")
     path = tmp_path / "cache" / "latents.safetensors"
     latents = load_file(path)
-    # Not the first: the pictures are of all clips.
+    # The first latent frame stays finite, because images are taken from all clips.
     latents["clips"][NUM_CLIPS:, :, 1:] = torch.nan
     save_file(latents, path)
     return tmp_path
@@ -95,7 +95,7 @@ def test_clips_needed_are_read_off_the_line_between_neighbours():
     assert clips_needed(curve, 0.7) == pytest.approx(20_000) and clips_needed(curve, 0.71) == math.inf
     assert clips_needed([*curve, (40_000, 0.6)], 0.3) is None
     assert needed_text(math.inf, 20_000) == "more than 20,000"
-    assert "not said" in needed_text(None, 20_000)
+    assert "unknown" in needed_text(None, 20_000)
 
 
 def test_a_lead_is_that_of_each_prompt():
@@ -147,7 +147,7 @@ def test_a_run_with_the_embedded_weights_scores_like_the_embedded_model(tmp_path
 
 
 def test_nothing_is_scored_before_a_run_is_done(tmp_path):
-    with pytest.raises(ValueError, match="No run is done"):
+    with pytest.raises(ValueError, match="No run is finished"):
         write_clips_report(tmp_path, tmp_path / "report")
 
 

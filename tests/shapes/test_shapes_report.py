@@ -164,7 +164,7 @@ def test_summary_row():
 
 
 def study_records(**changes):
-    """A study in which every claim is met, some right at the bar; `changes` replace single arms' records."""
+    """Records of a study in which every claim meets its target, some exactly; `changes` replace records of single arms."""
     arms = {
         "direct_50": planted([[0.3, 0.7]], "direct", 50),
         "direct_15": planted([[0.2, 0.6]], "direct", 15),

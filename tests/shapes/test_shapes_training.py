@@ -1,4 +1,4 @@
-"""The shapes model's own training: loop, resume, gates, and what the text encoder is taught."""
+"""The shapes model's training: loop, resuming, target scores, and the text encoder's task."""
 
 import json
 
@@ -75,7 +75,7 @@ def parts(monkeypatch):
 
 def test_a_part_below_its_bar_stops_the_training(parts, tmp_path):
     ran, scores = parts
-    with pytest.raises(ValueError, match="second scored 0.4, below its bar of 0.5"):
+    with pytest.raises(ValueError, match="second scored 0.4, below its target of 0.5"):
         train_all(tmp_path, ("first", "second"))
     assert json.loads((tmp_path / "training.json").read_text()) == {
         "first": {"samples": 3, "held_out": 0.9, "bar": 0.5}

@@ -39,7 +39,7 @@ def test_windows_and_loras(pipe, tmp_path):
 
 
 def test_loras_that_do_not_fit(pipe, tmp_path):
-    with pytest.raises(ValueError, match=r"is of window 3, which is not among \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"is given for window 3, which is not among `windows=\(0, 1\)`"):
         write_window_report(pipe, tmp_path, (0, 1), {3: OWN_LORA})
     with pytest.raises(ValueError, match=r"No pytorch_lora_weights.safetensors in .*of window 1"):
         write_window_report(pipe, tmp_path, (0, 1), {1: tmp_path})

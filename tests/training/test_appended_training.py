@@ -1,4 +1,4 @@
-"""Training with anchors behind the clip: what the cache holds, what is written down, what is refused."""
+"""Training with appended anchors: the cache, the LoRA's metadata, and refused options."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -92,6 +92,7 @@ def test_what_is_refused(places, tmp_path):
         run(distilled_config(places, tmp_path / "student", lora, anchor_form="appended"))
     others = save_cogvideox_model(tmp_path / "model"), places[1]
     with pytest.raises(
-        ValueError, match='`anchor_form="appended"`, but AnchorConditionedCogVideoX.* in their slots alone'
+        ValueError,
+        match='`anchor_form="appended"`, but AnchorConditionedCogVideoX.* anchors in latent frames of the clip',
     ):
         run(tiny_config(*others, tmp_path / "out", anchor_form="appended", targets=["to_q"]))

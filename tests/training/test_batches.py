@@ -14,7 +14,7 @@ def test_batch_order_goes_through_every_clip_in_batches_of_one_shape():
         counts = Counter(index for batch in batches for index in batch)
         assert set(counts) == set(range(8)) and sum(counts.values()) == 10
     assert epochs[0] != epochs[1]
-    # Any batch, asked for alone, is the same.
+    # A batch does not depend on which batches were asked for before.
     assert BatchOrder(shapes, 2, 0)[7] == epochs[1][2] and BatchOrder(shapes, 2, 1)[7] != epochs[1][2]
 
 

@@ -52,7 +52,7 @@ def generators(count: int) -> list[torch.Generator]:
 
 
 class Recorder:
-    """Stands where the transformer does: keeps what it is given and predicts zero."""
+    """Replaces the transformer: records its inputs and predicts zero."""
 
     def __call__(self, hidden_states, timestep, encoder_hidden_states, return_dict):
         self.hidden_states, self.timestep = hidden_states, timestep
@@ -194,5 +194,7 @@ def test_the_family_follows_the_models_own_config(finished, tmp_path):
     with pytest.raises(ValueError, match="has no transformer/config.json"):
         family_of(train, tmp_path / "nowhere")
     other.write_text(json.dumps({"_class_name": "LTXVideoTransformer3DModel"}))
-    with pytest.raises(ValueError, match="is of a LTXVideoTransformer3DModel; those that can be trained are Wan"):
+    with pytest.raises(
+        ValueError, match="belongs to a LTXVideoTransformer3DModel; classes that can be trained are Wan"
+    ):
         family_of(train, tmp_path)

@@ -165,7 +165,7 @@ def test_interrupted_cache_continues(config, monkeypatch):
     clips = cache(config)
     assert encoded == [1] and len(clips) == 3
 
-    # Cut off, as by a full disk or a copy that was broken off: made again.
+    # An incomplete file, as after a full disk or an interrupted copy, is made again.
     os.truncate(clips.latents[0], 200)
     encoded.clear()
     assert cache(config).load([0])[0].shape == (1, 16, 3, 4, 4) and encoded == [1]
@@ -271,7 +271,7 @@ def test_a_long_video_gives_several_clips(config, tmp_path):
         expected = Wan.encode(vae, pixels[None])
         torch.testing.assert_close(clips.load([index])[0], expected, rtol=1e-4, atol=1e-5)
 
-    # One of them is lost: found out without decoding the video, and made again.
+    # A lost file is noticed without decoding the video, and made again.
     clips.latents[1].unlink()
     assert cache(config).latents == clips.latents and clips.latents[1].exists()
     with pytest.raises(ValueError, match="was made with another clips_per_video"):
@@ -311,7 +311,7 @@ def test_corrupt_and_missing_videos_are_named_and_counted(config, tmp_path):
 
 
 def test_a_caption_of_more_tokens_than_are_read_is_told_of(config, tmp_path, caplog):
-    """At every start, also where all is cached."""
+    """The warning comes at every start, even if everything is cached."""
     rows = [
         '{"file_name": "0.mp4", "text": "a red circle"}',
         json.dumps({"file_name": "1.mp4", "text": "a dog " * 20}),

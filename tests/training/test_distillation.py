@@ -1,4 +1,4 @@
-"""Guidance distillation: what the student is taught, what it starts from, and what the finished LoRA says of itself."""
+"""Guidance distillation: target and initial weights of the student, and metadata of the finished LoRA."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -142,7 +142,7 @@ def test_the_student_starts_as_the_teacher_without_guidance(places, teacher_lora
     one = first_loss(places, tmp_path / "one", teacher_lora, distill_guidance=[2.0])
     two = first_loss(places, tmp_path / "two", teacher_lora, distill_guidance=[3.0])
     assert one > 1e-4 and two == pytest.approx(4 * one, rel=1e-4)
-    # A larger rank and another alpha change nothing of the start.
+    # The initial prediction does not depend on rank and alpha.
     wide = first_loss(places, tmp_path / "wide", teacher_lora, distill_guidance=[2.0], rank=6, alpha=3.0)
     assert wide == pytest.approx(one, rel=1e-4)
     # The same prompt on both sides leaves nothing to learn.
@@ -173,7 +173,7 @@ def test_both_experts_are_taught_and_say_so(tmp_path):
         fresh = type(transformer).from_config(transformer.config)
         lora.load_into(fresh, name)
 
-    # Twice is not meant: its guidance would be guided again.
+    # Distilling a distilled LoRA is refused: its guidance would be applied twice.
     with pytest.raises(ValueError, match="has a guidance of 4.0 in it; distil the LoRA that it was made from"):
         run(distilled_config((model, data), tmp_path / "again", str(tmp_path / "out"), **options))
 
@@ -227,7 +227,7 @@ def test_a_killed_run_continues_to_the_same_bits_with_the_same_teacher(places, t
     finish(start(paths["whole"]))
     processes = start(paths["stopped"], seconds_per_step=0.1)
     kill_after(processes, tmp_path / "stopped", step=5)
-    # Found by its weights, wherever they are now.
+    # The teacher is compared by its weights, not by their location.
     moved = save_lora(tmp_path / "moved", {"transformer": tiny_transformer()})
     save_config(replace(config, teacher_lora=moved), paths["stopped"])
     finish(start(paths["stopped"]))

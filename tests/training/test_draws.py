@@ -32,7 +32,7 @@ def generators(count: int) -> list[torch.Generator]:
 
 
 class Recorder:
-    """Stands where the transformer does: keeps what it is given and predicts zero."""
+    """Replaces the transformer: records its inputs and predicts zero."""
 
     def __call__(self, hidden_states, timestep, encoder_hidden_states, return_dict, anchor_positions=None):
         self.hidden_states, self.timestep, self.anchor_positions = hidden_states, timestep, anchor_positions
@@ -94,7 +94,7 @@ def test_draw_gives_each_frame_its_noise_level_and_time(frame_times, anchor_nois
     drawn, model = draw(clean, generators(64), train), Recorder()
     draw_loss(model, clean, drawn, torch.zeros(64, 1, 1))
 
-    # The level in the time must be that in the latents.
+    # The noise level of the timestep must be that of the latents.
     level = (model.timestep / 1000)[:, None, :, None, None]
     assert torch.allclose(model.hidden_states, (1 - level) * clean + level * drawn.noise, atol=1e-5)
     anchored = drawn.counted == 0
@@ -226,7 +226,7 @@ def test_a_drawn_picture_is_appended_in_place_of_its_latent_frame(frame_times):
     )
     draw_loss(model, clean, drawn, torch.zeros(64, 1, 1))
     appended, given = drawn.anchors.appended, slots.counted == 0
-    # Whose latent frame that was is free now; who has the first frame keeps it.
+    # A later latent frame that was anchored is free now; an anchored first frame stays anchored.
     assert torch.equal(drawn.counted == 0, given & (torch.arange(5) == 0)) and 16 < given[:, 1:].sum() < 60
     assert torch.equal(drawn.noise, slots.noise) and (drawn.anchors.strength >= 0).all()
     for clip, index in given.nonzero().tolist():
@@ -240,7 +240,7 @@ def test_a_drawn_picture_is_appended_in_place_of_its_latent_frame(frame_times):
         expected = (1 - level) * latents + level * appended.noise[clip, :, 0]
         torch.testing.assert_close(model.hidden_states[clip, :, 5], expected, rtol=0, atol=1e-6)
     assert set(given.nonzero()[:, 1].tolist()) == {0, 2, 4}
-    # A batch in which none is drawn is as without pictures.
+    # A batch in which no image is drawn is the same as without images.
     assert (
         draw(clean, generators(64), replace(train, anchor_position="first"), pictures=pictures).anchors.appended
         is None

@@ -1,4 +1,4 @@
-"""What a run tells before it is started, against what it does."""
+"""The dry run's report, compared with the run itself."""
 
 import re
 from dataclasses import fields, replace
@@ -17,7 +17,7 @@ from diffusers_fvg.training.trainer import main_train
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """A model, and five videos: one long, one upright, one that is none."""
+    """A model and five videos: one is long, one upright and one no video."""
     root = tmp_path_factory.mktemp("dry")
     videos = save_videos(root / "data", 5)
     save_videos(root / "long", 1, num_frames=20)

@@ -61,7 +61,7 @@ def checkpoints(config) -> list[int]:
 
 
 def assert_as_whole(config, whole) -> None:
-    """The finished LoRA bit for bit, and one line in the log for every step."""
+    """Checks that the finished LoRA is bit-identical, and that the log has one line per step."""
     ours, theirs = (load_file(output / WEIGHT_NAME) for output in (Path(config.output_dir), whole[1]))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert losses(Path(config.output_dir)) == losses(whole[1])
@@ -71,7 +71,7 @@ def assert_as_whole(config, whole) -> None:
 
 
 def nan_gradient(loss: torch.Tensor) -> torch.Tensor:
-    """The same value; behind a root of zero the gradient is NaN."""
+    """Returns the loss unchanged but with a gradient of NaN, from a square root of zero."""
     return loss + (loss - loss.detach()).sqrt()
 
 
@@ -81,7 +81,7 @@ def nan_gradient(loss: torch.Tensor) -> torch.Tensor:
     ids=["loss", "gradient", "huge"],
 )
 def test_a_step_that_would_break_the_weights_is_not_taken(config, whole, monkeypatch, broken):
-    """Planted at the last step: nothing of it is written, and without it the run ends as it should."""
+    """A fault at the last step writes nothing, and without the fault the run ends as usual."""
     draw_loss, calls = loop.draw_loss, []
 
     def planted(*args):
@@ -116,7 +116,7 @@ def test_weights_that_have_exploded_are_not_written(config, monkeypatch):
 
 
 def test_an_average_that_only_breaks_as_it_is_written_is_refused(config, monkeypatch):
-    """Finite in itself, and not when it is multiplied by the LoRA's strength."""
+    """The weights are finite, but not after multiplication by the LoRA's scale."""
     monkeypatch.setattr(loop, "check_weights", lambda *args: None)
     train = Run.train
     monkeypatch.setattr(Run, "train", lambda self: {name: p * 1e20 for name, p in train(self).items()})
@@ -131,7 +131,7 @@ def test_a_checkpoint_that_is_not_finite_is_passed_over(config, whole, caplog):
     tensors, metadata = read_whole(newest)
     tensors[min(tensors)].view(-1)[3] = float("-inf")
     write_whole(newest, tensors, metadata)
-    # A sound one of an earlier step beside it.
+    # There is a valid checkpoint of an earlier step.
     run(replace(config, output_dir=config.output_dir + "3", steps=3))
     sound = Path(config.output_dir + "3") / "checkpoints" / "transformer" / "step_00000003.safetensors"
     (newest.parent / sound.name).write_bytes(sound.read_bytes())
@@ -297,7 +297,7 @@ def test_a_second_run_in_a_folder_is_refused(config):
     "room", [pytest.param(200, marks=pytest.mark.slow), 20_000], ids=["no config", "no checkpoint"]
 )
 def test_a_full_disk_is_one_line_and_the_run_goes_on(config, whole, room):
-    """A file may not grow beyond some bytes: what a full disk does."""
+    """Limits the size of files, which acts like a full disk."""
     path = save_config(config, Path(config.output_dir) / "run.toml")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))

@@ -1,4 +1,4 @@
-"""LoRAs before and within a run: the one that it starts from, and those that it leaves on its way."""
+"""The initial LoRA of a run, and the intermediate LoRAs that it writes."""
 
 import shutil
 from dataclasses import replace
@@ -87,7 +87,7 @@ def test_it_may_be_a_repository_on_the_hub(places, lora, tmp_path, hub, experts)
         pair = [f"{name}.blocks.1.ffn.net.2.lora_{half}.weight" for half in "BA"]
         products = [state[pair[0]] @ state[pair[1]] for state in (learnt, given)]
         torch.testing.assert_close(*products, rtol=1e-5, atol=1e-6)
-    # Known by its weights: the run goes on from a copy of it.
+    # The LoRA is compared by its weights: the run resumes with a copy of it.
     run(replace(config, steps=2, initial_lora=str(source)))
 
 

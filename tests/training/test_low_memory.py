@@ -1,4 +1,4 @@
-"""Training on a base in fewer bits, and with weights and activations off the device: against training without."""
+"""Training with a quantized base and with offloaded weights and activations, compared with plain training."""
 
 import importlib.util
 import shutil
@@ -185,7 +185,7 @@ def test_one_activation_of_each_block_goes_to_the_computers_memory(places, tmp_p
 
 
 def test_blocks_run_with_copies_that_their_backward_finds():
-    """The weights themselves stand on a device that cannot compute: nothing but copies can have been used."""
+    """The weights are on a device that cannot compute, so only copies can have been used."""
     transformer, expected = (with_lora(anchored=True) for _ in range(2))
     inputs = {"hidden_states": torch.randn(1, 16, 3, 4, 4), "encoder_hidden_states": torch.randn(1, 8, 32)}
     inputs |= {"timestep": torch.tensor([500.0]), "return_dict": False}
@@ -233,12 +233,12 @@ def test_4_bits_are_those_of_the_weights(tmp_path):
         expected = levels[((rows / largest)[:, :, None] - levels).abs().argmin(dim=2)] * largest
         assert (found - expected.reshape(found.shape)).norm() < 0.01 * expected.norm()
     transformer = with_lora()
-    with pytest.raises(ValueError, match="no layer of the transformer takes a multiple of 64 numbers"):
+    with pytest.raises(ValueError, match="no layer of the transformer has `in_features` that are a multiple of 64"):
         check_model(transformer, tiny_config(tmp_path, tmp_path, tmp_path, quantize="nf4"))
 
 
 class Elsewhere:
-    """A weight that can do nothing but be copied."""
+    """A weight that can only be copied."""
 
     def __init__(self, values: torch.Tensor):
         self.values = values

@@ -67,7 +67,7 @@ def test_captions_are_read_whole(tmp_path, name, content, expected):
         ('"0.mp4"', "line 1 must be an object, {...}, but is str"),
         ('{"file_name": 7, "text": "a dog"}', "line 1: `file_name` must be a text in quotes, but is 7"),
         ('{"file_name": "0.mp4", "text": ["a", "b"]}', "line 1: `text` must be a text in quotes"),
-        ('{"file_name": "0.mp4", "text": "a", "text": "b"}', "line 1 is no JSON: a key stands twice"),
+        ('{"file_name": "0.mp4", "text": "a", "text": "b"}', "line 1 is no JSON: a key occurs twice"),
         ("{'file_name': '0.mp4'}".encode("utf-16"), "line 1 is no UTF-8"),
         ('\n{"file_name": "0.mp4", "text": "caf\u00e9"}'.encode("latin-1"), r"line 2 is no UTF-8 \(byte 0xe9\)"),
         ('{"file_name": "0.mp4", "text": "caf\ufffd"}', r"line 1 holds U\+FFFD, which stands for lost characters"),
@@ -92,7 +92,7 @@ def test_rows_of_jsonl_that_are_refused(tmp_path, rows, message):
         ('0.mp4,"a red circle\n1.mp4,"a blue square"', "line 2: the row that begins there cannot be read"),
         (
             '0.mp4,"a red circle\n1.mp4,a blue square"',
-            "line 2: a quote is not closed, and the row goes on to that of 1.mp4",
+            "line 2: a quote is not closed, so the row extends into that of 1.mp4",
         ),
         ('0.mp4,"a" red circle', "line 2: the row that begins there cannot be read"),
         ("0.mp4," + "a" * 140_000, r"line 2: .*field larger than field limit"),
@@ -120,7 +120,7 @@ def test_folders_that_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"2 of its 3 files lack a text file .*: 1\.mp4, 2\.mp4"):
         captions(tmp_path / "bare", "0.txt", "a dog")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="has 0 of metadata.jsonl and metadata.csv, and no video"):
+    with pytest.raises(ValueError, match="has neither metadata.jsonl nor metadata.csv, nor videos"):
         read_examples(tiny_config(tmp_path, tmp_path / "empty", tmp_path / "out"))
 
 

@@ -61,8 +61,8 @@ def test_a_config_of_several_sources_is_written_and_read(places, tmp_path):
         ({"path": "a", "weight": 2}, "it must be a table with `path`"),
         ({"path": "a", "repeats": "2"}, r"`data.repeats='2'` must be of type float"),
         ({"path": "a", "repeats": 0}, "has repeats=0.0, and it must be above 0"),
-        ({"path": " "}, "must name a folder or a data set"),
-        ({"path": "a", "buckets": [[9, 0, 32]]}, r"holds \[9, 0, 32\]: sizes are positive"),
+        ({"path": " "}, "must name a folder or a dataset"),
+        ({"path": "a", "buckets": [[9, 0, 32]]}, r"holds \[9, 0, 32\]: each number must be at least 1"),
     ],
 )
 def test_sources_that_are_refused(places, tmp_path, source, message):

@@ -1,4 +1,4 @@
-"""What a tracker is told, and that one which fails or hangs changes nothing."""
+"""What a tracker receives, and that a failing or hanging tracker changes nothing."""
 
 import importlib.util
 import io
@@ -21,7 +21,7 @@ from diffusers_fvg.training import tracking
 from diffusers_fvg.training.trainer import main_train
 
 
-# A package of the name that writes down what it is told.
+# A package named wandb that records its calls.
 STAND_IN = """
 import json, os
 
@@ -60,7 +60,7 @@ def places(tmp_path_factory):
 
 @pytest.fixture
 def calls(tmp_path, monkeypatch):
-    """A stand-in for the package wandb; gives what it was told."""
+    """Replaces the package wandb; returns the recorded calls."""
     folder = tmp_path / "packages"
     (folder / "wandb").mkdir(parents=True)
     (folder / "wandb" / "__init__.py").write_text(STAND_IN)
@@ -89,7 +89,7 @@ def test_wandb_gets_numbers_and_videos(places, calls, tmp_path):
     (first, options), (second, shown), *told, last = calls()
     assert (first, second, last) == ("init", "config", ["finish"])
     assert options == {"project": "out", "name": "transformer", "dir": str(tmp_path / "out")}
-    # The service is another's: it learns nothing of this computer's folders.
+    # The tracker is an external service, so it must not get paths of this computer.
     assert shown["rank"] == "4" and str(tmp_path) not in json.dumps(shown)
     numbers = [(step, values["loss"]) for _, values, step in told if "loss" in values]
     assert numbers == losses(tmp_path / "out")

@@ -164,7 +164,7 @@ def test_the_average_follows_quickly_at_first(ema_decay, decay, places, tmp_path
 
 
 def test_a_killed_run_continues_to_the_same_bits(finished, tmp_path):
-    # All three in processes of their own: what else a process has done can move the last bit of a matrix product.
+    # All three run in separate processes, because earlier work of a process can change the last bit of a matrix product.
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     paths = {}
     for output in (whole, stopped):
@@ -232,7 +232,7 @@ def test_a_damaged_checkpoint_is_passed_over(finished, tmp_path):
     content[-5] ^= 1
     newest.write_bytes(content)
     before = log_lines(tmp_path)
-    # A constant rate does not know where it ends: the run may be made longer.
+    # A constant learning rate does not depend on `steps`, so the run may be made longer.
     run(replace(config, steps=7))
     assert_same_run(output, tmp_path)
     after = log_lines(tmp_path)
@@ -303,7 +303,7 @@ def test_output_carries_its_config(finished):
     with safe_open(output / WEIGHT_NAME, "pt") as file:
         metadata = file.metadata()
     stored = json.loads(metadata["training_config"])
-    # What means nothing elsewhere, and would tell of this machine, is cut to its last name.
+    # Paths of this machine are shortened to their last part.
     names = {name: Path(getattr(config, name)).name for name in ("model", "data", "cache_dir", "output_dir")}
     assert type(config)(**stored) == replace(config, **names)
     assert str(output.parent) not in str(metadata) and metadata["base_model"] == names["model"]

@@ -1,4 +1,4 @@
-"""Training under the window of attention that is sampled with."""
+"""Training with the attention window that sampling uses."""
 
 from pathlib import Path
 

@@ -21,7 +21,7 @@ from diffusers_fvg.shapes.benchmark import SHAPES
 
 CATEGORIES = list(SHAPES.weights)
 SUITES = {"shapes": SHAPES}
-# Of the baseline; the other arm has 0.1 more in the first prompt and 0.3 in the second.
+# Scores of the baseline. The other arm has 0.1 more in the first prompt and 0.3 more in the second.
 SCORE = 0.5
 
 

@@ -1,4 +1,4 @@
-"""Videos where official evaluators look for them, and the scripts that run those."""
+"""Layout of videos for official evaluators, and the scripts that run these."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def clip(tmp_path_factory):
 
 
 def finished_run(suite, folder, clip, arms=("factorized",), seeds=(0,)):
-    """A run with all videos, of which every one has a byte more than the one before, so that no two are the same."""
+    """A run with all videos, each one byte longer than the one before, so that no two are equal."""
     own = SUITES[suite]
     prompts = chosen_prompts(own.read_prompts(PROMPTS[suite](folder / "prompts")))
     rows = list(plan_videos(own, prompts, conditions_of(own, ["image"] if own.has_images else arms), seeds))
@@ -82,7 +82,7 @@ def test_a_run_that_is_not_finished_is_not_laid_out(tmp_path, clip):
     with pytest.raises(ValueError, match=f"1 videos are missing, the first {rows[5].path}: .* fvg bench run {run}"):
         lay_out(run, tmp_path / "layout", SUITES)
     assert lay_out(run, tmp_path / "layout", SUITES, skip_missing=True) == {"factorized_seed-0": 13}
-    # V1 takes the next file for it.
+    # V1 would score the next file in its place.
     run, rows = finished_run("t2v-compbench-v1", tmp_path / "v1", clip)
     (run / rows[5].path).unlink()
     with pytest.raises(ValueError, match="the evaluator of t2v-compbench-v1 needs every video"):
@@ -118,7 +118,7 @@ fi
 
 
 def run_scripts(folder: Path, paths) -> list[str]:
-    """Runs them with programs that write down how they were called."""
+    """Runs the scripts with programs that record their arguments."""
     programs, calls = folder / "programs", folder / "calls"
     programs.mkdir()
     for name in ("conda", "git", "curl", "docker", "sed", "mv"):
@@ -160,7 +160,7 @@ def test_scripts_run_the_official_evaluator_on_what_is_laid_out(suite, tmp_path,
     for model in models:
         wanted = {path.parent for path in (layout / model).rglob("*.mp4")}
         scored = [call for call in calls if f"{layout / model}" in call]
-        # Motion is also tracked on a copy of its videos, which the evaluator makes beside them.
+        # The evaluator also tracks motion on a copy of the videos, which it makes beside them.
         assert wanted == {folder for folder in wanted if any(str(folder) in call for call in scored)}
         assert all(str(results / model) in call or call.startswith("docker") for call in scored)
     if suite.startswith("t2v-compbench"):

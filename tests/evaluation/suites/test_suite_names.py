@@ -89,7 +89,7 @@ def test_compbench_counts_from_one_in_each_category(tmp_path):
     assert (
         own[:3] == ["consistent_attr/0001.mp4", "consistent_attr/0002.mp4", "dynamic_attr/0001.mp4"] and len(own) == 14
     )
-    # A category's files are found in a copy of meta_data/ alone, too.
+    # The files of a category are also found in a copy of meta_data/ only.
     assert names("t2v-compbench-v1", tmp_path / "meta_data") == own
 
 

@@ -1,4 +1,4 @@
-"""Official aggregates from hand-made files of the official forms, worked out by hand, and what keeps them from being official."""
+"""Official totals of hand-made files in the official formats, computed by hand, and the reasons why totals are not official."""
 
 import json
 import zipfile
@@ -67,7 +67,7 @@ def compbench_v2(folder, model="mymodel"):
     for name, (cells, values, score, ending, said) in tables.items():
         rows = [[f"{number:04d}{ending}", *cells, value] for number, value in enumerate(values, 1)]
         write_table(folder / name.format(model), ["name", *["cell"] * len(cells), "Score"], rows, score, said)
-    # Files of frames lie beside.
+    # The folder also holds files about frames.
     write_table(folder / f"csv_spatial/{model}_2dvideo.csv", ["id", "Score_1"], [["0001", 0.1]])
     write_table(folder / f"csv_motion_binding/{model}_motion_back_fore.csv", ["id"], [["0001"]])
     return folder
@@ -209,7 +209,7 @@ def test_vbench2_says_what_keeps_its_total_from_being_official(tmp_path):
     other.unlink()
     assert read("vbench-2.0", folder).complete
     path.unlink()
-    # The official script counts it 0 and prints a total.
+    # The official script counts it as 0 and prints a total.
     assert problems("vbench-2.0", folder) == "Material: there is no score."
     write_json(folder / "Material" / "results.json", {"Material": [0.5, [{"video_path": "a.mp4"}]]})
     with pytest.raises(ValueError, match="is no result of Material"):
@@ -234,7 +234,7 @@ def test_vbench2_is_packed_so_that_the_official_script_finds_every_dimension(tmp
     assert SUITES["vbench-2.0"].pack(folder, tmp_path / "packed.zip", "ours") == []
     found = scored_by_listing_one_level(tmp_path / "packed.zip", tmp_path / "extracted")
     assert len(found) == 18 and found["Composition"] == 0.1
-    # As the README packs it, nothing is found.
+    # Packed as the README says, nothing is found.
     with zipfile.ZipFile(tmp_path / "readme.zip", "w") as archive:
         for file in folder.rglob("*.json"):
             archive.write(file, file.relative_to(folder))
