@@ -1,13 +1,15 @@
 """Spreads and paired differences, against scipy's own intervals and by hand."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from diffusers_fvg.evaluation.report.charts import PALETTE, colours, ticks
+from diffusers_fvg.evaluation.report.charts import PALETTE, colours, differences_chart, ticks
 from diffusers_fvg.evaluation.report.statistics import (
+    Difference,
     Sample,
     differences,
     interval,
@@ -96,3 +98,17 @@ def test_every_arm_has_a_colour_of_its_own():
     assert found[:7] == list(PALETTE) and len(set(found)) == 14
     # Half way to white: (0 + 255) / 2, (114 + 255) / 2, (178 + 255) / 2.
     assert found[7] == "#80B8D8"
+
+
+def test_the_axis_of_differences_spans_what_it_shows_and_zero():
+    rows = {"motion": {"a": Difference(0.02, 0.01, 0.03, 9), "b": Difference(0.04, 0.03, 0.05, 9)}}
+    for sign in (1, -1):
+        turned = {
+            "motion": {
+                name: Difference(*(sign * end for end in (own.mean, own.low, own.high)), 9)
+                for name, own in rows["motion"].items()
+            }
+        }
+        chart = differences_chart(turned, {"a": "red", "b": "blue"}, "ours against theirs")
+        marks = [float(text) for text in re.findall(r">([+-]?[\d.]+)</text>", chart)]
+        assert sorted(sign * mark for mark in marks) == [0.0, 0.01, 0.02, 0.03, 0.04, 0.05]
