@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 # Linear layers outside of attention and feed-forward in Wan, SkyReels-V2 and CogVideoX: embeddings of text, time and latents,
 # modulation, and the output projection. They take little time, and every block uses their results, so they are not quantized.
 # diffusers itself excludes the layers that a class keeps in float32.
+WIDE_LAYERS: tuple[str, ...]
 WIDE_LAYERS = ("condition_embedder", "fps_projection", "patch_embed", "time_embedding", "ofs_embedding")
 WIDE_LAYERS += ("norm1", "norm2", "norm_out", "proj_out")
 # Lowest compute capability of NVIDIA GPUs with float8 products (torchao 0.18, float8/inference.py).

@@ -106,11 +106,11 @@ def test_what_is_refused(pipe):
     with pytest.raises(ValueError, match="frames 6 and 8 fall on the same latent frame 2"):
         animate(make_pipe("slot"), ANCHORS[:1])
     with pytest.raises(
-        ValueError, match="anchor_form='sideways'`, and a FactorizedVideoPipeline takes 'slot' or 'appended'"
+        ValueError, match="anchor_form='sideways'`, but a FactorizedVideoPipeline supports only 'slot' or 'appended'"
     ):
         make_pipe("sideways")
     with pytest.raises(
-        ValueError, match="anchor_form='appended'`, and a FactorizedCogVideoXPipeline takes 'slot' alone"
+        ValueError, match="anchor_form='appended'`, but a FactorizedCogVideoXPipeline supports only 'slot'"
     ):
         tiny_cogvideox_pipeline(anchor_lora=AnchorLora(WEIGHTS, {"anchor_form": "appended"}))
 

@@ -281,7 +281,7 @@ def test_bad_input_is_refused_before_any_model_runs(pipe, change, message, monke
 
 def test_components_that_do_not_fit_are_refused(pipe):
     image_to_video = tiny_cogvideox_transformer(in_channels=8)
-    with pytest.raises(ValueError, match="takes 8 channels, and latents have 4.*CogVideoX1.5-5B"):
+    with pytest.raises(ValueError, match="takes 8 channels, but latents have 4.*CogVideoX1.5-5B"):
         FactorizedCogVideoXPipeline(**{**pipe.components, "transformer": image_to_video})
     with pytest.raises(ValueError, match="`transformer` is None"):
         FactorizedCogVideoXPipeline(**{**pipe.components, "transformer": None})

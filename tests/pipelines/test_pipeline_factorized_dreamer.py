@@ -352,7 +352,7 @@ def test_padding_of_the_motion_text_is_zero(pipe, caplog):
         ({"prompt_embeds_2": torch.zeros(1, 8, 24)}, "give both or none"),
         ({"num_inference_steps": 0}, "`num_inference_steps=0` must be at least 1"),
         ({"negative_prompt": ["a", "b"]}, "`negative_prompt` has 2 texts for 1 prompts"),
-        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "found \\['noise'\\]"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "but has \\['noise'\\]"),
     ],
 )
 def test_bad_input_is_refused_before_any_model_runs(pipe, inputs, match):

@@ -144,7 +144,7 @@ REFUSED = {
         {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
         "`transformer` of .*base.* takes 36 channels and image embeddings.*such as .*Wan-AI/Wan2.1-T2V-14B-Diffusers",
     ),
-    "Wan2.2-I2V": ("Wan2.2-T2V-A14B", {}, {"in_channels": 36}, "takes 36 channels, and latents have 16"),
+    "Wan2.2-I2V": ("Wan2.2-T2V-A14B", {}, {"in_channels": 36}, "takes 36 channels, but latents have 16"),
     "CogVideoX1.5-I2V": (
         "CogVideoX1.5-5B",
         {"_class_name": "CogVideoXImageToVideoPipeline"},
