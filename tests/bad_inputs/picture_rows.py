@@ -78,7 +78,7 @@ OBJECTS = [
     ("an array of texts", lambda: np.full((8, 8, 3), "a"), ("uint8 or uint16", "convert")),
     ("8 bits as 16", lambda: np.full((8, 8, 3), 200, np.uint16), ("16-bit", "up to 200", "uint8")),
     ("a closed picture", closed, ("cannot be decoded", "closed", "save it again")),
-    ("mode I", lambda: PIL.Image.new("I", (8, 8)), ("mode I ", "convert it to RGB")),
+    ("mode I", lambda: PIL.Image.new("I", (8, 8)), ("mode I, ", "convert it to RGB")),
     ("mode LAB", lambda: PIL.Image.new("LAB", (8, 8)), ("mode LAB", "convert it to RGB")),
     ("an animated GIF", lambda: opened(ANIMATED), ("animated", "2 in all", "image.seek(index)")),
     ("a TIFF of two pages", lambda: opened(PAGES), ("several pages", "2 in all", "image.seek(index)")),

@@ -296,7 +296,7 @@ STAGES = [
     ("derive", {"captions": CAPTION}, "images", None, ("anchor image must be", "NoneType")),
     ("derive", {"captions": CAPTION}, "images", 3, ("anchor image must be", "int")),
     ("derive", {"captions": CAPTION}, "images", [3], ("anchor image must be", "int")),
-    ("derive", {"captions": CAPTION}, "images", [PICTURE] * 2, ("2 pictures for 1 prompts", "give one")),
+    ("derive", {"captions": CAPTION}, "images", [PICTURE] * 2, ("2 images for 1 prompts", "give one")),
     ("derive", {"captions": CAPTION}, "images", HUGE_PICTURE, ("12000 x 12000", "scale it down")),
     *(("decode", {}, "latents", value, "must be a tensor of floats") for value in (None, 3, np.zeros(LATENTS))),
     ("decode", {}, "latents", torch.zeros(3), "of shape (any, 16, any, any, any)"),
