@@ -186,6 +186,12 @@ def _check_picture_size(image: Any) -> None:
 
 def picture_image(image: Picture) -> PIL.Image.Image:
     """[`picture_tensor`] as an RGB picture of 8 bits."""
+    if isinstance(image, PIL.Image.Image):
+        _check_picture_size(image)
+        image = _pixels(image)
+        if image.dtype == np.uint8:
+            # Most have 8 bits; a photograph takes seconds on the way through numbers in [0, 1] and back.
+            return PIL.Image.fromarray(image)
     return PIL.Image.fromarray((picture_tensor(image) * 255).round().byte().permute(1, 2, 0).numpy(force=True))
 
 

@@ -218,10 +218,13 @@ class Worker:
             result = None
         except Exception as error:
             # Whatever it is, the next one's turn comes.
-            logger.warning(
-                f"A job failed: {type(error).__name__}: {error}", exc_info=not isinstance(error, ValueError)
-            )
-            return "failed", None, sentence(error)
+            result = None
+            if not job.is_unwanted:
+                logger.warning(
+                    f"A job failed: {type(error).__name__}: {error}", exc_info=not isinstance(error, ValueError)
+                )
+                return "failed", None, sentence(error)
+            # A call that was interrupted has no frames, and whoever takes the first of them fails.
         if job.is_unwanted or result is None:
             shutil.rmtree(file.parent, ignore_errors=True)
             return "cancelled", None, None
