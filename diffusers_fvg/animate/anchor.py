@@ -192,6 +192,12 @@ def _check_picture_size(image: Any) -> None:
 
 def picture_image(image: Picture) -> PIL.Image.Image:
     """Returns an image, read by [`picture_tensor`], as an 8-bit RGB PIL image."""
+    if isinstance(image, PIL.Image.Image):
+        _check_picture_size(image)
+        image = _pixels(image)
+        if image.dtype == np.uint8:
+            # An 8-bit image needs no conversion to [0, 1] and back, which takes seconds for a photograph.
+            return PIL.Image.fromarray(image)
     return PIL.Image.fromarray((picture_tensor(image) * 255).round().byte().permute(1, 2, 0).numpy(force=True))
 
 

@@ -84,7 +84,7 @@ def _picture_panel(parts: SimpleNamespace, worker: Worker) -> None:
         )
         parts.judged = gr.HTML(elem_id="judged", padding=False)
         with gr.Row():
-            parts.anchor_seed = gr.Number(label="Seed", precision=0, minimum=0, min_width=110, elem_id="anchor-seed")
+            parts.anchor_seed = gr.Number(label="Seed", precision=0, min_width=110, elem_id="anchor-seed")
             parts.anchor_dice = gr.Button("New", min_width=64, scale=0, elem_classes="dice")
         parts.num_candidates = gr.Slider(
             1, worker.limits.pictures, 4, step=1, label="Number of pictures", buttons=[], elem_id="num-candidates"
@@ -115,7 +115,7 @@ def _video_panel(parts: SimpleNamespace) -> None:
         parts.downloads = gr.HTML(elem_id="downloads", padding=False)
         parts.memory = gr.HTML(elem_id="memory", elem_classes="note", padding=False)
         with gr.Row():
-            parts.seed = gr.Number(label="Seed", precision=0, minimum=0, min_width=110, elem_id="seed")
+            parts.seed = gr.Number(label="Seed", precision=0, min_width=110, elem_id="seed")
             parts.dice = gr.Button("New", min_width=64, scale=0, elem_classes="dice", elem_id="dice")
         parts.animate = gr.Button("Animate it", elem_id="animate")
         with gr.Accordion("Recipe of a video", open=False):
@@ -123,24 +123,32 @@ def _video_panel(parts: SimpleNamespace) -> None:
 
 
 def _settings(parts: SimpleNamespace, worker: Worker) -> None:
+    # Numbers have no bounds here: gradio would put "Error" on all of the page, where the checks of an order say a sentence.
     own, limits = worker.pipe.call_defaults, worker.limits
     step = worker.pipe._frame_step()
     with gr.Accordion("Settings", open=False, elem_id="settings"):
         with gr.Row():
             parts.width = gr.Number(own["width"], label="Width", precision=0, min_width=110, elem_id="width")
             parts.height = gr.Number(own["height"], label="Height", precision=0, min_width=110, elem_id="height")
-            parts.num_frames = gr.Slider(1, limits.frames, own["num_frames"], step=step, label="Frames", min_width=160)
+            parts.num_frames = gr.Number(
+                own["num_frames"],
+                label=f"Frames (up to {limits.frames})",
+                precision=0,
+                step=step,
+                min_width=110,
+                elem_id="frames",
+            )
         with gr.Row():
             presets = [("the model's own", ""), *((name, name) for name in worker.pipe.presets)]
             parts.preset = gr.Dropdown(presets, value="", label="Preset", min_width=160)
-            parts.num_inference_steps = gr.Slider(
-                0, limits.steps, 0, step=1, label="Steps (0: the preset's)", min_width=160, elem_id="steps"
+            parts.num_inference_steps = gr.Number(
+                label="Steps (empty: the preset's)", precision=0, min_width=160, elem_id="steps"
             )
-            parts.guidance_scale = gr.Slider(0, 20, 0, step=0.5, label="Guidance (0: the preset's)", min_width=160)
+            parts.guidance_scale = gr.Number(label="Guidance (empty: the preset's)", step=0.5, min_width=160)
         with gr.Row():
-            parts.lora_scale = gr.Slider(0, 2, 1, step=0.05, label="Strength of the anchor LoRA", min_width=160)
+            parts.lora_scale = gr.Number(1, label="Strength of the anchor LoRA", step=0.05, min_width=160)
             parts.anchor_decode = gr.Dropdown(
                 list(ANCHOR_DECODES), value="raw", label="Anchor's colours", min_width=160
             )
-            parts.num_moments = gr.Slider(2, 6, 2, step=1, label="Moments of a storyboard", min_width=160)
+            parts.num_moments = gr.Number(2, label="Moments of a storyboard", precision=0, min_width=160)
         parts.negative_prompt = gr.Textbox(label="Negative prompt (empty: the model's own)")

@@ -141,6 +141,9 @@ class Order:
             raise ValueError(f"`mode={self.mode!r}` must be one of {', '.join(MODES)}.")
         check_texts("prompt", [self.prompt])
         limits.check_count(self.num_candidates, len(self.anchors or ()))
+        for name in ("seed", "anchor_seed"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 2**63:
+                raise ValueError(f"`{name}={getattr(self, name)}` must be a whole number from 0 to 2**63 - 1.")
         own = pipe.call_defaults
         filled = {name: own[name] if getattr(self, name) is None else getattr(self, name) for name in SIZES}
         filled |= {name: new_seed() for name in ("seed", "anchor_seed") if getattr(self, name) is None}

@@ -158,10 +158,13 @@ class _Actions:
         session.take(job)
         texts = {"done": "Done.", "cancelled": "Cancelled.", "failed": job.error or ""}
         show = _problem if job.state == "failed" else _message
-        yield await asyncio.to_thread(self._view, session) | {
-            self.parts.status: show(texts[job.state]),
-            self.parts.preview: "",
-        }
+        parts, view = self.parts, await asyncio.to_thread(self._view, session)
+        # What the person wrote meanwhile, for the next run, stays.
+        made = [parts.pictures, parts.judged, parts.video, parts.downloads, parts.history, parts.memory]
+        if job.state == "done" and job.order.stage in ("rewrite", "generate") and job.order.mode != "direct":
+            made.append(parts.caption)
+        shown = {part: view[part] for part in made}
+        yield shown | {parts.status: show(texts[job.state]), parts.preview: ""}
 
     async def _load(self, data: dict) -> AsyncIterator[dict]:
         key = data[self.parts.key] or secrets.token_urlsafe(24)
@@ -249,10 +252,10 @@ class _Actions:
             session.caption = text
         whole = ("width", "height", "num_frames", "num_inference_steps", "num_moments")
         settings = {name: int(data[getattr(parts, name)] or 0) or None for name in whole}
-        settings |= {
-            name: data[getattr(parts, name)] or None for name in ("preset", "guidance_scale", "negative_prompt")
+        settings |= {name: data[getattr(parts, name)] or None for name in ("preset", "negative_prompt")}
+        session.settings = settings | {
+            name: data[getattr(parts, name)] for name in ("guidance_scale", "anchor_decode")
         }
-        session.settings = settings | {"anchor_decode": data[parts.anchor_decode]}
         session.lora_scale = None if data[parts.lora_scale] == 1 else data[parts.lora_scale]
 
     def _view(self, session: Session) -> dict:
@@ -299,9 +302,10 @@ class _Actions:
         for name in ("width", "height", "num_frames"):
             shown[getattr(parts, name)] = settings.get(name) or own[name]
         for name in ("num_inference_steps", "guidance_scale"):
-            shown[getattr(parts, name)] = settings.get(name) or 0
-        for name, without in (("preset", ""), ("negative_prompt", ""), ("anchor_decode", "raw"), ("num_moments", 2)):
-            shown[getattr(parts, name)] = settings.get(name) or without
+            shown[getattr(parts, name)] = settings.get(name)
+        without = {"preset": "", "negative_prompt": "", "anchor_decode": "raw", "num_moments": 2}
+        for name, value in without.items():
+            shown[getattr(parts, name)] = settings.get(name) or value
         return shown
 
 

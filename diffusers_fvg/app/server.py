@@ -54,6 +54,7 @@ def serve(
             from .page import add_page
 
             app = add_page(app, worker)
-        uvicorn.run(app, host=host, port=port, log_level="warning")
+        # A page that follows a run keeps its connection open: without a limit a server would stop only after the video.
+        uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)
     finally:
         worker.close()

@@ -81,7 +81,9 @@ class Session:
         if self.anchors:
             return self._submit("animate", anchors=list(self.anchors))
         if not self.pictures:
-            raise ValueError("There is no picture to animate: draw one in stage 2, upload one, or choose mode direct.")
+            raise ValueError(
+                "There is no picture to animate: draw one in stage 2, upload one, or make the video alone."
+            )
         caption = self._first_caption()
         if caption != self.drawn_for:
             raise ValueError("The caption was changed after its pictures were drawn: run stage 2 again.")
@@ -141,12 +143,16 @@ class Session:
         Raises:
             `ValueError`: the file is not a picture, or the frame or the strength is not valid.
         """
-        limits = self.worker.limits
-        others = [other for other in self.anchors if (other.frame_index - frame_index) % self.num_frames]
+        limits, num_frames = self.worker.limits, self.num_frames
+        if not -num_frames <= frame_index < num_frames:
+            raise ValueError(
+                f"The video has {num_frames} frames, from 0 to {num_frames - 1}, and no frame {frame_index}."
+            )
+        others = [other for other in self.anchors if (other.frame_index - frame_index) % num_frames]
         limits.check_count(1, len(others) + 1)
         open_upload(path, limits)
         anchor = Upload(PictureFile(self.worker.folder, Path(path).read_bytes()), frame_index, strength)
-        self.anchors = sorted([*others, anchor], key=lambda other: other.frame_index % self.num_frames)
+        self.anchors = sorted([*others, anchor], key=lambda other: other.frame_index % num_frames)
         return self.seen(anchor)
 
     def seen(self, anchor: Upload) -> PIL.Image.Image:
@@ -183,6 +189,8 @@ class Session:
                 "The video was made with a generator that had been used before: repeat it with `fvg generate --from`."
             )
         check_own_limits(pipe, recorded_call(record, None, {"mode": "direct"}), {})
+        limits, steps = self.worker.limits, record.get("num_inference_steps") or 1
+        limits.check_size(record["height"], record["width"], record["num_frames"], steps)
         self.prompt = record.get("prompt") or ""
         self.mode, self.caption = record["mode"], record.get("first_frame_prompt") or ""
         self.moments = [Moment(**moment) for moment in record.get("storyboard") or ()]

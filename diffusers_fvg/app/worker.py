@@ -220,10 +220,13 @@ class Worker:
             result = None
         except Exception as error:
             # An error of one job does not stop the worker.
-            logger.warning(
-                f"A job failed: {type(error).__name__}: {error}", exc_info=not isinstance(error, ValueError)
-            )
-            return "failed", None, sentence(error)
+            result = None
+            if not job.is_unwanted:
+                logger.warning(
+                    f"A job failed: {type(error).__name__}: {error}", exc_info=not isinstance(error, ValueError)
+                )
+                return "failed", None, sentence(error)
+            # An interrupted call returns no frames, so that the code that reads the first of them fails.
         if job.is_unwanted or result is None:
             shutil.rmtree(file.parent, ignore_errors=True)
             return "cancelled", None, None

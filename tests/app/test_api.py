@@ -144,6 +144,14 @@ def test_five_bad_values_of_every_field_are_told_of_in_a_sentence(client):
     assert tried >= 100 and client.get("/api/jobs").status_code == 200
 
 
+@pytest.mark.parametrize("body", [b"{bad", b"\xff\xfe", b"", b"[]", b"null"])
+def test_a_body_that_is_none_is_told_of_in_a_sentence(client, body):
+    answer = client.post("/api/jobs", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422 and answer.json()["detail"].startswith(
+        ("The body is no JSON", "`body` cannot be")
+    )
+
+
 def test_bad_places_are_told_of_in_a_sentence(client):
     """Parameters of the paths and queries, by the document: five bad values each."""
     document, tried = client.get("/openapi.json").json(), 0

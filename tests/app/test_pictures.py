@@ -65,6 +65,9 @@ def test_no_more_anchors_are_taken_than_the_limit_but_others_in_their_place(work
         session.upload(path, frame_index)
     with pytest.raises(ValueError, match="`anchors` has 3 pictures; this server allows at most 2 for a video"):
         session.upload(path, 8)
+    for frame_index in (17, -18):
+        with pytest.raises(ValueError, match=f"17 frames, from 0 to 16, and no frame {frame_index}"):
+            session.upload(path, frame_index)
     noise(64, 64, seed=1).save(path)
     # The last frame of 17, counted from the first.
     session.upload(path, 16)

@@ -131,6 +131,16 @@ def test_a_job_is_cancelled_within_a_run_and_the_next_one_runs(session, worker, 
     assert done.state == "done" and done.result.video.is_file() and done.result.record["mode"] == "direct"
 
 
+def test_a_run_that_fails_because_it_was_cancelled_is_cancelled(session, worker, monkeypatch):
+    def interrupted_run(*_):
+        worker.cancel("ann", worker._running.id)
+        return [][0]
+
+    monkeypatch.setattr(Order, "run", interrupted_run)
+    job = session.rewrite()
+    assert job.ended.wait(60) and job.state == "cancelled" and job.error is None
+
+
 def test_a_job_is_cancelled_between_two_blocks_of_a_step(session, worker):
     go, there, later = threading.Event(), threading.Event(), []
     session.mode = "direct"
@@ -292,6 +302,8 @@ def test_a_storyboard_is_edited_as_lines(session):
         (Order("generate", PROMPT, height=160, width=160), "are 25600"),
         (Order("generate", PROMPT, num_inference_steps=101), "must be at most 100 on this server"),
         (Order("generate", PROMPT, preset="none"), "Unknown preset"),
+        (Order("generate", PROMPT, seed=-1), r"`seed=-1` must be a whole number from 0 to 2\*\*63 - 1"),
+        (Order("generate", PROMPT, anchor_seed=2**63), "`anchor_seed=9223372036854775808` must"),
         (Order("compose", PROMPT), "`first_frame_prompt` is missing"),
         (Order("rewrite", PROMPT, "direct"), "skips stage `rewrite`"),
         (Order("compose", PROMPT, first_frame_prompt=CAPTION, num_candidates=9), "from 1 to 8"),
