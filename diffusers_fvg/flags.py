@@ -122,5 +122,5 @@ def _check_name(flag: str, path: Path) -> None:
 
 def free_name(path: Path) -> Path:
     """Returns `path`, or if it exists the first free one of `video-2.mp4`, `video-3.mp4` and so on."""
-    names = [path, *(path.with_stem(f"{path.stem}-{number}") for number in range(2, 10_000))]
+    names = (path if number == 1 else path.with_stem(f"{path.stem}-{number}") for number in range(1, 10_000))
     return next(name for name in names if not name.exists())

@@ -36,10 +36,15 @@ TESTS = Path(__file__).parent
 sys.path += [str(folder) for folder in sorted(TESTS.iterdir()) if folder.is_dir() and folder.name != "__pycache__"]
 
 
+# Imports and the collection of tests leave hardly any garbage, and a search for it takes up to a quarter of a second.
+gc.disable()
+
+
 def pytest_collection_finish(session):
     """Excludes the imported objects from garbage collection, which takes a quarter of a second for all of them."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionfinish(session):
@@ -105,3 +110,22 @@ def run_python(fresh_processes) -> Callable[..., str]:
         return out
 
     return run
+
+
+@pytest.fixture(scope="session")
+def quick_folder(tmp_path_factory) -> Path:
+    """What [`write_quick`] writes."""
+    from quick import write_quick
+
+    folder = tmp_path_factory.mktemp("quick") / "weights"
+    write_quick(folder)
+    return folder
+
+
+@pytest.fixture
+def quick_embedded(quick_folder) -> Path:
+    """A test that asks for the embedded model gets [`quick_folder`]'s."""
+    from quick import embedded_at
+
+    with embedded_at(quick_folder):
+        yield quick_folder

@@ -60,11 +60,11 @@ def owned(tmp_path_factory):
 
 
 @pytest.fixture
-def desk(tmp_path, monkeypatch, hub, owned):
+def desk(tmp_path, monkeypatch, hub, owned, quick_embedded):
     """A reader's folder right after `make demo`, with the named repositories on the tests' Hub."""
     shutil.copy(EMBEDDED_FOLDER / "anchor_lora" / WEIGHT_NAME, tmp_path / "anchor.safetensors")
     (tmp_path / "auth.txt").write_text("ann:a-long-password\n")
-    hub.add("org/fvg", EMBEDDED_FOLDER)
+    hub.add("org/fvg", quick_embedded)
     hub.add("Wan-AI/Wan2.2-TI2V-5B-Diffusers", owned[1] / "wan")
     hub.add("org/text-to-image", owned[1] / "text-to-image")
     hub.add("org/chat-model", owned[1] / "chat-model")
@@ -74,7 +74,7 @@ def desk(tmp_path, monkeypatch, hub, owned):
     monkeypatch.chdir(tmp_path)
 
 
-def run(words: list[str]) -> None:
+def run(words: list[str], model: Path) -> None:
     program, *arguments = words
     if program == "make":
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -96,7 +96,7 @@ def run(words: list[str]) -> None:
         for place, word in enumerate(words[1:]):
             # Real weights, and videos of their size: the embedded model takes their place.
             if words[place] == "--model" and word != "org/fvg":
-                arguments[place] = str(EMBEDDED_FOLDER)
+                arguments[place] = str(model)
             # Storage that needs an account: one in memory takes its place.
             arguments[place] = arguments[place].replace("s3://", "memory://")
         if "--engine" in arguments:
@@ -122,9 +122,9 @@ def serve_once(arguments: list[str]) -> None:
 
 
 @documents_with("bash")
-def test_every_command_runs(path, desk):
+def test_every_command_runs(path, desk, quick_embedded):
     for words in commands(path):
-        run(words)
+        run(words, quick_embedded)
 
 
 @documents_with("python")

@@ -58,15 +58,15 @@ def test_rewriter_on_held_out_prompts(pipe, task):
     ("category", "word"), [("motion_binding", "moves"), ("dynamic_attr", "gradually"), ("placement", "rests")]
 )
 def test_single_object_prompts_come_out_right(pipe, category, word):
-    scenes = [s for s in held_out_scenes(40, categories=(category,)) if word in s.prompt and len(s.objects) == 1][:5]
-    records = [record for seed in range(3) for record in evaluate(pipe, scenes, arms=("factorized",), seed=seed)]
+    scenes = [s for s in held_out_scenes(40, categories=(category,)) if word in s.prompt and len(s.objects) == 1][:3]
+    records = [record for seed in range(2) for record in evaluate(pipe, scenes, arms=("factorized",), seed=seed)]
     scores = [record["score"] for record in records]
-    assert len(scores) >= 9 and np.mean([score > 0.5 for score in scores]) > 0.8, scores
+    assert len(scores) == 6 and np.mean([score > 0.5 for score in scores]) > 0.8, scores
 
 
 @pytest.mark.parametrize("category", ["consistent_attr", "interaction"])
 def test_two_objects_keep_their_own_colours_and_shapes(pipe, category):
-    records = evaluate(pipe, held_out_scenes(6, categories=(category,)), arms=("factorized",))
+    records = evaluate(pipe, held_out_scenes(4, categories=(category,)), arms=("factorized",))
     assert np.mean([record["score"] for record in records]) > 0.8
 
 
@@ -81,7 +81,7 @@ def test_the_anchor_is_kept(pipe):
 
 
 def test_the_distilled_lora_does_with_one_forward_a_step(pipe):
-    scenes = held_out_scenes(4, categories=("motion_binding", "dynamic_attr"))
+    scenes = held_out_scenes(2, categories=("motion_binding", "dynamic_attr"))
     forwards = []
     hook = pipe.transformer.register_forward_pre_hook(lambda *_: forwards.append(1))
     pipe.load_lora_weights(EMBEDDED_FOLDER / pipe.presets["distilled-15"].weights, adapter_name="distilled")

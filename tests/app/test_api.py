@@ -5,6 +5,7 @@ import time
 import numpy as np
 import PIL.Image
 import pytest
+from quick import quick
 
 from diffusers_fvg import load_embedded
 from diffusers_fvg.app.limits import Limits
@@ -24,8 +25,7 @@ QUICK = {"prompt": PROMPT, "mode": "direct", "num_inference_steps": 1, "num_fram
 
 @pytest.fixture(scope="module")
 def worker():
-    pipe = load_embedded()
-    pipe.set_progress_bar_config(disable=True)
+    pipe = quick(load_embedded())
     worker = Worker(pipe, Limits(queue=2, waiting=2))
     yield worker
     worker.close()

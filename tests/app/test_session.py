@@ -6,6 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from quick import quick
 
 from diffusers_fvg import load_embedded
 from diffusers_fvg.app.limits import Limits
@@ -26,9 +27,7 @@ CAPTION = "A red circle on the left on a plain background"
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = load_embedded()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quick(load_embedded())
 
 
 @pytest.fixture

@@ -271,18 +271,19 @@ def test_the_call_after_a_failed_one_is_right_wherever_it_failed(pipe, expected)
         0,
     )
     calls = ({"mode": "factorized"}, {"mode": "direct"})
+    with contextlib.ExitStack() as stack:
+        forwards = {name: stack.enter_context(failing(module, 0, None)) for name, module in models(pipe).items()}
+        pipe(PROMPT, generator=seeded(), **whole)
     for name, module in models(pipe).items():
-        with failing(module, 0, None) as forwards:
-            pipe(PROMPT, generator=seeded(), **whole)
-        assert forwards, name
+        assert forwards[name], name
         # The first, one in the middle and the last forward of every model.
-        for at in sorted({1, (len(forwards) + 1) // 2, len(forwards)}):
+        for at in sorted({1, (len(forwards[name]) + 1) // 2, len(forwards[name])}):
             error = errors[places % len(errors)]
             places += 1
             with failing(module, at, error), pytest.raises(type(error)):
                 pipe(PROMPT, generator=seeded(), **whole)
             assert state(pipe) == before, (name, at)
-            equal(pipe, expected, ["image" if places % 2 else "direct"])
+        equal(pipe, expected, ["image" if places % 2 else "direct"])
     assert places >= 14
     reports = []
     for arguments in calls:

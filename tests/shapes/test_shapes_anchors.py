@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from quick import quick
 
 from diffusers_fvg import Anchor, load_embedded
 from diffusers_fvg.media import read_video
@@ -29,9 +30,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = load_embedded()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quick(load_embedded())
 
 
 def scene_of(*objects):

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from quick import quick
 from safetensors.torch import load_file, save_file
 
 from diffusers_fvg import load_embedded
@@ -43,8 +44,7 @@ def test_claims_are_losses_against_the_forms_own_first_frame():
 
 
 def test_report(tmp_path):
-    pipe = load_embedded()
-    pipe.set_progress_bar_config(disable=True)
+    pipe = quick(load_embedded())
     own = pipe.anchor_lora
     # The same weights, used in the other form.
     save_file(load_file(OWN_LORA / FILE), tmp_path / FILE, metadata={"anchor_form": "appended"})

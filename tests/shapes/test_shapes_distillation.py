@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from quick import quick
 
 from diffusers_fvg import load_embedded
 from diffusers_fvg.embedded import EMBEDDED_FOLDER
@@ -15,9 +16,7 @@ LORA = EMBEDDED_FOLDER / "anchor_lora" / "weights"
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = load_embedded()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quick(load_embedded())
 
 
 @pytest.mark.parametrize("way", guidings(15), ids=lambda way: way.name(15))

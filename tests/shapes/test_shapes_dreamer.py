@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from quick import quick
 from safetensors.torch import load_file
 
 from diffusers_fvg.cli import parser
@@ -82,14 +83,14 @@ def test_designs_are_found_by_how_long_they_were_trained(tmp_path):
 
 def test_every_part_trains_and_one_call_continues(tmp_path, monkeypatch):
     parts = {
-        "vae": Part(partial(dreamer_image.train_vae, steps=2)),
+        "vae": Part(partial(dreamer_image.train_vae, steps=1)),
         "decoder": Part(
-            partial(dreamer_image.train_decoder, steps=2), partial(dreamer_image.vae_score, per_category=1), 0.0
+            partial(dreamer_image.train_decoder, steps=1), partial(dreamer_image.vae_score, per_category=1), 0.0
         ),
-        "clip": Part(partial(dreamer_image.train_clip, steps=2, batch_size=4)),
+        "clip": Part(partial(dreamer_image.train_clip, steps=1, batch_size=4)),
         "clips": Part(partial(dreamer_image.build_clips, num_clips=6)),
-        "image": Part(partial(dreamer_image.train_image, steps=2, batch_size=4)),
-        "video": Part(lambda folder: dreamer.train_video(folder, "video", DESIGNS["all"], 2, batch_size=2)),
+        "image": Part(partial(dreamer_image.train_image, steps=1, batch_size=4)),
+        "video": Part(lambda folder: dreamer.train_video(folder, "video", DESIGNS["all"], 1, batch_size=2)),
     }
     monkeypatch.setattr(dreamer, "DREAMER_PARTS", parts)
     with pytest.raises(ValueError, match="sharpness"):
@@ -107,7 +108,7 @@ def test_every_part_trains_and_one_call_continues(tmp_path, monkeypatch):
     train_dreamer(tmp_path, EMBEDDED_FOLDER, ["plain"], design_steps=1)
     assert weights.stat().st_mtime_ns == before
 
-    pipe = load_embedded_dreamer(folder=tmp_path / "repository")
+    pipe = quick(load_embedded_dreamer(folder=tmp_path / "repository"))
     out = pipe("A red circle moves to the left", num_inference_steps=2, num_frames=10)
     assert out.frames.shape == (1, 10, 64, 64, 3) and out.motion_prompts == ["the red circle moves to the left"]
 

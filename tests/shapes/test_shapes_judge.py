@@ -171,6 +171,7 @@ def test_the_embedded_model_chooses_its_anchors():
     output = pipe(
         "Three red circles rest on a plain background",
         num_inference_steps=2,
+        composer_num_inference_steps=2,
         generator=torch.Generator().manual_seed(0),
     )
     (candidates,) = output.candidates

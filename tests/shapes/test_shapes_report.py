@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from quick import quick
 
 from diffusers_fvg import load_embedded
 from diffusers_fvg.cli import main
@@ -39,9 +40,7 @@ TINY = StudySettings(1, 1, (2, 1), 1, tuning_per_category=1, tuning_seeds=1, gui
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = load_embedded()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quick(load_embedded())
 
 
 def scenes_of(category, count=30):

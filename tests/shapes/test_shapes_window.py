@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from quick import quick
 
 from diffusers_fvg import load_embedded
 from diffusers_fvg.embedded import EMBEDDED_FOLDER
@@ -14,9 +15,7 @@ OWN_LORA = EMBEDDED_FOLDER / "anchor_lora" / "weights"
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = load_embedded()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return quick(load_embedded())
 
 
 def test_windows_and_loras(pipe, tmp_path):

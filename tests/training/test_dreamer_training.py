@@ -271,7 +271,7 @@ def test_a_stage_continues_the_one_before(places, finished, tmp_path):
 
 
 def test_overfitting_lowers_the_loss_and_the_result_samples(places, tmp_path):
-    options = {"steps": 30, "batch_size": 2, "learning_rate": 5e-3, "train_spatial": True, "ema_decay": 0.9}
+    options = {"steps": 20, "batch_size": 2, "learning_rate": 5e-3, "train_spatial": True, "ema_decay": 0.9}
     output = run(tiny_config(places, tmp_path, **options))
     values = [loss for _, loss in log(tmp_path)]
     assert sum(values[-8:]) < 0.8 * sum(values[:8]), values
