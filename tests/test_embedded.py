@@ -201,7 +201,11 @@ def test_it_loads_by_the_name_that_records_give_it(tmp_path, monkeypatch):
             "`text_encoder` cannot be loaded from .*Safetensor",
         ),
         ("tokenizer/tokenizer.json", "{}", "`tokenizer` cannot be loaded from "),
-        ("anchor_lora/weights/pytorch_lora_weights.safetensors", "none", "lora_weights.safetensors is not a safetensors"),
+        (
+            "anchor_lora/weights/pytorch_lora_weights.safetensors",
+            "none",
+            "lora_weights.safetensors is not a safetensors",
+        ),
         ("schedulers/anchored-15/scheduler_config.json", "[]", "scheduler_config.json must be a JSON object"),
     ],
 )
