@@ -2,13 +2,19 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from peft import LoraConfig
-from tiny import TRANSFORMER_CONFIG, tiny_transformer
+from tiny import TRANSFORMER_CONFIG, tiny_pipeline, tiny_transformer
 from tiny_cogvideox import tiny_cogvideox_components
 
-from diffusers_fvg import AnchorConditionedCogVideoXTransformer3D, AnchorConditionedSkyReelsV2Transformer3D
+from diffusers_fvg import (
+    AnchorConditionedCogVideoXTransformer3D,
+    AnchorConditionedSkyReelsV2Transformer3D,
+    AnchorLora,
+)
 from diffusers_fvg.animate.quantization import fp8_dynamic, fp8_problem
 from diffusers_fvg.pipelines.record import _quantization
 
@@ -37,7 +43,7 @@ def float8(monkeypatch):
 
 def loaded(model, folder, **options):
     model.save_pretrained(folder)
-    return type(model).from_pretrained(folder, torch_dtype=torch.bfloat16, **options)
+    return type(model).from_pretrained(folder, dtype=torch.bfloat16, **options)
 
 
 @torch.no_grad()
@@ -91,3 +97,31 @@ def test_where_it_cannot_run(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         found = fp8_problem(torch.device("cuda"), dtype)
         assert found is None if problem is None else problem in found
+
+
+def test_a_pipeline_is_loaded_with_it_and_its_anchor_lora(float8, tmp_path):
+    transformer = MODELS["Wan"]()
+    torch.manual_seed(0)
+    state = {
+        f"transformer.blocks.{block}.{layer}.lora_{half}.weight": torch.randn(shape) / 2
+        for block in (0, 1)
+        for layer in ("attn1.to_q", "attn1.to_v")
+        for half, shape in (("A", (2, 64)), ("B", (64, 2)))
+    }
+    tiny_pipeline(
+        transformer=transformer, anchor_lora=AnchorLora(state), rewriter=None, composer=None
+    ).save_pretrained(tmp_path)
+    mapping = PipelineQuantizationConfig(quant_mapping={"transformer": fp8_dynamic()})
+    call = {"prompt": "a red circle", "image": np.full((32, 32, 3), 0.5, np.float32), "output_type": "latent"}
+    call |= {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16, "num_inference_steps": 2}
+    frames = {}
+    for name, options in {"bfloat16": {}, "float8": {"quantization_config": mapping}}.items():
+        pipe = DiffusionPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16, **options)
+        pipe.set_progress_bar_config(disable=True)
+        frames[name] = pipe(**call, generator=0).frames
+        pipe.transformer.disable_lora()
+        frames[f"{name}, without"] = pipe(**call, generator=0).frames
+    assert type(pipe.transformer.blocks[0].attn1.to_q.base_layer.weight).__name__ == "Float8Tensor"
+    effect = frames["bfloat16"] - frames["bfloat16, without"]
+    assert (frames["float8"] - frames["float8, without"] - effect).norm() < 0.3 * effect.norm()
+    assert (frames["float8"] - frames["bfloat16"]).norm() < 0.1 * frames["bfloat16"].norm()
