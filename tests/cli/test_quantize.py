@@ -84,6 +84,26 @@ def test_products_in_eight_bits_are_refused_without_a_gpu_that_has_them(folder, 
     assert "--quantize fp8-dynamic cannot run: cpu is no NVIDIA GPU" in capsys.readouterr().err
 
 
+def test_products_in_eight_bits(folder, capsys, monkeypatch):
+    """torchao multiplies float8 on a CPU too, but asks for a GPU."""
+    pytest.importorskip("torchao")
+    monkeypatch.setattr("torchao.quantization.quant_api._check_hardware_support", lambda granularity: None)
+    monkeypatch.setattr("diffusers_fvg.animate.quantization.fp8_problem", lambda device, dtype: None)
+    narrow = ["--dtype", "bfloat16"]
+    assert generate(folder, "wan", *narrow) == 0, capsys.readouterr().err
+    plain, _ = made(folder)
+    assert generate(folder, "wan", *narrow, "--quantize", "fp8-dynamic") == 0, capsys.readouterr().err
+    frames, record = made(folder)
+    assert record["quantization"] == {"transformer": "torchao-fp8-dynamic"}
+    assert 0 < np.abs(frames - plain).mean() < 3
+    again = ["generate", "--from", str(folder / "a.mp4"), "--model", str(folder / "wan"), "--quiet", "--overwrite"]
+    again += ["--image", str(folder / "a.png"), "--device", "cpu", "--output", str(folder / "b.mp4")]
+    assert main(again) == 0, capsys.readouterr().err
+    np.testing.assert_array_equal(read_video(folder / "b.mp4")[0], frames)
+    assert generate(folder, "i2v", *narrow, "--quantize", "fp8-dynamic") == 2
+    assert "layers of an image-to-video pipeline" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["wan", "i2v"])
 def test_compiled_blocks(model, folder, capsys):
