@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,7 +151,7 @@ def test_gpu_run_at_tiny_size(tmp_path, monkeypatch, capsys):
 
     steps = {name: (name, needs, limit, call) for name, needs, limit, call in gpu_run.STEPS}
     chosen = [("late", 1, 1, late), ("failing", 1, 9, failing)]
-    names = ["steps", "attention_forms", "lora", "profile", "decode", "pipeline", "fast_pipeline"]
+    names = ["steps", "attention_forms", "lora", "profile", "decode", "pipeline", "fast_pipeline", "stages"]
     names += ["fp8"] * (importlib.util.find_spec("torchao") is not None)
     chosen += [*(steps[name] for name in names), ("too_long", 10_000, 1, late)]
     if "fp8" in names:
@@ -179,7 +180,9 @@ def test_gpu_run_at_tiny_size(tmp_path, monkeypatch, capsys):
     # Times at these sizes mean nothing and decide no target; 50 steps of stock diffusers are extrapolated from two.
     guided, alone, stock = reports["pipeline"]["runs"]
     assert all(
-        found["met"] is None for name in ("steps", "pipeline", "fast_pipeline") for found in reports[name]["bars"]
+        found["met"] is None
+        for name in ("steps", "pipeline", "fast_pipeline", "stages")
+        for found in reports[name]["bars"]
     )
     fast = reports["fast_pipeline"]["runs"]
     assert "fastwan-3" in fast[2]["video"] and fast[2]["denoise"] < fast[0]["denoise"]
@@ -188,6 +191,18 @@ def test_gpu_run_at_tiny_size(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         monkeypatch.setattr(sys, "argv", ["gpu_run", "--only", "nothing"])
         gpu_run.main()
+
+
+def test_whole_videos_are_those_of_the_other_steps_and_the_first_stages(tmp_path):
+    from gpu_stages import whole_videos
+
+    timed = {"15 steps, guided": 30.0, "15 steps, one forward each": 18.0, "stock, 50 steps, worked out": 120.0}
+    runs = [{"video": name, "seconds": seconds} for name, seconds in timed.items()]
+    (tmp_path / "pipeline.json").write_text(json.dumps({"runs": runs}))
+    runs = [{"video": "15 steps, guided", "seconds": 26.0, "of stock's 50 steps": 0.2}]
+    (tmp_path / "fast_pipeline.json").write_text(json.dumps({"runs": runs}))
+    bars = whole_videos(SimpleNamespace(output=tmp_path, on_gpu=True, window=3), 6.0)
+    assert [found["value"] for found in bars] == [pytest.approx(36 / 120), pytest.approx(32 / 130), None, None]
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/gpu_run.py --deadline 470                    # all steps, the most useful first
     python examples/benchmarks/gpu_run.py --only steps,tests,fp8,lora,decode --deadline 400           # in two calls
-    python examples/benchmarks/gpu_run.py --only pipeline,fast_pipeline,training_step --deadline 400
+    python examples/benchmarks/gpu_run.py --only pipeline,fast_pipeline,stages,training_step --deadline 400
     python examples/benchmarks/gpu_run.py --only shapes_lora                # a separate training; continues when it was stopped
     python examples/benchmarks/gpu_run.py --size tiny --device cpu          # a dry run
 
@@ -33,6 +33,7 @@ from benchmark_pipeline import TINY_VAE
 from benchmark_pipeline import random as random_pipelines
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from gpu_stages import stages
 from gpu_switches import fast_pipeline, fp8, lora
 from harness import (
     RESULTS,
@@ -457,6 +458,7 @@ STEPS: list[tuple[str, float, float, Callable[[Run], Any]]] = [
     ("decode", 40, 110, decode),
     ("pipeline", 100, 170, pipeline),
     ("fast_pipeline", 150, 260, fast_pipeline),
+    ("stages", 40, 90, stages),
     ("training_step", 60, 150, partial(benchmark, "training_step")),
     ("attention_forms", 15, 40, attention_forms),
     ("attention", 40, 80, partial(benchmark, "attention")),

@@ -68,10 +68,9 @@ needs the package torchao. Every step was run at tiny size on a CPU.
 | time of decoding / time of a video with 15 steps | at most 0.15 | 0.21, extrapolated | `decode`, `pipeline` |
 | time of a video without stages 1 and 2, ours with 15 steps / stock with 50 | at most 0.30 | not run | `pipeline` |
 | the same, compiled; with one forward per step; with a window and float8 as well | at most 0.25; 0.15; 0.10 | not run | `fast_pipeline` |
+| the same two rows with stages 1 and 2, with random weights of the size of Z-Image and Qwen3-4B | the same | not run | `stages`, after `pipeline` and `fast_pipeline` |
 | time of a training step at rank 128, ours / stock | at most 0.90 | not run | `training_step` |
 | scores of the shapes model trained on a GPU | equal to those on a CPU | only seconds per step were measured | `shapes_lora` |
-
-No step times stages 1 and 2 with a text-to-image model and a chat model of real size.
 
 The package has no small decoder for previews (such as taew2.1 and taew2.2 of [taehv](https://github.com/madebyollin/taehv)): diffusers 0.42.1 has no class
 for them, and without their weights no test can check the order, range and colours of the frames of an own implementation. Previews use one convolution
