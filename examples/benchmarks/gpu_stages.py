@@ -1,4 +1,4 @@
-"""A step of `gpu_run.py`: stages 1 and 2 at the size of a recipe's chat model and text-to-image model."""
+"""A step of `gpu_run.py`: times stages 1 and 2 with models of the size of a recipe's chat model and text-to-image model."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from diffusers_fvg.models import MODELS
 if TYPE_CHECKING:
     from gpu_run import Run
 
-# Tokens of a question to the chat model, of its answer, and of a caption: a little more than those of this package's prompts.
+# Assumed numbers of tokens: of a question to the chat model, of its answer, and of a caption.
 QUESTION, ANSWER, CAPTION = 600, 120, 128
-# The text-to-image model's VAE is 8 times smaller each way, with 16 channels.
+# Z-Image's VAE divides height and width by 8 and has 16 channels (huggingface/diffusers 0.42.1, ZImageTransformer2DModel).
 STRIDE, CHANNELS = 8, 16
 TINY_QWEN = {
     "hidden_size": 32,
@@ -35,7 +35,7 @@ TINY_Z_IMAGE |= {"axes_dims": [8, 4, 4], "axes_lens": [256, 32, 32]}
 
 
 def made(run: Run, kind: str, config: dict[str, Any]) -> torch.nn.Module:
-    """A model of published sizes, or tiny in a dry run, with random weights."""
+    """Returns a model of published size with random weights, or a tiny one at size tiny."""
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(run.size.dtype)
@@ -52,8 +52,8 @@ def made(run: Run, kind: str, config: dict[str, Any]) -> torch.nn.Module:
 
 @torch.no_grad()
 def stages(run: Run) -> None:
-    """A caption by the chat model, and a picture by the text-to-image model without its VAE; what follows for a whole video of
-    those that `pipeline` and `fast_pipeline` have timed."""
+    """Times a caption by the chat model and a picture by the text-to-image model without its VAE, and adds them to the videos that
+    `pipeline` and `fast_pipeline` have timed."""
     recipe = RECIPES["wan2.2-5b"]
     steps, rows = recipe.composer.call_defaults["num_inference_steps"], []
 
@@ -64,7 +64,7 @@ def stages(run: Run) -> None:
     question = torch.randint(1, 100, (1, QUESTION), device=run.device)
     lengths = {"max_new_tokens": ANSWER, "min_new_tokens": ANSWER, "do_sample": False, "pad_token_id": 0}
     add("1", f"{QUESTION} tokens read, {ANSWER} written", lambda: model.generate(question, **lengths))
-    # The text encoder is the same model without its last layer.
+    # The text encoder is the same model without its output projection.
     add("2", f"caption of {CAPTION} tokens encoded", lambda: model.model(question[:, :CAPTION]))
     width = model.config.hidden_size
     # Both at a time would be 20 GiB.
@@ -80,12 +80,12 @@ def stages(run: Run) -> None:
     add("2", f"{steps} steps", lambda: model([latents], time, [caption], return_dict=False), steps)
 
     seconds = sum(row["seconds"] for row in rows)
-    notes = f"{seconds:.3g} seconds in all. Random weights of Qwen3-4B's and Z-Image's size; the picture's VAE is left out."
+    notes = f"{seconds:.3g} seconds in all. Random weights of the size of Qwen3-4B and Z-Image, without the VAE of Z-Image."
     run.report("stages", "stages 1 and 2", rows, [*whole_videos(run, seconds)], notes)
 
 
 def whole_videos(run: Run, seconds: float) -> list[dict[str, Any]]:
-    """Bars of videos with all three stages, for those that other steps have timed in this folder."""
+    """Returns the measures of videos with all three stages, from the reports of other steps in the output folder."""
     found: dict[str, tuple[float, float]] = {}
     for name in ("pipeline", "fast_pipeline"):
         path = run.output / f"{name}.json"
@@ -100,7 +100,7 @@ def whole_videos(run: Run, seconds: float) -> list[dict[str, Any]]:
     needs = "a GPU: gpu_run.py --only pipeline,fast_pipeline,stages"
     return [
         bar(
-            f"all three stages, {name}: of stock's 50 steps, time",
+            f"time of a video with all three stages, {name} / stock with 50 steps",
             limit,
             (seconds + found[name][0]) / found[name][1] if name in found else None,
             needs=needs,

@@ -81,7 +81,7 @@ def test_four_bits_are_refused_without_an_accelerator(folder, capsys, monkeypatc
 def test_products_in_eight_bits_are_refused_without_a_gpu_that_has_them(folder, capsys, monkeypatch):
     monkeypatch.setattr("diffusers_fvg.cli.pipeline.importlib.util.find_spec", lambda name: True)
     assert generate(folder, "wan", "--quantize", "fp8-dynamic") == 2
-    assert "--quantize fp8-dynamic cannot run: cpu is no NVIDIA GPU" in capsys.readouterr().err
+    assert "--quantize fp8-dynamic cannot run: cpu is not an NVIDIA GPU" in capsys.readouterr().err
 
 
 def test_products_in_eight_bits(folder, capsys, monkeypatch):
