@@ -126,7 +126,7 @@ def test_a_video_tells_its_story_or_nothing(video, tmp_path):
         ({"custom_pipeline": "x"}, "unknown key 'custom_pipeline'"),
         ({"pipeline": "FactorizedCogVideoXPipeline"}, "The record is of a FactorizedCogVideoXPipeline"),
         ({"preset": "none"}, "Unknown preset 'none'"),
-        ({"seeds": {"video": {"state": "none"}}}, "cannot be restored here .* --seed"),
+        ({"seeds": {"video": {"state": "none"}}}, "cannot be restored here .*--seed"),
         ({"seeds": {"video": {"device": "cuda", "seed": 1}}}, "on 'cuda' cannot be restored here"),
     ],
 )
