@@ -20,7 +20,7 @@ from diffusers_fvg.shapes.anchors import (
     shows_its_objects,
     write_anchors_report,
 )
-from diffusers_fvg.shapes.held_out import attributes_stay, split_scenes
+from diffusers_fvg.shapes.held_out import attributes_stay
 from diffusers_fvg.shapes.scorer import score_anchor
 from diffusers_fvg.shapes.world import Change, Scene, ShapeObject, render
 
@@ -79,11 +79,11 @@ def test_round_trip_is_near_the_clip_and_not_the_clip(pipe):
     assert 0 < np.abs(through.astype(int) - clip).mean() < 3
 
 
-def test_the_report(pipe, tmp_path):
+def test_the_report(pipe, few_scenes, tmp_path):
     text = write_anchors_report(pipe, tmp_path, per_category=1, steps=2, runs=((1, 1.0), (5, 1.0)))
     report = json.loads((tmp_path / "anchors.json").read_text())
     assert text == (tmp_path / "anchors.txt").read_text().removesuffix("\n") and report["synthetic"]
-    scenes, _ = split_scenes(1, 4)
+    scenes, _ = few_scenes(1, 4)
     assert [record["prompt"] for record in report["ends"]] == [scene.prompt for scene in scenes]
     fidelity = report["fidelity"]
     assert fidelity["replace"]["shift"][0] == fidelity["replace"]["drift"][0] == 0 < fidelity["raw"]["shift"][0]

@@ -43,7 +43,7 @@ def test_claims_are_losses_against_the_forms_own_first_frame():
     }
 
 
-def test_report(tmp_path):
+def test_report(few_scenes, tmp_path):
     pipe = quick(load_embedded())
     own = pipe.anchor_lora
     # The same weights, used in the other form.

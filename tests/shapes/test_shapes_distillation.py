@@ -37,7 +37,7 @@ def test_an_interval_guides_its_steps_and_no_others(pipe, way):
     assert pipe.presets["anchored-15"] is preset
 
 
-def test_the_report_compares_with_its_first_row(pipe, tmp_path):
+def test_the_report_compares_with_its_first_row(pipe, few_scenes, tmp_path):
     # The model's own LoRA in place of a distilled one: the same videos as without guidance.
     ways = (Guiding(1, 2), Guiding(0, 0), Guiding(0, 0, distilled=True))
     text = write_guidance_report(pipe, tmp_path, LORA, per_category=1, seeds=1, steps=2, ways=ways)

@@ -370,7 +370,7 @@ def test_quick_evaluation_equals_a_call(pipe):
     assert table[1].split() == ["motion_binding", f"{record['score']:.3f}", "1"]
 
 
-def test_ablation_tells_loras_apart(pipe, tmp_path):
+def test_ablation_tells_loras_apart(pipe, few_scenes, tmp_path):
     from diffusers_fvg.embedded import EMBEDDED_FOLDER
 
     folder = EMBEDDED_FOLDER / "anchor_lora" / "weights"

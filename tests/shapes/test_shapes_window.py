@@ -18,7 +18,7 @@ def pipe():
     return quick(load_embedded())
 
 
-def test_windows_and_loras(pipe, tmp_path):
+def test_windows_and_loras(pipe, few_scenes, tmp_path):
     pipe.transformer.set_anchor_window(3)
     text = write_window_report(pipe, tmp_path, (0, 4), {0: OWN_LORA}, per_category=1, seeds=1, steps=2)
     assert pipe.transformer.anchor_window == 3
