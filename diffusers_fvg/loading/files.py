@@ -6,6 +6,7 @@ import contextlib
 import glob
 import hashlib
 import re
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -156,7 +157,9 @@ def fetch(
         elif name not in cached and expected["sha256"] not in (None, _sha256(path)):
             damage = f"content that differs from sha256 {expected['sha256']}"
         if damage is not None:
-            for part in (path.resolve(), path):
+            # The client keeps the listing of a commit for ever, also where the fault is the listing's.
+            listing = folder.parents[1] / "trees" / f"{folder.name}.json"
+            for part in (path.resolve(), path, listing):
                 part.unlink(missing_ok=True)
             raise OSError(
                 f"{place} names {title} on the Hub, whose file {name} arrived with {damage}. The file has been deleted: try again."
@@ -211,7 +214,9 @@ def naming_repository(repository: str, revision: str | None, place: str) -> Iter
     try:
         yield
     except Exception as error:
-        is_of_client = type(error).__module__.startswith("huggingface_hub.")
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        # Some of its errors are of Python's own classes.
+        is_of_client = frame.f_globals["__name__"].startswith("huggingface_hub.")
         if not is_of_client and not is_of_connection(error):
             raise
         title = _title(repository, revision)
