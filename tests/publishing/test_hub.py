@@ -377,7 +377,7 @@ def test_saved_again_it_is_light_unless_bundled(hub, light, tmp_path):
     assert pipe.composer.reference["repository"] == "org/t2i"
 
     pipe.fuse_lora()
-    with pytest.raises(ValueError, match="`transformer` came from org/base and has LoRAs fused"):
+    with pytest.raises(ValueError, match="The anchor LoRA is fused into `transformer`"):
         pipe.save_pretrained(tmp_path / "fused")
 
 
