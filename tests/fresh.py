@@ -3,6 +3,7 @@ time that diffusers and transformers take to be imported; of Hugging Face's pack
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -58,6 +59,8 @@ def serve() -> None:
     sys.path.pop(0)
     for name in PRELOAD:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
