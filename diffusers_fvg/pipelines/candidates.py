@@ -58,8 +58,13 @@ def compose_candidates(
         leave_device(pipe, "anchor_judge")
         negative = [negative_prompt[k] for k in numbers] if isinstance(negative_prompt, list) else negative_prompt
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        texts = [captions[k] for k in numbers]
-        return pipe._draw(None, texts, height, width, num_inference_steps, guidance_scale, negative, generators)
+        texts, options = [captions[k] for k in numbers], (height, width, num_inference_steps, guidance_scale)
+        if len(captions) > 1:
+            return pipe._draw(None, texts, *options, negative, generators)
+        # In a batch the last bit of an image can change, and a replay draws the chosen image alone.
+        negative = negative[:1] if isinstance(negative, list) else negative
+        drawn = [pipe._draw(None, texts[:1], *options, negative, [generator]) for generator in generators]
+        return [image for images in drawn for image in images]
 
     def judging(work: Callable[[], list]) -> list:
         leave_device(pipe, "composer")
