@@ -203,6 +203,12 @@ class StockWeights(StockModel):
             )
         super().set_adapters(adapter_names, weights)
 
+    def unload_lora(self) -> None:
+        """Removes all adapters, as in diffusers. Fused ones stay in the weights, which no longer are those of a Hub repository."""
+        if any(layer.merged for layer in _adapter_layers(self)):
+            self.__dict__.pop("hub_reference", None)
+        super().unload_lora()
+
     # `wraps` keeps the signature, by which a pipeline decides what it passes; otherwise no `variant` would be saved.
     @functools.wraps(ModelMixin.save_pretrained)
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
