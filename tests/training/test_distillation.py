@@ -191,7 +191,7 @@ def test_cogvideox_is_taught_too(tmp_path):
     ("options", "message"),
     [
         ({"teacher_lora": "nowhere"}, "nowhere has no weights/pytorch_lora_weights.safetensors"),
-        ({"rank": 1}, "`rank=1` is below that of `teacher_lora`, .* set it to 2 or more"),
+        ({"rank": 1}, "`rank=1` is below that of `teacher_lora`, .* set `rank` to 2 or more"),
         (
             {"targets": ["to_q", "to_k"]},
             r"leave out transformer.blocks.0.attn1.to_out.0, which `teacher_lora` has weights for",
