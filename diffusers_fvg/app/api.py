@@ -308,7 +308,7 @@ def _add_errors(api: FastAPI) -> None:
     def bad_request(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            return JSONResponse({"detail": f"The body is no JSON: {first['ctx']['error']}."}, 422)
+            return JSONResponse({"detail": f"The body is not JSON: {first['ctx']['error']}."}, 422)
         place = ".".join(str(part) for part in first["loc"][1:]) or "body"
         return JSONResponse({"detail": f"`{place}` is not valid: {first['msg'].rstrip('.')}."}, 422)
 

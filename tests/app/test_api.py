@@ -148,7 +148,7 @@ def test_five_bad_values_of_every_field_are_told_of_in_a_sentence(client):
 def test_a_body_that_is_none_is_told_of_in_a_sentence(client, body):
     answer = client.post("/api/jobs", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 422 and answer.json()["detail"].startswith(
-        ("The body is no JSON", "`body` cannot be")
+        ("The body is not JSON", "`body` is not valid")
     )
 
 

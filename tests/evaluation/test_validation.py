@@ -168,5 +168,5 @@ def test_what_cannot_be_validated_is_said_before_training(config, tmp_path):
         make_validate(replace(config, validation_frame_indices=(0, 9)))
     (tmp_path / "notes.txt").write_text("no picture")
     anchors = (str(tmp_path / "notes.txt"), config.validation_anchors[1])
-    with pytest.raises(ValueError, match=r"notes\.txt is no video"):
+    with pytest.raises(ValueError, match=r"notes\.txt is not a video"):
         make_validate(replace(config, validation_anchors=anchors))
