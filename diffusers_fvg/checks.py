@@ -153,7 +153,7 @@ def check_guidance(name: str, value: float | None) -> None:
     """Checks a scale of classifier-free guidance: a number from 0 to `MAX_GUIDANCE`, or `None`."""
     check_number(name, value)
     if value is not None and not 0 <= value <= MAX_GUIDANCE:
-        raise ValueError(f"`{name}={value!r}` must lie between 0 and {MAX_GUIDANCE}; 1 is no guidance.")
+        raise ValueError(f"`{name}={value!r}` must lie between 0 and {MAX_GUIDANCE}; 1 disables guidance.")
 
 
 def check_scale(name: str, value: float) -> None:

@@ -318,7 +318,7 @@ def family_of(pipeline: DiffusionPipeline) -> AnimatorFamily:
     name, declared = names[0], call_arguments(pipeline)
     if "image" not in declared or not {"num_frames", "frames"} & declared.keys():
         raise ValueError(
-            f"{name} is no image-to-video pipeline: its call has no `image`, or no `num_frames`. Known families: "
+            f"{name} is not an image-to-video pipeline: its call has no `image`, or no `num_frames`. Known families: "
             f"{', '.join(family.name for family in FAMILIES)}."
         )
     family = AnimatorFamily(name, (name,))

@@ -57,7 +57,7 @@ class PlannedVideo:
         """Parses a line of a plan.
 
         Raises:
-            `ValueError`: the line is no JSON object, or its fields are not those of a video.
+            `ValueError`: the line is not a JSON object, or its fields are not those of a video.
         """
         values = json.loads(line)
         if not isinstance(values, dict) or values.keys() != _FIELDS.keys():

@@ -171,7 +171,7 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             try:
                 values = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: the line is no JSON ({str(error)[:200]}).") from error
+                raise ValueError(f"{path}, line {number}: the line is not JSON ({str(error)[:200]}).") from error
             if not isinstance(values, dict):
                 raise ValueError(
                     f'{path}, line {number}: the line must be an object like {{"prompt": "..."}}, but is {line[:40]!r}.'

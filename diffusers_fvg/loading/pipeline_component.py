@@ -111,7 +111,7 @@ class PipelineComponent(torch.nn.Module):
         reference: dict[str, str] = {key: config.pop(key) for key in ("repository", "revision") if key in config}
         if not reference and not (folder / DiffusionPipeline.config_name).is_file():
             raise ValueError(
-                f"{str(path)!r} is no {cls.config_name.partition('_')[0]}: it has no {DiffusionPipeline.config_name}, and no "
+                f"{str(path)!r} holds no {cls.config_name.partition('_')[0]}: it has no {DiffusionPipeline.config_name}, and no "
                 f"{cls.config_name} that names a repository."
             )
         arguments = {"dtype": dtype or torch_dtype, "device_map": call_argument("device_map")} | kwargs

@@ -19,7 +19,7 @@ SHOWN = (INSTRUCTION, PLAN_INSTRUCTION, *(caption for _, caption in EXAMPLES))
 def caption_problem(prompt: str, caption: str, plan: Plan | None = None) -> str | None:
     """Returns why a caption does not describe the first frame of a prompt, or `None` if no problem is found.
 
-    The form is checked in any language: the caption has words, describes one picture, and is no placeholder, refusal or copy
+    The form is checked in any language: the caption has words, describes one picture, and is not a placeholder, refusal or copy
     of an example. English captions must also keep what the prompt says about the start, up to its first word of change or
     time: the things with their numbers and colours, their places, and what is said to be absent. They must not show what
     comes later. Doubtful cases are accepted.

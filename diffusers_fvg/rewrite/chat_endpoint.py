@@ -68,7 +68,7 @@ class ChatEndpoint:
 
     Raises:
         `ValueError`: `url` is not http(s) or holds a secret, `model` is empty, a key or headers would be sent over plain http
-            to another machine, `timeout` is no positive number, or `max_concurrent` is below 1.
+            to another machine, `timeout` is not a positive number, or `max_concurrent` is below 1.
     """
 
     url: str

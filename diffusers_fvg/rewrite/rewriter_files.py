@@ -116,7 +116,7 @@ def read_rewriter_config(path: Path) -> dict[str, Any]:
             [`~loading.component_config.read_config`].
     """
     if not path.is_file():
-        raise ValueError(f"The folder {str(path.parent)!r} is no rewriter: it has no {CONFIG_NAME}.")
+        raise ValueError(f"The folder {str(path.parent)!r} is not a rewriter: it has no {CONFIG_NAME}.")
     of_endpoint = {"endpoint", "api_key_env"}
     settings = {"instruction", "examples", "answer_format", "judge", "max_new_tokens"}
     known = {"model", "revision", "gguf_file", *settings, *of_endpoint}

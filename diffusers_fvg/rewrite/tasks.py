@@ -291,7 +291,7 @@ def read_motion(answer: str) -> str:
 
 
 def motion_problem(prompt: str, motion: str, read: Read = str, shown: Sequence[str] = ()) -> str | None:
-    """Returns why a text is no valid motion caption of a prompt, or `None`.
+    """Returns why a text is not a valid motion caption of a prompt, or `None`.
 
     A motion caption must be short, share a word with the prompt, and name the new states that the prompt asks for.
 

@@ -254,7 +254,7 @@ def write_anchors_report(
         for run, strength in tried:
             records = measure_continuation(pipe, chosen, before, run, strength, steps, batch_size)
             row = {"source": source, "run": run, "strength": strength, "videos": len(records)}
-            # The target is a share of prompts, so this is no mean of categories.
+            # The target is a share of prompts, so this is not a mean of categories.
             row |= {name: round(float(np.mean([r[name] for r in records])), 4) for name in ("before", "kept")}
             rows.append(row | {"categories": category_means(records, "kept")})
 

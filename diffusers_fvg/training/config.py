@@ -17,7 +17,7 @@ from ..publishing.toml import toml_value
 # Query, key, value and output of both attentions, and the feed-forward: the layers that Pusa and DiffSynth-Studio train on Wan.
 WAN_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
-# Option, value and the package that it needs, which is no dependency of this one.
+# Option, value and the package that it needs, which is not a dependency of this package.
 PACKAGES = (
     ("tracker", "tensorboard", "tensorboard"),
     ("tracker", "wandb", "wandb"),
@@ -108,7 +108,7 @@ class TomlConfig:
         try:
             values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:  # Also bad encodings, huge numbers and deep nesting.
-            raise ValueError(f"{path} is no valid TOML: {str(error)[:200]}.") from error
+            raise ValueError(f"{path} is not valid TOML: {str(error)[:200]}.") from error
         names = [field.name for field in fields(cls)]
         unknown = [name for name in values if name not in names]
         if unknown:
@@ -252,7 +252,7 @@ class TrainConfig(TomlConfig):
         timestep_density (`str`, *optional*): `"logit-normal"` (best in arXiv 2403.03206, section 3.1) or `"uniform"`.
         timestep_std (`float`, *optional*): standard deviation of the normal of `"logit-normal"`.
         flow_shift (`float`, *optional*): shifts times to higher noise as at sampling: 5 for Wan2.2-TI2V-5B, 3 for Wan2.1 at
-            480p, 12 for A14B. An expert draws from the part of the density in its own range. CogVideoX is no flow model
+            480p, 12 for A14B. An expert draws from the part of the density in its own range. CogVideoX is not a flow model
             and is trained at all times with equal probability: `"uniform"` and 1.
         prompt_dropout (`float`, *optional*): share of samples with the empty prompt, in [0, 1), for classifier-free
             guidance (arXiv 2207.12598: 0.1 to 0.2). Must be 0 with `distill_guidance`, whose LoRA is used without guidance.
@@ -442,7 +442,7 @@ class TrainConfig(TomlConfig):
         wanted = f"needs one scale for each of experts={list(self.experts)}"
         _require(len(self.distill_guidance) == len(self.experts), "distill_guidance", self, wanted)
         in_range = all(1 < scale < float("inf") for scale in self.distill_guidance)
-        _require(in_range, "distill_guidance", self, "must be above 1; 1 is no guidance")
+        _require(in_range, "distill_guidance", self, "must be above 1; 1 disables guidance")
         _require(self.teacher_lora, "teacher_lora", self, "must name the anchor LoRA that is distilled")
         _require(not self.initial_lora, "initial_lora", self, "has no effect with distill_guidance: remove it")
         _require(self.prompt_dropout == 0, "prompt_dropout", self, "must be 0 with distill_guidance")

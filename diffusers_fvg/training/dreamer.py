@@ -84,7 +84,7 @@ class StableDiffusion(Family):
     """Stable Diffusion 1.x and 2.x, with the encoders that its video UNet needs besides CLIP's text encoder.
 
     Raises:
-        `ValueError`: height or width of a bucket is no multiple of the VAE's scale factor.
+        `ValueError`: height or width of a bucket is not a multiple of the VAE's scale factor.
     """
 
     vae = AutoencoderKL
@@ -102,7 +102,7 @@ class StableDiffusion(Family):
         """Checks the buckets and returns the VAE's scale factor, in pixels per latent.
 
         Raises:
-            `ValueError`: height or width of a bucket is no multiple of the scale factor.
+            `ValueError`: height or width of a bucket is not a multiple of the scale factor.
         """
         factor = 2 ** (len(AutoencoderKL.load_config(folder / "vae")["block_out_channels"]) - 1)
         for _, height, width in config.all_buckets:

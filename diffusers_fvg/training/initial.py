@@ -96,9 +96,7 @@ def _downloaded(name: str) -> Path:
         files = {"allow_patterns": ["*.safetensors", "adapter_config.json"], "ignore_patterns": ["*/*"]}
         return Path(snapshot_download(name, **files))
     except (HFValidationError, RepositoryNotFoundError, LocalEntryNotFoundError) as error:
-        raise ValueError(
-            f"`initial_lora={name!r}` is no file, no folder and no repository that can be read."
-        ) from error
+        raise ValueError(f"`initial_lora={name!r}` is not a readable file, folder or repository.") from error
 
 
 @torch.no_grad()

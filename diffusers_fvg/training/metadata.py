@@ -144,7 +144,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line, object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number} is no JSON: {str(error)[:200]}.") from error
+            raise ValueError(f"{path}, line {number} is not JSON: {str(error)[:200]}.") from error
         if not isinstance(row, dict):
             raise ValueError(
                 f"{path}, line {number} must be an object, {{...}}, but is {type(row).__name__}: {line[:80]}"
@@ -206,7 +206,9 @@ def _check_closed(path: Path, line: int, cells: list[str]) -> None:
 def _hub_rows(data: str, config: TomlConfig) -> list[tuple[Path, str]]:
     """Returns files and captions of the train split of a dataset on the Hub; writes embedded videos into the cache."""
     if importlib.util.find_spec("datasets") is None:
-        raise ValueError(f"`data={data!r}` is no folder; if it names a Hugging Face dataset, `pip install datasets`.")
+        raise ValueError(
+            f"`data={data!r}` is not a folder; if it names a Hugging Face dataset, `pip install datasets`."
+        )
     from datasets import Video, load_dataset
 
     with PartialState().main_process_first():

@@ -60,7 +60,7 @@ def unscaled(query, key, value):
 
 
 def shortened(query, key, value):
-    """Wrong only where the number of keys is no multiple of 64."""
+    """Wrong only where the number of keys is not a multiple of 64."""
     whole = key.shape[1] // 64 * 64
     return plain(query, key[:, :whole], value[:, :whole])
 

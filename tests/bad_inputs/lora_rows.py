@@ -54,7 +54,7 @@ FILES = [
     ("half a file", WHOLE[: len(WHOLE) // 2], NO_FILE),
     ("half a header", WHOLE[:40], NO_FILE),
     ("a header of 2**62 bytes", struct.pack("<Q", 2**62) + b"{}", NO_FILE),
-    ("a header that is no JSON", header(b"{" * 100), NO_FILE),
+    ("a header that is not JSON", header(b"{" * 100), NO_FILE),
     ("a header of deep lists", header(b'{"a":' + b"[" * 50_000 + b"]" * 50_000 + b"}"), NO_FILE),
     ("an unknown dtype", header({"a": {"dtype": "X9", "shape": [1], "data_offsets": [0, 1]}}, b"\0"), NO_FILE),
     ("places beyond the end", header({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}), NO_FILE),

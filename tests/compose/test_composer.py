@@ -459,8 +459,8 @@ def test_folder_that_names_a_hub_repository(classical, hub, tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (None, "is no composer"),
-        ("{}", "is no composer"),
+        (None, "holds no composer"),
+        ("{}", "holds no composer"),
         ("{", "not valid JSON"),
         ("[]", "list"),
         ('{"repo": "org/name"}', "repo"),

@@ -96,7 +96,9 @@ def test_animator_as_people_have_it(tmp_path):
     assert composed.animator.dtype == torch.bfloat16 and composed.composer is not None
     with pytest.raises(ValueError, match="`animator` must be an AnchorAnimator, .* but is a int"):
         FactorizedImageToVideoPipeline(animator=1)
-    with pytest.raises(ValueError, match="WanPipeline is no image-to-video pipeline: .*Known families: .*Wan2.2-I2V"):
+    with pytest.raises(
+        ValueError, match="WanPipeline is not an image-to-video pipeline: .*Known families: .*Wan2.2-I2V"
+    ):
         AnchorAnimator(WanPipeline(**tiny_wan_components()))
 
 
@@ -170,7 +172,7 @@ def test_an_animator_s_file_names_repositories_and_no_files(tmp_path):
         ({"call_defaults": {"negative_prompt": "https://example.org/a.png"}}, "a local file or a URL"),
         ({"repository": str(tmp_path)}, "Repo id must"),
         ({"batch_size": 2}, "batch_size"),
-        ({}, "is no animator: it has no model_index.json, and no animator_config.json that names a repository"),
+        ({}, "holds no animator: it has no model_index.json, and no animator_config.json that names a repository"),
     ):
         (tmp_path / "animator_config.json").write_text(json.dumps(config))
         with pytest.raises((ValueError, OSError), match=message):

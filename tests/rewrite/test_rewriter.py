@@ -528,7 +528,7 @@ def test_folder_that_names_a_hub_repository(school, hub, tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (None, "is no rewriter"),
+        (None, "is not a rewriter"),
         ("{", "not valid JSON"),
         ("[]", "list"),
         ('{"modell": "org/name"}', "modell"),

@@ -58,7 +58,7 @@ def test_load_gives_back_what_to_toml_wrote(tmp_path):
     ("line", "message"),
     [
         ("rnak = 8", r"unknown keys \['rnak'\]; known ones are .*rank"),
-        ("rank = 8\nrank = 9", "no valid TOML"),
+        ("rank = 8\nrank = 9", "not valid TOML"),
         ("rank = 8", r"lacks the keys \['model', 'data', 'cache_dir', 'output_dir', 'buckets', 'frame_rate'\]"),
     ],
 )

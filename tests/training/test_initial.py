@@ -94,7 +94,7 @@ def test_it_may_be_a_repository_on_the_hub(places, lora, tmp_path, hub, experts)
 def test_a_repository_that_is_not_there_is_told_of_before_anything_is_encoded(places, tmp_path, hub):
     for name in ("org/nothing", "no such place", "a/b/c"):
         config = tiny_config(*places, tmp_path / "out", initial_lora=name, cache_dir=str(tmp_path / "cache"))
-        with pytest.raises(ValueError, match=f"`initial_lora='{name}'` is no file, no folder and no repository"):
+        with pytest.raises(ValueError, match=f"`initial_lora='{name}'` is not a readable file, folder or repository"):
             run(config)
     assert not (tmp_path / "cache").exists()
 

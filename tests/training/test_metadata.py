@@ -57,7 +57,7 @@ def test_captions_are_read_whole(tmp_path, name, content, expected):
     ("rows", "message"),
     [
         ("", "has no rows"),
-        ('{"file_name": "0.mp4"', "line 1 is no JSON"),
+        ('{"file_name": "0.mp4"', "line 1 is not JSON"),
         (
             '\n{"file_name": "0.mp4", "caption": "a"}',
             r"line 2 has no \['text'\]; its columns are \['caption', 'file_name'\]",
@@ -67,7 +67,7 @@ def test_captions_are_read_whole(tmp_path, name, content, expected):
         ('"0.mp4"', "line 1 must be an object, {...}, but is str"),
         ('{"file_name": 7, "text": "a dog"}', "line 1: `file_name` must be a text in quotes, but is 7"),
         ('{"file_name": "0.mp4", "text": ["a", "b"]}', "line 1: `text` must be a text in quotes"),
-        ('{"file_name": "0.mp4", "text": "a", "text": "b"}', "line 1 is no JSON: a key occurs twice"),
+        ('{"file_name": "0.mp4", "text": "a", "text": "b"}', "line 1 is not JSON: a key occurs twice"),
         ("{'file_name': '0.mp4'}".encode("utf-16"), "line 1 is no UTF-8"),
         ('\n{"file_name": "0.mp4", "text": "caf\u00e9"}'.encode("latin-1"), r"line 2 is no UTF-8 \(byte 0xe9\)"),
         ('{"file_name": "0.mp4", "text": "caf\ufffd"}', r"line 1 holds U\+FFFD, which stands for lost characters"),
@@ -126,5 +126,5 @@ def test_folders_that_are_refused(tmp_path):
 
 def test_a_data_set_on_the_hub_needs_its_package(tmp_path, monkeypatch):
     monkeypatch.setattr(metadata.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="is no folder; .* `pip install datasets`"):
+    with pytest.raises(ValueError, match="is not a folder; .* `pip install datasets`"):
         read_examples(tiny_config(tmp_path, tmp_path / "nowhere", tmp_path / "out"))

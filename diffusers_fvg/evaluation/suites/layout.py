@@ -56,7 +56,7 @@ def lay_out(
     for video in read_plan(run):
         suite = suites.get(video.labels.get("suite", ""))
         if suite is None:
-            raise ValueError(f"{run} is no run of a suite: {video.path} belongs to no known suite.")
+            raise ValueError(f"{run} is not a run of a suite: {video.path} belongs to no known suite.")
         image = video.arguments.get("image")
         facts = {"suite": suite.name, "ratio": image and Path(image).parent.name}
         source = run / video.path
@@ -88,7 +88,7 @@ def _check_strays(links: Mapping[Path, Path]) -> None:
             next((path for path in sorted(folder.iterdir()) if path not in links), None) if folder.is_dir() else None
         )
         if stray is not None:
-            raise ValueError(f"{stray} is no video of this run, and the evaluator would open it: move it away.")
+            raise ValueError(f"{stray} is not a video of this run, and the evaluator would open it: move it away.")
 
 
 def _link(source: Path, target: Path) -> None:

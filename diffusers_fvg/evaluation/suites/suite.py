@@ -91,12 +91,12 @@ def read_json(path: Path, kind: type) -> Any:
     """Reads a JSON file.
 
     Raises:
-        `ValueError`: the file is no JSON, or its value is no `kind`; the message names the file.
+        `ValueError`: the file is not JSON, or its value is not of type `kind`; the message names the file.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, kind):
         raise ValueError(f"{path} holds a {type(value).__name__}, not a {kind.__name__}.")
     return value

@@ -101,7 +101,7 @@ def test_nothing_but_videos_of_the_run_lies_in_a_layout(tmp_path, clip):
     assert laid_out(videos) == ["0000.mp4", "0001.mp4", "0002.mp4"]
     assert (videos / "0000.mp4").read_bytes() == clip + b"new"
     (videos / ".DS_Store").touch()
-    with pytest.raises(ValueError, match=".DS_Store is no video of this run"):
+    with pytest.raises(ValueError, match=".DS_Store is not a video of this run"):
         lay_out(run, layout, SUITES)
     with pytest.raises(ValueError, match="is in the run's own folder"):
         lay_out(run, run / "layout", SUITES)

@@ -212,7 +212,7 @@ def test_vbench2_says_what_keeps_its_total_from_being_official(tmp_path):
     # The official script counts it as 0 and prints a total.
     assert problems("vbench-2.0", folder) == "Material: there is no score."
     write_json(folder / "Material" / "results.json", {"Material": [0.5, [{"video_path": "a.mp4"}]]})
-    with pytest.raises(ValueError, match="is no result of Material"):
+    with pytest.raises(ValueError, match="is not a result of Material"):
         read("vbench-2.0", folder)
 
 
@@ -398,5 +398,5 @@ def test_scores_are_written_and_read(tmp_path):
     }
     assert json.loads((tmp_path / "scores.json").read_text())["direct"]["complete"] is True
     other = compbench_prompts(tmp_path / "prompts") / "meta_data" / "action_binding.json"
-    with pytest.raises(ValueError, match="is no file of `fvg bench read`"):
+    with pytest.raises(ValueError, match="is not a file of `fvg bench read`"):
         read_scores(other)
