@@ -26,7 +26,7 @@ from .prompts import (
     planned_caption,
 )
 from .train_models import TEXT_ENCODER_CONFIG, count, optimizers
-from .world import COLOURS, SHAPES, Scene, ShapeObject, render
+from .world import COLOURS, SHAPES, Change, Scene, ShapeObject, render
 
 
 # Of the scenes. What composers get wrong has the larger share: counts, and one object before another.
@@ -142,6 +142,15 @@ def one_changed(objects: Objects, rng: np.random.Generator) -> Objects | None:
     return (*objects[:index], replace(item, **{name: value}), *objects[index + 1 :])
 
 
+def misshapen(objects: Objects, rng: np.random.Generator) -> Objects | None:
+    """One object that is as much a triangle as another shape. Between a circle and a square there is too little to see."""
+    index, item = (k := int(rng.integers(len(objects)))), objects[k]
+    shape = "triangle" if item.shape != "triangle" else str(rng.choice(("circle", "square")))
+    amount = float(rng.uniform(0.35, 0.65))
+    change = Change("reshape", shape, -amount, 1 - amount)
+    return (*objects[:index], replace(item, changes=(change,)), *objects[index + 1 :])
+
+
 def opposite_relation(objects: Objects, rng: np.random.Generator) -> Objects | None:
     """Two objects exchange their places; of two that overlap, the other one is in front."""
     if len(objects) != 2:
@@ -207,6 +216,7 @@ FAULTS: dict[str, Fault] = {
         swapped_colours,
         swapped_shapes,
         one_changed,
+        misshapen,
         opposite_relation,
         opposite_side,
         merged,
@@ -240,7 +250,7 @@ def faulty(objects: Objects, caption: str, rng: np.random.Generator, relations: 
 
 
 def _seen(objects: Objects) -> list[tuple]:
-    return sorted((item.colour, item.shape, round(item.x, 3), round(item.y, 3)) for item in objects)
+    return sorted((item.colour, item.shape, round(item.x, 3), round(item.y, 3), item.changes) for item in objects)
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
@@ -273,10 +283,13 @@ def tally(objects: Objects) -> np.ndarray:
     """How many there are of each kind, `(18,)`, and of each kind in each third, `(162,)`, as one array."""
     kinds, placed = np.zeros(NUM_KINDS, np.float32), np.zeros((NUM_KINDS, 3, 3), np.float32)
     for item in objects:
-        kind = len(SHAPES) * COLOURS.index(item.colour) + SHAPES.index(item.shape)
         row, column = (min(max(int(value * 3), 0), 2) for value in (item.y, item.x))
-        kinds[kind] += 1
-        placed[kind, row, column] += 1
+        shares = {item.shape: 1.0} | {change.value: float(change.progress(np.zeros(()))) for change in item.changes}
+        shares[item.shape] -= sum(shares.values()) - 1
+        for shape, share in shares.items():
+            kind = len(SHAPES) * COLOURS.index(item.colour) + SHAPES.index(shape)
+            kinds[kind] += share
+            placed[kind, row, column] += share
     return np.concatenate([kinds, placed.reshape(-1)])
 
 
