@@ -26,7 +26,7 @@ from .prompts import (
     planned_caption,
 )
 from .train_models import TEXT_ENCODER_CONFIG, count, optimizers
-from .world import COLOURS, SHAPES, Scene, ShapeObject, render
+from .world import COLOURS, SHAPES, Change, Scene, ShapeObject, render
 
 
 # Shares of the categories. Those that composers often get wrong have more: counts, and one object in front of another.
@@ -35,8 +35,9 @@ JUDGE_WEIGHTS = dict.fromkeys((*CATEGORIES, "placement"), 0.05) | {
     "spatial_relationships": 0.28,
 }
 NUM_KINDS = len(COLOURS) * len(SHAPES)
-# Threshold at which the share of right images that pass equals that of wrong ones that are refused, on held-out scenes.
-THRESHOLD = 0.7
+# The smallest of 0.5, 0.7, 0.8, 0.9, 0.95 and 0.99 with which the image chosen among up to 8 is as often right as the image with the
+# highest score of all 8, on 60 training prompts of counts.
+THRESHOLD = 0.9
 Objects = tuple[ShapeObject, ...]
 
 
@@ -142,6 +143,15 @@ def one_changed(objects: Objects, rng: np.random.Generator) -> Objects | None:
     return (*objects[:index], replace(item, **{name: value}), *objects[index + 1 :])
 
 
+def misshapen(objects: Objects, rng: np.random.Generator) -> Objects | None:
+    """Gives one object a shape halfway between a triangle and another shape. Circle and square differ too little for this."""
+    index, item = (k := int(rng.integers(len(objects)))), objects[k]
+    shape = "triangle" if item.shape != "triangle" else str(rng.choice(("circle", "square")))
+    amount = float(rng.uniform(0.35, 0.65))
+    change = Change("reshape", shape, -amount, 1 - amount)
+    return (*objects[:index], replace(item, changes=(change,)), *objects[index + 1 :])
+
+
 def opposite_relation(objects: Objects, rng: np.random.Generator) -> Objects | None:
     """Exchanges the places of two objects; if they overlap, brings the other one to the front."""
     if len(objects) != 2:
@@ -207,6 +217,7 @@ FAULTS: dict[str, Fault] = {
         swapped_colours,
         swapped_shapes,
         one_changed,
+        misshapen,
         opposite_relation,
         opposite_side,
         merged,
@@ -243,7 +254,7 @@ def faulty(objects: Objects, caption: str, rng: np.random.Generator, relations: 
 
 
 def _seen(objects: Objects) -> list[tuple]:
-    return sorted((item.colour, item.shape, round(item.x, 3), round(item.y, 3)) for item in objects)
+    return sorted((item.colour, item.shape, round(item.x, 3), round(item.y, 3), item.changes) for item in objects)
 
 
 # -- pictures ---------------------------------------------------------------------------------------------------------
@@ -276,10 +287,13 @@ def tally(objects: Objects) -> np.ndarray:
     """Counts the objects of each kind, `(18,)`, and of each kind at each place of the 3 x 3 grid, `(162,)`, in one array."""
     kinds, placed = np.zeros(NUM_KINDS, np.float32), np.zeros((NUM_KINDS, 3, 3), np.float32)
     for item in objects:
-        kind = len(SHAPES) * COLOURS.index(item.colour) + SHAPES.index(item.shape)
         row, column = (min(max(int(value * 3), 0), 2) for value in (item.y, item.x))
-        kinds[kind] += 1
-        placed[kind, row, column] += 1
+        shares = {item.shape: 1.0} | {change.value: float(change.progress(np.zeros(()))) for change in item.changes}
+        shares[item.shape] -= sum(shares.values()) - 1
+        for shape, share in shares.items():
+            kind = len(SHAPES) * COLOURS.index(item.colour) + SHAPES.index(shape)
+            kinds[kind] += share
+            placed[kind, row, column] += share
     return np.concatenate([kinds, placed.reshape(-1)])
 
 

@@ -81,6 +81,14 @@ def test_a_count_is_off_by_one_in_the_picture(seed):
     assert len(find_objects(render(merged, 1)[0])) == 2
 
 
+def test_a_misshapen_object_counts_as_a_part_of_each_shape():
+    """One of three red circles is partly another shape; the parts of what is shown are three objects all the same."""
+    (*whole, _), wrong = THREE, FAULTS["misshapen"](THREE, np.random.default_rng(0))
+    assert kinds(wrong) == kinds(THREE) and sum(item in wrong for item in whole) >= 1
+    counted = tally(wrong)[:NUM_KINDS]
+    assert counted.sum() == pytest.approx(3) and 2.35 < counted[0] < 2.65 and 0.35 < max(counted[1:]) < 0.65
+
+
 def test_every_wrong_picture_is_unlike_the_right_one():
     rng, met = np.random.default_rng(0), set()
     for scene in held_out_scenes(6, seed=3):
