@@ -1,5 +1,7 @@
-"""Runs code in processes of its own. They fork from a server that has imported torch and scipy, which takes most of the
-time that diffusers and transformers take to be imported; of Hugging Face's packages and of ours the server knows nothing.
+"""Runs code in new processes, forked from a server that has imported torch and scipy.
+
+These imports take most of the import time of diffusers and transformers. The server imports no package of Hugging Face and nothing of
+this project, so that each process imports those itself, in its own environment.
 """
 
 import contextlib
@@ -15,7 +17,7 @@ import traceback
 from pathlib import Path
 
 
-# What diffusers, transformers and peft import of others.
+# Packages that diffusers, transformers and peft import.
 PRELOAD = [
     "torch",
     "torch._dynamo",
@@ -28,16 +30,13 @@ PRELOAD = [
 
 
 class FreshProcesses:
-    """A server and its client.
-
-    It is started with the first code to run and stopped with `close`.
-    """
+    """Client of the server, which it starts with the first code to run and stops in `close`."""
 
     def __init__(self):
         self._server: subprocess.Popen | None = None
 
     def run(self, code: str, environment: dict[str, str]) -> tuple[int, str, str]:
-        """Exit status, stdout and stderr of the code in a process of this environment; its `PYTHONPATH` is looked in first."""
+        """Runs code in a process with this environment, `PYTHONPATH` included; returns exit status, stdout and stderr."""
         with tempfile.TemporaryDirectory() as folder:
             if self._server is None:
                 pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -55,7 +54,7 @@ class FreshProcesses:
 
 def serve() -> None:
     """Forks a process for each line of stdin, and answers with its exit status."""
-    # This folder has modules that are named as those of others.
+    # Modules of this folder have names of installed packages.
     sys.path.pop(0)
     for name in PRELOAD:
         importlib.import_module(name)

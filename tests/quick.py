@@ -1,4 +1,4 @@
-"""The embedded models with less work: for tests to which it does not matter what their pictures show."""
+"""The embedded model with fewer steps, for tests that do not depend on what its pictures show."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ VIDEO_STEPS = 3
 
 
 def quick(pipe):
-    """The pipeline itself: a first frame takes two steps, and two of them at most are drawn for the judge. It is quiet, too."""
+    """Changes and returns the pipeline: two steps for a picture, at most two pictures for the judge, and no progress bars."""
     pipe.set_progress_bar_config(disable=True)
     pipe.composer.call_defaults["num_inference_steps"] = COMPOSER_STEPS
     if pipe.anchor_judge is not None:
@@ -27,7 +27,7 @@ def quick(pipe):
 
 
 def write_quick(folder: Path) -> None:
-    """Writes the embedded repository to `folder`; it does as [`quick`] says, and each preset has three steps."""
+    """Writes the embedded repository to `folder`, changed as in [`quick`] and with three steps in each preset."""
     shutil.copytree(EMBEDDED_FOLDER, folder)
     _change(folder / "composer" / "composer_config.json", _shorten_composer)
     _change(folder / "model_index.json", _limit_candidates)
@@ -37,7 +37,7 @@ def write_quick(folder: Path) -> None:
 
 @contextlib.contextmanager
 def embedded_at(folder: Path) -> Iterator[None]:
-    """Who asks for the embedded model gets the repository in `folder`."""
+    """Makes the repository in `folder` the embedded model."""
     with pytest.MonkeyPatch.context() as patch:
         for module in ("diffusers_fvg.embedded", "diffusers_fvg.planning"):
             patch.setattr(f"{module}.EMBEDDED_FOLDER", folder)

@@ -150,7 +150,7 @@ class Order:
         order = replace(self, **filled)
         order._check_stage()
         order._check_choice(pipe)
-        # Pictures were looked at when they came; of photographs a check is not to hold several at once.
+        # Pictures were checked on upload. A stand-in keeps this check from decoding several photographs at once.
         stand_in = PIL.Image.new("RGB", (8, 8))
         call = order._call([upload.anchor(stand_in) for upload in order.anchors or ()])
         known = inspect.signature(type(pipe).__call__).parameters
