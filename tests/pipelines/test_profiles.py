@@ -162,7 +162,7 @@ def test_room_of_cogvideox_is_that_of_its_live_tensors(monkeypatch):
         rotary = model.rotary_embedding(22, 96, 170, device="cpu")
         with LiveBytes([*model.parameters(), *model.buffers(), hidden_states, text, *rotary]) as counter:
             model(hidden_states, text, torch.zeros(1), image_rotary_emb=rotary)
-        assert counter.peak <= profiles._video_working(model, vae, 768, 1360, 81) <= 1.4 * counter.peak
+        assert counter.peak <= profiles._stage("transformer", model, vae, 768, 1360, 81).working <= 1.4 * counter.peak
         for tile, height, width in ((None, 16, 16), (86400, 40, 50)):
             vae.use_tiling = tile is not None
             latents = (1, 16, 5, height, width)
@@ -189,7 +189,7 @@ def test_room_of_factorized_dreamer_is_that_of_its_live_tensors():
         known |= {"sample": torch.zeros(1, 4, 8, 32, 32), "encoder_hidden_states": torch.zeros(1, 77, 64)}
         with LiveBytes([*unet.parameters(), *unet.buffers(), *known.values()]) as counter:
             unet(timestep=torch.tensor(1), **known)
-        assert counter.peak <= profiles._video_working(unet, vae, 256, 256, 8) <= 1.4 * counter.peak
+        assert counter.peak <= profiles._stage("unet", unet, vae, 256, 256, 8).working <= 1.4 * counter.peak
         latents = torch.zeros(8, 4, 32, 32)
         with LiveBytes([*vae.parameters(), latents]) as counter:
             decode_latents(vae, latents)
