@@ -23,7 +23,7 @@ def wrapped(native) -> FactorizedImageToVideoPipeline:
         transformer=native.transformer,
         expand_timesteps=True,
     )
-    parts = {"rewriter": native.rewriter, "composer": native.composer, "schedulers": native.schedulers}
+    parts = {name: getattr(native, name) for name in ("rewriter", "composer", "anchor_judge", "schedulers")}
     pipe = FactorizedImageToVideoPipeline.from_pipe(stock, **parts, call_defaults=native.config.call_defaults)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -50,7 +50,7 @@ def cache(config):
 @pytest.mark.parametrize("form", ["folder", "parquet"])
 def test_a_data_set_of_hugging_face(config, tmp_path, form):
     """Videos beside the table, or inside it: the same latents and texts as from a folder read by hand. Needs `datasets`."""
-    import datasets
+    datasets = pytest.importorskip("datasets")
 
     columns = {"video_column": "video", "cache_dir": str(tmp_path / "second")}
     folder = tmp_path / "data"

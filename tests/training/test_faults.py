@@ -317,7 +317,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(config, whole, room):
 @pytest.mark.slow
 def test_30_kills_at_random_moments_cost_no_bit(places, tmp_path):
     """From the start of the process to its last step, while latents are encoded too."""
-    options = {"steps": 60, "checkpoint_every": 2}
+    options = {"steps": 300, "checkpoint_every": 2}
     whole, killed = (
         tiny_config(*places, tmp_path / name, cache_dir=str(tmp_path / f"{name}_cache"), **options)
         for name in ("whole", "killed")
@@ -333,7 +333,7 @@ def test_30_kills_at_random_moments_cost_no_bit(places, tmp_path):
         kills += process.exitcode == -signal.SIGKILL
     finish(start(path))
     assert_as_whole(killed, (whole, tmp_path / "whole"))
-    assert [step for step, _ in losses(tmp_path / "killed")] == list(range(1, 61))
+    assert [step for step, _ in losses(tmp_path / "killed")] == list(range(1, 301))
 
 
 @pytest.mark.slow
