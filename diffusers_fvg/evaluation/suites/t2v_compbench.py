@@ -126,10 +126,13 @@ class Table:
 
 
 def read_table(path: Path) -> Table:
-    # A judge model's answer may exceed the default field limit of `csv`, 128 KiB.
-    csv.field_size_limit(2**31 - 1)
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        lines = [line for line in csv.reader(file) if line]
+    # A judge model's answer may exceed the default field limit of `csv`, 128 KiB. The limit is that of the whole process.
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        with open(path, newline="", encoding="utf-8", errors="replace") as file:
+            lines = [line for line in csv.reader(file) if line]
+    finally:
+        csv.field_size_limit(limit)
     is_score = [line[0].strip().lower().startswith("score") for line in lines]
     return Table(
         path,

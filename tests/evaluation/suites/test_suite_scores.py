@@ -1,5 +1,6 @@
 """Official totals of hand-made files in the official formats, computed by hand, and the reasons why totals are not official."""
 
+import csv
 import json
 import zipfile
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from published_files import (
 
 from diffusers_fvg.evaluation.suites import PUBLISHED
 from diffusers_fvg.evaluation.suites.scores import read_scores, write_scores
+from diffusers_fvg.evaluation.suites.t2v_compbench import read_table
 
 
 SUITES = {suite.name: suite for suite in PUBLISHED}
@@ -400,3 +402,10 @@ def test_scores_are_written_and_read(tmp_path):
     other = compbench_prompts(tmp_path / "prompts") / "meta_data" / "action_binding.json"
     with pytest.raises(ValueError, match="is not a file of `fvg bench read`"):
         read_scores(other)
+
+
+def test_a_long_answer_is_read_and_the_limit_of_csv_stays(tmp_path):
+    limit, answer = csv.field_size_limit(), "a" * 200_000
+    (tmp_path / "table.csv").write_text(f"name,answer\n0001,{answer}\nscore: ,0.5\n")
+    table = read_table(tmp_path / "table.csv")
+    assert table.rows == [["0001", answer]] and csv.field_size_limit() == limit
