@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ CLIP_SHIFT, IMAGE_SHIFT = 3.0, 1.5
 TEXT_DROPOUT = 0.1
 MAX_PHRASES = 24
 CACHE_SEED = 7
+# Batches in a part of the cache, which an interrupted run keeps.
+PART_BATCHES = 100
 
 
 def training_scene(rng: np.random.Generator, weights: dict[str, float] = CATEGORY_WEIGHTS) -> Scene:
@@ -96,17 +99,8 @@ def build_cache(
     composer_images = [training_scene(rng, IMAGE_WEIGHTS) for _ in range(num_composer_images)]
     scenes_of = {"clips": clips, "images": images, "composer_images": composer_images}
 
-    @torch.no_grad()
-    def encode(scenes: list[Scene], num_frames: int, batch_size: int) -> torch.Tensor:
-        latents = []
-        for start in range(0, len(scenes), batch_size):
-            frames = [render(scene.objects, num_frames) for scene in scenes[start : start + batch_size]]
-            pixels = torch.from_numpy(np.stack(frames)).to(vae.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-            latents.append(vae.encode(pixels).latent_dist.mode().half().cpu())
-        return torch.cat(latents)
-
     latents = {
-        name: encode(scenes, 17, batch_size) if name == "clips" else encode(scenes, 1, 8 * batch_size)
+        name: _encode_parts(folder / "parts", name, vae, scenes, 17 if name == "clips" else 1, batch_size)
         for name, scenes in scenes_of.items()
     }
     # The first latent frame holds one frame and varies less than the others. Both groups have half of the weight.
@@ -125,6 +119,29 @@ def build_cache(
     (folder / "texts.json").write_text(json.dumps(texts))
     save_file(latents, folder / "latents.tmp")
     (folder / "latents.tmp").rename(folder / "latents.safetensors")
+    shutil.rmtree(folder / "parts")
+
+
+@torch.no_grad()
+def _encode_parts(
+    folder: Path, name: str, vae: torch.nn.Module, scenes: Sequence[Scene], num_frames: int, batch_size: int
+) -> torch.Tensor:
+    """Encodes the first `num_frames` frames of scenes; a part that is in `folder` is not encoded again."""
+    folder.mkdir(exist_ok=True)
+    batch_size *= 1 if num_frames > 1 else 8
+    parts = []
+    for first in range(0, len(scenes), PART_BATCHES * batch_size):
+        path = folder / f"{name}_{first}.safetensors"
+        if not path.exists():
+            latents = []
+            for start in range(first, min(first + PART_BATCHES * batch_size, len(scenes)), batch_size):
+                frames = [render(scene.objects, num_frames) for scene in scenes[start : start + batch_size]]
+                pixels = torch.from_numpy(np.stack(frames)).to(vae.device).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+                latents.append(vae.encode(pixels).latent_dist.mode().half().cpu())
+            save_file({name: torch.cat(latents)}, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").rename(path)
+        parts.append(load_file(path)[name])
+    return torch.cat(parts)
 
 
 class LatentData:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffusers_fvg.cli import parser
-from diffusers_fvg.embedded import EMBEDDED_FOLDER
+from diffusers_fvg.embedded import EMBEDDED_FOLDER, load_embedded
 from diffusers_fvg.shapes import clips, train_models
 from diffusers_fvg.shapes.clips import build_shared_cache, cached_scenes, run_folder, train_run
 from diffusers_fvg.shapes.clips_report import clips_needed, lead, needed_text, report_text, write_clips_report
@@ -44,6 +44,33 @@ def tiny(tmp_path, monkeypatch):
 
 def base_weights(folder):
     return load_file(folder / "base" / "diffusion_pytorch_model.safetensors")
+
+
+def test_an_interrupted_cache_continues_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_models, "PART_BATCHES", 1)
+    vae, render, rendered = load_embedded().vae, train_models.render, []
+
+    def stopping(*scene):
+        if len(rendered) == 10:
+            raise KeyboardInterrupt
+        rendered.append(scene)
+        return render(*scene)
+
+    def build(name):
+        vae.save_pretrained(tmp_path / name / "vae")
+        train_models.build_cache(tmp_path / name, num_clips=12, num_images=1, num_composer_images=1)
+        return load_file(tmp_path / name / "latents.safetensors")
+
+    whole = build("whole")
+    monkeypatch.setattr(train_models, "render", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        build("stopped")
+    # The first part of 8 clips was kept: 4 clips and 2 pictures are left to render.
+    rendered[:] = [None] * 4
+    stopped = build("stopped")
+    assert len(rendered) == 10 and stopped.keys() == whole.keys()
+    assert all(torch.equal(stopped[name], whole[name]) for name in whole)
+    assert not (tmp_path / "stopped" / "parts").exists()
 
 
 def test_a_run_sees_the_named_clips_and_continues_to_the_bit(tiny, monkeypatch):
