@@ -9,13 +9,10 @@ from multiprocessing.context import ForkServerProcess
 import pytest
 
 
-PRELOAD = ["tiny", "diffusers_fvg.training.trainer", "diffusers_fvg.training.dreamer"]
-
-
 def start_processes(function: Callable, arguments: list[tuple]) -> list[ForkServerProcess]:
     """Starts a process for each tuple of arguments. All have the environment of the first such call."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context.set_forkserver_preload(["preloaded"])
     processes = [context.Process(target=function, args=each) for each in arguments]
     with pytest.MonkeyPatch.context() as patch:
         # The server finds modules by its environment only.
