@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 
 class StageProgress:
     """Progress bar, callback and timings for all stages of a call.
@@ -19,6 +21,8 @@ class StageProgress:
         self.pipeline, self.callback = pipeline, callback
         self.timings: dict[str, float] = {}
         self.bar: Any = None
+        # The run's device, once it is known.
+        self.device: torch.device | None = None
         self._thread, self._stage = threading.get_ident(), ""
 
     @property

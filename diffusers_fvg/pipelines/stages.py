@@ -76,6 +76,16 @@ class FactorizedStages(FactorizedParts, ABC):
         of_model = {} if self.facts is None else self.facts.call_defaults
         return self.default_call | of_model | (self.config.call_defaults or {})
 
+    @property
+    def _execution_device(self) -> torch.device:
+        """Device of the models' inputs, found once for a run: diffusers asks each module of each component for its hooks."""
+        progress = self.__dict__.get("_progress")
+        if progress is None:
+            return super()._execution_device
+        if progress.device is None:
+            progress.device = super()._execution_device
+        return progress.device
+
     @contextmanager
     def _running(self, callback: Callable | None = None) -> Iterator[StageProgress]:
         """Starts a run, or joins the current one, so that `__call__` can use the public methods of the stages.
@@ -452,4 +462,6 @@ class FactorizedStages(FactorizedParts, ABC):
 
 
 def _is_hooked(module: torch.nn.Module) -> bool:
-    return hasattr(module, "_hf_hook") or bool(getattr(getattr(module, "_diffusers_hook", None), "hooks", None))
+    # A missing attribute of a module is slow to look for in other ways.
+    attributes = vars(module)
+    return "_hf_hook" in attributes or bool(getattr(attributes.get("_diffusers_hook"), "hooks", None))
