@@ -46,17 +46,23 @@ def _keep_what_stays(phase: str, info: dict[str, int]) -> None:
         gc.freeze()
 
 
+gc.callbacks.append(_keep_what_stays)
+
+
 def pytest_collection_finish(session):
     """Excludes the imported objects from garbage collection, and later what tests have imported."""
-    gc.callbacks.append(_keep_what_stays)
     gc.collect()
     # By default after 700 new objects, of which a tiny pipeline has thousands: that took a fifth of the tests' time.
     gc.set_threshold(10_000, 10, 10)
     gc.enable()
 
 
-# Python's clean-up at exit may collect them again; pytest's own five searches before it would each look at all of them.
-atexit.register(gc.unfreeze)
+@atexit.register
+def _collect_all() -> None:
+    """Python's clean-up leaves what is excluded; pytest's own five searches before it have looked at new objects only."""
+    gc.callbacks.remove(_keep_what_stays)
+    gc.unfreeze()
+    gc.collect()
 
 
 @pytest.fixture

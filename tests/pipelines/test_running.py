@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.hooks import apply_layerwise_casting
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -116,6 +116,22 @@ def state(pipe):
 def equal(pipe, expected, names=CALLS):
     for name in names:
         assert torch.equal(CALLS[name](pipe), expected[name]), name
+
+
+def test_the_device_is_found_once_in_a_run(monkeypatch):
+    """diffusers goes through all modules of all components to find it."""
+    pipe, found, stock = lora_pipeline(), [], DiffusionPipeline._execution_device.fget
+
+    def find(self):
+        found.append(self)
+        return stock(self)
+
+    monkeypatch.setattr(DiffusionPipeline, "_execution_device", property(find))
+    pipe(PROMPT, **CALL)
+    of_record = 1
+    assert sum(each is pipe for each in found) == 1 + of_record
+    pipe(PROMPT, **CALL)
+    assert sum(each is pipe for each in found) == 2 * (1 + of_record)
 
 
 # -- threads
