@@ -17,10 +17,15 @@ NUM_CANDIDATES = 2
 VIDEO_STEPS = 3
 
 
-def quick(pipe):
-    """Changes and returns the pipeline: two steps for a picture, at most two pictures for the judge, and no progress bars."""
+def quick(pipe, num_frames: int | None = None):
+    """Changes and returns the pipeline: two steps for a picture, at most two pictures for the judge, and no progress bars.
+
+    With `num_frames`, its videos have that many frames.
+    """
     pipe.set_progress_bar_config(disable=True)
     pipe.composer.call_defaults["num_inference_steps"] = COMPOSER_STEPS
+    if num_frames is not None:
+        pipe.register_to_config(call_defaults=pipe.call_defaults | {"num_frames": num_frames})
     if pipe.anchor_judge is not None:
         pipe.register_to_config(call_defaults=pipe.call_defaults | {"composer_num_candidates": NUM_CANDIDATES})
     return pipe

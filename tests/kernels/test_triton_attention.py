@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 NAMES = ("out", "gradient of query", "gradient of key", "gradient of value")
 # (B, F, T, heads, head_dim): prime frame sizes, one token a frame, heads that are no power of two, frames of several
 # blocks of the owned and of the passing tokens, Wan's heads.
-SHAPES = [(2, 4, 5, 2, 12), (1, 4, 1, 1, 36), (1, 2, 37, 1, 64), (1, 2, 131, 1, 128)]
+SHAPES = [(2, 3, 5, 2, 12), (1, 4, 1, 1, 36), (1, 2, 37, 1, 64), (1, 2, 131, 1, 128)]
 
 
 def make(shape, device, dtype=torch.float32):
@@ -59,7 +59,7 @@ def test_all_frames_and_frames_nobody_sees(device, guarded):
 
 
 def test_strided_tensors(device, guarded, layouts):
-    (query, key, value), seen, grad = make((2, 4, 5, 2, 12), device)
+    (query, key, value), seen, grad = make((2, 3, 5, 2, 12), device)
     # Chunks of one fused projection, then no two tensors alike.
     fused = layouts.windowed(torch.cat([query, key, value], dim=2)).chunk(3, dim=2)
     check(fused, seen, layouts.windowed(grad.transpose(1, 2)).transpose(1, 2))
@@ -76,7 +76,7 @@ def test_scores_whose_exponentials_leave_float32(sign, device, guarded):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_narrow_tokens(dtype, device, guarded, half_bound):
-    found = check(*make((2, 4, 5, 2, 12), device, dtype), limit=1.5 * half_bound[dtype])
+    found = check(*make((1, 2, 5, 2, 12), device, dtype), limit=1.5 * half_bound[dtype])
     assert {value.dtype for value in found.values()} == {dtype}
 
 
@@ -101,11 +101,11 @@ def test_the_model_with_a_window(compiled, device):
     """Output and gradients of a whole transformer, all operations in Triton, against plain torch."""
     from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
 
-    config = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 32, "ffn_dim": 32, "num_layers": 2}
+    config = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 32, "ffn_dim": 32, "num_layers": 1}
     torch.manual_seed(0)
     model = AnchorConditionedTransformer3D(**config, freq_dim=32, rope_max_seq_len=32).to(device)
     model.set_anchor_window(0)
-    latents, text = torch.randn(1, 16, 3, 4, 6, device=device), torch.randn(1, 5, 32, device=device)
+    latents, text = torch.randn(1, 16, 3, 2, 4, device=device), torch.randn(1, 5, 32, device=device)
     timestep = torch.tensor([[0.0, 700.0, 700.0]], device=device)
     found = []
     for choice in ("reference", "triton"):

@@ -20,7 +20,7 @@ SHAPES = [
     (2, 12, 8, 1),
     (2, 12, 8, 3),
     (1, 15, 7, 5),
-    (3, 7, 33, 7),
+    (2, 7, 33, 7),
     (2, 13, 33, 1),
     (1, 1, 5, 1),
     (2, 74, 40, 2),
@@ -129,7 +129,7 @@ def test_strided_tensors(first, indexed, device, guarded, layouts):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("table_dtype", [torch.float32, None], ids=["float32_tables", "narrow_tables"])
 def test_narrow_tokens_are_rounded_once(dtype, table_dtype, device, guarded, half_bound):
-    x, residual, scale, shift, grad = make((2, 30, 65, 5), device, dtype=dtype)
+    x, residual, scale, shift, grad = make((1, 12, 65, 2), device, dtype=dtype)
     scale, shift = scale.to(table_dtype or dtype), shift.to(table_dtype or dtype)
     tensors = (x, residual, scale, shift)
     found = check(tensors, grad, rounding=half_bound[dtype])

@@ -13,7 +13,7 @@ EPS = 1e-6
 NAMES = ("query", "key", "gradient of query", "gradient of key", "gradient of query_weight", "gradient of key_weight")
 # (B, L, heads, head_dim): odd head counts and prime lengths, heads that are no power of two, more tokens than one backward
 # program sums and a sample that ends inside its piece, the width of Wan's 14B models.
-SHAPES = [(2, 7, 3, 6), (1, 13, 2, 12), (2, 1, 1, 2), (3, 11, 5, 10), (1, 2, 40, 128)]
+SHAPES = [(2, 7, 3, 6), (1, 13, 2, 12), (2, 1, 1, 2), (2, 11, 5, 10), (1, 2, 40, 128)]
 
 
 def make(shape, device, dtype=torch.float32, samples=1):
@@ -63,7 +63,7 @@ def test_angles_of_each_sample(device, guarded, layouts):
 
 
 def test_strided_tensors(device, guarded, layouts):
-    (query, key, *weights), (cos, sin), grads = make((2, 7, 3, 6), device)
+    (query, key, *weights), (cos, sin), grads = make((2, 5, 3, 6), device)
     # Chunks of one fused projection, then no two tensors alike.
     fused = layouts.windowed(torch.cat([query, key, key], dim=2)).chunk(3, dim=2)
     grads = [layouts.windowed(grads[0].transpose(1, 2)).transpose(1, 2), layouts.transposed(grads[1])]
@@ -75,7 +75,7 @@ def test_strided_tensors(device, guarded, layouts):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_narrow_tokens_are_rounded_once(dtype, device, guarded, half_bound):
-    found = check(*make((2, 7, 3, 6), device, dtype), rounding=half_bound[dtype])
+    found = check(*make((1, 7, 3, 6), device, dtype), rounding=half_bound[dtype])
     assert {value.dtype for value in found.values()} == {dtype}
 
 
@@ -110,9 +110,11 @@ def test_operator_is_well_formed(device):
     torch.library.opcheck(triton_rope._rms_norm_rope_op, (*(t.requires_grad_() for t in tensors), *angles, EPS))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_the_model_on_these_kernels_equals_the_stock_class(compiled, device):
-    """Output and gradients of a whole transformer with an anchor, all operations in Triton."""
+def test_the_model_on_these_kernels_equals_the_stock_class(device):
+    """Output and gradients of a whole transformer with an anchor, all operations in Triton.
+
+    `test_triton_attention.py` compiles such a model.
+    """
     from diffusers import WanTransformer3DModel
 
     from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
@@ -122,7 +124,7 @@ def test_the_model_on_these_kernels_equals_the_stock_class(compiled, device):
         "attention_head_dim": 12,
         "text_dim": 32,
         "ffn_dim": 32,
-        "num_layers": 2,
+        "num_layers": 1,
         "freq_dim": 32,
         "rope_max_seq_len": 32,
     }
@@ -130,16 +132,13 @@ def test_the_model_on_these_kernels_equals_the_stock_class(compiled, device):
     stock = WanTransformer3DModel(**config)
     ours = AnchorConditionedTransformer3D.from_config(stock.config)
     ours.load_state_dict(stock.state_dict())
-    inputs = {"hidden_states": torch.randn(1, 16, 3, 4, 6), "encoder_hidden_states": torch.randn(1, 5, 32)}
+    inputs = {"hidden_states": torch.randn(1, 16, 3, 2, 4), "encoder_hidden_states": torch.randn(1, 5, 32)}
     timestep = torch.tensor([[0.0, 700.0, 700.0]])
-    target = torch.randn(1, 16, 3, 4, 6)
-    if compiled:
-        torch._dynamo.reset()
-        ours.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    target = torch.randn(1, 16, 3, 2, 4)
 
     outputs = []
     for model, times, choice in (
-        (stock, timestep.repeat_interleave(6, dim=1), "reference"),
+        (stock, timestep.repeat_interleave(2, dim=1), "reference"),
         (ours, timestep, "triton"),
     ):
         model.to(device)

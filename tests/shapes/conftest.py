@@ -1,8 +1,16 @@
 import pytest
+from quick import quick
 
+from diffusers_fvg import load_embedded
 from diffusers_fvg.shapes import ablation, anchors, appended, distillation, window
 from diffusers_fvg.shapes.held_out import split_scenes
 from diffusers_fvg.shapes.summary import MOTION_CATEGORIES
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    """The embedded model with few steps, and videos of 5 frames, which are two latent frames."""
+    return quick(load_embedded(), num_frames=5)
 
 
 @pytest.fixture

@@ -30,7 +30,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture(scope="module")
 def pipe():
-    return quick(load_embedded())
+    """Videos of 9 frames, so that the last 5 of one begin the next."""
+    return quick(load_embedded(), num_frames=9)
 
 
 def scene_of(*objects):
@@ -97,11 +98,11 @@ def test_the_report(pipe, few_scenes, tmp_path):
     scene = static[-1]
     frames = pipe.animate(
         scene.prompt,
-        Anchor(render(scene.objects)[-5:]),
+        Anchor(render(scene.objects, 9)[-5:]),
         num_inference_steps=2,
         generator=torch.Generator().manual_seed(0),
     )
-    (record,) = measure_continuation(pipe, [scene], [render(scene.objects)], 5, 1.0, 2, 16)
+    (record,) = measure_continuation(pipe, [scene], [render(scene.objects, 9)], 5, 1.0, 2, 16)
     last = np.round(frames[0, -1] * 255).astype(np.uint8)
     assert record["kept"] == int(shows_its_objects(last, scene))
 

@@ -3,20 +3,13 @@
 import json
 
 import pytest
-from quick import quick
 
-from diffusers_fvg import load_embedded
 from diffusers_fvg.embedded import EMBEDDED_FOLDER
 from diffusers_fvg.shapes.distillation import Guiding, guided_within, guidings, write_guidance_report
 from diffusers_fvg.shapes.train import distilled_config
 
 
 LORA = EMBEDDED_FOLDER / "anchor_lora" / "weights"
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return quick(load_embedded())
 
 
 @pytest.mark.parametrize("way", guidings(15), ids=lambda way: way.name(15))

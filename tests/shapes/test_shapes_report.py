@@ -5,9 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from quick import quick
 
-from diffusers_fvg import load_embedded
 from diffusers_fvg.cli import main
 from diffusers_fvg.shapes.ablation import write_ablation
 from diffusers_fvg.shapes.held_out import (
@@ -36,11 +34,6 @@ from diffusers_fvg.shapes.world import render
 
 
 TINY = StudySettings(1, 1, (2, 1), 1, tuning_per_category=1, tuning_seeds=1, guidance=(1.0,))
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return quick(load_embedded())
 
 
 def scenes_of(category, count=30):
@@ -93,7 +86,7 @@ def test_open_places_are_free_and_settled_ones_are_not():
 def test_kept_on_rendered_clips():
     kinds = set()
     for category in CATEGORIES:
-        for scene in scenes_of(category, 6):
+        for scene in scenes_of(category, 3):
             frames = render(scene.objects)
             found = measure(frames, scene, (8, frames[8]), True)
             assert found["score"] == 1 and found["anchor_iou"] == 1
@@ -309,6 +302,8 @@ def test_journal_continues_after_a_torn_line(tmp_path):
 
 
 def test_a_study_writes_everything_and_continues(pipe, tmp_path, monkeypatch, capsys):
+    reported, tuning = split_scenes(1, 1)
+    monkeypatch.setattr("diffusers_fvg.shapes.study.split_scenes", lambda *counts: (reported, tuning[:1]))
     training = {"base": {"parameters": 1, "samples": 2, "steps": 3, "seconds": 4, "held_out": 0.5}}
     (tmp_path / "training.json").write_text(json.dumps(training))
     text = write_study(pipe, tmp_path, TINY)
