@@ -17,6 +17,7 @@ from diffusers_fvg.schedules.flow import shifted_sigmas
 COMPOSER_STEPS = 2
 NUM_CANDIDATES = 2
 VIDEO_STEPS = 3
+NUM_LAYERS = 2
 
 
 def quick(pipe):
@@ -29,9 +30,9 @@ def quick(pipe):
 
 
 def write_quick(folder: Path, video_steps: int = VIDEO_STEPS, num_frames: int = 17) -> None:
-    """Writes the embedded repository to `folder`, changed as in [`quick`], with fewer steps in each preset and one layer.
+    """Writes the embedded repository to `folder`, changed as in [`quick`], with fewer steps in each preset and fewer layers.
 
-    Stages 2 and 3 keep the first layer of their transformers and LoRAs.
+    The transformers of stages 2 and 3, and their LoRAs, keep the first two layers.
     """
 
     def shorten_composer(config: dict) -> None:
@@ -49,11 +50,11 @@ def write_quick(folder: Path, video_steps: int = VIDEO_STEPS, num_frames: int = 
     for path in (folder / "schedulers").glob("*/scheduler_config.json"):
         _change(path, shorten_preset)
     for path in (folder / "transformer", folder / "composer" / "transformer"):
-        _change(path / "config.json", lambda config: config.update(num_layers=1))
+        _change(path / "config.json", lambda config: config.update(num_layers=NUM_LAYERS))
     for path in folder.rglob("*.safetensors"):
         if path.parent.name in ("transformer", "distilled_lora", "weights"):
             tensors = load_file(path)
-            kept = {key: value for key, value in tensors.items() if not re.search(r"blocks\.[1-9]", key)}
+            kept = {key: value for key, value in tensors.items() if int((re.findall(r"\bblocks\.(\d+)", key) or [0])[0]) < NUM_LAYERS}
             save_file(kept, path, {"format": "pt"})
 
 

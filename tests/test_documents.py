@@ -49,7 +49,7 @@ def documents_with(language: str) -> pytest.MarkDecorator:
 
 @pytest.fixture(scope="module")
 def brief(tmp_path_factory):
-    """Folders of the embedded models with two steps; the video of the first has five frames and its model one layer."""
+    """Folders of the embedded models with two steps; a video of the first has five frames."""
     root = tmp_path_factory.mktemp("brief")
     write_quick(root / "weights", video_steps=2, num_frames=FRAMES)
     shutil.copytree(EMBEDDED_DREAMER_FOLDER, root / "dreamer_weights")
