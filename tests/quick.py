@@ -54,7 +54,11 @@ def write_quick(folder: Path, video_steps: int = VIDEO_STEPS, num_frames: int = 
     for path in folder.rglob("*.safetensors"):
         if path.parent.name in ("transformer", "distilled_lora", "weights"):
             tensors = load_file(path)
-            kept = {key: value for key, value in tensors.items() if int((re.findall(r"\bblocks\.(\d+)", key) or [0])[0]) < NUM_LAYERS}
+            kept = {
+                key: value
+                for key, value in tensors.items()
+                if int((re.findall(r"\bblocks\.(\d+)", key) or [0])[0]) < NUM_LAYERS
+            }
             save_file(kept, path, {"format": "pt"})
 
 

@@ -163,5 +163,7 @@ def test_every_block_of_python_runs(path, desk, owned, brief):
     }
     for block in blocks(path, "python"):
         block = block.replace('"cuda"', '"cpu"').replace('"24GB"', '"cpu"').replace("=17", f"={FRAMES}")
-        block = block.replace("load_embedded_dreamer()", f"load_embedded_dreamer(folder={str(brief / 'dreamer_weights')!r})")
+        block = block.replace(
+            "load_embedded_dreamer()", f"load_embedded_dreamer(folder={str(brief / 'dreamer_weights')!r})"
+        )
         exec(compile(block, str(path), "exec"), reader_has)

@@ -227,7 +227,12 @@ def test_plan_takes_the_flags_of_generate(tmp_path, capsys, monkeypatch):
     assert "2 steps" in capsys.readouterr().out and not list(tmp_path.iterdir())
     # What generate would refuse, and what a file says.
     assert main(["plan", PROMPT, "--output", "video.avi"]) == 2 and "must end in .mp4" in capsys.readouterr().err
-    record = {"--first-frame-prompt": "A red circle at the left", "--steps": "3", "--num-frames": "5", "--output": "made.mp4"}
+    record = {
+        "--first-frame-prompt": "A red circle at the left",
+        "--steps": "3",
+        "--num-frames": "5",
+        "--output": "made.mp4",
+    }
     assert main(["generate", PROMPT, "--quiet", *(text for pair in record.items() for text in pair)]) == 0
     capsys.readouterr()
     assert main(["plan", "--from", "made.mp4"]) == 0 and "3 steps" in capsys.readouterr().out
