@@ -1,12 +1,14 @@
-"""The embedded model with fewer steps, for tests that do not depend on what its pictures show."""
+"""The embedded model with fewer steps and layers, for tests that do not depend on what its pictures show."""
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from diffusers_fvg.embedded import EMBEDDED_FOLDER
 from diffusers_fvg.schedules.flow import shifted_sigmas
@@ -15,6 +17,7 @@ from diffusers_fvg.schedules.flow import shifted_sigmas
 COMPOSER_STEPS = 2
 NUM_CANDIDATES = 2
 VIDEO_STEPS = 3
+NUM_LAYERS = 2
 
 
 def quick(pipe, num_frames: int | None = None):
@@ -31,13 +34,37 @@ def quick(pipe, num_frames: int | None = None):
     return pipe
 
 
-def write_quick(folder: Path) -> None:
-    """Writes the embedded repository to `folder`, changed as in [`quick`] and with three steps in each preset."""
+def write_quick(folder: Path, video_steps: int = VIDEO_STEPS, num_frames: int = 17) -> None:
+    """Writes the embedded repository to `folder`, changed as in [`quick`], with fewer steps in each preset and fewer layers.
+
+    The transformers of stages 2 and 3, and their LoRAs, keep the first two layers.
+    """
+
+    def shorten_composer(config: dict) -> None:
+        config["call_defaults"]["num_inference_steps"] = COMPOSER_STEPS
+
+    def shorten_video(index: dict) -> None:
+        index["call_defaults"] |= {"composer_num_candidates": NUM_CANDIDATES, "num_frames": num_frames}
+
+    def shorten_preset(config: dict) -> None:
+        config["_preset"]["sigmas"] = list(shifted_sigmas(video_steps, config["_preset"]["flow_shift"]))
+
     shutil.copytree(EMBEDDED_FOLDER, folder)
-    _change(folder / "composer" / "composer_config.json", _shorten_composer)
-    _change(folder / "model_index.json", _limit_candidates)
+    _change(folder / "composer" / "composer_config.json", shorten_composer)
+    _change(folder / "model_index.json", shorten_video)
     for path in (folder / "schedulers").glob("*/scheduler_config.json"):
-        _change(path, _shorten_preset)
+        _change(path, shorten_preset)
+    for path in (folder / "transformer", folder / "composer" / "transformer"):
+        _change(path / "config.json", lambda config: config.update(num_layers=NUM_LAYERS))
+    for path in folder.rglob("*.safetensors"):
+        if path.parent.name in ("transformer", "distilled_lora", "weights"):
+            tensors = load_file(path)
+            kept = {
+                key: value
+                for key, value in tensors.items()
+                if int((re.findall(r"\bblocks\.(\d+)", key) or [0])[0]) < NUM_LAYERS
+            }
+            save_file(kept, path, {"format": "pt"})
 
 
 @contextlib.contextmanager
@@ -47,18 +74,6 @@ def embedded_at(folder: Path) -> Iterator[None]:
         for module in ("diffusers_fvg.embedded", "diffusers_fvg.planning"):
             patch.setattr(f"{module}.EMBEDDED_FOLDER", folder)
         yield
-
-
-def _shorten_composer(config: dict) -> None:
-    config["call_defaults"]["num_inference_steps"] = COMPOSER_STEPS
-
-
-def _limit_candidates(index: dict) -> None:
-    index["call_defaults"]["composer_num_candidates"] = NUM_CANDIDATES
-
-
-def _shorten_preset(config: dict) -> None:
-    config["_preset"]["sigmas"] = list(shifted_sigmas(VIDEO_STEPS, config["_preset"]["flow_shift"]))
 
 
 def _change(path: Path, change: Callable[[dict], None]) -> None:

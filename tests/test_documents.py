@@ -1,5 +1,6 @@
 """Every command and every block of Python in the README files runs, on the embedded model in place of real names."""
 
+import json
 import re
 import shlex
 import shutil
@@ -11,16 +12,18 @@ import PIL.Image
 import pytest
 from diffusers import WanPipeline, WanTransformer3DModel
 from fastapi.testclient import TestClient
+from quick import embedded_at, write_quick
 from test_recipes import tiny_z_image
 from tiny_dreamer import tiny_unet2d
 
 from diffusers_fvg import load_embedded
 from diffusers_fvg.cli import main
 from diffusers_fvg.cli.batch import ENGINES
-from diffusers_fvg.embedded import EMBEDDED_FOLDER
+from diffusers_fvg.embedded import EMBEDDED_DREAMER_FOLDER
 from diffusers_fvg.lora.anchor_lora import WEIGHT_NAME
 
 
+FRAMES = 5
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     ROOT / "README.md",
@@ -45,7 +48,21 @@ def documents_with(language: str) -> pytest.MarkDecorator:
 
 
 @pytest.fixture(scope="module")
-def owned(tmp_path_factory):
+def brief(tmp_path_factory):
+    """Folders of the embedded models with two steps; a video of the first has five frames."""
+    root = tmp_path_factory.mktemp("brief")
+    write_quick(root / "weights", video_steps=2, num_frames=FRAMES)
+    shutil.copytree(EMBEDDED_DREAMER_FOLDER, root / "dreamer_weights")
+    for path in (root / "dreamer_weights" / "schedulers").glob("*/scheduler_config.json"):
+        config = json.loads(path.read_text())
+        config["_preset"]["num_inference_steps"] = 2
+        path.write_text(json.dumps(config))
+    with embedded_at(root / "weights"):
+        yield root
+
+
+@pytest.fixture(scope="module")
+def owned(tmp_path_factory, brief):
     """Saves the pipelines and models that the documents name."""
     pipe, folder = load_embedded(), tmp_path_factory.mktemp("owned")
     parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "scheduler")}
@@ -60,11 +77,11 @@ def owned(tmp_path_factory):
 
 
 @pytest.fixture
-def desk(tmp_path, monkeypatch, hub, owned, quick_embedded):
+def desk(tmp_path, monkeypatch, hub, brief, owned):
     """A reader's folder right after `make demo`, with the named repositories on the tests' Hub."""
-    shutil.copy(EMBEDDED_FOLDER / "anchor_lora" / WEIGHT_NAME, tmp_path / "anchor.safetensors")
+    shutil.copy(brief / "weights" / "anchor_lora" / WEIGHT_NAME, tmp_path / "anchor.safetensors")
     (tmp_path / "auth.txt").write_text("ann:a-long-password\n")
-    hub.add("org/fvg", quick_embedded)
+    hub.add("org/fvg", brief / "weights")
     hub.add("Wan-AI/Wan2.2-TI2V-5B-Diffusers", owned[1] / "wan")
     hub.add("org/text-to-image", owned[1] / "text-to-image")
     hub.add("org/chat-model", owned[1] / "chat-model")
@@ -97,6 +114,9 @@ def run(words: list[str], model: Path) -> None:
             # Real weights, and videos of their size: the embedded model takes their place.
             if words[place] == "--model" and word != "org/fvg":
                 arguments[place] = str(model)
+            # The videos are shorter.
+            if words[place] == "--min-frames":
+                arguments[place] = str(FRAMES)
             # Storage that needs an account: one in memory takes its place.
             arguments[place] = arguments[place].replace("s3://", "memory://")
         if "--engine" in arguments:
@@ -122,13 +142,13 @@ def serve_once(arguments: list[str]) -> None:
 
 
 @documents_with("bash")
-def test_every_command_runs(path, desk, quick_embedded):
+def test_every_command_runs(path, desk, brief):
     for words in commands(path):
-        run(words, quick_embedded)
+        run(words, brief / "weights")
 
 
 @documents_with("python")
-def test_every_block_of_python_runs(path, desk, owned):
+def test_every_block_of_python_runs(path, desk, owned, brief):
     """One after the other, as a reader would go through them, who has pipelines already."""
     pipe = load_embedded()
     reader_has = {
@@ -142,5 +162,8 @@ def test_every_block_of_python_runs(path, desk, owned):
         "sd_pipe": SimpleNamespace(unet=tiny_unet2d()),
     }
     for block in blocks(path, "python"):
-        block = block.replace('"cuda"', '"cpu"').replace('"24GB"', '"cpu"')
+        block = block.replace('"cuda"', '"cpu"').replace('"24GB"', '"cpu"').replace("=17", f"={FRAMES}")
+        block = block.replace(
+            "load_embedded_dreamer()", f"load_embedded_dreamer(folder={str(brief / 'dreamer_weights')!r})"
+        )
         exec(compile(block, str(path), "exec"), reader_has)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 
 from .. import __version__
@@ -20,6 +21,7 @@ from .stages import add_animate, add_compose, add_generate, add_rewrite
 from .training import add_train
 
 
+@functools.cache
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line; imports neither torch nor diffusers."""
     top = Parser(prog="fvg", description="Factorized Video Generation with diffusers.")

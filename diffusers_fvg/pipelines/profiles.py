@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from diffusers.hooks import apply_group_offloading
+from diffusers.models.modeling_utils import no_init_weights
 
 from ..animate.memory import decode_bytes, free_bytes
 
@@ -220,7 +221,8 @@ def empty_weights(dtype: torch.dtype) -> Iterator[None]:
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device("meta"):
+        # Initialization would do nothing on this device, but takes half of the time.
+        with no_init_weights(), torch.device("meta"):
             yield
     finally:
         torch.set_default_dtype(default)

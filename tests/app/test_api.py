@@ -5,7 +5,7 @@ import time
 import numpy as np
 import PIL.Image
 import pytest
-from quick import quick
+from quick import embedded_at
 
 from diffusers_fvg import load_embedded
 from diffusers_fvg.app.limits import Limits
@@ -24,8 +24,9 @@ QUICK = {"prompt": PROMPT, "mode": "direct", "num_inference_steps": 1, "num_fram
 
 
 @pytest.fixture(scope="module")
-def worker():
-    pipe = quick(load_embedded())
+def worker(quick_folder):
+    with embedded_at(quick_folder):
+        pipe = load_embedded()
     worker = Worker(pipe, Limits(queue=2, waiting=2))
     yield worker
     worker.close()

@@ -6,7 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from quick import quick
+from quick import embedded_at
 
 from diffusers_fvg import load_embedded
 from diffusers_fvg.app.limits import Limits
@@ -21,13 +21,15 @@ from diffusers_fvg.pipelines.seeds import anchor_seed
 from diffusers_fvg.schedules.flow import noise_levels
 
 
+BRIEF = {"num_inference_steps": 2, "num_frames": 5}
 PROMPT = "A red circle moves to the right"
 CAPTION = "A red circle on the left on a plain background"
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    return quick(load_embedded())
+def pipe(quick_folder):
+    with embedded_at(quick_folder):
+        return load_embedded()
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def worker(pipe):
 
 @pytest.fixture
 def session(worker):
-    return Session(worker, "ann", PROMPT, settings={"num_inference_steps": 2}, seed=3, anchor_seed=5, num_candidates=2)
+    return Session(worker, "ann", PROMPT, settings=dict(BRIEF), seed=3, anchor_seed=5, num_candidates=2)
 
 
 def ended(session, job):
@@ -83,7 +85,7 @@ def test_stages_follow_each_other_and_each_is_done_again(session, pipe):
             PROMPT,
             first_frame_prompt=CAPTION,
             composer_num_candidates=1,
-            num_inference_steps=2,
+            **BRIEF,
             generator=torch.Generator().manual_seed(3),
         )
     assert np.array_equal(np.asarray(out.anchor_images[0]), np.asarray(kept.image))
@@ -96,7 +98,7 @@ def test_stages_follow_each_other_and_each_is_done_again(session, pipe):
         frames = [np.asarray(PIL.Image.open(archive.open(name))) for name in archive.namelist()]
     assert np.array_equal(frames, np.round(out.frames[0] * 255).astype(np.uint8))
     with PIL.Image.open(video_file(first, "gif")) as gif, PIL.Image.open(video_file(first, "webp")) as webp:
-        assert gif.n_frames == webp.n_frames == 17 and gif.size == webp.size == (384, 384)
+        assert gif.n_frames == webp.n_frames == 5 and gif.size == webp.size == (384, 384)
     assert PIL.Image.open(video_file(first, "strip")).width > 1000
     # A changed caption asks for its picture; another seed makes another video of the same picture.
     session.caption = CAPTION.replace("red", "blue")
@@ -201,7 +203,7 @@ def test_what_is_one_persons_is_not_the_others(session, worker, held):
     session.mode = "direct"
     mine = session.animate()
     assert there.wait(60)
-    other = Session(worker, "bob", "A blue square moves upwards", "direct", settings={"num_inference_steps": 1})
+    other = Session(worker, "bob", "A blue square moves upwards", "direct", settings=BRIEF)
     theirs = other.animate()
     for call in (worker.job, worker.cancel):
         with pytest.raises(KeyError):
@@ -218,7 +220,7 @@ def test_what_is_one_persons_is_not_the_others(session, worker, held):
 
 
 def test_old_jobs_are_forgotten_with_their_files(session, worker):
-    session.mode, session.settings = "direct", {"num_inference_steps": 1, "num_frames": 5}
+    session.mode = "direct"
     jobs = [ended(session, session.animate()) for _ in range(4)]
     assert [job.id for job in worker.history("ann")] == [job.id for job in jobs[:0:-1]]
     assert not jobs[0].result.video.exists() and jobs[3].result.video.exists()
@@ -260,8 +262,8 @@ def test_pictures_of_ones_own_are_upright_cropped_and_checked(session, tmp_path)
     seen = np.asarray(session.upload(tmp_path / "photo.png"))
     assert seen.shape == (64, 64, 3)
     assert (seen[:28] == (255, 0, 0)).all() and (seen[36:] == 0).all()
-    session.upload(tmp_path / "photo.png", 16)
-    # The same frame of 17, counted from the end.
+    session.upload(tmp_path / "photo.png", 4)
+    # The same frame of 5, counted from the end.
     session.upload(tmp_path / "photo.png", -1, 0.5)
     job = ended(session, session.animate())
     anchors = job.result.record["anchors"]
@@ -329,4 +331,4 @@ def test_a_failure_is_a_sentence_and_the_next_job_runs(session, worker, monkeypa
     monkeypatch.undo()
     assert ended(session, session.animate()).state == "done"
     told = session.memory_text()
-    assert told.startswith("17 frames, 2.1 s · peak memory ") and told.endswith(" s here")
+    assert told.startswith("5 frames, 0.6 s · peak memory ") and told.endswith(" s here")

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from diffusers_fvg import recipes
 from diffusers_fvg.cli import main
 from diffusers_fvg.cli.again import _take_model
-from diffusers_fvg.embedded import EMBEDDED_FOLDER
 from diffusers_fvg.lora.anchor_lora import WEIGHT_NAME
 from diffusers_fvg.media import read_video, read_video_metadata, write_video
 from diffusers_fvg.recipes import sources
@@ -21,11 +20,11 @@ from diffusers_fvg.recipes.sources import ModelSource
 
 
 PROMPT = "A red circle moves to the right"
-OPTIONS = ["--steps", "2", "--quiet"]
+OPTIONS = ["--steps", "2", "--num-frames", "5", "--quiet"]
 MODES = {
     "factorized": [PROMPT, "--anchor-decode", "match", "--negative-prompt", "blue"],
     "direct": [PROMPT, "--mode", "direct", "--guidance-scale", "3"],
-    "storyboard": ["A red circle gradually turns into a square", "--mode", "storyboard", "--num-frames", "9"],
+    "storyboard": ["A red circle gradually turns into a square", "--mode", "storyboard"],
     "caption": [PROMPT, "--first-frame-prompt", "A still picture of a blue square", "--preset", "full-50"],
 }
 
@@ -78,7 +77,7 @@ def test_a_picture_is_given_again(video, tmp_path, capsys, monkeypatch):
     assert again(tmp_path / "b.mp4", tmp_path / "d.mp4") == 2
     assert "--image" in capsys.readouterr().err.strip().splitlines()[-1]
     # The flag counts before the record.
-    other = ["--image", str(folder / "frame_0016.png")]
+    other = ["--image", str(folder / "frame_0004.png")]
     told = []
     with monkeypatch.context() as patch:
         patch.setattr("diffusers_fvg.pipelines.replay.logger.warning", told.append)
@@ -87,7 +86,7 @@ def test_a_picture_is_given_again(video, tmp_path, capsys, monkeypatch):
     assert main(["animate", PROMPT, *other, "--seed", "3", "--output", str(tmp_path / "g.mp4"), *OPTIONS]) == 0
     assert (tmp_path / "f.mp4").read_bytes() == (tmp_path / "g.mp4").read_bytes()
     # Where the picture was drawn it is replaced.
-    assert again(video, tmp_path / "e.mp4", "--image", folder / "frame_0016.png") == 0
+    assert again(video, tmp_path / "e.mp4", "--image", folder / "frame_0004.png") == 0
     assert read_video_metadata(tmp_path / "e.mp4")["first_frame_prompt"] is None
 
 
@@ -143,8 +142,8 @@ def test_a_record_that_cannot_be_followed_is_one_line(change, message, video, tm
     assert ("from the record:    composer org/t2i" in printed.out) == (message == "org/t2i")
 
 
-def test_a_lora_that_was_given_is_given_again(video, tmp_path, capsys):
-    weights = load_file(EMBEDDED_FOLDER / "anchor_lora" / WEIGHT_NAME)
+def test_a_lora_that_was_given_is_given_again(video, quick_folder, tmp_path, capsys):
+    weights = load_file(quick_folder / "anchor_lora" / WEIGHT_NAME)
     save_file({name: tensor * 2 for name, tensor in weights.items()}, tmp_path / "lora.safetensors")
     lora, first, second = ["--lora", str(tmp_path / "lora.safetensors")], tmp_path / "a.mp4", tmp_path / "b.mp4"
     assert main(["generate", PROMPT, *lora, "--seed", "3", "--output", str(first), *OPTIONS]) == 0

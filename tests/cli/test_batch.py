@@ -21,9 +21,9 @@ def test_a_batch_makes_what_generate_makes_and_goes_on_where_it_stopped(tmp_path
         {"prompt": PROMPT, "image": "blue.png", "mode": "factorized"},
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    batch = ["batch", "rows.jsonl", "out", "--steps", "1", "--quiet"]
+    batch = ["batch", "rows.jsonl", "out", "--num-frames", "5", "--steps", "1", "--quiet"]
     assert main(batch) == 0 and "2 of 2 are finished, 2 of them in this run" in capsys.readouterr().out
-    main(["generate", PROMPT, "--seed", "3", "--steps", "1", "--quiet", "--output", "one.mp4"])
+    main(["generate", PROMPT, "--seed", "3", "--num-frames", "5", "--steps", "1", "--quiet", "--output", "one.mp4"])
     assert (tmp_path / "out" / "videos" / "drawn.mp4").read_bytes() == (tmp_path / "one.mp4").read_bytes()
     capsys.readouterr()
     assert main(batch) == 0 and "2 of 2 are finished, 0 of them" in capsys.readouterr().out

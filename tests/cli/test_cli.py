@@ -22,7 +22,7 @@ PROMPT = "A red circle moves to the right"
 
 
 def test_generate_writes_video_strip_and_stages(tmp_path, capsys):
-    arguments = ["generate", PROMPT, "--seed", "3", "--steps", "4", "--rewriter-motion", "--quiet"]
+    arguments = ["generate", PROMPT, "--seed", "3", "--steps", "1", "--rewriter-motion", "--quiet"]
     arguments += ["--output", str(tmp_path / "out" / "video.mp4"), "--strip", str(tmp_path / "strip.png")]
     assert main([*arguments, "--save-stages", str(tmp_path / "stages")]) == 0
     frames, frame_rate = read_video(tmp_path / "out" / "video.mp4")
@@ -70,8 +70,8 @@ def test_stages_tell_what_was_chosen_among(tmp_path):
 
 def test_a_storyboard_shows_and_keeps_its_moments(tmp_path, capsys):
     prompt = "A red circle gradually turns into a square"
-    arguments = ["generate", prompt, "--mode", "storyboard", "--seed", "3", "--steps", "4", "--quiet"]
-    arguments += ["--output", str(tmp_path / "video.mp4"), "--strip", str(tmp_path / "strip.png")]
+    arguments = ["generate", prompt, "--mode", "storyboard", "--seed", "3", "--steps", "1", "--quiet"]
+    arguments += ["--output", str(tmp_path / "video.mp4"), "--strip", str(tmp_path / "strip.png"), "--num-frames", "5"]
     assert main([*arguments, "--anchor-decode", "replace", "--save-stages", str(tmp_path / "stages")]) == 0
     stages = json.loads((tmp_path / "stages" / "stages.json").read_text())
     first, last = stages["storyboard"]
@@ -79,7 +79,7 @@ def test_a_storyboard_shows_and_keeps_its_moments(tmp_path, capsys):
     assert "red circle" in first["caption"] and "red square" in last["caption"]
     assert last["caption"] in capsys.readouterr().out
     assert read_video_metadata(tmp_path / "video.mp4")["storyboard"] == stages["storyboard"]
-    for anchor, frame in (("anchor.png", "frame_0000.png"), ("anchor_2.png", "frame_0016.png")):
+    for anchor, frame in (("anchor.png", "frame_0000.png"), ("anchor_2.png", "frame_0004.png")):
         anchor, frame = (np.asarray(PIL.Image.open(tmp_path / "stages" / name)) for name in (anchor, frame))
         assert np.array_equal(anchor, frame)
 
@@ -111,7 +111,7 @@ def test_the_sound_of_a_video_is_in_its_file(tmp_path, capsys):
 
 
 def test_a_seed_repeats_the_video_and_stages_chain(tmp_path, capsys):
-    options = ["--seed", "5", "--steps", "3", "--quiet"]
+    options = ["--seed", "5", "--steps", "2", "--num-frames", "5", "--quiet"]
     main(["rewrite", PROMPT, "--quiet"])
     caption = capsys.readouterr().out.strip()
     main(["generate", PROMPT, "--output", str(tmp_path / "a.mp4"), "--save-stages", str(tmp_path / "a"), *options])
@@ -130,7 +130,7 @@ def test_a_seed_repeats_the_video_and_stages_chain(tmp_path, capsys):
 def test_generate_is_told_how_many_are_made(tmp_path, monkeypatch):
     """The embedded model draws several first frames for its judge; with one there are no candidates to save."""
     monkeypatch.chdir(tmp_path)
-    generate = ["generate", PROMPT, "--steps", "1", "--seed", "0", "--quiet", "--save-stages"]
+    generate = ["generate", PROMPT, "--steps", "1", "--num-frames", "5", "--seed", "0", "--quiet", "--save-stages"]
     main([*generate, "some"])
     main([*generate, "one", "--composer-num-candidates", "1"])
     assert (tmp_path / "some" / "candidate_1.png").exists() and not (tmp_path / "one" / "candidate_1.png").exists()
@@ -227,7 +227,12 @@ def test_plan_takes_the_flags_of_generate(tmp_path, capsys, monkeypatch):
     assert "2 steps" in capsys.readouterr().out and not list(tmp_path.iterdir())
     # What generate would refuse, and what a file says.
     assert main(["plan", PROMPT, "--output", "video.avi"]) == 2 and "must end in .mp4" in capsys.readouterr().err
-    record = {"--first-frame-prompt": "A red circle at the left", "--steps": "3", "--output": "made.mp4"}
+    record = {
+        "--first-frame-prompt": "A red circle at the left",
+        "--steps": "3",
+        "--num-frames": "5",
+        "--output": "made.mp4",
+    }
     assert main(["generate", PROMPT, "--quiet", *(text for pair in record.items() for text in pair)]) == 0
     capsys.readouterr()
     assert main(["plan", "--from", "made.mp4"]) == 0 and "3 steps" in capsys.readouterr().out

@@ -26,20 +26,8 @@ def folder(tmp_path_factory):
 
 
 def generate(folder, model: str, *more: str) -> int:
-    size = [
-        "--height",
-        "32",
-        "--width",
-        "32",
-        "--num-frames",
-        "9",
-        "--steps",
-        "2",
-        "--seed",
-        "1",
-        "--dtype",
-        "float32",
-    ]
+    size = ["--height", "32", "--width", "32", "--num-frames", "5", "--steps", "1"]
+    size += ["--seed", "1", "--dtype", "float32"]
     paths = ["--model", str(folder / model), "--image", str(folder / "a.png"), "--output", str(folder / "a.mp4")]
     return main(["generate", "a red circle", *paths, *size, "--device", "cpu", "--quiet", "--overwrite", *more])
 

@@ -171,7 +171,7 @@ def test_a_wrong_value_is_one_line(command, action, tmp_path, capsys, monkeypatc
 
 
 def positionals(prog: str) -> list[argparse.Action]:
-    (command,) = [command for command in commands(parser()) if command.prog == prog]
+    (command,) = [command for command in commands(PARSER) if command.prog == prog]
     return [action for action in command._actions if not action.option_strings]
 
 
