@@ -33,6 +33,7 @@ _MODULES = {
     "FactorizedVideoPipelineOutput": "pipelines.output",
     "FirstFrameRewriter": "rewrite.rewriter",
     "HubReference": "loading.references",
+    "LightDecoder": "animate.light_decoder",
     "LoraReport": "lora.loader",
     "Moment": "rewrite.storyboard",
     "Plan": "rewrite.plan",

@@ -30,6 +30,7 @@ from ..checks import stop_unless_finite
 from ..devices import get_module_execution_device
 from ..kernels import fuses_norm, rms_norm_silu
 from .conditioning import denormalize_latents
+from .light_decoder import LightDecoder
 
 
 # Converts final pixels `(B, 3, n, H, W)` in [-1, 1] to a tensor of the same shape, which is kept.
@@ -37,7 +38,7 @@ Convert = Callable[[torch.Tensor], torch.Tensor]
 
 
 @torch.no_grad()
-def decode_frames(vae: AutoencoderKLWan, latents: torch.Tensor) -> Iterator[np.ndarray]:
+def decode_frames(vae: AutoencoderKLWan | LightDecoder, latents: torch.Tensor) -> Iterator[np.ndarray]:
     """Yields the frames of one video, each as soon as it is decoded, for example to [`~media.write_video`].
 
     The frames equal those of a whole decode, rounded to uint8. With tiling (`vae.enable_tiling()`), all frames come after the
@@ -45,7 +46,7 @@ def decode_frames(vae: AutoencoderKLWan, latents: torch.Tensor) -> Iterator[np.n
     it again.
 
     Args:
-        vae (`AutoencoderKLWan`): VAE of the pipeline.
+        vae (`AutoencoderKLWan` or [`LightDecoder`]): VAE of the pipeline, or a decoder of the same latents.
         latents (`torch.Tensor` of shape `(1, C, f, h, w)`): latents that the pipeline returns with `output_type="latent"`.
 
     Yields:
@@ -76,7 +77,10 @@ def check_output_type(output_type: str) -> None:
 
 
 def decode_video(
-    vae: AutoencoderKLWan | AutoencoderKLCogVideoX, latents: torch.Tensor, output_type: str, tile: bool = False
+    vae: AutoencoderKLWan | AutoencoderKLCogVideoX | LightDecoder,
+    latents: torch.Tensor,
+    output_type: str,
+    tile: bool = False,
 ) -> np.ndarray | torch.Tensor | list[list[PIL.Image.Image]]:
     """Decodes latents to frames, with at most one chunk of the float video on the VAE's device, except for `"pt"`.
 
@@ -107,12 +111,16 @@ def decode_video(
 
 @torch.no_grad()
 def decode_chunks(
-    vae: AutoencoderKLWan | AutoencoderKLCogVideoX, latents: torch.Tensor, convert: Convert, tile: bool = False
+    vae: AutoencoderKLWan | AutoencoderKLCogVideoX | LightDecoder,
+    latents: torch.Tensor,
+    convert: Convert,
+    tile: bool = False,
 ) -> Iterator[torch.Tensor]:
     """Yields the frames of `vae.decode(latents)` in chunks of consecutive frames.
 
     Args:
-        vae (`AutoencoderKLWan` or `AutoencoderKLCogVideoX`): the VAE; its settings of slicing and tiling apply.
+        vae (`AutoencoderKLWan` or `AutoencoderKLCogVideoX`): the VAE; its settings of slicing and tiling apply. A
+            [`LightDecoder`] decodes one frame at a time, without tiles.
         latents (`torch.Tensor` of shape `(B, C, f, h, w)`): input of `vae.decode`, on its device and in its dtype.
         convert (`Callable`): converts final pixels, of each chunk or tile; only its result is kept.
         tile (`bool`): whether to decode in tiles even if `vae.use_tiling` is `False`. The VAE is not changed.
@@ -123,6 +131,9 @@ def decode_chunks(
     Raises:
         `FloatingPointError`: the decoder gave values that are not finite.
     """
+    if isinstance(vae, LightDecoder):
+        yield from map(convert, vae.frames(latents))
+        return
     if hasattr(vae, "_hf_hook"):
         # Offloading moves a model when its `forward` is called. Here only its decoder is, so the hook is called directly.
         vae._hf_hook.pre_forward(vae)

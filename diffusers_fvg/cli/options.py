@@ -139,6 +139,12 @@ def add_video(parser: argparse.ArgumentParser) -> None:
         "the anchor's pixels (default: raw)",
     )
     parser.add_argument(
+        "--light-decoder",
+        metavar="NAME",
+        help="decode with taew2_1 or taew2_2, which are faster and show less detail than the VAE: file, org/name or "
+        "org/name@revision",
+    )
+    parser.add_argument(
         "--compile", action="store_true", help="compile the video model's blocks, which makes the first step slow"
     )
     parser.add_argument(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from ..animate.light_decoder import LightDecoder
     from ..pipelines.profiles import MemoryPlan, Stage
     from ..pipelines.request import VideoRequest
     from ..pipelines.stages import FactorizedStages
@@ -92,6 +93,8 @@ class Model:
             **self.parts,
         )
         pipe.prompt_check = self.outline.prompt_check
+        if getattr(arguments, "light_decoder", None) is not None:
+            pipe.light_decoder = self.outline.light_decoder
         if arguments.model is None:
             # The name of the embedded model in records.
             pipe.register_to_config(_name_or_path="embedded")
@@ -214,12 +217,29 @@ def look(arguments: argparse.Namespace, **skipped: bool) -> Model:
     if arguments.model is None:
         # The user's own rewriter may understand prompts outside of the embedded model's world.
         made.prompt_check = check_world if rewriter is None else lambda text, writes: check_world(text)
+    if getattr(arguments, "light_decoder", None) is not None:
+        made.light_decoder = _light_decoder(arguments, made)
     return Model(arguments, source, made, device, memory, parts)
 
 
 def load_pipeline(arguments: argparse.Namespace) -> FactorizedStages:
     """Loads the pipeline that the flags name, with all components."""
     return look(arguments).load()
+
+
+def _light_decoder(arguments: argparse.Namespace, pipe: FactorizedStages) -> LightDecoder:
+    """Loads `--light-decoder`; of a repository, the file that fits the model's VAE."""
+    from ..animate.light_decoder import USES, LightDecoder, fitting_file
+
+    name = arguments.light_decoder
+    file = fitting_file(pipe.vae) if hasattr(pipe, "light_decoder") else None
+    if file is None:
+        raise ValueError(f"--light-decoder {name} does not fit the model: {USES}. Leave it out.")
+    if Path(name).is_file():
+        return LightDecoder.from_pretrained(name, dtype=_dtype(arguments))
+    repository, _, revision = name.partition("@")
+    options = {"revision": revision or None, "token": arguments.token or None}
+    return LightDecoder.from_pretrained(repository, f"{file}.safetensors", _dtype(arguments), **options)
 
 
 def _check_model(arguments: argparse.Namespace) -> None:

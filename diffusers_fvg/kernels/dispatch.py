@@ -4,12 +4,13 @@ The environment variable `FVG_KERNELS`, read when the package is first used, or 
 
 * `auto`, the default: Triton for the dtypes and widths that the tests cover, on NVIDIA GPUs whose compute capability
   `tested_gpus.json` lists; plain torch everywhere else. `examples/benchmarks/gpu_run.py` adds a capability when the tests
-  marked `gpu` pass on it, with the digests of the tested kernel files. Kernels of a file that has changed since then, or is
-  new, run in plain torch, too.
+  marked `gpu` pass on it, with the digests of the tested kernel files. Kernels of a file whose code has changed since then,
+  or is new, run in plain torch, too.
 * `reference`: always the definition in plain torch.
 * `triton`: always Triton; raises an error that names the reason if Triton cannot run.
 """
 
+import ast
 import contextlib
 import functools
 import hashlib
@@ -18,6 +19,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -226,8 +228,37 @@ def kernel_report(device: torch.device) -> str:
 
 
 def source_digest(source: str) -> str:
-    """Returns the digest of a kernel file, which identifies the version that was tested."""
-    return hashlib.sha256((Path(__file__).parent / f"{source}.py").read_bytes()).hexdigest()[:16]
+    """Returns the [`code_digest`] of a kernel file, which identifies the version that was tested."""
+    return code_digest((Path(__file__).parent / f"{source}.py").read_text(encoding="utf-8"))
+
+
+def code_digest(text: str) -> str:
+    """Returns a digest of the code in the text of a Python file.
+
+    It covers all statements with their names, constants and operators. It does not cover comments, docstrings, and how the
+    code is laid out in lines, so corrected prose does not switch tested kernels off. All supported versions of Python give
+    the same digest.
+    """
+    return hashlib.sha256(_code(ast.parse(text)).encode()).hexdigest()[:16]
+
+
+def _code(node: Any) -> str:
+    """Writes a syntax tree, or a part of it, without docstrings and empty fields.
+
+    `ast.dump` writes the same tree differently in Python 3.12 and 3.13: newer versions have more fields, and leave out empty
+    ones.
+    """
+    if isinstance(node, list):
+        return f"[{', '.join(_code(item) for item in node if not _is_docstring(item))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [(name, value) for name, value in ast.iter_fields(node) if value is not None and value != []]
+    return f"{type(node).__name__}({', '.join(f'{name}={_code(value)}' for name, value in fields)})"
+
+
+def _is_docstring(node: Any) -> bool:
+    """Returns whether a node is a statement that is only a string, which does nothing when it runs."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def _takes_triton(source: str, *tensors: torch.Tensor, max_dim: int = _MAX_DIM) -> bool:

@@ -82,7 +82,8 @@ def rms_norm_rope(
         key (`torch.Tensor` of shape `(B, L, N * H)`): projected tokens.
         query_weight (`torch.Tensor` of shape `(N * H,)`): factor of the query's norm.
         key_weight (`torch.Tensor` of shape `(N * H,)`): factor of the key's norm.
-        cos (`torch.Tensor` of shape `(1, L, 1, H)` or `(B, L, 1, H)`): cosines of the angles, each repeated for both channels of a pair.
+        cos (`torch.Tensor` of shape `(1, L, 1, H)` or `(B, L, 1, H)`): cosines of the angles, each repeated for both channels
+            of a pair.
         sin (`torch.Tensor` of the shape of `cos`): sines of the angles, repeated likewise.
         eps (`float`): added to the mean square.
 

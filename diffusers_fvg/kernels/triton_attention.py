@@ -1,10 +1,12 @@
-"""Triton form of [`animate.attention.frame_attention`]: blocks of unseen frames are never read, forward or backward.
+"""Triton implementation of [`attention.frame_attention`], which never reads unseen frames, forward or backward.
 
 B batch, L tokens, N heads, H channels of a head, F frames of T = L / F tokens. A program owns BLOCK_Q tokens of one frame
-and head and passes over the runs of consecutive frames that it sees, BLOCK_K tokens at a time; those of a run lie side by
-side in memory, so any T is right and only the last block of a run is masked. The softmax is summed as it goes (online softmax, arXiv 1805.02867) and
-computed again in the backward pass from its logarithmic sum (FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2).
-Products take the inputs' dtype, sums are in float32; float32 inputs are multiplied without TF32.
+and head. It passes over the runs of consecutive frames that its frame sees, BLOCK_K tokens at a time. The tokens of a run are
+consecutive in memory, so T can have any value and only the last block of a run is masked.
+
+The forward pass uses the online softmax (arXiv 1805.02867). The backward pass computes the softmax again from the saved
+logarithm of its sum (FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2). Matrix products have the dtype of the inputs
+and sums are in float32; float32 inputs are multiplied without TF32.
 """
 
 import math
@@ -18,18 +20,22 @@ from . import triton_modulation
 from .attention import once_for_tensor
 
 
-# The interpreter would multiply the bits of bfloat16 values.
+# Triton's interpreter would multiply the bit patterns of bfloat16 values, so `_dot` converts them first.
 INTERPRETED = tl.constexpr(triton_modulation.INTERPRETED)
-# The exponents are to base 2, so `scale` in the kernels holds log2 e; the gradients need it without.
+# The kernels compute powers of 2, so their `scale` includes the factor log2(e). Gradients need the scale without this factor.
 LN_2 = tl.constexpr(math.log(2))
 _LOG2_E = math.log2(math.e)
-# Largest blocks of 16-bit tokens: those that a program owns, and those that pass it. Twice as many tensors are held backward.
+# Largest blocks of 16-bit tokens: (owned by a program, read in one iteration). The backward kernels hold twice as many
+# tensors in registers as the forward kernel.
 _FORWARD_BLOCKS, _QUERY_BLOCKS, _KEY_VALUE_BLOCKS = (128, 64), (128, 32), (128, 32)
 
 
 @triton.jit
 def _owner(T, N, BLOCK: tl.constexpr):
-    """Frame, first token of the block inside it, sample and head of a program. Grid: (F * pieces of T, B * N)."""
+    """Returns a program's frame, the first token of its block in the frame, its sample, and its head.
+
+    Grid: (F * blocks of a frame, B * N).
+    """
     pieces = tl.cdiv(T, BLOCK)
     pid, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     return pid // pieces, pid % pieces * BLOCK, sample // N, sample % N
@@ -37,7 +43,7 @@ def _owner(T, N, BLOCK: tl.constexpr):
 
 @triton.jit
 def _load(ptr, base, t, t_stride, h, h_stride, T, H: tl.constexpr):
-    """Tokens `t` of the frame at `base`, `[BLOCK, BLOCK_H]`; 0 outside the frame."""
+    """Loads the tokens `t` of the frame at `base`, `[BLOCK, BLOCK_H]`; values outside the frame are 0."""
     return tl.load(
         ptr + base + t[:, None] * t_stride + h[None, :] * h_stride, (t[:, None] < T) & (h[None, :] < H), 0.0
     )
@@ -45,7 +51,7 @@ def _load(ptr, base, t, t_stride, h, h_stride, T, H: tl.constexpr):
 
 @triton.jit
 def _dot(a, b, out, PRECISION: tl.constexpr):
-    """`out + a b`, or `a b` where `out` is `None`."""
+    """Returns `out + a @ b`, or `a @ b` if `out` is `None`."""
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, out, input_precision=PRECISION)
@@ -53,7 +59,7 @@ def _dot(a, b, out, PRECISION: tl.constexpr):
 
 @triton.jit
 def _whole(pointers, h, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """A block of tokens that are all there."""
+    """Loads a block whose tokens all lie inside the run, so that only the channels may need a mask."""
     if H == BLOCK_H:
         return tl.load(pointers)
     return tl.load(pointers, h[None, :] < H, 0.0)
@@ -61,11 +67,11 @@ def _whole(pointers, h, H: tl.constexpr, BLOCK_H: tl.constexpr):
 
 @triton.jit
 def _attend(query, key, value, top, total, out, scale, keep, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """One step of the online softmax: the largest score, the sum of weights and the weighted sum, with a block of keys."""
+    """Adds a block of keys to the online softmax; returns the largest score, the sum of the weights and the weighted sum."""
     scores = _dot(query, tl.trans(key), None, PRECISION)
     if MASKED:
         scores = tl.where(keep[None, :], scores, float("-inf"))
-    # The scale goes into the exponent: one multiplication and addition for each score.
+    # Scaling inside the exponent costs one fused multiply-add for each score.
     new_top = tl.maximum(top, tl.max(scores, axis=1) * scale)
     weights = tl.exp2(scores * scale - new_top[:, None])
     shrink = tl.exp2(top - new_top)
@@ -80,11 +86,10 @@ def _fwd_kernel(
     query_b, query_l, query_n, query_h, key_b, key_l, key_n, key_h, value_b, value_l, value_n, value_h,
     H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`out = softmax2(scale * query key^T) value` over the seen frames, with `softmax2` to base 2 (`scale` holds log2 e);
-    `lse` (B, N, L) is the logarithm to base 2 of the sum, kept for backward.
+    """Computes `out = softmax2(scale * query @ key^T) @ value` over the seen frames.
 
-    Consecutive frames lie side by side in memory, so a program passes over runs of them; only the last block of a run
-    is masked.
+    `softmax2` is the softmax with powers of 2; `scale` includes log2(e). `lse` (B, N, L), the base-2 logarithm of the sum of
+    the powers, is saved for the backward pass.
     """
     frame, start, b, n = _owner(T, N, BLOCK_Q)
     L = F * T
@@ -125,10 +130,10 @@ def _fwd_kernel(
 def _query_step(
     query, grad, key, value, lse, delta, dquery, scale, keep, MASKED: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """What a block of keys adds to the gradient of the queries."""
+    """Adds the contribution of a block of keys to the gradient of the queries."""
     weights = tl.exp2(_dot(query, tl.trans(key), None, PRECISION) * scale - lse[:, None])
     if MASKED:
-        # Beyond the run the key is 0 and adds 0, unless the weight of its score 0 is infinite.
+        # A key beyond the run is loaded as 0. Its score of 0 could have an infinite weight, and infinity times 0 is NaN.
         weights = tl.where(keep[None, :], weights, 0.0)
     dscores = weights * (_dot(grad, tl.trans(value), None, PRECISION) - delta[:, None])
     return _dot(dscores.to(key.dtype), key, dquery, PRECISION)
@@ -142,8 +147,10 @@ def _bwd_query_kernel(
     query_b, query_l, query_n, query_h, key_b, key_l, key_n, key_h, value_b, value_l, value_n, value_h,
     H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """With `p = softmax(...)`: `delta = sum_h(grad * out)` (B, N, L), kept for the other kernel,
-    `ds = p * (grad value^T - delta)`, `dquery = ds key / sqrt(H)`."""
+    """Computes `dquery = ds @ key / sqrt(H)` with `ds = p * (grad @ value^T - delta)` and `p` the softmax.
+
+    `delta = sum_h(grad * out)` (B, N, L) is saved for `_bwd_key_value_kernel`.
+    """
     frame, start, b, n = _owner(T, N, BLOCK_Q)
     L = F * T
     t, h = start + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_H)
@@ -184,8 +191,10 @@ def _bwd_query_kernel(
 
 @triton.jit
 def _key_value_step(query, grad, key, value, lse, delta, dkey, dvalue, scale, PRECISION: tl.constexpr):
-    """What a block of queries adds to the gradients of keys and values. Beyond a run query, gradient and delta are 0: what is
-    added is 0."""
+    """Adds the contribution of a block of queries to the gradients of keys and values.
+
+    Queries beyond the run need no mask: query, gradient and delta are loaded as 0 there, so they add 0.
+    """
     weights = tl.exp2(_dot(key, tl.trans(query), None, PRECISION) * scale - lse[None, :])  # [BLOCK_K, BLOCK_Q]
     dvalue = _dot(weights.to(grad.dtype), grad, dvalue, PRECISION)
     dscores = weights * (_dot(value, tl.trans(grad), None, PRECISION) - delta[None, :])
@@ -200,8 +209,11 @@ def _bwd_key_value_kernel(
     query_b, query_l, query_n, query_h, key_b, key_l, key_n, key_h, value_b, value_l, value_n, value_h,
     H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_H: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`dvalue = p^T grad`, `dkey = ds^T query / sqrt(H)`. A program owns BLOCK_K tokens of a key frame; `count` and
-    `runs` list the frames that see it, none for a frame that nobody sees."""
+    """Computes `dvalue = p^T @ grad` and `dkey = ds^T @ query / sqrt(H)`.
+
+    A program owns BLOCK_K tokens of a key frame. `count` and `runs` list the frames that see the key frame; the list may be
+    empty.
+    """
     frame, start, b, n = _owner(T, N, BLOCK_K)
     L = F * T
     s, h = start + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_H)
@@ -241,7 +253,7 @@ def _bwd_key_value_kernel(
 
 
 def _tile(tokens: int, head_dim: int, dtype: torch.dtype, own: str, limits: tuple[int, int]) -> dict[str, Any]:
-    """Blocks of the owned and of the passing tokens, at most `limits`, and not much above a small frame."""
+    """Returns the launch settings; `limits` are the largest blocks of owned and of read tokens, reduced for small frames."""
     is_wide = dtype == torch.float32
     owned, passing = (min(limit // (2 if is_wide else 1), max(16, triton.next_power_of_2(tokens))) for limit in limits)
     block_h = max(16, triton.next_power_of_2(head_dim))
@@ -257,15 +269,17 @@ def _tile(tokens: int, head_dim: int, dtype: torch.dtype, own: str, limits: tupl
 
 
 def _listed(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many frames each row sees, and which, in order and before all others."""
-    seen = seen.contiguous()  # what argsort returns is laid out like its input
+    """Returns the number of set frames of each row, and the frames with the set ones first, in order."""
+    # The result of argsort has the memory layout of its input; the kernels read it as contiguous.
+    seen = seen.contiguous()
     frames = seen.to(torch.int8).argsort(dim=2, descending=True, stable=True)
     return seen.sum(dim=2, dtype=torch.int32), frames.to(torch.int32)
 
 
 @once_for_tensor
 def _runs(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many runs of consecutive frames each row sees, `(B, F)`, and their first frames and lengths, `(B, F, F, 2)`."""
+    """Returns the number of runs of consecutive seen frames of each row, `(B, F)`, and each run's first frame and length,
+    `(B, F, F, 2)`."""
     edge = torch.zeros_like(seen[..., :1])
     starts, ends = seen & ~torch.cat([edge, seen[..., :-1]], 2), seen & ~torch.cat([seen[..., 1:], edge], 2)
     count, first = _listed(starts)
@@ -274,7 +288,7 @@ def _runs(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 @once_for_tensor
 def _runs_that_see(seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`_runs`] of the frames that see each frame."""
+    """Returns the [`_runs`] of the frames that see each frame."""
     return _runs(seen.transpose(1, 2))
 
 
@@ -295,7 +309,7 @@ def _grid(query: torch.Tensor, seen: torch.Tensor, block: int) -> tuple[int, int
 def _frame_attention_op(query, key, value, seen):
     out, lse = _frame_attention_outputs(query, key, value, seen)
     tile = _tile(query.shape[1] // seen.shape[1], query.shape[3], query.dtype, "query", _FORWARD_BLOCKS)
-    # Triton launches on the current device, which in a model spread over several is not always that of the tensors.
+    # Triton launches on the current device, which may not be the tensors' device if a model is spread over several GPUs.
     with torch.cuda.device_of(query):
         _fwd_kernel[_grid(query, seen, tile["BLOCK_Q"])](
             query, key, value, *_runs(seen), out, lse,
@@ -351,8 +365,8 @@ _frame_attention_op.register_autograd(_frame_attention_backward, setup_context=_
 
 
 def frame_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """[`animate.attention.frame_attention`] for float32, float16 and bfloat16 and heads of at most 128 channels.
+    """Computes [`attention.frame_attention`] for float32, float16 and bfloat16 and heads of at most 128 channels.
 
-    Kept for backward: the inputs, the output, and one sum per token and head.
+    The inputs, the output, and one float32 value per token and head are saved for the backward pass.
     """
     return _frame_attention_op(query, key, value, seen)[0]

@@ -1,11 +1,11 @@
-"""Triton form of the row-modulated operations of [`reference`]: one pass over the tokens forward, one backward.
+"""Triton implementation of the row-modulated operations of [`reference`]: one pass over the tokens forward, one backward.
 
-B batch, L tokens, D width, R rows; a *run* is the consecutive tokens of one row. Tiles are `[T, BLOCK_D]`: T tokens of
-one run, so that the rows are read once per tile and stay in registers. Arithmetic is in float32 whatever the inputs are.
+B batch, L tokens, D width, R rows; a *run* is the consecutive tokens of one row. A tile, `[T, BLOCK_D]`, holds T tokens of
+one run, so its rows are read once and stay in registers. Arithmetic is in float32 for all input dtypes.
 
-With `row_index` the run is the whole sequence: forward reads the row of every token, backward gives every row its own
-programs, which pass over tokens of other rows. The gradients of the rows are then summed with atomics, so their last
-bit may change from run to run; without `row_index` the sums are in a fixed order.
+With `row_index` the whole sequence is one run. The forward kernels then read the row of every token. In the backward kernels
+every row has its own programs, which skip the tokens of other rows; atomics add up the gradients of the rows, so the last bit
+may differ between two calls. Without `row_index` the order of the sums is fixed.
 """
 
 import torch
@@ -13,19 +13,19 @@ import triton
 import triton.language as tl
 
 
-# Float32 values of one tile, and of each thread: 32 registers for every tensor that is held. The backward kernels hold
-# twice as many tensors.
+# Float32 values of a tile and of a thread: every tensor in registers takes 32 of a thread. The backward kernels hold twice
+# as many tensors.
 _TILE_ELEMENTS, _THREAD_ELEMENTS = 8192, 32
 _BACKWARD_TILE_ELEMENTS, _BACKWARD_THREAD_ELEMENTS = 4096, 16
-# Tokens one backward program sums the gradients of its row over: the partial sums are 1/32 the size of the tokens.
+# Tokens over which a backward program sums the gradients of its row: the partial sums have 1/32 of the size of the tokens.
 _TOKENS_PER_SUM = 32
-# The elementwise kernel cuts the width as well: 512 divides that of every Wan model (1536, 3072, 5120).
+# The elementwise kernels also split the width: 512 divides the width of every Wan model (1536, 3072, 5120).
 _ELEMENTWISE_BLOCK_D = 512
 
 
 @triton.jit
 def _tile(pid, num_runs, run, TOKENS: tl.constexpr):
-    """Program `pid` -> batch index, run, first token inside the run. A program owns `TOKENS` tokens of a run."""
+    """Returns the batch index, the run, and the first token inside the run of program `pid`, which owns `TOKENS` tokens."""
     pieces = tl.cdiv(run, TOKENS)
     return pid // (pieces * num_runs), pid // pieces % num_runs, pid % pieces * TOKENS
 
@@ -37,9 +37,9 @@ def _layer_norm_fwd_kernel(
     x_b, x_l, x_d, scale_b, scale_r, scale_d, shift_b, shift_r, shift_d,
     HAS_INDEX: tl.constexpr, T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """`out = (x - mean) * rstd * (1 + scale[row]) + shift[row]`; `mean` and `rstd` (B, L) are kept for backward.
+    """Computes `out = (x - mean) * rstd * (1 + scale[row]) + shift[row]`; saves `mean` and `rstd` (B, L) for backward.
 
-    Grid: (B * runs * pieces of T tokens,).
+    Grid: (B * runs * blocks of T tokens,).
     """
     b, r, start = _tile(tl.program_id(0).to(tl.int64), num_runs, run, T)
     t = start + tl.arange(0, T)[:, None]  # [T, 1]
@@ -75,11 +75,12 @@ def _layer_norm_bwd_kernel(
     grad_b, grad_l, grad_d, x_b, x_l, x_d, scale_b, scale_r, scale_d,
     HAS_INDEX: tl.constexpr, ROW_GRADS: tl.constexpr, TOKENS: tl.constexpr, T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """With `n = (x - mean) * rstd` and `dn = grad * (1 + scale[row])`:
+    """Computes, with `n = (x - mean) * rstd` and `dn = grad * (1 + scale[row])`:
 
     `dx = rstd * (dn - mean_d(dn) - n * mean_d(dn * n))`, `dscale[row] = sum_t(grad * n)`, `dshift[row] = sum_t(grad)`.
 
-    Grid: (B * R * pieces of TOKENS tokens,). `dscale`, `dshift`: (B, R, pieces, D), or (B, R, D) with an index.
+    Grid: (B * R * pieces of TOKENS tokens,). `dscale` and `dshift` have the shape (B, R, pieces, D), or (B, R, D) with an
+    index.
     """
     pid = tl.program_id(0).to(tl.int64)
     b, r, start = _tile(pid, R, run, TOKENS)
@@ -131,7 +132,7 @@ def _gated_residual_fwd_kernel(
     x_b, x_l, x_d, residual_b, residual_l, residual_d, gate_b, gate_r, gate_d,
     HAS_INDEX: tl.constexpr, T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """`out = x + residual * gate[row]`. Grid: (B * runs * pieces of T tokens, pieces of D)."""
+    """Computes `out = x + residual * gate[row]`. Grid: (B * runs * blocks of T tokens, blocks of BLOCK_D channels)."""
     b, r, start = _tile(tl.program_id(0).to(tl.int64), num_runs, run, T)
     t = start + tl.arange(0, T)[:, None]  # [T, 1]
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]  # [1, BLOCK_D]
@@ -159,9 +160,10 @@ def _gated_residual_bwd_kernel(
     grad_b, grad_l, grad_d, residual_b, residual_l, residual_d, gate_b, gate_r, gate_d,
     HAS_INDEX: tl.constexpr, ROW_GRADS: tl.constexpr, TOKENS: tl.constexpr, T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """`dresidual = grad * gate[row]`, `dgate[row] = sum_t(grad * residual)`; that of `x` is `grad` itself.
+    """Computes `dresidual = grad * gate[row]`, `dgate[row] = sum_t(grad * residual)`. The gradient of `x` is `grad` itself.
 
-    Grid: (B * R * pieces of TOKENS tokens, pieces of D). `dgate`: (B, R, pieces, D), or (B, R, D) with an index.
+    Grid: (B * R * pieces of TOKENS tokens, blocks of BLOCK_D channels). `dgate` has the shape (B, R, pieces, D), or (B, R, D)
+    with an index.
     """
     pid = tl.program_id(0).to(tl.int64)
     b, r, start = _tile(pid, R, run, TOKENS)
@@ -195,17 +197,17 @@ def _gated_residual_bwd_kernel(
             tl.store(dgate_ptr + pid * D + d, dgate, mask=d_mask)
 
 
-# Under TRITON_INTERPRET=1 kernels are plain Python, which runs on a CPU.
+# With TRITON_INTERPRET=1, `triton.jit` returns interpreted functions, which run on a CPU.
 INTERPRETED = not isinstance(_layer_norm_fwd_kernel, triton.JITFunction)
 
 
 def _packed(row_index: torch.Tensor | None) -> torch.Tensor | None:
-    """The kernels read the index at consecutive addresses."""
+    """Returns the index as the kernels read it: contiguous."""
     return None if row_index is None else row_index.contiguous()
 
 
 def _runs(tokens: torch.Tensor, rows: torch.Tensor, row_index: torch.Tensor | None) -> tuple[int, int]:
-    """Number and length of the runs the forward kernels walk along."""
+    """Returns the number and the length of the runs that the forward kernels split into tiles."""
     return (1, tokens.shape[1]) if row_index is not None else (rows.shape[1], tokens.shape[1] // rows.shape[1])
 
 
@@ -229,7 +231,7 @@ def _elementwise_block_d(dim: int) -> int:
 
 
 def _row_grads(rows: torch.Tensor, pieces: int, row_index: torch.Tensor | None, needed: bool) -> torch.Tensor:
-    """Where a backward kernel leaves the gradient of `rows`: parts to sum over dim 2, or with an index the sum itself."""
+    """Returns memory for the gradient of `rows`: partial sums along dim 2, or with an index zeros for the whole sum."""
     batch_size, num_rows, dim = rows.shape
     if not needed:
         return torch.empty(0, dtype=torch.float32, device=rows.device)
@@ -239,7 +241,7 @@ def _row_grads(rows: torch.Tensor, pieces: int, row_index: torch.Tensor | None, 
 
 
 def _sum_like(rows: torch.Tensor, needed: bool) -> torch.Tensor:
-    """Shape and dtype of `_summed(_row_grads(...))`."""
+    """Returns a tensor with the shape and dtype of `_summed(_row_grads(...))`."""
     return torch.empty(rows.shape if needed else (0,), dtype=torch.float32, device=rows.device)
 
 
@@ -257,7 +259,7 @@ def _layer_norm_op(x, scale, shift, eps, row_index):
     num_runs, run = _runs(x, scale, row_index)
     tile = _forward_tile(run, triton.next_power_of_2(x.shape[2]))
     grid = (x.shape[0] * num_runs * triton.cdiv(run, tile["T"]),)
-    # Triton launches on the current device, which in a model spread over several is not always that of the tensors.
+    # Triton launches on the current device, which may not be the tensors' device if a model is spread over several GPUs.
     with torch.cuda.device_of(x):
         _layer_norm_fwd_kernel[grid](
             x, scale, shift, row_index, out, mean, rstd,
@@ -379,7 +381,7 @@ def _(grad, residual, gate, row_index, dtype):
 
 def _gated_residual_setup(ctx, inputs, output):
     _, residual, gate, row_index = inputs
-    # The branch is kept only where the gate learns: with an adapter on frozen weights it does not.
+    # Only the gradient of the gate needs the residual. With an adapter on frozen weights the gate has no gradient.
     ctx.save_for_backward(residual if ctx.needs_input_grad[2] else None, gate, row_index)
     ctx.residual_dtype = residual.dtype
 
@@ -400,9 +402,10 @@ def modulated_layer_norm(
     eps: float,
     row_index: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[`reference.modulated_layer_norm`] for float32, float16 and bfloat16. `row_index` must lie in `[0, R)`.
+    """Computes [`reference.modulated_layer_norm`] for float32, float16 and bfloat16.
 
-    Kept for backward: `hidden_states`, `scale`, and a mean and inverse deviation per token.
+    `row_index` must lie in `[0, R)`; this is not checked. `hidden_states`, `scale`, and each token's mean and inverse standard
+    deviation are saved for the backward pass.
     """
     return _layer_norm_op(hidden_states, scale, shift, eps, _packed(row_index))[0]
 
@@ -413,8 +416,9 @@ def gated_residual(
     gate: torch.Tensor,
     row_index: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[`reference.gated_residual`] for float32, float16 and bfloat16. `row_index` must lie in `[0, R)`.
+    """Computes [`reference.gated_residual`] for float32, float16 and bfloat16.
 
-    Kept for backward: `gate`, and `residual` if the gate needs a gradient.
+    `row_index` must lie in `[0, R)`; this is not checked. `gate`, and `residual` if the gate needs a gradient, are saved for
+    the backward pass.
     """
     return _gated_residual_op(hidden_states, residual, gate, _packed(row_index))

@@ -1,8 +1,8 @@
-"""Triton form of [`reference.rms_norm_rope`]: query and key are read once and written once, forward and backward.
+"""Triton implementation of [`reference.rms_norm_rope`], which reads and writes query and key once, forward and backward.
 
 B batch, L tokens, N heads, H channels of a head. One program holds a whole token, `[BLOCK_N, BLOCK_H]`, because the norm
-is over all heads; a pair of channels that turns together is split off as `[BLOCK_N, BLOCK_H / 2]`. Arithmetic is in
-float32 whatever the inputs are.
+is over all heads. The two channels of each rotated pair are split into two tensors, `[BLOCK_N, BLOCK_H / 2]`. Arithmetic is
+in float32 for all input dtypes.
 """
 
 import torch
@@ -10,27 +10,27 @@ import triton
 import triton.language as tl
 
 
-# Tokens one backward program sums the gradients of the norm weights over: the partial sums are 1/16 the size of the
+# Tokens over which a backward program sums the gradients of the norm weights: the partial sums have 1/16 of the size of
 # query and key.
 _TOKENS_PER_SUM = 16
 
 
 @triton.jit
 def _norm(x, N, H, eps):
-    """Inverse root mean square of a token; channels outside the mask are 0 and add nothing."""
+    """Returns the inverse root mean square of a token; channels outside the mask are 0 and add nothing."""
     return tl.rsqrt(tl.sum(x * x) / (N * H) + eps)
 
 
 @triton.jit
 def _rotate(x, cos, sin, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Turns each pair of neighbouring channels: `(x0 * cos - x1 * sin, x0 * sin + x1 * cos)`."""
+    """Rotates each pair of neighbouring channels: `(x0 * cos - x1 * sin, x0 * sin + x1 * cos)`."""
     x0, x1 = tl.split(tl.reshape(x, (BLOCK_N, BLOCK_H // 2, 2)))
     return tl.reshape(tl.join(x0 * cos - x1 * sin, x0 * sin + x1 * cos), (BLOCK_N, BLOCK_H))
 
 
 @triton.jit
 def _norm_grad(dnormed, normed, rstd, weight, N, H):
-    """Gradient of `normed = x * rstd`, seen through `normed * weight`."""
+    """Returns the gradient of `x` from that of `normed * weight`, with `normed = x * rstd`."""
     dnormed = dnormed * weight
     return rstd * (dnormed - normed * (tl.sum(dnormed * normed) / (N * H)))
 
@@ -43,14 +43,14 @@ def _rms_norm_rope_fwd_kernel(
     query_b, query_l, query_d, key_b, key_l, key_d, cos_b, cos_l, cos_h, sin_b, sin_l, sin_h,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """`out = rotate(x * rstd * weight)` for query and key; `rstd` (B, L) is kept for backward. Grid: (B * L,)."""
+    """Computes `out = rotate(x * rstd * weight)` for query and key; saves `rstd` (B, L) for backward. Grid: (B * L,)."""
     token = tl.program_id(0).to(tl.int64)
     b, l = token // L, token % L
     n, h = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_H)[None, :]
     mask, d = (n < N) & (h < H), n * H + h  # [BLOCK_N, BLOCK_H]
     pair = 2 * tl.arange(0, BLOCK_H // 2)[None, :]  # [1, BLOCK_H / 2]
 
-    # Both loads before the first sum: neither has to wait for the other.
+    # All loads come before the first sum, so that no load waits for a sum.
     query = tl.load(query_ptr + b * query_b + l * query_l + d * query_d, mask=mask, other=0.0).to(tl.float32)
     key = tl.load(key_ptr + b * key_b + l * key_l + d * key_d, mask=mask, other=0.0).to(tl.float32)
     cos = tl.load(cos_ptr + b * cos_b + l * cos_l + pair * cos_h, mask=pair < H, other=0.0).to(tl.float32)
@@ -74,10 +74,11 @@ def _rms_norm_rope_bwd_kernel(
     grad_b, grad_l, grad_n, grad_h, x_b, x_l, x_d, cos_b, cos_l, cos_h, sin_b, sin_l, sin_h,
     WEIGHT_GRAD: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """With `n = x * rstd`, `g = rotate_back(grad)`: `dx = rstd * (g * weight - n * mean(g * weight * n))`,
-    `dweight = sum_t(g * n)`.
+    """Computes, with `n = x * rstd` and `g = rotate_back(grad)`:
 
-    Grid: (pieces of TOKENS tokens,). `dweight`: (pieces, N * H).
+    `dx = rstd * (g * weight - n * mean(g * weight * n))`, `dweight = sum_t(g * n)`.
+
+    Grid: (pieces of TOKENS tokens,). `dweight` has the shape (pieces, N * H).
     """
     pid = tl.program_id(0).to(tl.int64)
     n, h = tl.arange(0, BLOCK_N)[:, None], tl.arange(0, BLOCK_H)[None, :]
@@ -93,7 +94,7 @@ def _rms_norm_rope_bwd_kernel(
         cos = tl.load(cos_ptr + b * cos_b + l * cos_l + pair * cos_h, mask=pair < H, other=0.0).to(tl.float32)
         sin = tl.load(sin_ptr + b * sin_b + l * sin_l + (pair + 1) * sin_h, mask=pair < H, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + token)
-        # The inverse of a turn is the turn by the opposite angle.
+        # The inverse of a rotation is the rotation by the negative angle.
         grad = _rotate(grad, cos, -sin, BLOCK_N, BLOCK_H)
         normed = x * rstd
         dx = _norm_grad(grad, normed, rstd, weight, N, H)
@@ -106,12 +107,12 @@ def _rms_norm_rope_bwd_kernel(
 
 def _block(dim: int, head_dim: int) -> dict[str, int]:
     block_n, block_h = triton.next_power_of_2(dim // head_dim), triton.next_power_of_2(head_dim)
-    # 16 float32 values a thread of each tensor that is held.
+    # Each tensor in registers takes 16 float32 values per thread.
     return {"BLOCK_N": block_n, "BLOCK_H": block_h, "num_warps": max(1, min(16, block_n * block_h // 512))}
 
 
 def _angle_strides(angles: torch.Tensor) -> tuple[int, int, int]:
-    """Of sample, token and channel; those of one sample serve all."""
+    """Returns the strides of sample, token and channel; the sample stride is 0 if all samples share the angles."""
     sample, token, _, channel = angles.stride()
     return sample if angles.shape[0] > 1 else 0, token, channel
 
@@ -125,7 +126,7 @@ def _angle_strides(angles: torch.Tensor) -> tuple[int, int, int]:
 def _rms_norm_rope_op(query, key, query_weight, key_weight, cos, sin, eps):
     outputs = _rms_norm_rope_outputs(query, key, query_weight, key_weight, cos, sin, eps)
     (batch_size, length, dim), head_dim = query.shape, cos.shape[3]
-    # Triton launches on the current device, which in a model spread over several is not always that of the tensors.
+    # Triton launches on the current device, which may not be the tensors' device if a model is spread over several GPUs.
     with torch.cuda.device_of(query):
         _rms_norm_rope_fwd_kernel[(batch_size * length,)](
             query, key, query_weight, key_weight, cos, sin, *outputs,
@@ -198,10 +199,10 @@ def rms_norm_rope(
     sin: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[`reference.rms_norm_rope`] for float32, float16 and bfloat16. The angles get no gradient.
+    """Computes [`reference.rms_norm_rope`] for float32, float16 and bfloat16. The angles get no gradient.
 
-    Kept for backward: `query`, `key`, and an inverse root mean square per token of each.
+    `query`, `key`, and the inverse root mean square of each of their tokens are saved for the backward pass.
     """
-    # The kernels read the weights at consecutive addresses.
+    # The kernels read the weights as contiguous.
     query_weight, key_weight = query_weight.contiguous(), key_weight.contiguous()
     return _rms_norm_rope_op(query, key, query_weight, key_weight, cos, sin, eps)[:2]

@@ -16,6 +16,7 @@ from ..animate.anchor import FORMS, Anchor, encode_anchors, resolve_anchors
 from ..animate.conditioning import AnchorLatents, anchored_model_input, denormalize_latents
 from ..animate.decoding import decode_video
 from ..animate.fidelity import decode_anchored
+from ..animate.light_decoder import LightDecoder, check_light_decoder
 from ..animate.memory import decoder_bytes, free_bytes
 from ..animate.transformer_anchor_skyreels import WanNetwork, as_anchored
 from ..checks import Generators, check_finite, check_latents, check_number, check_size, stop_unless_finite
@@ -74,6 +75,8 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
     Components may also be given in other forms: a stock transformer; a text-to-image pipeline or its name as `composer`;
     `(model, tokenizer)`, a [`ChatEndpoint`] or the name of a chat model as `rewriter`. A name is a folder or a Hub repository.
 
+    The attribute `light_decoder` may be set to a [`LightDecoder`], which then decodes instead of the VAE. It is not saved.
+
     Raises:
         `ValueError`: a component does not fit.
     """
@@ -87,6 +90,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
     own_guidance_scale = 5.0
     default_call = WAN_CALL_DEFAULTS
     pipeline_shim = "from diffusers_fvg import FactorizedVideoPipeline  # noqa: F401\n"
+    light_decoder: LightDecoder | None = None
 
     @with_optional_components
     def __init__(
@@ -150,6 +154,10 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
                 f"The scheduler, a {type(self.scheduler).__name__}, has `prediction_type={config.prediction_type!r}`, but the "
                 "model predicts a flow: set `prediction_type='flow_prediction', use_flow_sigmas=True` if it supports them."
             )
+
+    def _check_own(self, request: VideoRequest) -> None:
+        if self.light_decoder is not None:
+            check_light_decoder(self.light_decoder, self.vae)
 
     def _check_size(self, height: int, width: int) -> None:
         config = self.transformer.config
@@ -363,13 +371,13 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
 
         `output_type="uint8"` returns a `np.ndarray` of shape `(B, F, H, W, 3)`, a quarter of the memory of `"np"`.
         """
-        check_latents(latents, (None, self.vae.config.z_dim, None, None, None))
-        latents = denormalize_latents(
-            latents.to(get_module_execution_device(self.vae), dtype=self.vae.dtype), self.vae
-        )
-        tile = decoder_bytes(self.vae, latents) > free_bytes(latents.device)
-        with exclusive(self.vae):
-            return decode_video(self.vae, latents, output_type, tile)
+        device = get_module_execution_device(self.vae)
+        vae = self.vae if self.light_decoder is None else self.light_decoder.to(device)
+        check_latents(latents, (None, vae.config.z_dim, None, None, None))
+        latents = denormalize_latents(latents.to(device, dtype=vae.dtype), vae)
+        tile = vae is self.vae and decoder_bytes(vae, latents) > free_bytes(device)
+        with exclusive(vae):
+            return decode_video(vae, latents, output_type, tile)
 
     # -- all of it ----------------------------------------------------------------------------------------------------
 

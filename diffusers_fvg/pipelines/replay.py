@@ -162,7 +162,7 @@ def differences(pipe: FactorizedStages, record: Mapping[str, Any]) -> list[str]:
     there["composer"] = (record.get("composer") or {}) if _is_drawn(record) else {}
     here["composer"] = (composer_call(pipe, record) or {}) if there["composer"] else {}
     found = []
-    for key in ("model", "model_kind", "revision", "frame_rate", "device", "vae_tiling"):
+    for key in ("model", "model_kind", "revision", "frame_rate", "device", "vae_tiling", "light_decoder"):
         if there.get(key) != here[key]:
             found.append(f"{key} {there.get(key)!r}, here {here[key]!r}")
     for key in (
@@ -469,5 +469,6 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "adapter_hashes": _named(_named(_matches("[0-9a-f]{16}"))),
     **dict.fromkeys(("dtypes", "quantization"), _named(_matches(r"[\w-]{1,40}"))),
     "vae_tiling": lambda value: isinstance(value, bool),
+    "light_decoder": _matches(r"[\w.-]{1,40}"),
     "device": _WORD,
 }

@@ -1,13 +1,17 @@
-"""`--quantize` and `--compile` through the command line: what the record says, what is made, and what is refused."""
+"""`--quantize`, `--compile` and `--light-decoder` through the command line: what the record says, what is made, and what is
+refused."""
 
 import importlib.util
 
 import numpy as np
 import PIL.Image
 import pytest
+import torch
+from safetensors.torch import save_file
 from tiny import tiny_pipeline, tiny_transformer
 from tiny_animators import tiny_animator
 
+from diffusers_fvg import LightDecoder
 from diffusers_fvg.cli import main
 from diffusers_fvg.media import read_video, read_video_metadata
 
@@ -58,6 +62,26 @@ def test_weights_in_fewer_bits(model, kind, told, folder, capsys):
     again += ["--image", str(folder / "a.png"), "--device", "cpu", "--overwrite", "--output", str(folder / "b.mp4")]
     assert main(again) == 0, capsys.readouterr().err
     np.testing.assert_array_equal(read_video(folder / "b.mp4")[0], frames)
+
+
+def test_a_light_decoder(folder, capsys):
+    name = str(folder / "taew2_1.safetensors")
+    torch.manual_seed(0)
+    save_file(LightDecoder("taew2_1").half().state_dict(), name)
+    assert generate(folder, "wan", "--light-decoder", name) == 0, capsys.readouterr().err
+    frames, record = made(folder)
+    assert record["light_decoder"] == "taew2_1" and frames.shape == (9, 384, 384, 3)
+    # A preview is made again with the VAE.
+    again = ["generate", "--from", str(folder / "a.mp4"), "--model", str(folder / "wan"), "--quiet"]
+    again += ["--image", str(folder / "a.png"), "--device", "cpu", "--overwrite", "--output", str(folder / "b.mp4")]
+    assert main(again) == 0, capsys.readouterr().err
+    assert read_video_metadata(folder / "b.mp4")["light_decoder"] is None
+    assert np.abs(read_video(folder / "b.mp4")[0] - frames).mean() > 3
+    # An image-to-video pipeline decodes itself, and the embedded model has a VAE of its own.
+    assert generate(folder, "i2v", "--light-decoder", name) == 2
+    assert main(["generate", "a red circle", "--light-decoder", "org/light", "--output", str(folder / "c.mp4")]) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("does not fit the model: taew2_1 is for Wan 2.1") == 2, errors
 
 
 def test_four_bits_are_refused_without_an_accelerator(folder, capsys, monkeypatch):

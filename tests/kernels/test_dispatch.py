@@ -1,7 +1,6 @@
 import hashlib
 import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -41,12 +40,9 @@ def test_a_gpu_takes_triton_where_it_was_tested(choice, dtype, calls, reference_
 
 
 def test_auto_takes_the_kernels_where_their_tests_passed(monkeypatch, tmp_path):
-    """A stand-in for GPUs: what is asked of torch about them. The files of kernels are known by their content."""
+    """A stand-in for GPUs: what is asked of torch about them."""
     probe = dispatch._tested_probe.__wrapped__
     cuda = torch.device("cuda", 0)
-    for source in dispatch.SOURCES:
-        content = (Path(dispatch.__file__).parent / f"{source}.py").read_bytes()
-        assert dispatch.source_digest(source) == hashlib.sha256(content).hexdigest()[:16]
     table = {"9.0": {"sources": {"triton_rope": dispatch.source_digest("triton_rope"), "triton_norm": "0" * 16}}}
     monkeypatch.setattr(dispatch, "TESTED_GPUS", tmp_path / "tested_gpus.json")
     dispatch.TESTED_GPUS.write_text(json.dumps(table))
@@ -64,6 +60,45 @@ def test_auto_takes_the_kernels_where_their_tests_passed(monkeypatch, tmp_path):
     with kernels.use_kernels("auto"):
         text = dispatch.kernel_report(cuda)
     assert text.startswith("Triton (FVG_KERNELS=auto), without triton_attention: ") and "triton_rope" not in text
+
+
+KERNEL = '''"""Sums."""
+@jit
+def kernel(x, N=None):
+    """Returns the sum."""
+    return x + N * 2.0  # of one row
+'''
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "is_same"),
+    [
+        ("Sums.", "Adds up.", True),
+        ('''    """Returns the sum."""\n''', "", True),
+        ("  # of one row", "", True),
+        ("x + N * 2.0", "(\n        x + N * 2.0\n    )", True),
+        ("+", "-", False),
+        ("2.0", "2.5", False),
+        ("2.0", "2", False),
+        ("None", "0", False),
+        ("@jit\n", "", False),
+        ("x + N", "N + x", False),
+    ],
+)
+def test_the_digest_of_a_kernel_is_that_of_its_code(before, after, is_same):
+    assert before in KERNEL
+    digests = [dispatch.code_digest(text) for text in (KERNEL, KERNEL.replace(before, after))]
+    assert (digests[0] == digests[1]) == is_same
+
+
+def test_the_digest_is_the_same_in_every_version_of_python():
+    """The digest is that of the tree in Python's grammar, without the fields that newer versions add."""
+    arguments = "args=arguments(args=[arg(arg='x'), arg(arg='N')], defaults=[Constant()])"
+    product = "BinOp(left=Name(id='N', ctx=Load()), op=Mult(), right=Constant(value=2.0))"
+    body = f"body=[Return(value=BinOp(left=Name(id='x', ctx=Load()), op=Add(), right={product}))]"
+    decorators = "decorator_list=[Name(id='jit', ctx=Load())]"
+    tree = f"Module(body=[FunctionDef(name='kernel', {arguments}, {body}, {decorators})])"
+    assert dispatch.code_digest(KERNEL) == hashlib.sha256(tree.encode()).hexdigest()[:16]
 
 
 def test_triton_on_a_cpu_says_why_not():
