@@ -139,9 +139,19 @@ def test_script_runs_at_tiny_size(script, arguments, tmp_path, monkeypatch, caps
     assert report["runs"] and all(run.keys() == report["runs"][0].keys() for run in report["runs"])
 
 
-def test_gpu_run_at_tiny_size(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_gpu_run_at_tiny_size(compiles, tmp_path, monkeypatch, capsys):
     """Each step writes its report; a step that fails or is late does not stop the run or lose earlier reports."""
     import gpu_run
+
+    compiled, compile_blocks = [], gpu_run.Run.compile
+
+    def compile_or_not(run, model):
+        compiled.append(type(model).__name__)
+        if compiles:
+            compile_blocks(run, model)
+
+    monkeypatch.setattr(gpu_run.Run, "compile", compile_or_not)
 
     def late(run):
         time.sleep(5)
@@ -160,6 +170,8 @@ def test_gpu_run_at_tiny_size(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_run, "STEPS", chosen)
     monkeypatch.setattr(sys, "argv", ["gpu_run", "--size", "tiny", "--device", "cpu", "--output", str(tmp_path)])
     gpu_run.main()
+    # Stock's and ours.
+    assert set(compiled) == {"WanTransformer3DModel", "AnchorConditionedTransformer3D"}
     text = capsys.readouterr().out
     assert "late: stopped at its limit" in text and "failing: RuntimeError: no such kernel after" in text
     assert "too_long: skipped" in text

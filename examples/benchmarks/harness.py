@@ -109,7 +109,7 @@ def _shapes_size() -> Size:
 SIZES = {
     "tiny": Size(
         MODELS["Wan2.2-TI2V-5B"].transformer_config
-        | {"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 64, "text_dim": 32, "num_layers": 2},
+        | {"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 64, "text_dim": 32, "num_layers": 1},
         latent_frames=3,
         latent_height=8,
         latent_width=8,

@@ -70,8 +70,8 @@ def test_every_output_type_is_that_of_the_whole_decode(name, tiled, num_latents)
     vae.decoder.conv_out.weight.data *= 20
     if tiled:
         with_tiles(vae)
-    # 9 and 7 latents: the last tiles of rows and columns are smaller than the others, one of them all overlap.
-    latents = draw_latents(vae, 2, num_latents, 9 if tiled else 3, 7 if tiled else 2)
+    # 6 and 7 latents: the last tiles of rows and columns are smaller than the others, one of them all overlap.
+    latents = draw_latents(vae, 2, num_latents, 6 if tiled else 3, 7 if tiled else 2)
     whole = stock(vae, latents)
     assert (whole.abs() == 1).any() and (whole.abs() < 1).any()
     processor = VideoProcessor()
@@ -149,15 +149,16 @@ def test_streaming_takes_memory_that_does_not_grow_with_the_video():
     short, long = (draw_latents(vae, 1, num_latents, 2, 2) for num_latents in (3, 24))
     float_video = 93 * 3 * 16 * 16 * 4
     assert peak(vae, long, stock) > float_video
+    streamed = peak(vae, long, stream)
     # What grows is the latents themselves, 16 channels of 1/64 of the pixels.
-    assert peak(vae, long, stream) - peak(vae, short, stream) < 0.1 * float_video
-    assert peak(vae, long, stream) < 0.5 * float_video
+    assert streamed - peak(vae, short, stream) < 0.1 * float_video
+    assert streamed < 0.5 * float_video
 
 
 def test_tiles_hold_one_float_tile_and_no_float_video():
     vae = with_tiles(tiny_vae())
     # 9 tiles. Stock holds all of them, twice for a moment; here it is one, twice, and edges of a third of it.
-    latents = draw_latents(vae, 1, 6, 7, 7)
+    latents = draw_latents(vae, 1, 4, 7, 7)
     assert peak(vae, latents, stream) < 0.4 * peak(vae, latents, stock)
 
 

@@ -215,7 +215,7 @@ def test_the_report_runs_and_continues(tmp_path, monkeypatch):
     """On a pipeline of random weights: every arm of every set, then from the records alone."""
     pipe = tiny_pipeline(call_defaults={"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 16})
     pipe.set_progress_bar_config(disable=True)
-    monkeypatch.setattr(study, "unseen_changes", lambda: scenes("dynamic_attr", 2))
+    monkeypatch.setattr(study, "unseen_changes", lambda: scenes("dynamic_attr", 1))
     options = {"per_category": 1, "seeds": 1, "steps": (1,), "batch_size": 8}
     text = study.write_storyboard_report(pipe, tmp_path, **options)
     assert text.startswith("All numbers are synthetic") and text.count("synthetic") >= 4
