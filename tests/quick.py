@@ -20,15 +20,14 @@ VIDEO_STEPS = 3
 NUM_LAYERS = 2
 
 
-def quick(pipe, num_frames: int | None = None):
+def quick(pipe, **size: int):
     """Changes and returns the pipeline: two steps for a picture, at most two pictures for the judge, and no progress bars.
 
-    With `num_frames`, its videos have that many frames.
+    `size` replaces values of its `num_frames`, `height` and `width`.
     """
     pipe.set_progress_bar_config(disable=True)
     pipe.composer.call_defaults["num_inference_steps"] = COMPOSER_STEPS
-    if num_frames is not None:
-        pipe.register_to_config(call_defaults=pipe.call_defaults | {"num_frames": num_frames})
+    pipe.register_to_config(call_defaults=pipe.call_defaults | size)
     if pipe.anchor_judge is not None:
         pipe.register_to_config(call_defaults=pipe.call_defaults | {"composer_num_candidates": NUM_CANDIDATES})
     return pipe

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -125,7 +126,9 @@ def test_bars_and_cells():
     ],
 )
 def test_script_runs_at_tiny_size(script, arguments, tmp_path, monkeypatch, capsys):
-    output = tmp_path / "report.json"
+    output, shapes = tmp_path / "report.json", SIZES["shapes"]
+    small = replace(shapes, config=shapes.config | {"num_layers": 1}, latent_frames=2)
+    monkeypatch.setitem(SIZES, "shapes", small)
     options = ["--size", "tiny", "--device", "cpu", "--repeats", "1", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", [script, *options, *arguments])
     importlib.import_module(f"benchmark_{script}").main()

@@ -52,7 +52,7 @@ def test_a_video_takes_seconds_and_repeats(pipe):
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: f"{task.name} {task.captions}")
 def test_rewriter_on_held_out_prompts(pipe, task):
-    scores = list(held_out_score(pipe.rewriter, per_category=8, task=task).values())
+    scores = list(held_out_score(pipe.rewriter, per_category=4, task=task).values())
     assert np.mean(scores) >= 0.95, scores
 
 
@@ -64,7 +64,7 @@ TWO_OBJECTS = ("consistent_attr", "interaction")
 @pytest.fixture(scope="module")
 def records(pipe):
     """Scores of videos of all three stages, made in one batch."""
-    scenes = held_out_scenes(4, categories=TWO_OBJECTS)
+    scenes = held_out_scenes(3, categories=TWO_OBJECTS)
     for category, word in SINGLE_OBJECT.items():
         found = held_out_scenes(40, categories=(category,))
         scenes += [scene for scene in found if word in scene.prompt and len(scene.objects) == 1][:3]
@@ -80,7 +80,7 @@ def test_single_object_prompts_come_out_right(records, category):
 @pytest.mark.parametrize("category", TWO_OBJECTS)
 def test_two_objects_keep_their_own_colours_and_shapes(records, category):
     scores = [record["score"] for record in records if record["category"] == category]
-    assert len(scores) == 4 and np.mean(scores) > 0.8, scores
+    assert len(scores) == 3 and np.mean(scores) > 0.8, scores
 
 
 def test_the_anchor_is_kept(records):

@@ -9,8 +9,8 @@ from diffusers_fvg.shapes.summary import MOTION_CATEGORIES
 
 @pytest.fixture(scope="module")
 def pipe():
-    """The embedded model with few steps, and videos of 5 frames, which are two latent frames."""
-    return quick(load_embedded(), num_frames=5)
+    """The embedded model with few steps, and videos of 5 small frames, which are two latent frames."""
+    return quick(load_embedded(), num_frames=5, height=32, width=32)
 
 
 @pytest.fixture

@@ -82,6 +82,9 @@ def test_designs_are_found_by_how_long_they_were_trained(tmp_path):
 
 
 def test_every_part_trains_and_one_call_continues(tmp_path, monkeypatch):
+    draw = dreamer_image.training_frames
+    monkeypatch.setattr(dreamer_image, "training_frames", lambda rng, num_scenes, per_scene: draw(rng, 3, per_scene))
+    monkeypatch.setattr(dreamer_image, "CATEGORIES", ("motion_binding",))
     parts = {
         "vae": Part(partial(dreamer_image.train_vae, steps=1)),
         "decoder": Part(

@@ -356,7 +356,7 @@ def test_quick_evaluation_equals_a_call(pipe):
 
     scene = held_out_scenes(1, categories=("motion_binding",))[0]
     record = evaluate(pipe, [scene], arms=("true_anchor",), seed=2, num_inference_steps=3)[0]
-    image = PIL.Image.fromarray(render(scene.objects)[0])
+    image = PIL.Image.fromarray(render(scene.objects, 1, 32, 32)[0])
     call = {"num_inference_steps": 3, "output_type": "np"}
     output = pipe(scene.prompt, image=image, generator=torch.Generator().manual_seed(2000), **call)
     frames = np.round(output.frames[0] * 255).astype(np.uint8)
