@@ -112,7 +112,7 @@ class HubServer:
 
     def __enter__(self) -> "HubServer":
         handler = type("Handler", (Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.server = Server(("127.0.0.1", 0), handler)
         self.endpoint, self.storage = (
             f"http://{host}:{self.server.server_port}" for host in ("127.0.0.1", "localhost")
         )
@@ -181,11 +181,13 @@ class HubServer:
 
     def _store(self, data: bytes, lfs: bool) -> StoredFile:
         sha256 = hashlib.sha256(data).hexdigest()
-        (self.folder / sha256).write_bytes(data)
-        return self._stored(sha256, lfs)
+        if not (self.folder / sha256).exists():
+            (self.folder / sha256).write_bytes(data)
+        return self._stored(sha256, lfs, data)
 
-    def _stored(self, sha256: str, lfs: bool) -> StoredFile:
-        data = (self.folder / sha256).read_bytes()
+    def _stored(self, sha256: str, lfs: bool, data: bytes | None = None) -> StoredFile:
+        if data is None:
+            data = (self.folder / sha256).read_bytes()
         pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(data)}\n".encode()
         blob = pointer if lfs else data
         return StoredFile(sha256, len(data), hashlib.sha1(b"blob %d\0" % len(blob) + blob).hexdigest(), lfs)
@@ -338,6 +340,11 @@ class HubServer:
             headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
             return 206, data[start : end + 1], headers
         return 200, data, headers
+
+
+class Server(ThreadingHTTPServer):
+    # The client opens eight connections at once. The kernel drops those above the default of 5, which costs a second each.
+    request_queue_size = 128
 
 
 def _wait(seconds: float) -> None:

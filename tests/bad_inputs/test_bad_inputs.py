@@ -6,6 +6,7 @@ import pytest
 import torch
 from bad_rows import CLASSES, Row, Shared, outcome
 from count_rows import all_rows
+from quick import embedded_at
 
 
 ROWS = all_rows()
@@ -14,10 +15,11 @@ EXCEPTIONS: dict[str, str] = {}
 
 
 @pytest.fixture(scope="module")
-def shared():
-    shared = Shared()
-    shared.load()
-    return shared
+def shared(quick_folder):
+    with embedded_at(quick_folder):
+        shared = Shared()
+        shared.load()
+        yield shared
 
 
 def test_the_table_is_large_and_each_row_has_a_name_of_its_own():

@@ -1,18 +1,16 @@
 """Hostile repositories, each loaded under watch: none runs code, reads a variable, or reaches an address but the Hub's."""
 
 import os
-import shutil
 import sys
 import traceback
-from pathlib import Path
 
 import pytest
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from hostile import VARIABLE, Site, traps
+from quick import embedded_at
 
 from diffusers_fvg import load_embedded
-from diffusers_fvg.embedded import EMBEDDED_FOLDER
 
 
 TRAPS = list(traps())
@@ -56,16 +54,18 @@ def watch():
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory):
+def sound(quick_folder):
     """The embedded model's repository, on the file system of the tests' folders."""
-    return Path(shutil.copytree(EMBEDDED_FOLDER, tmp_path_factory.mktemp("sound") / "repository"))
+    return quick_folder
 
 
 @pytest.fixture(scope="module")
-def parts():
+def parts(quick_folder):
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    yield load_embedded().components
+    with embedded_at(quick_folder):
+        parts = load_embedded().components
+    yield parts
     if shown:
         logging.enable_progress_bar()
 

@@ -12,24 +12,15 @@ from diffusers_fvg.lora.anchor_lora import AnchorLora
 
 
 STAGES = ("rewriter", "composer", "text_encoder", "vae", "transformer")
-CHECK = """
+CHECKED = """
 import torch
-assert type(pipe).__name__ == "FactorizedVideoPipeline", type(pipe)
-assert pipe.transformer.dtype == pipe.composer.dtype == pipe.rewriter.dtype == torch.bfloat16
-print("loaded", pipe.composer.call_defaults["num_frames"])
-"""
-IMPORTED = """
-import sys, diffusers_fvg
-assert "diffusers" not in sys.modules
-import torch
-from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained({repo!r}, dtype=torch.bfloat16)
-"""
-NOT_IMPORTED = """
-import sys, torch
-from diffusers import DiffusionPipeline
-assert "diffusers_fvg" not in sys.modules
-pipe = DiffusionPipeline.from_pretrained({repo!r}, custom_pipeline={repo!r}, trust_remote_code=True, dtype=torch.bfloat16)
+
+def load(*arguments, **options):
+    from diffusers import DiffusionPipeline
+    pipe = DiffusionPipeline.from_pretrained(*arguments, dtype=torch.bfloat16, **options)
+    assert type(pipe).__name__ == "FactorizedVideoPipeline", type(pipe)
+    assert pipe.transformer.dtype == pipe.composer.dtype == pipe.rewriter.dtype == torch.bfloat16
+    print("loaded", pipe.composer.call_defaults["num_frames"])
 """
 
 
@@ -143,45 +134,58 @@ def test_stock_diffusers_reads_the_scheduler_configs(bundled):
     assert list(SchedulerPresets.from_pretrained(bundled / "schedulers")) == ["anchored-15", "full-50"]
 
 
-def test_folder_in_a_fresh_process_that_imports_the_package(bundled, run_python):
-    # diffusers' automatic pipelines import the pipelines of every family, which takes seconds: they are left unread.
-    code = """
-import diffusers
+def test_the_package_alone_imports_neither_torch_nor_diffusers(run_python):
+    code = "import sys, diffusers_fvg; print(sorted({'torch', 'diffusers'} & set(sys.modules)))"
+    assert run_python(code, new_interpreter=True) == "[]\n"
+
+
+def test_a_fresh_process_that_imports_the_package(hub, pushed, bundled, run_python):
+    """From a folder, from the Hub, and from its cache in another process that is offline."""
+    code = f"""
+import sys, diffusers_fvg
+assert "diffusers" not in sys.modules
+{CHECKED}
+load({str(bundled)!r})
+# diffusers' automatic pipelines import the pipelines of every family, which takes seconds: they are left unread.
 print("auto", "diffusers.pipelines.auto_pipeline" in sys.modules)
+import diffusers
 assert diffusers.FactorizedVideoPipeline is diffusers_fvg.FactorizedVideoPipeline
+load({pushed!r})
 """
-    light = "import sys, diffusers_fvg\nassert 'torch' not in sys.modules\n"
-    out = run_python(light + IMPORTED.format(repo=str(bundled)) + CHECK + code, new_interpreter=True)
-    assert "loaded 1" in out and "auto False" in out
-
-
-def test_folder_in_a_fresh_process_that_does_not(bundled, run_python):
-    assert "loaded 1" in run_python(NOT_IMPORTED.format(repo=str(bundled)) + CHECK)
-
-
-def test_hub_in_a_fresh_process_and_offline_afterwards(hub, pushed, bundled, run_python):
-    assert "loaded 1" in run_python(IMPORTED.format(repo=pushed) + CHECK)
+    assert run_python(code).splitlines() == ["loaded 1", "auto False", "loaded 1"]
     named = {str(p.relative_to(bundled)) for p in bundled.rglob("*") if p.is_file()}
     # Fewer than are named: the client fetches equal files, such as a shared text encoder, once.
-    assert hub.downloaded(pushed) <= named
+    assert hub.downloaded(pushed) and hub.downloaded(pushed) <= named
     hub.stop()
-    assert "loaded 1" in run_python(IMPORTED.format(repo=pushed) + CHECK, HF_HUB_OFFLINE="1")
+    offline = run_python(f"import diffusers_fvg\n{CHECKED}\nload({pushed!r})", HF_HUB_OFFLINE="1")
+    assert offline == "loaded 1\n"
 
 
-def test_hub_in_a_fresh_process_without_import(pushed, run_python):
-    # Once only: offline, diffusers asks the Hub for the commit of a custom pipeline all the same.
-    assert "loaded 1" in run_python(NOT_IMPORTED.format(repo=pushed) + CHECK)
+def test_a_fresh_process_that_does_not(pushed, bundled, run_python):
+    """Each source in a process of its own, forked from one that has imported diffusers.
 
-
-def test_hub_without_import_needs_one_of_the_two_forms(pushed, run_python):
-    code = f"""
-    from diffusers import DiffusionPipeline
-    try:
-        DiffusionPipeline.from_pretrained({pushed!r}, trust_remote_code=True)
-    except AttributeError as error:
-        print(error)
+    The Hub's once only: offline, diffusers asks it for the commit of a custom pipeline all the same.
     """
-    assert "no attribute FactorizedVideoPipeline" in run_python(code)
+    code = f"""
+import os, sys
+import diffusers.pipelines.wan, peft
+from transformers import LlamaForCausalLM, UMT5EncoderModel
+{CHECKED}
+for source in ({str(bundled)!r}, {pushed!r}):
+    child = os.fork()
+    if child == 0:
+        assert "diffusers_fvg" not in sys.modules
+        load(source, custom_pipeline=source, trust_remote_code=True)
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, source
+try:
+    load({pushed!r}, trust_remote_code=True)
+except AttributeError as error:
+    print("one of the two forms is needed:", error)
+"""
+    loaded, again, refused = run_python(code).splitlines()
+    assert loaded == again == "loaded 1" and "no attribute FactorizedVideoPipeline" in refused
 
 
 def test_push_to_hub_makes_a_repository_that_loads(hub, bundled, tmp_path):
@@ -193,10 +197,12 @@ def test_push_to_hub_makes_a_repository_that_loads(hub, bundled, tmp_path):
 
 
 def test_any_module_can_be_imported_first_or_after_diffusers(run_python):
-    """Each in a process of its own, forked from one that has imported what diffusers and the package import of others."""
+    """Each in a process of its own, forked from one that has imported what diffusers and the package import of others.
+
+    The first process, in which diffusers comes first, tells what that is.
+    """
     code = """
-    import importlib, os, traceback, torch, peft
-    from transformers import CLIPTextModel, LlamaForCausalLM, UMT5EncoderModel
+    import contextlib, importlib, os, sys, traceback, torch, peft
 
     def imports(names):
         for name in names:
@@ -209,16 +215,26 @@ def test_any_module_can_be_imported_first_or_after_diffusers(run_python):
         "rewrite.rewriter compose.composer animate.transformer_anchor pipelines.pipeline_factorized_video animate.anchor "
         "loading.safety lora.anchor_lora"
     )
+    read, write = os.pipe()
     for names in (["diffusers"], *(["diffusers_fvg." + module] for module in modules.split())):
         child = os.fork()
         if child == 0:
             try:
                 imports(names)
+                if names == ["diffusers"]:
+                    os.write(write, " ".join(sys.modules).encode())
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
             os._exit(0)
+        if names == ["diffusers"]:
+            os.close(write)
+            for name in os.fdopen(read).read().split():
+                if not name.startswith("diffusers"):
+                    with contextlib.suppress(ImportError):
+                        importlib.import_module(name)
         assert os.waitpid(child, 0)[1] == 0, names
+        assert "diffusers" not in sys.modules
     print("ok")
     """
     assert "ok" in run_python(code)

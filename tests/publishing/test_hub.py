@@ -19,9 +19,25 @@ from huggingface_hub.errors import (
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from tiny import tiny_composer, tiny_pipeline, tiny_rewriter, tiny_transformer, tiny_vae, tiny_wan_components
+from tiny import (
+    TRANSFORMER_CONFIG,
+    tiny_composer,
+    tiny_pipeline,
+    tiny_rewriter,
+    tiny_transformer,
+    tiny_vae,
+    tiny_wan_components,
+)
 
-from diffusers_fvg import AnchorLora, FactorizedVideoPipeline, HubReference, assemble, load_lora, push
+from diffusers_fvg import (
+    AnchorConditionedTransformer3D,
+    AnchorLora,
+    FactorizedVideoPipeline,
+    HubReference,
+    assemble,
+    load_lora,
+    push,
+)
 from diffusers_fvg.cli import main
 from diffusers_fvg.publishing.parts import PARTS_NAME
 
@@ -592,7 +608,9 @@ def test_no_key_and_no_local_path_is_pushed(hub, saved, secret, monkeypatch):
 def test_peak_memory_of_loading_is_the_weights(run_python, tmp_path):
     """A process's peak resident memory while it loads, with the file's own pages in it, against the weights on disk."""
     config = {"num_attention_heads": 12, "attention_head_dim": 64, "ffn_dim": 3072, "num_layers": 8}
-    transformer = tiny_transformer(anchored=True, **config).to(torch.bfloat16)
+    with torch.device("meta"):
+        transformer = AnchorConditionedTransformer3D(**TRANSFORMER_CONFIG | config)
+    transformer = transformer.to(torch.bfloat16).to_empty(device="cpu")
     tiny_pipeline(rewriter=None, composer=None, transformer=transformer).save_pretrained(tmp_path / "big")
     tiny_pipeline(rewriter=None, composer=None).save_pretrained(tmp_path / "small")
     code = f"""
