@@ -193,7 +193,7 @@ def test_gpu_run_at_tiny_size(compiles, tmp_path, monkeypatch, capsys):
         assert plain["relative difference"] is None
         assert all(1e-3 < row["relative difference"] < 1 / 16 for row in quantized[:2])
     # Times at these sizes mean nothing and decide no target; 50 steps of stock diffusers are extrapolated from two.
-    guided, alone, stock = reports["pipeline"]["runs"]
+    guided, alone, light, stock = reports["pipeline"]["runs"]
     assert all(
         found["met"] is None
         for name in ("steps", "pipeline", "fast_pipeline", "stages")
@@ -202,7 +202,8 @@ def test_gpu_run_at_tiny_size(compiles, tmp_path, monkeypatch, capsys):
     fast = reports["fast_pipeline"]["runs"]
     assert "fastwan-3" in fast[2]["video"] and fast[2]["denoise"] < fast[0]["denoise"]
     assert all(run["seconds"] >= run["denoise"] + run["decode"] for run in (guided, alone, stock))
-    assert all(run["decode"] > 0 for run in (guided, alone, stock)) and len(reports["decode"]["runs"]) == 5
+    assert all(run["decode"] > 0 for run in (guided, alone, stock, light)) and len(reports["decode"]["runs"]) == 7
+    assert light["seconds"] - light["decode"] == pytest.approx(guided["seconds"] - guided["decode"])
     with pytest.raises(SystemExit):
         monkeypatch.setattr(sys, "argv", ["gpu_run", "--only", "nothing"])
         gpu_run.main()

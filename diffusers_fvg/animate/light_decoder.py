@@ -47,10 +47,15 @@ class LightDecoder(nn.Module):
 
     Args:
         name (`str`): `"taew2_1"` (16 latent channels) or `"taew2_2"` (48 latent channels).
+
+    Raises:
+        `ValueError`: `name` is another one.
     """
 
     def __init__(self, name: str):
         super().__init__()
+        if name not in FILES:
+            raise ValueError(f"`name` is {name!r}: use taew2_1 or taew2_2. {USES}.")
         channels, self.patch_size = FILES[name]
         statistics = {"latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
         self.config = SimpleNamespace(name=name, z_dim=channels, **statistics)
@@ -90,6 +95,7 @@ class LightDecoder(nn.Module):
         path = _find(source, weight_name, revision, token)
         name = next((name for name in FILES if path.name.startswith(name)), None)
         if name is None:
+            # lighttaew2_*: `need_scaled` in https://github.com/ModelTC/LightX2V.
             raise ValueError(
                 f"{path} is not a light decoder of Wan: the name must begin with taew2_1 or taew2_2 ({USES}). The files of other "
                 "models (taehv, taecvx) have the same weights by name and shape, and lighttaew2_1 and lighttaew2_2 need latents "
@@ -103,7 +109,9 @@ class LightDecoder(nn.Module):
         wrong = [key for key in keys if _shape(needed.get(key)) != _shape(found.get(key))]
         if wrong:
             told = "; ".join(f"{key}: {_shape(found.get(key))}, not {_shape(needed.get(key))}" for key in wrong[:3])
-            raise ValueError(f"{path} does not have the weights of {name}. {told}. Download the published file again.")
+            raise ValueError(
+                f"{path} does not have the weights of {name}. {told}. Use the published file; taew2_2_super is another network."
+            )
         decoder.load_state_dict({key: value.to(dtype) for key, value in found.items()}, assign=True)
         return decoder.eval().requires_grad_(False)
 

@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_pipeline import TINY_VAE
 from benchmark_pipeline import random as random_pipelines
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from gpu_decode import decode, light_decoder
 from gpu_stages import stages
 from gpu_switches import fast_pipeline, fp8, lora
 from harness import (
@@ -51,11 +51,9 @@ from harness import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_fvg import kernels
-from diffusers_fvg.animate import decoding
 from diffusers_fvg.animate.attention import NATIVE, choose_backend
 from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
 from diffusers_fvg.kernels import attention, dispatch
-from diffusers_fvg.pipelines.profiles import WAN_VAES
 
 
 HERE = Path(__file__).parent
@@ -295,56 +293,11 @@ def steps(run: Run) -> None:
     run.report("steps", "a forward", rows, bars, PFLOP=flops / 1e15)
 
 
-def decode(run: Run) -> None:
-    """Times variants of the VAE's decoder on 5 latent frames, and extrapolates to the whole clip."""
-    channels = run.size.config["in_channels"]
-    config = WAN_VAES[channels] | (TINY_VAE if run.name == "tiny" else {})
-    with torch.device(run.device):
-        vae = AutoencoderKLWan(**config | {"latents_mean": [0.0] * channels, "latents_std": [1.0] * channels})
-    vae = vae.eval().to(run.size.dtype)
-    shape = (1, channels, 5, run.size.latent_height, run.size.latent_width)
-    latents, rows = torch.randn(shape, device=run.device, dtype=run.size.dtype), []
-
-    def add(name: str, choice: str = "reference") -> None:
-        def call(count: int) -> None:
-            with kernels.use_kernels(choice):
-                list(decoding.decode_chunks(vae, latents[:, :, :count], decoding.to_uint8))
-
-        whole, first = (run.seconds(partial(call, count), 2) for count in (5, 1))
-        each = (whole - first) / 4
-        rows.append(
-            {"decoder": name, "a latent frame": each, "whole clip": first + each * (run.size.latent_frames - 1)}
-        )
-
-    with torch.no_grad():
-        add("as it is")
-        add("norm and SiLU in one pass", run.kernels)
-        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-            add("convolutions chosen by trying")
-            add("both", run.kernels)
-            lay_out(vae.decoder, torch.channels_last, torch.channels_last_3d)
-            add("both, channels_last_3d", run.kernels)
-            lay_out(vae.decoder, torch.contiguous_format, torch.contiguous_format)
-        if run.on_gpu:
-            for block in (vae.decoder.mid_block, *vae.decoder.up_blocks):
-                block.compile()
-            add("blocks compiled")
-    run.report("decode", "decoding", rows)
-
-
-def lay_out(model: torch.nn.Module, of_2d: torch.memory_format, of_3d: torch.memory_format) -> None:
-    """Converts the weights of convolutions to these memory formats; their outputs then have the same formats."""
-    for module in model.modules():
-        if isinstance(module, (torch.nn.Conv2d, torch.nn.Conv3d)):
-            memory_format = of_3d if isinstance(module, torch.nn.Conv3d) else of_2d
-            module.weight.data = module.weight.data.contiguous(memory_format=memory_format)
-
-
 @torch.no_grad()
 def pipeline(run: Run) -> None:
     """Times a video of 15 steps, guided and unguided, against one of 50 stock steps, which is extrapolated from two steps.
 
-    Both are decoded. Stages 1 and 2 and the text encoder are left out.
+    All are decoded, the guided one also with the light decoder. Stages 1 and 2 and the text encoder are left out.
     """
     ours, stock, our_call, stock_call = random_pipelines(run.size, run.device)
     for pipe in (ours, stock):
@@ -365,6 +318,10 @@ def pipeline(run: Run) -> None:
         {"video": name, "seconds": sum(t.values()), "denoise": t["denoise"], "decode": t["decode"]}
         for name, t in found.items()
     ]
+    ours.light_decoder = light_decoder(run)
+    light = run.seconds(lambda: ours.decode(latents, "uint8"), 1)
+    rest = rows[0]["seconds"] - rows[0]["decode"]
+    rows.append(rows[0] | {"video": "15 steps, guided, light decoder", "seconds": rest + light, "decode": light})
     denoise = run.stock_denoise(stock, stock_call, guidance)
     rows.append(
         {"video": "stock, 50 steps, extrapolated", "seconds": denoise + decode, "denoise": denoise, "decode": decode}
@@ -374,19 +331,25 @@ def pipeline(run: Run) -> None:
         bar(
             "time of a video, ours with 15 steps / stock with 50",
             0.3,
-            timed and rows[0]["seconds"] / rows[2]["seconds"],
+            timed and rows[0]["seconds"] / rows[-1]["seconds"],
             needs=needs,
         ),
         bar(
             "time of a video, ours with 15 forwards / stock with 100",
             0.15,
-            timed and rows[1]["seconds"] / rows[2]["seconds"],
+            timed and rows[1]["seconds"] / rows[-1]["seconds"],
             needs=needs,
         ),
         bar(
             "time of decoding / time of a video with 15 steps",
             0.15,
             timed and rows[0]["decode"] / rows[0]["seconds"],
+            needs=needs,
+        ),
+        bar(
+            "time of decoding with the light decoder / time of a video with 15 steps",
+            0.15,
+            timed and rows[2]["decode"] / rows[2]["seconds"],
             needs=needs,
         ),
     ]

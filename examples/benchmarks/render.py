@@ -66,15 +66,27 @@ needs the package torchao. Every step was run at tiny size on a CPU.
 | time of a compiled step, float8 / bfloat16 linear layers | at most 0.75 | not run | `fp8` |
 | time of a step with an anchor LoRA, fused and as separate layers | none | not run | `lora` |
 | time of decoding / time of a video with 15 steps | at most 0.15 | 0.21, extrapolated | `decode`, `pipeline` |
+| the same with the light decoder | at most 0.15 | not run | `decode`, `pipeline` |
 | time of a video without stages 1 and 2, ours with 15 steps / stock with 50 | at most 0.30 | not run | `pipeline` |
 | the same, compiled; with one forward per step; with a window and float8 as well | at most 0.25; 0.15; 0.10 | not run | `fast_pipeline` |
 | the same two rows with stages 1 and 2, with random weights of the size of Z-Image and Qwen3-4B | the same | not run | `stages`, after `pipeline` and `fast_pipeline` |
 | time of a training step at rank 128, ours / stock | at most 0.90 | not run | `training_step` |
 | scores of the shapes model trained on a GPU | equal to those on a CPU | only seconds per step were measured | `shapes_lora` |
 
-The package has no small decoder for previews (such as taew2.1 and taew2.2 of [taehv](https://github.com/madebyollin/taehv)): diffusers 0.42.1 has no class
-for them, and without their weights no test can check the order, range and colours of the frames of an own implementation. Previews use one convolution
-that is fitted to the VAE when it is loaded (`animate/preview.py`). It takes less than a thousandth of the time of a decode, and needs no download.
+## Decoders
+
+`LightDecoder` (`animate/light_decoder.py`) decodes with taew2_1 and taew2_2 of [taehv](https://github.com/madebyollin/taehv). A clip of 121 frames at
+704 x 1280 needs 0.0098 PFLOP instead of 2.01, and 0.2 GiB of activations in bfloat16 instead of 8.0 GiB (both counted from tensor shapes). At
+64 x 64 pixels on a CPU, it took 1/110 of the time of the VAE of Wan2.2-TI2V-5B, and 1/18 of that of Wan 2.1. Its frames equal those of taehv's own code
+on the same weights. Not run: the published weights, latents of a real Wan model, and a GPU. Previews while a video denoises use one convolution that is
+fitted to the VAE when it is loaded (`animate/preview.py`), takes less than a thousandth of the time of a decode, and needs no download.
+
+Not in the package:
+
+* Several latent frames in one forward of the VAE's decoder. Four in one forward give the same frames (to 4e-15 in float64, 3e-6 in float32) and need
+  2.4 to 2.6 times the memory. Their CPU time, divided by that of four forwards, is 1.0 for Wan 2.1 at 64 x 64 pixels, 1.2 at 128 x 128, 1.3 to 1.5 for
+  the shapes model, and 0.5 (64 x 64) to 1.3 (192 x 192) for a quarter of the width of Wan 2.1. Step `decode` measures it on a GPU.
+* Tiles of one video on several GPUs: each GPU would need a copy of the VAE, and with one process per GPU all of them decode without waiting for tiles.
 """
 
 

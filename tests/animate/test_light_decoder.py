@@ -168,6 +168,8 @@ def test_missing_weights_and_files_are_refused(folder, tmp_path):
         ValueError, match=r"does not have the weights of taew2_1. decoder.1.bias: missing, not \(256,\)"
     ):
         LightDecoder.from_pretrained(tmp_path / "taew2_1.safetensors")
+    with pytest.raises(ValueError, match="`name` is 'taehv': use taew2_1 or taew2_2"):
+        LightDecoder("taehv")
     for name in (tmp_path / "absent.safetensors", tmp_path):
         with pytest.raises(ValueError, match=r"There is no file .*: give a safetensors file, or a Hub repository"):
             LightDecoder.from_pretrained(name)

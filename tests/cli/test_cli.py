@@ -255,7 +255,7 @@ def test_flags_mirror_argument_names():
     from diffusers_fvg import FactorizedVideoPipeline, load
 
     names = set(inspect.signature(FactorizedVideoPipeline.__call__).parameters)
-    own = {"command", "run", "dtype", "device", "memory", "quantize", "compile", "seed", "quiet"}
+    own = {"command", "run", "dtype", "device", "memory", "quantize", "compile", "light_decoder", "seed", "quiet"}
     own |= {"output", "overwrite", "strip", "save_stages", "rewriter_model", "rewriter_api_key_env"}
     # Those that load the model are arguments of `load`.
     own |= {"source", "no_metadata"}

@@ -70,7 +70,7 @@ def test_a_light_decoder(folder, capsys):
     save_file(LightDecoder("taew2_1").half().state_dict(), name)
     assert generate(folder, "wan", "--light-decoder", name) == 0, capsys.readouterr().err
     frames, record = made(folder)
-    assert record["light_decoder"] == "taew2_1" and frames.shape == (9, 384, 384, 3)
+    assert record["light_decoder"] == "taew2_1" and frames.shape[1:] == (384, 384, 3)
     # A preview is made again with the VAE.
     again = ["generate", "--from", str(folder / "a.mp4"), "--model", str(folder / "wan"), "--quiet"]
     again += ["--image", str(folder / "a.png"), "--device", "cpu", "--overwrite", "--output", str(folder / "b.mp4")]

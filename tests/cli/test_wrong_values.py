@@ -64,6 +64,7 @@ WRONG = {
     "repository": ["", "a/b/c", "a b", "-/", "a@b/c/d"],
     "base": NAMES,
     "lora": NAMES,
+    "light_decoder": NAMES,
     "composer": NAMES,
     "animator": NAMES,
     "recipe": [*NAMES[:4], ""],
