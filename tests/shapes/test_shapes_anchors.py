@@ -12,6 +12,7 @@ from quick import quick
 
 from diffusers_fvg import Anchor, load_embedded
 from diffusers_fvg.media import read_video
+from diffusers_fvg.shapes import anchors
 from diffusers_fvg.shapes.anchors import (
     anchor_claims,
     last_objects,
@@ -80,7 +81,7 @@ def test_round_trip_is_near_the_clip_and_not_the_clip(pipe):
     assert 0 < np.abs(through.astype(int) - clip).mean() < 3
 
 
-def test_the_report(pipe, few_scenes, tmp_path):
+def test_the_report(pipe, few_scenes, tmp_path, monkeypatch):
     text = write_anchors_report(pipe, tmp_path, per_category=1, steps=2, runs=((1, 1.0), (5, 1.0)))
     report = json.loads((tmp_path / "anchors.json").read_text())
     assert text == (tmp_path / "anchors.txt").read_text().removesuffix("\n") and report["synthetic"]
@@ -102,9 +103,16 @@ def test_the_report(pipe, few_scenes, tmp_path):
         num_inference_steps=2,
         generator=torch.Generator().manual_seed(0),
     )
+    looked_at = []
+
+    def looking(frame, scene):
+        looked_at.append(frame)
+        return shows_its_objects(frame, scene)
+
+    monkeypatch.setattr(anchors, "shows_its_objects", looking)
     (record,) = measure_continuation(pipe, [scene], [render(scene.objects, 9)], 5, 1.0, 2, 16)
     last = np.round(frames[0, -1] * 255).astype(np.uint8)
-    assert record["kept"] == int(shows_its_objects(last, scene))
+    assert np.array_equal(looked_at[1], last) and record["kept"] == int(shows_its_objects(last, scene))
 
 
 def test_a_long_video_shows_every_frame_once(tmp_path, monkeypatch, capsys):

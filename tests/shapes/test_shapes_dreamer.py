@@ -108,6 +108,12 @@ def test_every_part_trains_and_one_call_continues(tmp_path, monkeypatch):
     assert texts == all_texts[:2] and len(all_texts) == 6
     assert all(torch.equal(tensor, all_tensors[name][:2]) for name, tensor in tensors.items())
     before = weights.stat().st_mtime_ns
+
+    def again(*args, **options):
+        pytest.fail("a part was trained again")
+
+    monkeypatch.setattr(dreamer, "DREAMER_PARTS", dict.fromkeys(parts, Part(again)))
+    monkeypatch.setattr(dreamer, "train_video", again)
     train_dreamer(tmp_path, EMBEDDED_FOLDER, ["plain"], design_steps=1)
     assert weights.stat().st_mtime_ns == before
 

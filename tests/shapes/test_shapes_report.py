@@ -325,7 +325,8 @@ def test_a_study_writes_everything_and_continues(pipe, tmp_path, monkeypatch, ca
     assert {"study.txt", "records.jsonl", "steps.png", "categories.png", "motion.png"} <= set(files)
     # The same noise: only the text can tell the two direct arms apart, only the anchor's place the true ones.
     rows = {row["arm"]: row for row in study["results"] if row["steps"] == 1}
-    assert len({rows[arm]["motion"] for arm in ("direct", "true_anchor", "true_middle", "true_last")}) == 4
+    arms = ("direct", "direct_rewritten", "true_anchor", "true_middle", "true_last")
+    assert len({rows[arm]["motion"] for arm in arms}) == len(arms)
     assert rows["true_anchor"]["first_frame"] > rows["direct"]["first_frame"]
 
     # Half of the lines are gone: only those are made again, and they come out the same.
