@@ -73,7 +73,7 @@ CONTRACT = {
     "test_lora_unexpected_keys_warning": f"{LORA_TEST}::test_half_dropped_file_is_reported",
     "test_logs_info_when_no_lora_keys_found": f"{LORA_TEST}::test_no_match_is_an_error",
     "test_hotswapping_model": f"{LORA_TEST}::test_hotswap_takes_the_new_alpha_deltas_and_strength",
-    "test_hotswapping_compiled_model_linear": f"{LORA_TEST}::test_compiling_is_not_repeated_for_steps_and_hotswaps",
+    "test_hotswapping_compiled_model_linear": f"{LORA_TEST}::test_load_into_compiled_blocks_which_steps_and_hotswaps_do_not_compile_again",
     "test_hotswapping_compiled_model_conv2d": "The video transformers have no convolution that a LoRA changes",
     # Attention
     "test_fuse_unfuse_qkv_projections": f"{WAN_TEST}::test_qkv_fusion",
