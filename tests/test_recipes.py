@@ -1,5 +1,6 @@
 """Recipes: from published configs without weights, and end to end with tiny weights under the real names."""
 
+import functools
 import re
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -30,7 +31,7 @@ import diffusers_fvg
 from diffusers_fvg import FactorizedVideoPipeline, hub_revisions, load
 from diffusers_fvg.cli import main
 from diffusers_fvg.media import read_video, read_video_metadata
-from diffusers_fvg.recipes import ANIMATOR_RECIPES, RECIPES
+from diffusers_fvg.recipes import ANIMATOR_RECIPES, RECIPES, outline
 from diffusers_fvg.schedules.cogvideox import COGVIDEOX_1_5_SCHEDULE
 
 
@@ -77,6 +78,20 @@ def tiny_z_image() -> ZImagePipeline:
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     parts = {"transformer": transformer, "vae": vae, "text_encoder": Qwen3Model(config), "tokenizer": tokenizer}
     return ZImagePipeline(**parts, scheduler=FlowMatchEulerDiscreteScheduler())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def outlined_once():
+    """The models of a recipe without weights, in their real sizes, are made once for each dtype."""
+    make = outline._recipe_components
+
+    @functools.cache
+    def made(name: str, dtype: torch.dtype) -> dict:
+        return make(RECIPES[name])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(outline, "_recipe_components", lambda recipe: dict(made(recipe.name, torch.get_default_dtype())))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +379,7 @@ def test_an_image_to_video_pipeline_becomes_the_animator(family, hub, repositori
     assert hub_revisions(pipe)["animator"] == f"org/i2v@{commit}"
     pipe.save_pretrained("light")
     PIL.Image.new("RGB", (64, 64), "red").save("anchor.png")
-    options = ["--height", "64", "--width", "64", "--num-frames", "9", "--steps", "2", "--dtype", "float32", "--quiet"]
+    options = ["--height", "64", "--width", "64", "--num-frames", "9", "--steps", "1", "--dtype", "float32", "--quiet"]
     if family == "hunyuan_video15_i2v":
         options[:4] = ["--height", "32", "--width", "32"]
     for model in ("org/i2v", "stock", "light"):
@@ -405,7 +420,7 @@ def test_a_recipe_with_an_animator_becomes_a_video(recipe, hub, repositories, tm
     saved.save_pretrained(tmp_path / "stock")
     commit = hub.add(facts.animator.repository, tmp_path / "stock")
     size = ["32", "32"] if "hunyuan" in family else ["64", "64"]
-    arguments = ["--height", size[0], "--width", size[1], "--num-frames", "9", "--steps", "2", "--dtype", "float32"]
+    arguments = ["--height", size[0], "--width", size[1], "--num-frames", "9", "--steps", "1", "--dtype", "float32"]
     output = tmp_path / "video.mp4"
     call = ["generate", PROMPT, "--model", recipe, *arguments, "--quiet", "--output", str(output)]
     assert main(call) == 0, capsys.readouterr().err
