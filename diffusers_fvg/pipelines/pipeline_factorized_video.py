@@ -90,7 +90,7 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
     own_guidance_scale = 5.0
     default_call = WAN_CALL_DEFAULTS
     pipeline_shim = "from diffusers_fvg import FactorizedVideoPipeline  # noqa: F401\n"
-    light_decoder: LightDecoder | None = None
+    _light_decoder: LightDecoder | None = None
 
     @with_optional_components
     def __init__(
@@ -155,9 +155,15 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
                 "model predicts a flow: set `prediction_type='flow_prediction', use_flow_sigmas=True` if it supports them."
             )
 
-    def _check_own(self, request: VideoRequest) -> None:
-        if self.light_decoder is not None:
-            check_light_decoder(self.light_decoder, self.vae)
+    @property
+    def light_decoder(self) -> LightDecoder | None:
+        return self._light_decoder
+
+    @light_decoder.setter
+    def light_decoder(self, decoder: LightDecoder | None) -> None:
+        if decoder is not None:
+            check_light_decoder(decoder, self.vae)
+        self._light_decoder = decoder
 
     def _check_size(self, height: int, width: int) -> None:
         config = self.transformer.config
