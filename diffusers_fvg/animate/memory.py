@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
+import psutil
 import torch
 
 
@@ -54,10 +54,7 @@ def decoder_bytes(vae, latents: torch.Tensor) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Returns the free memory of a device in bytes."""
+    """Returns the memory of a device that can be used, in bytes. On a CPU this includes the system's cache of files."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    # Unknown on this platform: decode without tiles, as stock pipelines do.
-    return 1 << 62
+    return psutil.virtual_memory().available

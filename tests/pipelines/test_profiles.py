@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from diffusers_fvg import AnchorLora
 from diffusers_fvg.animate import decoding
 from diffusers_fvg.animate.decoding import decode_chunks
-from diffusers_fvg.animate.memory import decode_bytes
+from diffusers_fvg.animate.memory import decode_bytes, free_bytes
 from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
 from diffusers_fvg.animate.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
 from diffusers_fvg.dreamer.conditions import decode_latents
@@ -134,6 +134,16 @@ def test_room_of_a_forward_is_that_of_its_live_tensors(name):
             model(**inputs)
         shape = tuple(inputs["hidden_states"].shape)
         assert counter.peak <= profiles._transformer_working(model, shape) <= 1.7 * counter.peak
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux's own count")
+def test_the_cache_of_files_is_free_memory():
+    def available() -> int:
+        (line,) = re.findall(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        return 1024 * int(line)
+
+    before, told, after = available(), free_bytes(torch.device("cpu")), available()
+    assert min(before, after) - 2**28 < told < max(before, after) + 2**28
 
 
 @pytest.mark.parametrize("channels", profiles.WAN_VAES)
