@@ -460,8 +460,8 @@ class FactorizedCogVideoXPipeline(FactorizedStages, FactorizedVideoLoraLoaderMix
                 images, candidates, request = self._draw_moments(request, moments, seeds)
             # Stage 3: the video model animates them
             frames, motion = ([], None) if self.interrupt else request.animate_moving(self, seeds)
-        judged: dict[str, Any] = {"motion": motion, "candidates": candidates}
-        return request.output(self, frames, moments, images, seeds, progress.timings, **judged)
+            judged: dict[str, Any] = {"motion": motion, "candidates": candidates}
+            return request.output(self, frames, moments, images, seeds, progress.timings, **judged)
 
 
 def dynamic_guidance(guidance_scale: float, timestep: float, num_inference_steps: int) -> float:

@@ -479,6 +479,6 @@ class FactorizedDreamerPipeline(
             # Stage 3: the video model animates it
             told = request.motion_prompt or (None if self.interrupt else request.prompt)
             frames, motion = ([], None) if self.interrupt else request.animate_moving(self, seeds)
-        made = (self, frames, moments, images, seeds, progress.timings)
-        judged: dict[str, Any] = {"motion": motion, "candidates": candidates}
-        return request.output(*made, FactorizedDreamerPipelineOutput, motion_prompts=told, **judged)
+            made = (self, frames, moments, images, seeds, progress.timings)
+            judged: dict[str, Any] = {"motion": motion, "candidates": candidates}
+            return request.output(*made, FactorizedDreamerPipelineOutput, motion_prompts=told, **judged)

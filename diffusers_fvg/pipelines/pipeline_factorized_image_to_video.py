@@ -446,10 +446,10 @@ class FactorizedImageToVideoPipeline(FactorizedStages, DiffusionPipeline):
             # Stage 3: the image-to-video pipeline animates them
             audio: list[torch.Tensor] = []
             frames, motion = ([], None) if self.interrupt else request.animate_moving(self, seeds, audio)
-        sound = {"audio": audio, "audio_sampling_rate": self.animator.audio_sampling_rate} if audio else {}
-        output = FactorizedImageToVideoPipelineOutput
-        made = (self, frames, moments, images, seeds, progress.timings)
-        return request.output(*made, output, motion=motion, candidates=candidates, **sound)
+            sound = {"audio": audio, "audio_sampling_rate": self.animator.audio_sampling_rate} if audio else {}
+            output = FactorizedImageToVideoPipelineOutput
+            made = (self, frames, moments, images, seeds, progress.timings)
+            return request.output(*made, output, motion=motion, candidates=candidates, **sound)
 
 
 @cache

@@ -495,5 +495,5 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
                 images, candidates, request = self._draw_moments(request, moments, seeds)
             # Stage 3: the video model animates them
             frames, motion = ([], None) if self.interrupt else request.animate_moving(self, seeds)
-        judged: dict[str, Any] = {"motion": motion, "candidates": candidates}
-        return request.output(self, frames, moments, images, seeds, progress.timings, **judged)
+            judged: dict[str, Any] = {"motion": motion, "candidates": candidates}
+            return request.output(self, frames, moments, images, seeds, progress.timings, **judged)
