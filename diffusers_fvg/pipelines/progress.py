@@ -21,8 +21,9 @@ class StageProgress:
         self.pipeline, self.callback = pipeline, callback
         self.timings: dict[str, float] = {}
         self.bar: Any = None
-        # The run's device, once it is known.
+        # The run's device, once it is known, and whether hooks move models to it.
         self.device: torch.device | None = None
+        self.has_hooks = True
         self._thread, self._stage = threading.get_ident(), ""
 
     @property

@@ -83,7 +83,7 @@ class FactorizedStages(FactorizedParts, ABC):
         if progress is None:
             return super()._execution_device
         if progress.device is None:
-            progress.device = super()._execution_device
+            progress.device = super()._execution_device if progress.has_hooks else self.device
         return progress.device
 
     @contextmanager
@@ -106,7 +106,9 @@ class FactorizedStages(FactorizedParts, ABC):
             return
         try:
             self._interrupt = False
-            with exclusive(*self._parts_of_a_run()):
+            parts = self._parts_of_a_run()
+            progress.has_hooks = bool(parts)
+            with exclusive(*parts):
                 try:
                     yield progress
                 finally:

@@ -128,6 +128,9 @@ def test_the_device_is_found_once_in_a_run(monkeypatch):
 
     monkeypatch.setattr(DiffusionPipeline, "_execution_device", property(find))
     pipe(PROMPT, **CALL)
+    assert not any(each is pipe for each in found)
+    apply_layerwise_casting(pipe.transformer, torch.float32, torch.float32)
+    pipe(PROMPT, **CALL)
     assert sum(each is pipe for each in found) == 1
     pipe(PROMPT, **CALL)
     assert sum(each is pipe for each in found) == 2
