@@ -379,7 +379,7 @@ def test_an_image_to_video_pipeline_becomes_the_animator(family, hub, repositori
     assert hub_revisions(pipe)["animator"] == f"org/i2v@{commit}"
     pipe.save_pretrained("light")
     PIL.Image.new("RGB", (64, 64), "red").save("anchor.png")
-    options = ["--height", "64", "--width", "64", "--num-frames", "9", "--steps", "1", "--dtype", "float32", "--quiet"]
+    options = ["--height", "64", "--width", "64", "--num-frames", "9", "--steps", "2", "--dtype", "float32", "--quiet"]
     if family == "hunyuan_video15_i2v":
         options[:4] = ["--height", "32", "--width", "32"]
     for model in ("org/i2v", "stock", "light"):
@@ -420,7 +420,7 @@ def test_a_recipe_with_an_animator_becomes_a_video(recipe, hub, repositories, tm
     saved.save_pretrained(tmp_path / "stock")
     commit = hub.add(facts.animator.repository, tmp_path / "stock")
     size = ["32", "32"] if "hunyuan" in family else ["64", "64"]
-    arguments = ["--height", size[0], "--width", size[1], "--num-frames", "9", "--steps", "1", "--dtype", "float32"]
+    arguments = ["--height", size[0], "--width", size[1], "--num-frames", "9", "--steps", "2", "--dtype", "float32"]
     output = tmp_path / "video.mp4"
     call = ["generate", PROMPT, "--model", recipe, *arguments, "--quiet", "--output", str(output)]
     assert main(call) == 0, capsys.readouterr().err
