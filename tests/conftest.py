@@ -65,6 +65,24 @@ def _collect_all() -> None:
     gc.collect()
 
 
+# Servers of processes, each of which takes seconds to import torch, and what the files with their tests hold.
+SERVERS = {"fresh processes": "run_python", "forked processes": "from forked import"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Gives workers whole files, and the files whose tests need the same server to one of them, which alone starts it."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByServer(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            name = super()._split_scope(nodeid)
+            text = (TESTS.parent / name).read_text(encoding="utf-8")
+            return next((server for server, word in SERVERS.items() if word in text), name)
+
+    return ByServer(config, log)
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A running [`HubServer`]: the Hub of this process (with an empty cache) and, by `HF_ENDPOINT`, of subprocesses."""

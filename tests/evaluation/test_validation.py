@@ -13,8 +13,6 @@ from diffusers_fvg.evaluation import validation
 from diffusers_fvg.evaluation.validation import make_validate
 from diffusers_fvg.media import read_video, read_video_metadata, write_video
 from diffusers_fvg.pipelines.pipeline_factorized_video import FactorizedVideoPipeline
-from diffusers_fvg.schedules.flow import shifted_sigmas
-from diffusers_fvg.schedules.presets import WAN_PRESETS, SchedulerPresets
 from diffusers_fvg.training.trainer import main_train
 
 
@@ -26,10 +24,8 @@ def on_cpu(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def three_steps(monkeypatch):
-    """The default preset has three steps, of which the noise of the first two is that of the high-noise expert."""
-    preset = next(iter(WAN_PRESETS.values()))
-    short = replace(preset, sigmas=shifted_sigmas(3, preset.flow_shift), num_inference_steps=None)
-    monkeypatch.setattr(FactorizedVideoPipeline, "default_presets", SchedulerPresets.of(short))
+    """The noise of the first two is that of the high-noise expert. The models' scheduler is that of no preset."""
+    monkeypatch.setattr(FactorizedVideoPipeline, "own_num_inference_steps", 3)
 
 
 @pytest.fixture
