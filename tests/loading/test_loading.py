@@ -211,10 +211,7 @@ def test_any_module_can_be_imported_first_or_after_diffusers(run_python):
         for name in ("FirstFrameRewriter", "FactorizedVideoPipeline", "AnchorConditionedTransformer3D"):
             assert getattr(diffusers, name) is getattr(diffusers_fvg, name), (names, name)
 
-    modules = (
-        "rewrite.rewriter compose.composer animate.transformer_anchor pipelines.pipeline_factorized_video animate.anchor "
-        "loading.safety lora.anchor_lora"
-    )
+    modules = "rewrite.rewriter compose.composer animate.transformer_anchor pipelines.pipeline_factorized_video loading.safety"
     read, write = os.pipe()
     for names in (["diffusers"], *(["diffusers_fvg." + module] for module in modules.split())):
         child = os.fork()
