@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,6 +15,13 @@ import torch
 _ACTIVATION_COPIES, _CHUNK_FRAMES = {False: 14, True: 22}, 4
 # The same for CogVideoX's decoder, whose first chunk may have nine frames: 19.9.
 _COGVIDEOX_COPIES, _COGVIDEOX_CHUNK_FRAMES = 20, 9
+
+# Linux' control groups, by which containers and clusters limit memory: versions 2 and 1.
+_CGROUPS, _OF_PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_CGROUP_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 def decode_bytes(
@@ -54,7 +62,38 @@ def decoder_bytes(vae, latents: torch.Tensor) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Returns the memory of a device that can be used, in bytes. On a CPU this includes the system's cache of files."""
+    """Returns the memory of a device that can be used, in bytes.
+
+    On a CPU this includes the system's cache of files, and the limit of a container or of a cluster's job counts.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return min([psutil.virtual_memory().available, *_free_in_groups()])
+
+
+def _free_in_groups() -> list[int]:
+    """Returns the bytes that the limit of each control group of this process leaves; nothing for groups without a limit.
+
+    Of the cache of files, what was not used lately counts as free, as for the memory that Kubernetes says a container uses.
+    """
+    try:
+        lines = [line.split(":", 2) for line in _OF_PROCESS.read_text().splitlines()]
+    except OSError:
+        return []
+    free = []
+    for _, controllers, place in lines:
+        version = "memory" if "memory" in controllers.split(",") else controllers
+        if version not in _CGROUP_FILES:
+            continue
+        limit, usage, cache = _CGROUP_FILES[version]
+        # In a container, the path may be that of the host, of which only the root is there.
+        for group in (Path(place), *Path(place).parents):
+            folder = _CGROUPS / version / group.relative_to("/")
+            try:
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                used = int((folder / usage).read_text()) - int(stat[cache])
+                free.append(max(int((folder / limit).read_text()) - used, 0))
+            except (OSError, KeyError, ValueError):
+                # No such group here, or its limit is "max".
+                continue
+    return free

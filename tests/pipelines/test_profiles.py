@@ -5,6 +5,7 @@ import dataclasses
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from tiny_dreamer import tiny_dreamer_pipeline
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusers_fvg import AnchorLora
-from diffusers_fvg.animate import decoding
+from diffusers_fvg.animate import decoding, memory
 from diffusers_fvg.animate.decoding import decode_chunks
 from diffusers_fvg.animate.memory import decode_bytes, free_bytes
 from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
@@ -137,13 +138,48 @@ def test_room_of_a_forward_is_that_of_its_live_tensors(name):
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux's own count")
-def test_the_cache_of_files_is_free_memory():
+def test_the_cache_of_files_is_free_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_OF_PROCESS", tmp_path / "no limits")
+
     def available() -> int:
         (line,) = re.findall(r"^MemAvailable: +(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
         return 1024 * int(line)
 
     before, told, after = available(), free_bytes(torch.device("cpu")), available()
     assert min(before, after) - 2**28 < told < max(before, after) + 2**28
+
+
+# Of each group: limit, usage, and how much of this is cache that was not used lately, in MiB.
+@pytest.mark.parametrize(
+    "lines, groups, free",
+    [
+        ("0::/", {"": (100, 60, 20)}, 60),
+        ("0::/job_7/step_0", {"job_7": (50, 45, 5), "job_7/step_0": ("max", 40, 5)}, 10),
+        ("0::/job_7", {"job_7": (50, 60, 0)}, 0),
+        ("0::/job_7", {"job_7": ("max", 60, 0)}, None),
+        ("9:cpu:/\n4:cpuacct,memory:/docker/6b40\n0::/", {"memory": (100, 60, 20)}, 60),
+        ("4:memory:/docker/6b40", {"memory": (2**44, 90, 0), "memory/docker/6b40": (100, 90, 0)}, 10),
+    ],
+)
+def test_the_limit_of_a_container_counts(lines, groups, free, tmp_path, monkeypatch):
+    """Files as Linux' documentation of both versions of control groups has them."""
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_OF_PROCESS", tmp_path / "self")
+    (tmp_path / "self").write_text(lines + "\n")
+    for name, numbers in groups.items():
+        limit, usage, cache = (number if number == "max" else str(number * 2**20) for number in numbers)
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        is_first = name.startswith("memory")
+        names = (
+            ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")
+            if is_first
+            else ("max", "current", "inactive_file")
+        )
+        (tmp_path / name / f"memory.{names[0]}").write_text(limit + "\n")
+        (tmp_path / name / f"memory.{names[1]}").write_text(usage + "\n")
+        (tmp_path / name / "memory.stat").write_text(f"anon 1\n{names[2]} {cache}\nfile 2\n")
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=2**40))
+    assert free_bytes(torch.device("cpu")) == (2**40 if free is None else free * 2**20)
 
 
 @pytest.mark.parametrize("channels", profiles.WAN_VAES)
