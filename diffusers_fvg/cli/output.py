@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..atomic import is_empty, replacing_entries
+from ..flags import free_name
+from ..flags import free_name
 
 
 STAGES_FILE = "stages.json"
@@ -18,7 +20,10 @@ _OWNED = re.compile(r"stages\.json|(anchor|candidate)(_\d+)?\.png|frame_\d{4,}\.
 
 
 def write(arguments: argparse.Namespace, pipe, output, captions, anchors) -> None:
-    """Writes the first video of an output with its sound, and a strip with the given captions and anchor pictures."""
+    """Writes the first video of an output with its sound, and a strip with the given captions and anchor pictures.
+
+    If another process has written `--output` meanwhile, the video gets the next free name.
+    """
     from ..media import viewing_scale, write_strip, write_video
 
     frames, record = output.frames[0], output.records[0]
@@ -26,8 +31,9 @@ def write(arguments: argparse.Namespace, pipe, output, captions, anchors) -> Non
     scale = viewing_scale(frames.shape[1])
     audio = getattr(output, "audio", None)
     sound = {"audio": audio[0], "audio_sampling_rate": output.audio_sampling_rate} if audio else {}
-    write_video(arguments.output, frames, frame_rate, metadata=metadata, scale=scale, **sound)
-    print(f"video:              {arguments.output}{', with sound' * bool(sound)}")
+    path = arguments.output if arguments.overwrite else free_name(arguments.output)
+    write_video(path, frames, frame_rate, metadata=metadata, scale=scale, **sound)
+    print(f"video:              {path}{', with sound' * bool(sound)}")
     if arguments.strip:
         write_strip(arguments.strip, record["prompt"], captions, anchors, frames)
         print(f"strip:              {arguments.strip}")

@@ -325,9 +325,11 @@ def _compose(arguments: argparse.Namespace) -> None:
     options = {"num_inference_steps": arguments.num_inference_steps, "generator": _generator(seed)["generator"]}
     options["num_candidates"] = candidate_count(pipe, arguments.num_candidates)
     image = pipe.compose(arguments.first_frame_prompt, *size, **options)[0]
-    with replacing(arguments.output) as draft:
+    # Another process may have written the file meanwhile.
+    path = arguments.output if arguments.overwrite else free_name(arguments.output)
+    with replacing(path) as draft:
         image.save(draft, format="PNG")
-    print(f"seed:               {seed}\nanchor:             {arguments.output}")
+    print(f"seed:               {seed}\nanchor:             {path}")
 
 
 def _size(arguments: argparse.Namespace) -> list[tuple[str, int | None]]:

@@ -55,8 +55,17 @@ def test_a_small_video_is_enlarged_by_its_height(tmp_path):
     frames, output = np.zeros((2, 64, 128, 3), np.uint8), tmp_path / "video.mp4"
     pipe = SimpleNamespace(call_defaults={"frame_rate": 8})
     made = SimpleNamespace(frames=[frames], records=[{"prompt": "a"}])
-    write(Namespace(output=output, strip=None, no_metadata=False), pipe, made, [], [])
+    arguments = Namespace(output=output, strip=None, no_metadata=False, overwrite=False)
+    write(arguments, pipe, made, [], [])
     assert read_video(output)[0].shape == (2, 384, 768, 3) and read_video_metadata(output) == {"prompt": "a"}
+
+    # What another run has written there meanwhile stays, unless it is to be overwritten.
+    made.records = [{"prompt": "b"}]
+    write(arguments, pipe, made, [], [])
+    assert [read_video_metadata(tmp_path / name)["prompt"] for name in ("video.mp4", "video-2.mp4")] == ["a", "b"]
+    arguments.overwrite = True
+    write(arguments, pipe, made, [], [])
+    assert read_video_metadata(output) == {"prompt": "b"} and len(list(tmp_path.iterdir())) == 2
 
 
 def test_stages_tell_what_was_chosen_among(tmp_path):
