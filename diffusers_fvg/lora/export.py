@@ -97,8 +97,8 @@ def export_lora(
         `list[Path]`: the written files.
 
     Raises:
-        `ValueError`: `format` or the suffix of `output` is another one, the LoRA is for CogVideoX and `format="comfyui"`,
-            or [`read_lora`] refuses `source`.
+        `ValueError`: `format` is unknown, `output` does not end in `.safetensors`, the LoRA is for CogVideoX and
+            `format="comfyui"`, or [`read_lora`] refuses `source`.
     """
     output = Path(output)
     if format not in FORMATS:

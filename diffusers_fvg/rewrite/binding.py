@@ -87,7 +87,7 @@ _TELLING = word_set(
 )
 # Verbs whose adjective is the same word.
 _STATES = word_set("dry empty open clear dull cool warm")
-# Words before the name of what covers a thing.
+# Words before the noun that names what covers a thing.
 _COVERED = word_set("covered full filled hidden obscured veiled shrouded wrapped blanketed coated layer")
 _PARTICIPLES = word_set("frozen broken burnt grown torn worn lit written drawn built sewn bent")
 

@@ -44,7 +44,7 @@ _BECOME = word_set("turn becom")
 _MAKES = word_set(
     """appear disappear vanish emerg reveal creat build mak draw paint sketch writ write bak form explod shater burst break"""
 )
-# Roots of names of what may cover a thing that are verbs, too: "clouds over", "fogging up".
+# Roots of nouns that are verbs, too, by which something covers a thing: "clouds over", "fogging up".
 _COVERS = word_set("cloud fog mist frost steam ice")
 _TIME = word_set("then after before until finally eventually later afterwards subsequently suddenly")
 _MEANWHILE = word_set("while")
