@@ -83,7 +83,7 @@ def _table_rows(table: Path, config: TomlConfig) -> list[tuple[Path, str]]:
             value = row.get(name)
             if value is None or value == "":
                 raise ValueError(
-                    f"{table}, line {line} has no `{name}`, or an empty one; its columns are {', '.join(sorted(row))}."
+                    f"{table}, line {line} has no `{name}`, or an empty one; its columns are {sorted(row)}."
                 )
             if not isinstance(value, str):
                 raise ValueError(f"{table}, line {line}: `{name}` must be a text in quotes, but is {value!r}.")
