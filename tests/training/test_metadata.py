@@ -60,7 +60,7 @@ def test_captions_are_read_whole(tmp_path, name, content, expected):
         ('{"file_name": "0.mp4"', "line 1 is not JSON"),
         (
             '\n{"file_name": "0.mp4", "caption": "a"}',
-            "line 2 has no `text`, or an empty one; its columns are \['caption', 'file_name'\]",
+            r"line 2 has no `text`, or an empty one; its columns are \['caption', 'file_name'\]",
         ),
         ('{"file_name": "0.mp4", "text": "  "}', "line 1` is empty"),
         ('["0.mp4", "a dog"]', "line 1 must be an object, {...}, but is list"),
