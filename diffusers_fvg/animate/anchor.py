@@ -66,8 +66,8 @@ class Anchor:
             `1 - strength` of the video's noise level and timestep, so that the video may deviate from it.
 
     Raises:
-        `ValueError`: `frame_index` is not a whole number, or `strength` is not a finite number. Whether they fit the video is
-            checked by the call.
+        `ValueError`: `frame_index` is not a whole number, or `strength` is not a finite number. The call checks whether they
+            fit the video.
     """
 
     image: Picture | Sequence[Picture]

@@ -85,7 +85,7 @@ class AnimatorFamily:
         """Checks the anchors of one video and returns the latent frames that each covers.
 
         Raises:
-            `ValueError`: the family does not support an anchor or needs another one, or as in [`resolve_anchors`].
+            `ValueError`: the family does not support an anchor or needs a further one, or as in [`resolve_anchors`].
         """
         pairs = resolve_anchors(anchors, num_frames, temporal)
         for _, anchor in pairs:
@@ -206,7 +206,7 @@ def argument_names(pipeline: DiffusionPipeline) -> dict[str, str]:
 
 
 def fitting_size(pipeline: DiffusionPipeline, height: int, width: int) -> tuple[int, int]:
-    """Returns the size of the video for a requested size: another one if the pipeline derives it from the aspect ratio."""
+    """Returns the size of the video for a requested size; they differ if the pipeline derives its size from the ratio."""
     if "height" in call_arguments(pipeline):
         return height, width
     return pipeline.video_processor.calculate_default_height_width(height, width, pipeline.target_size)

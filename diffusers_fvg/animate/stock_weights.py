@@ -83,15 +83,15 @@ class StockWeights(StockModel):
             )
         if latent_channels not in (None, channels):
             raise ValueError(
-                f"{name} takes {channels} channels, but the VAE's latents have {latent_channels}: they belong to different "
-                "models."
+                f"{name} takes {channels} channels, but the VAE's latents have {latent_channels}: load both from one "
+                "repository."
             )
         # The key of Wan, or of CogVideoX.
         width = settings.get("text_dim", settings.get("text_embed_dim"))
         if text_width not in (None, width):
             raise ValueError(
-                f"{name} takes text embeddings of width {width}, but the text encoder's have {text_width}: they belong to "
-                "different models."
+                f"{name} takes text embeddings of width {width}, but the text encoder's have {text_width}: load both "
+                "from one repository."
             )
 
     @classmethod

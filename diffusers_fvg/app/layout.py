@@ -123,7 +123,7 @@ def _video_panel(parts: SimpleNamespace) -> None:
 
 
 def _settings(parts: SimpleNamespace, worker: Worker) -> None:
-    # Numbers have no bounds here: gradio would put "Error" on all of the page, where the checks of an order say a sentence.
+    # The fields have no bounds: gradio would only show "Error" everywhere, while the checks of an order explain what is wrong.
     own, limits = worker.pipe.call_defaults, worker.limits
     step = worker.pipe._frame_step()
     with gr.Accordion("Settings", open=False, elem_id="settings"):

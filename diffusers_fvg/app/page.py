@@ -90,8 +90,8 @@ def make_page(worker: Worker) -> gr.Blocks:
     ) as blocks:
         parts = make_layout(worker)
         _Actions(parts, Sessions(worker)).connect(blocks)
-    # gradio keeps some 0.1 MiB of each tab that was ever opened, and forgets none but those beyond the latest 10,000. All of it
-    # is made again for a tab that was forgotten and comes back: what is a person's own stands in the session.
+    # gradio keeps about 0.1 MiB for each tab that was ever opened, by default for the latest 10,000. A tab that was dropped gets
+    # this state again when it is used: a user's own data is kept in `Sessions`.
     blocks.state_session_capacity = worker.limits.people
     return blocks.queue(default_concurrency_limit=None, api_open=False)
 
@@ -159,7 +159,7 @@ class _Actions:
         texts = {"done": "Done.", "cancelled": "Cancelled.", "failed": job.error or ""}
         show = _problem if job.state == "failed" else _message
         parts, view = self.parts, await asyncio.to_thread(self._view, session)
-        # What the person wrote meanwhile, for the next run, stays.
+        # Text that the user wrote meanwhile, for the next run, is kept.
         made = [parts.pictures, parts.judged, parts.video, parts.downloads, parts.history, parts.memory]
         if job.state == "done" and job.order.stage in ("rewrite", "generate") and job.order.mode != "direct":
             made.append(parts.caption)

@@ -298,7 +298,7 @@ class _Clock:
         job, planned = self.job, STEPS[self.job.order.stage]
         later = planned[planned.index(job.stage) + 1 :] if job.stage in planned else ()
         if "denoise" in later and ("denoise", *self.size) not in self.seconds:
-            # Denoising takes most of the time, which is not known yet.
+            # Denoising takes most of the time, and its speed at this size is not known yet.
             return None
         now = (job.steps - job.step) * self.seconds[job.stage, *self.size]
         return now + seconds_of(later, self.seconds, self.size, self.denoise_steps)

@@ -93,7 +93,9 @@ def _check_place(host: str, port: int) -> None:
             place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             place.bind(address)
     except (OSError, ValueError) as error:
-        raise ValueError(f"The server cannot listen on --host {host!r} --port {port}: {error}.") from error
+        raise ValueError(
+            f"The server cannot listen on --host {host!r} --port {port} ({error}); choose others."
+        ) from error
 
 
 def _is_local(host: str) -> bool:

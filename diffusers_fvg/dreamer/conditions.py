@@ -110,7 +110,7 @@ def resolve_first_frame(
         )
     for anchor in anchors:
         if len(pictures_of(anchor.image)) > 1:
-            raise ValueError("This model takes one image as its first frame, but the anchor holds several.")
+            raise ValueError("This model takes one image as its first frame, but the anchor holds several; pass one.")
         if anchor.frame_index not in (0, -num_frames):
             raise ValueError(
                 f"The anchor has `frame_index={anchor.frame_index}`, but this model takes a first frame only; use 0."
@@ -120,5 +120,7 @@ def resolve_first_frame(
                 f"The anchor has `strength={anchor.strength}`, but this model takes a fixed first frame only; use 1."
             )
     if len(anchors) > 1:
-        raise ValueError(f"This model takes one anchor, its first frame, but got {len(anchors)}.")
+        raise ValueError(
+            f"This model takes one anchor, its first frame, but got {len(anchors)}; leave the others out."
+        )
     return [(range(1), anchor) for anchor in anchors]

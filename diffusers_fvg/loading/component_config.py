@@ -27,7 +27,9 @@ def read_config(path: Path, known: Set[str], repository: str, of_repository: Set
             f"{str(path)!r} has the unknown keys {sorted(config.keys() - known)}; remove them. Known keys: {sorted(known)}."
         )
     if repository not in config and config.keys() & of_repository:
-        raise ValueError(f"{str(path)!r} has a {_either(of_repository)} but names no `{repository}`.")
+        raise ValueError(
+            f"{str(path)!r} has a {_either(of_repository)} but names no `{repository}`; add or remove it."
+        )
     return config
 
 

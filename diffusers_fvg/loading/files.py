@@ -157,7 +157,7 @@ def fetch(
         elif name not in cached and expected["sha256"] not in (None, _sha256(path)):
             damage = f"content that differs from sha256 {expected['sha256']}"
         if damage is not None:
-            # The client keeps the listing of a commit for ever, also where the fault is the listing's.
+            # The client never renews its cached listing of a commit, and the listing may be what is wrong.
             listing = folder.parents[1] / "trees" / f"{folder.name}.json"
             for part in (path.resolve(), path, listing):
                 part.unlink(missing_ok=True)
@@ -215,7 +215,7 @@ def naming_repository(repository: str, revision: str | None, place: str) -> Iter
         yield
     except Exception as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        # Some of its errors are of Python's own classes.
+        # The client also raises errors of Python's built-in classes.
         is_of_client = frame.f_globals["__name__"].startswith("huggingface_hub.")
         if not is_of_client and not is_of_connection(error):
             raise

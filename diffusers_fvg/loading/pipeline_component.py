@@ -95,8 +95,8 @@ class PipelineComponent(torch.nn.Module):
                 `local_files_only`.
 
         Raises:
-            `ValueError`: `path` is a folder with neither file or with an invalid config file, the two dtypes differ, or
-                `revision` is given for a folder.
+            `ValueError`: `path` is a folder with neither `model_index.json` nor this class's config file, or that config is invalid;
+                `torch_dtype` and `dtype` differ; or `revision` is given for a folder.
         """
         if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
             raise ValueError(f"`torch_dtype={torch_dtype}` and `dtype={dtype}` differ; give one of them.")

@@ -298,7 +298,7 @@ def _num_values(folder: Path) -> int | None:
 
 
 def _check_class(arguments: dict[str, Any]) -> None:
-    """Checks that a component is of a class that diffusers saves; its loader accepts any class with `from_pretrained`.
+    """Checks that a component's class is one that diffusers can save. Diffusers itself loads any class with `from_pretrained`.
 
     Raises:
         `ValueError`: the class is of another kind or of a library that is not imported, or names remote code in `auto_map`.

@@ -63,7 +63,7 @@ def _of_checkpoint(
     settings, expert = json.loads(metadata["settings"]), path.parent.name
     if expert not in EXPERTS or not {"alpha", "rank"} <= settings.keys():
         raise ValueError(f"{path} is not a checkpoint of a LoRA in its folder `checkpoints/<expert>`.")
-    # Without a moving average, the result of a training is its weights.
+    # A run without a moving average has only its weights.
     kind = "average" if average and any(key.startswith("average.") for key in tensors) else "weights"
     scale, state = settings["alpha"] / settings["rank"], {}
     for key, tensor in tensors.items():
@@ -97,8 +97,8 @@ def export_lora(
         `list[Path]`: the written files.
 
     Raises:
-        `ValueError`: `format` or the suffix of `output` is another one, the LoRA is for CogVideoX and `format="comfyui"`,
-            or [`read_lora`] refuses `source`.
+        `ValueError`: `format` is unknown, `output` does not end in `.safetensors`, the LoRA is for CogVideoX and
+            `format="comfyui"`, or [`read_lora`] refuses `source`.
     """
     output = Path(output)
     if format not in FORMATS:

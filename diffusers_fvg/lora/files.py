@@ -22,7 +22,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file, or is damaged ({error}).") from error
+        raise ValueError(
+            f"{path} is not a safetensors file, or is damaged ({error}): download or convert it again."
+        ) from error
 
 
 def adapter_config(metadata: dict[str, str], label: str) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def _read(path: Path) -> _Source:
         config = path.with_name(_PEFT_CONFIG_NAME)
         if not config.is_file():
             raise ValueError(
-                f"{path} is a PEFT file, but {_PEFT_CONFIG_NAME}, which holds its alpha, is not in its folder."
+                f"{path} is a PEFT file, but {_PEFT_CONFIG_NAME}, which holds its alpha, is not in its folder: copy it there."
             )
         metadata = read_json(config)
     return _Source(str(path), tensors, metadata)
@@ -351,7 +351,7 @@ def _collect(source: _Source, expert: str | None, transformers: dict[str, nn.Mod
             continue
         config = source.config([name, *prefixes])
         if config.get("use_dora"):
-            raise ValueError(f"{source.label} is a DoRA according to its config, which is not supported.")
+            raise ValueError(f"{source.label} is a DoRA by its config, which is not supported: merge it first.")
         fit = fit_tensors(transformers[name], modules, source.tensors, config)
         found |= {key: f"{name}.{module}".rstrip(".") for key, module in fit.matched.items()}
         left |= fit.unmatched

@@ -100,7 +100,7 @@ def _palette(pictures: list[Image.Image]) -> Image.Image:
     small = []
     for index in chosen:
         picture = pictures[index].copy()
-        # Nearest neighbour keeps the colours, of which a mean would take entries of the palette.
+        # Averaging would add colours, which would take entries of the palette.
         picture.thumbnail((PALETTE_SIDE, PALETTE_SIDE), Image.Resampling.NEAREST)
         small.append(np.asarray(picture))
     return Image.fromarray(np.concatenate(small)).quantize(256, Image.Quantize.MEDIANCUT)

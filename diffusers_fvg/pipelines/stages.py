@@ -464,6 +464,6 @@ class FactorizedStages(FactorizedParts, ABC):
 
 
 def _is_hooked(module: torch.nn.Module) -> bool:
-    # A missing attribute of a module is slow to look for in other ways.
+    # `hasattr` is slow for an attribute that a module does not have.
     attributes = vars(module)
     return "_hf_hook" in attributes or bool(getattr(attributes.get("_diffusers_hook"), "hooks", None))

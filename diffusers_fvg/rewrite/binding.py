@@ -87,6 +87,8 @@ _TELLING = word_set(
 )
 # Verbs whose adjective is the same word.
 _STATES = word_set("dry empty open clear dull cool warm")
+# Words before the noun that names what covers a thing.
+_COVERED = word_set("covered full filled hidden obscured veiled shrouded wrapped blanketed coated layer")
 _PARTICIPLES = word_set("frozen broken burnt grown torn worn lit written drawn built sewn bent")
 
 
@@ -106,7 +108,8 @@ def told_problem(text: str, free: frozenset[str] = frozenset()) -> str | None:
 
 
 def _later_problem(start: Start, caption: str) -> str | None:
-    said = {*start.words, *start.old}
+    said = {*start.words, *start.old} - start.covering
+    covers = roots(start.covering)
     tokens = words(caption)
     for index, word in enumerate(tokens):
         if word in said or not is_word(word) or tokens[index - 1 : index] == ["non"]:
@@ -114,7 +117,9 @@ def _later_problem(start: Start, caption: str) -> str | None:
         name = root(word)
         # "Spherical" counts as a form of "sphere".
         comes = any(name == later or (len(later) > 4 and name.startswith(later)) for later in map(root, start.later))
-        if comes or any(root(verb) == name and _is_done(verb, word) for verb in start.happening):
+        before = {*tokens[max(0, index - 5) : index]}
+        covered = name in covers and not _COVERED.isdisjoint(before) and _NEGATIONS.isdisjoint(before)
+        if comes or covered or any(root(verb) == name and _is_done(verb, word) for verb in start.happening):
             return f'"{word}" comes only later'
     return None
 

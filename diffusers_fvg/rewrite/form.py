@@ -21,8 +21,8 @@ _REFUSALS = re.compile(
 )
 # Marks of a list of frames or scenes. A caption describes one picture.
 _SEVERAL = re.compile(r"\b(frame|scene|shot|panel|image)\s*#?\s*[2-9]\b|(^|\n)\s*2[.)]\s", re.IGNORECASE)
-# Words in a row that a caption and an example share, from which on it is a copy, and how many of them name something: "at the
-# left edge of a" is nobody's own.
+# A caption copies an example if both share so many words in a row, so many of which name something: "at the left edge of a"
+# names too little.
 _COPIED = ((4, 2), (8, 1))
 
 

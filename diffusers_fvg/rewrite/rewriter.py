@@ -291,7 +291,9 @@ class FirstFrameRewriter(torch.nn.Module):
         questions = None
         if captions is not None and self.own_instruction(MOTION) is None:
             if len(captions) != len(prompts):
-                raise ValueError(f"`captions` has {len(captions)} texts for {len(prompts)} prompts.")
+                raise ValueError(
+                    f"`captions` has {len(captions)} texts for {len(prompts)} prompts; give one for each."
+                )
             questions = [motion_question(*pair) for pair in zip(prompts, captions)]
         outcomes = self._ask(MOTION, prompts, max_new_tokens, on_progress, should_stop, questions)
         return [outcome.made for outcome in outcomes]

@@ -44,6 +44,8 @@ _BECOME = word_set("turn becom")
 _MAKES = word_set(
     """appear disappear vanish emerg reveal creat build mak draw paint sketch writ write bak form explod shater burst break"""
 )
+# Roots of nouns that are verbs, too, by which something covers a thing: "clouds over", "fogging up".
+_COVERS = word_set("cloud fog mist frost steam ice")
 _TIME = word_set("then after before until finally eventually later afterwards subsequently suddenly")
 _MEANWHILE = word_set("while")
 _ING_NAMES = word_set(
@@ -90,6 +92,7 @@ class Start:
         old (`tuple[str, ...]`): words of states that something changes from.
         later (`tuple[str, ...]`): words of states that something changes into and that are not there from the start.
         happening (`frozenset[str]`): verbs of the first sentence, whose action is not finished at the start.
+        covering (`frozenset[str]`): those of them that tell what covers a thing in the end ("clouding over").
         free (`frozenset[str]`): words of the first sentence that are names or adjectives and no events ("a growing tree").
         things (`tuple[Thing, ...]`): things that the start names.
         is_story (`bool`): whether the prompt has more than `STORY_WORDS` words.
@@ -101,6 +104,7 @@ class Start:
     old: tuple[str, ...]
     later: tuple[str, ...]
     happening: frozenset[str]
+    covering: frozenset[str]
     free: frozenset[str]
     things: tuple[Thing, ...]
     is_story: bool
@@ -123,6 +127,7 @@ def start_of(prompt: str) -> Start:
         old=old,
         later=tuple(later),
         happening=frozenset(word for index, word in enumerate(tokens) if _is_verb(word) and is_event(tokens, index)),
+        covering=frozenset(word for index, word in enumerate(tokens) if _covers(tokens, index)),
         free=frozenset(word for index, word in enumerate(tokens) if not is_event(tokens, index)),
         things=tuple(things(kept)),
         is_story=len(prompt.split()) > STORY_WORDS,
@@ -175,6 +180,15 @@ def is_event(tokens: Sequence[str], index: int) -> bool:
 
 def _is_verb(word: str) -> bool:
     return word not in STOPS and (word.endswith("ing") or (word.endswith("s") and not word.endswith("ss")))
+
+
+def _covers(tokens: Sequence[str], index: int) -> bool:
+    """Returns whether a verb tells that a thing gets covered, as "clouding over" or "fogging up"."""
+    word, behind = tokens[index], [*tokens[index + 1 : index + 3], ".", "."]
+    # "Clouds over a town" and "clouds up in the sky" have no verb.
+    has_object = is_word(behind[1]) and behind[1] not in STOPS - ARTICLES
+    is_verb = root(word) in _COVERS and is_event(tokens, index) and (word.endswith("ing") or behind[0] == "over")
+    return is_verb and behind[0] in ("over", "up") and not has_object
 
 
 def _ends_start(tokens: Sequence[str], index: int) -> bool:

@@ -69,6 +69,7 @@ _IRREGULAR = {
         "sewn": "sew",
     },
     **{"worn": "wear", "shaken": "shake", "fallen": "fall", "bent": "bend", "swum": "swim", "flown": "fly"},
+    **{"icing": "ice"},
 }
 _VOWELS = frozenset("aeiouy")
 

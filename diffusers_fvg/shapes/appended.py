@@ -152,7 +152,7 @@ def summary_row(
 def appended_claims(rows: Sequence[dict]) -> list[dict]:
     """Returns the claims about the appended form, compared with its own first frame, each with its target (`bar`).
 
-    The slot form's value is shown beside. Claims whose sets were not run are left out.
+    The row also shows the value of the slot form. Claims whose sets were not run are left out.
     """
     by = {(row["form"], tuple(row["frames"])): row for row in rows}
     claims = []

@@ -174,7 +174,9 @@ def claims_table(rows: Sequence[dict]) -> str:
 
 
 def tuning_table(tuned: dict[str, dict]) -> str:
-    lines = ["arm and form: guidance chosen on other prompts; average there for each guidance"]
+    lines = [
+        "arm (form of text), the guidance scale chosen on prompts for tuning, mean score on them at each guidance scale"
+    ]
     for arm, choice in tuned.items():
         for form in dict.fromkeys(point["form"] for point in choice["grid"]):
             points = [point for point in choice["grid"] if point["form"] == form]

@@ -281,7 +281,7 @@ def score_video(frames: np.ndarray, category: str, meta: dict) -> float:
 def motion_amount(frames: np.ndarray) -> float:
     """Returns the mean length of the objects' paths through a clip, as a fraction of the frame.
 
-    Each object of the first frame is followed to the nearest blob of its colour. It stands still if there is none within a
+    Each object of the first frame is followed to the nearest blob of its colour. It counts as still if there is none within a
     quarter of the frame. A clip that begins empty has 0.
     """
     blobs = find_blobs(label_maps(frames))

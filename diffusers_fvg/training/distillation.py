@@ -43,7 +43,9 @@ class GuidedTeacher:
         lora = AnchorLora.from_pretrained(config.teacher_lora)
         self.state = {key: tensor for key, tensor in lora.state_dict.items() if key.startswith(expert + ".")}
         if not self.state:
-            raise ValueError(f"`teacher_lora={config.teacher_lora!r}` has no weights for the expert {expert!r}.")
+            raise ValueError(
+                f"`teacher_lora={config.teacher_lora!r}` has no weights for the expert {expert!r}; leave it out of `experts`."
+            )
         if "guidance_scale" in lora.metadata:
             scale = lora.metadata["guidance_scale"]
             raise ValueError(

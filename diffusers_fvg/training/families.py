@@ -28,7 +28,7 @@ from .objectives import FlowMatching, VPrediction
 
 
 class Family:
-    """Base of the families: what the cache needs to know of one."""
+    """Base class of the families: the attributes and methods that the cache needs."""
 
     # Options that the cached tensors depend on.
     cache_settings: tuple[str, ...] = ("buckets", "frame_rate", "clips_per_video", "max_sequence_length")

@@ -49,10 +49,12 @@ def start_from(transformer: torch.nn.Module, expert: str, weights: str) -> str:
         )
     for name, layer in given.items():
         if ADAPTER_NAME not in layer.lora_A:
-            raise ValueError(f"{label} has weights for {name}, which `targets` leave out: add it.")
+            raise ValueError(f"{label} has weights for {name}, which `targets` leave out: add it to them.")
         rank, own = layer.r[INITIAL_NAME], layer.r[ADAPTER_NAME]
         if rank > own:
-            raise ValueError(f"{label} is of rank {rank}, and the new one of `rank={own}`: set it to {rank} or more.")
+            raise ValueError(
+                f"{label} has rank {rank}, above `rank={own}` of the new LoRA: set `rank` to {rank} or more."
+            )
     digest = hashlib.sha256()
     for name in sorted(given):
         for half in (given[name].lora_A, given[name].lora_B):
@@ -85,7 +87,9 @@ def of_expert(weights: str, expert: str) -> tuple[str | dict[str, torch.Tensor],
     named = {key for key in tensors if key.startswith(tuple(f"{name}." for name in EXPERTS))}
     own = {key: tensor for key, tensor in tensors.items() if key not in named or key.startswith(f"{expert}.")}
     if not own:
-        raise ValueError(f"`initial_lora={weights!r}` has no weights for the expert {expert!r}.")
+        raise ValueError(
+            f"`initial_lora={weights!r}` has no weights for the expert {expert!r}; leave it out of `experts`."
+        )
     return own, {"metadata": metadata}
 
 

@@ -82,7 +82,9 @@ def _table_rows(table: Path, config: TomlConfig) -> list[tuple[Path, str]]:
         for name in (config.video_column, config.caption_column):
             value = row.get(name)
             if value is None or value == "":
-                raise ValueError(f"{table}, line {line} has no {[name]}; its columns are {sorted(row)}.")
+                raise ValueError(
+                    f"{table}, line {line} has no `{name}`, or an empty one; its columns are {sorted(row)}."
+                )
             if not isinstance(value, str):
                 raise ValueError(f"{table}, line {line}: `{name}` must be a text in quotes, but is {value!r}.")
             values.append(value)

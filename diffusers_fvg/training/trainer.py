@@ -138,7 +138,9 @@ def check_run(
             "0 and sample with the finished LoRA."
         )
     if "transformer_2" in config.experts and boundary_ratio is None:
-        raise ValueError(f"`experts={config.experts}`, but the model has no `boundary_ratio`: it has one expert.")
+        raise ValueError(
+            f"`experts={config.experts}`, but the model has one expert, as it has no `boundary_ratio`; leave `transformer_2` out."
+        )
     for expert in config.experts:
         if config.distill_guidance:
             GuidedTeacher(config, expert)

@@ -98,7 +98,7 @@ def with_lora(size: Size, fused: bool, device: str) -> torch.nn.Module:
 def compare(
     what: str, size: str, calls: dict[str, Callable], known: list[torch.Tensor], args: Namespace
 ) -> list[dict]:
-    """Rows of two forms, the first being what the second is compared with."""
+    """Returns the rows of two calls; the second is compared with the first."""
     first, second = calls
     limit = GATES[SIZES[size].dtype]
     difference = gate(f"{what}, {size}", calls[second]()[0], calls[first]()[0], limit)

@@ -41,8 +41,8 @@ JSONL = [
     ("empty", "", "has no rows"),
     ("half an object", ROW[:20], "line 1", "is not JSON"),
     ("a list", "[1]", "line 1", "must be an object"),
-    ("no caption", '{"file_name": "a.mp4"}', "line 1", "has no ['text']", "its columns are"),
-    ("a caption of nothing", '{"file_name": "a.mp4", "text": ""}', "line 1", "has no ['text']"),
+    ("no caption", '{"file_name": "a.mp4"}', "line 1", "has no `text`", "its columns are"),
+    ("a caption of nothing", '{"file_name": "a.mp4", "text": ""}', "line 1", "has no `text`"),
     ("a caption of spaces", '{"file_name": "a.mp4", "text": "  "}', "line 1", "is empty"),
     ("a caption that is a number", '{"file_name": "a.mp4", "text": 3}', "line 1", "must be a text in quotes"),
     ("a caption of 20000 letters", json.dumps({"file_name": "a.mp4", "text": "x" * 20_000}), "line 1", "20000 char"),
@@ -60,7 +60,7 @@ JSONL = [
 ]
 CSV = [
     ("a header alone", "file_name,text\n", "has no rows"),
-    ("another header", "name,caption\na,b\n", "line 2", "has no ['file_name']", "its columns are"),
+    ("another header", "name,caption\na,b\n", "line 2", "has no `file_name`", "its columns are"),
     ("a column twice", "file_name,file_name\na,b\n", "line 1", "names a column twice"),
     ("a comma too many", "file_name,text\na.mp4,a red, circle\n", "line 2", "3 columns", "in quotes"),
     ("a cell too few", "file_name,text\na.mp4\n", "line 2", "1 columns"),

@@ -53,7 +53,7 @@ def test_a_port_that_is_taken_is_told_of_before_a_model_is_loaded(monkeypatch, c
         taken.listen()
         port = str(taken.getsockname()[1])
         assert main(["app", "--port", port]) == 2
-    assert f"The server cannot listen on --host '127.0.0.1' --port {port}: " in capsys.readouterr().err
+    assert f"The server cannot listen on --host '127.0.0.1' --port {port} (" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_told_of_before_a_model_is_loaded(monkeypatch, capsys):

@@ -122,7 +122,9 @@ def test_the_sound_of_a_video_is_in_its_file(tmp_path, capsys):
 def test_a_seed_repeats_the_video_and_stages_chain(tmp_path, capsys):
     options = ["--seed", "5", "--steps", "2", "--num-frames", "5", "--quiet"]
     main(["rewrite", PROMPT, "--quiet"])
-    caption = capsys.readouterr().out.strip()
+    printed = capsys.readouterr()
+    caption = printed.out.strip()
+    assert "rewrite: " not in printed.err
     main(["generate", PROMPT, "--output", str(tmp_path / "a.mp4"), "--save-stages", str(tmp_path / "a"), *options])
     stages = json.loads((tmp_path / "a" / "stages.json").read_text())
     assert stages["first_frame_prompt"] == caption

@@ -1,11 +1,12 @@
-"""What a driver does around Ray, which these tests do not start."""
+"""What the driver of a run does around Ray and accelerate, which these tests do not start."""
 
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 
-from diffusers_fvg.evaluation.engines import cluster
+from diffusers_fvg.evaluation.engines import cluster, processes
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -33,3 +34,18 @@ def test_lines_are_looked_for_after_each_block_and_at_the_end(tmp_path, monkeypa
         cluster.run_cluster(job, watch)
     end = ["shut down"] if fails else ["looked", "shut down"]
     assert seen == ["block 0", "looked", "block 1", "looked", *end]
+
+
+def test_lines_are_looked_for_while_processes_run_and_at_the_end(tmp_path, monkeypatch):
+    seen, states = [], [None, None, 0]
+
+    def wait(timeout=None):
+        seen.append("waited")
+        if timeout is not None:
+            raise subprocess.TimeoutExpired("accelerate", timeout)
+
+    launcher = SimpleNamespace(poll=lambda: states.pop(0), wait=wait, terminate=lambda: None, returncode=0)
+    monkeypatch.setattr(processes.subprocess, "Popen", lambda command, env: launcher)
+    watch = SimpleNamespace(update=lambda: seen.append("looked"))
+    processes.run_processes(SimpleNamespace(folder=tmp_path, num_processes=2), watch)
+    assert seen == ["looked", "waited", "looked", "waited", "looked", "waited"]

@@ -177,6 +177,8 @@ class Column:
 
 
 def first_frame(column: Column) -> None:
+    # The default number of frames fits the VAE.
+    assert (column.pipe.call_defaults["num_frames"] - 1) % column.pipe._frame_step() == 0
     if column.needs_last:
         column.is_refused("needs a first and a last frame", image=column.picture())
         return

@@ -216,6 +216,13 @@ def test_embeddings_instead_of_texts(pipe):
         assert len(frames) == 2 and (frames - expected).abs().max() < 1e-4
 
 
+def test_anchors_are_placed_by_the_stride_of_the_vae(pipe, monkeypatch):
+    """All published VAEs of CogVideoX have a stride of 4."""
+    monkeypatch.setattr(pipe, "vae_scale_factor_temporal", 2)
+    ((latents, _),) = pipe._anchor_resolver()([Anchor([picture()] * 4, 5)], 9)
+    assert latents == range(3, 5)
+
+
 def test_anchor_lora_acts_only_with_an_anchor():
     donor = tiny_cogvideox_transformer()
     torch.manual_seed(9)

@@ -185,7 +185,7 @@ def test_a_text_encoder_of_another_model_is_refused(name, tmp_path):
     base = tmp_path / "base"
     write_base(base, name)
     (base / "text_encoder" / "config.json").write_text('{"d_model": 768}')
-    message = "takes text embeddings of width 4096, but the text encoder's have 768: they belong to different models"
+    message = "takes text embeddings of width 4096, but the text encoder's have 768: load both from one repository"
     # Empty files stand for the weights: what reads them fails otherwise.
     for refused in (lambda: assemble(tmp_path / "out", str(base)), lambda: load(base, lora=False)):
         with pytest.raises(ValueError, match=message):

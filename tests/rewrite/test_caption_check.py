@@ -57,6 +57,8 @@ from diffusers_fvg.rewrite.words import is_english, root
         ("A ball gradually turns from red to blue", "A red ball on grass."),
         ("A caterpillar transforms into a beautiful butterfly", "A fat caterpillar on a twig."),
         ("Three dogs run to the left", "3 dogs at the right, facing left."),
+        ("A clear sky clouding over", "A clear sky with a few clouds far away, not yet covered by clouds."),
+        ("Clouds up in the sky, clouds over a town", "A sky full of clouds above a town."),
         ("5 leaves fall from a tree", "A tree that holds five leaves, one leaf apart."),
         ("Three dogs run to the left", "A black dog at the right, a white dog behind it, a small dog on a chair."),
         (
@@ -166,6 +168,8 @@ def test_faithful_captions_are_accepted(prompt, caption):
         ("A bird above a car", "A bird below a car.", '"below" contradicts "above"'),
         ("A dog behind a tree", "A tree behind a dog.", '"behind" of the prompt is turned round'),
         ("A room without windows", "A room with windows.", 'there is no "windows"'),
+        ("A clear sky clouding over", "A sky covered by dark clouds.", '"clouds" comes only later'),
+        ("The sky clouds over as a lake is icing up", "A lake under a layer of ice.", '"ice" comes only later'),
         ("A snowman melts in the sun", "A melted snowman in the sun.", '"melted" comes only later'),
         ("A banana ripens from green to yellow", "A yellow banana.", '"yellow" comes only later'),
         ("A cat sleeps", "Frame 1: a cat. Frame 2: the cat wakes.", "several pictures"),

@@ -18,6 +18,7 @@ from huggingface_hub import HfApi
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from diffusers_fvg.rewrite import rewriter_files
 from diffusers_fvg.rewrite.binding import binding_problem
 from diffusers_fvg.rewrite.caption_check import caption_problem, start_clause
 from diffusers_fvg.rewrite.chats import build_messages, build_retry
@@ -325,6 +326,19 @@ def test_the_model_judges_its_captions(school, monkeypatch):
 def test_a_lone_surrogate_is_named(school):
     with pytest.raises(ValueError, match=r"'\\ud83d' at character 6, a lone surrogate"):
         school.rewrite(["A cat \ud83d sleeps"])
+
+
+def test_only_the_named_gguf_of_a_repository_is_downloaded(monkeypatch):
+    chosen = []
+
+    def fetch(repository, revision, select, place, **hub):
+        chosen.extend(select(["config.json", "model.Q4.gguf", "model.Q8.gguf", "tokenizer.json"]))
+        raise InterruptedError
+
+    monkeypatch.setattr(rewriter_files, "fetch", fetch)
+    with pytest.raises(InterruptedError):
+        FirstFrameRewriter.from_pretrained("org/chat", gguf_file="model.Q4.gguf")
+    assert chosen == ["config.json", "model.Q4.gguf", "tokenizer.json"]
 
 
 @pytest.mark.parametrize("given", ["file", "folder", "named"])

@@ -82,9 +82,10 @@ def test_round_trip_is_near_the_clip_and_not_the_clip(pipe):
 
 
 def test_the_report(pipe, few_scenes, tmp_path, monkeypatch):
-    text = write_anchors_report(pipe, tmp_path, per_category=1, steps=2, runs=((1, 1.0), (5, 1.0)))
-    report = json.loads((tmp_path / "anchors.json").read_text())
-    assert text == (tmp_path / "anchors.txt").read_text().removesuffix("\n") and report["synthetic"]
+    folder = tmp_path / "reports" / "anchors"
+    text = write_anchors_report(pipe, folder, per_category=1, steps=2, runs=((1, 1.0), (5, 1.0)))
+    report = json.loads((folder / "anchors.json").read_text())
+    assert text == (folder / "anchors.txt").read_text().removesuffix("\n") and report["synthetic"]
     scenes, _ = few_scenes(1, 4)
     assert [record["prompt"] for record in report["ends"]] == [scene.prompt for scene in scenes]
     fidelity = report["fidelity"]

@@ -85,6 +85,13 @@ def test_every_part_trains_and_one_call_continues(tmp_path, monkeypatch):
     draw = dreamer_image.training_frames
     monkeypatch.setattr(dreamer_image, "training_frames", lambda rng, num_scenes, per_scene: draw(rng, 3, per_scene))
     monkeypatch.setattr(dreamer_image, "CATEGORIES", ("motion_binding",))
+    compared, loss = set(), dreamer_image.reconstruction_loss
+
+    def reconstruction_loss(made, pixels):
+        compared.update((made.shape[1:], pixels.shape[1:]))
+        return loss(made, pixels)
+
+    monkeypatch.setattr(dreamer_image, "reconstruction_loss", reconstruction_loss)
     parts = {
         "vae": Part(partial(dreamer_image.train_vae, steps=1)),
         "decoder": Part(
@@ -100,7 +107,7 @@ def test_every_part_trains_and_one_call_continues(tmp_path, monkeypatch):
         train_dreamer(tmp_path, EMBEDDED_FOLDER, ["sharpness"])
     train_dreamer(tmp_path, EMBEDDED_FOLDER, ["plain"], design_steps=1)
     summary = json.loads((tmp_path / "training.json").read_text())
-    assert [*parts, "design_plain_1"] == list(summary)
+    assert [*parts, "design_plain_1"] == list(summary) and compared == {(3, 1, 64, 64)}
     weights = tmp_path / "repository" / "unet" / "diffusion_pytorch_model.safetensors"
     size = sum(path.stat().st_size for path in (tmp_path / "repository").rglob("*") if path.is_file())
     assert size < 20e6

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from diffusers_fvg.cli import main
+from diffusers_fvg.shapes import plots
 from diffusers_fvg.shapes.ablation import write_ablation
 from diffusers_fvg.shapes.held_out import (
     attributes_stay,
@@ -20,6 +21,7 @@ from diffusers_fvg.shapes.report import claims_table, evaluate, quick_table, tra
 from diffusers_fvg.shapes.scorer import score_anchor
 from diffusers_fvg.shapes.study import (
     ARMS,
+    FORMS,
     Cell,
     Journal,
     StudySettings,
@@ -101,6 +103,7 @@ def test_kept_on_rendered_clips():
 
 
 def test_joined_texts():
+    assert all(count is None or name.endswith(f", {count} tokens") for name, (_, count) in FORMS.items())
     caption = "A still picture on a plain grey background: a red circle at the centre"
     assert joined_text("prompt, objects", "A red circle grows", caption) == (
         "A red circle grows, a red circle at the centre"
@@ -304,6 +307,8 @@ def test_journal_continues_after_a_torn_line(tmp_path):
 def test_a_study_writes_everything_and_continues(pipe, tmp_path, monkeypatch, capsys):
     reported, tuning = split_scenes(1, 1)
     monkeypatch.setattr("diffusers_fvg.shapes.study.split_scenes", lambda *counts: (reported, tuning[:1]))
+    figures, save = [], plots._save
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure) or save(figure, path))
     training = {"base": {"parameters": 1, "samples": 2, "steps": 3, "seconds": 4, "held_out": 0.5}}
     (tmp_path / "training.json").write_text(json.dumps(training))
     text = write_study(pipe, tmp_path, TINY)
@@ -323,6 +328,8 @@ def test_a_study_writes_everything_and_continues(pipe, tmp_path, monkeypatch, ca
         assert claim in text
     files = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     assert {"study.txt", "records.jsonl", "steps.png", "categories.png", "motion.png"} <= set(files)
+    # Bars hide the lines of the grid.
+    assert [figure.axes[0].get_axisbelow() for figure in figures][1] is True
     # The same noise: only the text can tell the two direct arms apart, only the anchor's place the true ones.
     rows = {row["arm"]: row for row in study["results"] if row["steps"] == 1}
     arms = ("direct", "direct_rewritten", "true_anchor", "true_middle", "true_last")

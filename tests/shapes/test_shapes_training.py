@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from diffusers_fvg.embedded import EMBEDDED_FOLDER
+from diffusers_fvg.lora.anchor_lora import AnchorLora
 from diffusers_fvg.shapes import train as shapes_train
 from diffusers_fvg.shapes.loop import train, trained
 from diffusers_fvg.shapes.tokenizer import text_tokenizer
@@ -97,6 +99,12 @@ def test_every_word_learns_its_phrase():
     assert read[5] == {"while"}
     assert read[6] == read[10] == {"a", "blue", "square", "moves", "downwards"}
     assert phrase[0, [0, 4, 5, 6, 10]].tolist() == [1, 1, 2, 3, 3]
+
+
+def test_the_embedded_lora_was_trained_with_these_options():
+    recorded = json.loads(AnchorLora.from_pretrained(EMBEDDED_FOLDER / "anchor_lora").metadata["training_config"])
+    settings = json.loads(json.dumps(shapes_train.LORA_SETTINGS))
+    assert {name: recorded[name] for name in settings} == settings
 
 
 def test_clips_for_the_vae_are_pixels_between_minus_one_and_one():

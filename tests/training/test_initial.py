@@ -117,7 +117,7 @@ def test_it_goes_on_with_the_same_one(places, lora, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 1, "alpha": 2.0}, r"is of rank 2, and the new one of `rank=1`: set it to 2 or more"),
+        ({"rank": 1, "alpha": 2.0}, r"has rank 2, above `rank=1` of the new LoRA: set `rank` to 2 or more"),
         ({"targets": ["to_q"]}, "has weights for blocks.0.attn1.to_k, which `targets` leave out: add it"),
     ],
 )

@@ -60,7 +60,7 @@ def test_captions_are_read_whole(tmp_path, name, content, expected):
         ('{"file_name": "0.mp4"', "line 1 is not JSON"),
         (
             '\n{"file_name": "0.mp4", "caption": "a"}',
-            r"line 2 has no \['text'\]; its columns are \['caption', 'file_name'\]",
+            r"line 2 has no `text`, or an empty one; its columns are \['caption', 'file_name'\]",
         ),
         ('{"file_name": "0.mp4", "text": "  "}', "line 1` is empty"),
         ('["0.mp4", "a dog"]', "line 1 must be an object, {...}, but is list"),
@@ -87,7 +87,7 @@ def test_rows_of_jsonl_that_are_refused(tmp_path, rows, message):
         ),
         ("0.mp4,,a red circle", "line 2 has 3 columns"),
         ("0.mp4,a dog\n1.mp4", "line 3 has 1 columns"),
-        ("0.mp4,", r"line 2 has no \['text'\]"),
+        ("0.mp4,", "line 2 has no `text`"),
         ('0.mp4,a dog\n1.mp4,"a red circle\n2.mp4,a star', "line 3: the row that begins there cannot be read"),
         ('0.mp4,"a red circle\n1.mp4,"a blue square"', "line 2: the row that begins there cannot be read"),
         (

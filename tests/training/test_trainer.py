@@ -348,7 +348,7 @@ def test_two_experts_train_on_their_own_noise_levels(tmp_path, monkeypatch):
     ("options", "message"),
     [
         ({"targets": ["to_q", "to_w", "q"]}, r"`targets` \['to_w', 'q'\] match no linear layer .* attn1.to_q"),
-        ({"experts": ["transformer", "transformer_2"]}, "has no `boundary_ratio`: it has one expert"),
+        ({"experts": ["transformer", "transformer_2"]}, "the model has one expert, as it has no `boundary_ratio`"),
         ({"validation_every": 3}, "`validation_every=3` and `validate=None` go together"),
     ],
 )

@@ -31,7 +31,7 @@ class Comparison:
     notes: dict[str, list[str]]
 
     def best(self, row: str) -> list[str]:
-        """Returns the conditions with the highest score of a row, rounded as printed; none if all are equal."""
+        """Returns the conditions with the highest score in a row, compared as printed; an empty list if all are equal."""
         scored = {name: round(own.mean, 3) for name, own in self.spreads[row].items() if own is not None}
         best = [name for name, value in scored.items() if value == max(scored.values())]
         return best if len(best) < len(scored) else []

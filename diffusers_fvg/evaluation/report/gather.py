@@ -101,7 +101,9 @@ def gather(run: Path, suites: Mapping[str, Suite], scores_file: Path | None, gal
     scores = {} if scores_file is None else read_scores(scores_file)
     other = next((own.suite for own in scores.values() if own.suite != suite.name), None)
     if other is not None:
-        raise ValueError(f"{scores_file} holds scores of {other}, but {run} is a run of {suite.name}.")
+        raise ValueError(
+            f"{scores_file} holds scores of {other}, but {run} is a run of {suite.name}; name the scores of this run."
+        )
     lines: dict[str, dict[str, Any]] = {}
     for line in sorted(read_manifest(run), key=lambda line: TELLING.index(line["status"])):
         lines[line["path"]] = line
@@ -120,7 +122,9 @@ def gather(run: Path, suites: Mapping[str, Suite], scores_file: Path | None, gal
         if video.labels["sample"] == "0":
             first.setdefault(video.labels["index"], {}).setdefault(condition.name, video)
     if unused:
-        raise ValueError(f"{scores_file} holds scores of {min(unused)}, which the plan of {run} does not have.")
+        raise ValueError(
+            f"{scores_file} holds scores of {min(unused)}, which the plan of {run} does not have; name the scores of this run."
+        )
     shown = _spread_out(list(first.values()))[:gallery]
     return Gathered(suite, facts, conditions, prompt_of, [_exhibit(run, videos) for videos in shown])
 

@@ -104,7 +104,8 @@ def chosen_prompts(
     Args:
         prompts (`Sequence[SuitePrompt]`): all prompts of the suite.
         categories (`Sequence[str]`, *optional*): categories to take prompts from; left out, all.
-        per_category (`int`, *optional*): number of prompts to take from each category, from its first; left out, all.
+        per_category (`int`, *optional*): number of prompts to take from each category, starting with its first; left out,
+            all.
 
     Raises:
         `ValueError`: a category is unknown.

@@ -99,4 +99,6 @@ def read_scores(path: Path) -> dict[str, Scores]:
             values["categories"] = {name: CategoryScore(**own) for name, own in values["categories"].items()}
         return {arm: Scores(**values) for arm, values in arms.items()}
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{path} is not a file of `fvg bench read` ({error!r}).") from error
+        raise ValueError(
+            f"{path} is not a file that `fvg bench read` wrote ({error!r}); run that command again."
+        ) from error

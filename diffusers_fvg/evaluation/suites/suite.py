@@ -96,7 +96,7 @@ def read_json(path: Path, kind: type) -> Any:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON ({error}); download or create it again.") from error
     if not isinstance(value, kind):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not a {kind.__name__}.")
+        raise ValueError(f"{path} holds a {type(value).__name__}, not a {kind.__name__}; download or create it again.")
     return value

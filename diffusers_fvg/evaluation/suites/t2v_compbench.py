@@ -257,7 +257,7 @@ def pack(folder: Path, output: Path, model: str) -> list[str]:
     if scores.problems:
         raise ValueError(f"{folder} cannot be submitted. {' '.join(scores.problems)}")
     if not chosen:
-        raise ValueError(f"{folder} holds no result of T2V-CompBench V2.")
+        raise ValueError(f"{folder} holds no result of T2V-CompBench V2; run its evaluate.sh first.")
     details = sorted(folder.rglob(f"*{MOTION_DETAILS}"))
     if "_motion_score.csv" in chosen and len(details) == 1:
         chosen[MOTION_DETAILS] = details[0]

@@ -64,7 +64,9 @@ def read_dimensions(folder: Path, dimensions: Mapping[str, int], scores: Scores)
         try:
             videos = [(Path(item["video_path"]).name, float(item["video_results"])) for item in listed]
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a result of {dimension}: {error!r}.") from error
+            raise ValueError(
+                f"{path} is not a result of {dimension} ({error!r}); evaluate this dimension again."
+            ) from error
         category.videos = dict(videos)
         if len(category.videos) != len(videos):
             scores.problems.append(f"{dimension}: {path.name} has a video twice.")

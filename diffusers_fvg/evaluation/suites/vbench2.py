@@ -70,7 +70,9 @@ def read_prompts(folder: Path, ratio: str | None = None) -> list[SuitePrompt]:
     texts = [line.strip() for line in lines if line.strip()]
     if set(texts) != set(dimensions):
         odd = min(set(texts) ^ set(dimensions))
-        raise ValueError(f"{folder}: VBench2_full_text.txt and VBench2_full_info.json differ, as in {odd!r}.")
+        raise ValueError(
+            f"{folder}: VBench2_full_text.txt and VBench2_full_info.json differ, as in {odd!r}; use both from one commit."
+        )
     return [
         SuitePrompt(
             text,

@@ -47,6 +47,8 @@ def test_no_interval_where_there_is_none():
     assert (alone.mean, alone.low, alone.high, alone.is_clear) == (0.25, None, None, False)
     same = interval([(1.0, Sample.of([0.25, 0.25]))])
     assert (same.low, same.high, same.is_clear) == (0.25, 0.25, True)
+    below = interval([(1.0, Sample.of([-0.25, -0.25]))])
+    assert (below.low, below.high, below.is_clear) == (-0.25, -0.25, True)
     assert interval([]) is None
 
 

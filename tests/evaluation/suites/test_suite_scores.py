@@ -400,7 +400,7 @@ def test_scores_are_written_and_read(tmp_path):
     }
     assert json.loads((tmp_path / "scores.json").read_text())["direct"]["complete"] is True
     other = compbench_prompts(tmp_path / "prompts") / "meta_data" / "action_binding.json"
-    with pytest.raises(ValueError, match="is not a file of `fvg bench read`"):
+    with pytest.raises(ValueError, match="is not a file that `fvg bench read` wrote"):
         read_scores(other)
 
 
