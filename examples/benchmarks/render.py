@@ -54,8 +54,8 @@ How to read the tables:
 ## Measures that are not met or not run on a GPU
 
 Each row is a measure with its target, the result so far, and the step that measures it: `python examples/benchmarks/gpu_run.py --only STEP`, with
-several steps separated by commas. Step `fp8` needs the package torchao. Every step was run at tiny size on a CPU. The section "Training step" and those
-after it have the results on a CPU.
+several steps separated by commas. Step `fp8` needs the package torchao. Every step was run at tiny size on a CPU. Results on a CPU are in
+the sections below without "On a GPU" in their titles; those of the shapes model are in [its study](../results/shapes/study.txt).
 
 | measure | target | result so far | step |
 |---|---|---|---|
@@ -72,7 +72,8 @@ after it have the results on a CPU.
 | the same, compiled; with one forward per step; with a window and float8 as well | at most 0.25; 0.15; 0.10 | not run | `fast_pipeline` |
 | the same two rows with stages 1 and 2, with random weights of the size of Z-Image and Qwen3-4B | the same | not run | `pipeline,fast_pipeline,stages` |
 | time of a training step at rank 128, ours / stock | at most 0.90 | not run | `training_step` |
-| memory of kept activations in a training step at rank 128, ours / stock | at most 0.70 | 0.61, computed | `training_step` |
+| peak memory of a training step above weights and inputs, ours / stock | at most 0.70 | 0.66, without gradient checkpointing 0.60, both computed | \
+`training_step` |
 | time of a step with SageAttention, and its difference | none | not run; for GPUs of compute capability 8.6, 8.9 and 12.0 | `steps`, on such a GPU \
 with the package sageattention |
 | minutes and scores of the shapes model trained from scratch on a GPU | scores as on a CPU | only seconds per step were measured | `fvg shapes train \
@@ -87,7 +88,7 @@ on the same weights. Not run: the published weights, latents of a real Wan model
 fitted to the VAE when it is loaded (`animate/preview.py`), takes less than a thousandth of the time of a decode, and needs no download.
 
 The blocks of the VAE's decoder can be compiled: `block.compile(dynamic=False)` for `block` in `pipe.vae.decoder.up_blocks`, with
-`torch._dynamo.config.recompile_limit = 64`, as they have 15 graphs. On a CPU the frames of a small VAE stay the same to 4e-7; step `decode` times it on
+`torch._dynamo.config.recompile_limit = 64`, as they have 16 graphs. On a CPU the frames of a small VAE stay the same to 4e-7; step `decode` times it on
 a GPU. With `channels_last_3d`, a decode took 1.08 times as long on an H200, so the package does not use it.
 
 ## Left out, with the reason
