@@ -18,6 +18,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from torch.nn import functional
 
@@ -255,6 +257,12 @@ def _find(source: str | os.PathLike, weight_name: str | None, revision: str | No
         if not Path(place, name).is_file():
             raise ValueError(f"There is no file {name!r} in {place!r}.")
         return Path(place, name)
+    try:
+        validate_repo_id(place)
+    except HFValidationError as error:
+        raise ValueError(
+            f"{place!r} is neither an existing file or folder nor the name of a repository (`org/name`)."
+        ) from error
 
     def select(names: list[str]) -> list[str]:
         if name not in names:

@@ -183,6 +183,12 @@ def test_missing_weights_and_files_are_refused(folder, tmp_path):
         ("absent.safetensors", None, "float32", r"There is no file '.*absent\.safetensors'\.$"),
         ("", None, "float32", "Name the file in the folder or repository .* by `weight_name`: taew2_1 is for"),
         ("", "taew2_2.safetensors", "float32", r"There is no file 'taew2_2\.safetensors' in "),
+        (
+            "absent",
+            "taew2_1.safetensors",
+            "float32",
+            "absent' is neither an existing file or folder nor the name of a rep",
+        ),
         ("", "../taew2_1.safetensors", "float32", "does not stay in its folder"),
         ("taew2_1.safetensors", "taew2_1.safetensors", "float32", "is a file: leave out `weight_name`"),
         ("taew2_1.safetensors", None, "int8", "`dtype='int8'` must be torch.bfloat16"),
