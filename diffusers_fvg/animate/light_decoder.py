@@ -30,11 +30,11 @@ from ..loading.safety import refuse_pickles
 from ..lora.files import read_safetensors
 
 
-# Name of the published file -> latent channels, and the side of the square of pixels that each last position becomes, which
-# is that of the VAE, too (`patch_size` in its config).
+# Name of the published file -> latent channels, and `patch_size`: the last layer gives a square patch of that many pixels per
+# side at each position. Both equal `z_dim` and `patch_size` in the config of the VAE.
 FILES = {"taew2_1": (16, 1), "taew2_2": (48, 2)}
 USES = "taew2_1 is for Wan 2.1, Wan2.2-A14B and SkyReels-V2, taew2_2 for Wan2.2-TI2V-5B"
-# Frames that the decoder makes of each latent frame. The first latent frame is one frame of the video, the last of the four.
+# Frames that the decoder makes of each latent frame. Of the first latent frame, only the last one belongs to the video.
 FRAMES = 4
 
 

@@ -7,8 +7,8 @@
     python examples/benchmarks/gpu_run.py --size tiny --device cpu          # a dry run
 
 The models have random weights of Wan2.2-TI2V-5B's size. A step starts only if the seconds that it needs are left, is stopped at
-its limit, and writes its report before the next step starts, so that an interruption loses no finished step. `render.py` makes
-tables of the reports.
+its limit, and writes its report into the folder `--output` before the next step starts, so that an interruption loses no
+finished step. `render.py` makes tables of the reports.
 """
 
 from __future__ import annotations
