@@ -267,17 +267,17 @@ def _fp8_report(device: Any) -> str:
 
 
 def _runs_on(device: Any) -> list[str]:
-    import torch
 
-    from .animate.attention import choose_backend
+    from .animate.attention import backend_report
     from .animate.memory import free_bytes
     from .kernels.dispatch import kernel_report
     from .pipelines.profiles import USABLE, plan_memory
 
-    lines = [f"  attention: {choose_backend(device, torch.bfloat16, 128)}", f"  kernels: {kernel_report(device)}"]
+    lines = [f"  attention: {backend_report(device)}", f"  kernels: {kernel_report(device)}"]
     lines.append(f"  8-bit products: off; --quantize fp8-dynamic {_fp8_report(device)}")
     lines.append(
-        "  anchor LoRA: separate layers, which calls without an anchor switch off; pipe.fuse_lora() merges it into the weights"
+        "  anchor LoRA: separate layers, because calls without an anchor switch it off; pipe.fuse_lora() merges it into the "
+        "weights, which saves time"
     )
     lines.append("  embedded shapes model: yes")
     profile = "cpu" if device.type == "cpu" else "auto"

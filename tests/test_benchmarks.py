@@ -156,6 +156,10 @@ def test_gpu_run_at_tiny_size(compiles, tmp_path, monkeypatch, capsys):
             compile_blocks(run, model)
 
     monkeypatch.setattr(gpu_run.Run, "compile", compile_or_not)
+    if not compiles:
+        monkeypatch.setattr(torch.nn.Module, "compile", lambda *args, **kwargs: None)
+    # A backend that a CPU has.
+    monkeypatch.setattr(gpu_run, "choose_backend", lambda *_: "_native_math")
 
     def late(run):
         time.sleep(5)
@@ -182,6 +186,11 @@ def test_gpu_run_at_tiny_size(compiles, tmp_path, monkeypatch, capsys):
     assert "too_long: skipped" in text
     reports = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in tmp_path.glob("*.json")}
     assert reports.keys() == set(names)
+    ours = ["ours, {}, torch", "ours, {}, kernels, window 0", "ours, {}, kernels", "ours, {}, kernels, _native_math"]
+    forwards = [
+        name.format(how) for how in ("eager", "compiled") for name in ("stock, {}", "stock, {}, _native_math", *ours)
+    ]
+    assert [row["forward"] for row in reports["steps"]["runs"]] == forwards
     forms = [row["form"] for row in reports["attention_forms"]["runs"]]
     assert forms == ["dense, torch's choice", "dense, MATH", "window, gathered, MATH"]
     assert [row["LoRA"] for row in reports["lora"]["runs"]] == 2 * [
@@ -204,7 +213,7 @@ def test_gpu_run_at_tiny_size(compiles, tmp_path, monkeypatch, capsys):
     fast = reports["fast_pipeline"]["runs"]
     assert "fastwan-3" in fast[2]["video"] and fast[2]["denoise"] < fast[0]["denoise"]
     assert all(run["seconds"] >= run["denoise"] + run["decode"] for run in (guided, alone, stock))
-    assert all(run["decode"] > 0 for run in (guided, alone, stock, light)) and len(reports["decode"]["runs"]) == 7
+    assert all(run["decode"] > 0 for run in (guided, alone, stock, light)) and len(reports["decode"]["runs"]) == 8
     assert light["seconds"] - light["decode"] == pytest.approx(guided["seconds"] - guided["decode"])
     with pytest.raises(SystemExit):
         monkeypatch.setattr(sys, "argv", ["gpu_run", "--only", "nothing"])

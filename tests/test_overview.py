@@ -222,7 +222,8 @@ def test_doctor_tells_what_there_is_and_what_would_run(gibibytes, fits, capsys, 
     assert max(map(len, text.splitlines())) <= 80
     for package in ("torch", "diffusers", "transformers"):
         assert f"\n{package} {version(package)}\n" in text
-    assert f", {gibibytes}.0 GiB free\n  attention: native\n  kernels: torch (FVG_KERNELS=auto" in text
+    assert f", {gibibytes}.0 GiB free\n  attention: native, diffusers' default; " in text
+    assert "\n  kernels: torch (FVG_KERNELS=auto" in text
     assert "\n  8-bit products: off; --quantize fp8-dynamic fails: cpu is not an NVIDIA GPU" in text
     assert "\n  anchor LoRA: separate layers" in text
     # 8.04 + 20.35 + 11.36 + 10.00 + 1.41 GB of weights, and what the VAE or the transformer works in.

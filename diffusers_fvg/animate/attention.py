@@ -115,6 +115,21 @@ def choose_backend(
     return NATIVE
 
 
+def backend_report(device: torch.device) -> str:
+    """Returns the default backend, and which one `"auto"` selects for a bfloat16 model with heads of 128 channels, and why."""
+    dtype, head_dim = torch.bfloat16, 128
+    chosen = choose_backend(device, dtype, head_dim)
+    if chosen != NATIVE:
+        why = "it comes first among those that are installed and agree with plain attention"
+    elif device.type != "cuda" or torch.version.hip is not None:
+        why = "the others are for NVIDIA GPUs"
+    elif _torch_takes_cudnn(device, dtype, head_dim):
+        why = "torch itself uses cuDNN there"
+    else:
+        why = "no faster one is installed and agrees with plain attention"
+    return f'{NATIVE}, diffusers\' default; set_attention_backend("auto") selects {chosen}, because {why}'
+
+
 @functools.cache
 def _torch_takes_cudnn(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Returns whether `scaled_dot_product_attention` chooses cuDNN itself, which depends on the version of torch."""

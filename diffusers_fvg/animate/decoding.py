@@ -26,7 +26,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 )
 from torch import nn
 
-from ..checks import stop_unless_finite
+from ..checks import check_latents, stop_unless_finite
 from ..devices import get_module_execution_device
 from ..kernels import fuses_norm, rms_norm_silu
 from .conditioning import denormalize_latents
@@ -53,13 +53,14 @@ def decode_frames(vae: AutoencoderKLWan | LightDecoder, latents: torch.Tensor) -
         `np.ndarray` of shape `(H, W, 3)`, uint8: 4 (f - 1) + 1 frames.
 
     Raises:
-        `ValueError`: `latents` are not those of exactly one video.
+        `ValueError`: `latents` are not those of exactly one video of this VAE, or not finite.
         `FloatingPointError`: the decoder gave values that are not finite.
     """
     if latents.ndim != 5 or latents.shape[0] != 1:
         raise ValueError(
             f"`latents` has shape {tuple(latents.shape)}, but one video has (1, C, f, h, w): pass `latents[i : i + 1]`."
         )
+    check_latents(latents, (1, vae.config.z_dim, None, None, None))
     latents = denormalize_latents(latents.to(get_module_execution_device(vae), dtype=vae.dtype), vae)
     for chunk in decode_chunks(vae, latents, to_uint8):
         yield from chunk[0].permute(1, 2, 3, 0).numpy()

@@ -18,21 +18,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from torch.nn import functional
 
-from ..checks import check_name, stop_unless_finite
+from ..checks import as_dtype, check_name, stop_unless_finite
 from ..loading.arguments import hub_arguments
 from ..loading.files import fetch
 from ..loading.safety import refuse_pickles
 from ..lora.files import read_safetensors
 
 
-# Name of the published file -> latent channels, and the side of the square of pixels that each last position becomes, which
-# is that of the VAE, too (`patch_size` in its config).
+# Name of the published file -> latent channels, and `patch_size`: the last layer gives a square patch of that many pixels per
+# side at each position. Both equal `z_dim` and `patch_size` in the config of the VAE.
 FILES = {"taew2_1": (16, 1), "taew2_2": (48, 2)}
 USES = "taew2_1 is for Wan 2.1, Wan2.2-A14B and SkyReels-V2, taew2_2 for Wan2.2-TI2V-5B"
-# Frames that the decoder makes of each latent frame. The first latent frame is one frame of the video, the last of the four.
+# Frames that the decoder makes of each latent frame. Of the first latent frame, only the last one belongs to the video.
 FRAMES = 4
 
 
@@ -72,16 +74,19 @@ class LightDecoder(nn.Module):
         cls,
         source: str | os.PathLike,
         weight_name: str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         revision: str | None = None,
         token: str | bool | None = None,
     ) -> LightDecoder:
         """Loads a published file, which also holds an encoder that is not used.
 
+        The files are in the folder `safetensors` of https://github.com/madebyollin/taehv.
+
         Args:
-            source (`str` or `os.PathLike`): safetensors file, or Hub repository.
-            weight_name (`str`, *optional*): path of the file in the repository, such as `"taew2_1.safetensors"`.
-            dtype (`torch.dtype`, *optional*): dtype to compute in; the published files are in float16.
+            source (`str` or `os.PathLike`): safetensors file, or a folder or Hub repository that holds it.
+            weight_name (`str`, *optional*): path of the file in the folder or repository, such as `"taew2_1.safetensors"`.
+            dtype (`torch.dtype` or `str`, *optional*): dtype of the weights and of the computation. The published files are
+                in float16.
             revision (`str`, *optional*): revision of the repository.
             token (`str` or `bool`, *optional*): token for the Hub.
 
@@ -89,9 +94,11 @@ class LightDecoder(nn.Module):
             `LightDecoder`, on the CPU; the pipeline moves it to its device.
 
         Raises:
-            `ValueError`: the file is not named as published, is not a safetensors file, or has other weights.
-            `OSError`: the repository or the file does not exist.
+            `ValueError`: the file does not exist, is not named as published, is not a safetensors file, or has other weights;
+                `weight_name` is missing or not needed; `dtype` is not a floating-point dtype.
+            `OSError`: the Hub repository cannot be loaded, or does not have the file.
         """
+        dtype = as_dtype(dtype, torch.float32)
         path = _find(source, weight_name, revision, token)
         name = next((name for name in FILES if path.name.startswith(name)), None)
         if name is None:
@@ -170,6 +177,8 @@ def fitting_file(vae: Any) -> str | None:
 def check_light_decoder(decoder: Any, vae: Any) -> None:
     """Checks that a decoder can stand in for a VAE. A VAE of the same shape with other weights cannot be told from Wan's.
 
+    A modular pipeline may not have loaded its VAE yet, so `vae` may be `None`.
+
     Raises:
         `ValueError`: it is of another kind, or decodes the latents of another VAE.
     """
@@ -178,7 +187,7 @@ def check_light_decoder(decoder: Any, vae: Any) -> None:
         raise ValueError(
             f"`light_decoder` is a {kind}: make one with `LightDecoder.from_pretrained`, or set it to None."
         )
-    if decoder.config.name != fitting_file(vae):
+    if vae is not None and decoder.config.name != fitting_file(vae):
         raise ValueError(
             f"`light_decoder` is {decoder.config.name}, which does not decode latents of the pipeline's VAE (`z_dim` "
             f"{vae.config.z_dim}, `patch_size` {vae.config.patch_size}): {USES}. Set it to None."
@@ -236,14 +245,24 @@ def _find(source: str | os.PathLike, weight_name: str | None, revision: str | No
     place = os.fspath(source)
     refuse_pickles([place, weight_name or ""])
     if os.path.isfile(place):
+        if weight_name is not None:
+            raise ValueError(f"{place} is a file: leave out `weight_name`, which is {weight_name!r}.")
         return Path(place)
-    if place.endswith(".safetensors") or os.path.isdir(place):
-        raise ValueError(
-            f"There is no file {place!r}: give a safetensors file, or a Hub repository with `weight_name`."
-        )
+    if place.endswith(".safetensors"):
+        raise ValueError(f"There is no file {place!r}.")
     if weight_name is None:
-        raise ValueError(f"Name the file in the repository {place!r} by `weight_name`: {USES}.")
+        raise ValueError(f"Name the file in the folder or repository {place!r} by `weight_name`: {USES}.")
     name = check_name(weight_name, "The light decoder", folders=True)
+    if os.path.isdir(place):
+        if not Path(place, name).is_file():
+            raise ValueError(f"There is no file {name!r} in {place!r}.")
+        return Path(place, name)
+    try:
+        validate_repo_id(place)
+    except HFValidationError as error:
+        raise ValueError(
+            f"{place!r} is neither an existing file or folder nor the name of a repository (`org/name`)."
+        ) from error
 
     def select(names: list[str]) -> list[str]:
         if name not in names:

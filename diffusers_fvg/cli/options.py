@@ -141,7 +141,7 @@ def add_video(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--light-decoder",
         metavar="NAME",
-        help="decode with taew2_1 or taew2_2, which are faster and show less detail than the VAE: file, org/name or "
+        help="decode with taew2_1 or taew2_2, which are faster and show less detail than the VAE: file, folder, org/name or "
         "org/name@revision",
     )
     parser.add_argument(

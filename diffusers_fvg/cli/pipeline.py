@@ -228,18 +228,22 @@ def load_pipeline(arguments: argparse.Namespace) -> FactorizedStages:
 
 
 def _light_decoder(arguments: argparse.Namespace, pipe: FactorizedStages) -> LightDecoder:
-    """Loads `--light-decoder`; of a repository, the file that fits the model's VAE."""
+    """Loads `--light-decoder`; of a folder or repository, the file that fits the model's VAE."""
     from ..animate.light_decoder import USES, LightDecoder, fitting_file
+    from ..pipelines.pipeline_factorized_video import FactorizedVideoPipeline
 
-    name = arguments.light_decoder
-    file = fitting_file(pipe.vae) if hasattr(pipe, "light_decoder") else None
+    name, dtype = arguments.light_decoder, _dtype(arguments)
+    file = fitting_file(pipe.vae) if isinstance(pipe, FactorizedVideoPipeline) else None
     if file is None:
         raise ValueError(f"--light-decoder {name} does not fit the model: {USES}. Leave it out.")
     if Path(name).is_file():
-        return LightDecoder.from_pretrained(name, dtype=_dtype(arguments))
-    repository, _, revision = name.partition("@")
+        decoder = LightDecoder.from_pretrained(name, dtype=dtype)
+        if decoder.config.name != file:
+            raise ValueError(f"--light-decoder {name} does not fit the model, which needs {file}: {USES}.")
+        return decoder
+    place, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
     options = {"revision": revision or None, "token": arguments.token or None}
-    return LightDecoder.from_pretrained(repository, f"{file}.safetensors", _dtype(arguments), **options)
+    return LightDecoder.from_pretrained(place, f"{file}.safetensors", dtype, **options)
 
 
 def _check_model(arguments: argparse.Namespace) -> None:

@@ -223,7 +223,8 @@ def kernel_report(device: torch.device) -> str:
         without = [f"{source}: {reason}" for source, reason in problems.items() if reason is not None]
         problem = "; ".join(without) if len(without) == len(SOURCES) else None
     if problem is None and _kernels != "reference":
-        return f"Triton (FVG_KERNELS={_kernels})" + (f", without {'; '.join(without)}" if without else "")
+        why = f", tested on {_tested(device)['tested_on']}" if _kernels == "auto" else ""
+        return f"Triton (FVG_KERNELS={_kernels}){why}" + (f", without {'; '.join(without)}" if without else "")
     return f"torch (FVG_KERNELS={_kernels})" + (f"; Triton is not for {device}: {problem}" if problem else "")
 
 
@@ -292,13 +293,20 @@ def _untested(device: torch.device, source: str) -> str | None:
 def _tested_probe(device: torch.device, source: str) -> str | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return "the tests of the Triton kernels pass on NVIDIA GPUs"
-    capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-    tested = json.loads(TESTED_GPUS.read_text(encoding="utf-8"))
-    if tested.get(capability, {}).get("sources", {}).get(source) != source_digest(source):
-        is_known = source in tested.get(capability, {}).get("sources", {})
-        what = "they have changed since their tests ran" if is_known else "their tests have not run"
-        return f"{what} on compute capability {capability} (FVG_KERNELS=triton uses them anyway)"
+    sources = _tested(device).get("sources", {})
+    if sources.get(source) != source_digest(source):
+        what = "they have changed since their tests ran" if source in sources else "their tests have not run"
+        return f"{what} on compute capability {_capability(device)} (FVG_KERNELS=triton uses them anyway)"
     return None
+
+
+def _capability(device: torch.device) -> str:
+    return ".".join(map(str, torch.cuda.get_device_capability(device)))
+
+
+def _tested(device: torch.device) -> dict[str, Any]:
+    """Returns the entry of a GPU's compute capability in `tested_gpus.json`; an empty one if its tests have not run."""
+    return json.loads(TESTED_GPUS.read_text(encoding="utf-8")).get(_capability(device), {})
 
 
 @functools.cache

@@ -25,6 +25,8 @@ from .saving import as_saved, forget_origins
 if TYPE_CHECKING:
     # At runtime, the stock class of the base model follows this one among the bases.
     from diffusers import DiffusionPipeline as StockPipeline
+
+    from ..animate.light_decoder import LightDecoder
 else:
     StockPipeline = object
 
@@ -45,6 +47,7 @@ class FactorizedParts(StockPipeline):
     attention_keys: tuple[str, ...] = ()
     # Content of `pipeline.py` in a saved repository, which imports this package: see `save_pretrained`.
     pipeline_shim: str
+    _light_decoder: LightDecoder | None = None
 
     def _add_stages(self, parts: dict[str, Any], call_defaults: dict[str, Any] | None) -> None:
         """Registers the components of the stages (`None` if absent) and loads the anchor LoRA into the video model."""
@@ -63,6 +66,20 @@ class FactorizedParts(StockPipeline):
         """Form in which anchors are passed to the model: that of the anchor LoRA's training, or `"slot"` without one."""
         anchor_lora = getattr(self, "anchor_lora", None)
         return "slot" if anchor_lora is None else anchor_lora.form
+
+    @property
+    def light_decoder(self) -> LightDecoder | None:
+        """The [`LightDecoder`] that decodes instead of the VAE, or `None`."""
+        return self._light_decoder
+
+    @light_decoder.setter
+    def light_decoder(self, decoder: LightDecoder | None) -> None:
+        if decoder is not None:
+            self._check_light_decoder(decoder)
+        self._light_decoder = decoder
+
+    def _check_light_decoder(self, decoder: Any) -> None:
+        raise ValueError(f"`light_decoder` must be None: {type(self).__name__} always decodes with its own VAE.")
 
     def _experts(self) -> dict[str, torch.nn.Module]:
         experts = {name: getattr(self, name, None) for name in ("transformer", "transformer_2")}
@@ -104,6 +121,8 @@ class FactorizedParts(StockPipeline):
         made.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
         if isinstance(pipeline, FactorizedParts):
             made.safety_checker, made.prompt_check = pipeline.safety_checker, pipeline.prompt_check
+            if isinstance(made, type(pipeline)) and made.vae is pipeline.vae:
+                made.light_decoder = pipeline.light_decoder
         return made
 
     def __getstate__(self) -> dict[str, Any]:

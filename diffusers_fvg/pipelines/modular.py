@@ -36,6 +36,7 @@ from diffusers.modular_pipelines import (
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from ..animate.anchor import Anchor
+from ..animate.light_decoder import LightDecoder
 from ..animate.stock_weights import configured_as
 from ..animate.transformer_anchor import AnchorConditionedTransformer3D
 from ..checks import as_generators, check_texts
@@ -361,9 +362,7 @@ class DecodeStep(_VideoStep):
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
-        return [
-            OutputParam("videos", list, 'Frames in the format of `output_type`: (B, F, H, W, 3) in [0, 1] for "np".')
-        ]
+        return [OutputParam("videos", list, 'Frames as `output_type` says: (B, F, H, W, 3) in [0, 1] for "np".')]
 
     def run(self, components: FactorizedVideoModularPipeline, block_state) -> None:
         block_state.videos = components.pipeline.decode(block_state.latents, block_state.output_type)
@@ -439,8 +438,9 @@ class FactorizedVideoModularPipeline(ModularPipeline):
     """The modular pipeline that `ModularPipeline.from_pretrained` loads for a [`FactorizedVideoPipeline`]'s repository."""
 
     default_blocks_name = "FactorizedVideoBlocks"
-    # Called with each anchor before its video is generated, as on `FactorizedVideoPipeline`.
+    # As on `FactorizedVideoPipeline`: called with each anchor before its video is generated; decodes instead of the VAE.
     safety_checker: Callable[[PIL.Image.Image], bool | str | None] | None = FactorizedVideoPipeline.safety_checker
+    light_decoder: LightDecoder | None = None
     _progress_bar_config: dict[str, Any] = {}
 
     @property
@@ -459,7 +459,7 @@ class FactorizedVideoModularPipeline(ModularPipeline):
         self.transformer = pipeline.transformer
         if pipeline.transformer_2 is not None:
             self.transformer_2 = pipeline.transformer_2
-        pipeline.safety_checker = self.safety_checker
+        pipeline.safety_checker, pipeline.light_decoder = self.safety_checker, self.light_decoder
         pipeline.set_progress_bar_config(**self._progress_bar_config)
         return pipeline
 

@@ -27,7 +27,8 @@ class FactorizedVideoPipelineOutput(BaseOutput):
             or with `mode="storyboard"` a list per video with one for each moment.
         seeds (`list[dict[str, int | dict]]`): per video, `{"anchor": ..., "video": ...}` for the stages that drew random
             numbers. A dictionary describes a generator that was used before, is not on the CPU, or was shared by videos.
-        timings (`dict[str, float]`): seconds per stage.
+        timings (`dict[str, float]`): seconds per stage. A stage ends when the CPU has checked its results, so this includes the
+            work of the device.
         storyboards (`list[list[Moment]]` or `None`): the moments of each prompt, with `mode="storyboard"`.
         records (`list[dict]`): per video, the record from which [`replay`] generates it again. It can be saved as JSON, or in
             the video's file: `write_video(..., metadata=out.records[0])`.

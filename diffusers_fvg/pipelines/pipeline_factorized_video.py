@@ -16,7 +16,7 @@ from ..animate.anchor import FORMS, Anchor, encode_anchors, resolve_anchors
 from ..animate.conditioning import AnchorLatents, anchored_model_input, denormalize_latents
 from ..animate.decoding import decode_video
 from ..animate.fidelity import decode_anchored
-from ..animate.light_decoder import LightDecoder, check_light_decoder
+from ..animate.light_decoder import check_light_decoder
 from ..animate.memory import decoder_bytes, free_bytes
 from ..animate.transformer_anchor_skyreels import WanNetwork, as_anchored
 from ..checks import Generators, check_finite, check_latents, check_number, check_size, stop_unless_finite
@@ -90,7 +90,6 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
     own_guidance_scale = 5.0
     default_call = WAN_CALL_DEFAULTS
     pipeline_shim = "from diffusers_fvg import FactorizedVideoPipeline  # noqa: F401\n"
-    _light_decoder: LightDecoder | None = None
 
     @with_optional_components
     def __init__(
@@ -155,15 +154,8 @@ class FactorizedVideoPipeline(FactorizedStages, FactorizedVideoLoraLoaderMixin, 
                 "model predicts a flow: set `prediction_type='flow_prediction', use_flow_sigmas=True` if it supports them."
             )
 
-    @property
-    def light_decoder(self) -> LightDecoder | None:
-        return self._light_decoder
-
-    @light_decoder.setter
-    def light_decoder(self, decoder: LightDecoder | None) -> None:
-        if decoder is not None:
-            check_light_decoder(decoder, self.vae)
-        self._light_decoder = decoder
+    def _check_light_decoder(self, decoder: Any) -> None:
+        check_light_decoder(decoder, self.vae)
 
     def _check_size(self, height: int, width: int) -> None:
         config = self.transformer.config

@@ -110,7 +110,6 @@ def surroundings(pipe: FactorizedStages) -> dict[str, Any]:
     """Returns everything but the arguments that affects the result of a call: model, adapters, dtypes, device and versions."""
     parts = {name: getattr(part, "dtype", None) for name, part in pipe.components.items() if name != "rewriter"}
     experts, origin = pipe._experts(), getattr(pipe, "origin", {})
-    light_decoder = getattr(pipe, "light_decoder", None)
     told = {
         "pipeline": type(pipe).__name__,
         "model": origin.get("repository") or model_name(pipe.name_or_path),
@@ -122,7 +121,7 @@ def surroundings(pipe: FactorizedStages) -> dict[str, Any]:
         "adapter_hashes": {name: found for name, expert in experts.items() if (found := _adapter_hashes(expert))},
         "quantization": {name: kind for name, expert in experts.items() if (kind := _quantization(expert))},
         "vae_tiling": bool(getattr(pipe.vae, "use_tiling", False)),
-        "light_decoder": None if light_decoder is None else light_decoder.config.name,
+        "light_decoder": None if pipe.light_decoder is None else pipe.light_decoder.config.name,
         "frame_rate": pipe.call_defaults["frame_rate"],
         "device": pipe._execution_device.type,
         "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in parts.items() if dtype is not None},

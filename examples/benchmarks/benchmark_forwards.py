@@ -2,6 +2,8 @@
 
 * Fusing the anchor LoRA into the weights (`pipe.fuse_lora()`): measured at `--size`.
 * Running the conditional and the unconditional branch in one batch: measured at `--size`.
+* Caching the blocks after the first one when its output hardly changes (diffusers' first-block cache): compared with fewer steps
+  on the trained shapes model. The ratio is the share of blocks that are computed, and the difference is that of the frames.
 * Computing the text's keys and values once per prompt, and the anchor's once per video, which needs a model whose anchor attends
   only to itself: computed for the whole models, as shares of the FLOPs of a forward. Only forwards after the first save them.
 
@@ -16,7 +18,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
+from diffusers import FirstBlockCacheConfig
 from harness import (
     SIZES,
     Size,
@@ -28,12 +32,17 @@ from harness import (
     make_parser,
     median_ratio,
     peak_bytes,
+    relative_rms,
     transformer_inputs,
     write_report,
 )
 from peft import LoraConfig
+from PIL import Image
 
+from diffusers_fvg import load_embedded
 from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
+from diffusers_fvg.shapes.prompts import CATEGORIES, make_scene
+from diffusers_fvg.shapes.world import render
 from diffusers_fvg.training.config import WAN_TARGETS
 
 
@@ -44,11 +53,14 @@ NOTES = (
     "the device, as in the shapes model; with the tokens of a whole model it takes the same time and twice the "
     "memory of the activations. Computing the text's keys and values once saves a thousandth of a forward. "
     "Computing the anchor's once saves one to two hundredths, costs the memory in the table for each branch, and "
-    "needs a model that is trained so that its anchor does not attend to the clip."
+    "needs a model that is trained so that its anchor does not attend to the clip. With 15 steps, a cache changes the "
+    "video more than as many blocks left out by fewer steps do."
 )
 LAYERS, FUSED = "as layers", "fused"
 # LoRA ranks of the training config for Wan2.2-TI2V-5B and of the shapes model.
 RANK, SHAPES_RANK = 128, 16
+# Thresholds of the first-block cache, and numbers of steps that compute about as many blocks.
+THRESHOLDS, STEPS = (0.1, 0.2), (10, 8)
 APART, TOGETHER = "one after the other", "in one batch"
 
 
@@ -117,6 +129,43 @@ def compare(
     ]
 
 
+def cached_steps(device: str, scenes: int) -> list[dict]:
+    """Rows of 15 steps of the embedded model, fewer steps, and 15 steps with a cache, from true first frames."""
+    pipe = load_embedded().to(device)
+    pipe.set_progress_bar_config(disable=True)
+    random, computed = np.random.default_rng(0), []
+    drawn = [make_scene(CATEGORIES[number % len(CATEGORIES)], random) for number in range(scenes)]
+    for block in pipe.transformer.blocks:
+        block.attn1.register_forward_hook(lambda *_: computed.append(1))
+
+    def videos(steps: int, threshold: float | None = None) -> tuple[torch.Tensor, int]:
+        computed.clear()
+        if threshold is not None:
+            pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+        call = {"preset": "anchored-15", "num_inference_steps": steps, "output_type": "pt", "generator": 0}
+        frames = [pipe(s.prompt, image=Image.fromarray(render(s.objects)[0]), **call).frames.cpu() for s in drawn]
+        if threshold is not None:
+            pipe.transformer.disable_cache()
+        return torch.cat(frames), len(computed)
+
+    forms = {"15 steps": (15,)} | {f"{steps} steps": (steps,) for steps in STEPS}
+    forms |= {f"15 steps, cache with threshold {threshold}": (15, threshold) for threshold in THRESHOLDS}
+    found = {form: videos(*options) for form, options in forms.items()}
+    exact, whole = found["15 steps"]
+    return [
+        {
+            "what": "blocks of a video, computed",
+            "size": "shapes, trained",
+            "form": form,
+            "seconds": None,
+            "ratio": count / whole,
+            "relative difference": None if frames is exact else relative_rms(frames, exact),
+            "MiB": None,
+        }
+        for form, (frames, count) in found.items()
+    ]
+
+
 def main() -> None:
     args = make_parser(__doc__, "forwards.json").parse_args()
     device, runs = args.device, []
@@ -143,6 +192,7 @@ def main() -> None:
         calls = {form: partial(model, **inputs, return_dict=False) for form, model in models.items()}
         known = [t for model in models.values() for t in (*model.parameters(), *model.buffers())]
         runs += compare("anchor LoRA", name, calls, [*known, *inputs.values()], args)
+    runs += cached_steps(device, args.repeats)
     for name in ("5b", "a14b"):
         runs += counted(name)
     settings = describe(args.size, device, args.repeats)

@@ -29,6 +29,7 @@ def decode(run: Run) -> None:
     sides = (2, 2) if run.name == "tiny" else (run.size.latent_height, run.size.latent_width)
     shape = (1, channels, 5, *sides)
     latents, rows = torch.randn(shape, device=run.device, dtype=run.size.dtype), []
+    notes = "All weights are random. The light decoder is taew2_2 or taew2_1, a network of its own with less detail."
 
     def add(name: str, choice: str = "reference", chunks: Callable = decoding.decode_chunks, decoder=vae) -> None:
         def call(count: int) -> None:
@@ -40,6 +41,8 @@ def decode(run: Run) -> None:
         rows.append(
             {"decoder": name, "a latent frame": each, "whole clip": first + each * (run.size.latent_frames - 1)}
         )
+        # After every decoder, so that an interruption loses no result.
+        run.report("decode", "decoding", rows, notes=notes)
 
     add("light decoder", decoder=light_decoder(run))
     add("as it is")
@@ -51,12 +54,11 @@ def decode(run: Run) -> None:
         lay_out(vae.decoder, torch.channels_last, torch.channels_last_3d)
         add("both, channels_last_3d", run.kernels)
         lay_out(vae.decoder, torch.contiguous_format, torch.contiguous_format)
-    if run.on_gpu:
+    # The blocks share the code of their class. Each has a graph for the first latent frame, for the second, and for the rest.
+    with torch._dynamo.config.patch(recompile_limit=64):
         for block in (vae.decoder.mid_block, *vae.decoder.up_blocks):
-            block.compile()
+            block.compile(dynamic=False, backend=run.compiler)
         add("blocks compiled")
-    notes = "All weights are random. The light decoder is taew2_2 or taew2_1, a network of its own with less detail."
-    run.report("decode", "decoding", rows, notes=notes)
 
 
 def make_vae(run: Run) -> AutoencoderKLWan:

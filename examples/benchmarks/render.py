@@ -29,7 +29,7 @@ python examples/benchmarks/render.py                                    # writes
 | `attention` | window attention with the fastest dense attention backend |
 | `kernels` | each kernel with its plain torch definition, eager and compiled, and with the bandwidth of a copy |
 | `modulation` | the peak memory of a forward with stock's |
-| `forwards` | ways to save forwards that the package does not use: batched guidance, cached keys and values |
+| `forwards` | ways to save forwards or parts of them: a fused LoRA, batched guidance, step caches, cached keys and values |
 | `pipeline` | a whole video with stock `WanPipeline` at 50 steps |
 | `loading` | loading with stock `WanPipeline.from_pretrained` |
 | `dreamer` | Factorized-Dreamer's UNet with the same UNet without its designs |
@@ -53,13 +53,14 @@ How to read the tables:
 
 ## Measures that are not met or not run on a GPU
 
-Each row is a measure with its target, the result so far, and the step that measures it: `python examples/benchmarks/gpu_run.py --only STEP`. Step `fp8`
-needs the package torchao. Every step was run at tiny size on a CPU.
+Each row is a measure with its target, the result so far, and the step that measures it: `python examples/benchmarks/gpu_run.py --only STEP`, with
+several steps separated by commas. Step `fp8` needs the package torchao. Every step was run at tiny size on a CPU. Results on a CPU are in
+the sections below without "On a GPU" in their titles; those of the shapes model are in [its study](../results/shapes/study.txt).
 
 | measure | target | result so far | step |
 |---|---|---|---|
 | time of an eager step with an anchor, ours / stock | at most 0.70 | 0.77 | `steps` |
-| time of a compiled step with an anchor, ours / stock | at most 0.95 | stock was not run | `steps` |
+| time of a compiled step with an anchor, ours / stock, both with the best backend | at most 0.95 | stock was not run | `steps` |
 | FLOP/s of a compiled step / bfloat16 peak of the data sheet | at least 0.60 | 0.57 | `steps` |
 | time of a compiled step, window 3 / all frames | at most 0.70 | 0.67 in eager mode with an earlier kernel | `steps` |
 | bandwidth of modulated norm and of rotary embedding / bandwidth of a copy | at least 0.80 | 0.59, 0.72 | `kernels` |
@@ -69,9 +70,14 @@ needs the package torchao. Every step was run at tiny size on a CPU.
 | the same with the light decoder | at most 0.15 | not run | `decode`, `pipeline` |
 | time of a video without stages 1 and 2, ours with 15 steps / stock with 50 | at most 0.30 | not run | `pipeline` |
 | the same, compiled; with one forward per step; with a window and float8 as well | at most 0.25; 0.15; 0.10 | not run | `fast_pipeline` |
-| the same two rows with stages 1 and 2, with random weights of the size of Z-Image and Qwen3-4B | the same | not run | `stages`, after `pipeline` and `fast_pipeline` |
+| the same two rows with stages 1 and 2, with random weights of the size of Z-Image and Qwen3-4B | the same | not run | `pipeline,fast_pipeline,stages` |
 | time of a training step at rank 128, ours / stock | at most 0.90 | not run | `training_step` |
-| scores of the shapes model trained on a GPU | equal to those on a CPU | only seconds per step were measured | `shapes_lora` |
+| peak memory of a training step above weights and inputs, ours / stock | at most 0.70 | 0.66, without gradient checkpointing 0.60, both computed | \
+`training_step` |
+| time of a step with SageAttention, and its difference | none | not run; for GPUs of compute capability 8.6, 8.9 and 12.0 | `steps`, on such a GPU \
+with the package sageattention |
+| minutes and scores of the shapes model trained from scratch on a GPU | scores as on a CPU | only seconds per step were measured | `fvg shapes train \
+OUT`, then `fvg shapes report DIR --model OUT/repository`; one LoRA alone: `shapes_lora` |
 
 ## Decoders
 
@@ -81,8 +87,28 @@ needs the package torchao. Every step was run at tiny size on a CPU.
 on the same weights. Not run: the published weights, latents of a real Wan model, and a GPU. Previews while a video denoises use one convolution that is
 fitted to the VAE when it is loaded (`animate/preview.py`), takes less than a thousandth of the time of a decode, and needs no download.
 
-Not in the package:
+The blocks of the VAE's decoder can be compiled: `block.compile(dynamic=False)` for `block` in `pipe.vae.decoder.up_blocks`, with
+`torch._dynamo.config.recompile_limit = 64`, as they have 16 graphs. On a CPU the frames of a small VAE stay the same to 4e-7; step `decode` times it on
+a GPU. With `channels_last_3d`, a decode took 1.08 times as long on an H200, so the package does not use it.
 
+## Left out, with the reason
+
+Times of a forward are those of Wan2.2-TI2V-5B on an H200, from the section "On a GPU" where no other source is given.
+
+* One kernel for the gated residual and the next norm: it would save one of five passes over the tokens, 60 times in a forward. At the bandwidth of a copy
+  this is 2.5 ms of 926 ms (computed).
+* A norm kernel without masked lanes: a block of 4,096 lanes holds 3,072 channels. The 61 norms take 10.6 ms of a forward, and 6.4 ms at 0.8 of the
+  bandwidth of a copy (computed). Another kernel would first have to pass the tests on a GPU.
+* Kernels as `triton_op`, so that the compiler can look into them: a compiled forward takes 0.922 s with the kernels and 0.926 s without them.
+* 128 registers per thread (`maxnreg=128`) for the kernel of window attention: its 128 KiB of shared memory allow one block on a multiprocessor in any
+  case, and 144 bytes per thread would be spilled (compiled ahead of time for compute capability 9.0 with Triton 3.9).
+* The attention backend `"auto"` as the default: on the only GPU that was measured it selects the default, because torch itself uses cuDNN there.
+* A fused anchor LoRA as the default: see [speed](../../diffusers_fvg/kernels/README.md).
+* Step caches at 15 steps: see the section "Fewer and cheaper forwards".
+* The two branches of guidance on two GPUs: this would at most halve the time of one video, and needs a second copy of the model (9.3 GiB). Two processes
+  with one GPU each make two videos in the time of one.
+* Window attention together with context parallelism (Ulysses, ring): a GPU would need keys of frames that other GPUs hold. On one GPU, a window of 3 takes
+  0.67 of the time of all frames; two GPUs with all frames take at least 0.5.
 * Several latent frames in one forward of the VAE's decoder. Four in one forward give the same frames (to 4e-15 in float64, 3e-6 in float32) and need
   2.4 to 2.6 times the memory. Their CPU time, divided by that of four forwards, is 1.0 for Wan 2.1 at 64 x 64 pixels, 1.2 at 128 x 128, 1.3 to 1.5 for
   the shapes model, and 0.5 (64 x 64) to 1.3 (192 x 192) for a quarter of the width of Wan 2.1. Step `decode` measures it on a GPU.

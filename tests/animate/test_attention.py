@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
 from diffusers_fvg.animate import attention
-from diffusers_fvg.animate.attention import backend_problem, choose_backend, rank_backends
+from diffusers_fvg.animate.attention import backend_problem, backend_report, choose_backend, rank_backends
 
 
 ALL = ("_flash_3", "_native_cudnn", "sage", "flash")
@@ -152,6 +152,25 @@ def test_the_second_of_two_and_once_per_process(plant, warnings):
 
 def test_on_a_cpu():
     assert choose_backend(CPU, torch.bfloat16, 128) == "native"
+    assert backend_report(CPU).endswith("selects native, because the others are for NVIDIA GPUs")
+
+
+@pytest.mark.parametrize(
+    ("takes_cudnn", "installed", "expected"),
+    [
+        (True, (), "selects native, because torch itself uses cuDNN there"),
+        (False, (), "selects native, because no faster one is installed and agrees with plain attention"),
+        (True, ("_flash_3",), "selects _flash_3, because it comes first among those that are installed and agree"),
+    ],
+)
+def test_the_report_gives_the_reason(takes_cudnn, installed, expected, monkeypatch):
+    """A stand-in for a GPU: what is asked of torch about it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention, "installed_backends", lambda: frozenset(installed))
+    monkeypatch.setattr(attention, "_torch_takes_cudnn", lambda *_: takes_cudnn)
+    monkeypatch.setattr(attention, "backend_problem", lambda *_: None)
+    report = backend_report(torch.device("cuda", 0))
+    assert report.startswith("native, diffusers' default; ") and expected in report
 
 
 @pytest.mark.gpu

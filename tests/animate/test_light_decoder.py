@@ -11,8 +11,10 @@ import torch
 from huggingface_hub import HfApi
 from safetensors.torch import save_file
 from tiny import tiny_pipeline, tiny_vae
+from tiny_animators import wan21_i2v
+from tiny_cogvideox import tiny_cogvideox_pipeline
 
-from diffusers_fvg import LightDecoder, decode_frames, replay
+from diffusers_fvg import FactorizedImageToVideoPipeline, LightDecoder, decode_frames, replay
 from diffusers_fvg.animate.decoding import decode_video, to_uint8
 from diffusers_fvg.animate.light_decoder import FILES
 
@@ -108,6 +110,8 @@ def test_it_decodes_where_a_vae_does(decoder):
     expected = to_uint8(decoder(latents)).permute(0, 2, 3, 4, 1).numpy()
     np.testing.assert_array_equal(decode_video(decoder, latents, "uint8"), expected)
     np.testing.assert_array_equal(np.stack(list(decode_frames(decoder, latents[1:]))), expected[1])
+    with pytest.raises(ValueError, match=r"of shape \(1, 16, any, any, any\), but is .*\(1, 48, 2, 1, 2\)"):
+        next(decode_frames(decoder, waves(48).float()[:1]))
     # The memory does not grow with the length of the video.
     peaks = []
     for length in (2, 3):
@@ -119,8 +123,9 @@ def test_it_decodes_where_a_vae_does(decoder):
     assert peaks[0] == peaks[1]
 
 
-def test_a_file_is_loaded(folder):
-    loaded = LightDecoder.from_pretrained(folder / "taew2_1.safetensors")
+@pytest.mark.parametrize("place", [("taew2_1.safetensors",), ("", "taew2_1.safetensors", "float32")])
+def test_a_file_is_loaded(place, folder):
+    loaded = LightDecoder.from_pretrained(folder / place[0], *place[1:])
     assert loaded.dtype == torch.float32 and loaded.config.name == "taew2_1"
     wanted = weights("taew2_1")
     assert all(torch.equal(weight, wanted[name].half().float()) for name, weight in loaded.state_dict().items())
@@ -137,7 +142,7 @@ def test_a_file_of_a_repository_is_loaded(folder, hub):
     ):
         LightDecoder.from_pretrained("org/light", "taew2_2.safetensors")
     with pytest.raises(
-        ValueError, match="Name the file in the repository 'org/light' by `weight_name`: taew2_1 is for"
+        ValueError, match="Name the file in the folder or repository 'org/light' by `weight_name`: taew2_1 is for"
     ):
         LightDecoder.from_pretrained("org/light")
 
@@ -170,9 +175,28 @@ def test_missing_weights_and_files_are_refused(folder, tmp_path):
         LightDecoder.from_pretrained(tmp_path / "taew2_1.safetensors")
     with pytest.raises(ValueError, match="`name` is 'taehv': use taew2_1 or taew2_2"):
         LightDecoder("taehv")
-    for name in (tmp_path / "absent.safetensors", tmp_path):
-        with pytest.raises(ValueError, match=r"There is no file .*: give a safetensors file, or a Hub repository"):
-            LightDecoder.from_pretrained(name)
+
+
+@pytest.mark.parametrize(
+    ("source", "weight_name", "dtype", "message"),
+    [
+        ("absent.safetensors", None, "float32", r"There is no file '.*absent\.safetensors'\.$"),
+        ("", None, "float32", "Name the file in the folder or repository .* by `weight_name`: taew2_1 is for"),
+        ("", "taew2_2.safetensors", "float32", r"There is no file 'taew2_2\.safetensors' in "),
+        (
+            "absent",
+            "taew2_1.safetensors",
+            "float32",
+            "absent' is neither an existing file or folder nor the name of a rep",
+        ),
+        ("", "../taew2_1.safetensors", "float32", "does not stay in its folder"),
+        ("taew2_1.safetensors", "taew2_1.safetensors", "float32", "is a file: leave out `weight_name`"),
+        ("taew2_1.safetensors", None, "int8", "`dtype='int8'` must be torch.bfloat16"),
+    ],
+)
+def test_wrong_arguments_are_refused(source, weight_name, dtype, message, folder):
+    with pytest.raises(ValueError, match=message):
+        LightDecoder.from_pretrained(folder / source, weight_name, dtype)
 
 
 def test_a_pipeline_decodes_with_it(decoder, monkeypatch, caplog):
@@ -185,6 +209,9 @@ def test_a_pipeline_decodes_with_it(decoder, monkeypatch, caplog):
     out = pipe("a red circle", output_type="pt", **call)
     assert torch.equal(out.frames, decoder(latents).transpose(1, 2) * 0.5 + 0.5)
     assert out.records[0]["light_decoder"] == "taew2_1"
+    # A pipeline from the same components decodes with it too, but not with another VAE.
+    assert type(pipe).from_pipe(pipe).light_decoder is decoder
+    assert type(pipe).from_pipe(pipe, vae=tiny_vae()).light_decoder is None
     pipe.light_decoder = None
     monkeypatch.undo()
     replay(pipe, out.records[0])
@@ -205,4 +232,14 @@ def test_a_decoder_that_does_not_fit_is_refused(light_decoder, message):
     pipe = tiny_pipeline(rewriter=None, composer=None)
     with pytest.raises(ValueError, match=message):
         pipe.light_decoder = light_decoder()
+    assert pipe.light_decoder is None
+
+
+@pytest.mark.parametrize(
+    "make", [tiny_cogvideox_pipeline, lambda: FactorizedImageToVideoPipeline.from_pipe(wan21_i2v())]
+)
+def test_pipelines_of_other_models_refuse_it(make, decoder):
+    pipe = make()
+    with pytest.raises(ValueError, match=f"{type(pipe).__name__} always decodes with its own VAE"):
+        pipe.light_decoder = decoder
     assert pipe.light_decoder is None

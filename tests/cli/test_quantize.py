@@ -77,6 +77,16 @@ def test_a_light_decoder(folder, capsys):
     assert main(again) == 0, capsys.readouterr().err
     assert read_video_metadata(folder / "b.mp4")["light_decoder"] is None
     assert np.abs(read_video(folder / "b.mp4")[0] - frames).mean() > 3
+    # The files are for two different VAEs, and in a folder or repository they have their published names.
+    other = name.replace("taew2_1", "taew2_2")
+    save_file(LightDecoder("taew2_2").half().state_dict(), other)
+    (folder / "empty").mkdir()
+    for place, message in (
+        (other, f"--light-decoder {other} does not fit the model, which needs taew2_1: taew2_1 is for"),
+        (str(folder / "empty"), f"There is no file 'taew2_1.safetensors' in '{folder / 'empty'}'"),
+    ):
+        assert generate(folder, "wan", "--light-decoder", place) == 2
+        assert message in capsys.readouterr().err
     # An image-to-video pipeline decodes itself, and the embedded model has a VAE of its own.
     assert generate(folder, "i2v", "--light-decoder", name) == 2
     assert main(["generate", "a red circle", "--light-decoder", "org/light", "--output", str(folder / "c.mp4")]) == 2

@@ -43,7 +43,8 @@ def test_auto_takes_the_kernels_where_their_tests_passed(monkeypatch, tmp_path):
     """A stand-in for GPUs: what is asked of torch about them."""
     probe = dispatch._tested_probe.__wrapped__
     cuda = torch.device("cuda", 0)
-    table = {"9.0": {"sources": {"triton_rope": dispatch.source_digest("triton_rope"), "triton_norm": "0" * 16}}}
+    sources = {"triton_rope": dispatch.source_digest("triton_rope"), "triton_norm": "0" * 16}
+    table = {"9.0": {"sources": sources, "tested_on": "a GPU"}}
     monkeypatch.setattr(dispatch, "TESTED_GPUS", tmp_path / "tested_gpus.json")
     dispatch.TESTED_GPUS.write_text(json.dumps(table))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -59,7 +60,8 @@ def test_auto_takes_the_kernels_where_their_tests_passed(monkeypatch, tmp_path):
     monkeypatch.setattr(dispatch, "_tested_probe", probe)
     with kernels.use_kernels("auto"):
         text = dispatch.kernel_report(cuda)
-    assert text.startswith("Triton (FVG_KERNELS=auto), without triton_attention: ") and "triton_rope" not in text
+    assert text.startswith("Triton (FVG_KERNELS=auto), tested on a GPU, without triton_attention: ")
+    assert "triton_rope" not in text
 
 
 KERNEL = '''"""Sums."""

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 
-triton = pytest.importorskip("triton")
+# With older versions of Triton the gradients of attention spill more: 8 bytes with 3.4 and 3.6, 16 with 3.7 (compute capability 9.0).
+triton = pytest.importorskip("triton", minversion="3.9", reason="the limits are those of Triton 3.9")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -85,14 +86,23 @@ def source(kernel, constants):
 # Of each compute capability, bytes of shared memory that a block may take (CUDA C++ Programming Guide, "Technical
 # Specifications per Compute Capability"), and bytes of registers that a thread may spill. 8.6 has less of both than 8.0.
 LIMITS = {86: (99 * 1024, 112), 90: (227 * 1024, 0)}
+# Registers of a multiprocessor (same source). These kernels wait for memory, so that a second block must fit beside the first.
+REGISTERS = 64 * 1024
+IN_PAIRS = (
+    triton_modulation._layer_norm_fwd_kernel,
+    triton_modulation._gated_residual_fwd_kernel,
+    triton_rope._rms_norm_rope_fwd_kernel,
+    triton_norm._rms_norm_silu_kernel,
+)
 
 
-def stack_bytes(cubin: bytes, path: Path) -> int:
-    """What a thread keeps in local memory: registers that were spilled."""
+def used(cubin: bytes, path: Path) -> tuple[int, int]:
+    """Returns the registers of a thread, and the bytes that it keeps in local memory: registers that were spilled."""
     path.write_bytes(cubin)
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
-    return max(map(int, re.findall(r"STACK:(\d+)", usage.stdout + usage.stderr)))
+    found = re.findall(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
+    return max(int(registers) for registers, _ in found), max(int(stack) for _, stack in found)
 
 
 # Kernels that come near the limits are compiled for both capabilities, and variants far below them for one or none; the slow
@@ -122,6 +132,10 @@ def test_fits(kernels, variant, capability, tmp_path, monkeypatch):
         compiled = triton.compile(source(kernel, constants), target, launch)
         assert compiled.metadata.num_warps == options["num_warps"]
         name = f"{kernel.fn.__name__} {options}"
-        shared_memory, spilled = LIMITS[capability]
+        shared_memory, most_spilled = LIMITS[capability]
+        registers, spilled = used(compiled.asm["cubin"], tmp_path / "kernel.cubin")
         assert compiled.metadata.shared <= shared_memory, name
-        assert stack_bytes(compiled.asm["cubin"], tmp_path / "kernel.cubin") <= spilled, name
+        assert spilled <= most_spilled, name
+        # With an index each token of a tile has its own row, whose addresses take registers.
+        if kernel in IN_PAIRS and not options.get("HAS_INDEX"):
+            assert 2 * registers * 32 * options["num_warps"] <= REGISTERS, name

@@ -9,7 +9,7 @@ from diffusers.modular_pipelines import InputParam, ModularPipelineBlocks, Seque
 from tiny import tiny_pipeline, tiny_transformer
 from tiny_judges import tiny_clip_judge
 
-from diffusers_fvg import Anchor, FactorizedVideoPipeline, Plan, RewriteOutcome, Subject, load_embedded
+from diffusers_fvg import Anchor, FactorizedVideoPipeline, LightDecoder, Plan, RewriteOutcome, Subject, load_embedded
 from diffusers_fvg.embedded import EMBEDDED_FOLDER
 from diffusers_fvg.lora.anchor_lora import AnchorLora
 from diffusers_fvg.pipelines.modular import (
@@ -341,6 +341,17 @@ def test_the_safety_checker_sees_the_anchor(modular, monkeypatch):
     with pytest.raises(ValueError, match="safety_checker"):
         modular(prompt=PROMPT, image=picture(), generator=seeded(), **SIZE, **STEPS)
     assert seen == [(32, 32)]
+
+
+def test_it_decodes_with_a_light_decoder(modular, plain, monkeypatch):
+    torch.manual_seed(0)
+    call = {"prompt": PROMPT, "image": picture(), **SIZE, **STEPS}
+    before = modular(generator=seeded(), output="videos", **call)
+    for pipe in (modular, plain):
+        monkeypatch.setattr(pipe, "light_decoder", LightDecoder("taew2_1"))
+    plain.light_decoder.load_state_dict(modular.light_decoder.state_dict())
+    videos = modular(generator=seeded(), output="videos", **call)
+    assert torch.equal(videos, plain(generator=seeded(), **call).frames) and not torch.equal(videos, before)
 
 
 def test_disabled_progress_bar_silences_every_stage(modular, capfd):

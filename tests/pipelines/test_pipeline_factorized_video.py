@@ -478,6 +478,7 @@ def test_model_offload_changes_nothing(pipe):
 # On a CPU accelerate cannot offload layer by layer, not even a stock WanPipeline: it loses the type of a parameter that
 # stays where it is.
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
 def test_offload_to_a_gpu_changes_nothing(pipe, method):
     expected = pipe("a red circle", generator=seeded(), num_inference_steps=2, **SIZE)

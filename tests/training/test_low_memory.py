@@ -271,6 +271,7 @@ def test_options_that_belong_together(options, message, places, tmp_path, monkey
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_offloaded_blocks_are_not_on_the_device():
     transformer = with_lora(anchored=True)
     offload_blocks(transformer, torch.device("cuda"))
