@@ -11,7 +11,6 @@ from pathlib import Path
 
 from ..atomic import is_empty, replacing_entries
 from ..flags import free_name
-from ..flags import free_name
 
 
 STAGES_FILE = "stages.json"
