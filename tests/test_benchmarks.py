@@ -126,13 +126,17 @@ def test_bars_and_cells():
         pytest.param("loading", [], marks=pytest.mark.slow),
     ],
 )
-def test_script_runs_at_tiny_size(script, arguments, tmp_path, monkeypatch, capsys):
+def test_script_runs_at_tiny_size(script, arguments, tmp_path, monkeypatch, capsys, quick_embedded):
     output, shapes = tmp_path / "report.json", SIZES["shapes"]
     small = replace(shapes, config=shapes.config | {"num_layers": 1}, latent_frames=2)
     monkeypatch.setitem(SIZES, "shapes", small)
     options = ["--size", "tiny", "--device", "cpu", "--repeats", "1", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", [script, *options, *arguments])
-    importlib.import_module(f"benchmark_{script}").main()
+    module = importlib.import_module(f"benchmark_{script}")
+    if script == "forwards":
+        monkeypatch.setattr(module, "THRESHOLDS", (0.2,))
+        monkeypatch.setattr(module, "STEPS", (2,))
+    module.main()
     report = json.loads(output.read_text(encoding="utf-8"))
     assert render.section(report) in capsys.readouterr().out
     assert report["versions"]["torch"] == torch.__version__ and report["device"].startswith("cpu")
