@@ -65,28 +65,28 @@ TWO_OBJECTS = ("consistent_attr", "interaction")
 @pytest.fixture(scope="module")
 def records(pipe):
     """Scores of videos of all three stages, made in one batch."""
-    scenes = held_out_scenes(3, categories=TWO_OBJECTS)
+    scenes = held_out_scenes(2, categories=TWO_OBJECTS)
     for category, word in SINGLE_OBJECT.items():
         found = held_out_scenes(40, categories=(category,))
-        scenes += [scene for scene in found if word in scene.prompt and len(scene.objects) == 1][:3]
+        scenes += [scene for scene in found if word in scene.prompt and len(scene.objects) == 1][:2]
     return evaluate(pipe, scenes, arms=("factorized",), batch_size=len(scenes))
 
 
 @pytest.mark.parametrize("category", SINGLE_OBJECT)
 def test_single_object_prompts_come_out_right(records, category):
     scores = [record["score"] for record in records if record["category"] == category]
-    assert len(scores) == 3 and np.mean([score > 0.5 for score in scores]) > 0.8, scores
+    assert len(scores) == 2 and np.mean([score > 0.5 for score in scores]) > 0.8, scores
 
 
 @pytest.mark.parametrize("category", TWO_OBJECTS)
 def test_two_objects_keep_their_own_colours_and_shapes(records, category):
     scores = [record["score"] for record in records if record["category"] == category]
-    assert len(scores) == 3 and np.mean(scores) > 0.8, scores
+    assert len(scores) == 2 and np.mean(scores) > 0.8, scores
 
 
 def test_the_anchor_is_kept(records):
     fidelities = [record["anchor_iou"] for record in records if record["category"] == "placement"]
-    assert len(fidelities) == 3 and min(fidelities) > 0.85, fidelities
+    assert len(fidelities) == 2 and min(fidelities) > 0.85, fidelities
 
 
 def test_a_still_scene_stays_like_its_anchor_in_two_steps(pipe):

@@ -10,7 +10,7 @@ from diffusers_fvg.pipelines.candidates import compose_candidates
 CAPTION = "A still picture of a blue square"
 
 
-def test_each_candidate_of_a_single_caption_is_the_image_that_its_seed_draws_alone(monkeypatch):
+def test_each_candidate_of_a_single_caption_is_the_image_that_its_seed_draws_alone(monkeypatch, quick_embedded):
     pipe = load_embedded()
     pipe.set_progress_bar_config(disable=True)
     monkeypatch.setattr(type(pipe.anchor_judge), "threshold", None)

@@ -159,8 +159,8 @@ def test_equals_the_plain_pipeline(plain, modular, call):
         assert state.first_frame_prompt == (given or expected.first_frame_prompts)
 
 
-def test_equals_the_plain_pipeline_on_the_embedded_model():
-    plain, modular = load_embedded(), load_modular(EMBEDDED_FOLDER)
+def test_equals_the_plain_pipeline_on_the_embedded_model(quick_embedded):
+    plain, modular = load_embedded(), load_modular(quick_embedded)
     plain.set_progress_bar_config(disable=True)
     # 64 x 64 pixels and 17 frames are the repository's call defaults.
     expected = plain(PROMPT, generator=seeded(), output_type="pt")

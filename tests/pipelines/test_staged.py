@@ -3,10 +3,10 @@ import json
 import numpy as np
 import pytest
 import torch
+from quick import embedded_at
 
 from diffusers_fvg import load_embedded, load_embedded_dreamer
 from diffusers_fvg.compose.judge import Judgement
-from diffusers_fvg.embedded import EMBEDDED_FOLDER
 from diffusers_fvg.pipelines.staged import Writing, animate, draw, write
 from diffusers_fvg.recipes.outline import outline
 from diffusers_fvg.recipes.sources import find_source
@@ -16,8 +16,9 @@ PROMPT = "A red circle gradually turns into a square"
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    return load_embedded()
+def pipe(quick_folder):
+    with embedded_at(quick_folder):
+        yield load_embedded()
 
 
 class Greenness:
@@ -59,13 +60,13 @@ def test_stages_one_by_one_are_the_call(pipe, kind):
     assert json.dumps(output.records) == json.dumps(expected.records)
 
 
-def test_each_stage_needs_the_models_of_its_own_alone(pipe):
+def test_each_stage_needs_the_models_of_its_own_alone(pipe, quick_folder):
     # The judge chooses, which is stage 2.
     call = {"prompt": PROMPT, **SHORT, "composer_num_candidates": 2}
-    alone = [outline(find_source(EMBEDDED_FOLDER, None, {}), torch.float32) for _ in range(2)]
+    alone = [outline(find_source(quick_folder, None, {}), torch.float32) for _ in range(2)]
     alone[0].rewriter, alone[1].composer, alone[1].anchor_judge = pipe.rewriter, pipe.composer, pipe.anchor_judge
     last = type(pipe).from_pretrained(
-        EMBEDDED_FOLDER, rewriter=None, composer=None, anchor_judge=None, dtype=torch.float32
+        quick_folder, rewriter=None, composer=None, anchor_judge=None, dtype=torch.float32
     )
     last.register_to_config(_name_or_path="embedded")
     last.origin = pipe.origin
