@@ -33,6 +33,8 @@ def test_500_calls_take_no_more_memory_and_no_more_time(capsys):
         memory.append((own.uss + own.swap) / 2**20)
         if call % 50 == 49:
             gc.collect()
+            # A search leaves out what it has found in use before (see conftest.py), and with it what leaks.
+            gc.unfreeze()
             tensors.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
             files.append(process.num_fds())
             with capsys.disabled():
@@ -44,9 +46,9 @@ def test_500_calls_take_no_more_memory_and_no_more_time(capsys):
                     f"{took:.3f} s of processor time, {tensors[-1]} tensors, {files[-1]} files",
                     flush=True,
                 )
-    # After the first tenth, in which libraries fill their caches.
-    early, late = (statistics.median(memory[part]) for part in (slice(50, 150), slice(-100, None)))
-    assert late < early + 4, (early, late)
+    # From one tenth to the next, the allocator keeps up to 6 MiB more or less.
+    tenths = [statistics.median(memory[start : start + 50]) for start in range(0, CALLS, 50)]
+    assert tenths[-1] < max(tenths[:3]) + 4, tenths
     for mode in range(3):
         early, late = (statistics.median(seconds[mode::3][part]) for part in (slice(16, 50), slice(-34, None)))
         assert late < 1.25 * early, (mode, early, late)
