@@ -266,8 +266,10 @@ class FactorizedDreamerUNet(UNet2DConditionModel):
     def _motion_conditions(self, motion_embeds: torch.Tensor | None) -> list[KeysValues] | None:
         if motion_embeds is None:
             return None
+        # diffusers' `dtype` visits all modules, so it is asked once.
+        motion_embeds = motion_embeds.to(self.dtype)
         transformers = [transformer for transformer, _, _ in self._spatial_transformers()]
-        return [item.motion_attention.keys_values(motion_embeds.to(self.dtype)) for item in transformers]
+        return [item.motion_attention.keys_values(motion_embeds) for item in transformers]
 
     def _check_conditions(self, num_frames: int, **given: Any) -> None:
         if num_frames > self.config.num_frames:

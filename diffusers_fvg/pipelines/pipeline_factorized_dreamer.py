@@ -320,6 +320,7 @@ class FactorizedDreamerPipeline(
     ) -> torch.Tensor:
         """Runs the sampling loop of one window after the other, from noise to clean latents `(B, C, F, h, w)`."""
         num_windows, window_length = self._windows(request.num_frames)
+        dtype = self.unet.dtype
         noise, made = latents.split(window_length, dim=2), []
         steps = request.steps(self)
         with progress.stage("denoise", num_windows * steps) as report:
@@ -331,14 +332,14 @@ class FactorizedDreamerPipeline(
                 for i, t in enumerate(scheduler.timesteps, start=window * len(scheduler.timesteps)):
                     if self.interrupt:
                         break
-                    sample = scheduler.scale_model_input(latents, t).to(self.unet.dtype)
+                    sample = scheduler.scale_model_input(latents, t).to(dtype)
                     prediction = predict(sample, t, texts)
                     latents = scheduler.step(prediction, t, latents, return_dict=False)[0].float()
                     named = {name: texts[name] for name in ("prompt_embeds", "negative_prompt_embeds")}
                     latents, texts["prompt_embeds"], texts["negative_prompt_embeds"] = request.after_step(
                         self, i, t, latents=latents, **named
                     )
-                    stop_unless_finite("denoise", latents, self.unet.dtype, f"step {i + 1} of {self._num_timesteps}")
+                    stop_unless_finite("denoise", latents, dtype, f"step {i + 1} of {self._num_timesteps}")
                     report(i + 1, self._num_timesteps)
                 # The first frame of a later window is the last frame of the previous one.
                 made.append(latents if window == 0 else latents[:, :, 1:])
@@ -367,7 +368,7 @@ class FactorizedDreamerPipeline(
                 return self.unet(
                     sample=sample,
                     timestep=t,
-                    encoder_hidden_states=texts[f"{kind}prompt_embeds"].to(self.unet.dtype),
+                    encoder_hidden_states=texts[f"{kind}prompt_embeds"].to(sample.dtype),
                     motion_embeds=texts[f"{kind}prompt_embeds_2"],
                     motion_cache=caches[kind],
                     **options,

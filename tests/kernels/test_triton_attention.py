@@ -102,7 +102,7 @@ def test_operator_is_well_formed(device):
     torch.library.opcheck(triton_attention._frame_attention_op, (*(t.requires_grad_() for t in tensors), seen))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_model_with_a_window(compiled, device):
     """Output and gradients of a whole transformer, all operations in Triton, against plain torch."""
     from diffusers_fvg.animate.transformer_anchor import AnchorConditionedTransformer3D
