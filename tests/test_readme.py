@@ -90,10 +90,10 @@ def test_dreamer_s_table_is_that_of_its_report():
     claims = {(claim["figure"], claim["trained_steps"]): claim["value"] for claim in report["claims"]}
     model, kept = rows["Factorized-Dreamer", 3000], report["drift"][0]["kept"][-1]
     for said in (
-        f"beats the plain UNet by {claims['score, all designs minus plain', 3000]:.2f} (target 0.10)",
-        f"{model['categories_written']['dynamic_attr']:.2f} of all stages' videos",
+        f"scores {claims['score, all designs minus plain', 3000]:.2f} more than the plain UNet (target: 0.10 more)",
+        f"{model['categories_written']['dynamic_attr']:.2f} of such videos are right with all stages",
         f"{model['categories_true']['dynamic_attr']:.2f} from true first frames",
-        f"is {100 * claims['flow error added without PredictNet', 300]:.0f} % larger (target 10 %, missed)",
+        f"increases the flow error by {100 * claims['flow error added without PredictNet', 300]:.0f} % (the target",
         f"{claims['detail in dB that goes without PACA', 300]:.1f} dB of the first frame's detail",
         f"after 31 frames {100 * kept:.0f} % of videos",
     ):
