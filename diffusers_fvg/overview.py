@@ -267,7 +267,6 @@ def _fp8_report(device: Any) -> str:
 
 
 def _runs_on(device: Any) -> list[str]:
-
     from .animate.attention import backend_report
     from .animate.memory import free_bytes
     from .kernels.dispatch import kernel_report
