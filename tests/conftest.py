@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import functools
 import gc
 import os
 import shutil
@@ -71,14 +72,20 @@ SERVERS = {"fresh processes": "run_python", "forked processes": "from forked imp
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Gives workers whole files, and the files whose tests need the same server to one of them, which alone starts it."""
+    """With `--dist loadfile`, gives the files whose tests need the same server to one worker, which alone starts it."""
     from xdist.scheduler import LoadFileScheduling
+
+    if config.getoption("dist") != "loadfile":
+        return None
+
+    @functools.cache
+    def group(name: str) -> str:
+        text = (TESTS.parent / name).read_text(encoding="utf-8")
+        return next((server for server, word in SERVERS.items() if word in text), name)
 
     class ByServer(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            name = super()._split_scope(nodeid)
-            text = (TESTS.parent / name).read_text(encoding="utf-8")
-            return next((server for server, word in SERVERS.items() if word in text), name)
+            return group(super()._split_scope(nodeid))
 
     return ByServer(config, log)
 
