@@ -1,5 +1,8 @@
 """Real components of a Wan pipeline at tiny size, the same weights on every call."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from diffusers import (
     AutoencoderKLWan,
@@ -62,12 +65,8 @@ def tiny_vae() -> AutoencoderKLWan:
 def tiny_transformer(anchored: bool = False, seed: int = 0, **config) -> WanTransformer3DModel:
     """Builds the stock class or, with `anchored`, ours, both with the same weights."""
     torch.manual_seed(seed)
-    stock = WanTransformer3DModel(**(TRANSFORMER_CONFIG | config)).eval()
-    if not anchored:
-        return stock
-    ours = AnchorConditionedTransformer3D(**(TRANSFORMER_CONFIG | config)).eval()
-    ours.load_state_dict(stock.state_dict())
-    return ours
+    cls = AnchorConditionedTransformer3D if anchored else WanTransformer3DModel
+    return cls(**(TRANSFORMER_CONFIG | config)).eval()
 
 
 def tiny_unipc() -> UniPCMultistepScheduler:
@@ -78,15 +77,24 @@ def tiny_euler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(shift=5.0)
 
 
+def built(parts: dict[str, Callable], changes: dict) -> dict:
+    """`changes`, and what each of the other `parts` returns: a part that is replaced is not built."""
+    return {name: make() for name, make in parts.items() if name not in changes} | changes
+
+
+def _wan_components(anchored: bool = False, **config) -> dict[str, Callable]:
+    return {
+        "tokenizer": tiny_tokenizer,
+        "text_encoder": tiny_text_encoder,
+        "transformer": partial(tiny_transformer, anchored, **config),
+        "vae": tiny_vae,
+        "scheduler": tiny_unipc,
+    }
+
+
 def tiny_wan_components(anchored: bool = False, **config) -> dict:
     """Returns the components of a `WanPipeline`; `config` changes the transformer, `anchored` its class."""
-    return {
-        "tokenizer": tiny_tokenizer(),
-        "text_encoder": tiny_text_encoder(),
-        "transformer": tiny_transformer(anchored, **config),
-        "vae": tiny_vae(),
-        "scheduler": tiny_unipc(),
-    }
+    return built(_wan_components(anchored, **config), {})
 
 
 def tiny_rewriter() -> FirstFrameRewriter:
@@ -124,21 +132,19 @@ def tiny_rewriter() -> FirstFrameRewriter:
 
 def tiny_composer() -> AnchorComposer:
     """`WanPipeline` run for one frame."""
-    pipeline = WanPipeline(**tiny_wan_components() | {"transformer": tiny_transformer(seed=2)})
+    pipeline = WanPipeline(**tiny_wan_components(seed=2))
     return AnchorComposer(pipeline, {"num_frames": 1, "num_inference_steps": 2, "max_sequence_length": 16})
 
 
 def tiny_pipeline(**changes) -> FactorizedVideoPipeline:
     """All three stages at tiny size; `changes` replace components and settings."""
-    parts = tiny_wan_components(anchored=True) | {
-        "scheduler": WAN_PRESETS["anchored-15"].make_scheduler(),
-        "transformer_2": None,
-        "rewriter": tiny_rewriter(),
-        "composer": tiny_composer(),
-        "anchor_lora": None,
-        "schedulers": WAN_PRESETS,
+    parts = _wan_components(anchored=True) | {
+        "scheduler": WAN_PRESETS["anchored-15"].make_scheduler,
+        "rewriter": tiny_rewriter,
+        "composer": tiny_composer,
     }
-    return FactorizedVideoPipeline(**parts | changes)
+    settings = {"transformer_2": None, "anchor_lora": None, "schedulers": WAN_PRESETS}
+    return FactorizedVideoPipeline(**built(parts, settings | changes))
 
 
 # -- the topology of each real model, at tiny size --------------------------------------------------------------------
@@ -180,7 +186,7 @@ def tiny_wan_family(name: str, anchored: bool = False, **changes) -> dict:
     """
     config, vae, settings = WAN_FAMILIES[name]
     config = config | changes
-    parts = tiny_wan_components(anchored, **config) | {"vae": vae()} | settings
+    parts = built(_wan_components(anchored, **config) | {"vae": vae}, settings)
     del parts["scheduler"]
     if "boundary_ratio" in settings:
         parts["transformer_2"] = tiny_transformer(anchored, seed=5, **config)

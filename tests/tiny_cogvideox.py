@@ -1,8 +1,11 @@
 """Real components of a CogVideoX 1.5 pipeline at tiny size, the same weights on every call."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
-from tiny import WORDS, tiny_composer, tiny_rewriter, tiny_tokenizer
+from tiny import WORDS, built, tiny_composer, tiny_rewriter, tiny_tokenizer
 from transformers import T5Config, T5EncoderModel
 
 from diffusers_fvg.animate.transformer_anchor_cogvideox import AnchorConditionedCogVideoXTransformer3D
@@ -63,23 +66,25 @@ def tiny_cogvideox_vae() -> AutoencoderKLCogVideoX:
     ).eval()
 
 
+def _components(anchored: bool = False, **config) -> dict[str, Callable]:
+    return {
+        "tokenizer": tiny_tokenizer,
+        "text_encoder": tiny_t5,
+        "transformer": partial(tiny_cogvideox_transformer, anchored, **config),
+        "vae": tiny_cogvideox_vae,
+    }
+
+
 def tiny_cogvideox_components(anchored: bool = False, **config) -> dict:
     """Returns the components of a `CogVideoXPipeline`, without its scheduler."""
-    return {
-        "tokenizer": tiny_tokenizer(),
-        "text_encoder": tiny_t5(),
-        "transformer": tiny_cogvideox_transformer(anchored, **config),
-        "vae": tiny_cogvideox_vae(),
-    }
+    return built(_components(anchored, **config), {})
 
 
 def tiny_cogvideox_pipeline(**changes) -> FactorizedCogVideoXPipeline:
     """All three stages at tiny size; `changes` replace components and settings."""
-    parts = tiny_cogvideox_components(anchored=True) | {
-        "scheduler": COGVIDEOX_PRESETS["anchored-15"].make_scheduler(),
-        "rewriter": tiny_rewriter(),
-        "composer": tiny_composer(),
-        "anchor_lora": None,
-        "schedulers": None,
+    parts = _components(anchored=True) | {
+        "scheduler": COGVIDEOX_PRESETS["anchored-15"].make_scheduler,
+        "rewriter": tiny_rewriter,
+        "composer": tiny_composer,
     }
-    return FactorizedCogVideoXPipeline(**parts | changes)
+    return FactorizedCogVideoXPipeline(**built(parts, {"anchor_lora": None, "schedulers": None} | changes))
