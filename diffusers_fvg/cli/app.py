@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 
 from ..flags import FRAMES, Whole
-from .options import add_composer, add_lora, add_model, add_quantize, add_rewriter
+from .options import add_composer, add_light_decoder, add_lora, add_model, add_quantize, add_rewriter
 from .pipeline import look
 
 
@@ -19,6 +19,7 @@ def add_app(commands: argparse._SubParsersAction) -> None:
     add_composer(parser)
     add_lora(parser)
     add_quantize(parser)
+    add_light_decoder(parser)
     parser.add_argument(
         "--host",
         default="127.0.0.1",

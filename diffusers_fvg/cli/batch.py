@@ -18,6 +18,7 @@ from .options import (
     COUNTS,
     add_choosing,
     add_composer,
+    add_light_decoder,
     add_lora,
     add_model,
     add_quantize,
@@ -129,6 +130,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add_composer(parser)
     add_lora(parser)
     add_quantize(parser)
+    add_light_decoder(parser)
     parser.add_argument(
         "--engine",
         choices=ENGINES,
@@ -293,7 +295,9 @@ def _made_by(arguments: argparse.Namespace, model: Model) -> dict[str, Any]:
     """Returns the facts that identify the model, without local paths."""
     from ..pipelines.record import model_name, versions
 
-    names = {name: getattr(arguments, name) for name in ("composer", "lora", "rewriter", "rewriter_model")}
+    names = {
+        name: getattr(arguments, name) for name in ("composer", "lora", "rewriter", "rewriter_model", "light_decoder")
+    }
     names = {name: model_name(value.rpartition("://")[2]) for name, value in names.items() if value is not None}
     kinds = {name: getattr(arguments, name) for name in ("dtype", "quantize", "variant") if getattr(arguments, name)}
     name = "embedded" if arguments.model is None else model_name(arguments.model)

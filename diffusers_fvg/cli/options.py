@@ -138,12 +138,7 @@ def add_video(parser: argparse.ArgumentParser) -> None:
         help="colours that the VAE changed: raw keeps them, match corrects all frames to the anchor's colours, replace also restores "
         "the anchor's pixels (default: raw)",
     )
-    parser.add_argument(
-        "--light-decoder",
-        metavar="NAME",
-        help="decode with taew2_1 or taew2_2, which are faster and show less detail than the VAE: file, folder, org/name or "
-        "org/name@revision",
-    )
+    add_light_decoder(parser)
     parser.add_argument(
         "--compile", action="store_true", help="compile the video model's blocks, which makes the first step slow"
     )
@@ -155,6 +150,15 @@ def add_video(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-metadata", action="store_true", help="store no record of the settings in the mp4")
     add_overwrite(parser)
+
+
+def add_light_decoder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--light-decoder",
+        metavar="NAME",
+        help="decode with taew2_1 or taew2_2, which are faster and show less detail than the VAE: file, folder, org/name or "
+        "org/name@revision",
+    )
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:

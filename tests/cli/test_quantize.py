@@ -2,6 +2,7 @@
 refused."""
 
 import importlib.util
+import json
 
 import numpy as np
 import PIL.Image
@@ -71,6 +72,15 @@ def test_a_light_decoder(folder, capsys):
     assert generate(folder, "wan", "--light-decoder", name) == 0, capsys.readouterr().err
     frames, record = made(folder)
     assert record["light_decoder"] == "taew2_1" and frames.shape[1:] == (384, 384, 3)
+    # A batch makes the same, and its run names the file without its folder.
+    row = {"prompt": "a red circle", "image": str(folder / "a.png"), "seed": 1, "name": "one"}
+    (folder / "rows.jsonl").write_text(json.dumps(row))
+    size = ["--height", "32", "--width", "32", "--num-frames", "5", "--steps", "1", "--dtype", "float32"]
+    batch = ["batch", str(folder / "rows.jsonl"), str(folder / "run"), "--model", str(folder / "wan"), *size]
+    assert main([*batch, "--light-decoder", name, "--device", "cpu", "--quiet"]) == 0, capsys.readouterr().err
+    np.testing.assert_array_equal(read_video(folder / "run" / "videos" / "one.mp4")[0], frames)
+    run = json.loads((folder / "run" / "run.json").read_text())
+    assert run["light_decoder"] == "taew2_1.safetensors"
     # A preview is made again with the VAE.
     again = ["generate", "--from", str(folder / "a.mp4"), "--model", str(folder / "wan"), "--quiet"]
     again += ["--image", str(folder / "a.png"), "--device", "cpu", "--overwrite", "--output", str(folder / "b.mp4")]
