@@ -131,3 +131,21 @@ def test_the_front_page_s_cards_are_what_is_planned():
         pairs = [plan.removesuffix("+").split() for plan in plans]
         planned = [f"{placed}, {peak}" for placed, peak in pairs]
         assert planned == [small, medium, medium, large, larger, larger, largest]
+
+
+def test_the_study_of_few_clips_is_its_report():
+    report = json.loads((RESULTS / "clips" / "clips.json").read_text())
+    scores = {
+        (row["clips"], row["arm"], row["steps"]): f"{row['score']:.3f}"
+        for row in report["rows"]
+        if not row.get("embedded")
+    }
+    page = (ROOT / "examples" / "clips" / "README.md").read_text()
+    found = re.findall(r"^\| ([\d,]+) \| (0\.\d+) \| (0\.\d+) \| (0\.\d+) \| (0\.\d+) \| (.+) \|$", page, re.MULTILINE)
+    text = (RESULTS / "clips" / "clips.txt").read_text()
+    assert [number for number, *_ in found] == ["500", "2,000", "8,000", "20,000"] and report["synthetic"] is True
+    for number, direct, factorized, lead, error, worth in found:
+        clips = int(number.replace(",", ""))
+        assert (direct, factorized) == (scores[clips, "direct", 50], scores[clips, "factorized", 15])
+        assert [lead, error] == [f"{report['runs'][str(clips)]['lead'][name]:.3f}" for name in ("value", "error")]
+        assert re.search(rf"^ *{clips} +{lead} .* {worth}$", text, re.MULTILINE), worth
