@@ -56,7 +56,7 @@ def pytest_collection_finish(session):
     # By default after 700 new objects, of which a tiny pipeline has thousands: that took a fifth of the tests' time.
     gc.set_threshold(10_000, 10, 10)
     gc.enable()
-    # `torch.manual_seed` notes the call stack for each kind of device that is not there, half a millisecond for every seed.
+    # `torch.manual_seed` notes the call stack for each kind of device that is not there: a millisecond for every seed.
     if torch := sys.modules.get("torch"):
         for devices in (torch.cuda, torch.xpu, torch.mtia):
             if not devices.is_available():

@@ -149,3 +149,15 @@ def test_the_study_of_few_clips_is_its_report():
         assert (direct, factorized) == (scores[clips, "direct", 50], scores[clips, "factorized", 15])
         assert [lead, error] == [f"{report['runs'][str(clips)]['lead'][name]:.3f}" for name in ("value", "error")]
         assert re.search(rf"^ *{clips} +{lead} .* {worth}$", text, re.MULTILINE), worth
+    (true_anchor,) = (
+        row for row in report["rows"] if (row["clips"], row["arm"], row["steps"]) == (500, "true_anchor", 15)
+    )
+    told = " ".join(page.split())
+    assert max(run["lead"]["value"] for run in report["runs"].values()) < 0.15
+    for said in (
+        f"scores {scores[2000, 'factorized', 15]} with 2,000 clips, direct {scores[20_000, 'direct', 50]} with 20,000",
+        f"the true first frame is {scores[500, 'true_anchor', 15]}, lower than",
+        f"is kept ({true_anchor['first_frame']:.3f}), but only {true_anchor['kept']:.3f} of the videos",
+        f"20,000 clips score {scores[20_000, 'true_anchor', 15]} and 8,000 score {scores[8000, 'true_anchor', 15]}",
+    ):
+        assert said in told, said

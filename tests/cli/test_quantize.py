@@ -65,7 +65,7 @@ def test_weights_in_fewer_bits(model, kind, told, folder, capsys):
     np.testing.assert_array_equal(read_video(folder / "b.mp4")[0], frames)
 
 
-def test_a_light_decoder(folder, capsys):
+def test_a_light_decoder(folder, capsys, monkeypatch):
     name = str(folder / "taew2_1.safetensors")
     torch.manual_seed(0)
     save_file(LightDecoder("taew2_1").half().state_dict(), name)
@@ -81,6 +81,13 @@ def test_a_light_decoder(folder, capsys):
     np.testing.assert_array_equal(read_video(folder / "run" / "videos" / "one.mp4")[0], frames)
     run = json.loads((folder / "run" / "run.json").read_text())
     assert run["light_decoder"] == "taew2_1.safetensors"
+    # The app serves a pipeline with it.
+    served = []
+    monkeypatch.setattr("diffusers_fvg.app.server.serve", lambda pipe, *options, **named: served.append(pipe))
+    monkeypatch.setattr("diffusers_fvg.app.server.check_installed", lambda page: None)
+    monkeypatch.setattr("diffusers_fvg.cli.app._check_place", lambda *_: None)
+    assert main(["app", "--model", str(folder / "wan"), "--light-decoder", name, "--device", "cpu", "--quiet"]) == 0
+    assert served[0].light_decoder.config.name == "taew2_1"
     # A preview is made again with the VAE.
     again = ["generate", "--from", str(folder / "a.mp4"), "--model", str(folder / "wan"), "--quiet"]
     again += ["--image", str(folder / "a.png"), "--device", "cpu", "--overwrite", "--output", str(folder / "b.mp4")]
