@@ -161,3 +161,21 @@ def test_the_study_of_few_clips_is_its_report():
         f"20,000 clips score {scores[20_000, 'true_anchor', 15]} and 8,000 score {scores[8000, 'true_anchor', 15]}",
     ):
         assert said in told, said
+
+    # Factorized-Dreamer's table: scores, and what more clips add.
+    pairs: dict[int, list[dict]] = {}
+    for row in report["rows"]:
+        if row["series"].startswith("Dreamer"):
+            pairs.setdefault(row["clips"], []).append(row)
+    expected = [
+        [
+            f"{clips:,}",
+            *(f"{row['score']:.3f}" for row in pair),
+            *("{value:.3f} ({error:.3f})".format(**row["added"]) if "added" in row else "" for row in pair),
+        ]
+        for clips, pair in pairs.items()
+    ]
+    table = page[page.index("Factorized-Dreamer, 10 steps.") :]
+    lines = [line for line in table.splitlines() if re.match(r"\| \d", line)]
+    assert [[cell.strip() for cell in line[1:-1].split("|")] for line in lines] == expected
+    assert all([row["arm"] for row in pair] == ["written", "true"] for pair in pairs.values())

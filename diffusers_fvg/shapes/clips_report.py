@@ -57,14 +57,19 @@ def load_run(folder: Path, num_clips: int):
     )
 
 
-def lead(records: Sequence[dict], few: int, full: int) -> dict[str, float | None]:
-    """Returns factorized at `few` steps minus direct at `full` steps: `value`, and `error` over the prompts' differences."""
-    pairs = zip(select(records, "factorized", few), select(records, "direct", full), strict=True)
+def difference(ours: Sequence[dict], theirs: Sequence[dict]) -> dict[str, float | None]:
+    """Returns the score of `ours` minus that of `theirs` on the same prompts and seeds: `value`, and `error` over the prompts'
+    differences."""
     differences = [
-        {name: ours[name] for name in ("category", "prompt")} | {"score": ours["score"] - theirs["score"]}
-        for ours, theirs in pairs
+        {name: our[name] for name in ("category", "prompt")} | {"score": our["score"] - their["score"]}
+        for our, their in zip(ours, theirs, strict=True)
     ]
     return {"value": rounded(average(differences)), "error": rounded(standard_error(differences))}
+
+
+def lead(records: Sequence[dict], few: int, full: int) -> dict[str, float | None]:
+    """Returns factorized at `few` steps minus direct at `full` steps, as [`difference`] does."""
+    return difference(select(records, "factorized", few), select(records, "direct", full))
 
 
 def clips_needed(curve: Sequence[tuple[int, float]], score: float) -> float | None:
@@ -95,7 +100,7 @@ def needed_text(clips: float | None, largest: int) -> str:
 
 
 def score_dreamer(folder: Path, output: Path, settings: StudySettings, batch_size: int) -> list[dict]:
-    """Returns a row for each finished run of Dreamer and each input."""
+    """Returns a row for each finished run of Dreamer and each input; `added` is its score minus that with the next fewer clips."""
     numbers = [number for number in sorted(DREAMER_NUM_CLIPS) if (folder / dreamer_part(number)).is_dir()]
     if not numbers:
         return []
@@ -104,6 +109,7 @@ def score_dreamer(folder: Path, output: Path, settings: StudySettings, batch_siz
     scenes, _ = split_scenes(settings.per_category, settings.tuning_per_category)
     journal = Journal(output / "dreamer.jsonl", journal_header(embedded, reported=scenes))
     inputs, rows = Inputs(embedded, scenes), []
+    fewer: dict[str, list[dict]] = {}
     for number in numbers:
         pipe = build_dreamer(folder, dreamer_part(number), DESIGNS["all"])
         weights = digest(folder / dreamer_part(number), folder / "vae")
@@ -112,7 +118,11 @@ def score_dreamer(folder: Path, output: Path, settings: StudySettings, batch_siz
             records = run_row(pipe, cell, inputs, settings.seeds, journal, batch_size, fvg=False)
             row = {"series": series, "clips": number, "arm": source, "steps": STEPS, "videos": len(records)}
             row |= {"score": rounded(average(records)), "spread": rounded(seed_spread(records))}
-            rows.append(row | {"standard_error": rounded(standard_error(records))})
+            row |= {"standard_error": rounded(standard_error(records))}
+            if source in fewer:
+                row["added"] = difference(records, fewer[source])
+            fewer[source] = records
+            rows.append(row)
     return rows
 
 
@@ -195,4 +205,12 @@ def report_text(report: dict) -> str:
         label = EMBEDDED if row.get("embedded") else row["clips"]
         cells = "".join(f"{'-' if row.get(name) is None else format(row[name], '.3f'):>9s}" for name in columns)
         lines.append(f"{label!s:>9s}  {row['series']:28s}{cells}")
+    dreamer = [row for row in rows if "added" in row]
+    if dreamer:
+        lines += ["", f"{'clips':>9s}  {'added to the score with the next fewer clips':46s}{'added':>8s}{'error':>8s}"]
+    for row in dreamer:
+        added, error = row["added"]["value"], row["added"]["error"]
+        lines.append(
+            f"{row['clips']:9d}  {row['series']:46s}{added:8.3f}{'-' if error is None else format(error, '.3f'):>8s}"
+        )
     return "\n".join(lines)

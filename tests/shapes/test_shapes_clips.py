@@ -10,9 +10,17 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_fvg.cli import parser
 from diffusers_fvg.embedded import EMBEDDED_FOLDER, load_embedded
-from diffusers_fvg.shapes import clips, train_models
+from diffusers_fvg.shapes import clips, clips_report, train_models
 from diffusers_fvg.shapes.clips import build_shared_cache, cached_scenes, run_folder, train_run
-from diffusers_fvg.shapes.clips_report import clips_needed, lead, needed_text, report_text, write_clips_report
+from diffusers_fvg.shapes.clips_report import (
+    SETTINGS,
+    clips_needed,
+    lead,
+    needed_text,
+    report_text,
+    score_dreamer,
+    write_clips_report,
+)
 from diffusers_fvg.shapes.study import StudySettings
 from diffusers_fvg.shapes.train import LORA_SETTINGS
 
@@ -138,6 +146,36 @@ def test_a_lead_is_that_of_each_prompt():
     found = lead(records, 15, 50)
     assert found["value"] == pytest.approx((0.3 + 0.0) / 2)
     assert found["error"] == pytest.approx(math.sqrt(0.02 / 2 + 0.08 / 2) / 2, abs=1e-4)
+
+
+def test_dreamer_s_rows_are_compared_with_the_next_fewer_clips(tmp_path, monkeypatch):
+    # Scores of two prompts of one category, by the number of clips; from true first frames each is 0.1 lower.
+    scores = {500: (0.1, 0.3), 2000: (0.3, 0.9), 4000: (0.3, 0.8)}
+    for number in (500, 4000, 2000):
+        (tmp_path / f"video_{number}").mkdir()
+
+    def run_row(name, cell, *_, **__):
+        lower = 0.1 * (cell.arm == "true")
+        return [
+            {"category": "x", "prompt": prompt, "score": score - lower}
+            for prompt, score in zip("ab", scores[int(name.removeprefix("video_"))])
+        ]
+
+    monkeypatch.setattr(clips_report, "run_row", run_row)
+    monkeypatch.setattr(clips_report, "build_dreamer", lambda folder, name, designs: name)
+    for name in ("digest", "Inputs"):
+        monkeypatch.setattr(clips_report, name, lambda *_: "")
+    rows = score_dreamer(tmp_path, tmp_path / "report", SETTINGS, 16)
+    assert [(row["clips"], row["arm"]) for row in rows] == [(n, arm) for n in scores for arm in ("written", "true")]
+    assert [row["score"] for row in rows] == pytest.approx([0.2, 0.1, 0.6, 0.5, 0.55, 0.45])
+    # Differences of .2 and .6, then of 0 and -.1.
+    error = [math.sqrt(0.08 / 2), math.sqrt(0.005 / 2)]
+    for row, added, expected in zip(rows[2:], (0.4, 0.4, -0.05, -0.05), (error[0], error[0], error[1], error[1])):
+        assert row["added"] == {"value": pytest.approx(added), "error": pytest.approx(expected, abs=1e-4)}
+    assert all("added" not in row for row in rows[:2])
+    report = {"settings": {"few_steps": 15, "steps": (50, 15)}, "not_run": [], "runs": {}, "rows": rows}
+    lines = [" ".join(line.split()) for line in report_text(report).splitlines()]
+    assert lines[-4:][::2] == ["2000 Dreamer 0.400 0.200", "4000 Dreamer -0.050 0.050"]
 
 
 def test_the_text_says_what_is_met_and_what_is_missing():
