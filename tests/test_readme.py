@@ -88,6 +88,7 @@ def test_dreamer_s_table_is_that_of_its_report():
 
     # What the text below the table says, and the table beside the JSON.
     claims = {(claim["figure"], claim["trained_steps"]): claim["value"] for claim in report["claims"]}
+    decoder = json.loads((RESULTS / "dreamer_shapes" / "training.json").read_text())["decoder"]
     model, kept = rows["Factorized-Dreamer", 3000], report["drift"][0]["kept"][-1]
     for said in (
         f"scores {claims['score, all designs minus plain', 3000]:.2f} more than the plain UNet (target: 0.10 more)",
@@ -96,6 +97,7 @@ def test_dreamer_s_table_is_that_of_its_report():
         f"increases the flow error by {100 * claims['flow error added without PredictNet', 300]:.0f} % (the target",
         f"{claims['detail in dB that goes without PACA', 300]:.1f} dB of the first frame's detail",
         f"after 31 frames {100 * kept:.0f} % of videos",
+        f"this model's VAE scores {decoder['held_out']:.3f} on held-out clips (the recipe's target is {decoder['bar']})",
     ):
         assert said in " ".join(page.split())
     assert (RESULTS / "dreamer_shapes" / "dreamer.txt").read_text() == report_text(report) + "\n"
