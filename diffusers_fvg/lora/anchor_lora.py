@@ -45,20 +45,26 @@ class AnchorLora:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path) -> AnchorLora:
-        """Loads an anchor LoRA from its folder.
+        """Loads an anchor LoRA from a folder or a file.
 
         Args:
-            pretrained_model_name_or_path (`str` or `Path`): a folder with `weights/pytorch_lora_weights.safetensors`.
+            pretrained_model_name_or_path (`str` or `Path`): the component's folder, with
+                `weights/pytorch_lora_weights.safetensors`, as training writes it; a folder with that file itself, as LoRA
+                repositories have it; or a safetensors file.
 
         Raises:
             `ValueError`: the file is missing or damaged, or the folder holds pickles instead.
         """
+        given = Path(pretrained_model_name_or_path)
+        if given.is_file():
+            refuse_pickles([str(given)])
+            return cls(*read_safetensors(given))
         check_folder(pretrained_model_name_or_path)
-        path = Path(pretrained_model_name_or_path) / WEIGHT_NAME
-        if not path.is_file():
-            refuse_pickles(str(file) for file in Path(pretrained_model_name_or_path).rglob("*"))
-            raise ValueError(f"{pretrained_model_name_or_path} has no {WEIGHT_NAME}, the file of an anchor LoRA.")
-        return cls(*read_safetensors(path))
+        for path in (given / WEIGHT_NAME, given / Path(WEIGHT_NAME).name):
+            if path.is_file():
+                return cls(*read_safetensors(path))
+        refuse_pickles(str(file) for file in given.rglob("*"))
+        raise ValueError(f"{pretrained_model_name_or_path} has no {WEIGHT_NAME}, the file of an anchor LoRA.")
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Writes `weights/pytorch_lora_weights.safetensors` with its metadata into a folder, created if it is missing."""

@@ -31,6 +31,6 @@ def check_form(pipe: Any, labels: Sequence[str], metadata: Mapping[str, str] | N
     if other is not None:
         raise ValueError(
             f"The LoRA was trained with `anchor_form={other!r}`, but this pipeline uses `anchor_form={own!r}`, "
-            "the form of its `anchor_lora`: assign `pipe.anchor_lora = AnchorLora(tensors, metadata)`, or load the pipeline with it, "
-            "`diffusers_fvg.load(name, lora=file)`."
+            "the form of its `anchor_lora`: assign `pipe.anchor_lora = AnchorLora.from_pretrained(file)`, or load the pipeline with "
+            "it, `diffusers_fvg.load(name, lora=file)`."
         )

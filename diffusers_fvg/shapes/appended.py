@@ -10,24 +10,29 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from safetensors.torch import save
 
 from ..animate.anchor import Anchor
 from ..animate.conditioning import latent_index
 from ..embedded import load_embedded
 from ..lora.anchor_lora import AnchorLora
-from ..lora.files import read_safetensors
-from .ablation import WEIGHT_FILE
 from .anchors import round_trip
 from .held_out import split_scenes
 from .report import claims_table, provenance
-from .study import Cell, Journal, journal_header, measure, noise
+from .study import Cell, Journal, StudySettings, journal_header, measure, noise
 from .summary import MOTION_CATEGORIES, average, kept_share, rounded, standard_error
 from .train import Part, train_lora, train_parts
 from .world import Scene, render
+
+
+if TYPE_CHECKING:
+    from ..pipelines.pipeline_factorized_video import FactorizedVideoPipeline
 
 
 # Frames of a clip of 17 that are given as anchors: the first, each of one latent frame (5 to 8), the last, and several at once.
@@ -35,24 +40,30 @@ FIRST, MIDDLE, LAST = (0,), (8,), (16,)
 INSIDE = ((6,), (7,))
 SETS = (FIRST, (5,), *INSIDE, MIDDLE, LAST, (0, 16), (0, 8, 16), (6, 8))
 KEPT_BAR, PSNR_BAR = 0.03, -1.0
+APPENDED_SETTINGS = {"anchor_form": "appended", "anchor_position": "uniform", "checkpoint_every": 100}
 HOW = """All numbers are synthetic: a world of coloured shapes, scored by its own pixel reader, on held-out prompts; true frames of
 the rendered clips are the anchors. "slot": the LoRA that ships, an anchor takes the latent frame that it falls into, which stands for
-four frames. "appended": a LoRA of the same recipe, an anchor is a latent frame of its own behind the clip, at its exact frame.
-Frame 0 is given in the clip in both. "kept" is the share of static-attribute prompts whose first and last frame show exactly the
-objects of the prompt, "psnr" the mean over clips (and over the given frames) of the PSNR of exactly that frame against its picture,
+four frames; its anchors in training were first, middle and last frames. "appended": a LoRA of the same recipe, but for the form and
+the frames of its anchors, which are any of the clip; an anchor is a latent frame of its own behind the clip, at its exact frame.
+Frame 0 is given in the clip in both. "guidance" scores best of the study's scales on separate prompts, for each form and each set of
+frames. "kept" is the share of static-attribute prompts whose first and last frame show exactly the objects of the prompt, "psnr"
+the mean over clips (and over the given frames) of the PSNR of exactly that frame against its picture,
 in dB; "vae" is that of the true clip through the VAE."""
 
 
 def train_appended(folder: Path) -> None:
-    """Trains an anchor LoRA for the embedded base like the embedded one, but with `anchor_form="appended"`; writes
-    `folder/anchor_lora`. A further call resumes an interrupted training."""
+    """Trains an anchor LoRA for the embedded base with `anchor_form="appended"`; writes `folder/anchor_lora`.
+
+    The options are those of the embedded LoRA, but anchors may be any frame (`anchor_position="uniform"`), because the frame
+    within its group of four matters to this form. A further call resumes an interrupted training.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     pipe = load_embedded()
     parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer")} | {"base": pipe.transformer}
     for name, part in parts.items():
         if not (folder / name).is_dir():
             part.save_pretrained(folder / name)
-    train_parts(folder, {"lora": Part(partial(train_lora, anchor_form="appended", checkpoint_every=100))})
+    train_parts(folder, {"lora": Part(partial(train_lora, **APPENDED_SETTINGS))})
 
 
 def psnr(frame: np.ndarray, picture: np.ndarray) -> float:
@@ -72,25 +83,62 @@ def lora_of(pipe, lora: AnchorLora) -> Iterator[None]:
         pipe.anchor_lora = own
 
 
-def run_set(
-    pipe,
-    cell: Cell,
-    given: Sequence[int],
-    scenes: Sequence[Scene],
-    clips: Sequence[np.ndarray],
-    wanted: Sequence[tuple[int, int]],
-    batch_size: int,
-) -> Iterator[list[dict]]:
-    """Makes and scores a video for each `(scene index, seed)` of `wanted`, with the frames `given` of its clip as anchors.
+@dataclass(frozen=True)
+class FormStudy:
+    """What both forms are measured on: scenes that are reported and scenes on which guidance is chosen, with their clips."""
 
-    Yields the records of each batch.
-    """
-    for start in range(0, len(wanted), batch_size):
-        batch, began = wanted[start : start + batch_size], time.perf_counter()
-        videos = pipe.animate(
+    pipe: FactorizedVideoPipeline
+    settings: StudySettings
+    scenes: dict[str, Sequence[Scene]]
+    clips: dict[str, Sequence[np.ndarray]]
+    journal: Journal
+    batch_size: int
+
+    def measure(
+        self, form: str, lora: str | None, sets: Sequence[tuple[int, ...]]
+    ) -> dict[tuple[int, ...], tuple[float, list[dict]]]:
+        """Returns for each set of given frames the guidance that scores best on the tuning prompts, and the records with it."""
+        found = {}
+        for given in sets:
+            cell = Cell(form, " ".join(map(str, given)), self.settings.few_steps, lora=lora)
+            tried = {
+                guidance: average(
+                    self.records(replace(cell, guidance=guidance), "tuning", given, self.settings.tuning_seeds)
+                )
+                for guidance in self.settings.guidance
+            }
+            guidance = max(tried, key=lambda choice: round(tried[choice], 4))
+            found[given] = (
+                guidance,
+                self.records(replace(cell, guidance=guidance), "reported", given, self.settings.seeds),
+            )
+            print(
+                f"[{form}] frames {cell.arm}: score {average(found[given][1]):.3f} at guidance {guidance:g}",
+                flush=True,
+            )
+        return found
+
+    def records(self, cell: Cell, group: str, given: Sequence[int], seeds: int) -> list[dict]:
+        """Returns the records of a group of scenes with category and prompt; makes those that the journal lacks."""
+        scenes = self.scenes[group]
+        cell = replace(cell, split=f"{cell.split}, {group}")
+        pairs = [(index, seed) for seed in range(seeds) for index in range(len(scenes))]
+        wanted = [pair for pair in pairs if self.journal.find(cell, *pair) is None]
+        for start in range(0, len(wanted), self.batch_size):
+            self.journal.append(self.run_batch(cell, group, given, wanted[start : start + self.batch_size]))
+        return [
+            {"category": scenes[index].category, "prompt": scenes[index].prompt} | self.journal.find(cell, index, seed)
+            for index, seed in pairs
+        ]
+
+    def run_batch(self, cell: Cell, group: str, given: Sequence[int], batch: Sequence[tuple[int, int]]) -> list[dict]:
+        """Makes and scores a video for each `(scene index, seed)`, with the frames `given` of its clip as anchors."""
+        scenes, clips, began = self.scenes[group], self.clips[group], time.perf_counter()
+        videos = self.pipe.animate(
             [scenes[index].prompt for index, _ in batch],
             [[Anchor(clips[index][frame], frame) for frame in given] for index, _ in batch],
             num_inference_steps=cell.steps,
+            guidance_scale=cell.guidance,
             generator=[noise(index, seed) for index, seed in batch],
         )
         seconds = (time.perf_counter() - began) / len(batch)
@@ -101,39 +149,16 @@ def run_set(
             record |= measure(frames, scenes[index], (given[-1], clip[given[-1]]), 0 in given)
             record["psnr"] = round(float(np.mean([psnr(frames[frame], clip[frame]) for frame in given])), 3)
             records.append(record)
-        yield records
-
-
-def measure_form(
-    pipe,
-    form: str,
-    lora: str | None,
-    sets: Sequence[tuple[int, ...]],
-    scenes: Sequence[Scene],
-    clips: Sequence[np.ndarray],
-    seeds: int,
-    steps: int,
-    journal: Journal,
-    batch_size: int,
-) -> dict[tuple[int, ...], list[dict]]:
-    """Returns the records of each set of given frames, with category and prompt; makes only those that the journal lacks."""
-    found = {}
-    for given in sets:
-        cell = Cell(form, " ".join(map(str, given)), steps, lora=lora)
-        pairs = [(index, seed) for seed in range(seeds) for index in range(len(scenes))]
-        wanted = [pair for pair in pairs if journal.find(cell, *pair) is None]
-        for records in run_set(pipe, cell, given, scenes, clips, wanted, batch_size):
-            journal.append(records)
-        found[given] = [
-            {"category": scenes[index].category, "prompt": scenes[index].prompt} | journal.find(cell, index, seed)
-            for index, seed in pairs
-        ]
-        print(f"[{form}] frames {cell.arm}: score {average(found[given]):.3f}, {len(wanted)} videos made", flush=True)
-    return found
+        return records
 
 
 def summary_row(
-    form: str, given: tuple[int, ...], records: Sequence[dict], through: Sequence[np.ndarray], clips
+    form: str,
+    given: tuple[int, ...],
+    guidance: float,
+    records: Sequence[dict],
+    through: Sequence[np.ndarray],
+    clips: Sequence[np.ndarray],
 ) -> dict:
     """Returns the means of one form and set of given frames; `through` are the true clips after the VAE's round trip."""
     moving = [record for record in records if record["category"] in MOTION_CATEGORIES]
@@ -146,13 +171,15 @@ def summary_row(
         "psnr": float(np.mean([record["psnr"] for record in records])),
         "vae": float(np.mean(best)),
     }
-    return {"form": form, "frames": list(given)} | {name: rounded(value) for name, value in values.items()}
+    row = {"form": form, "frames": list(given), "guidance": guidance}
+    return row | {name: rounded(value) for name, value in values.items()}
 
 
 def appended_claims(rows: Sequence[dict]) -> list[dict]:
     """Returns the claims about the appended form, compared with its own first frame, each with its target (`bar`).
 
-    The row also shows the value of the slot form. Claims whose sets were not run are left out.
+    The row also shows the value of the slot form and, for PSNR, that of the true clip through the VAE, which no form can exceed.
+    Claims whose sets were not run are left out.
     """
     by = {(row["form"], tuple(row["frames"])): row for row in rows}
     claims = []
@@ -174,7 +201,10 @@ def appended_claims(rows: Sequence[dict]) -> list[dict]:
             "bar": bar,
             "met": met,
         }
-        claims.append(row | ({"beside": f"slot {both['slot']:.3f}"} if "slot" in both else {}))
+        beside = [f"slot {both['slot']:.3f}"] if "slot" in both else []
+        if value == "psnr":
+            beside.append(f"the VAE alone {by['appended', given]['vae'] - by['appended', FIRST]['vae']:.3f}")
+        claims.append(row | ({"beside": ", ".join(beside)} if beside else {}))
 
     for given, name in ((MIDDLE, "middle"), (LAST, "last")):
         add("any position", f"share kept lost by the true {name} frame", given, "kept", KEPT_BAR, lost=True)
@@ -184,7 +214,7 @@ def appended_claims(rows: Sequence[dict]) -> list[dict]:
 
 
 def appended_table(rows: Sequence[dict]) -> str:
-    names = ("score", "error", "motion_score", "kept", "psnr", "vae")
+    names = ("guidance", "score", "error", "motion_score", "kept", "psnr", "vae")
     lines = [f"{'synthetic':12s}{'frames':>10s}" + "".join(f"{name.replace('_', ' '):>14s}" for name in names)]
     for row in rows:
         cells = "".join(f"{'-' if row[name] is None else format(row[name], '.3f'):>14s}" for name in names)
@@ -193,12 +223,10 @@ def appended_table(rows: Sequence[dict]) -> str:
 
 
 def write_appended_report(
-    pipe,
+    pipe: FactorizedVideoPipeline,
     folder: Path,
     lora: Path,
-    per_category: int = 9,
-    seeds: int = 3,
-    steps: int = 15,
+    settings: StudySettings | None = None,
     sets: Sequence[tuple[int, ...]] = SETS,
     batch_size: int = 16,
 ) -> str:
@@ -207,50 +235,54 @@ def write_appended_report(
     Args:
         pipe (`FactorizedVideoPipeline`): model with an anchor LoRA of the form `"slot"`, which is restored afterwards.
         folder (`Path`): folder for the files, and for the records, from which a later call continues.
-        lora (`Path`): folder with the `pytorch_lora_weights.safetensors` of a LoRA trained with `anchor_form="appended"`.
-        per_category (`int`): held-out prompts of each of the seven categories.
-        seeds (`int`): videos of each prompt, form and set.
-        steps (`int`): sampling steps.
+        lora (`Path`): folder or file of a LoRA trained with `anchor_form="appended"`.
+        settings (`StudySettings`, *optional*): size of the study. Videos have `few_steps` sampling steps.
         sets (`Sequence[tuple[int, ...]]`): frames that are given together. Sets with two frames in one latent frame are not
             run in the slot form, which does not support them.
 
     Raises:
         `ValueError`: `lora` was trained with another form.
     """
-    state, metadata = read_safetensors(lora / WEIGHT_FILE)
-    trained = AnchorLora(state, metadata)
+    settings = settings or StudySettings()
+    trained = AnchorLora.from_pretrained(lora)
     if trained.form != "appended":
-        raise ValueError(f"{lora / WEIGHT_FILE} was trained with `anchor_form={trained.form!r}`, not with 'appended'.")
-    scenes, _ = split_scenes(per_category, 4)
+        raise ValueError(f"{lora} was trained with `anchor_form={trained.form!r}`, not with 'appended'.")
+    reported, tuning = split_scenes(settings.per_category, settings.tuning_per_category)
+    scenes = {"reported": reported, "tuning": tuning}
     size = [pipe.call_defaults[name] for name in ("num_frames", "height", "width")]
-    clips = [render(scene.objects, *size) for scene in scenes]
-    journal = Journal(folder / "appended.jsonl", journal_header(pipe, reported=scenes))
-    run = {
-        "scenes": scenes,
-        "clips": clips,
-        "seeds": seeds,
-        "steps": steps,
-        "journal": journal,
-        "batch_size": batch_size,
-    }
+    clips = {group: [render(scene.objects, *size) for scene in chosen] for group, chosen in scenes.items()}
+    journal = Journal(folder / "appended.jsonl", journal_header(pipe, **scenes))
+    study = FormStudy(pipe, settings, scenes, clips, journal, batch_size)
     slots = [given for given in sets if len({latent_index(frame) for frame in given}) == len(given)]
-    found = {"slot": measure_form(pipe, "slot", None, slots, **run)}
+    found = {"slot": study.measure("slot", None, slots)}
     # The records hold a hash of the weights, so that a LoRA that was trained again gets new records.
-    digest = hashlib.sha256((lora / WEIGHT_FILE).read_bytes()).hexdigest()[:16]
     with lora_of(pipe, trained):
-        found["appended"] = measure_form(pipe, "appended", digest, sets, **run)
-    through = [round_trip(pipe, clip) for clip in clips]
+        found["appended"] = study.measure("appended", digest(trained), sets)
+    through = [round_trip(pipe, clip) for clip in clips["reported"]]
     rows = [
-        summary_row(form, given, records, through, clips)
+        summary_row(form, given, guidance, records, through, clips["reported"])
         for form, by_set in found.items()
-        for given, records in by_set.items()
+        for given, (guidance, records) in by_set.items()
     ]
     claims = appended_claims(rows)
     text = "\n\n".join([
-        f"{HOW}\n{len(scenes)} prompts, {seeds} seeds, {steps} steps.", claims_table(claims), appended_table(rows),
+        f"{HOW}\n{len(reported)} prompts, {settings.seeds} seeds, {settings.few_steps} steps.",
+        claims_table(claims),
+        appended_table(rows),
     ])  # fmt: skip
-    report = {"synthetic": True, "how": " ".join(HOW.split()), "made_with": provenance(pipe), "weights": digest}
-    report |= {"seeds": seeds, "steps": steps, "claims": claims, "rows": rows}
+    report = {
+        "synthetic": True,
+        "how": " ".join(HOW.split()),
+        "made_with": provenance(pipe),
+        "weights": digest(trained),
+    }
+    report |= {"settings": asdict(settings), "claims": claims, "rows": rows}
     (folder / "appended.json").write_text(json.dumps(report) + "\n")
     (folder / "appended.txt").write_text(text + "\n")
     return text
+
+
+def digest(lora: AnchorLora) -> str:
+    """Returns a hash of a LoRA's weights."""
+    weights = save({name: tensor.contiguous() for name, tensor in sorted(lora.state_dict.items())})
+    return hashlib.sha256(weights).hexdigest()[:16]

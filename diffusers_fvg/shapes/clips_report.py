@@ -26,11 +26,15 @@ SETTINGS = StudySettings(steps=(50, 15))
 EMBEDDED = "embedded"
 # Target for the lead of factorized over direct, from the paper's claim (arXiv 2512.16371).
 LEAD_BAR = 0.15
-HOW = """All numbers are synthetic: a world of coloured shapes, scored by its own pixel reader, on held-out prompts.
+HOW = """All numbers are synthetic: a world of coloured shapes, scored by its own pixel reader, on held-out prompts. "clips": distinct
+clips in training. "direct" is plain text-to-video, "factorized" all three stages, "true anchor" the video model with the rendered
+first frame. "embedded" is the shipped model: twice the steps, other captions of its images, and separate clips for its LoRA.
 "spread" is the standard deviation over seeds of one prompt's score, averaged over prompts; "error" the standard error of the
-average over prompts. "lead" is factorized at few steps minus direct at many (target: at least 0.15), with the standard error of
-the prompts' differences.
-"embedded" is the shipped model: twice the steps, other captions of its images, and separate clips for its LoRA."""
+average over prompts. "motion" is the mean length of an object's path, in fractions of the frame; "frame 0" the score of the first
+frame; "kept" the share of static-attribute prompts whose first and last frame show exactly the objects of the prompt. The last two
+are not measured for Dreamer.
+"lead" is factorized at few steps minus direct at many (target: at least 0.15), with the standard error of the prompts' differences.
+In brackets: the clips at one such error below and above the score of factorized."""
 
 
 def finished(folder: Path) -> list[int]:
@@ -99,6 +103,16 @@ def needed_text(clips: float | None, largest: int) -> str:
     return f"more than {largest:,}" if math.isinf(clips) else f"{clips:,.0f}"
 
 
+def worth(curve: Sequence[tuple[int, float]], score: float, error: float | None) -> str:
+    """Says at how many clips a curve reaches `score`; in brackets, `score - error` and `score + error`."""
+    largest = curve[-1][0]
+    found, low, high = (
+        needed_text(clips_needed(curve, value), largest)
+        for value in (score, score - (error or 0.0), score + (error or 0.0))
+    )
+    return found if low == high else f"{found} ({low} to {high})"
+
+
 def score_dreamer(folder: Path, output: Path, settings: StudySettings, batch_size: int) -> list[dict]:
     """Returns a row for each finished run of Dreamer and each input; `added` is its score minus that with the next fewer clips."""
     numbers = [number for number in sorted(DREAMER_NUM_CLIPS) if (folder / dreamer_part(number)).is_dir()]
@@ -118,7 +132,8 @@ def score_dreamer(folder: Path, output: Path, settings: StudySettings, batch_siz
             records = run_row(pipe, cell, inputs, settings.seeds, journal, batch_size, fvg=False)
             row = {"series": series, "clips": number, "arm": source, "steps": STEPS, "videos": len(records)}
             row |= {"score": rounded(average(records)), "spread": rounded(seed_spread(records))}
-            row |= {"standard_error": rounded(standard_error(records))}
+            row |= {"standard_error": rounded(standard_error(records)), "motion": rounded(average(records, "motion"))}
+            row |= {"made_with": provenance(embedded)}
             if source in fewer:
                 row["added"] = difference(records, fewer[source])
             fewer[source] = records
@@ -189,15 +204,20 @@ def report_text(report: dict) -> str:
     for label, run in report["runs"].items():
         value, error = run["lead"]["value"], run["lead"]["error"]
         verdict = "met" if value >= LEAD_BAR else "MISSED" if value > 2 * (error or 0.0) else "no lead"
-        worth = ""
-        if label != EMBEDDED:
-            needed = clips_needed(sorted(direct.items()), factorized[int(label)])
-            worth = needed_text(needed, max(direct))
+        text = "" if label == EMBEDDED else worth(sorted(direct.items()), factorized[int(label)], error)
         lines.append(
-            f"{label!s:>9s}{value:9.3f}{'-' if error is None else format(error, '.3f'):>8s}   {verdict:10s}{worth}".rstrip()
+            f"{label!s:>9s}{value:9.3f}{'-' if error is None else format(error, '.3f'):>8s}   {verdict:10s}{text}".rstrip()
         )
     if report["not_run"]:
         lines += ["", f"not run yet: {', '.join(map(str, report['not_run']))}"]
+    true_anchor = curve("true_anchor", few)
+    lines += ["", "1 minus the score of the true anchor, and the guidance of direct, factorized and true anchor:"]
+    lines += [f"{'clips':>9s}{'all':>9s}{'motion':>9s}   guidance"]
+    for label, run in report["runs"].items():
+        if label != EMBEDDED:
+            scales = ", ".join(f"{scale:g}" for scale in run["guidance"].values())
+            missing = (1 - true_anchor[int(label)], 1 - run["true_anchor_motion"])
+            lines.append(f"{label!s:>9s}" + "".join(f"{value:9.3f}" for value in missing) + f"   {scales}")
     columns = ("score", "spread", "standard_error", "motion", "first_frame", "kept")
     titles = ("score", "spread", "error", "motion", "frame 0", "kept")
     lines += ["", f"{'synthetic':>9s}  {'arm':28s}" + "".join(f"{title:>9s}" for title in titles)]

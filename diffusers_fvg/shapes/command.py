@@ -63,6 +63,11 @@ def add_shapes(
     )
     clips.add_argument("folder", type=Path, help="folder for the cache, checkpoints, logs and weights")
     clips.add_argument("--report", type=Path, metavar="DIR", help="score the finished runs instead (synthetic)")
+    appended = actions.add_parser(
+        "appended",
+        help="train an anchor LoRA for anchors at their exact frame, on the embedded base; resumes an interrupted training",
+    )
+    appended.add_argument("folder", type=Path, help="folder for clips, checkpoints, logs and the LoRA, in anchor_lora")
     _add_report(actions, add_model)
     _add_benchmark(actions)
     shapes.set_defaults(run=lambda arguments: _run(arguments, load))
@@ -99,7 +104,7 @@ def _add_report(actions: argparse._SubParsersAction, add_model: Callable[[argpar
         "--appended",
         metavar="DIR",
         type=Path,
-        help="compare anchors at their exact frame instead, with the LoRA in DIR, trained with anchor_form = appended",
+        help="compare anchors at their exact frame instead, with the LoRA in DIR, as fvg shapes appended trains it",
     )
     kind.add_argument("--judge", action="store_true", help="measure the judge of anchors and frozen clips instead")
     kind.add_argument(
@@ -165,6 +170,11 @@ def _run(arguments: argparse.Namespace, load: Callable[[argparse.Namespace], Fac
         else:
             train_clips(arguments.folder)
         return
+    if arguments.action == "appended":
+        from .appended import train_appended
+
+        train_appended(arguments.folder)
+        return
     from .train import train_all
 
     train_all(arguments.folder, arguments.parts)
@@ -228,7 +238,7 @@ def _report(arguments: argparse.Namespace, load: Callable) -> None:
     elif arguments.anchors:
         print(write_anchors_report(pipe, arguments.folder, arguments.per_category))
     elif arguments.appended:
-        print(write_appended_report(pipe, arguments.folder, arguments.appended, **size))
+        print(write_appended_report(pipe, arguments.folder, arguments.appended, StudySettings(**size)))
     elif arguments.judge:
         print(write_judge_report(pipe, arguments.folder, per_category=arguments.per_category, seeds=seeds))
     elif loras:

@@ -1,7 +1,7 @@
 """Scores Factorized-Dreamer's shapes model and variants of its designs, beside the embedded Factorized Video Generation model.
 
 All numbers are synthetic. Records are written batch by batch, so that a later call continues an interrupted report. Variants
-that are not trained yet are listed as not run, and a later call adds them.
+that are not trained yet are listed as not run, and a later call adds them; it keeps the rows of weights that it does not find.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 HOW = f"""All numbers are synthetic: a world of coloured shapes, scored by its own pixel reader, on held-out prompts.
 Each row is trained for its number of steps, on the same clips in the same order, from the same image model; the claims compare
 rows with equal steps. Guidance is {GUIDANCE_SCALE:g}, and {TEXT_GUIDANCE_SCALE:g} for a UNet that takes no first frame; both were chosen on other held-out
-prompts.
+prompts. "seeds" is the number of videos of each prompt; beside a score is its standard error over prompts.
 score: mean of the seven categories. "written": all stages run (the first frame is drawn from the rewriter's caption, the motion
 caption is the rewriter's). "true": the rendered first frame and the true motion caption. "prompt": no first frame; the UNet
 reads the whole prompt. motion: mean length of an object's path, in fractions of the frame.
@@ -275,8 +275,11 @@ def claims(rows: dict[tuple[str, int], dict]) -> list[dict]:
 
 COLUMNS = {
     "score_written": "written",
+    "error_written": "error",
     "score_true": "true",
+    "error_true": "error",
     "score_prompt": "prompt",
+    "error_prompt": "error",
     "motion_written": "motion",
     "detail": "detail",
     "flow": "flow",
@@ -291,10 +294,12 @@ def report_text(report: dict) -> str:
         verdict = "met" if claim["met"] else "MISSED"
         figure = f"{claim['figure']}, {claim['trained_steps']} steps"
         lines.append(f"{figure:54s}{claim['value']:8.3f}  >= {claim['bar']:<5} {verdict}")
-    lines += ["", f"{'synthetic':30s}{'steps':>6s}" + "".join(f"{title:>10s}" for title in COLUMNS.values())]
+    titles = "".join(f"{title:>9s}" for title in COLUMNS.values())
+    lines += ["", f"{'synthetic':26s}{'steps':>6s}{'seeds':>6s}{titles}"]
     for row in report["rows"]:
-        cells = "".join(f"{'-' if row.get(key) is None else format(row[key], '.3f'):>10s}" for key in COLUMNS)
-        lines.append(f"{row['row']:30s}{str(row.get('trained_steps') or '-'):>6s}{cells}")
+        cells = "".join(f"{'-' if row.get(key) is None else format(row[key], '.3f'):>9s}" for key in COLUMNS)
+        lines.append(f"{row['row']:26s}{str(row.get('trained_steps') or '-'):>6s}{row['seeds']:6d}{cells}")
+    lines += ["", *(f"Note: {note}" for note in report["notes"])] if report.get("notes") else []
     if report["not_run"]:
         lines += ["", f"not run: {', '.join(report['not_run'])}"]
     lines += ["", f"the rewriter's motion captions: {report['motion_caption_score']:.3f} (F1 over clauses)"]
@@ -313,12 +318,14 @@ def write_dreamer_report(
     parts: Path,
     folder: Path,
     per_category: int = 9,
-    seeds: int = 1,
+    seeds: int = 3,
     batch_size: int = 16,
     steps: int = STEPS,
     fvg_steps: int = 15,
 ) -> str:
     """Scores the trained variants; writes `folder/dreamer.json` and `folder/dreamer.txt` and returns the text.
+
+    Rows of an earlier report in `folder` stay if `parts` does not have their weights.
 
     Args:
         embedded (`FactorizedVideoPipeline`): embedded pipeline, whose stages 1 and 2 are used and which is scored beside.
@@ -331,40 +338,52 @@ def write_dreamer_report(
     scenes, _ = split_scenes(per_category, 4)
     journal = Journal(folder / "dreamer.jsonl", journal_header(embedded, reported=scenes))
     inputs = Inputs(embedded, scenes)
-    rows, by_name, not_run = [], {}, []
+    path, rows = folder / "dreamer.json", []
+    before = json.loads(path.read_text()) if path.exists() else {"rows": [], "drift": []}
 
-    def add(label: str, pipe, sources: Sequence[str], cell: Cell, **facts) -> dict:
+    def add(label: str, pipe, sources: Sequence[str], cell: Cell, **facts) -> None:
         records = {}
         for source in sources:
             chosen = replace(cell, arm=source)
             records[source] = run_row(pipe, chosen, inputs, seeds, journal, batch_size, fvg=cell.split == FVG)
-        rows.append(row_of(label, records, sampling_steps=cell.steps, **facts))
+        facts |= {"sampling_steps": cell.steps, "seeds": seeds, "made_with": provenance(embedded)}
+        rows.append(row_of(label, records, **facts))
         print(f"{label}: {[rows[-1].get(f'score_{source}') for source in sources]}", flush=True)
-        return rows[-1]
 
     def add_unet(name: str, label: str, part: str, trained: int) -> FactorizedDreamerPipeline:
         designs = DESIGNS[name]
         pipe, guidance = build_dreamer(parts, part, designs), next(iter(designs.presets().values())).guidance_scale
         sources = ("written", "true") if designs.takes_image else ("prompt",)
         cell = Cell(name, "", steps, guidance, lora=digest(parts / part, parts / "vae"))
-        by_name[name, trained] = add(label, pipe, sources, cell, guidance_scale=guidance, trained_steps=trained)
+        add(label, pipe, sources, cell, guidance_scale=guidance, trained_steps=trained)
         return pipe
 
     add("rendered clips", None, ("true",), Cell(RENDERED, "", 8))
     embedded.set_progress_bar_config(disable=True)
     add("FVG, the embedded model", embedded, ("written", "true"), Cell(FVG, "", fvg_steps))
-    drifts = []
+    drifts = before["drift"]
     if (parts / "video").is_dir():
         drifts = drift(add_unet("all", MODEL, "video", VIDEO_STEPS), scenes)
     for name in DESIGNS:
         for trained in trained_steps(parts, name):
             add_unet(name, LABELS[name], design_part(name, trained), trained)
-        if not any(name == other for other, _ in by_name):
-            not_run.append(LABELS[name])
-    report = {"synthetic": True, "made_with": provenance(embedded), "seeds": seeds, "prompts": len(scenes)}
-    report |= {"motion_caption_score": round(inputs.motion_score(), 4), "claims": claims(by_name), "rows": rows}
-    report |= {"not_run": not_run, "drift": drifts}
+    rows = joined(before["rows"], rows)
+    names = {label: name for name, label in LABELS.items()} | {MODEL: "all"}
+    by_name = {(names[row["row"]], row["trained_steps"]): row for row in rows if row["row"] in names}
+    run = {name for name, _ in by_name}
+    report = {"synthetic": True, "prompts": len(scenes), "motion_caption_score": round(inputs.motion_score(), 4)}
+    report |= {"claims": claims(by_name), "rows": rows, "drift": drifts}
+    report |= {"not_run": [label for name, label in LABELS.items() if name not in run]}
+    if "notes" in before:
+        report["notes"] = before["notes"]
     text = report_text(report)
-    (folder / "dreamer.json").write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(json.dumps(report, indent=1) + "\n")
     (folder / "dreamer.txt").write_text(text + "\n")
     return text
+
+
+def joined(before: Sequence[dict], rows: Sequence[dict]) -> list[dict]:
+    """Returns the rows of a report: `rows`, and those of `before` that they do not replace, in the order of the table."""
+    by_key = {(row["row"], row.get("trained_steps", 0)): row for row in (*before, *rows)}
+    order = ["rendered clips", "FVG, the embedded model", MODEL, *LABELS.values()]
+    return [by_key[key] for key in sorted(by_key, key=lambda key: (order.index(key[0]), -key[1]))]

@@ -26,13 +26,14 @@ COLOURS = {
 SWEPT = ("direct", "direct_rewritten", "factorized", "true_anchor")
 
 # Colour and line style of each series in the figure about few clips.
+# Series of `plot_clips`: label, colour, line and whether its spread over seeds is drawn.
 CLIPS_SERIES = {
-    "direct, 50 steps": (COLOURS["direct"], "-"),
-    "direct, 15 steps": (COLOURS["direct"], ":"),
-    "factorized, 15 steps": (COLOURS["factorized"], "-"),
-    "true anchor, 15 steps": (COLOURS["true_anchor"], "--"),
-    "Dreamer": ("#CC79A7", "-"),
-    "Dreamer, true first frame": ("#CC79A7", "--"),
+    "direct, 50 steps": ("direct, 50 steps", COLOURS["direct"], "-", True),
+    "direct, 15 steps": ("direct, 15 steps", COLOURS["direct"], ":", False),
+    "factorized, 15 steps": ("factorized, 15 steps", COLOURS["factorized"], "-", True),
+    "true anchor, 15 steps": ("true anchor, 15 steps", COLOURS["true_anchor"], "--", False),
+    "Dreamer": ("Dreamer, 10 steps", "#CC79A7", "-", False),
+    "Dreamer, true first frame": ("Dreamer, true first frame", "#CC79A7", "--", False),
 }
 
 
@@ -123,22 +124,24 @@ def plot_categories(rows: Sequence[dict], steps: int, path: Path) -> None:
 
 
 def plot_clips(rows: Sequence[dict], path: Path) -> None:
-    """Plots the score against the number of distinct clips.
+    """Plots the score against the number of distinct clips, with its standard error over prompts.
 
     Args:
-        rows (`Sequence[dict]`): rows with `series` (a key of `CLIPS_SERIES`), `clips`, `score` and `spread`. Rows with `embedded`
-            are drawn as separate points without a line.
+        rows (`Sequence[dict]`): rows with `series` (a key of `CLIPS_SERIES`), `clips`, `score`, `standard_error` and `spread`.
+            Rows with `embedded` are drawn as separate points without a line.
         path (`Path`): PNG file to write.
     """
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
-    for series, (colour, style) in CLIPS_SERIES.items():
+    for series, (label, colour, style, with_spread) in CLIPS_SERIES.items():
         own = sorted((row for row in rows if row["series"] == series), key=lambda row: row["clips"])
         curve = [row for row in own if not row.get("embedded")]
         clips, scores = [row["clips"] for row in curve], [row["score"] for row in curve]
-        axes.plot(clips, scores, marker="o", color=colour, linestyle=style, label=series)
-        low, high = ([row["score"] + sign * (row["spread"] or 0.0) for row in curve] for sign in (-1, 1))
-        axes.fill_between(clips, low, high, color=colour, alpha=0.12, linewidth=0)
+        errors = [row["standard_error"] or 0.0 for row in curve]
+        axes.errorbar(clips, scores, errors, marker="o", capsize=3, color=colour, linestyle=style, label=label)
+        if with_spread:
+            low, high = ([row["score"] + sign * (row["spread"] or 0.0) for row in curve] for sign in (-1, 1))
+            axes.fill_between(clips, low, high, color=colour, alpha=0.12, linewidth=0)
         apart = [row for row in own if row.get("embedded")]
         points = [row["clips"] for row in apart], [row["score"] for row in apart]
         axes.plot(*points, marker="o", color=colour, markerfacecolor="none", linestyle="")
@@ -148,10 +151,11 @@ def plot_clips(rows: Sequence[dict], path: Path) -> None:
     axes.minorticks_off()
     axes.set_xlabel("distinct clips in training (hollow: the embedded model, twice the steps)")
     axes.set_ylabel("synthetic score, mean of seven categories")
-    axes.set_ylim(0, 1.02)
+    axes.set_ylim(0.5, 1.01)
     axes.grid(axis="y", color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title("Synthetic shapes world, held-out prompts (band: spread over sampling seeds)", fontsize=11)
+    title = "Synthetic shapes world, held-out prompts\nbars: standard error over prompts; bands: spread of one prompt's score over seeds"
+    axes.set_title(title, fontsize=10)
     figure.legend(frameon=False, ncols=3, loc="outside lower center", fontsize=9)
     _save(figure, path)
 

@@ -28,6 +28,7 @@ NEEDED = {
     "fvg shapes train": ["{}/trained"],
     "fvg shapes dreamer": ["{}/trained"],
     "fvg shapes clips": ["{}/trained"],
+    "fvg shapes appended": ["{}/trained"],
     "fvg shapes report": ["{}/report"],
     "fvg shapes prompts": ["{}/prompts"],
     "fvg shapes score": ["{}/empty", "{}/empty", "{}/scores"],

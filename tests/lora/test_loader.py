@@ -736,6 +736,21 @@ def test_every_format_gives_the_video_of_the_native_one(native_videos, experts, 
 # -- the anchor LoRA as a component -------------------------------------------------------------------------------------
 
 
+def test_an_anchor_lora_is_read_from_its_folder_the_file_s_folder_and_the_file(tmp_path):
+    written = AnchorLora({"transformer.a.lora_A.weight": torch.arange(4.0)}, {"anchor_form": "appended"})
+    written.save_pretrained(tmp_path)
+    for place in (tmp_path, tmp_path / "weights", tmp_path / "weights" / "pytorch_lora_weights.safetensors"):
+        found = AnchorLora.from_pretrained(place)
+        assert found.form == "appended" and torch.equal(
+            *(lora.state_dict["transformer.a.lora_A.weight"] for lora in (found, written))
+        )
+    pickle = tmp_path / "lora.bin"
+    pickle.write_bytes(b"x")
+    for place, message in ((pickle, "would be read as pickles"), (tmp_path / "none", "has no weights/pytorch_lora")):
+        with pytest.raises(ValueError, match=message):
+            AnchorLora.from_pretrained(place)
+
+
 def test_the_anchor_lora_honours_alpha():
     pairs = make_pairs()
     halves = {f"{layer}.lora_{x}.weight": pair[i] for layer, pair in pairs.items() for i, x in enumerate("AB")}

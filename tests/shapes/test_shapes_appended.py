@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from diffusers_fvg import load_embedded
 from diffusers_fvg.embedded import EMBEDDED_FOLDER
 from diffusers_fvg.shapes.appended import appended_claims, psnr, write_appended_report
+from diffusers_fvg.shapes.study import StudySettings
 
 
 OWN_LORA = EMBEDDED_FOLDER / "anchor_lora" / "weights"
@@ -29,17 +30,17 @@ def row(form, frames, **values):
 
 def test_claims_are_losses_against_the_forms_own_first_frame():
     rows = [
-        row("slot", (0,), kept=0.92, psnr=24.0),
-        row("slot", (8,), kept=0.85, psnr=18.0),
-        row("appended", (0,), kept=0.94, psnr=25.0),
-        row("appended", (6,), kept=0.9, psnr=24.2),
-        row("appended", (8,), kept=0.92, psnr=23.9),
+        row("slot", (0,), kept=0.92, psnr=24.0, vae=27.0),
+        row("slot", (8,), kept=0.85, psnr=18.0, vae=26.5),
+        row("appended", (0,), kept=0.94, psnr=25.0, vae=27.0),
+        row("appended", (6,), kept=0.9, psnr=24.2, vae=26.0),
+        row("appended", (8,), kept=0.92, psnr=23.9, vae=26.5),
     ]
     found = {claim["measure"]: claim for claim in appended_claims(rows)}
     assert {name: (claim["value"], claim["met"], claim.get("beside")) for name, claim in found.items()} == {
         "share kept lost by the true middle frame": (0.02, True, "slot 0.070"),
-        "dB of frame 6 beyond those of frame 0": (-0.8, True, None),
-        "dB of frame 8 beyond those of frame 0": (-1.1, False, "slot -6.000"),
+        "dB of frame 6 beyond those of frame 0": (-0.8, True, "the VAE alone -1.000"),
+        "dB of frame 8 beyond those of frame 0": (-1.1, False, "slot -6.000, the VAE alone -0.500"),
     }
 
 
@@ -48,8 +49,8 @@ def test_report(few_scenes, tmp_path):
     own = pipe.anchor_lora
     # The same weights, used in the other form.
     save_file(load_file(OWN_LORA / FILE), tmp_path / FILE, metadata={"anchor_form": "appended"})
-    size = {"per_category": 1, "seeds": 1, "steps": 1, "sets": ((0,), (6, 8))}
-    text = write_appended_report(pipe, tmp_path / "out", tmp_path, **size)
+    settings = StudySettings(1, 1, few_steps=1, tuning_per_category=1, tuning_seeds=1, guidance=(1.0, 3.0))
+    text = write_appended_report(pipe, tmp_path / "out", tmp_path, settings, ((0,), (6, 8)))
     report = json.loads((tmp_path / "out" / "appended.json").read_text())
     # Two frames of one latent frame are of the appended form alone.
     slot, first, both = report["rows"]
@@ -58,9 +59,16 @@ def test_report(few_scenes, tmp_path):
         ("appended", [0]),
         ("appended", [6, 8]),
     ]
-    assert {**slot, "form": "appended"} == first and len(text.splitlines()) == 14
+    assert {**slot, "form": "appended"} == first and len(text.splitlines()) == 16
     # Frame 0 is what the VAE makes of it; an anchor behind the clip is seen, not put in.
     assert first["psnr"] == pytest.approx(first["vae"], abs=0.05) and 5 < both["psnr"] < both["vae"] - 1
     assert pipe.anchor_lora is own and pipe.anchor_form == "slot" and pipe.get_active_adapters() == ["anchor"]
+    # Each choice of guidance is that of the best mean on the tuning prompts, and the reported ones were not used for it.
+    _, *lines = (json.loads(line) for line in (tmp_path / "out" / "appended.jsonl").read_text().splitlines())
+    for found, split in zip(report["rows"], ("slot", "appended", "appended"), strict=True):
+        own = [line for line in lines if line["arm"] == " ".join(map(str, found["frames"]))]
+        means = {line["guidance"]: np.mean(line["score"]) for line in own if line["split"] == f"{split}, tuning"}
+        assert set(means) == {1.0, 3.0} and means[found["guidance"]] == max(means.values())
+        assert {line["guidance"] for line in own if line["split"] == f"{split}, reported"} == {found["guidance"]}
     with pytest.raises(ValueError, match="was trained with `anchor_form='slot'`, not with 'appended'"):
         write_appended_report(pipe, tmp_path, OWN_LORA)

@@ -157,17 +157,18 @@ def test_dreamer_s_rows_are_compared_with_the_next_fewer_clips(tmp_path, monkeyp
     def run_row(name, cell, *_, **__):
         lower = 0.1 * (cell.arm == "true")
         return [
-            {"category": "x", "prompt": prompt, "score": score - lower}
+            {"category": "x", "prompt": prompt, "score": score - lower, "motion": 2 * score}
             for prompt, score in zip("ab", scores[int(name.removeprefix("video_"))])
         ]
 
     monkeypatch.setattr(clips_report, "run_row", run_row)
     monkeypatch.setattr(clips_report, "build_dreamer", lambda folder, name, designs: name)
-    for name in ("digest", "Inputs"):
+    for name in ("digest", "Inputs", "provenance"):
         monkeypatch.setattr(clips_report, name, lambda *_: "")
     rows = score_dreamer(tmp_path, tmp_path / "report", SETTINGS, 16)
     assert [(row["clips"], row["arm"]) for row in rows] == [(n, arm) for n in scores for arm in ("written", "true")]
     assert [row["score"] for row in rows] == pytest.approx([0.2, 0.1, 0.6, 0.5, 0.55, 0.45])
+    assert [row["motion"] for row in rows[::2]] == pytest.approx([0.4, 1.2, 1.1])
     # Differences of .2 and .6, then of 0 and -.1.
     error = [math.sqrt(0.08 / 2), math.sqrt(0.005 / 2)]
     for row, added, expected in zip(rows[2:], (0.4, 0.4, -0.05, -0.05), (error[0], error[0], error[1], error[1])):
@@ -182,13 +183,17 @@ def test_the_text_says_what_is_met_and_what_is_missing():
     rows = [
         {"arm": arm, "steps": steps, "clips": clips, "series": f"{arm}, {steps} steps", "score": score, "spread": None}
         for clips, pair in {500: (0.3, 0.5), 2000: (0.5, 0.6)}.items()
-        for arm, steps, score in (("direct", 50, pair[0]), ("factorized", 15, pair[1]))
+        for arm, steps, score in (("direct", 50, pair[0]), ("factorized", 15, pair[1]), ("true_anchor", 15, 0.875))
     ]
     leads = {500: {"value": 0.2, "error": 0.03}, 2000: {"value": 0.1, "error": 0.03}}
     report = {"settings": {"few_steps": 15, "steps": (50, 15)}, "not_run": [8000], "rows": rows}
-    text = report_text(report | {"runs": {clips: {"lead": found} for clips, found in leads.items()}})
+    guidance = {"direct": 1.75, "factorized": 3.0, "true_anchor": 5.0}
+    runs = {clips: {"lead": found, "true_anchor_motion": 0.75, "guidance": guidance} for clips, found in leads.items()}
+    text = report_text(report | {"runs": runs})
     lines = [line.split() for line in text.splitlines()]
-    assert ["500", "0.200", "0.030", "met", "2,000"] in lines
+    # An error below is .85 of the way in the logarithm.
+    assert ["500", "0.200", "0.030", "met", *"2,000 (1,625 to more than 2,000)".split()] in lines
+    assert ["500", "0.125", "0.250", "1.75,", "3,", "5"] in lines
     assert ["2000", "0.100", "0.030", "MISSED", "more", "than", "2,000"] in lines
     assert "not run yet: 8000" in text and "synthetic" in text
 

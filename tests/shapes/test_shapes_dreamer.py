@@ -10,11 +10,21 @@ from quick import quick
 from safetensors.torch import load_file
 
 from diffusers_fvg.cli import parser
-from diffusers_fvg.embedded import EMBEDDED_DREAMER_FOLDER, EMBEDDED_FOLDER, load_embedded_dreamer
-from diffusers_fvg.shapes import dreamer, dreamer_image
+from diffusers_fvg.embedded import EMBEDDED_DREAMER_FOLDER, EMBEDDED_FOLDER, load_embedded, load_embedded_dreamer
+from diffusers_fvg.shapes import dreamer, dreamer_image, dreamer_report
 from diffusers_fvg.shapes.blobs import find_objects
 from diffusers_fvg.shapes.dreamer import DESIGNS, PLAIN, VIDEO_STEPS, train_dreamer
-from diffusers_fvg.shapes.dreamer_report import claims, detail, flow_error, report_text, still_region, trained_steps
+from diffusers_fvg.shapes.dreamer_report import (
+    claims,
+    detail,
+    flow_error,
+    joined,
+    report_text,
+    still_region,
+    trained_steps,
+    write_dreamer_report,
+)
+from diffusers_fvg.shapes.held_out import split_scenes
 from diffusers_fvg.shapes.train import Part
 from diffusers_fvg.shapes.world import Change, Scene, ShapeObject, render
 
@@ -165,12 +175,61 @@ def test_the_shipped_model_moves_what_it_is_shown():
 
 
 def test_report_names_what_was_not_run():
-    row = {"row": "all designs", "score_written": 0.5, "trained_steps": 300}
+    row = {"row": "all designs", "score_written": 0.5, "trained_steps": 300, "seeds": 3}
     drift = {"frames": 32, "window_ends": [7, 14], "kept": [1.0, 0.5], "detail": [30.0, 20.0]}
     report = {
         "claims": [{"figure": "f", "trained_steps": 300, "value": 0.2, "bar": 0.1, "met": True}],
         "rows": [row],
         "drift": [drift],
     }
-    text = report_text(report | {"not_run": ["PACA alone"], "motion_caption_score": 1.0})
-    assert "not run: PACA alone" in text and "synthetic" in text and "0.500" in text
+    text = report_text(report | {"not_run": ["PACA alone"], "motion_caption_score": 1.0, "notes": ["one decoder"]})
+    assert (
+        "not run: PACA alone" in text and "synthetic" in text and "0.500" in text and "\nNote: one decoder\n" in text
+    )
+
+
+def test_rows_of_weights_that_are_gone_stay_in_the_report():
+    kept = [{"row": label, "trained_steps": 300, "seeds": 1} for label in ("all designs", "without PACA")]
+    model = {"row": "Factorized-Dreamer", "trained_steps": 3000, "seeds": 1}
+    new = [{"row": "rendered clips", "seeds": 3}, model | {"seeds": 3}]
+    new += [{"row": "without PACA", "trained_steps": steps, "seeds": 3} for steps in (300, 3000)]
+    found = [(row["row"], row.get("trained_steps"), row["seeds"]) for row in joined([*kept, model], new)]
+    assert found == [
+        ("rendered clips", None, 3),
+        ("Factorized-Dreamer", 3000, 3),
+        ("all designs", 300, 1),
+        ("without PACA", 3000, 3),
+        ("without PACA", 300, 3),
+    ]
+
+
+def test_a_report_keeps_the_rows_that_it_cannot_make(tmp_path, monkeypatch):
+    scenes = [
+        scene for scene in split_scenes(1, 1)[0] if scene.category in ("spatial_relationships", "motion_binding")
+    ]
+    monkeypatch.setattr(dreamer_report, "split_scenes", lambda *_: (scenes, []))
+    dreamer_folder, out = EMBEDDED_DREAMER_FOLDER, tmp_path / "out"
+    places = {
+        "vae": "vae",
+        "image_encoder": "image_encoder",
+        "image_text_encoder": "text_encoder",
+        "design_all_7": "unet",
+    }
+    for name, source in places.items():
+        (tmp_path / name).symlink_to(dreamer_folder / source)
+    for name in ("text_encoder", "tokenizer"):
+        (tmp_path / name).symlink_to(EMBEDDED_FOLDER / name)
+    kept = {"row": "without PACA", "trained_steps": 7, "seeds": 1, "detail": 3.5}
+    out.mkdir()
+    (out / "dreamer.json").write_text(json.dumps({"rows": [kept], "drift": [], "notes": ["one note"]}))
+    text = write_dreamer_report(quick(load_embedded()), tmp_path, out, per_category=1, seeds=1, steps=1, fvg_steps=1)
+    report = json.loads((out / "dreamer.json").read_text())
+    rendered, fvg, model, other = report["rows"]
+    assert [row["row"] for row in report["rows"][1:3]] == ["FVG, the embedded model", "all designs"] and other == kept
+    assert {row["seeds"] for row in report["rows"]} == {1} and fvg["made_with"]["versions"].keys() >= {"diffusers"}
+    assert rendered["score_true"] == 1 and 0 <= model["score_written"] <= 1 and model["trained_steps"] == 7
+    (claim,) = report["claims"]
+    assert claim["figure"] == "detail in dB that goes without PACA" and claim["value"] == round(
+        model["detail"] - 3.5, 4
+    )
+    assert "without PACA" not in report["not_run"] and "Note: one note" in text and report["drift"] == []
