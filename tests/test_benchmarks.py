@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 
 BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
@@ -43,6 +45,30 @@ def test_flops_are_those_of_the_products():
     expected = 30 * (linear + attention) + outside
     found = count_flops(AnchorConditionedTransformer3D, size, per_token=False)
     assert 0 <= found - expected < 1e-4 * expected
+
+
+@torch.no_grad()
+def test_an_appended_anchor_costs_a_latent_frame():
+    size = SIZES["tiny"]
+    model = harness.build_transformer(AnchorConditionedTransformer3D, size, "cpu")
+    inputs = harness.transformer_inputs(size, "cpu", per_token=False)
+    counted = []
+    for values in (inputs, harness.with_appended_anchor(inputs)):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            assert model(**values)[0].shape == inputs["hidden_states"].shape
+        counted.append(counter.get_total_flops())
+    longer = replace(size, latent_frames=size.latent_frames + 1)
+    expected = [count_flops(AnchorConditionedTransformer3D, one, per_token=False) for one in (size, longer)]
+    assert counted[0] == expected[0] and counted[1] == pytest.approx(expected[1], rel=0.02)
+    # What the page says of the whole model.
+    page = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+    (row,) = (line for line in page.splitlines() if line.startswith("| time of a compiled step, one appended anchor"))
+    for name in ("5b", "a14b"):
+        longer = replace(SIZES[name], latent_frames=SIZES[name].latent_frames + 1)
+        more, none = (
+            count_flops(AnchorConditionedTransformer3D, one, per_token=False) for one in (longer, SIZES[name])
+        )
+        assert f"{more / none:.3f}" in row
 
 
 def test_live_bytes():
@@ -190,7 +216,8 @@ def test_gpu_run_at_tiny_size(compiles, tmp_path, monkeypatch, capsys):
     assert "too_long: skipped" in text
     reports = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in tmp_path.glob("*.json")}
     assert reports.keys() == set(names)
-    ours = ["ours, {}, torch", "ours, {}, kernels, window 0", "ours, {}, kernels", "ours, {}, kernels, _native_math"]
+    ours = ["torch", "kernels, window 0", "kernels", "kernels, one appended anchor", "kernels, _native_math"]
+    ours = [f"ours, {{}}, {way}" for way in ours]
     forwards = [
         name.format(how) for how in ("eager", "compiled") for name in ("stock, {}", "stock, {}, _native_math", *ours)
     ]

@@ -47,6 +47,7 @@ from harness import (
     peak_flops,
     synchronize,
     transformer_inputs,
+    with_appended_anchor,
     write_report,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -221,7 +222,8 @@ def attention_forms(run: Run) -> None:
 
 @torch.no_grad()
 def steps(run: Run) -> None:
-    """Times one forward: stock, and ours with torch and Triton kernels and with the window, eager and compiled.
+    """Times one forward: stock, and ours with torch and Triton kernels, with the window and with an appended anchor, eager and
+    compiled.
 
     Stock and ours with kernels are also timed with the attention backend that `"auto"` selects, if it is not the default.
     """
@@ -234,7 +236,7 @@ def steps(run: Run) -> None:
             # Only the GPU's allocator sees the memory of Triton and of compiled code.
             known = [*model.parameters(), *inputs.values()]
             memory = peak_bytes(lambda: model(**inputs, return_dict=False), run.device, known) if run.on_gpu else None
-        dense = flops / seconds[name] / 1e12 if "window" not in name else None
+        dense = None if "window" in name or "appended" in name else flops / seconds[name] / 1e12
         rows.append(
             {
                 "forward": name,
@@ -261,6 +263,8 @@ def steps(run: Run) -> None:
                 add(f"{name}, window {run.window}", model, inputs, choice)
                 model.set_anchor_window(None)
             add(name, model, inputs, choice)
+            if not stock:
+                add(f"{name}, one appended anchor", model, with_appended_anchor(inputs), choice)
             backend = choose_backend(torch.device(run.device), run.size.dtype, model.config.attention_head_dim)
             if backend != NATIVE:
                 model.set_attention_backend(backend)
@@ -295,6 +299,12 @@ def steps(run: Run) -> None:
             0.6,
             gpu and flops / fast / peak_flops(run.device, run.size.dtype)[0],
             at_most=False,
+            needs=needs,
+        ),
+        bar(
+            "time of a compiled step, one appended anchor more / none",
+            1.05,
+            gpu and seconds["ours, compiled, kernels, one appended anchor"] / seconds["ours, compiled, kernels"],
             needs=needs,
         ),
         bar(f"time of a compiled step, window {run.window} / all frames", 0.7, gpu and windowed / fast, needs=needs),

@@ -182,6 +182,16 @@ def transformer_inputs(size: Size, device: str, per_token: bool, batch_size: int
     }
 
 
+def with_appended_anchor(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Adds a second anchor to the inputs of our class, as a latent frame behind the clip; it stands for frame 6."""
+    latents, times = inputs["hidden_states"], inputs["timestep"]
+    return inputs | {
+        "hidden_states": torch.cat([latents, latents[:, :, :1]], dim=2),
+        "timestep": torch.cat([times, torch.zeros_like(times[:, :1])], dim=1),
+        "anchor_positions": torch.full_like(times[:, :1], 1.875),
+    }
+
+
 # -- correctness ------------------------------------------------------------------------------------------------------
 
 
