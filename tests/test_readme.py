@@ -114,6 +114,35 @@ def test_figures_beside_a_report_stand_in_it():
         assert figures and not missing, (row, missing)
 
 
+def test_anchors_at_their_exact_frame_are_those_of_the_report():
+    report = json.loads((RESULTS / "shapes" / "appended.json").read_text())
+    by = {(row["form"], tuple(row["frames"])): row for row in report["rows"]}
+    expected = [
+        [
+            ", ".join(map(str, frames)),
+            *(f"{by[key]['score']:.3f}" if (key := (form, frames)) in by else "" for form in ("slot", "appended")),
+            *(f"{by[key]['psnr']:.1f}" if (key := (form, frames)) in by else "" for form in ("slot", "appended")),
+            f"{by['appended', frames]['vae']:.1f}",
+        ]
+        for form, frames in by
+        if form == "appended"
+    ]
+    page = readme("diffusers_fvg/shapes")
+    assert rows_below(page, "given frames |") == expected and len(expected) == 9
+    lost = {form: by[form, (0,)]["kept"] - by[form, (8,)]["kept"] for form in ("slot", "appended")}
+    below = [by["appended", (0,)]["vae"] - by["appended", frames]["vae"] for frames in ((5,), (6,), (7,), (8,), (16,))]
+    errors = [row["error"] for row in report["rows"] if row["frames"] != [0]]
+    told = " ".join(page.split())
+    for said in (
+        f"motion score {by['appended', (5,)]['motion_score']:.3f} and {by['slot', (5,)]['motion_score']:.3f}",
+        f"standard errors of their rows ({min(errors):.3f} to {max(errors):.3f})",
+        f"The VAE alone is {min(below):.1f} to {max(below):.1f} dB below it",
+        f"middle frame loses {lost['slot']:.3f} of the videos",
+    ):
+        assert said in told, said
+    assert f"{lost['appended']:.3f}" == f"{lost['slot']:.3f}"
+
+
 def test_the_front_page_is_short_and_its_scores_are_those_of_the_study():
     assert len(readme().splitlines()) <= 250
     results = json.loads((RESULTS / "shapes" / "study.json").read_text())["results"]

@@ -178,7 +178,7 @@ def summary_row(
 def appended_claims(rows: Sequence[dict]) -> list[dict]:
     """Returns the claims about the appended form, compared with its own first frame, each with its target (`bar`).
 
-    The row also shows the value of the slot form and, for PSNR, that of the true clip through the VAE, which no form can exceed.
+    The row also shows the value of the slot form and, for PSNR, that of the true clip through the VAE.
     Claims whose sets were not run are left out.
     """
     by = {(row["form"], tuple(row["frames"])): row for row in rows}

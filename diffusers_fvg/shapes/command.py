@@ -215,9 +215,10 @@ def _report(arguments: argparse.Namespace, load: Callable) -> None:
     for flag, folders in (("--ablation", loras), ("--window", windows)):
         for name, path in folders.items():
             _check_lora(f"{flag} {name}={path}", path)
-    for flag in ("distilled", "appended"):
-        if getattr(arguments, flag) is not None:
-            _check_lora(f"--{flag} {getattr(arguments, flag)}", getattr(arguments, flag))
+    if arguments.distilled is not None:
+        _check_lora(f"--distilled {arguments.distilled}", arguments.distilled)
+    if arguments.appended is not None and not (arguments.appended / "weights").is_dir():
+        _check_lora(f"--appended {arguments.appended}", arguments.appended)
     from .ablation import write_ablation
     from .anchors import write_anchors_report
     from .appended import write_appended_report
