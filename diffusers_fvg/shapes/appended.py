@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,7 +26,7 @@ from .anchors import round_trip
 from .held_out import split_scenes
 from .report import claims_table, provenance
 from .study import Cell, Journal, StudySettings, journal_header, measure, noise
-from .summary import MOTION_CATEGORIES, average, kept_share, rounded, standard_error
+from .summary import MOTION_CATEGORIES, average, difference, kept_share, rounded, standard_error
 from .train import Part, train_lora, train_parts
 from .world import Scene, render
 
@@ -40,30 +40,35 @@ FIRST, MIDDLE, LAST = (0,), (8,), (16,)
 INSIDE = ((6,), (7,))
 SETS = (FIRST, (5,), *INSIDE, MIDDLE, LAST, (0, 16), (0, 8, 16), (6, 8))
 KEPT_BAR, PSNR_BAR = 0.03, -1.0
-APPENDED_SETTINGS = {"anchor_form": "appended", "anchor_position": "uniform", "checkpoint_every": 100}
+ANY_FRAME = {"anchor_position": "uniform", "checkpoint_every": 100}
 HOW = """All numbers are synthetic: a world of coloured shapes, scored by its own pixel reader, on held-out prompts; true frames of
 the rendered clips are the anchors. "slot": the LoRA that ships, an anchor takes the latent frame that it falls into, which stands for
-four frames; its anchors in training were first, middle and last frames. "appended": a LoRA of the same recipe, but for the form and
-the frames of its anchors, which are any of the clip; an anchor is a latent frame of its own behind the clip, at its exact frame.
-Frame 0 is given in the clip in both. "guidance" scores best of the study's scales on separate prompts, for each form and each set of
-frames. "kept" is the share of static-attribute prompts whose first and last frame show exactly the objects of the prompt, "psnr"
+four frames; its anchors in training were first, middle and last frames. "slot, any": a LoRA of the same recipe, the anchors of which
+were any frame of the clip. "appended": as "slot, any", but an anchor is a latent frame of its own behind the clip, at its exact frame.
+Frame 0 is given in the clip in all three. "guidance" scores best of the study's scales on separate prompts, for each form and each set
+of frames. "kept" is the share of static-attribute prompts whose first and last frame show exactly the objects of the prompt, "psnr"
 the mean over clips (and over the given frames) of the PSNR of exactly that frame against its picture,
 in dB; "vae" is that of the true clip through the VAE."""
+DIFFERENCES = """"appended" minus "slot, any", which had the same anchors in training; beside each value the standard error of the prompts'
+differences:"""
+FORMS = ("appended", "slot")
+SHIPPED, ANY_SLOT, APPENDED = "slot", "slot, any", "appended"
 
 
 def train_appended(folder: Path) -> None:
-    """Trains an anchor LoRA for the embedded base with `anchor_form="appended"`; writes `folder/anchor_lora`.
+    """Trains an anchor LoRA of each form for the embedded base, with the same anchors, which may be any frame of the clip.
 
-    The options are those of the embedded LoRA, but anchors may be any frame (`anchor_position="uniform"`), because the frame
-    within its group of four matters to this form. A further call resumes an interrupted training.
+    Writes `folder/appended/anchor_lora` and `folder/slot/anchor_lora`. All options but the position and the form of the anchors
+    are those of the embedded LoRA, the anchors of which were first, middle and last frames. A further call resumes an
+    interrupted training.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     pipe = load_embedded()
     parts = {name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer")} | {"base": pipe.transformer}
-    for name, part in parts.items():
-        if not (folder / name).is_dir():
-            part.save_pretrained(folder / name)
-    train_parts(folder, {"lora": Part(partial(train_lora, **APPENDED_SETTINGS))})
+    for form in FORMS:
+        for name, part in parts.items():
+            if not (folder / form / name).is_dir():
+                part.save_pretrained(folder / form / name)
+        train_parts(folder / form, {"lora": Part(partial(train_lora, anchor_form=form, **ANY_FRAME))})
 
 
 def psnr(frame: np.ndarray, picture: np.ndarray) -> float:
@@ -178,32 +183,32 @@ def summary_row(
 def appended_claims(rows: Sequence[dict]) -> list[dict]:
     """Returns the claims about the appended form, compared with its own first frame, each with its target (`bar`).
 
-    The row also shows the value of the slot form and, for PSNR, that of the true clip through the VAE.
+    The row also shows the values of the slot form and, for PSNR, that of the true clip through the VAE.
     Claims whose sets were not run are left out.
     """
     by = {(row["form"], tuple(row["frames"])): row for row in rows}
     claims = []
 
     def add(claim: str, measured: str, given: tuple[int, ...], value: str, bar: float, lost: bool) -> None:
-        sign, both = (1 if lost else -1), {}
-        for form in ("appended", "slot"):
+        sign, found = (1 if lost else -1), {}
+        for form in (APPENDED, SHIPPED, ANY_SLOT):
             if (form, FIRST) in by and (form, given) in by:
-                both[form] = sign * (by[form, FIRST][value] - by[form, given][value])
-        if "appended" not in both:
+                found[form] = sign * (by[form, FIRST][value] - by[form, given][value])
+        if APPENDED not in found:
             return
-        found = round(both["appended"], 4)
-        met = found <= bar if lost else found >= bar
+        ours = round(found.pop(APPENDED), 4)
+        met = ours <= bar if lost else ours >= bar
         row = {
             "claim": claim,
             "measure": measured,
-            "value": found,
+            "value": ours,
             "relation": "<=" if lost else ">=",
             "bar": bar,
             "met": met,
         }
-        beside = [f"slot {both['slot']:.3f}"] if "slot" in both else []
+        beside = [f"{form} {other:.3f}" for form, other in found.items()]
         if value == "psnr":
-            beside.append(f"the VAE alone {by['appended', given]['vae'] - by['appended', FIRST]['vae']:.3f}")
+            beside.append(f"the VAE alone {by[APPENDED, given]['vae'] - by[APPENDED, FIRST]['vae']:.3f}")
         claims.append(row | ({"beside": ", ".join(beside)} if beside else {}))
 
     for given, name in ((MIDDLE, "middle"), (LAST, "last")):
@@ -222,10 +227,36 @@ def appended_table(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
+def form_differences(ours: Sequence[dict], theirs: Sequence[dict]) -> dict[str, dict[str, float | None]]:
+    """Returns score, motion score and kept share of the records `ours` minus those of `theirs`, each with its standard error."""
+
+    def chosen(wanted: Callable[[dict], bool], **changes: str) -> list[list[dict]]:
+        return [[record | changes for record in records if wanted(record)] for records in (ours, theirs)]
+
+    return {
+        "score": difference(ours, theirs),
+        "motion_score": difference(*chosen(lambda record: record["category"] in MOTION_CATEGORIES)),
+        # The share is over all videos, whatever their category.
+        "kept": difference(*chosen(lambda record: "kept" in record, category="all"), value="kept"),
+    }
+
+
+def differences_table(differences: Sequence[dict]) -> str:
+    names = ("score", "motion_score", "kept")
+    lines = [f"{'synthetic frames':>16s}" + "".join(f"{name.replace('_', ' '):>14s}{'error':>8s}" for name in names)]
+    for row in differences:
+        cells = "".join(
+            f"{row[name]['value']:14.3f}{'-' if row[name]['error'] is None else format(row[name]['error'], '.3f'):>8s}"
+            for name in names
+        )
+        lines.append(f"{' '.join(map(str, row['frames'])):>16s}{cells}")
+    return "\n".join(lines)
+
+
 def write_appended_report(
     pipe: FactorizedVideoPipeline,
     folder: Path,
-    lora: Path,
+    trained: Path,
     settings: StudySettings | None = None,
     sets: Sequence[tuple[int, ...]] = SETS,
     batch_size: int = 16,
@@ -235,18 +266,19 @@ def write_appended_report(
     Args:
         pipe (`FactorizedVideoPipeline`): model with an anchor LoRA of the form `"slot"`, which is restored afterwards.
         folder (`Path`): folder for the files, and for the records, from which a later call continues.
-        lora (`Path`): folder or file of a LoRA trained with `anchor_form="appended"`.
+        trained (`Path`): folder of [`train_appended`], with a LoRA of each form.
         settings (`StudySettings`, *optional*): size of the study. Videos have `few_steps` sampling steps.
         sets (`Sequence[tuple[int, ...]]`): frames that are given together. Sets with two frames in one latent frame are not
             run in the slot form, which does not support them.
 
     Raises:
-        `ValueError`: `lora` was trained with another form.
+        `ValueError`: a LoRA in `trained` was trained with another form than that of its folder.
     """
     settings = settings or StudySettings()
-    trained = AnchorLora.from_pretrained(lora)
-    if trained.form != "appended":
-        raise ValueError(f"{lora} was trained with `anchor_form={trained.form!r}`, not with 'appended'.")
+    loras = {form: AnchorLora.from_pretrained(trained / form / "anchor_lora") for form in FORMS}
+    for form, lora in loras.items():
+        if lora.form != form:
+            raise ValueError(f"{trained / form} was trained with `anchor_form={lora.form!r}`, not with {form!r}.")
     reported, tuning = split_scenes(settings.per_category, settings.tuning_per_category)
     scenes = {"reported": reported, "tuning": tuning}
     size = [pipe.call_defaults[name] for name in ("num_frames", "height", "width")]
@@ -254,29 +286,36 @@ def write_appended_report(
     journal = Journal(folder / "appended.jsonl", journal_header(pipe, **scenes))
     study = FormStudy(pipe, settings, scenes, clips, journal, batch_size)
     slots = [given for given in sets if len({latent_index(frame) for frame in given}) == len(given)]
-    found = {"slot": study.measure("slot", None, slots)}
+    found = {SHIPPED: study.measure(SHIPPED, None, slots)}
     # The records hold a hash of the weights, so that a LoRA that was trained again gets new records.
-    with lora_of(pipe, trained):
-        found["appended"] = study.measure("appended", digest(trained), sets)
+    for name, form, able in ((ANY_SLOT, "slot", slots), (APPENDED, "appended", sets)):
+        with lora_of(pipe, loras[form]):
+            found[name] = study.measure(name, digest(loras[form]), able)
     through = [round_trip(pipe, clip) for clip in clips["reported"]]
     rows = [
         summary_row(form, given, guidance, records, through, clips["reported"])
         for form, by_set in found.items()
         for given, (guidance, records) in by_set.items()
     ]
+    differences = [
+        {"frames": list(given)} | form_differences(found[APPENDED][given][1], records)
+        for given, (_, records) in found[ANY_SLOT].items()
+    ]
     claims = appended_claims(rows)
     text = "\n\n".join([
         f"{HOW}\n{len(reported)} prompts, {settings.seeds} seeds, {settings.few_steps} steps.",
         claims_table(claims),
         appended_table(rows),
+        DIFFERENCES,
+        differences_table(differences),
     ])  # fmt: skip
     report = {
         "synthetic": True,
         "how": " ".join(HOW.split()),
         "made_with": provenance(pipe),
-        "weights": digest(trained),
+        "weights": {form: digest(lora) for form, lora in loras.items()},
     }
-    report |= {"settings": asdict(settings), "claims": claims, "rows": rows}
+    report |= {"settings": asdict(settings), "claims": claims, "rows": rows, "differences": differences}
     (folder / "appended.json").write_text(json.dumps(report) + "\n")
     (folder / "appended.txt").write_text(text + "\n")
     return text

@@ -18,7 +18,7 @@ from .dreamer_report import Inputs, digest, run_row
 from .held_out import split_scenes
 from .report import provenance
 from .study import Cell, Journal, StudySettings, journal_header, run_study
-from .summary import MOTION_CATEGORIES, average, rounded, seed_spread, select, standard_error, summarize
+from .summary import MOTION_CATEGORIES, average, difference, rounded, seed_spread, select, standard_error, summarize
 
 
 ARMS_RUN = ("direct", "factorized", "true_anchor")
@@ -59,16 +59,6 @@ def load_run(folder: Path, num_clips: int):
         anchor_lora=AnchorLora.from_pretrained(run / "anchor_lora"),
         dtype=torch.float32,
     )
-
-
-def difference(ours: Sequence[dict], theirs: Sequence[dict]) -> dict[str, float | None]:
-    """Returns the score of `ours` minus that of `theirs` on the same prompts and seeds: `value`, and `error` over the prompts'
-    differences."""
-    differences = [
-        {name: our[name] for name in ("category", "prompt")} | {"score": our["score"] - their["score"]}
-        for our, their in zip(ours, theirs, strict=True)
-    ]
-    return {"value": rounded(average(differences)), "error": rounded(standard_error(differences))}
 
 
 def lead(records: Sequence[dict], few: int, full: int) -> dict[str, float | None]:

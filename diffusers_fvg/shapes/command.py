@@ -65,9 +65,11 @@ def add_shapes(
     clips.add_argument("--report", type=Path, metavar="DIR", help="score the finished runs instead (synthetic)")
     appended = actions.add_parser(
         "appended",
-        help="train an anchor LoRA for anchors at their exact frame, on the embedded base; resumes an interrupted training",
+        help="train an anchor LoRA of each form (see anchor_form) on the embedded base; resumes an interrupted training",
     )
-    appended.add_argument("folder", type=Path, help="folder for clips, checkpoints, logs and the LoRA, in anchor_lora")
+    appended.add_argument(
+        "folder", type=Path, help="folder for clips, checkpoints, logs and the LoRAs, in FORM/anchor_lora"
+    )
     _add_report(actions, add_model)
     _add_benchmark(actions)
     shapes.set_defaults(run=lambda arguments: _run(arguments, load))
@@ -104,7 +106,7 @@ def _add_report(actions: argparse._SubParsersAction, add_model: Callable[[argpar
         "--appended",
         metavar="DIR",
         type=Path,
-        help="compare anchors at their exact frame instead, with the LoRA in DIR, as fvg shapes appended trains it",
+        help="compare anchors at their exact frame instead, with the LoRAs that fvg shapes appended has trained in DIR",
     )
     kind.add_argument("--judge", action="store_true", help="measure the judge of anchors and frozen clips instead")
     kind.add_argument(
@@ -217,8 +219,9 @@ def _report(arguments: argparse.Namespace, load: Callable) -> None:
             _check_lora(f"{flag} {name}={path}", path)
     if arguments.distilled is not None:
         _check_lora(f"--distilled {arguments.distilled}", arguments.distilled)
-    if arguments.appended is not None and not (arguments.appended / "weights").is_dir():
-        _check_lora(f"--appended {arguments.appended}", arguments.appended)
+    if arguments.appended is not None:
+        for form in ("appended", "slot"):
+            _check_lora(f"--appended {arguments.appended}", arguments.appended / form / "anchor_lora" / "weights")
     from .ablation import write_ablation
     from .anchors import write_anchors_report
     from .appended import write_appended_report

@@ -30,7 +30,7 @@ from .prompts import motion_caption
 from .report import provenance
 from .scorer import motion_amount, score_video
 from .study import Cell, FirstFrames, Journal, journal_header, noise
-from .summary import average, standard_error
+from .summary import average, rounded, standard_error
 from .world import Scene, render
 
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 HOW = f"""All numbers are synthetic: a world of coloured shapes, scored by its own pixel reader, on held-out prompts.
 Each row is trained for its number of steps, on the same clips in the same order, from the same image model; the claims compare
 rows with equal steps. Guidance is {GUIDANCE_SCALE:g}, and {TEXT_GUIDANCE_SCALE:g} for a UNet that takes no first frame; both were chosen on other held-out
-prompts. "seeds" is the number of videos of each prompt; beside a score is its standard error over prompts.
+prompts. "seeds" is the number of videos of each prompt; "error" is the standard error over prompts of the value before it.
 score: mean of the seven categories. "written": all stages run (the first frame is drawn from the rewriter's caption, the motion
 caption is the rewriter's). "true": the rendered first frame and the true motion caption. "prompt": no first frame; the UNet
 reads the whole prompt. motion: mean length of an object's path, in fractions of the frame.
@@ -242,9 +242,11 @@ def row_of(label: str, records: dict[str, list[dict]], **facts) -> dict:
             for name in dict.fromkeys(record["category"] for record in chosen)
         }
     for value in ("detail", "flow"):
-        found = [record[value] for record in records.get("true", []) if value in record]
+        # The mean and its error are over all prompts, whatever their category.
+        found = [record | {"category": "all"} for record in records.get("true", []) if value in record]
         if found:
-            row[value] = round(float(np.mean(found)), 3)
+            row[value] = round(average(found, value), 3)
+            row[f"error_{value}"] = rounded(standard_error(found, value))
     return row
 
 
@@ -282,7 +284,9 @@ COLUMNS = {
     "error_prompt": "error",
     "motion_written": "motion",
     "detail": "detail",
+    "error_detail": "error",
     "flow": "flow",
+    "error_flow": "error",
     "seconds": "seconds",
 }
 

@@ -25,15 +25,14 @@ COLOURS = {
 }
 SWEPT = ("direct", "direct_rewritten", "factorized", "true_anchor")
 
-# Colour and line style of each series in the figure about few clips.
-# Series of `plot_clips`: label, colour, line and whether its spread over seeds is drawn.
+# Series of `plot_clips`: label, colour and line.
 CLIPS_SERIES = {
-    "direct, 50 steps": ("direct, 50 steps", COLOURS["direct"], "-", True),
-    "direct, 15 steps": ("direct, 15 steps", COLOURS["direct"], ":", False),
-    "factorized, 15 steps": ("factorized, 15 steps", COLOURS["factorized"], "-", True),
-    "true anchor, 15 steps": ("true anchor, 15 steps", COLOURS["true_anchor"], "--", False),
-    "Dreamer": ("Dreamer, 10 steps", "#CC79A7", "-", False),
-    "Dreamer, true first frame": ("Dreamer, true first frame", "#CC79A7", "--", False),
+    "direct, 50 steps": ("direct, 50 steps", COLOURS["direct"], "-"),
+    "direct, 15 steps": ("direct, 15 steps", COLOURS["direct"], ":"),
+    "factorized, 15 steps": ("factorized, 15 steps", COLOURS["factorized"], "-"),
+    "true anchor, 15 steps": ("true anchor, 15 steps", COLOURS["true_anchor"], "--"),
+    "Dreamer": ("Dreamer, 10 steps", "#CC79A7", "-"),
+    "Dreamer, true first frame": ("Dreamer, true first frame", "#CC79A7", "--"),
 }
 
 
@@ -124,39 +123,54 @@ def plot_categories(rows: Sequence[dict], steps: int, path: Path) -> None:
 
 
 def plot_clips(rows: Sequence[dict], path: Path) -> None:
-    """Plots the score against the number of distinct clips, with its standard error over prompts.
+    """Plots score and spread over seeds against the number of distinct clips.
 
     Args:
         rows (`Sequence[dict]`): rows with `series` (a key of `CLIPS_SERIES`), `clips`, `score`, `standard_error` and `spread`.
             Rows with `embedded` are drawn as separate points without a line.
         path (`Path`): PNG file to write.
     """
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
-    axes = figure.subplots()
-    for series, (label, colour, style, with_spread) in CLIPS_SERIES.items():
+    figure = Figure(figsize=(11, 5.2), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for number, (series, (label, colour, style)) in enumerate(CLIPS_SERIES.items()):
         own = sorted((row for row in rows if row["series"] == series), key=lambda row: row["clips"])
-        curve = [row for row in own if not row.get("embedded")]
-        clips, scores = [row["clips"] for row in curve], [row["score"] for row in curve]
-        errors = [row["standard_error"] or 0.0 for row in curve]
-        axes.errorbar(clips, scores, errors, marker="o", capsize=3, color=colour, linestyle=style, label=label)
-        if with_spread:
-            low, high = ([row["score"] + sign * (row["spread"] or 0.0) for row in curve] for sign in (-1, 1))
-            axes.fill_between(clips, low, high, color=colour, alpha=0.12, linewidth=0)
-        apart = [row for row in own if row.get("embedded")]
-        points = [row["clips"] for row in apart], [row["score"] for row in apart]
-        axes.plot(*points, marker="o", color=colour, markerfacecolor="none", linestyle="")
+        # The points of a number of clips stand beside each other, so that equal ones can be told apart.
+        beside = 1.025 ** (number - (len(CLIPS_SERIES) - 1) / 2)
+        for axes, value, error in zip(panels, ("score", "spread"), ("standard_error", None)):
+            for embedded in (False, True):
+                chosen = [row for row in own if bool(row.get("embedded")) == embedded and row[value] is not None]
+                axes.errorbar(
+                    [row["clips"] * beside for row in chosen],
+                    [row[value] for row in chosen],
+                    [row[error] or 0.0 for row in chosen] if error and not embedded else None,
+                    marker="o",
+                    capsize=3,
+                    color=colour,
+                    linestyle="" if embedded else style,
+                    markerfacecolor="none" if embedded else colour,
+                    label=None if embedded else label,
+                )
     numbers = sorted({row["clips"] for row in rows})
-    axes.set_xscale("log")
-    axes.set_xticks(numbers, [f"{number:,}" for number in numbers])
-    axes.minorticks_off()
-    axes.set_xlabel("distinct clips in training (hollow: the embedded model, twice the steps)")
-    axes.set_ylabel("synthetic score, mean of seven categories")
-    axes.set_ylim(0.5, 1.01)
-    axes.grid(axis="y", color="0.9")
-    axes.spines[["top", "right"]].set_visible(False)
-    title = "Synthetic shapes world, held-out prompts\nbars: standard error over prompts; bands: spread of one prompt's score over seeds"
-    axes.set_title(title, fontsize=10)
-    figure.legend(frameon=False, ncols=3, loc="outside lower center", fontsize=9)
+    for axes in panels:
+        axes.set_xscale("log")
+        axes.set_xticks(numbers, [f"{number:,}" for number in numbers])
+        axes.minorticks_off()
+        axes.set_xlabel("distinct clips in training")
+        axes.grid(axis="y", color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+    score, spread = panels
+    score.set_ylim(0.5, 1.01)
+    score.set_ylabel("score, mean of seven categories (axis from 0.5)")
+    score.set_title("Score (bar: one standard error over prompts)", fontsize=10)
+    spread.set_ylim(0)
+    spread.set_ylabel("standard deviation of the score")
+    spread.set_title("Spread of one prompt's score over seeds", fontsize=10)
+    figure.legend(*score.get_legend_handles_labels(), frameon=False, ncols=3, loc="outside lower center", fontsize=9)
+    figure.suptitle(
+        "Synthetic shapes world, held-out prompts; hollow: the embedded model, twice the steps\n"
+        "Dreamer is another system, with other clips, frames and steps",
+        fontsize=10,
+    )
     _save(figure, path)
 
 

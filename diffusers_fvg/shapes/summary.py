@@ -61,6 +61,16 @@ def standard_error(records: Sequence[dict], value: str = "score") -> float:
     return math.sqrt(sum(variances)) / len(variances)
 
 
+def difference(ours: Sequence[dict], theirs: Sequence[dict], value: str = "score") -> dict[str, float | None]:
+    """Returns the average of `ours` minus that of `theirs` on the same prompts and seeds: `value`, and `error` over the prompts'
+    differences."""
+    differences = [
+        {name: our[name] for name in ("category", "prompt")} | {value: our[value] - their[value]}
+        for our, their in zip(ours, theirs, strict=True)
+    ]
+    return {"value": rounded(average(differences, value)), "error": rounded(standard_error(differences, value))}
+
+
 def kept_share(records: Sequence[dict]) -> float:
     """Returns the share of videos of static-attribute prompts whose first and last frame show exactly the prompt's objects."""
     return _mean([record for record in records if "kept" in record], "kept")

@@ -20,6 +20,7 @@ from diffusers_fvg.shapes.dreamer_report import (
     flow_error,
     joined,
     report_text,
+    row_of,
     still_region,
     trained_steps,
     write_dreamer_report,
@@ -81,6 +82,17 @@ def test_claims_compare_designs_trained_for_as_long():
     rows |= {("all", 5): {"score_written": 0.2, "detail": 20.0, "flow": 2.0}}
     found = [(claim["trained_steps"], claim["value"], claim["met"]) for claim in claims(rows)]
     assert found == [(9, 0.08, False), (9, 3.0, True), (5, 0.1, True), (5, 0.05, False)]
+
+
+def test_a_row_has_the_errors_of_its_prompts():
+    """Two prompts with two videos each: the error is half the distance of the prompts' means."""
+    facts = (("interaction", "a"), ("motion_binding", "b"), ("interaction", "a"), ("motion_binding", "b"))
+    records = [
+        {"category": name, "prompt": prompt, "score": 1.0, "motion": 0.0, "seconds": 0.0, "flow": flow}
+        for (name, prompt), flow in zip(facts, (2.0, 6.0, 4.0, 8.0))
+    ]
+    row = row_of("row", {"true": records})
+    assert (row["flow"], row["error_flow"]) == (5.0, 2.0) and "detail" not in row
 
 
 def test_designs_are_found_by_how_long_they_were_trained(tmp_path):
