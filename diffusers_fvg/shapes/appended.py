@@ -167,12 +167,14 @@ def summary_row(
 ) -> dict:
     """Returns the means of one form and set of given frames; `through` are the true clips after the VAE's round trip."""
     moving = [record for record in records if record["category"] in MOTION_CATEGORIES]
+    static = [record | {"category": "all"} for record in records if "kept" in record]
     best = [np.mean([psnr(video[k], clip[k]) for k in given]) for video, clip in zip(through, clips)]
     values = {
         "score": average(records),
         "error": standard_error(records),
         "motion_score": average(moving),
         "kept": kept_share(records),
+        "kept_error": standard_error(static, "kept"),
         "psnr": float(np.mean([record["psnr"] for record in records])),
         "vae": float(np.mean(best)),
     }
@@ -219,10 +221,11 @@ def appended_claims(rows: Sequence[dict]) -> list[dict]:
 
 
 def appended_table(rows: Sequence[dict]) -> str:
-    names = ("guidance", "score", "error", "motion_score", "kept", "psnr", "vae")
-    lines = [f"{'synthetic':12s}{'frames':>10s}" + "".join(f"{name.replace('_', ' '):>14s}" for name in names)]
+    titles = {name: name.replace("_", " ") for name in ("guidance", "score", "error", "motion_score", "kept")}
+    titles |= {"kept_error": "error", "psnr": "psnr", "vae": "vae"}
+    lines = [f"{'synthetic':12s}{'frames':>10s}" + "".join(f"{title:>14s}" for title in titles.values())]
     for row in rows:
-        cells = "".join(f"{'-' if row[name] is None else format(row[name], '.3f'):>14s}" for name in names)
+        cells = "".join(f"{'-' if row[name] is None else format(row[name], '.3f'):>14s}" for name in titles)
         lines.append(f"{row['form']:12s}{' '.join(map(str, row['frames'])):>10s}{cells}")
     return "\n".join(lines)
 
