@@ -66,42 +66,80 @@ def test_dreamer_s_table_is_that_of_its_report():
     page = readme("diffusers_fvg/dreamer")
     report = json.loads((RESULTS / "dreamer_shapes" / "dreamer.json").read_text())
     rows = {(row["row"], row.get("trained_steps")): row for row in report["rows"]}
-    keys = {"score_written": 3, "score_true": 3, "detail": 1, "flow": 1}
+    values = {"score_written": 3, "score_true": 3, "detail": 1, "flow": 1}
 
-    def cells(start: str) -> list[str]:
-        (line,) = re.findall(rf"^\| {re.escape(start)}.*$", page, re.MULTILINE)
-        return [cell.strip() for cell in line.strip("|").split("|")][2:]
+    def cell(row: dict, value: str, places: int) -> str:
+        error = row.get(value.replace("score", "error") if "score" in value else f"error_{value}")
+        return f"{row[value]:.{places}f}" + (f" ± {error:.{places // 2 + 1}f}" if error is not None else "")
 
-    table = {
-        "Factorized Video Generation, the embedded model": [("FVG, the embedded model", None)],
-        "Factorized-Dreamer, all designs | 3,000": [("Factorized-Dreamer", 3000)],
-        "Factorized-Dreamer, all designs | 300": [("all designs", 300)],
-        "without PACA": [("without PACA", 300)],
-        "without PredictNet | 3,000": [("without PredictNet", 3000)],
-        "without PredictNet | 300": [("without PredictNet", 300)],
-        "s = 0.1, 0.15, no shift": [("s = 0.1", 300), ("s = 0.15", 300), ("without shift (s = 1)", 300)],
+    table = {tuple(cells[:2]): cells[2:] for cells in rows_below(page, "system |")}
+    fvg = rows["FVG, the embedded model", None]
+    found = {
+        ("Factorized Video Generation, the embedded model", "12,000 and 3,000 of its LoRA"): (
+            fvg,
+            ["score_written", "score_true"],
+        )
     }
-    for start, names in table.items():
-        found = [", ".join(f"{rows[name][key]:.{places}f}" for name in names) for key, places in keys.items()]
-        assert cells(start) == found
-    for steps, text in ((3000, "3,000"), (300, "300")):
-        plain = rows["none: plain video UNet", steps]["score_prompt"]
-        assert cells(f"plain video UNet, reads the prompt alone | {text}") == [f"{plain:.3f}", "", "", ""]
+    names = {
+        ("Factorized-Dreamer, all designs, the embedded model", "3,000"): ("Factorized-Dreamer", 3000),
+        ("all designs, trained again", "3,000"): ("all designs", 3000),
+        ("without PredictNet", "3,000"): ("without PredictNet", 3000),
+        ("without PACA", "3,000"): ("without PACA", 3000),
+        ("all designs", "300"): ("all designs", 300),
+        ("without PACA", "300"): ("without PACA", 300),
+        ("without PredictNet", "300"): ("without PredictNet", 300),
+        ("without the shift (s = 1)", "300"): ("without shift (s = 1)", 300),
+        ("s = 0.1", "300"): ("s = 0.1", 300),
+        ("s = 0.15", "300"): ("s = 0.15", 300),
+    }
+    found |= {key: (rows[name], list(values)) for key, name in names.items()}
+    plain = {text: rows["none: plain video UNet", steps] for steps, text in ((3000, "3,000"), (300, "300"))}
+    expected = {
+        key: [str(row["seeds"])]
+        + [cell(row, value, places) if value in shown else "" for value, places in values.items()]
+        for key, (row, shown) in found.items()
+    }
+    expected |= {
+        ("plain video UNet, reads the prompt alone", text): [
+            str(row["seeds"]),
+            cell(row, "score_prompt", 3),
+            "",
+            "",
+            "",
+        ]
+        for text, row in plain.items()
+    }
+    assert table == expected
 
     # What the text below the table says, and the table beside the JSON.
-    claims = {(claim["figure"], claim["trained_steps"]): claim["value"] for claim in report["claims"]}
+    claims = {(claim["figure"], claim["trained_steps"]): claim for claim in report["claims"]}
+    figures = {
+        "score, all designs minus plain": lambda value: f"{value:.2f}".replace("-", "−"),
+        "detail in dB that goes without PACA": lambda value: f"{value:.1f} dB",
+        "flow error added without PredictNet": lambda value: f"{100 * value:.0f} % more",
+    }
+    assert [cells[2:] for cells in rows_below(page, "comparison, with equal training steps |")] == [
+        [
+            f"{text(claims[name, steps]['value'])}: {'met' if claims[name, steps]['met'] else 'missed'}"
+            for steps in (3000, 300)
+        ]
+        for name, text in figures.items()
+    ]
     decoder = json.loads((RESULTS / "dreamer_shapes" / "training.json").read_text())["decoder"]
-    model, kept = rows["Factorized-Dreamer", 3000], report["drift"][0]["kept"][-1]
+    model, kept = rows["Factorized-Dreamer", 3000], report["drift"][0]["kept"]
+    both = [rows[name, 3000]["score_written"] for name in ("without PACA", "all designs")]
     for said in (
-        f"scores {claims['score, all designs minus plain', 3000]:.2f} more than the plain UNet (target: 0.10 more)",
-        f"{18 * model['categories_written']['dynamic_attr']:.0f} of 18 such videos are right with all stages",
-        f"{18 * model['categories_true']['dynamic_attr']:.0f} of 18 from true first frames",
-        f"after 3,000 steps is {100 * claims['flow error added without PredictNet', 3000]:.0f} % higher (the target",
-        f"{claims['detail in dB that goes without PACA', 300]:.1f} dB of the first frame's detail",
-        f"after 31 frames {100 * kept:.0f} % of videos",
-        f"this model's VAE scores {decoder['held_out']:.3f} on held-out clips (the recipe's target is {decoder['bar']})",
+        "and scores {:.3f} instead of {:.3f} after".format(*both),
+        f"which gets no first frame ({plain['3,000']['score_prompt']:.3f})",
+        f"the flow errors differ by {100 * claims['flow error added without PredictNet', 3000]['value']:.0f} %",
+        f"badly ({model['categories_written']['dynamic_attr']:.2f} with all stages and "
+        f"{model['categories_true']['dynamic_attr']:.2f} from true",
+        f"next weakest ({model['categories_written']['generative_numeracy']:.2f} and "
+        f"{model['categories_true']['generative_numeracy']:.2f})",
+        f"is {100 * kept[0]:.0f} % after the first window of 8 frames and {100 * kept[-1]:.0f} % after 32 frames",
+        f"not that of FVG, scores {decoder['held_out']:.3f} on held-out clips (the recipe's target is {decoder['bar']})",
     ):
-        assert said in " ".join(page.split())
+        assert said in " ".join(page.split()), said
     assert (RESULTS / "dreamer_shapes" / "dreamer.txt").read_text() == report_text(report) + "\n"
 
 
@@ -117,31 +155,55 @@ def test_figures_beside_a_report_stand_in_it():
 
 def test_anchors_at_their_exact_frame_are_those_of_the_report():
     report = json.loads((RESULTS / "shapes" / "appended.json").read_text())
+    forms = ("slot", "slot, any", "appended")
     by = {(row["form"], tuple(row["frames"])): row for row in report["rows"]}
-    expected = [
+    differences = {tuple(row["frames"]): row for row in report["differences"]}
+    page = readme("diffusers_fvg/shapes")
+    sets = [frames for form, frames in by if form == "appended"]
+
+    def cells(frames: tuple[int, ...], value: str, places: int) -> list[str]:
+        return [f"{by[key][value]:.{places}f}" if (key := (form, frames)) in by else "" for form in forms]
+
+    def difference(frames: tuple[int, ...], value: str) -> str:
+        if frames not in differences:
+            return ""
+        return "{value:+.3f} ± {error:.3f}".format(**differences[frames][value]).replace("-", "−")
+
+    assert len(sets) == 9 and rows_below(page, "given frames |") == [
         [
             ", ".join(map(str, frames)),
-            *(f"{by[key]['score']:.3f}" if (key := (form, frames)) in by else "" for form in ("slot", "appended")),
-            *(f"{by[key]['psnr']:.1f}" if (key := (form, frames)) in by else "" for form in ("slot", "appended")),
-            f"{by['appended', frames]['vae']:.1f}",
+            *cells(frames, "score", 3),
+            *(difference(frames, value) for value in ("score", "motion_score", "kept")),
         ]
-        for form, frames in by
-        if form == "appended"
+        for frames in sets
     ]
-    page = readme("diffusers_fvg/shapes")
-    assert rows_below(page, "given frames |") == expected and len(expected) == 9
-    lost = {form: by[form, (0,)]["kept"] - by[form, (8,)]["kept"] for form in ("slot", "appended")}
-    below = [by["appended", (0,)]["vae"] - by["appended", frames]["vae"] for frames in ((5,), (6,), (7,), (8,), (16,))]
-    errors = [row["error"] for row in report["rows"] if row["frames"] != [0]]
+    assert rows_below(page, "frames, PSNR in dB |") == [
+        [", ".join(map(str, frames)), *cells(frames, "psnr", 1), f"{by['appended', frames]['vae']:.1f}"]
+        for frames in sets
+    ]
+    after = [(5,), (6,), (7,), (8,), (16,)]
+    below = {
+        form: [by[form, frames]["vae"] - by[form, frames]["psnr"] for frames in after] for form in ("slot", "appended")
+    }
+    vae = [by["appended", (0,)]["vae"] - by["appended", frames]["vae"] for frames in after]
+    lost = [by[form, (0,)]["kept"] - by[form, (8,)]["kept"] for form in forms]
+    errors = [by[form, frames]["kept_error"] for form in forms for frames in ((0,), (8,))]
+    motion = [differences[(frame,)]["motion_score"] for frame in (5, 6, 7)]
+    kept = [differences[frames]["kept"] for frames in ((0, 16), (0, 8, 16))]
     told = " ".join(page.split())
     for said in (
-        f"motion score {by['appended', (5,)]['motion_score']:.3f} and {by['slot', (5,)]['motion_score']:.3f}",
-        f"standard errors of their rows ({min(errors):.3f} to {max(errors):.3f})",
-        f"The VAE alone is {min(below):.1f} to {max(below):.1f} dB below it",
-        f"middle frame loses {lost['slot']:.3f} of the videos",
+        f"Appended anchors are {min(below['appended']):.1f} to {max(below['appended']):.1f} dB below the VAE",
+        f"(frames 8 and 16: {below['slot'][3]:.1f} and {below['slot'][4]:.1f} dB below it)",
+        "({2:.1f}, {1:.1f} and {0:.1f} dB at frames 7, 6 and 5)".format(*below["slot"]),
+        f"the VAE alone is {min(vae):.1f} to {max(vae):.1f} dB below it",
+        "the motion score is {:.2f}, {:.2f} and {:.2f} higher".format(*(row["value"] for row in motion)),
+        "lose {:.2f} and {:.2f} of the videos".format(*(-row["value"] for row in kept)),
+        "loses {:.3f} of the kept share of frame 0 with the embedded LoRA, {:.3f} with".format(*lost),
+        f"and {lost[2]:.3f} with appended anchors",
+        f"the standard errors of these shares are {min(errors):.2f} to {max(errors):.2f})",
     ):
         assert said in told, said
-    assert f"{lost['appended']:.3f}" == f"{lost['slot']:.3f}"
+    assert all(2.4 < abs(row["value"]) / row["error"] < 3.3 for row in (*motion, *kept))
 
 
 def test_the_front_page_is_short_and_its_scores_are_those_of_the_study():
@@ -188,32 +250,40 @@ def test_the_study_of_few_clips_is_its_report():
     }
     factorized, direct = rows[2000, "factorized", 15], rows[20_000, "direct", 50]
     more = factorized["score"] - direct["score"]
-    by_category = {
-        name: factorized["categories"][name]["score"] - direct["categories"][name]["score"]
-        for name in direct["categories"]
-    }
-    few, all_ = rows[500, "factorized", 15], rows[20_000, "factorized", 15]
-    anchored = {
-        number: rows[number, "true_anchor", 15]["score"] - rows[number, "factorized", 15]["score"]
+    anchored = [
+        rows[number, "true_anchor", 15]["score"] - rows[number, "factorized", 15]["score"]
         for number in (500, 2000, 8000, 20_000)
+    ]
+    spreads = {
+        arm: [f"{rows[number, arm, steps]['spread']:.3f}" for number in (500, 2000, 8000, 20_000)]
+        for arm, steps in (("factorized", 15), ("direct", 50))
     }
-    embedded = {row["arm"]: row["score"] for row in report["rows"] if row.get("embedded") and row["steps"] == 15}
-    less = sorted(-value for number, value in anchored.items() if number != 2000)
-    targets = [(0.15 - run["lead"]["value"]) / run["lead"]["error"] < 2 for name, run in report["runs"].items()]
+    leads = {
+        category: [
+            rows[number, "factorized", 15]["categories"][category]["score"]
+            - rows[number, "direct", 50]["categories"][category]["score"]
+            for number in (500, 2000, 8000, 20_000)
+        ]
+        for category in direct["categories"]
+    }
+    counting, places, moving = (
+        leads[name] for name in ("generative_numeracy", "spatial_relationships", "motion_binding")
+    )
+    targets = [(0.15 - run["lead"]["value"]) / run["lead"]["error"] < 2 for run in report["runs"].values()]
     low, high = rows[500, "true_anchor", 15], rows[2000, "true_anchor", 15]
+    assert "500    0.059   0.030   no lead   2,140 (999 to 12,233)" in (RESULTS / "clips" / "clips.txt").read_text()
     told = " ".join(page.split())
     assert max(run["lead"]["value"] for run in report["runs"].values()) < 0.15
     assert targets[:4] == [False, True, True, False]
     for said in (
-        f"factorized with 2,000 clips ({factorized['score']:.3f}): with all 20,000 clips it scores {direct['score']:.3f}",
+        f"with 2,000 clips scores {factorized['score']:.3f}, and direct did not reach that score with up to 20,000 clips "
+        f"({direct['score']:.3f})",
         f"The difference is {more / math.hypot(factorized['standard_error'], direct['standard_error']):.1f} times its",
-        f"{by_category['generative_numeracy']:.2f} more than direct with 20,000 in counting and "
-        f"{by_category['spatial_relationships']:.2f} more in spatial relations, {by_category['consistent_attr']:.2f}, "
-        f"{by_category['motion_binding']:.2f} and {by_category['action_binding']:.2f} more in constant attributes",
-        f"and {-by_category['dynamic_attr']:.2f} less in changing attributes",
-        f"falls from {few['spread']:.3f} to {all_['spread']:.3f} for factorized; for direct it is {direct['spread']:.3f}",
-        f"in three of the four runs (by {less[0]:.3f} to {less[-1]:.3f}) and {anchored.pop(2000):.3f} more in the other; "
-        f"with the embedded model it scores {embedded['true_anchor'] - embedded['factorized']:.3f} more",
+        f"in counting ({min(counting):.2f} to {max(counting):.2f}), followed by spatial relations ({min(places):.2f} to "
+        f"{max(places):.2f}). In motion it is {min(moving[1:]):.2f} to {max(moving[1:]):.2f} from 2,000 clips on, and {moving[0]:.2f} with 500",
+        f"for factorized ({', '.join(spreads['factorized'])})",
+        f"hardly changes ({', '.join(spreads['direct'])})",
+        "the differences are {:.3f}, {:.3f}, {:.3f} and {:.3f},".format(*anchored),
         f"by {high['score'] - low['score']:.3f} from 500 to 2,000 clips, and its spread is {low['spread']:.3f} and {high['spread']:.3f}",
     ):
         assert said in told, said
@@ -233,7 +303,7 @@ def test_the_study_of_few_clips_is_its_report():
         if rows[more, arm, steps]["score"] - rows[fewer, arm, steps]["score"]
         > max(rows[number, arm, steps]["spread"] for number in (fewer, more))
     ]
-    assert {(arm, *numbers) for arm, *numbers in meant} == {("true_anchor", 500, 2000)}
+    assert [(arm, *numbers) for arm, *numbers in meant] == [("true_anchor", 500, 2000)] * 2
     missing = re.findall(r"^\| ([\d,]+) \| (0\.\d+) \| (0\.\d+) \|$", page, re.MULTILINE)
     assert [(number, *values) for number, *values in missing] == [
         (
