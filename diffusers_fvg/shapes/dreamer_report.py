@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 
 
 HOW = f"""All numbers are synthetic: a world of coloured shapes, scored by its own pixel reader, on held-out prompts.
-Each row is trained for its number of steps, on the same clips in the same order, from the same image model; the claims compare
-rows with equal steps. Guidance is {GUIDANCE_SCALE:g}, and {TEXT_GUIDANCE_SCALE:g} for a UNet that takes no first frame; both were chosen on other held-out
-prompts. "seeds" is the number of videos of each prompt; "error" is the standard error over prompts of the value before it.
+Each row is trained for its number of steps, on the same clips in the same order; the claims compare rows with equal steps.
+Guidance is {GUIDANCE_SCALE:g}, and {TEXT_GUIDANCE_SCALE:g} for a UNet that takes no first frame; both were chosen on other held-out prompts.
+"seeds" is the number of videos of each prompt; "error" is the standard error over prompts of the value before it.
 score: mean of the seven categories. "written": all stages run (the first frame is drawn from the rewriter's caption, the motion
 caption is the rewriter's). "true": the rendered first frame and the true motion caption. "prompt": no first frame; the UNet
 reads the whole prompt. motion: mean length of an object's path, in fractions of the frame.
